@@ -1,0 +1,1 @@
+"""Filling a hidden-state store."""

@@ -1,0 +1,78 @@
+"""What commands share: consoles, progress bars, and the options that all of them take."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+Progress = Callable[[int, int | None], None]  # (done, total)
+
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library warnings.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Force = Annotated[bool, typer.Option("--force", help="Use artefacts of another teacher all the same.")]
+
+
+def main_process() -> bool:
+    """True in the process that talks to the user (rank 0)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """A line to stderr for the user, once per job."""
+    if main_process():
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Progress]:
+    """A bar on stderr: `with progress_bar("collecting") as progress: work(progress=progress)`. Silent on other ranks.
+
+    Where stderr is no terminal a line is printed every ten seconds instead.
+    """
+    from firp_cli.reports.progress import console_progress
+
+    if not main_process():
+        yield lambda done, total=None: None
+        return
+    with console_progress(description) as progress:
+        yield progress
+
+
+def split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """`[RECIPE] [key=value ...]` as typed: the recipe if there is one, and the overrides."""
+    names = [item for item in arguments if "=" not in item]
+    if len(names) > 1:
+        raise typer.BadParameter(f"one recipe expected, got {', '.join(names)}")
+    return (names[0] if names else None), [item for item in arguments if "=" in item]
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Keep the libraries' own bars and advice off the terminal unless `-v`."""
+    if verbose:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

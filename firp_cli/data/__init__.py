@@ -1,0 +1,1 @@
+"""Conversations, prompts and the hidden-state store."""

@@ -1,0 +1,1 @@
+"""Judging predictors: quality, speed, losslessness."""

@@ -1,0 +1,1 @@
+"""Draft predictors: one file per method."""

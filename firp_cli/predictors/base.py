@@ -1,0 +1,234 @@
+"""What every draft predictor offers to training, evaluation and decoding, and the forward that they share.
+
+Shapes: B sequences, R real rows, A anchors, k steps, s candidates per node, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from firp_cli.errors import PredictorError
+from firp_cli.recipe import PredictorSection
+from firp_cli.teacher.attention import AttentionMask, pseudo_positions
+from firp_cli.teacher.kv_cache import SequenceCache
+from firp_cli.teacher.stack import Cache, Teacher
+
+RowsHook = Callable[[int, Tensor, Tensor], None]
+Spawn = Callable[[int, Tensor], Tensor]
+
+
+@dataclass
+class SequenceBatch:
+    """Right-padded conversations with their cached states.
+
+    Attributes:
+        input_ids: (B, T) long. lengths: (B,) long. loss_mask: (B, T) bool, True on response tokens.
+        hidden: layer -> (B, T, d), for the layers that the predictor requires.
+        final: (B, T, d), the normed last states.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    loss_mask: Tensor
+    final: Tensor
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SequenceBatch:
+        """The batch on a device, floating states in the teacher's dtype."""
+        return SequenceBatch(
+            self.input_ids.to(device),
+            self.lengths.to(device),
+            self.loss_mask.to(device),
+            self.final.to(device, dtype),
+            {layer: states.to(device, dtype) for layer, states in self.hidden.items()},
+        )
+
+
+@dataclass
+class Draft:
+    """Candidates for the tokens behind a root: per depth the s most probable, in descending order.
+
+    Attributes:
+        tokens: (B, k, s) long. log_probs: (B, k, s) float32. Only a predictor may read them: the tree builder asks
+        `Predictor.children`.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+
+
+class Predictor(nn.Module, ABC):
+    """A draft predictor of k steps: step i drafts token n+i+1 from what is known at the anchor n."""
+
+    def __init__(self, config: PredictorSection, steps: int) -> None:
+        super().__init__()
+        self.config = config
+        self.steps = steps
+
+    @property
+    def kind(self) -> str:
+        return str(getattr(self.config, "kind", type(self).__name__))
+
+    @property
+    def transfer_layers(self) -> tuple[int, ...]:
+        """Layer whose input step i enters, i = 1..k; empty for predictors without pseudo states."""
+        return self.config.transfer_layers
+
+    @property
+    def required_layers(self) -> tuple[int, ...]:
+        """Hidden layers that a store must hold for training, beside the final state."""
+        return self.config.required_layers
+
+    def spawn(self, step: int, hidden: Tensor) -> Tensor:
+        """Pseudo states (..., d) of step `step` (1..k) from the anchors' states (..., d) at its transfer layer."""
+        raise NotImplementedError(f"{self.kind} has no pseudo states")
+
+    @abstractmethod
+    def draft_states(
+        self, teacher: Teacher, batch: SequenceBatch, anchors: Tensor, on_layer: RowsHook | None = None
+    ) -> Tensor:
+        """States that the head reads, for every anchor (B, A) and step: (B, A, k, d). Gradients reach the predictor
+        alone. `on_layer(l, real (B, R, d), pseudo (B, A, k', d))` is called at each layer that has pseudo states.
+        """
+
+    @abstractmethod
+    def finish(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
+        """States that the head reads, from the accepted node's normed final state (B, d) and its pseudo states
+        (B, k, d) after the last layer: (B, k, d).
+        """
+
+    @abstractmethod
+    def step_logits(self, teacher: Teacher, states: Tensor, step: int) -> Tensor:
+        """float32 logits (..., V) of step `step` (1..k) from states (..., d) made by `draft_states` or `finish`."""
+
+    @abstractmethod
+    def initialise(self, init: str, teacher: Teacher) -> None:
+        """Start values for `identity` or `random`; ridge is solved by training/ridge.py. Raises PredictorError."""
+
+    def ridge_layers(self) -> tuple[int, ...]:
+        """For each step the layer l of the least-squares problem h_n^l -> h_{n+i}^l; empty: no ridge start."""
+        return ()
+
+    def set_map(self, step: int, weight: Tensor, bias: Tensor | None) -> None:
+        """Take a solved map: weight (d, d) with y = weight @ x, bias (d,)."""
+        raise PredictorError(f"{self.kind} has no ridge start; use training.init=identity")
+
+    def draft(self, teacher: Teacher, states: Tensor, breadth: int) -> Draft:
+        """Candidates from states (B, k, d): the `breadth` most probable tokens of each step."""
+        rows = [self.step_logits(teacher, states[:, step - 1], step) for step in range(1, self.steps + 1)]
+        log_probs, tokens = torch.stack(rows, dim=1).log_softmax(-1).topk(breadth, dim=-1)
+        return Draft(tokens, log_probs)
+
+    def children(self, draft: Draft, depth: int, parents: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidate children at `depth` (1..k) of nodes that hold tokens `parents` (B, M).
+
+        Returns tokens (B, M, s) and their log-probabilities given the parent (B, M, s), descending. Steps here do not
+        look at the parent's token; a predictor whose steps do overrides this.
+        """
+        batch, nodes = parents.shape
+        shape = (batch, nodes, draft.tokens.shape[-1])
+        return draft.tokens[:, depth - 1, None].expand(shape), draft.log_probs[:, depth - 1, None].expand(shape)
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, configuration and size."""
+        return {
+            "kind": self.kind,
+            **self.config.model_dump(exclude={"kind"}),
+            "steps": self.steps,
+            "parameters": sum(parameter.numel() for parameter in self.parameters()),
+        }
+
+
+def forward_rows(
+    teacher: Teacher,
+    real: Tensor,
+    positions: Tensor,
+    mask: AttentionMask | None,
+    *,
+    start: int = 0,
+    transfer_layers: tuple[int, ...] = (),
+    spawn: Spawn | None = None,
+    cache: Cache | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Decoding's forward: h^start of R real rows (B, R, d) through layers start..L-1, every row an anchor whose
+    step-i pseudo state joins at layer t_i. All rows of a layer run in one call.
+
+    Args:
+        positions: (B, R). mask: over M = R(1+k) rows, ordered as teacher/attention.py says; None is right only for one
+            row that sees every slot and has no pseudo states.
+
+    Returns the real rows (B, R, d) and the pseudo states (B, k, R, d), both before the final norm.
+    """
+    batch, count, size = real.shape
+    steps = len(transfer_layers)
+    anchors = torch.arange(count, device=real.device).expand(batch, count)
+    if steps:
+        positions = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
+    rotary = teacher.rotary(real, positions)
+    rows, started = real, 0
+    for index in range(start, teacher.num_layers):
+        while started < steps and transfer_layers[started] == index:
+            assert spawn is not None
+            started += 1
+            rows = torch.cat([rows, spawn(started, rows[:, :count])], dim=1)
+        present = rows.shape[1]
+        additive = None if mask is None else mask.additive(teacher.windows[index])[:, :, :present]
+        rows = teacher.layer(
+            index, rows, [part[:, :present] for part in rotary], positions[:, :present], additive, cache
+        )
+    pseudo = rows[:, count:].view(batch, steps, count, size) if steps else None
+    return rows[:, :count], pseudo
+
+
+def forward_anchors(
+    teacher: Teacher,
+    real: Tensor,
+    positions: Tensor,
+    mask: AttentionMask,
+    anchors: Tensor,
+    *,
+    start: int,
+    transfer_layers: tuple[int, ...],
+    spawn: Spawn,
+    on_layer: RowsHook | None = None,
+) -> Tensor:
+    """Training's forward: the same rows and mask as `forward_rows` for chosen anchors (B, A), in two calls a layer, so
+    that the frozen real rows keep no graph and gradients run through the pseudo states only.
+
+    Returns pseudo states (B, k, A, d) after the last layer.
+    """
+    batch, count, size = real.shape
+    steps, width = len(transfer_layers), anchors.shape[1]
+    all_positions = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
+    rotary = teacher.rotary(real, all_positions)
+    cosine, sine = (part.expand(batch, -1, -1) for part in rotary)
+    gather = anchors[:, :, None].expand(batch, width, size)
+    pseudo = real.new_zeros(batch, 0, size)
+    started = 0
+    for index in range(start, teacher.num_layers):
+        while started < steps and transfer_layers[started] == index:
+            started += 1
+            pseudo = torch.cat([pseudo, spawn(started, real.gather(1, gather))], dim=1)
+        if on_layer and started:
+            on_layer(index, real, pseudo.view(batch, started, width, size).transpose(1, 2))
+        end = count + pseudo.shape[1]
+        additive = mask.additive(teacher.windows[index])
+        kept = SequenceCache()
+        with torch.no_grad():
+            real_rotary = (cosine[:, :count], sine[:, :count])
+            real = teacher.layer(index, real, real_rotary, positions, additive[:, :, :count, :count], kept)
+        kept.recording = False
+        if started:
+            own = (cosine[:, count:end], sine[:, count:end])
+            rows_mask = additive[:, :, count:end, :end]
+            pseudo = teacher.layer(index, pseudo, own, all_positions[:, count:end], rows_mask, kept)
+    pseudo = pseudo.view(batch, steps, width, size)
+    if on_layer:
+        on_layer(teacher.num_layers, real, pseudo.transpose(1, 2))
+    return pseudo

@@ -1,0 +1,69 @@
+"""Medusa (arXiv 2401.10774, section 2.1.1): residual heads on the last hidden state, the baseline of both papers.
+
+Head i is `resblocks` blocks x + SiLU(Linear(x)), the linear starting at zero, and a vocabulary matrix: its own, starting
+as a copy of the teacher's, or the frozen teacher's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from firp_cli.errors import PredictorError
+from firp_cli.predictors.base import Predictor, RowsHook, SequenceBatch
+from firp_cli.recipe import MedusaConfig
+from firp_cli.teacher.stack import Teacher
+
+
+class MedusaPredictor(Predictor):
+    """k heads that read the normed final state of the anchor. They see no future and no pseudo states."""
+
+    def __init__(self, config: MedusaConfig, teacher: Teacher) -> None:
+        super().__init__(config, config.steps)
+        size = teacher.hidden_size
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(nn.Linear(size, size) for _ in range(config.resblocks)) for _ in range(self.steps)
+        )
+        self.heads = nn.ModuleList(
+            nn.Linear(size, teacher.vocab_size, bias=False) for _ in range(self.steps if config.own_head else 0)
+        )
+
+    def _states(self, final: Tensor) -> Tensor:
+        """(..., d) normed final states to (..., k, d)."""
+        states = []
+        for blocks in self.blocks:
+            state = final
+            for linear in blocks:  # type: ignore[union-attr]
+                state = state + functional.silu(linear(state.to(linear.weight.dtype))).to(final.dtype)
+            states.append(state)
+        return torch.stack(states, dim=-2)
+
+    def draft_states(
+        self, teacher: Teacher, batch: SequenceBatch, anchors: Tensor, on_layer: RowsHook | None = None
+    ) -> Tensor:
+        index = anchors[:, :, None].expand(-1, -1, batch.final.shape[-1])
+        return self._states(batch.final.gather(1, index))
+
+    def finish(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
+        return self._states(node_final)
+
+    def step_logits(self, teacher: Teacher, states: Tensor, step: int) -> Tensor:
+        if not len(self.heads):
+            return teacher.head(states)
+        head = self.heads[step - 1]
+        return head(states.to(head.weight.dtype)).float()  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def initialise(self, init: str, teacher: Teacher) -> None:
+        if init == "ridge":
+            raise PredictorError("medusa has no ridge start: set training.init to identity or random")
+        for blocks in self.blocks:
+            for linear in blocks:  # type: ignore[union-attr]
+                if init == "identity":
+                    nn.init.zeros_(linear.weight)
+                else:
+                    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                nn.init.zeros_(linear.bias)
+        for head in self.heads:
+            head.weight.copy_(teacher.model.get_output_embeddings().weight)  # type: ignore[operator, union-attr]

@@ -1,0 +1,84 @@
+"""FIRP (arXiv 2410.20488) and Hidden Transfer (arXiv 2404.12022): linear maps that predict the intermediate hidden
+states of future tokens. One module serves both; only the transfer layers differ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from firp_cli.errors import PredictorError
+from firp_cli.predictors.base import Predictor, RowsHook, SequenceBatch, forward_anchors
+from firp_cli.recipe import FirpConfig, HiddenTransferConfig
+from firp_cli.teacher.attention import causal_allowed, pseudo_positions, rows_allowed
+from firp_cli.teacher.stack import Teacher
+
+
+class TransferPredictor(Predictor):
+    """W_1..W_k: h~^{t_i}_{n+i} = W_i h_n^{t_i}, run through the frozen layers t_i..L-1 and the teacher's head."""
+
+    def __init__(self, config: FirpConfig | HiddenTransferConfig, teacher: Teacher) -> None:
+        super().__init__(config, config.steps)
+        last = teacher.num_layers - 1
+        if any(layer > last for layer in self.transfer_layers):
+            raise PredictorError(
+                f"transfer layer {max(self.transfer_layers)} is out of range: "
+                f"{teacher.name} has {teacher.num_layers} layers, so 1 <= t <= {last}"
+            )
+        size = teacher.hidden_size
+        self.maps = nn.ModuleList(nn.Linear(size, size, bias=config.bias) for _ in range(self.steps))
+
+    def spawn(self, step: int, hidden: Tensor) -> Tensor:
+        linear = self.maps[step - 1]
+        return linear(hidden.to(linear.weight.dtype)).to(hidden.dtype)  # type: ignore[arg-type]
+
+    def draft_states(
+        self, teacher: Teacher, batch: SequenceBatch, anchors: Tensor, on_layer: RowsHook | None = None
+    ) -> Tensor:
+        start = self.transfer_layers[0]
+        real = batch.hidden[start]
+        rows = real.shape[1]
+        positions = torch.arange(rows, device=real.device).expand(real.shape[0], rows)
+        allowed = rows_allowed(causal_allowed(batch.lengths, rows), anchors, self.steps)
+        mask_positions = torch.cat([positions, pseudo_positions(positions, anchors, self.steps)], dim=1)
+        mask = teacher.sequence_mask(allowed, mask_positions)
+        pseudo = forward_anchors(
+            teacher,
+            real,
+            positions,
+            mask,
+            anchors,
+            start=start,
+            transfer_layers=self.transfer_layers,
+            spawn=self.spawn,
+            on_layer=on_layer,
+        )
+        return teacher.norm(pseudo).transpose(1, 2)
+
+    def finish(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
+        assert pseudo is not None
+        return teacher.norm(pseudo)
+
+    def step_logits(self, teacher: Teacher, states: Tensor, step: int) -> Tensor:
+        return teacher.head(states)
+
+    def initialise(self, init: str, teacher: Teacher) -> None:
+        for linear in self.maps:
+            assert isinstance(linear, nn.Linear)
+            if init == "random":
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            else:
+                nn.init.eye_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def ridge_layers(self) -> tuple[int, ...]:
+        return self.transfer_layers
+
+    @torch.no_grad()
+    def set_map(self, step: int, weight: Tensor, bias: Tensor | None) -> None:
+        linear = self.maps[step - 1]
+        assert isinstance(linear, nn.Linear)
+        linear.weight.copy_(weight)
+        if linear.bias is not None and bias is not None:
+            linear.bias.copy_(bias)

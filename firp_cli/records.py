@@ -1,0 +1,154 @@
+"""Result records: plain data that commands write as JSON and reports draw. No torch here.
+
+Rates are fractions of 1, times are seconds unless the name says otherwise, intervals are (low, high) at 95%.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+BENCH_SCHEMA = "firp.bench/1"
+EVAL_SCHEMA = "firp.eval/1"
+
+Interval = tuple[float, float]
+
+
+def plain(record: Any) -> Any:
+    """A record as JSON values; NaN and infinities become None."""
+    value = asdict(record) if hasattr(record, "__dataclass_fields__") else record
+    return _finite(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+@dataclass
+class Generation:
+    """What one method wrote after one prompt.
+
+    `accepted_lengths` has one entry per decoding step after prefill: tokens that the step emitted, bonus included
+    (1 for plain decoding). The first new token comes from prefill and belongs to no step, so
+    `len(token_ids) == 1 + sum(accepted_lengths)` unless the last step was cut by EOS, a stop string or the limit.
+    `emitted` says where each run ended: tokens emitted by each step after that cut.
+    """
+
+    prompt_tokens: int
+    token_ids: list[int]
+    steps: int
+    accepted_lengths: list[int]
+    emitted: list[int]
+    prefill_seconds: float
+    decode_seconds: float
+    finish_reason: str  # "eos", "stop" or "length"
+    text: str = ""
+
+
+@dataclass
+class Divergence:
+    """First token at which a method's output differs from the baseline's. `logit_gap`: expected minus got, >= 0 near a tie."""
+
+    prompt: int
+    position: int
+    expected: int
+    got: int
+    logit_gap: float
+
+
+@dataclass
+class Lossless:
+    """Token-for-token comparison with the baseline."""
+
+    compared: int = 0
+    identical: int = 0
+    divergences: list[Divergence] = field(default_factory=list)
+
+
+@dataclass
+class BenchRow:
+    """One method on one data set (or one category of it). Field names are DESIGN section 5's."""
+
+    dataset: str
+    category: str
+    method: str
+    predictor: str | None
+    batch_size: int
+    temperature: float
+    prompts: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+    speedup: float | None  # over `ar`, decode time only
+    speedup_interval: Interval | None
+    speedup_hf: float | None  # over transformers generate, decode time only
+    accepted_length: float
+    accepted_length_interval: Interval | None
+    acceptance_by_step: list[float]  # share of steps that accepted at least i drafted tokens, i = 1..k
+    accepted_histogram: list[int]  # entry a: steps that emitted a tokens (entry 0 is always 0)
+    steps: int
+    step_milliseconds: float
+    lossless: Lossless
+    tree: str | None = None
+    speedup_with_prefill: float | None = None  # Spec-Bench's definition: wall time including prefill
+
+
+@dataclass
+class BenchReport:
+    """A whole bench run."""
+
+    environment: dict[str, Any]
+    teacher: dict[str, Any]
+    settings: dict[str, Any]
+    rows: list[BenchRow]
+    skipped_long: int = 0
+    schema: str = BENCH_SCHEMA
+
+    @staticmethod
+    def from_plain(value: dict[str, Any]) -> BenchReport:
+        """The report read back from its JSON form."""
+        rows = []
+        for row in value["rows"]:
+            row = dict(row)
+            lossless = row.pop("lossless")
+            marks = [Divergence(**mark) for mark in lossless["divergences"]]
+            record = Lossless(lossless["compared"], lossless["identical"], marks)
+            known = {item.name for item in fields(BenchRow)}
+            rows.append(BenchRow(**{key: item for key, item in row.items() if key in known}, lossless=record))
+        keys = ("environment", "teacher", "settings", "skipped_long", "schema")
+        return BenchReport(rows=rows, **{key: value[key] for key in keys})
+
+
+@dataclass
+class StepQuality:
+    """Quality of step i's draft against the teacher's own row at n+i, averaged over anchors."""
+
+    step: int
+    top1: float
+    top5: float
+    kl: float
+    anchors: int
+
+
+@dataclass
+class EvalReport:
+    """What `firp eval` measured. `similarity[l]` maps a layer to cosine(pseudo, real) by step (None before the step starts)."""
+
+    environment: dict[str, Any]
+    teacher: dict[str, Any]
+    predictor: dict[str, Any]
+    data: dict[str, Any]
+    steps: list[StepQuality]
+    expected_accepted_length_chain: float
+    expected_accepted_length_tree: float
+    tree: str
+    similarity: dict[int, list[float | None]]
+    schema: str = EVAL_SCHEMA

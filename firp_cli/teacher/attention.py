@@ -1,0 +1,105 @@
+"""Attention masks for real rows and pseudo states, built once per forward for every layer.
+
+Shapes: B sequences, R real rows, A anchors, k steps, M = R + k*A rows, S cached K/V slots. Rows stand in the order
+real rows, step-1 pseudo states of all anchors, step-2 pseudo states, ... so that the rows present at a layer are
+always a prefix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def causal_allowed(lengths_B: Tensor, rows: int) -> Tensor:
+    """(B, R, R) bool: a real row sees itself and earlier rows of its sequence. Rows past a length see themselves only."""
+    index = torch.arange(rows, device=lengths_B.device)
+    causal = index[None, :] <= index[:, None]
+    inside = index[None, :] < lengths_B[:, None]
+    itself = torch.eye(rows, dtype=torch.bool, device=lengths_B.device)
+    return (causal[None] & inside[:, None, :]) | itself[None]
+
+
+def packed_allowed(segments_T: Tensor) -> Tensor:
+    """(1, T, T) bool: causal inside a segment, nothing across. `segments_T` numbers the conversation of each row."""
+    index = torch.arange(segments_T.shape[0], device=segments_T.device)
+    return ((segments_T[:, None] == segments_T[None, :]) & (index[None, :] <= index[:, None]))[None]
+
+
+def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor, steps: int) -> Tensor:
+    """(B, M, M) bool over real rows and pseudo states (FIRP section 3: a pseudo state sees what its anchor sees).
+
+    A pseudo state (step i, anchor a) sees every real row that row `anchors[a]` sees, that row itself included, and the
+    pseudo states of steps 1..i of the same anchor. Real rows never see pseudo states.
+    """
+    batch, rows, _ = real_BRR.shape
+    anchors = anchors_BA.shape[1]
+    pseudo = steps * anchors
+    allowed = real_BRR.new_zeros(batch, rows + pseudo, rows + pseudo)
+    allowed[:, :rows, :rows] = real_BRR
+    seen_BAR = real_BRR.gather(1, anchors_BA[:, :, None].expand(batch, anchors, rows))
+    allowed[:, rows:, :rows] = seen_BAR.repeat(1, steps, 1)
+    allowed[:, rows:, rows:] = own_pseudo(steps, anchors, real_BRR.device)
+    return allowed
+
+
+def own_pseudo(steps: int, anchors: int, device: torch.device) -> Tensor:
+    """(k*A, k*A) bool: pseudo state (i, a) sees (j, a) for j <= i."""
+    order = torch.ones(steps, steps, dtype=torch.bool, device=device).tril()
+    same = torch.eye(anchors, dtype=torch.bool, device=device)
+    return (order[:, None, :, None] & same[None, :, None, :]).reshape(steps * anchors, steps * anchors)
+
+
+def pseudo_positions(positions_BR: Tensor, anchors_BA: Tensor, steps: int) -> Tensor:
+    """(B, k*A) positions of pseudo states: step i of an anchor at position n stands at n + i."""
+    anchor_positions = positions_BR.gather(1, anchors_BA)
+    offsets = torch.arange(1, steps + 1, device=positions_BR.device)
+    return (anchor_positions[:, None, :] + offsets[None, :, None]).flatten(1)
+
+
+def behind_prefix(rows_BMM: Tensor, lengths_B: Tensor, slots: int) -> Tensor:
+    """(B, M, S) bool over cache slots: every row sees the committed prefix [0, length) and, behind it, what
+    `rows_BMM` allows; row j's K/V stands in slot length + j. Slots behind the rows are never seen.
+    """
+    rows = rows_BMM.shape[1]
+    relative_BS = torch.arange(slots, device=rows_BMM.device)[None, :] - lengths_B[:, None]
+    index = relative_BS.clamp(0, rows - 1)[:, None, :].expand(-1, rows, -1)
+    tail = rows_BMM.gather(2, index) & ((relative_BS >= 0) & (relative_BS < rows))[:, None, :]
+    return tail | (relative_BS < 0)[:, None, :]
+
+
+class AttentionMask:
+    """Additive masks (B, 1, M, S) for each layer, made on first use: full attention, or cut to a sliding window.
+
+    Args:
+        allowed: (B, M, S) bool.
+        query_positions: (B, M) positions of the rows, needed for windows only.
+        key_positions: (B, S) positions of the columns, needed for windows only.
+        dtype: the teacher's floating dtype. Masked entries hold its lowest finite value: -inf would turn a row that
+            sees nothing into NaN.
+    """
+
+    def __init__(
+        self,
+        allowed: Tensor,
+        dtype: torch.dtype,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+    ) -> None:
+        self.allowed = allowed
+        self.dtype = dtype
+        self.query_positions = query_positions
+        self.key_positions = key_positions
+        self._additive: dict[int | None, Tensor] = {}
+
+    def additive(self, window: int | None) -> Tensor:
+        """(B, 1, M, S) additive mask for a layer that sees `window` positions back (None: all)."""
+        if window not in self._additive:
+            allowed = self.allowed
+            if window is not None:
+                assert self.query_positions is not None and self.key_positions is not None
+                allowed = allowed & (self.query_positions[:, :, None] - self.key_positions[:, None, :] < window)
+            lowest = torch.finfo(self.dtype).min
+            zeros = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
+            self._additive[window] = zeros.masked_fill_(~allowed, lowest)[:, None]
+        return self._additive[window]

@@ -1,0 +1,248 @@
+"""The frozen teacher as a stack: embed, layers i..j, final norm, head, each callable alone.
+
+Works on the library's own decoder layers. At load the stack's logits are compared layer by layer with the model's own
+forward, so an architecture that does more between its layers than this file knows is refused instead of being wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from firp_cli.errors import TeacherError
+from firp_cli.recipe import TeacherConfig, teacher_source
+from firp_cli.teacher.attention import AttentionMask, causal_allowed
+
+LayerHook = Callable[[int, Tensor], None]
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+CHECK_TOKENS = 24
+
+
+class Cache(Protocol):
+    """What a decoder layer asks of a cache."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]: ...
+
+
+class Teacher:
+    """A frozen causal LM whose layers run one by one.
+
+    Attributes: `num_layers` L, `hidden_size` d, `vocab_size` V, `max_positions`, `eos_token_ids`, `device`, `dtype`,
+    `windows` (per layer: sliding window in positions, or None).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, name: str = "in-memory", check: bool = True) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        config = model.config.get_text_config()
+        base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self.layers: nn.ModuleList = _part(base, ("layers", "h"), name)
+        self._embed: nn.Module = model.get_input_embeddings()
+        self._norm: nn.Module = _part(base, ("norm", "final_layernorm", "final_layer_norm", "ln_f"), name)
+        self._rotary: nn.Module = _part(base, ("rotary_emb",), name)
+        self._head: nn.Module = model.get_output_embeddings()
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.num_layers = len(self.layers)
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = self._head.weight.shape[0]  # type: ignore[union-attr, assignment]
+        self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
+        self.windows = _windows(config, self.num_layers)
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        parameters = inspect.signature(self.layers[0].forward).parameters
+        self._cache_name = "layer_past" if "layer_past" in parameters else "past_key_values"
+        self._fingerprint: str | None = None
+        if check:
+            self.check()
+
+    @classmethod
+    def load(cls, config: TeacherConfig, device: torch.device | str | None = None, check: bool = True) -> Teacher:
+        """Load by folder, embedded name or hub id. Raises TeacherError when it cannot be had or is not supported."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        source = teacher_source(config.model)
+        options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        if config.device_map:
+            options["device_map"] = config.device_map
+        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise TeacherError(
+                f"cannot load the teacher {config.model!r}: {first}\n"
+                "give a local model folder or a reachable hub id as teacher.model"
+            ) from error
+        if not config.device_map:
+            model = model.to(device or default_device())
+        return cls(model, tokenizer, name=config.model, check=check)
+
+    @property
+    def device(self) -> torch.device:
+        return self._embed.weight.device  # type: ignore[union-attr, return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embed.weight.dtype  # type: ignore[union-attr, return-value]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, R) token ids to h^0 (B, R, d)."""
+        return self._embed(input_ids)
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> Any:
+        """Position embeddings of rows at `positions` (B, R), shared by all layers."""
+        return self._rotary(hidden, positions)
+
+    def layer(
+        self, index: int, hidden: Tensor, rotary: Any, positions: Tensor, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """h^index (B, R, d) to h^(index+1). `mask` is additive (B, 1, R, S); None is right only for one row that
+        sees every slot.
+        """
+        output = self.layers[index](
+            hidden,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=cache is not None,
+            position_embeddings=rotary,
+            **{self._cache_name: cache},
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+    def run(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        mask: AttentionMask,
+        start: int = 0,
+        stop: int | None = None,
+        cache: Cache | None = None,
+        on_layer: LayerHook | None = None,
+    ) -> Tensor:
+        """h^start (B, R, d) through layers start..stop-1. `on_layer(l, h^l)` is called for each l in start..stop."""
+        rotary = self.rotary(hidden, positions)
+        if on_layer:
+            on_layer(start, hidden)
+        for index in range(start, self.num_layers if stop is None else stop):
+            hidden = self.layer(index, hidden, rotary, positions, mask.additive(self.windows[index]), cache)
+            if on_layer:
+                on_layer(index + 1, hidden)
+        return hidden
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Final norm: h^L to the state that the head reads (`hidden.final` in a store)."""
+        return self._norm(hidden)
+
+    def head(self, normed: Tensor) -> Tensor:
+        """Normed states (..., d) to float32 logits (..., V)."""
+        logits = self._head(normed).float()
+        if self._softcap:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        return logits
+
+    def sequence_mask(self, allowed: Tensor, positions: Tensor) -> AttentionMask:
+        """Mask of a forward without cached prefix: `allowed` (B, M, M), `positions` (B, M)."""
+        return AttentionMask(allowed, self.dtype, positions, positions)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare h^1..h^L and the logits with the model's own forward. Raises TeacherError on a difference."""
+        generator = torch.Generator().manual_seed(0)
+        windows = [window for window in self.windows if window]
+        tokens = max([CHECK_TOKENS, *(window + 8 for window in windows if window <= 256)])
+        ids = torch.randint(0, self.vocab_size, (1, tokens), generator=generator).to(self.device)
+        try:
+            own = self.model(ids, output_hidden_states=True, use_cache=False)
+            mine: list[Tensor] = []
+            positions = torch.arange(tokens, device=self.device)[None]
+            allowed = causal_allowed(torch.full((1,), tokens, device=self.device), tokens)
+            mask = self.sequence_mask(allowed, positions)
+            last = self.run(self.embed(ids), positions, mask, on_layer=lambda _, hidden: mine.append(hidden))
+            logits = self.head(self.norm(last))
+        except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+            raise TeacherError(
+                f"{self.name}: the layers of {type(self.model).__name__} cannot be run one by one ({error}); "
+                "supported: Llama, Mistral, Qwen2, Qwen3 and architectures with the same layer interface"
+            ) from error
+        tolerance = CHECK_TOLERANCE.get(self.dtype, 2e-1)
+        pairs = [*enumerate(zip(own.hidden_states[:-1], mine, strict=False)), ("logits", (own.logits.float(), logits))]
+        for where, (expected, got) in pairs:
+            difference = (expected.float() - got.float()).abs().max().item()
+            scale = max(1.0, expected.float().abs().max().item())
+            if not difference <= tolerance * scale:
+                place = where if where == "logits" else f"layer {where}"
+                raise TeacherError(
+                    f"{self.name}: {type(self.model).__name__} is not supported: run layer by layer, its states differ "
+                    f"from its own forward at {place} by {difference:.2g}; use a Llama, Mistral, Qwen2 or Qwen3 model"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over parameter names, shapes and sampled values: same weights, same fingerprint."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, parameter in sorted(self.model.named_parameters()):
+                flat = parameter.detach().flatten()
+                picks = torch.linspace(0, flat.numel() - 1, min(flat.numel(), 257), dtype=torch.float64).long()
+                digest.update(f"{name}{tuple(parameter.shape)}".encode())
+                digest.update(flat[picks.to(flat.device)].float().cpu().numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def describe(self) -> dict[str, Any]:
+        """Identity and size for records and manifests."""
+        return {
+            "name": self.name,
+            "architecture": type(self.model).__name__,
+            "fingerprint": self.fingerprint,
+            "layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+        }
+
+
+def default_device() -> torch.device:
+    """This rank's CUDA device, else the CPU."""
+    import os
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def _part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
+    for name in names:
+        if getattr(base, name, None) is not None:
+            return getattr(base, name)
+    raise TeacherError(
+        f"{teacher}: {type(base).__name__} has no {' or '.join(names)}; supported: Llama, Mistral, Qwen2, Qwen3 and alike"
+    )
+
+
+def _windows(config: Any, layers: int) -> list[int | None]:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    found = getattr(generation, "eos_token_id", None)
+    if found is None:
+        found = getattr(tokenizer, "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
