@@ -56,7 +56,7 @@ class Draft:
 
     Attributes:
         tokens: (B, k, s) long. log_probs: (B, k, s) float32. Only a predictor may read them: the tree builder asks
-        `Predictor.children`.
+        `Predictor.child_candidates`.
     """
 
     tokens: Tensor
@@ -125,7 +125,7 @@ class Predictor(nn.Module, ABC):
         log_probs, tokens = torch.stack(rows, dim=1).log_softmax(-1).topk(breadth, dim=-1)
         return Draft(tokens, log_probs)
 
-    def children(self, draft: Draft, depth: int, parents: Tensor) -> tuple[Tensor, Tensor]:
+    def child_candidates(self, draft: Draft, depth: int, parents: Tensor) -> tuple[Tensor, Tensor]:
         """Candidate children at `depth` (1..k) of nodes that hold tokens `parents` (B, M).
 
         Returns tokens (B, M, s) and their log-probabilities given the parent (B, M, s), descending. Steps here do not

@@ -1,0 +1,80 @@
+"""Acceptance: which path of a draft tree the teacher's own choices follow.
+
+`targets` holds, for every node, the token that the teacher puts after it: its argmax, or one draw from its distribution
+at temperature > 0. Descending while a child carries that token emits exactly what plain decoding would have chosen or
+drawn, whatever the draft was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from firp_cli.decoding.tree import Tree
+
+
+@dataclass
+class Accepted:
+    """The outcome of one step, on the device.
+
+    Attributes:
+        count: (B,) accepted drafted tokens a. node: (B,) the deepest accepted node.
+        path: (B, P) node numbers root..node in [0, a], then filler. P = depth of the tree + 1.
+        tokens: (B, P) emitted tokens: a drafted ones, the bonus token at [a], -1 behind.
+        bonus: (B,) the next root.
+    """
+
+    count: Tensor
+    node: Tensor
+    path: Tensor
+    tokens: Tensor
+    bonus: Tensor
+
+
+def accept(tree: Tree, targets: Tensor, depth: int) -> Accepted:
+    """Descend the tree along `targets` (B, N). `depth` is the tree's greatest depth, known on the host."""
+    matches = tree.tokens == targets.gather(1, tree.parents)
+    matches[:, 0] = True
+    reached = (matches[:, None, :] | ~tree.ancestors).all(-1)
+    count, node = torch.where(reached, tree.depth, -1).max(dim=1)
+    nodes = tree.tokens.shape[1]
+    numbers = torch.arange(nodes, device=node.device)
+    on_path = tree.ancestors.gather(1, node[:, None, None].expand(-1, 1, nodes))[:, 0]
+    width = min(depth + 1, nodes)
+    path = torch.where(on_path, numbers, nodes).sort(dim=1).values[:, :width].clamp(max=nodes - 1)
+    bonus = targets.gather(1, node[:, None])
+    place = torch.arange(width, device=node.device)
+    drafted = tree.tokens.gather(1, path).roll(-1, dims=1)
+    last = place == count[:, None]
+    emitted = torch.where(last, bonus, torch.where(place < count[:, None], drafted, -1))
+    return Accepted(count, node, path, emitted, bonus[:, 0])
+
+
+class Sampler:
+    """Chooses the teacher's token at every node: argmax at temperature 0, else a draw after temperature and top-p.
+
+    The warping is the library's own, in the order that its `generate` applies.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device) -> None:
+        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+        self.greedy = temperature == 0.0
+        self._warpers = []
+        if not self.greedy:
+            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
+            if top_p < 1.0:
+                self._warpers.append(TopPLogitsWarper(top_p))
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """float32 logits (B, N, V) to tokens (B, N)."""
+        if self.greedy:
+            return logits.argmax(-1)
+        scores = logits.flatten(0, 1)
+        for warp in self._warpers:
+            scores = warp(None, scores)  # type: ignore[arg-type]
+        draws = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        return draws.view(logits.shape[:2])

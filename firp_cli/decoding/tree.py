@@ -1,0 +1,202 @@
+"""Draft trees: their specification, and building one from a draft on the device.
+
+Shapes: B sequences, N nodes (root included), k depth, s candidates per node. Nodes stand in order of depth, so a parent
+always precedes its children; node 0 is the root, the last emitted token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from firp_cli.errors import UsageError
+from firp_cli.predictors.base import Draft, Predictor
+
+DEFAULT_NODES = 8
+MAX_NODES = 1024
+
+
+@dataclass(frozen=True)
+class TreeSpec:
+    """What tree to build each step.
+
+    `static`: `paths` lists nodes as candidate ranks from the root, e.g. (0,), (1,), (0, 0); closed under prefixes.
+    `dynamic`: the `nodes - 1` prefixes of highest joint draft probability, chosen anew each step.
+    """
+
+    kind: str
+    nodes: int
+    paths: tuple[tuple[int, ...], ...] = ()
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or f"{self.kind}:{self.nodes}"
+
+    def depth(self, steps: int) -> int:
+        """Longest path below the root."""
+        return max(map(len, self.paths), default=0) if self.kind == "static" else steps
+
+    def breadth(self, vocabulary: int) -> int:
+        """Candidates that a node may need."""
+        if self.kind == "static":
+            return max((rank for path in self.paths for rank in path), default=0) + 1
+        return max(1, min(self.nodes - 1, vocabulary))
+
+
+@dataclass
+class Tree:
+    """`tokens`, `parents`, `depth`: (B, N) long; `ancestors`: (B, N, N) bool, each row a node's path, itself included."""
+
+    tokens: Tensor
+    parents: Tensor
+    depth: Tensor
+    ancestors: Tensor
+
+
+def parse_tree(spec: str, steps: int) -> TreeSpec:
+    """`dynamic:N`, `chain`, `static:4x2x1` (children per node by depth), or a tree.json file. Raises UsageError."""
+    if spec == "chain":
+        return _static([(0,) * depth for depth in range(1, steps + 1)], steps, "chain")
+    kind, _, rest = spec.partition(":")
+    if kind == "dynamic" and rest.isdigit() and 2 <= int(rest) <= MAX_NODES:
+        return TreeSpec("dynamic", int(rest))
+    if kind == "static" and rest:
+        widths = rest.split("x")
+        if all(width.isdigit() and int(width) > 0 for width in widths):
+            levels = [range(int(width)) for width in widths]
+            paths = [path for depth in range(1, len(levels) + 1) for path in itertools.product(*levels[:depth])]
+            return _static(paths, steps, spec)
+    if Path(spec).is_file():
+        return _from_file(Path(spec), steps)
+    raise UsageError(
+        f"no tree {spec!r}: give dynamic:N (2 <= N <= {MAX_NODES}), chain, static:4x2x1, or a tree.json file"
+    )
+
+
+def default_tree(folder: Path | None, predictor: Predictor) -> TreeSpec:
+    """The predictor folder's tree.json if it has one, else `dynamic:8`."""
+    if folder is not None and (folder / "tree.json").is_file():
+        return _from_file(folder / "tree.json", predictor.steps)
+    return TreeSpec("dynamic", DEFAULT_NODES)
+
+
+def _from_file(path: Path, steps: int) -> TreeSpec:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if "paths" in value:
+            return _static([tuple(int(rank) for rank in item) for item in value["paths"]], steps, value.get("name", ""))
+        spec = value["tree"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a tree file ({error}): it needs `tree` (a spec) or `paths`") from None
+    if Path(spec).is_file():
+        raise UsageError(f"{path}: `tree` must be a spec such as dynamic:8, not a file")
+    return parse_tree(spec, steps)
+
+
+def _static(paths: Sequence[tuple[int, ...]], steps: int, name: str) -> TreeSpec:
+    ordered = tuple(sorted(set(paths), key=lambda path: (len(path), path)))
+    known = {(), *ordered}
+    for path in ordered:
+        if len(path) > steps:
+            raise UsageError(f"tree {name or list(path)} is {len(path)} deep, the predictor drafts {steps} steps")
+        if not path or min(path) < 0 or path[:-1] not in known:
+            raise UsageError(f"tree path {list(path)} lacks its parent or has a negative rank")
+    if len(ordered) + 1 > MAX_NODES:
+        raise UsageError(f"tree {name} has {len(ordered) + 1} nodes, at most {MAX_NODES} are allowed")
+    return TreeSpec("static", len(ordered) + 1, ordered, name)
+
+
+def root_tree(root: Tensor) -> Tree:
+    """The tree of plain decoding: one node per sequence. `root`: (B,) tokens."""
+    zeros = torch.zeros_like(root)[:, None]
+    return Tree(root[:, None], zeros, zeros, torch.ones_like(zeros, dtype=torch.bool)[:, None])
+
+
+def build(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
+    """The tree of one step: root tokens (B,) and below them candidates that `predictor.child_candidates` scores."""
+    if spec.kind == "static":
+        return _build_static(spec, predictor, draft, root)
+    return _build_dynamic(spec.nodes, predictor, draft, root)
+
+
+@lru_cache(maxsize=64)
+def _static_shape(spec: TreeSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """parents (N,), depth (N,), ancestors (N, N), and per depth the (parent node, rank) of its nodes."""
+    index = {path: number for number, path in enumerate(((), *spec.paths))}
+    parents = [index[path[:-1]] for path in index]
+    ancestors = torch.zeros(spec.nodes, spec.nodes, dtype=torch.bool)
+    for path, number in index.items():
+        ancestors[number, [index[path[:depth]] for depth in range(len(path) + 1)]] = True
+    levels = []
+    for depth in range(1, spec.depth(0) + 1):
+        paths = [path for path in spec.paths if len(path) == depth]
+        nodes = torch.tensor([index[path[:-1]] for path in paths], device=device)
+        levels.append((nodes, torch.tensor([path[-1] for path in paths], device=device)))
+    depths = torch.tensor([len(path) for path in index], device=device)
+    return torch.tensor(parents, device=device), depths, ancestors.to(device), levels
+
+
+def _build_static(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
+    parents, depth, ancestors, levels = _static_shape(spec, root.device)
+    batch = root.shape[0]
+    tokens = root[:, None]
+    for number, (nodes, ranks) in enumerate(levels, start=1):
+        candidates, _ = predictor.child_candidates(draft, number, tokens[:, nodes])
+        chosen = candidates.gather(2, ranks[None, :, None].expand(batch, -1, 1))[:, :, 0]
+        tokens = torch.cat([tokens, chosen], dim=1)
+    return Tree(tokens, parents.expand(batch, -1), depth.expand(batch, -1), ancestors.expand(batch, -1, -1))
+
+
+def _build_dynamic(nodes: int, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
+    """Best-first by level: each level keeps its `nodes - 1` best prefixes, then the best over all levels are chosen.
+
+    A child's joint probability never exceeds its parent's and the sort is stable with parents first, so the choice is
+    closed under ancestors.
+    """
+    batch, limit = root.shape[0], nodes - 1
+    tokens, scores, parents, levels = [], [], [], []
+    frontier_tokens, frontier_scores = root[:, None], torch.zeros_like(root, dtype=torch.float32)[:, None]
+    first, seen = -1, 0  # candidate number of the frontier's first node (-1: the root), candidates so far
+    for depth in range(1, predictor.steps + 1):
+        child_tokens, log_probs = predictor.child_candidates(draft, depth, frontier_tokens)
+        breadth = child_tokens.shape[2]
+        joint = (frontier_scores[:, :, None] + log_probs.clamp(max=0)).flatten(1)
+        frontier_scores, picks = joint.topk(min(limit, joint.shape[1]), dim=1)
+        frontier_tokens = child_tokens.flatten(1).gather(1, picks)
+        tokens.append(frontier_tokens)
+        scores.append(frontier_scores)
+        parents.append(picks // breadth + first)
+        levels.append(torch.full_like(picks, depth))
+        first, seen = seen, seen + picks.shape[1]
+    order = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True).indices
+    chosen = order[:, :limit].sort(dim=1).values
+    number = torch.arange(1, chosen.shape[1] + 1, device=root.device).expand(batch, -1)
+    node_of = torch.zeros(batch, seen + 1, dtype=torch.long, device=root.device)  # entry 0 is the root
+    node_of.scatter_(1, chosen + 1, number)
+    chosen_parents = node_of.gather(1, torch.cat(parents, dim=1).gather(1, chosen) + 1)
+    zero = torch.zeros_like(root)[:, None]
+    parent = torch.cat([zero, chosen_parents], dim=1)
+    return Tree(
+        tokens=torch.cat([root[:, None], torch.cat(tokens, dim=1).gather(1, chosen)], dim=1),
+        parents=parent,
+        depth=torch.cat([zero, torch.cat(levels, dim=1).gather(1, chosen)], dim=1),
+        ancestors=_ancestors(parent, predictor.steps),
+    )
+
+
+def _ancestors(parents: Tensor, depth: int) -> Tensor:
+    """(B, N, N) bool from parents (B, N) by `depth` rounds of 'myself and what my parent has'."""
+    batch, nodes = parents.shape
+    itself = torch.eye(nodes, dtype=torch.bool, device=parents.device).expand(batch, nodes, nodes)
+    index = parents[:, :, None].expand(batch, nodes, nodes)
+    ancestors = itself
+    for _ in range(depth):
+        ancestors = itself | ancestors.gather(1, index)
+    return ancestors

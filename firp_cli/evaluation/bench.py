@@ -1,0 +1,312 @@
+"""Fair measuring: every method in one process, on the same prompts, warmed up, interleaved, prefill apart from decode.
+
+The first new token comes from prefill, so decode seconds pay for `len(token_ids) - 1` tokens. With several sequences in
+a batch the batch shares its time: seconds are pooled over batches, and the bootstrap draws batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.tree import TreeSpec
+from firp_cli.errors import CapacityError, UsageError
+from firp_cli.evaluation.baselines import HuggingFaceGenerate
+from firp_cli.evaluation.rows import BatchRun, Runs, bench_rows
+from firp_cli.predictors.base import Predictor
+from firp_cli.provenance import environment
+from firp_cli.recipe import nearest
+from firp_cli.records import BenchReport, Divergence, Generation
+from firp_cli.teacher.attention import causal_allowed
+from firp_cli.teacher.stack import Teacher
+
+BASELINES = ("ar", "hf")
+Progress = Callable[[int, int | None], None]
+Generate = Callable[[Sequence[Sequence[int]], int], list[Generation]]
+
+
+@dataclass(frozen=True)
+class BenchPrompt:
+    """One question, ready for the teacher."""
+
+    token_ids: list[int]
+    dataset: str
+    category: str = ""
+
+
+@dataclass
+class Method:
+    """Something that decodes: `generate(prompts, max_new_tokens)` returns one Generation per prompt."""
+
+    name: str
+    generate: Generate
+    predictor: str | None = None  # folder that the predictor came from
+    tree: str | None = None
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What every method is measured under. `warmup`: times that each method decodes the first batch, uncounted."""
+
+    max_new_tokens: int = 128
+    batch_size: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repeats: int = 3
+    warmup: int = 1
+    seed: int = 0
+
+
+@dataclass
+class LoadedPredictor:
+    """A predictor with the tree it is measured with and the folder it came from."""
+
+    predictor: Predictor
+    tree: TreeSpec
+    folder: Path
+
+
+@dataclass
+class Batch:
+    """Prompts decoded together: one data set, one category. `numbers` are their places in the prompt list."""
+
+    dataset: str
+    category: str
+    numbers: list[int] = field(default_factory=list)
+
+
+def predictor_names(kinds: Sequence[tuple[str, Path]]) -> list[str]:
+    """A method name for each (kind, folder): the kind, or the folder where a kind stands twice."""
+    names = []
+    for kind, folder in kinds:
+        shared = [other for name, other in kinds if name == kind]
+        folders = [other.name for other in shared]
+        unique = len(shared) == 1
+        names.append(kind if unique else folder.name if folders.count(folder.name) == 1 else str(folder))
+    return names
+
+
+def choose_methods(wanted: Sequence[str] | None, predictors: Sequence[str]) -> list[str]:
+    """The methods to measure, in order; None takes all. Raises UsageError with the nearest name."""
+    known = [*BASELINES, *predictors]
+    if wanted is None:
+        return known
+    for name in wanted:
+        if name not in known:
+            raise UsageError(f"unknown method {name!r}{nearest(name, known)}")
+    return list(dict.fromkeys(wanted))
+
+
+def make_methods(
+    teacher: Teacher, predictors: dict[str, LoadedPredictor], names: Sequence[str], settings: BenchSettings
+) -> list[Method]:
+    """Methods by name: `ar` and the predictors in the same engine, `hf` outside it."""
+    options = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed}
+    methods = []
+    for name in names:
+        if name == "hf":
+            methods.append(Method(name, HuggingFaceGenerate(teacher, **options).generate))  # type: ignore[arg-type]
+        elif name == "ar":
+            methods.append(Method(name, Engine(teacher, **options).generate))  # type: ignore[arg-type]
+        else:
+            loaded = predictors[name]
+            engine = Engine(teacher, loaded.predictor, loaded.tree, **options)  # type: ignore[arg-type]
+            methods.append(Method(name, engine.generate, str(loaded.folder), str(loaded.tree)))
+    return methods
+
+
+def fit_prompts(
+    prompts: Sequence[BenchPrompt], max_positions: int, max_new_tokens: int, skip_long: bool
+) -> tuple[list[BenchPrompt], int]:
+    """The prompts that leave room for the answer, and how many were skipped. Raises CapacityError unless `skip_long`."""
+    room = max_positions - max_new_tokens
+    fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= room]
+    skipped = len(prompts) - len(fitting)
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    if skipped and not skip_long:
+        raise CapacityError(
+            f"{skipped} of {len(prompts)} prompts are too long (the longest has {longest} tokens): the teacher's context "
+            f"of {max_positions} leaves {room} beside {max_new_tokens} new tokens\n"
+            "--skip-long leaves them out and counts them, a smaller --max-new-tokens makes room"
+        )
+    if not fitting:
+        raise CapacityError(
+            f"no prompt fits: the shortest has {min((len(prompt.token_ids) for prompt in prompts), default=0)} tokens, "
+            f"the teacher's context of {max_positions} leaves {room} beside {max_new_tokens} new tokens"
+        )
+    return fitting, skipped
+
+
+def make_batches(prompts: Sequence[BenchPrompt], size: int) -> list[Batch]:
+    """Batches of `size` prompts that share data set and category, in the order of the prompts."""
+    open_batches: dict[tuple[str, str], Batch] = {}
+    batches = []
+    for number, prompt in enumerate(prompts):
+        key = (prompt.dataset, prompt.category)
+        batch = open_batches.get(key)
+        if batch is None or len(batch.numbers) == size:
+            batch = open_batches[key] = Batch(*key)
+            batches.append(batch)
+        batch.numbers.append(number)
+    return batches
+
+
+def measure(
+    methods: Sequence[Method],
+    prompts: Sequence[BenchPrompt],
+    batches: Sequence[Batch],
+    settings: BenchSettings,
+    progress: Progress = lambda done, total: None,
+) -> Runs:
+    """Decode every batch with every method `repeats` times and fold the repeats.
+
+    Methods take turns within each batch, and the one that begins changes from batch to batch and repeat to repeat, so
+    that a machine that slows down slows them all.
+    """
+    total = len(methods) * (settings.warmup + settings.repeats * len(batches))
+    done = 0
+
+    def run(method: Method, batch: Batch) -> list[Generation]:
+        nonlocal done
+        generations = method.generate([prompts[number].token_ids for number in batch.numbers], settings.max_new_tokens)
+        done += 1
+        progress(done, total)
+        return generations
+
+    for method in methods:
+        for _ in range(settings.warmup):
+            run(method, batches[0])
+    repeats: dict[str, list[list[list[Generation]]]] = {method.name: [[] for _ in batches] for method in methods}
+    for repeat in range(settings.repeats):
+        for place, batch in enumerate(batches):
+            turn = (repeat + place) % len(methods)
+            for method in [*methods[turn:], *methods[:turn]]:
+                repeats[method.name][place].append(run(method, batch))
+    return {
+        name: [fold(batch, runs) for batch, runs in zip(batches, each, strict=True)] for name, each in repeats.items()
+    }
+
+
+def fold(batch: Batch, repeats: Sequence[Sequence[Generation]]) -> BatchRun:
+    """One run of a batch from its repeats: the first one's tokens at the median seconds per token.
+
+    Greedy repeats write the same tokens, so this is the median time; sampled ones differ in length, so time is
+    compared per token.
+    """
+    tokens = [sum(max(0, len(item.token_ids) - 1) for item in repeat) for repeat in repeats]
+    seconds = [max(item.decode_seconds for item in repeat) for repeat in repeats]
+    per_token = median(second / max(1, count) for second, count in zip(seconds, tokens, strict=True))
+    return BatchRun(
+        dataset=batch.dataset,
+        category=batch.category,
+        numbers=batch.numbers,
+        generations=list(repeats[0]),
+        prefill_seconds=median(max(item.prefill_seconds for item in repeat) for repeat in repeats),
+        decode_seconds=per_token * tokens[0],
+        decode_tokens=tokens[0],
+    )
+
+
+def reference_method(names: Sequence[str], temperature: float) -> str | None:
+    """The method whose tokens the others must reproduce: transformers' `generate`, else `ar`; none when sampling."""
+    if temperature > 0:
+        return None
+    return next((name for name in ("hf", "ar") if name in names), None)
+
+
+def compare_tokens(
+    teacher: Teacher, prompts: Sequence[BenchPrompt], reference: Sequence[BatchRun], other: Sequence[BatchRun]
+) -> dict[int, Divergence | None]:
+    """Prompt number to its first divergence from the reference, None where the tokens are identical."""
+    found: dict[int, Divergence | None] = {}
+    for expected_run, got_run in zip(reference, other, strict=True):
+        for number, one, two in zip(expected_run.numbers, expected_run.generations, got_run.generations, strict=True):
+            found[number] = first_divergence(teacher, number, prompts[number].token_ids, one.token_ids, two.token_ids)
+    return found
+
+
+def first_divergence(
+    teacher: Teacher, number: int, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]
+) -> Divergence | None:
+    """Where `got` leaves `expected`, and how far apart the teacher's logits of the two tokens are there.
+
+    A side that ended earlier has token -1 and no gap (NaN).
+    """
+    if list(expected) == list(got):
+        return None
+    pairs = list(zip(expected, got, strict=False))
+    position = next((place for place, (one, two) in enumerate(pairs) if one != two), len(pairs))
+    if position == len(pairs):
+        longer = [expected[position] if len(expected) > position else -1, got[position] if len(got) > position else -1]
+        return Divergence(number, position, longer[0], longer[1], float("nan"))
+    logits = next_token_logits(teacher, [*prompt, *expected[:position]])
+    gap = (logits[expected[position]] - logits[got[position]]).item()
+    return Divergence(number, position, expected[position], got[position], gap)
+
+
+@torch.inference_mode()
+def next_token_logits(teacher: Teacher, token_ids: Sequence[int]) -> torch.Tensor:
+    """The teacher's float32 logits (V,) behind `token_ids`, from one whole forward."""
+    ids = torch.tensor([list(token_ids)], device=teacher.device)
+    count = ids.shape[1]
+    positions = torch.arange(count, device=teacher.device)[None]
+    mask = teacher.sequence_mask(causal_allowed(torch.full((1,), count, device=teacher.device), count), positions)
+    hidden = teacher.run(teacher.embed(ids), positions, mask)
+    return teacher.head(teacher.norm(hidden[0, -1]))
+
+
+def run_bench(
+    teacher: Teacher,
+    prompts: Sequence[BenchPrompt],
+    methods: Sequence[Method],
+    settings: BenchSettings,
+    *,
+    skip_long: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> BenchReport:
+    """Measure the methods on the prompts. Raises CapacityError, UsageError."""
+    if settings.batch_size < 1 or settings.repeats < 1:
+        raise UsageError(
+            f"batch size and repeats must be at least 1, got {settings.batch_size} and {settings.repeats}"
+        )
+    fitting, skipped = fit_prompts(prompts, teacher.max_positions, settings.max_new_tokens, skip_long)
+    batches = make_batches(fitting, settings.batch_size)
+    runs = measure(methods, fitting, batches, settings, progress)
+    names = [method.name for method in methods]
+    reference = reference_method(names, settings.temperature)
+    divergences: dict[str, dict[int, Divergence | None]] = {}
+    if reference:
+        for name in names:
+            if name != reference:
+                divergences[name] = compare_tokens(teacher, fitting, runs[reference], runs[name])
+    rows = []
+    for method in methods:
+        own = bench_rows(method.name, runs, divergences.get(method.name, {}), settings.temperature)
+        for row in own:
+            row.predictor, row.tree, row.batch_size = method.predictor, method.tree, settings.batch_size
+        rows += own
+    order = {name: place for place, name in enumerate(dict.fromkeys((row.dataset, row.category) for row in rows))}
+    rows.sort(key=lambda row: order[row.dataset, row.category])
+    return BenchReport(
+        environment=machine(teacher),
+        teacher=teacher.describe(),
+        settings={**asdict(settings), "reference": reference, "methods": names, "prompts": len(fitting)},
+        rows=rows,
+        skipped_long=skipped,
+    )
+
+
+def machine(teacher: Teacher) -> dict[str, Any]:
+    """`provenance.environment` with what only torch knows: threads, device name, CUDA version."""
+    values = environment()
+    values["torch_threads"] = torch.get_num_threads()
+    if teacher.device.type == "cuda":
+        values["device_name"] = torch.cuda.get_device_name(teacher.device)
+        values["cuda"] = torch.version.cuda
+    return values

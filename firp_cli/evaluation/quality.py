@@ -1,0 +1,287 @@
+"""How good a predictor's drafts are, measured on stored conversations with training's own forward, and the check that
+the decoder accepts what that forward promises.
+
+Shapes: B sequences, T positions, A anchors, k steps, M anchors of one chunk, N tree nodes, V vocabulary, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from firp_cli.decoding.accept import accept
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.tree import TreeSpec, build, default_tree, parse_tree
+from firp_cli.errors import StoreError
+from firp_cli.metrics import chain_length
+from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate, compare_rows, target_states
+from firp_cli.predictors.base import Predictor, SequenceBatch
+from firp_cli.records import StepQuality
+from firp_cli.teacher.attention import causal_allowed
+from firp_cli.teacher.stack import Teacher
+
+ANCHOR_CHUNK = 128  # anchors per sequence and forward
+LOGIT_ELEMENTS = 1 << 24  # logits held at once
+GATE_TOLERANCE = {torch.float32: 0.02}  # relative; elsewhere rounding flips near-ties between the two forwards
+GATE_TOLERANCE_ROUNDED = 0.1
+
+Progress = Callable[[int, int | None], None]
+
+
+class Sequences(Protocol):
+    """A store, or anything like a list of its sequences."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sequenced: ...
+
+
+@dataclass
+class Quality:
+    """What `evaluate` measured: the measured part of an EvalReport."""
+
+    steps: list[StepQuality]
+    expected_accepted_length_chain: float
+    expected_accepted_length_tree: float
+    similarity: dict[int, list[float | None]]
+    sequences: int
+    anchors: int
+
+
+@dataclass
+class _Sums:
+    """Running sums by step i = 1..k; `chain` and `tree` count the anchors whose draft is accepted up to step i."""
+
+    steps: int
+    counts: Tensor = field(init=False)
+    kl: Tensor = field(init=False)
+    top1: Tensor = field(init=False)
+    top5: Tensor = field(init=False)
+    chain: Tensor = field(init=False)
+    tree: Tensor = field(init=False)
+    cosine: dict[int, Tensor] = field(default_factory=dict)  # layer -> (k,) summed cosines
+
+    def __post_init__(self) -> None:
+        for name in ("counts", "kl", "top1", "top5", "chain", "tree"):
+            setattr(self, name, torch.zeros(self.steps, dtype=torch.float64))
+
+
+@torch.inference_mode()
+def evaluate(
+    teacher: Teacher,
+    predictor: Predictor,
+    sequences: Sequences,
+    tree: TreeSpec,
+    *,
+    limit: int | None = None,
+    batch_size: int = 4,
+    progress: Progress = lambda done, total: None,
+) -> Quality:
+    """Compare every anchor's draft with the teacher's own rows (the first `limit` sequences).
+
+    The expected accepted length of the chain counts argmax drafts; that of `tree` counts the nodes that the decoder's
+    own tree would hold. Both include the bonus token. Raises StoreError when no sequence has an anchor.
+    """
+    count = min(len(sequences), limit or len(sequences))
+    sums = _Sums(predictor.steps)
+    anchors_seen = 0
+    for start in range(0, count, batch_size):
+        chosen = [sequences[index] for index in range(start, min(start + batch_size, count))]
+        batch = collate(chosen).to(teacher.device, teacher.dtype)
+        anchors = choose_anchors(batch, predictor.steps)
+        targets_BAkd = target_states(batch, anchors)
+        for columns in torch.arange(anchors.index.shape[1]).split(ANCHOR_CHUNK):
+            part = slice(int(columns[0]), int(columns[-1]) + 1)
+            index, valid = anchors.index[:, part], anchors.valid[:, part]
+            hook = _similarity_hook(sums, index, valid)
+            states = predictor.draft_states(teacher, batch, index, on_layer=hook)
+            used = valid.any(-1)
+            roots = batch.input_ids.gather(1, index + 1)[used]
+            rows = (states[used], targets_BAkd[:, part][used], valid[used], roots)
+            anchors_seen += len(roots)
+            for chunk in _row_chunks(rows, predictor.steps * teacher.vocab_size):
+                _add_rows(sums, teacher, predictor, tree, *chunk)
+        progress(min(start + batch_size, count), count)
+    if not anchors_seen:
+        raise StoreError("nothing to evaluate: no stored sequence has two response tokens; collect longer answers")
+    return _quality(sums, count, anchors_seen)
+
+
+def _row_chunks(rows: tuple[Tensor, ...], elements_per_row: int) -> Iterator[tuple[Tensor, ...]]:
+    """The same row range of every tensor, few enough rows to hold their logits."""
+    size = max(1, LOGIT_ELEMENTS // elements_per_row)
+    for start in range(0, len(rows[0]), size):
+        yield tuple(part[start : start + size] for part in rows)
+
+
+def _similarity_hook(sums: _Sums, index_BA: Tensor, valid_BAk: Tensor) -> Callable[[int, Tensor, Tensor], None]:
+    """Adds cosine(pseudo state of step i at anchor n, real state at n+i) at every layer that has pseudo states."""
+
+    def on_layer(layer: int, real: Tensor, pseudo: Tensor) -> None:
+        started = pseudo.shape[2]
+        total = sums.cosine.setdefault(layer, torch.full((sums.steps,), float("nan"), dtype=torch.float64))
+        for step in range(1, started + 1):
+            ahead = (index_BA + step).clamp(max=real.shape[1] - 1)
+            future = real.gather(1, ahead[:, :, None].expand(-1, -1, real.shape[2]))
+            cosine = functional.cosine_similarity(pseudo[:, :, step - 1].double(), future.double(), dim=-1)
+            added = (cosine * valid_BAk[:, :, step - 1]).sum().cpu()
+            total[step - 1] = added + total[step - 1].nan_to_num(0.0)
+
+    return on_layer
+
+
+def _add_rows(
+    sums: _Sums,
+    teacher: Teacher,
+    predictor: Predictor,
+    tree: TreeSpec,
+    states: Tensor,
+    target_rows: Tensor,
+    valid: Tensor,
+    roots: Tensor,
+) -> None:
+    """Add M anchors: draft states and target states (M, k, d), valid (M, k), root tokens (M,)."""
+    chain = torch.ones_like(roots, dtype=torch.bool)
+    choices = []
+    for step in range(1, predictor.steps + 1):
+        teacher_logits = teacher.head(target_rows[:, step - 1])
+        agreement = compare_rows(predictor.step_logits(teacher, states[:, step - 1], step), teacher_logits)
+        counted = valid[:, step - 1]
+        chain = chain & counted & agreement.top1
+        choices.append(torch.where(counted, teacher_logits.argmax(-1), -1))
+        place = step - 1
+        sums.counts[place] += counted.sum().item()
+        sums.kl[place] += torch.where(counted, agreement.kl, 0.0).double().sum().item()
+        sums.top1[place] += (agreement.top1 & counted).sum().item()
+        sums.top5[place] += (agreement.top5 & counted).sum().item()
+        sums.chain[place] += chain.sum().item()
+    counts = accepted_counts(teacher, predictor, states, roots, torch.stack(choices, dim=1), tree)
+    for place in range(predictor.steps):
+        sums.tree[place] += (counts > place).sum().item()
+
+
+def accepted_counts(
+    teacher: Teacher, predictor: Predictor, states: Tensor, roots: Tensor, choices: Tensor, spec: TreeSpec
+) -> Tensor:
+    """Drafted tokens that the decoder would accept at each of M anchors, (M,) long.
+
+    Args:
+        states: (M, k, d) from `draft_states`. roots: (M,) the tokens behind the anchors.
+        choices: (M, k') what the teacher puts behind the root, behind that token, and so on; -1 where nothing counts.
+    """
+    draft = predictor.draft(teacher, states, spec.breadth(teacher.vocab_size))
+    tree = build(spec, predictor, draft, roots)
+    depth = spec.depth(predictor.steps)
+    beyond = choices.new_full((len(roots), depth + 1), -1)
+    targets = torch.cat([choices, beyond], dim=1).gather(1, tree.depth)
+    return accept(tree, targets, depth).count
+
+
+def _quality(sums: _Sums, sequences: int, anchors: int) -> Quality:
+    counts = sums.counts
+    steps = [
+        StepQuality(
+            step=place + 1,
+            top1=(sums.top1[place] / counts[place]).item(),
+            top5=(sums.top5[place] / counts[place]).item(),
+            kl=(sums.kl[place] / counts[place]).item(),
+            anchors=int(counts[place]),
+        )
+        for place in range(sums.steps)
+    ]
+    similarity: dict[int, list[float | None]] = {}
+    for layer, total in sorted(sums.cosine.items()):
+        means = (total / counts).tolist()
+        similarity[layer] = [None if mean != mean else mean for mean in means]
+    return Quality(
+        steps=steps,
+        expected_accepted_length_chain=chain_length(sums.chain.numpy(), counts.numpy()),
+        expected_accepted_length_tree=chain_length(sums.tree.numpy(), counts.numpy()),
+        similarity=similarity,
+        sequences=sequences,
+        anchors=anchors,
+    )
+
+
+@torch.inference_mode()
+def sequence_states(teacher: Teacher, predictor: Predictor, token_ids: Sequence[int]) -> SequenceBatch:
+    """One sequence with the states that the predictor reads, as a store would give them."""
+    ids = torch.tensor([list(token_ids)], device=teacher.device)
+    length = ids.shape[1]
+    lengths = torch.full((1,), length, device=teacher.device)
+    positions = torch.arange(length, device=teacher.device)[None]
+    mask = teacher.sequence_mask(causal_allowed(lengths, length), positions)
+    hidden: dict[int, Tensor] = {}
+
+    def keep(layer: int, states: Tensor) -> None:
+        if layer in predictor.required_layers:
+            hidden[layer] = states
+
+    last = teacher.run(teacher.embed(ids), positions, mask, on_layer=keep)
+    return SequenceBatch(ids, lengths, torch.ones_like(ids, dtype=torch.bool), teacher.norm(last), hidden)
+
+
+@torch.inference_mode()
+def simulate(
+    teacher: Teacher, predictor: Predictor, token_ids: Sequence[int], prompt_length: int, tree: TreeSpec
+) -> list[int]:
+    """Tokens that each decoding step would emit while writing `token_ids[prompt_length:]`, without decoding.
+
+    Training's forward drafts at every anchor; the walk then goes from accepted node to accepted node as the decoder
+    does, the last step cut at the sequence's end. The first new token is prefill's and belongs to no step.
+    """
+    length = len(token_ids)
+    first = prompt_length - 1
+    if length - prompt_length < 2:
+        return []
+    batch = sequence_states(teacher, predictor, token_ids)
+    ids = batch.input_ids[0]
+    padded = torch.cat([ids, ids.new_full((predictor.steps + 1,), -1)])
+    counts: list[int] = []
+    for anchors in torch.arange(first, length - 2, device=ids.device).split(ANCHOR_CHUNK):
+        states = predictor.draft_states(teacher, batch, anchors[None])[0]
+        ahead = anchors[:, None] + torch.arange(2, predictor.steps + 3, device=ids.device)
+        for chunk in _row_chunks((states, ids[anchors + 1], padded[ahead]), predictor.steps * teacher.vocab_size):
+            counts += accepted_counts(teacher, predictor, *chunk, tree).tolist()
+    emitted = []
+    anchor = first
+    while anchor < length - 2:
+        accepted = counts[anchor - first] + 1
+        emitted.append(min(accepted, length - 2 - anchor))
+        anchor += accepted
+    return emitted
+
+
+def gate(
+    teacher: Teacher,
+    predictor: Predictor,
+    prompts: Sequence[Sequence[int]],
+    tree: TreeSpec | str | None,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Decode the prompts greedily, simulate the very output, and compare mean accepted lengths.
+
+    Returns `simulated` and `real` (tokens per decoding step, bonus included), `prompts`, and `agree`.
+    """
+    if isinstance(tree, str):
+        tree = parse_tree(tree, predictor.steps)
+    spec = tree or default_tree(None, predictor)
+    generations = Engine(teacher, predictor, spec).generate(prompts, max_new_tokens)
+    simulated: list[int] = []
+    real: list[int] = []
+    for prompt, generation in zip(prompts, generations, strict=True):
+        real += generation.emitted
+        simulated += simulate(teacher, predictor, [*prompt, *generation.token_ids], len(prompt), spec)
+    means = [sum(lengths) / len(lengths) if lengths else 1.0 for lengths in (simulated, real)]
+    tolerance = GATE_TOLERANCE.get(teacher.dtype, GATE_TOLERANCE_ROUNDED)
+    return {
+        "simulated": means[0],
+        "real": means[1],
+        "prompts": len(prompts),
+        "agree": abs(means[0] - means[1]) <= tolerance * means[1],
+    }

@@ -1,0 +1,169 @@
+"""From decoded batches to the rows of a bench table: arithmetic only.
+
+Speed figures pool seconds and tokens over batches; intervals are bootstraps over batches (speed) and prompts (accepted
+length). Accepted length, histogram and acceptance by step count what reached the output: tokens that the last step
+drafted past EOS or the limit do not count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from firp_cli.metrics import bootstrap_ratio, bootstrap_ratio_of_ratios
+from firp_cli.records import BenchRow, Divergence, Generation, Interval, Lossless
+
+ALL = "all"
+
+
+@dataclass
+class BatchRun:
+    """One batch decoded by one method, its repeats folded into one.
+
+    `decode_tokens` are the tokens behind the first of each sequence, which prefill paid for.
+    """
+
+    dataset: str
+    category: str
+    numbers: list[int]
+    generations: list[Generation]
+    prefill_seconds: float
+    decode_seconds: float
+    decode_tokens: int
+
+    @property
+    def steps(self) -> int:
+        """Forward passes of the batch: those of its longest sequence."""
+        return max((item.steps for item in self.generations), default=0)
+
+
+Runs = Mapping[str, Sequence[BatchRun]]  # method name to its batches, in one order for all methods
+
+
+def bench_rows(
+    method: str, runs: Runs, divergences: Mapping[int, Divergence | None], temperature: float
+) -> list[BenchRow]:
+    """A method's rows: each data set as a whole, its categories where it has several, all data sets where there are
+    several.
+    """
+    datasets = list(dict.fromkeys(run.dataset for run in runs[method]))
+    groups = []
+    for dataset in datasets:
+        groups.append((dataset, ALL))
+        categories = list(dict.fromkeys(run.category for run in runs[method] if run.dataset == dataset))
+        groups += [(dataset, category) for category in categories if len(categories) > 1]
+    if len(datasets) > 1:
+        groups.append((ALL, ALL))
+    rows = []
+    for dataset, category in groups:
+        chosen = {
+            name: [run for run in each if dataset in (ALL, run.dataset) and category in (ALL, run.category)]
+            for name, each in runs.items()
+        }
+        rows.append(bench_row(dataset, category, method, chosen, divergences, temperature))
+    return rows
+
+
+def bench_row(
+    dataset: str,
+    category: str,
+    method: str,
+    runs: Runs,
+    divergences: Mapping[int, Divergence | None],
+    temperature: float,
+) -> BenchRow:
+    """One row from the batches in `runs`; `divergences` is empty for the reference and when sampling."""
+    own = runs[method]
+    generations = [item for run in own for item in run.generations]
+    emitted = [sum(item.emitted) for item in generations]
+    steps = [item.steps for item in generations]
+    decode_seconds = sum(run.decode_seconds for run in own)
+    passes = sum(run.steps for run in own)
+    base = runs.get("ar")
+    return BenchRow(
+        dataset=dataset,
+        category=category,
+        method=method,
+        predictor=None,
+        batch_size=max(len(run.numbers) for run in own),
+        temperature=temperature,
+        prompts=len(generations),
+        new_tokens=sum(len(item.token_ids) for item in generations),
+        prefill_seconds=sum(run.prefill_seconds for run in own),
+        decode_seconds=decode_seconds,
+        tokens_per_second=_ratio(sum(run.decode_tokens for run in own), decode_seconds),
+        speedup=speedup(base, own),
+        speedup_interval=speedup_interval(base, own) if method != "ar" else None,
+        speedup_hf=speedup(runs.get("hf"), own),
+        accepted_length=_ratio(sum(emitted), sum(steps)),
+        accepted_length_interval=bootstrap_ratio(emitted, steps) if sum(emitted) > sum(steps) > 0 else None,
+        acceptance_by_step=acceptance_by_step(generations),
+        accepted_histogram=accepted_histogram(generations),
+        steps=sum(steps),
+        step_milliseconds=1000 * _ratio(decode_seconds, passes),
+        lossless=lossless(own, divergences),
+        speedup_with_prefill=speedup_with_prefill(base, own),
+    )
+
+
+def speedup(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> float | None:
+    """Ratio of pooled decode seconds per token: the baseline's over this method's."""
+    if not base or not (sum(run.decode_tokens for run in base) and sum(run.decode_tokens for run in own)):
+        return None
+    return _seconds_per_token(base) / _seconds_per_token(own)
+
+
+def speedup_interval(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> Interval | None:
+    """95% bootstrap interval of `speedup` over batches."""
+    if speedup(base, own) is None or base is None or len(own) < 2:
+        return None
+    return bootstrap_ratio_of_ratios(
+        [run.decode_seconds for run in base],
+        [run.decode_tokens for run in base],
+        [run.decode_seconds for run in own],
+        [run.decode_tokens for run in own],
+    )
+
+
+def speedup_with_prefill(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> float | None:
+    """Spec-Bench's definition: mean over questions of new tokens per second of wall time, prefill included, against the
+    baseline's mean. With several sequences in a batch a batch stands for a question.
+    """
+    if not base:
+        return None
+    return fmean(_tokens_per_wall_second(run) for run in own) / fmean(_tokens_per_wall_second(run) for run in base)
+
+
+def accepted_histogram(generations: Sequence[Generation]) -> list[int]:
+    """Entry a: decoding steps that emitted a tokens."""
+    counts = Counter(length for item in generations for length in item.emitted)
+    return [counts[length] for length in range(max(counts, default=0) + 1)]
+
+
+def acceptance_by_step(generations: Sequence[Generation]) -> list[float]:
+    """Share of decoding steps that emitted at least i drafted tokens, i = 1..k; empty for plain decoding."""
+    histogram = accepted_histogram(generations)
+    steps = sum(histogram)
+    return [sum(histogram[drafted + 1 :]) / steps for drafted in range(1, len(histogram) - 1)] if steps else []
+
+
+def lossless(runs: Sequence[BatchRun], divergences: Mapping[int, Divergence | None]) -> Lossless:
+    """How many of the runs' prompts were compared and how many are identical, with where the others diverge."""
+    compared = [number for run in runs for number in run.numbers if number in divergences]
+    marks = [mark for number in compared if (mark := divergences[number]) is not None]
+    return Lossless(len(compared), len(compared) - len(marks), marks)
+
+
+def _seconds_per_token(runs: Sequence[BatchRun]) -> float:
+    return sum(run.decode_seconds for run in runs) / sum(run.decode_tokens for run in runs)
+
+
+def _tokens_per_wall_second(run: BatchRun) -> float:
+    tokens = sum(len(item.token_ids) for item in run.generations)
+    return tokens / (run.prefill_seconds + run.decode_seconds)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else float("nan")

@@ -1,0 +1,98 @@
+"""DeepSpeed around the predictor: ZeRO 0-3, gradient accumulation, clipping, fp32 or bf16, warm-up and cosine.
+
+The frozen teacher stays outside. AdamW is torch's: DeepSpeed's own compiles an extension on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from firp_cli.distributed.launch import load_deepspeed, start
+from firp_cli.predictors.base import Predictor
+from firp_cli.recipe import TrainingConfig
+from firp_cli.teacher.stack import Teacher
+from firp_cli.training.objective import ObjectiveModule
+
+ADAM_BETAS = (0.9, 0.95)
+FINAL_RATE = 0.1  # of the peak learning rate, where the cosine ends
+
+
+def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
+    """Share of the peak rate at optimizer step `step` (from 0): linear warm-up, then a cosine to FINAL_RATE."""
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def deepspeed_config(settings: TrainingConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe's training section."""
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "gradient_clipping": settings.max_grad_norm,
+        "steps_per_print": 1 << 30,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_engine(predictor: Predictor, teacher: Teacher, settings: TrainingConfig, total_steps: int) -> Any:
+    """A DeepSpeed engine over the objective; joins the ranks first. `engine(batch, anchors)` gives loss and sums."""
+    start()
+    deepspeed = load_deepspeed()
+    module = ObjectiveModule(predictor, teacher, settings)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=ADAM_BETAS, weight_decay=settings.weight_decay
+    )
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, settings.warmup_ratio))
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=parameters,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_config(settings),
+    )
+    return engine
+
+
+def backward(engine: Any, loss: Tensor) -> None:
+    """Accumulate gradients; at the boundary they are averaged over micro-batches and ranks."""
+    engine.backward(loss)
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """L2 norm of the averaged gradient before clipping, of the step just taken; None where DeepSpeed does not tell."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+@contextlib.contextmanager
+def gathered(predictor: Predictor, stage: int) -> Iterator[None]:
+    """Whole parameters on every rank, also under ZeRO-3, for reading."""
+    if stage < 3:
+        yield
+        return
+    with load_deepspeed().zero.GatheredParameters(list(predictor.parameters()), modifier_rank=None):
+        yield
+
+
+def predictor_weights(engine: Any, settings: TrainingConfig) -> dict[str, Tensor]:
+    """The predictor's weights as float32 CPU tensors. A collective under ZeRO-3: every rank calls it."""
+    predictor = engine.module.predictor
+    with gathered(predictor, settings.zero_stage):
+        return {
+            name: value.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for name, value in predictor.state_dict().items()
+        }

@@ -1,0 +1,241 @@
+"""The pseudo-state forward: masks against an element-wise loop, training against decoding, folders on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAYERS, make_predictor, random_prompts, sequence_batch, tiny_model
+from torch import Tensor
+
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.reference import greedy
+from firp_cli.decoding.tree import parse_tree
+from firp_cli.errors import FingerprintError, PredictorError
+from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_states
+from firp_cli.predictors.base import Predictor, SequenceBatch
+from firp_cli.predictors.registry import load_predictor, predictor_folder, save_predictor
+from firp_cli.teacher.attention import (
+    AttentionMask,
+    behind_prefix,
+    causal_allowed,
+    packed_allowed,
+    pseudo_positions,
+    rows_allowed,
+)
+from firp_cli.teacher.stack import Teacher
+
+KINDS = [
+    {"kind": "firp", "layer": 2, "steps": 3},
+    {"kind": "firp", "layer": 1, "steps": 2, "bias": True},
+    {"kind": "hidden_transfer", "layers": [1, 2, 3]},
+    {"kind": "medusa", "steps": 3},
+    {"kind": "medusa", "steps": 2, "own_head": False, "resblocks": 2},
+]
+
+
+def test_rows_mask_is_the_element_wise_rule() -> None:
+    """A pseudo state sees the real rows its anchor sees, and its own anchor's earlier pseudo states. Nothing else."""
+    lengths = torch.tensor([5, 3])
+    rows, steps = 5, 3
+    anchors = torch.tensor([[0, 3], [1, 2]])
+    mask = rows_allowed(causal_allowed(lengths, rows), anchors, steps)
+    for b in range(2):
+        for query in range(rows + steps * 2):
+            for key in range(rows + steps * 2):
+                inside = [True] * rows if b == 0 else [True, True, True, False, False]
+                if query < rows and key < rows:
+                    expected = key == query or (key < query and inside[key])
+                elif query < rows:
+                    expected = False
+                else:
+                    step, anchor = divmod(query - rows, 2)
+                    if key < rows:
+                        expected = key <= int(anchors[b, anchor]) and inside[key]
+                    else:
+                        other_step, other_anchor = divmod(key - rows, 2)
+                        expected = other_anchor == anchor and other_step <= step
+                assert bool(mask[b, query, key]) == expected, (b, query, key)
+
+
+def test_prefix_mask_is_the_element_wise_rule() -> None:
+    lengths = torch.tensor([4, 0, 2])
+    rows = torch.rand(3, 3, 3) > 0.5
+    mask = behind_prefix(rows, lengths, 9)
+    for b in range(3):
+        for query in range(3):
+            for slot in range(9):
+                behind = slot - int(lengths[b])
+                expected = behind < 0 or (behind < 3 and bool(rows[b, query, behind]))
+                assert bool(mask[b, query, slot]) == expected
+
+
+def test_packed_mask_stays_inside_conversations() -> None:
+    segments = torch.tensor([0, 0, 1, 1, 1, 2])
+    mask = packed_allowed(segments)[0]
+    for query in range(6):
+        for key in range(6):
+            assert bool(mask[query, key]) == (key <= query and segments[query] == segments[key])
+
+
+def test_window_cuts_by_position() -> None:
+    allowed = torch.ones(1, 2, 4, dtype=torch.bool)
+    mask = AttentionMask(allowed, torch.float32, torch.tensor([[7, 9]]), torch.tensor([[3, 4, 7, 9]]))
+    assert (mask.additive(4)[0, 0] == 0).tolist() == [[False, True, True, True], [False, False, True, True]]
+    assert (mask.additive(None) == 0).all()
+
+
+def test_pseudo_positions() -> None:
+    positions = pseudo_positions(torch.tensor([[10, 11, 12]]), torch.tensor([[2, 0]]), 2)
+    assert positions.tolist() == [[13, 11, 14, 12]]
+
+
+def plain_draft_states(teacher: Teacher, predictor: Predictor, batch: SequenceBatch, row: int, anchor: int) -> Tensor:
+    """Slow oracle: append pseudo states behind the anchor one sequence at a time, a plain causal mask, all rows."""
+    layers = predictor.transfer_layers
+    states = batch.hidden[layers[0]][row : row + 1, : anchor + 1]
+    real = states
+    for layer in range(layers[0], teacher.num_layers):
+        joined = [real]
+        for step, start in enumerate(layers, start=1):
+            if start == layer:
+                joined.append(predictor.spawn(step, real[:, anchor : anchor + 1]))
+        if layer == layers[0]:
+            rows = torch.cat(joined, dim=1)
+        else:
+            new = [
+                predictor.spawn(step, rows[:, anchor : anchor + 1])
+                for step, start in enumerate(layers, start=1)
+                if start == layer
+            ]
+            rows = torch.cat([rows, *new], dim=1)
+        count = rows.shape[1]
+        positions = torch.arange(count)[None]
+        mask = teacher.sequence_mask(torch.ones(1, count, count, dtype=torch.bool).tril(), positions)
+        rotary = teacher.rotary(rows, positions)
+        rows = teacher.layer(layer, rows, rotary, positions, mask.additive(teacher.windows[layer]), None)
+    return teacher.norm(rows[0, anchor + 1 :])
+
+
+@pytest.mark.parametrize("section", KINDS[:3], ids=lambda section: str(section))
+def test_training_forward_is_the_plain_forward(any_teacher: Teacher, section: dict) -> None:
+    """A causal mask over [real rows <= n, pseudo 1..k] is what the definition says for a single anchor."""
+    predictor = make_predictor(any_teacher, **section)
+    sequences = random_prompts(3, seed=11, low=14, high=20)
+    batch = sequence_batch(any_teacher, sequences, [4, 5, 6], list(predictor.required_layers))
+    anchors = torch.tensor([[4, 9, 12], [5, 6, 7], [6, 8, 10]])
+    with torch.no_grad():
+        states = predictor.draft_states(any_teacher, batch, anchors)
+        for row in range(3):
+            for place in range(3):
+                slow = plain_draft_states(any_teacher, predictor, batch, row, int(anchors[row, place]))
+                assert torch.allclose(states[row, place], slow, atol=2e-4), (row, place)
+
+
+@pytest.mark.parametrize("section", KINDS, ids=lambda section: str(section))
+def test_decoder_drafts_what_training_predicts(any_teacher: Teacher, section: dict) -> None:
+    """The draft that the decoder makes at a prefix equals the training forward's at that position, token for token."""
+    predictor = make_predictor(any_teacher, **section)
+    prompts = random_prompts(2, seed=12, low=5, high=9)
+    texts = [greedy(any_teacher, prompt, 20) for prompt in prompts]
+    sequences = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    drafts: list[tuple[int, list[list[int]]]] = []
+    original = predictor.draft
+
+    def recording(teacher: Teacher, states: Tensor, breadth: int) -> object:
+        draft = original(teacher, states, breadth)
+        drafts.append((draft.tokens.shape[0], draft.tokens[:, :, :2].tolist()))
+        return draft
+
+    predictor.draft = recording  # type: ignore[method-assign, assignment]
+    for row, prompt in enumerate(prompts):
+        drafts.clear()
+        got = Engine(any_teacher, predictor, parse_tree("dynamic:5", predictor.steps)).generate([prompt], 20)[0]
+        assert got.token_ids == texts[row]
+        places, anchor = [len(prompt) - 1], len(prompt) - 1
+        for accepted in got.accepted_lengths[:-1]:
+            anchor += accepted
+            places.append(anchor)
+        batch = sequence_batch(any_teacher, [sequences[row]], [len(prompt)], list(predictor.required_layers))
+        with torch.no_grad():
+            states = predictor.draft_states(any_teacher, batch, torch.tensor([places]))
+            expected = original(any_teacher, states[0], 2).tokens.tolist()
+        assert [tokens[0] for _, tokens in drafts[: len(places)]] == expected
+
+
+def test_only_the_predictor_gets_gradients(any_teacher: Teacher) -> None:
+    for section in KINDS:
+        predictor = make_predictor(any_teacher, **section).requires_grad_(True)
+        batch = sequence_batch(
+            any_teacher, random_prompts(2, seed=13, low=12, high=15), [3, 4], list(predictor.required_layers)
+        )
+        anchors = choose_anchors(batch, predictor.steps)
+        predictor.draft_states(any_teacher, batch, anchors.index).square().sum().backward()
+        maps = [item for name, item in predictor.named_parameters() if not name.startswith("heads.")]
+        assert all(item.grad is not None and item.grad.abs().sum() > 0 for item in maps)
+        assert all(item.grad is None for item in any_teacher.model.parameters())
+
+
+def test_anchors_and_targets(teacher: Teacher) -> None:
+    batch = sequence_batch(teacher, [list(range(3, 13)), list(range(3, 9))], [4, 3], [])
+    anchors = choose_anchors(batch, 3)
+    # Row 0: tokens 4..9 are the response. Anchor n needs n+1 and n+2 in it: n = 3..7. Step i needs n+i+1 <= 9.
+    assert anchors.index[0].tolist() == [3, 4, 5, 6, 7]
+    assert anchors.valid[0].sum(1).tolist() == [3, 3, 3, 2, 1]
+    assert anchors.index[1, :2].tolist() == [2, 3]
+    assert anchors.valid[1].sum(1).tolist() == [2, 1, 0, 0, 0]
+    targets = target_states(batch, anchors)
+    assert torch.equal(targets[0, 1, 2], batch.final[0, 4 + 3])
+    few = choose_anchors(batch, 3, limit=2, seeds=[5, 6])
+    assert few.index.shape == (2, 2)
+    assert torch.equal(few.index, choose_anchors(batch, 3, limit=2, seeds=[5, 6]).index)
+
+
+def test_compare_rows_is_the_definition() -> None:
+    torch.manual_seed(0)
+    draft, target = torch.randn(6, 11), torch.randn(6, 11)
+    got = compare_rows(draft, target)
+    for row in range(6):
+        p, q = target[row].softmax(0), draft[row].softmax(0)
+        assert torch.isclose(got.kl[row], (p * (p / q).log()).sum(), atol=1e-5)
+        assert torch.isclose(got.total_variation[row], (p - q).abs().sum() / 2, atol=1e-6)
+        assert torch.isclose(got.cross_entropy[row], -q[target[row].argmax()].log(), atol=1e-5)
+        assert bool(got.top1[row]) == (int(draft[row].argmax()) == int(target[row].argmax()))
+        assert bool(got.top5[row]) == (int(target[row].argmax()) in draft[row].topk(5).indices.tolist())
+
+
+def test_transfer_layer_out_of_range(teacher: Teacher) -> None:
+    with pytest.raises(PredictorError, match=f"1 <= t <= {LAYERS - 1}"):
+        make_predictor(teacher, kind="firp", layer=LAYERS, steps=2)
+
+
+@pytest.mark.parametrize("section", KINDS, ids=lambda section: str(section))
+def test_folder_round_trip(teacher: Teacher, tmp_path: Path, section: dict) -> None:
+    predictor = make_predictor(teacher, **section)
+    save_predictor(predictor, tmp_path / "p", teacher)
+    again = load_predictor(predictor_folder(str(tmp_path / "p")), teacher)
+    assert again.describe() == predictor.describe()
+    for name, value in predictor.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
+def test_folder_refusals(teacher: Teacher, tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    save_predictor(make_predictor(teacher, kind="firp", layer=1, steps=2), folder, teacher)
+    other = Teacher(tiny_model("llama-mha"), name="other")
+    with pytest.raises(FingerprintError, match="--force"):
+        load_predictor(folder, other)
+    load_predictor(folder, other, force=True)
+    with pytest.raises(PredictorError, match="no embedded predictor"):
+        predictor_folder(str(tmp_path / "nothing"))
+    weights = folder / "predictor.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    with pytest.raises(PredictorError, match="cannot be loaded"):
+        load_predictor(folder, teacher)
+    config = json.loads((folder / "config.json").read_text())
+    config["predictor"]["kind"] = "frip"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PredictorError, match="did you mean 'firp'"):
+        load_predictor(folder, teacher)
