@@ -54,7 +54,7 @@ class Generation:
 
 @dataclass
 class Divergence:
-    """First token at which a method's output differs from the baseline's. `logit_gap`: expected minus got, >= 0 near a tie."""
+    """First token at which an output differs from the baseline's. `logit_gap`: logit of expected minus that of got."""
 
     prompt: int
     position: int
@@ -140,7 +140,7 @@ class StepQuality:
 
 @dataclass
 class EvalReport:
-    """What `firp eval` measured. `similarity[l]` maps a layer to cosine(pseudo, real) by step (None before the step starts)."""
+    """What `firp eval` measured. `similarity[l]`: cosine(pseudo, real) at layer l by step; None before it starts."""
 
     environment: dict[str, Any]
     teacher: dict[str, Any]

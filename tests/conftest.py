@@ -1,4 +1,4 @@
-"""Tiny teachers of every tested family, built in code, and fake predictors that are always, never or sometimes right."""
+"""Tiny teachers of every tested family, built in code, and fake predictors: always, never or sometimes right."""
 
 from __future__ import annotations
 

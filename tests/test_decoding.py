@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import (
@@ -35,8 +37,13 @@ def family_of(teacher: Teacher) -> str:
     return teacher.name.removeprefix("tiny-")
 
 
+@cache
+def reference(family: str, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    return generate_reference(tiny_model(family), list(prompt), tokens)
+
+
 def references(teacher: Teacher, prompts: list[list[int]], tokens: int = TOKENS) -> list[list[int]]:
-    return [generate_reference(tiny_model(family_of(teacher)), prompt, tokens) for prompt in prompts]
+    return [list(reference(family_of(teacher), tuple(prompt), tokens)) for prompt in prompts]
 
 
 def test_oracle_is_generate(any_teacher: Teacher) -> None:

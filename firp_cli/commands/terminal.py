@@ -41,10 +41,14 @@ def progress_bar(description: str) -> Iterator[Progress]:
     from firp_cli.reports.progress import console_progress
 
     if not main_process():
-        yield lambda done, total=None: None
+        yield _silent
         return
     with console_progress(description) as progress:
         yield progress
+
+
+def _silent(done: int, total: int | None = None) -> None:
+    pass
 
 
 def split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -8,6 +8,7 @@ drawn, whatever the draft was.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,12 @@ def accept(tree: Tree, targets: Tensor, depth: int) -> Accepted:
     return Accepted(count, node, path, emitted, bonus[:, 0])
 
 
+def accept_root(targets: Tensor) -> Accepted:
+    """`accept` for a tree of the root alone (`targets` (B, 1)): nothing was drafted, the target is the bonus token."""
+    nothing = torch.zeros_like(targets[:, 0])
+    return Accepted(nothing, nothing, nothing[:, None], targets, targets[:, 0])
+
+
 class Sampler:
     """Chooses the teacher's token at every node: argmax at temperature 0, else a draw after temperature and top-p.
 
@@ -62,7 +69,7 @@ class Sampler:
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         self.greedy = temperature == 0.0
-        self._warpers = []
+        self._warpers: list[Any] = []
         if not self.greedy:
             self._warpers.append(TemperatureLogitsWarper(float(temperature)))
             if top_p < 1.0:
@@ -75,6 +82,6 @@ class Sampler:
             return logits.argmax(-1)
         scores = logits.flatten(0, 1)
         for warp in self._warpers:
-            scores = warp(None, scores)  # type: ignore[arg-type]
+            scores = warp(None, scores)
         draws = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
         return draws.view(logits.shape[:2])

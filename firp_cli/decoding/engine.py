@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from firp_cli.decoding.accept import Accepted, Sampler, accept
+from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
 from firp_cli.decoding.tree import Tree, TreeSpec, build, default_tree, root_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.predictors.base import Draft, Predictor, forward_rows
@@ -167,14 +167,20 @@ class Engine:
     def _step(self, cache: KVCache, root: Tensor, draft: Draft | None) -> tuple[Accepted, Draft | None]:
         """One decoding step (DESIGN section 2): draft tree, one forward, acceptance, K/V compaction, next draft."""
         teacher, predictor = self.teacher, self.predictor
+        depth = 0
         if draft is None or predictor is None or self.tree is None:
-            tree, depth = root_tree(root), 0
+            tree = root_tree(root)
         else:
             tree, depth = build(self.tree, predictor, draft, root), self.tree.depth(predictor.steps)
         real, pseudo = self._forward(cache, tree)
         normed = teacher.norm(real)
-        accepted = accept(tree, self.sampler(teacher.head(normed)), depth)
-        cache.commit(accepted.path, accepted.count + 1)
+        targets = self.sampler(teacher.head(normed))
+        if depth:
+            accepted = accept(tree, targets, depth)
+            cache.commit(accepted.path, accepted.count + 1)
+        else:
+            accepted = accept_root(targets)
+            cache.advance(torch.ones_like(root))  # the root's K/V stands where it belongs
         if predictor is None:
             return accepted, None
         index = accepted.node[:, None, None]
@@ -220,7 +226,7 @@ class Engine:
         stop: Sequence[str],
         on_tokens: OnTokens | None,
     ) -> None:
-        """The step's one read from the device: what was emitted; then cut, count and hand on. `counts` None: prefill."""
+        """The step's one read from the device: what was emitted; then cut, count, hand on. `counts` None: prefill."""
         rows = torch.cat([accepted.count[:, None], accepted.tokens], dim=1).tolist()
         for item, (count, *emitted) in zip(live, rows, strict=True):
             tokens = emitted[: count + 1]

@@ -1,4 +1,4 @@
-"""The oracle: greedy decoding with the model's own forward, no cache, no tree, one token at a time. Slow and obvious."""
+"""The oracle: greedy decoding with the model's own forward: no cache, no tree, one token at a time."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class TreeSpec:
 
 @dataclass
 class Tree:
-    """`tokens`, `parents`, `depth`: (B, N) long; `ancestors`: (B, N, N) bool, each row a node's path, itself included."""
+    """`tokens`, `parents`, `depth`: (B, N) long; `ancestors`: (B, N, N) bool, a row is a node's path with itself."""
 
     tokens: Tensor
     parents: Tensor

@@ -1,7 +1,7 @@
 """Ranks: one process per device, started through the DeepSpeed launcher, talking over NCCL or, on a CPU, gloo.
 
-`launch` starts the ranks of a command; inside a rank `start` joins them. A single process is a group of one and needs no
-launcher, no port and no MPI.
+`launch` starts the ranks of a command; inside a rank `start` joins them. A single process is a group of one and needs
+neither launcher nor port nor MPI.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def load_deepspeed() -> Any:
         deepspeed = importlib.import_module("deepspeed")
         operations = importlib.import_module("deepspeed.ops")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     operations.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler; gloo serves as well
     return deepspeed
 
@@ -91,8 +92,8 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def launch(gpus: int | None, hostfile: str | None, argv: list[str]) -> bool:
-    """Run `firp` with `argv` (what stands behind the program's name) as a group of ranks, if one is asked for.
+def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str = "firp_cli") -> bool:
+    """Run `python -m module argv` (by default: `firp argv`) as a group of ranks, if one is asked for.
 
     Returns False at once where this process is a rank already or should do the work itself. Otherwise waits for the
     ranks and returns True. A CPU serves any number of ranks, which share its cores.
@@ -112,7 +113,7 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str]) -> bool:
     with tempfile.TemporaryDirectory(prefix="firp-launch-") as folder:
         failure = Path(folder) / "failure.json"
         environment[FAILURE_FILE] = str(failure)
-        code, interrupted = _wait([*command, "firp_cli", *argv], environment)
+        code, interrupted = _wait([*command, module, *argv], environment)
         if interrupted:
             raise KeyboardInterrupt
         if code:

@@ -55,9 +55,7 @@ class HuggingFaceGenerate:
         rows = output[:, width:].tolist()
         ended = time.perf_counter()
         prefill, decode = first_token.seconds - began, ended - first_token.seconds
-        return [
-            self._generation(len(prompt), row, prefill, decode) for prompt, row in zip(prompts, rows, strict=True)
-        ]
+        return [self._generation(len(prompt), row, prefill, decode) for prompt, row in zip(prompts, rows, strict=True)]
 
     def _padding(self) -> int:
         """A token to pad with: the attention mask hides it, so any will do."""

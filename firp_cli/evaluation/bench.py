@@ -124,15 +124,18 @@ def make_methods(
 def fit_prompts(
     prompts: Sequence[BenchPrompt], max_positions: int, max_new_tokens: int, skip_long: bool
 ) -> tuple[list[BenchPrompt], int]:
-    """The prompts that leave room for the answer, and how many were skipped. Raises CapacityError unless `skip_long`."""
+    """The prompts that leave room for the answer, and how many were skipped.
+
+    Raises CapacityError when one is too long and `skip_long` is off, or when none is left.
+    """
     room = max_positions - max_new_tokens
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= room]
     skipped = len(prompts) - len(fitting)
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
     if skipped and not skip_long:
         raise CapacityError(
-            f"{skipped} of {len(prompts)} prompts are too long (the longest has {longest} tokens): the teacher's context "
-            f"of {max_positions} leaves {room} beside {max_new_tokens} new tokens\n"
+            f"{skipped} of {len(prompts)} prompts are too long (the longest has {longest} tokens): the teacher's "
+            f"context of {max_positions} leaves {room} beside {max_new_tokens} new tokens\n"
             "--skip-long leaves them out and counts them, a smaller --max-new-tokens makes room"
         )
     if not fitting:
@@ -272,9 +275,7 @@ def run_bench(
 ) -> BenchReport:
     """Measure the methods on the prompts. Raises CapacityError, UsageError."""
     if settings.batch_size < 1 or settings.repeats < 1:
-        raise UsageError(
-            f"batch size and repeats must be at least 1, got {settings.batch_size} and {settings.repeats}"
-        )
+        raise UsageError(f"batch size and repeats must be at least 1, got {settings.batch_size} and {settings.repeats}")
     fitting, skipped = fit_prompts(prompts, teacher.max_positions, settings.max_new_tokens, skip_long)
     batches = make_batches(fitting, settings.batch_size)
     runs = measure(methods, fitting, batches, settings, progress)

@@ -246,8 +246,9 @@ def simulate(
     for anchors in torch.arange(first, length - 2, device=ids.device).split(ANCHOR_CHUNK):
         states = predictor.draft_states(teacher, batch, anchors[None])[0]
         ahead = anchors[:, None] + torch.arange(2, predictor.steps + 3, device=ids.device)
-        for chunk in _row_chunks((states, ids[anchors + 1], padded[ahead]), predictor.steps * teacher.vocab_size):
-            counts += accepted_counts(teacher, predictor, *chunk, tree).tolist()
+        rows = (states, ids[anchors + 1], padded[ahead])
+        for part, roots, following in _row_chunks(rows, predictor.steps * teacher.vocab_size):
+            counts += accepted_counts(teacher, predictor, part, roots, following, tree).tolist()
     emitted = []
     anchor = first
     while anchor < length - 2:

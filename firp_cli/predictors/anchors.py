@@ -82,7 +82,7 @@ def choose_anchors(
 
 
 def target_states(batch: SequenceBatch, anchors: Anchors) -> Tensor:
-    """The teacher's normed final states at n+i: (B, A, k, d). Rows of steps that do not count hold the last position."""
+    """The teacher's normed final states at n+i: (B, A, k, d). Steps that do not count hold the last position's."""
     steps = anchors.valid.shape[-1]
     ahead = anchors.index[:, :, None] + torch.arange(1, steps + 1, device=anchors.index.device)
     ahead = ahead.clamp(max=batch.final.shape[1] - 1)

@@ -1,7 +1,7 @@
 """Medusa (arXiv 2401.10774, section 2.1.1): residual heads on the last hidden state, the baseline of both papers.
 
-Head i is `resblocks` blocks x + SiLU(Linear(x)), the linear starting at zero, and a vocabulary matrix: its own, starting
-as a copy of the teacher's, or the frozen teacher's.
+Head i is `resblocks` blocks x + SiLU(Linear(x)), the linear starting at zero, and a vocabulary matrix: its own, which
+starts as a copy of the teacher's, or the frozen teacher's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class MedusaPredictor(Predictor):
         super().__init__(config, config.steps)
         size = teacher.hidden_size
         self.blocks = nn.ModuleList(
-            nn.ModuleList(nn.Linear(size, size) for _ in range(config.resblocks)) for _ in range(self.steps)
+            nn.Sequential(*(nn.Linear(size, size) for _ in range(config.resblocks))) for _ in range(self.steps)
         )
         self.heads = nn.ModuleList(
             nn.Linear(size, teacher.vocab_size, bias=False) for _ in range(self.steps if config.own_head else 0)
@@ -34,7 +34,7 @@ class MedusaPredictor(Predictor):
         states = []
         for blocks in self.blocks:
             state = final
-            for linear in blocks:  # type: ignore[union-attr]
+            for linear in _linears(blocks):
                 state = state + functional.silu(linear(state.to(linear.weight.dtype))).to(final.dtype)
             states.append(state)
         return torch.stack(states, dim=-2)
@@ -59,11 +59,16 @@ class MedusaPredictor(Predictor):
         if init == "ridge":
             raise PredictorError("medusa has no ridge start: set training.init to identity or random")
         for blocks in self.blocks:
-            for linear in blocks:  # type: ignore[union-attr]
+            for linear in _linears(blocks):
                 if init == "identity":
                     nn.init.zeros_(linear.weight)
                 else:
                     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                 nn.init.zeros_(linear.bias)
         for head in self.heads:
-            head.weight.copy_(teacher.model.get_output_embeddings().weight)  # type: ignore[operator, union-attr]
+            head.weight.copy_(teacher.model.get_output_embeddings().weight)
+
+
+def _linears(blocks: nn.Module) -> list[nn.Linear]:
+    """A head's residual blocks; held in a Sequential, applied with their skip connections by `_states`."""
+    return [module for module in blocks.children() if isinstance(module, nn.Linear)]

@@ -19,8 +19,15 @@ from firp_cli.errors import FingerprintError, PredictorError
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.medusa import MedusaPredictor
 from firp_cli.predictors.transfer import TransferPredictor
-from firp_cli.recipe import KINDS, FirpConfig, HiddenTransferConfig, MedusaConfig, PredictorSection, nearest
-from firp_cli.recipe import embedded_predictors
+from firp_cli.recipe import (
+    KINDS,
+    FirpConfig,
+    HiddenTransferConfig,
+    MedusaConfig,
+    PredictorSection,
+    embedded_predictors,
+    nearest,
+)
 from firp_cli.teacher.stack import Teacher
 
 FORMAT = 1

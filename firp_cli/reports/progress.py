@@ -17,8 +17,14 @@ def console_progress(description: str) -> Iterator[Callable[[int, int | None], N
         yield _line_progress(description)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -30,7 +36,11 @@ def console_progress(description: str) -> Iterator[Callable[[int, int | None], N
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None)
-        yield lambda done, total=None: bar.update(task, completed=done, total=total)
+
+        def progress(done: int, total: int | None = None) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield progress
 
 
 def _line_progress(description: str) -> Callable[[int, int | None], None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def causal_allowed(lengths_B: Tensor, rows: int) -> Tensor:
-    """(B, R, R) bool: a real row sees itself and earlier rows of its sequence. Rows past a length see themselves only."""
+    """(B, R, R) bool: a row sees itself and the earlier rows of its sequence; rows past a length are seen by none."""
     index = torch.arange(rows, device=lengths_B.device)
     causal = index[None, :] <= index[:, None]
     inside = index[None, :] < lengths_B[:, None]

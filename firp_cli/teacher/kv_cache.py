@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Preallocated K/V of all layers. Committed tokens of sequence b fill slots [0, lengths[b]); behind them is scratch.
+    """Preallocated K/V of all layers. Committed tokens of sequence b fill slots [0, lengths[b]); the rest is scratch.
 
     A forward of M rows writes to slots lengths[b] .. lengths[b] + M - 1 and commits nothing; `commit` then moves the
     rows that were accepted to the front of the scratch and lengthens the prefix. Lengths live on the device;

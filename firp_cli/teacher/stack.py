@@ -50,7 +50,7 @@ class Teacher:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.num_layers = len(self.layers)
         self.hidden_size: int = config.hidden_size
-        self.vocab_size: int = self._head.weight.shape[0]  # type: ignore[union-attr, assignment]
+        self.vocab_size: int = self._head.weight.shape[0]
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
         self.windows = _windows(config, self.num_layers)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
@@ -82,16 +82,16 @@ class Teacher:
                 "give a local model folder or a reachable hub id as teacher.model"
             ) from error
         if not config.device_map:
-            model = model.to(device or default_device())
+            model.to(device=torch.device(device or default_device()))
         return cls(model, tokenizer, name=config.model, check=check)
 
     @property
     def device(self) -> torch.device:
-        return self._embed.weight.device  # type: ignore[union-attr, return-value]
+        return self._embed.weight.device  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._embed.weight.dtype  # type: ignore[union-attr, return-value]
+        return self._embed.weight.dtype  # type: ignore[return-value]
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, R) token ids to h^0 (B, R, d)."""
@@ -226,7 +226,7 @@ def _part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
         if getattr(base, name, None) is not None:
             return getattr(base, name)
     raise TeacherError(
-        f"{teacher}: {type(base).__name__} has no {' or '.join(names)}; supported: Llama, Mistral, Qwen2, Qwen3 and alike"
+        f"{teacher}: {type(base).__name__} has no {' or '.join(names)}; supported: Llama, Mistral, Qwen2, Qwen3"
     )
 
 

@@ -67,14 +67,17 @@ def build_engine(predictor: Predictor, teacher: Teacher, settings: TrainingConfi
     return engine
 
 
-def backward(engine: Any, loss: Tensor) -> None:
-    """Accumulate gradients; at the boundary they are averaged over micro-batches and ranks."""
-    engine.backward(loss)
-
-
-def gradient_norm(engine: Any) -> float | None:
-    """L2 norm of the averaged gradient before clipping, of the step just taken; None where DeepSpeed does not tell."""
-    norm = engine.get_global_grad_norm()
+def optimizer_step(engine: Any, settings: TrainingConfig) -> float | None:
+    """Take the optimizer step at the end of an accumulation; returns the L2 norm of the averaged gradient before
+    clipping, or None where DeepSpeed does not tell.
+    """
+    if settings.zero_stage == 0 and settings.precision == "fp32":  # here it keeps the norm to itself
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        engine.step()
+    else:
+        engine.step()
+        norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 
@@ -89,10 +92,9 @@ def gathered(predictor: Predictor, stage: int) -> Iterator[None]:
 
 
 def predictor_weights(engine: Any, settings: TrainingConfig) -> dict[str, Tensor]:
-    """The predictor's weights as float32 CPU tensors. A collective under ZeRO-3: every rank calls it."""
+    """The predictor's weights on the CPU, as trained. A collective under ZeRO-3: every rank calls it."""
     predictor = engine.module.predictor
     with gathered(predictor, settings.zero_stage):
         return {
-            name: value.detach().to("cpu", torch.float32, copy=True).contiguous()
-            for name, value in predictor.state_dict().items()
+            name: value.detach().to("cpu", copy=True).contiguous() for name, value in predictor.state_dict().items()
         }

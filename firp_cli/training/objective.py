@@ -128,7 +128,7 @@ def objective(
 def _compare(
     predictor: Predictor, teacher: Teacher, draft: Tensor, target: Tensor, step: int, settings: TrainingConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Drafts (M, d) of one step against the teacher's states (M, d): summed loss, top-1 hits (M,), number of top-5 hits."""
+    """Drafts (M, d) of one step against the teacher's states (M, d): loss sum, top-1 hits (M,), top-5 hits sum."""
     with torch.no_grad():
         teacher_logits = teacher.head(target)
     agreement = compare_rows(predictor.step_logits(teacher, draft, step), teacher_logits)

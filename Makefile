@@ -1,0 +1,39 @@
+# make demo | test | lint | install | figures | clean
+PYTHON ?= python3
+FIRP := .venv/bin/firp
+RUN ?= runs/demo
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint ablations clean
+
+help:
+	@echo "make demo       install, then collect, train, eval and bench on the embedded teacher (about 10 minutes on 2 cores)"
+	@echo "make test       install, then run the tests"
+	@echo "make lint       ruff (format and check) and mypy"
+	@echo "make ablations  the ablation table of scripts/NOTES.md"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo "installing firp and what it needs into .venv (about two minutes the first time)"
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: install
+	.venv/bin/python scripts/demo.py --output $(RUN)
+
+test: install
+	.venv/bin/python -m pytest
+
+lint: install
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy -p firp_cli
+
+ablations: install
+	.venv/bin/python scripts/ablations.py
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache runs/demo stores/demo

@@ -1,0 +1,194 @@
+"""`firp generate`: text after a prompt, streamed, with what was drafted and accepted in colour."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from firp_cli.commands.terminal import Force, Json, Verbose, print_json, progress_bar, quiet_libraries
+from firp_cli.errors import UsageError
+from firp_cli.recipe import nearest
+
+if TYPE_CHECKING:
+    from firp_cli.decoding.engine import Engine
+    from firp_cli.records import Generation
+
+TAIL_TOKENS = 8  # tokens of context that decide how the next one is written (spaces, split characters)
+
+
+def generate(
+    predictor: Annotated[
+        str | None, typer.Argument(help="Predictor folder or embedded name. Default: the embedded FIRP predictor.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="A user message.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A .jsonl file of prompts; writes JSONL.")] = None,
+    method: Annotated[str | None, typer.Option(help="ar, or the predictor's kind (default).")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Model folder or hub id. Default: the predictor's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once, with --prompts.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
+    tree: Annotated[str | None, typer.Option(help="dynamic:N, chain, static:4x2x1, or a tree.json.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts at most, with --prompts.")] = None,
+    raw: Annotated[bool, typer.Option(help="Take the prompt as it is, without the chat template.")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSONL file for the results.")] = None,
+    skip_long: Annotated[bool, typer.Option(help="Skip and count prompts that do not fit the context.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate text with a predictor's draft trees. The tokens are those of plain decoding."""
+    if (prompt is None) == (prompts is None):
+        raise UsageError("give either --prompt TEXT or --prompts FILE.jsonl")
+    quiet_libraries(verbose)
+    engine = _engine(predictor, method, teacher, force, tree, temperature=temperature, top_p=top_p, seed=seed)
+    stops = stop or []
+    if prompt is not None:
+        ids = _encode([{"role": "user", "content": prompt}], prompt if raw else None, engine)
+        stream = not as_json and output is None
+        painter = _Painter(engine.teacher.tokenizer) if stream else None
+        result = engine.generate([ids], max_new_tokens, stops, painter.on_tokens if painter else None)[0]
+        if painter:
+            painter.end()
+        if as_json:
+            print_json(_record(result))
+        if output is not None:
+            _write_lines(output, [result])
+        typer.echo(_summary([result]), err=True)
+        return
+    assert prompts is not None
+    results = _generate_file(engine, prompts, limit, raw, max_new_tokens, stops, batch_size, skip_long)
+    _write_lines(output, results)
+    typer.echo(_summary(results), err=True)
+
+
+def _engine(
+    predictor: str | None, method: str | None, teacher: str | None, force: bool, tree: str | None, **sampling: Any
+) -> Engine:
+    """The decoding engine that the options ask for. Method `ar` needs no predictor."""
+    from firp_cli.commands.loading import load_pair, load_teacher
+    from firp_cli.decoding.engine import Engine
+    from firp_cli.decoding.tree import default_tree, parse_tree
+    from firp_cli.predictors.registry import predictor_folder
+
+    if method == "ar":
+        return Engine(load_teacher(teacher, predictor_folder(predictor) if predictor else None), **sampling)
+    if predictor is None and teacher is not None:
+        raise UsageError(f"no predictor named for {teacher}: give its folder, or --method ar for plain decoding")
+    model, loaded, folder = load_pair(predictor or method or "firp", teacher, force)
+    if method not in (None, loaded.kind):
+        raise UsageError(
+            f"{folder} holds a {loaded.kind} predictor, not {method!r}{nearest(str(method), ['ar', loaded.kind])}"
+        )
+    spec = parse_tree(tree, loaded.steps) if tree else default_tree(folder, loaded)
+    return Engine(model, loaded, spec, **sampling)
+
+
+def _encode(messages: list[dict[str, str]], raw: str | None, engine: Engine) -> list[int]:
+    from firp_cli.data.conversations import encode_prompt
+
+    tokenizer = engine.teacher.tokenizer
+    return list(tokenizer(raw)["input_ids"]) if raw is not None else encode_prompt(messages, tokenizer)
+
+
+def _generate_file(
+    engine: Engine,
+    path: Path,
+    limit: int | None,
+    raw: bool,
+    max_new_tokens: int,
+    stops: list[str],
+    batch_size: int,
+    skip_long: bool,
+) -> list[Generation]:
+    """Results in the file's order, prompts in batches of `batch_size`."""
+    from firp_cli.data.prompts import load_prompts
+
+    loaded = load_prompts(str(path), None, limit)
+    encoded = [_encode(item.messages, item.messages[-1]["content"] if raw else None, engine) for item in loaded]
+    room = engine.teacher.max_positions - max_new_tokens
+    if skip_long:
+        fitting = [ids for ids in encoded if len(ids) <= room]
+        if len(fitting) < len(encoded):
+            typer.echo(
+                f"skipped {len(encoded) - len(fitting)} of {len(encoded)} prompts longer than {room} tokens", err=True
+            )
+        encoded = fitting
+    results: list[Generation] = []
+    with progress_bar("generating") as progress:
+        for start in range(0, len(encoded), batch_size):
+            results += engine.generate(encoded[start : start + batch_size], max_new_tokens, stops)
+            progress(len(results), len(encoded))
+    return results
+
+
+def _record(result: Generation) -> dict[str, Any]:
+    """DESIGN's JSONL fields, and the times."""
+    return {
+        "prompt_tokens": result.prompt_tokens,
+        "token_ids": result.token_ids,
+        "text": result.text,
+        "steps": result.steps,
+        "accepted_lengths": result.accepted_lengths,
+        "finish_reason": result.finish_reason,
+        "prefill_seconds": result.prefill_seconds,
+        "decode_seconds": result.decode_seconds,
+    }
+
+
+def _write_lines(output: Path | None, results: list[Generation]) -> None:
+    """JSONL to a file, whole or not at all, or to stdout."""
+    from firp_cli.provenance import write_atomically
+
+    text = "".join(json.dumps(_record(result), ensure_ascii=False) + "\n" for result in results)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(output, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _summary(results: list[Generation]) -> str:
+    tokens = sum(len(result.token_ids) for result in results)
+    steps = sum(result.steps for result in results)
+    decoded = sum(sum(result.emitted) for result in results)
+    seconds = sum(result.decode_seconds for result in results)
+    prefill = sum(result.prefill_seconds for result in results)
+    accepted = sum(map(sum, (result.accepted_lengths for result in results)))
+    speed = f"{decoded / seconds:.1f} tokens/s" if seconds and decoded else "no decoding step"
+    length = f"accepted length {accepted / steps:.2f}" if steps else "accepted length -"
+    return f"{tokens} tokens in {steps} steps, {length}, {speed}, prefill {prefill:.2f} s"
+
+
+class _Painter:
+    """Writes text as it is decided: drafted and accepted tokens green, the teacher's own plain."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from rich.console import Console
+
+        self.tokenizer = tokenizer
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.tokens: list[int] = []
+        self.pending = 0  # tokens not written yet: their text ends inside a character
+
+    def on_tokens(self, _: int, tokens: list[int], drafted: int) -> None:
+        """The tokens of one step; the first `drafted` of them came from the draft."""
+        for number, token in enumerate(tokens):
+            self.tokens.append(token)
+            self.pending += 1
+            start = max(0, len(self.tokens) - self.pending - TAIL_TOKENS)
+            before = self.tokenizer.decode(self.tokens[start : -self.pending], skip_special_tokens=True)
+            text = self.tokenizer.decode(self.tokens[start:], skip_special_tokens=True)
+            if text.endswith("\ufffd"):
+                continue
+            self.console.print(text[len(before) :], end="", style="green" if number < drafted else None, markup=False)
+            self.pending = 0
+        self.console.file.flush()
+
+    def end(self) -> None:
+        self.console.print()

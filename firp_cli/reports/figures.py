@@ -1,0 +1,237 @@
+"""Figures as PNG bytes. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from firp_cli.records import BenchReport, BenchRow, EvalReport
+from firp_cli.reports.tables import group_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE: dict[Any, Any] = {
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+DOTS_PER_INCH = 160
+
+
+@contextmanager
+def _canvas(width: float, height: float) -> Iterator[Figure]:
+    """An empty figure in inches, drawn without a display and without touching pyplot's global state."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DOTS_PER_INCH)
+    return stream.getvalue()
+
+
+def bench_figures(report: BenchReport) -> dict[str, bytes]:
+    """PNGs by name: `speedup`, `acceptance` and, with several data sets or categories, `speedup_by_group`."""
+    main = _main_rows(report)
+    drafted = [row for row in main if row.acceptance_by_step]
+    figures = {}
+    if any(row.speedup or row.speedup_hf for row in main):
+        figures["speedup"] = _speedup(main)
+    if drafted:
+        figures["acceptance"] = _acceptance(drafted)
+    if len({group_name(row) for row in report.rows}) > 1 and any(row.speedup for row in report.rows):
+        figures["speedup_by_group"] = _speedup_by_group(report.rows)
+    return figures
+
+
+def _main_rows(report: BenchReport) -> list[BenchRow]:
+    """One row per method: over all data sets where there are several."""
+    whole = [row for row in report.rows if row.category == "all"]
+    return [row for row in whole if row.dataset == "all"] or whole
+
+
+def _errors(row: BenchRow) -> tuple[float, float]:
+    """How far the interval reaches below and above the speedup."""
+    if row.speedup is None or row.speedup_interval is None:
+        return 0.0, 0.0
+    return max(0.0, row.speedup - row.speedup_interval[0]), max(0.0, row.speedup_interval[1] - row.speedup)
+
+
+def _speedup(rows: Sequence[BenchRow]) -> bytes:
+    """Speedup of each method over both baselines, with the interval over `ar`."""
+    with _canvas(6.4, 0.9 + 0.55 * len(rows)) as figure:
+        axes = figure.subplots()
+        places = list(range(len(rows)))
+        bars = 0.36
+        axes.barh(
+            [place - bars / 2 for place in places],
+            [row.speedup or 0.0 for row in rows],
+            height=bars,
+            xerr=list(zip(*(_errors(row) for row in rows), strict=True)),
+            color=COLOURS[0],
+            error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": "#222222"},
+            label="over ar, plain decoding in the same engine (95% interval)",
+        )
+        if any(row.speedup_hf for row in rows):
+            values = [row.speedup_hf or 0.0 for row in rows]
+            axes.barh([p + bars / 2 for p in places], values, height=bars, color=COLOURS[1], label="over hf generate")
+        for place, row in enumerate(rows):
+            for offset, value, error in ((-bars / 2, row.speedup, _errors(row)[1]), (bars / 2, row.speedup_hf, 0.0)):
+                if value:
+                    text = f"{value:.2f}"
+                    axes.annotate(
+                        text, (value + error, place + offset), (4, 0), textcoords="offset points", va="center"
+                    )
+        axes.axvline(1.0, color="#555555", linewidth=1.0, linestyle="--")
+        axes.set_yticks(places, [row.method for row in rows])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.margins(x=0.12)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("decoding speed relative to the baseline (ratio; 1 = as fast)")
+        figure.legend(loc="outside upper left", ncols=2)
+        return _png(figure)
+
+
+def _acceptance(rows: Sequence[BenchRow]) -> bytes:
+    """Left: share of steps that accepted at least i drafts. Right: how many tokens steps emitted."""
+    with _canvas(8.4, 3.2) as figure:
+        left, right = figure.subplots(1, 2)
+        deepest = max(len(row.accepted_histogram) for row in rows)
+        width = 0.8 / len(rows)
+        for place, row in enumerate(rows):
+            colour = COLOURS[place % len(COLOURS)]
+            steps = range(1, len(row.acceptance_by_step) + 1)
+            label = f"{row.method} ({row.accepted_length:.2f} tokens per step)"
+            marker = MARKERS[place % len(MARKERS)]
+            left.plot(steps, row.acceptance_by_step, color=colour, marker=marker, markersize=5, label=label)
+            total = sum(row.accepted_histogram) or 1
+            lengths = range(1, len(row.accepted_histogram))
+            shares = [row.accepted_histogram[length] / total for length in lengths]
+            offset = (place - (len(rows) - 1) / 2) * width
+            right.bar([length + offset for length in lengths], shares, width=width, color=colour)
+        left.set_xticks(range(1, deepest - 1))
+        left.set_ylim(0, 1)
+        left.set_xlabel("drafted tokens i")
+        left.set_ylabel("share of steps accepting at least i")
+        right.set_xticks(range(1, deepest))
+        right.set_ylim(bottom=0)
+        right.grid(visible=False, axis="x")
+        right.set_xlabel("tokens emitted by a step (bonus included)")
+        right.set_ylabel("share of steps")
+        figure.legend(loc="outside upper left", ncols=min(3, len(rows)))
+        return _png(figure)
+
+
+def _speedup_by_group(rows: Sequence[BenchRow]) -> bytes:
+    """Speedup over `ar` in each data set and category, with intervals."""
+    groups = list(dict.fromkeys(group_name(row) for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows if row.speedup and row.method not in ("ar", "hf")))
+    methods = methods or list(dict.fromkeys(row.method for row in rows if row.speedup))
+    with _canvas(6.8, 1.1 + 0.38 * len(groups)) as figure:
+        axes = figure.subplots()
+        for number, method in enumerate(methods):
+            own = [row for row in rows if row.method == method and row.speedup]
+            offset = (number - (len(methods) - 1) / 2) * 0.6 / len(methods)
+            axes.errorbar(
+                [row.speedup or 0.0 for row in own],
+                [groups.index(group_name(row)) + offset for row in own],
+                xerr=list(zip(*(_errors(row) for row in own), strict=True)),
+                fmt=MARKERS[number % len(MARKERS)],
+                color=COLOURS[number % len(COLOURS)],
+                markersize=5,
+                elinewidth=1.2,
+                label=method,
+            )
+        axes.axvline(1.0, color="#555555", linewidth=1.0, linestyle="--")
+        axes.set_yticks(range(len(groups)), groups)
+        axes.set_ylim(-0.6, len(groups) - 0.4)
+        axes.invert_yaxis()
+        axes.set_xlabel("decoding speed relative to ar (ratio, 95% interval; 1 = as fast)")
+        figure.legend(loc="outside upper left", ncols=4)
+        return _png(figure)
+
+
+def eval_figures(report: EvalReport) -> dict[str, bytes]:
+    """PNGs by name: `quality` by step and, for predictors with pseudo states, `similarity` by layer and step."""
+    figures = {"quality": _quality(report)}
+    if report.similarity:
+        figures["similarity"] = _similarity(report)
+    return figures
+
+
+def _quality(report: EvalReport) -> bytes:
+    with _canvas(8.0, 3.1) as figure:
+        left, right = figure.subplots(1, 2)
+        steps = [item.step for item in report.steps]
+        for name, values, place in (
+            ("top-5", [item.top5 for item in report.steps], 1),
+            ("top-1", [item.top1 for item in report.steps], 0),
+        ):
+            left.plot(steps, values, color=COLOURS[place], marker=MARKERS[place], markersize=5, label=name)
+            for step, value in zip(steps, values, strict=True):
+                left.annotate(f"{value:.2f}", (step, value), (0, 6), textcoords="offset points", ha="center", size=8)
+        left.set_ylim(0, 1.08)
+        left.set_ylabel("share of anchors")
+        left.set_title("The teacher's token among the draft's best")
+        left.legend(loc="upper right")
+        right.plot(steps, [item.kl for item in report.steps], color=COLOURS[2], marker=MARKERS[2], markersize=5)
+        right.set_ylim(0, 1.12 * max(item.kl for item in report.steps))
+        right.set_ylabel("KL(teacher, draft) in nats")
+        right.set_title("Distance from the teacher's distribution")
+        for axes in (left, right):
+            axes.set_xticks(steps)
+            axes.set_xlabel("step i (drafts the token i + 1 ahead)")
+            axes.margins(x=0.12)
+        return _png(figure)
+
+
+def _similarity(report: EvalReport) -> bytes:
+    """Heat map of cosine(pseudo, real): layers upwards as the states run, steps to the right."""
+    layers = sorted(report.similarity)
+    steps = max(len(values) for values in report.similarity.values())
+    grid = [[_cell(report.similarity[layer], step) for step in range(steps)] for layer in layers]
+    finite = [value for line in grid for value in line if not math.isnan(value)]
+    low = min([0.0, *finite])
+    with _canvas(2.2 + 0.75 * steps, 1.5 + 0.36 * len(layers)) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=1.0)
+        for place, line in enumerate(grid):
+            for step, value in enumerate(line):
+                bright = not math.isnan(value) and (value - low) / (1.0 - low) > 0.6
+                text = "" if math.isnan(value) else f"{value:.2f}"
+                axes.text(step, place, text, ha="center", va="center", size=8, color="black" if bright else "white")
+        axes.set_xticks(range(steps), [str(step + 1) for step in range(steps)])
+        axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        axes.grid(visible=False)
+        axes.set_xlabel("step i")
+        axes.set_ylabel("after layer")
+        figure.colorbar(image, ax=axes, label="cosine(pseudo, real state)")
+        return _png(figure)
+
+
+def _cell(values: Sequence[Any], step: int) -> float:
+    value = values[step] if step < len(values) else None
+    return math.nan if value is None else float(value)

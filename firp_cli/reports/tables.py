@@ -1,0 +1,265 @@
+"""Records as tables: rich for the terminal, Markdown and CSV for files. One function makes the cells of all three."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from firp_cli.records import BenchReport, BenchRow, EvalReport, Interval
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+BENCH_HEADERS = ("method", "accepted length", "tokens/s", "speedup over ar", "over hf", "lossless")
+EVAL_HEADERS = ("step", "top-1", "top-5", "KL (nats)", "anchors")
+DASH = "–"
+# A first difference with a smaller gap between the two logits is a near-tie that the dtype's rounding decides.
+NEAR_TIE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+
+Cells = list[list[str]]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure with `digits` decimals; a dash for None and NaN."""
+    return DASH if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def with_interval(value: float | None, interval: Interval | None, digits: int = 2) -> str:
+    """`1.52 [1.45, 1.60]`, without brackets when there is no interval."""
+    text = number(value, digits)
+    return text if interval is None or text == DASH else f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+
+
+def group_name(row: BenchRow) -> str:
+    """`gsm8k`, or `spec_bench: rag` for one category."""
+    return row.dataset if row.category == "all" else f"{row.dataset}: {row.category}"
+
+
+def lossless_cell(row: BenchRow, reference: str | None) -> str:
+    """`40/40`, or that this is the reference, or a dash when nothing was compared."""
+    if row.method == reference:
+        return "reference"
+    return f"{row.lossless.identical}/{row.lossless.compared}" if row.lossless.compared else DASH
+
+
+def bench_cells(report: BenchReport) -> tuple[list[str], Cells]:
+    """Headers and cells of the main table; a leading column names the data set or category where there are several."""
+    several = len({group_name(row) for row in report.rows}) > 1
+    cells = [_main_cells(row, report.settings.get("reference")) for row in report.rows]
+    if not several:
+        return list(BENCH_HEADERS), cells
+    return ["prompts", *BENCH_HEADERS], [[group_name(row), *line] for row, line in zip(report.rows, cells, strict=True)]
+
+
+def _main_cells(row: BenchRow, reference: str | None) -> list[str]:
+    return [
+        row.method,
+        with_interval(row.accepted_length, row.accepted_length_interval),
+        number(row.tokens_per_second, 1),
+        with_interval(row.speedup, row.speedup_interval),
+        number(row.speedup_hf),
+        lossless_cell(row, reference),
+    ]
+
+
+def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
+    """Headers and cells of the second table of the written reports: what the main figures are made of."""
+    headers = ["prompts", "method", "tree", "n", "new tokens", "prefill s", "decode s", "steps", "ms/step"]
+    headers += ["speedup with prefill", "share of steps that accepted at least 1, 2, ... drafts"]
+    cells = [
+        [
+            group_name(row),
+            row.method,
+            row.tree or DASH,
+            str(row.prompts),
+            str(row.new_tokens),
+            number(row.prefill_seconds),
+            number(row.decode_seconds),
+            str(row.steps),
+            number(row.step_milliseconds),
+            number(row.speedup_with_prefill),
+            " ".join(number(share) for share in row.acceptance_by_step) or DASH,
+        ]
+        for row in report.rows
+    ]
+    return headers, cells
+
+
+def bench_tables(report: BenchReport) -> Group:
+    """The main table for the terminal, one for each group, narrow enough for 80 columns: headers on two lines, accepted
+    lengths without their interval.
+    """
+    from rich.console import Group
+
+    reference = report.settings.get("reference")
+    groups = list(dict.fromkeys(group_name(row) for row in report.rows))
+    drawn = []
+    for group in groups:
+        rows = [row for row in report.rows if group_name(row) == group]
+        cells = [_main_cells(replace(row, accepted_length_interval=None), reference) for row in rows]
+        table = rich_table([header.replace(" ", "\n", 1) for header in BENCH_HEADERS], cells, left=1)
+        if len(groups) > 1:
+            table.title, table.title_justify = _literal(group), "left"
+        drawn.append(table)
+    return Group(*drawn)
+
+
+def eval_cells(report: EvalReport) -> Cells:
+    """Cells under EVAL_HEADERS."""
+    return [
+        [str(item.step), number(item.top1, 3), number(item.top5, 3), number(item.kl, 3), str(item.anchors)]
+        for item in report.steps
+    ]
+
+
+def eval_table(report: EvalReport) -> Table:
+    """Draft quality by step for the terminal."""
+    return rich_table(EVAL_HEADERS, eval_cells(report))
+
+
+def rich_table(headers: Sequence[str], cells: Cells, left: int = 0, fixed: bool = True) -> Table:
+    """A plain table; the first `left` columns flush left, the others right. `fixed`: cells never wrap."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for place, header in enumerate(headers):
+        table.add_column(header, justify="left" if place < left else "right", no_wrap=fixed, overflow="fold")
+    for line in cells:
+        table.add_row(*map(_literal, line))
+    return table
+
+
+def _literal(text: str) -> str:
+    """Text whose brackets are no rich markup."""
+    return text.replace("[", "\\[")
+
+
+def markdown_table(headers: Sequence[str], cells: Cells) -> str:
+    """A pipe table; cells with a pipe in them are escaped."""
+    lines = [headers, ["---"] * len(headers), *cells]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def settings_line(report: BenchReport) -> str:
+    """What was measured, in one sentence."""
+    settings, teacher = report.settings, report.teacher
+    temperature = settings.get("temperature", 0.0)
+    how = "greedy" if not temperature else f"temperature {temperature:g}, top-p {settings.get('top_p', 1.0):g}"
+    skipped = f" ({report.skipped_long} longer than the context left out)" if report.skipped_long else ""
+    return (
+        f"{teacher.get('name')} ({teacher.get('dtype')}, {teacher.get('device')}), {settings.get('prompts')} prompts"
+        f"{skipped}, {how}, up to {settings.get('max_new_tokens')} new tokens, "
+        f"batch size {settings.get('batch_size')}, medians over {settings.get('repeats')} repeats"
+    )
+
+
+def reading_notes(report: BenchReport) -> list[str]:
+    """How the columns are defined, for the written reports."""
+    warmup = report.settings.get("warmup")
+    return [
+        "Accepted length: tokens emitted per decoding step, the bonus token included; plain decoding has 1.",
+        "Speedup: seconds per token of decoding, pooled, the baseline's over the method's. Prefill and the first token "
+        "(prefill pays for it) are left out.",
+        "Brackets: 95% bootstrap interval over prompts (over batches for speed at batch size > 1).",
+        "ar is plain decoding in the same engine; hf is transformers' own generate.",
+        "Speedup with prefill is Spec-Bench's definition: mean over prompts of tokens per second of wall time, over "
+        "ar's.",
+        f"Before measuring, each method decoded the first batch {warmup} time(s), uncounted; methods then took turns "
+        "batch by batch.",
+    ]
+
+
+def lossless_note(report: BenchReport) -> str | None:
+    """One line on outputs that differ from the reference's; None when all are the same or nothing was compared."""
+    whole = [row for row in report.rows if row.category == "all" and row.dataset != "all"]
+    marks = [mark for row in whole for mark in row.lossless.divergences]
+    if not marks:
+        return None
+    methods = list(dict.fromkeys(row.method for row in whole if row.lossless.divergences))
+    dtype = str(report.teacher.get("dtype"))
+    gaps = [abs(mark.logit_gap) for mark in marks if mark.logit_gap is not None and not math.isnan(mark.logit_gap)]
+    largest = max(gaps, default=math.inf)
+    outputs = "1 output" if len(marks) == 1 else f"{len(marks)} outputs"
+    verb = "differs" if len(marks) == 1 else "differ"
+    start = f"{outputs} ({', '.join(methods)}) {verb} from {report.settings.get('reference')}'s"
+    if largest <= NEAR_TIE.get(dtype, 0.5):
+        return (
+            f"{start}: at the first difference the two tokens' logits are at most {largest:.2g} apart, a near-tie that "
+            f"{dtype} rounding decides"
+        )
+    gap = f"up to {largest:.2g} apart" if gaps else "not comparable"
+    return f"{start} and the two tokens' logits are {gap}: more than {dtype} rounding explains; please report this"
+
+
+def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
+    """bench.md: tables, definitions, environment and command line; `figures` are names of PNGs beside it."""
+    note = lossless_note(report)
+    parts = [
+        "# firp bench\n",
+        settings_line(report) + ".\n",
+        markdown_table(*bench_cells(report)),
+        *([note + ".\n"] if note else []),
+        *(f"![{name}]({name}.png)\n" for name in figures),
+        "## Details\n",
+        markdown_table(*detail_cells(report)),
+        "## How to read this\n",
+        "\n".join(f"- {line}" for line in reading_notes(report)) + "\n",
+        "## Environment\n",
+        "\n".join(f"- {key}: {value}" for key, value in environment_items(report.environment)) + "\n",
+        "## Reproduce\n",
+        f"```\n{command_line(report.environment)}\n```\n",
+    ]
+    return "\n".join(parts)
+
+
+def environment_items(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """The environment as printable pairs, argv left to `command_line`."""
+    items = []
+    for key, value in environment.items():
+        if key == "argv" or value is None:
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {version}" for name, version in value.items())
+        items.append((key.replace("_", " "), str(value)))
+    return items
+
+
+def command_line(environment: dict[str, Any]) -> str:
+    """argv as a user would type it."""
+    argv = [str(item) for item in environment.get("argv") or []]
+    if not argv:
+        return ""
+    return shlex.join(["firp" if argv[0].rpartition("/")[2] in ("firp", "__main__.py") else argv[0], *argv[1:]])
+
+
+def bench_csv(report: BenchReport) -> str:
+    """bench.csv: one line per row, every field; intervals as two columns, lists joined by spaces."""
+    stream = io.StringIO()
+    lines = [_flat(row) for row in report.rows]
+    writer = csv.DictWriter(stream, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return stream.getvalue()
+
+
+def _flat(row: BenchRow) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for item in fields(BenchRow):
+        value = getattr(row, item.name)
+        if item.name.endswith("_interval"):
+            low, high = value or ("", "")
+            flat[item.name.replace("_interval", "_low")], flat[item.name.replace("_interval", "_high")] = low, high
+        elif item.name == "lossless":
+            flat["lossless_compared"], flat["lossless_identical"] = value.compared, value.identical
+        elif isinstance(value, list):
+            flat[item.name] = " ".join(f"{entry:g}" for entry in value)
+        else:
+            flat[item.name] = "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
+    return flat

@@ -1,0 +1,363 @@
+"""The training loop: the same for every predictor kind, number of ranks and ZeRO stage.
+
+A run is a function of its recipe, store and teacher: data order, anchors and the schedule depend on the number of the
+optimizer step alone, so `--resume` goes on with the losses that an uninterrupted run would have had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from firp_cli import provenance
+from firp_cli.distributed.launch import is_main, rank, start, world_size
+from firp_cli.errors import NumericsError, PredictorError, StoreError
+from firp_cli.predictors.anchors import Sequenced
+from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.registry import build_predictor
+from firp_cli.recipe import Recipe, TrainingConfig
+from firp_cli.records import plain
+from firp_cli.teacher.stack import Teacher
+from firp_cli.training import checkpoint as checkpoints
+from firp_cli.training.batches import VALIDATION_EPOCH, MicroBatch, Order, Prefetcher, Reader, split_validation
+from firp_cli.training.checkpoint import RunState
+from firp_cli.training.engine import build_engine, optimizer_step, predictor_weights
+from firp_cli.training.journal import Journal, Listener
+from firp_cli.training.objective import FIELDS, StepRecord, step_weights
+from firp_cli.training.ridge import ridge_start
+
+EVENTS_PER_RUN = 10  # validations, and checkpoints, of a run that names no interval
+
+
+@dataclass
+class Outcome:
+    """How a run ended. `training` is what training.json holds; None when the run was stopped before its end."""
+
+    step: int
+    total_steps: int
+    stopped: bool
+    training: dict[str, Any] | None
+
+
+def planned_steps(settings: TrainingConfig, order: Order) -> int:
+    """Optimizer steps of a run."""
+    steps = settings.epochs * order.steps_per_epoch
+    return min(steps, settings.max_steps or steps)
+
+
+def data_order(settings: TrainingConfig, indices: Sequence[int], ranks: int) -> Order:
+    """The order in which a group of `ranks` goes through the training conversations."""
+    return Order(indices, settings.micro_batch_size, settings.gradient_accumulation * ranks, settings.seed)
+
+
+def train(
+    recipe: Recipe,
+    teacher: Teacher,
+    store: Sequence[Sequenced],
+    output: Path,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    store_summary: dict[str, Any] | None = None,
+) -> Outcome:
+    """Train the recipe's predictor on a store; every rank calls it. Rank 0 writes the predictor folder `output`.
+
+    Raises UsageError when `output` holds a run already, StoreError for a store too small, PredictorError,
+    NumericsError naming the optimizer step; whatever is raised, the last checkpoint is whole.
+    """
+    if recipe.predictor is None:
+        raise PredictorError("the recipe has no predictor section: give predictor.kind and its fields")
+    start()
+    checkpoints.guard_output(output, resume)
+    if not len(store):
+        raise StoreError("the store has no conversation; fill it with `firp collect`")
+    found = checkpoints.latest_checkpoint(output) if resume else None
+    if found is not None:
+        checkpoints.check_resumable(found, recipe, len(store))
+    run = _Run(recipe, teacher, store, output, listener or Listener(), store_summary or {})
+    run.prepare(found)
+    with _until_signal(run):
+        return run.loop()
+
+
+class _Run:
+    """One run in one process."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        teacher: Teacher,
+        store: Sequence[Sequenced],
+        output: Path,
+        listener: Listener,
+        store_summary: dict[str, Any],
+    ) -> None:
+        self.recipe, self.settings, self.teacher, self.store = recipe, recipe.training, teacher, store
+        self.output, self.listener, self.store_summary = output, listener, store_summary
+        self.ranks, self.rank = world_size(), rank()
+        self.training, self.validation = split_validation(
+            len(store), self.settings.validation_fraction, self.settings.seed
+        )
+        self.order = data_order(self.settings, self.training, self.ranks)
+        self.total = planned_steps(self.settings, self.order)
+        usual = max(1, math.ceil(self.total / EVENTS_PER_RUN))
+        self.validate_every = self.settings.validate_every or usual
+        self.save_every = self.settings.save_every or self.validate_every
+        self.state = RunState()
+        self.saved_at = 0
+        self.interrupted = False
+        self.engine: Any = None
+        self.journal: Journal | None = None
+        self.described: dict[str, Any] = {}
+        self.steps = 0
+
+    def prepare(self, found: Path | None) -> None:
+        """Build the predictor with its start values, the engine around it, and restore a checkpoint."""
+        assert self.recipe.predictor is not None
+        predictor = build_predictor(self.recipe.predictor, self.teacher)
+        self.steps, self.described = predictor.steps, predictor.describe()
+        self.reader = Reader(
+            self.store,
+            predictor.steps,
+            self.settings.anchors_per_sequence,
+            self.settings.seed,
+            self.teacher.device,
+            self.teacher.dtype,
+        )
+        if found is None:
+            self._initialise(predictor)
+        self.engine = build_engine(predictor, self.teacher, self.settings, self.total)
+        if found is not None:
+            self.state = checkpoints.load_checkpoint(self.engine, found)
+            self.saved_at = self.state.step
+            self.listener.note(f"resuming after step {self.state.step} of {self.total}")
+        if is_main():
+            resumed = None if found is None else self.state.step
+            validated = self.state.last["step"] if self.state.last else -1
+            self.journal = Journal(self.output, self.settings.log_every, resumed, validated)
+
+    def _initialise(self, predictor: Predictor) -> None:
+        torch.manual_seed(self.settings.seed)
+        predictor.initialise(self.settings.init, self.teacher)
+        if self.settings.init == "ridge":
+            ridge_start(
+                predictor,
+                self.teacher,
+                self.store,
+                self.training,
+                self.settings.ridge_lambda,
+                self.settings.micro_batch_size,
+                self.listener.ridge,
+            )
+
+    def loop(self) -> Outcome:
+        """Train to the end, or until somebody stops the run; then save or export."""
+        state = self.state
+        prefetcher = Prefetcher(self.reader, self._wanted())
+        try:
+            while True:
+                if self.validation and self._due(self.validate_every) and (state.last or {}).get("step") != state.step:
+                    self._validate()
+                if self._due(self.save_every) and state.step > self.saved_at:
+                    self._save()
+                if state.step == self.total:
+                    return Outcome(state.step, self.total, False, self._export())
+                if self._step(prefetcher) and state.step < self.total:
+                    self._save()
+                    return Outcome(state.step, self.total, True, None)
+        finally:
+            prefetcher.close()
+            if self.journal:
+                self.journal.close()
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.total
+
+    def _save(self) -> None:
+        checkpoints.save_checkpoint(self.engine, self.output, self.state, self.recipe, len(self.store))
+        self.saved_at = self.state.step
+
+    def _wanted(self) -> Iterator[tuple[list[int], int]]:
+        for step in range(self.state.step, self.total):
+            for micro in range(self.settings.gradient_accumulation):
+                yield self.order.conversations(step, micro * self.ranks + self.rank)
+
+    def _step(self, prefetcher: Prefetcher) -> bool:
+        """One optimizer step over all micro-batches of all ranks; returns whether to stop."""
+        state, accumulation = self.state, self.settings.gradient_accumulation
+        began, waited = time.perf_counter(), prefetcher.waited
+        losses, sums, items = self._accumulate(prefetcher)
+        loss = torch.stack(losses).double().sum().item()
+        stop = self.interrupted or self.listener.stop(state.step + 1)
+        tokens = sum(int(item.batch.lengths.sum()) for item in items)
+        mine = [loss, float(tokens), prefetcher.waited - waited, float(stop)]
+        (loss, all_tokens, wait, stops), sums = self._reduce(mine, sums)
+        if not math.isfinite(loss):
+            self._refuse(losses, items)
+        rate = self.engine.get_lr()[0]
+        norm = optimizer_step(self.engine, self.settings)
+        if norm is not None and not math.isfinite(norm):
+            raise NumericsError(self._broken("the gradient", ""))
+        seconds = time.perf_counter() - began
+        state.step += 1
+        state.seconds += seconds
+        state.waited += wait / self.ranks
+        state.tokens += int(all_tokens)
+        row = {
+            "split": "train",
+            "step": state.step,
+            "epoch": (state.step - 1) // self.order.steps_per_epoch,
+            "loss": loss / (accumulation * self.ranks),
+            **StepRecord(sums).averages(),
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens_per_second": all_tokens / seconds,
+            "data_wait": wait / self.ranks / seconds,
+        }
+        self._tell(row)
+        self.listener.step(state.step, self.total, row)
+        return bool(stops)
+
+    def _accumulate(self, prefetcher: Prefetcher) -> tuple[list[Tensor], Tensor, list[MicroBatch]]:
+        """Forward and backward of this rank's micro-batches of a step: losses, record sums, what was read."""
+        sums = StepRecord.empty(self.steps, self.teacher.device).sums
+        losses, items = [], []
+        for micro in range(self.settings.gradient_accumulation):
+            item = next(prefetcher)
+            loss, micro_sums = self.engine(item.batch, item.anchors)
+            self.engine.backward(loss)
+            if micro < self.settings.gradient_accumulation - 1:
+                self.engine.step()  # counts the micro-batch; the last one takes the optimizer step
+            losses.append(loss.detach())
+            sums += micro_sums
+            items.append(item)
+        return losses, sums, items
+
+    def _reduce(self, scalars: list[float], sums: Tensor) -> tuple[list[float], Tensor]:
+        """Add scalars and record sums up over all ranks."""
+        packed = torch.cat([torch.tensor(scalars, dtype=torch.float64, device=sums.device), sums.flatten()])
+        if self.ranks > 1:
+            torch.distributed.all_reduce(packed)
+        return packed[: len(scalars)].tolist(), packed[len(scalars) :].view_as(sums)
+
+    def _refuse(self, losses: list[Tensor], items: list[MicroBatch]) -> None:
+        """Raise on every rank, naming the conversations of the micro-batches whose loss is not finite."""
+        mine = [item.indices for loss, item in zip(losses, items, strict=True) if not bool(torch.isfinite(loss).item())]
+        gathered: list[Any] = [mine]
+        if self.ranks > 1:
+            gathered = [None] * self.ranks
+            torch.distributed.all_gather_object(gathered, mine)
+        culprits = [index for part in gathered for micro in part for index in micro]
+        raise NumericsError(self._broken("the loss", f" (conversations {culprits} of the store)"))
+
+    def _broken(self, what: str, where: str) -> str:
+        kept = checkpoints.latest_checkpoint(self.output)
+        remedy = f"checkpoint {kept.name} is kept" if kept else "nothing was saved"
+        return (
+            f"{what} is NaN or infinite at optimizer step {self.state.step + 1}{where}; {remedy}\n"
+            "lower training.learning_rate, or check those conversations with `firp collect --resume`"
+        )
+
+    def _validate(self) -> None:
+        """Measure the held-out conversations, all ranks together, and keep the weights if they are the best so far."""
+        if not self.validation:
+            return
+        size = self.settings.micro_batch_size
+        groups = [self.validation[place : place + size] for place in range(0, len(self.validation), size)]
+        rounds = math.ceil(len(groups) / self.ranks)
+        # ranks without a group of their own repeat the first one, uncounted: ZeRO-3 needs all of them in each forward
+        mine = [index if (index := number * self.ranks + self.rank) < len(groups) else 0 for number in range(rounds)]
+        sums = StepRecord.empty(self.steps, self.teacher.device).sums
+        prefetcher = Prefetcher(self.reader, ((groups[index], VALIDATION_EPOCH) for index in mine))
+        self.engine.eval()
+        with torch.no_grad():
+            for number, item in enumerate(prefetcher):
+                _, group_sums = self.engine(item.batch, item.anchors)
+                if number * self.ranks + self.rank < len(groups):
+                    sums += group_sums
+        self.engine.train()
+        _, sums = self._reduce([], sums)
+        row = {"split": "validation", "step": self.state.step, **self._mean_loss(sums), **StepRecord(sums).averages()}
+        if not math.isfinite(row["loss"]):
+            raise NumericsError(self._broken("the validation loss", ""))
+        state = self.state
+        state.first, state.last = state.first or row, row
+        if state.best is None or row["expected_accepted_length"] > state.best["expected_accepted_length"]:
+            state.best = row
+            weights = predictor_weights(self.engine, self.settings)
+            if is_main():
+                checkpoints.save_best(self.output, state.step, weights)
+        self._tell(row)
+        self.listener.validation(row)
+
+    def _mean_loss(self, sums: Tensor) -> dict[str, Any]:
+        """The objective over all anchors of a record."""
+        fields = dict(zip(FIELDS, sums.tolist(), strict=True))
+        weights = step_weights(self.steps, self.settings.step_decay)
+        drafts = sum(weight * count for weight, count in zip(weights, fields["count"], strict=True))
+        total = sum(weight * loss for weight, loss in zip(weights, fields["loss"], strict=True))
+        return {"loss": total / drafts if drafts else 0.0}
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        if self.journal:
+            self.journal.write(row)
+
+    def _export(self) -> dict[str, Any]:
+        """Write the predictor folder from the best weights, or from the last ones where nothing was held out."""
+        state = self.state
+        weights = predictor_weights(self.engine, self.settings) if state.best is None else {}
+        training = plain(
+            {
+                "steps": state.step,
+                "best_step": state.best["step"] if state.best else state.step,
+                "expected_accepted_length": state.best["expected_accepted_length"] if state.best else None,
+                "validation": {"first": state.first, "best": state.best, "last": state.last},
+                "conversations": {"training": len(self.training), "validation": len(self.validation)},
+                "tokens": state.tokens,
+                "seconds": state.seconds,
+                "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+                "data_wait_share": state.waited / state.seconds if state.seconds else None,
+                "world_size": self.ranks,
+                "predictor": self.described,
+                "teacher": self.teacher.describe(),
+                "store": self.store_summary,
+                "environment": provenance.environment(),
+            }
+        )
+        if is_main():
+            if state.best is not None:
+                weights = checkpoints.load_best(self.output, state.best["step"])
+            config, teacher = self.engine.module.predictor.config, self.teacher.describe()
+            checkpoints.export_predictor(self.output, weights, config, teacher, self.recipe, training)
+        return training
+
+
+@contextlib.contextmanager
+def _until_signal(run: _Run) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run after its current step; a second Ctrl-C ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, _: Any) -> None:
+        if run.interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.interrupted = True
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""Accepted length and bootstrap intervals against their definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from firp_cli import metrics
+
+
+def test_chain_length_is_the_mean_accepted_length_of_simulated_chains():
+    generator = np.random.default_rng(0)
+    hits = generator.random((500, 4)) < [0.8, 0.6, 0.5, 0.4]
+    accepted = []
+    for row in hits:
+        length = 1
+        for hit in row:
+            if not hit:
+                break
+            length += 1
+        accepted.append(length)
+    assert metrics.chain_length_of_hits(hits) == pytest.approx(np.mean(accepted))
+    assert metrics.chain_length_of_hits(np.ones((3, 4))) == 5.0
+    assert metrics.chain_length_of_hits(np.zeros((3, 4))) == 1.0
+
+
+def test_steps_that_do_not_count_change_no_rate():
+    hits = np.array([[1, 1], [1, 0], [0, 1]], dtype=bool)
+    valid = np.array([[1, 1], [1, 0], [1, 1]], dtype=bool)
+    joint, counts = metrics.joint_hits(hits, valid)
+    assert joint.tolist() == [2, 1] and counts.tolist() == [3, 2]
+    assert metrics.chain_length(joint, counts) == pytest.approx(1 + 2 / 3 + 1 / 2)
+    assert metrics.chain_length([0, 0], [5, 0]) == 1.0
+
+
+def test_bootstrap_ratio_covers_the_ratio_and_is_seeded():
+    generator = np.random.default_rng(1)
+    steps = generator.integers(20, 40, size=60)
+    tokens = steps * 2.0 + generator.normal(0, 4, size=60)
+    low, high = metrics.bootstrap_ratio(tokens, steps)
+    assert low < tokens.sum() / steps.sum() < high and high - low < 0.3
+    assert (low, high) == metrics.bootstrap_ratio(tokens, steps)
+    assert metrics.bootstrap_ratio([2.0, 4.0], [1.0, 2.0]) == (2.0, 2.0)
+
+
+def test_bootstrap_of_a_speedup_resamples_prompts_jointly():
+    tokens = np.full(30, 100.0)
+    seconds = np.random.default_rng(2).uniform(1, 3, size=30)
+    low, high = metrics.bootstrap_ratio_of_ratios(1.5 * seconds, tokens, seconds, tokens)
+    assert low == pytest.approx(1.5) and high == pytest.approx(1.5), "prompts that are slow for both cancel out"
+    low, high = metrics.bootstrap_ratio_of_ratios(1.5 * seconds[::-1], tokens, seconds, tokens)
+    assert low < 1.5 < high
+
+
+def test_bootstrap_refuses_lists_of_different_lengths():
+    with pytest.raises(ValueError, match="one entry per prompt"):
+        metrics.bootstrap_ratio([1.0, 2.0], [1.0])

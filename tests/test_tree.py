@@ -1,0 +1,160 @@
+"""Draft trees and acceptance against slow, obvious searches."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_predictor
+from torch import Tensor
+
+from firp_cli.decoding.accept import Sampler, accept
+from firp_cli.decoding.tree import Tree, build, default_tree, parse_tree, root_tree
+from firp_cli.errors import UsageError
+from firp_cli.predictors.base import Draft, Predictor
+from firp_cli.teacher.stack import Teacher
+
+
+def random_draft(batch: int, steps: int, vocabulary: int, breadth: int, seed: int, sharp: float = 1.0) -> Draft:
+    generator = torch.Generator().manual_seed(seed)
+    logits = sharp * torch.randn(batch, steps, vocabulary, generator=generator)
+    log_probs, tokens = logits.log_softmax(-1).topk(breadth)
+    return Draft(tokens, log_probs)
+
+
+def best_prefixes(draft: Draft, row: int, nodes: int) -> set[tuple[int, ...]]:
+    """The `nodes - 1` most probable token paths by enumerating every path."""
+    steps, breadth = draft.tokens.shape[1:]
+    scored = []
+    for depth in range(1, steps + 1):
+        for ranks in itertools.product(range(breadth), repeat=depth):
+            tokens = tuple(int(draft.tokens[row, level, rank]) for level, rank in enumerate(ranks))
+            scored.append((sum(float(draft.log_probs[row, level, rank]) for level, rank in enumerate(ranks)), tokens))
+    scored.sort(key=lambda item: -item[0])
+    return {tokens for _, tokens in scored[: nodes - 1]}
+
+
+def paths_of(tree: Tree, row: int) -> list[tuple[int, ...]]:
+    paths: list[tuple[int, ...]] = [()]
+    for node in range(1, tree.tokens.shape[1]):
+        paths.append((*paths[int(tree.parents[row, node])], int(tree.tokens[row, node])))
+    return paths
+
+
+@pytest.fixture
+def predictor(teacher: Teacher) -> Predictor:
+    return make_predictor(teacher, kind="firp", layer=1, steps=3)
+
+
+@pytest.mark.parametrize("nodes", [2, 5, 9, 14])
+def test_dynamic_tree_is_the_best_set_of_prefixes(predictor: Predictor, nodes: int) -> None:
+    for seed in range(20):
+        draft = random_draft(2, 3, 30, nodes - 1, seed, sharp=2.0)
+        tree = build(parse_tree(f"dynamic:{nodes}", 3), predictor, draft, torch.tensor([7, 8]))
+        assert tree.tokens.shape == (2, nodes)
+        for row in range(2):
+            paths = paths_of(tree, row)
+            assert set(paths[1:]) == best_prefixes(draft, row, nodes)
+            check_structure(tree, row, paths)
+
+
+def check_structure(tree: Tree, row: int, paths: list[tuple[int, ...]]) -> None:
+    assert [len(path) for path in paths] == tree.depth[row].tolist()
+    assert tree.depth[row].tolist() == sorted(tree.depth[row].tolist())
+    for node, path in enumerate(paths):
+        ancestors = {other for other in range(len(paths)) if paths[other] == path[: len(paths[other])]}
+        assert set(tree.ancestors[row, node].nonzero()[:, 0].tolist()) == ancestors
+
+
+def test_certain_drafts_keep_parents_first(predictor: Predictor) -> None:
+    """Probability 1 at every step ties a child with its parent; the choice must still be closed under ancestors."""
+    log_probs = torch.tensor([[[0.0, -50.0, -50.0]] * 3])
+    draft = Draft(torch.tensor([[[4, 5, 6]] * 3]), log_probs)
+    tree = build(parse_tree("dynamic:4", 3), predictor, draft, torch.tensor([9]))
+    assert paths_of(tree, 0)[1:] == [(4,), (4, 4), (4, 4, 4)]
+
+
+def test_static_trees(predictor: Predictor, tmp_path: Path) -> None:
+    draft = random_draft(1, 3, 30, 4, 0)
+    ranked = draft.tokens[0].tolist()
+    tree = build(parse_tree("static:2x1", 3), predictor, draft, torch.tensor([9]))
+    assert paths_of(tree, 0)[1:] == [
+        (ranked[0][0],),
+        (ranked[0][1],),
+        (ranked[0][0], ranked[1][0]),
+        (ranked[0][1], ranked[1][0]),
+    ]
+    check_structure(tree, 0, paths_of(tree, 0))
+    chain = build(parse_tree("chain", 3), predictor, draft, torch.tensor([9]))
+    assert paths_of(chain, 0)[-1] == tuple(ranked[level][0] for level in range(3))
+    file = tmp_path / "tree.json"
+    file.write_text(json.dumps({"paths": [[0], [1], [0, 2]]}))
+    own = build(parse_tree(str(file), 3), predictor, draft, torch.tensor([9]))
+    assert paths_of(own, 0)[-1] == (ranked[0][0], ranked[1][2])
+
+
+def test_tree_files_and_refusals(predictor: Predictor, tmp_path: Path) -> None:
+    assert str(default_tree(None, predictor)) == "dynamic:8"
+    (tmp_path / "tree.json").write_text(json.dumps({"tree": "dynamic:5"}))
+    assert default_tree(tmp_path, predictor).nodes == 5
+    for bad in ("dynamic:1", "dynamic:x", "static:", "static:2x0", "spiral", "static:2x2x2x2"):
+        with pytest.raises(UsageError):
+            parse_tree(bad, 3)
+    (tmp_path / "tree.json").write_text(json.dumps({"paths": [[0, 0]]}))
+    with pytest.raises(UsageError, match="lacks its parent"):
+        parse_tree(str(tmp_path / "tree.json"), 3)
+
+
+def walk(tree: Tree, targets: Tensor, row: int) -> list[int]:
+    """Acceptance as a person would do it: descend while a child carries the node's target."""
+    node, path = 0, [0]
+    while True:
+        wanted = int(targets[row, node])
+        children = [c for c in range(1, tree.tokens.shape[1]) if int(tree.parents[row, c]) == node]
+        follow = [c for c in children if int(tree.tokens[row, c]) == wanted]
+        if not follow:
+            return path
+        node = follow[0]
+        path.append(node)
+
+
+@pytest.mark.parametrize("spec", ["dynamic:7", "chain", "static:3x2x2"])
+def test_acceptance_is_a_walk(predictor: Predictor, spec: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    depths = set()
+    for seed in range(60):
+        draft = random_draft(3, 3, 6, 5, seed)
+        tree = build(parse_tree(spec, 3), predictor, draft, torch.tensor([1, 2, 3]))
+        targets = torch.randint(0, 4, tree.tokens.shape, generator=generator)
+        got = accept(tree, targets, 3)
+        for row in range(3):
+            path = walk(tree, targets, row)
+            count = len(path) - 1
+            depths.add(count)
+            assert int(got.count[row]) == count
+            assert int(got.node[row]) == path[-1]
+            assert got.path[row, : count + 1].tolist() == path
+            bonus = int(targets[row, path[-1]])
+            assert int(got.bonus[row]) == bonus
+            drafted = [int(tree.tokens[row, node]) for node in path[1:]]
+            assert got.tokens[row].tolist() == drafted + [bonus] + [-1] * (got.tokens.shape[1] - count - 1)
+    assert {0, 1, 2} <= depths
+
+
+def test_root_tree_accepts_nothing() -> None:
+    got = accept(root_tree(torch.tensor([4, 5])), torch.tensor([[8], [9]]), 0)
+    assert got.count.tolist() == [0, 0]
+    assert got.tokens.tolist() == [[8], [9]]
+
+
+def test_sampler_follows_temperature_and_top_p() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(1, 20000, 4)
+    draws = Sampler(0.5, 1.0, 0, torch.device("cpu"))(logits)
+    share = torch.bincount(draws[0], minlength=4) / 20000
+    assert torch.allclose(share, (logits[0, 0] / 0.5).softmax(-1), atol=0.012)
+    cut = Sampler(1.0, 0.8, 0, torch.device("cpu"))(logits)
+    assert set(cut[0].unique().tolist()) == {0, 1}  # .64 + .24 passes .8
+    assert Sampler(0.0, 1.0, 0, torch.device("cpu"))(logits).unique().tolist() == [0]
