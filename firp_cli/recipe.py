@@ -127,7 +127,7 @@ class TrainingConfig(Section):
     step_decay: Annotated[float, Field(gt=0)] = 0.8  # w_i = step_decay^(i-1)
     anchors_per_sequence: PositiveInt = 64
     epochs: PositiveInt = 1
-    max_steps: PositiveInt | None = None  # optimizer steps; overrides epochs when smaller
+    max_steps: Annotated[int, Field(ge=0)] | None = None  # optimizer steps, overrides epochs when smaller; 0: init only
     micro_batch_size: PositiveInt = 4  # conversations per rank and forward
     gradient_accumulation: PositiveInt = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3

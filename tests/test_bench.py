@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import FakePredictor, generate_reference, make_predictor, random_prompts, tiny_teacher
+import typer
+from conftest import (
+    VOCABULARY,
+    FakePredictor,
+    generate_reference,
+    make_predictor,
+    random_prompts,
+    tiny_model,
+    tiny_teacher,
+)
+from typer.testing import CliRunner
 
+from firp_cli.collecting.capture import collect_store
+from firp_cli.commands.bench import bench
+from firp_cli.commands.eval import evaluate
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.baselines import HuggingFaceGenerate
@@ -27,9 +42,12 @@ from firp_cli.evaluation.bench import (
     measure,
     predictor_names,
     run_bench,
+    spread,
 )
 from firp_cli.evaluation.rows import BatchRun, bench_rows
-from firp_cli.records import Divergence, Generation
+from firp_cli.predictors.registry import save_predictor
+from firp_cli.recipe import DataConfig, TeacherConfig
+from firp_cli.records import BenchReport, Divergence, Generation
 from firp_cli.teacher.stack import Teacher
 
 
@@ -96,6 +114,11 @@ def test_fold_takes_the_median_time_and_the_batch_shares_it() -> None:
 def test_batches_never_mix_categories() -> None:
     prompts = [BenchPrompt([1], "set", category) for category in "aabab"]
     assert [batch.numbers for batch in make_batches(prompts, 2)] == [[0, 1], [2, 4], [3]]
+
+
+def test_a_limit_leaves_no_category_out() -> None:
+    assert spread(["a"] * 5 + ["b"] * 2 + ["c"], 4) == [0, 1, 5, 7]
+    assert spread(["a", "a"], 9) == [0, 1]
 
 
 def test_every_method_takes_each_turn_and_warm_up_is_not_counted() -> None:
@@ -206,3 +229,88 @@ def test_a_whole_bench_is_lossless_and_counts_what_was_accepted(batch_size: int)
     assert rows["firp"].tree == "dynamic:6" and rows["firp"].predictor == "runs/firp"
     assert rows["ar"].accepted_length == rows["hf"].accepted_length == 1.0
     assert all(row.batch_size == batch_size and row.tokens_per_second > 0 for row in report.rows)
+
+
+TEMPLATE = (
+    "{% for message in messages %}w{{ 3 if message['role'] == 'user' else 4 }} {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %} w1{% endif %} {% endfor %}{% if add_generation_prompt %}w4 {% endif %}"
+)
+
+
+def save_teacher(folder: Path) -> Path:
+    """A tiny teacher with a word tokenizer and chat template, as a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w0", bos_token="w2")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+def save_prompts(path: Path, count: int = 4) -> Path:
+    lines = []
+    for number, prompt in enumerate(random_prompts(count, seed=41, low=4, high=9)):
+        words = " ".join(f"w{token}" for token in prompt)
+        lines.append(json.dumps({"question": words, "answer": f"w{number + 5} w6 w7"}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder with a teacher, a predictor for it and a data set."""
+    loaded = Teacher.load(TeacherConfig(model=str(save_teacher(tmp_path / "teacher"))), device="cpu")
+    for name, section in (("one", {"kind": "firp", "layer": 2, "steps": 3}), ("two", {"kind": "medusa", "steps": 2})):
+        save_predictor(make_predictor(loaded, **section), tmp_path / name, loaded)
+    save_prompts(tmp_path / "words.jsonl")
+    return tmp_path
+
+
+def firp(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.command("bench")(bench)
+    app.command("eval")(evaluate)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_command_writes_a_whole_report(work: Path) -> None:
+    out = work / "report"
+    words = str(work / "words.jsonl")
+    folders = [str(work / "one"), str(work / "two")]
+    options = ["--limit", "3", "--max-new-tokens", "12", "--repeats", "2", "--output", str(out)]
+    result = firp("bench", *folders, "--dataset", words, *options)
+    assert result.exit_code == 0, (result.output, result.exception)
+    for text in ("ar", "hf", "firp", "medusa", "3/3", "bench.html"):
+        assert text in result.stdout
+    report = BenchReport.from_plain(json.loads((out / "bench.json").read_text()))
+    assert [row.method for row in report.rows] == ["ar", "hf", "firp", "medusa"]
+    assert all(row.dataset == "words" and row.prompts == 3 for row in report.rows)
+    assert {"bench.json", "bench.csv", "bench.md", "bench.html", "speedup.png"} <= {path.name for path in out.iterdir()}
+    assert "data:image/png;base64," in (out / "bench.html").read_text()
+
+
+def test_the_command_refuses_an_unknown_method_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Teacher, "load", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    result = firp("bench", str(work / "one"), "--dataset", str(work / "words.jsonl"), "--methods", "ar,frip")
+    assert isinstance(result.exception, UsageError) and "did you mean 'firp'" in str(result.exception)
+
+
+@pytest.mark.parametrize("source", ["--dataset", "--store"])
+def test_eval_command(work: Path, source: str) -> None:
+    given = work / "words.jsonl"
+    if source == "--store":
+        loaded = Teacher.load(TeacherConfig(model=str(work / "teacher")), device="cpu")
+        given = work / "store"
+        collect_store(loaded, DataConfig(dataset=str(work / "words.jsonl"), split="test"), (2,), given)
+    out = work / "eval"
+    result = firp("eval", str(work / "one"), source, str(given), "--tree", "dynamic:6", "--output", str(out))
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "expected accepted length" in result.stdout and "dynamic:6" in result.stdout
+    report = json.loads((out / "eval.json").read_text())
+    assert [step["step"] for step in report["steps"]] == [1, 2, 3] and report["data"]["sequences"] == 4
+    assert set(report["similarity"]) == {"2", "3", "4"}
+    assert (out / "quality.png").is_file() and (out / "similarity.png").is_file()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -220,3 +222,52 @@ def test_sampling_is_plain_sampling() -> None:
         wanted = torch.cat([expected[common], expected[~common].sum()[None]])
         statistic = ((observed - wanted) ** 2 / wanted.clamp(min=1e-9)).sum().item()
         assert statistic < chi2.ppf(0.999, len(wanted) - 1), (place, statistic)
+
+
+READERS = ["item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "nonzero", "cpu"]
+
+
+def count_reads(patch: pytest.MonkeyPatch) -> list[str]:
+    """From here on, every call that hands a tensor's value to Python is noted in the list that comes back."""
+    seen: list[str] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        original = getattr(torch.Tensor, name)
+
+        def read(*arguments: Any, **options: Any) -> Any:
+            seen.append(name)
+            return original(*arguments, **options)
+
+        return read
+
+    for name in READERS:
+        patch.setattr(torch.Tensor, name, noting(name))
+    return seen
+
+
+@pytest.mark.parametrize("tree", ["dynamic:5", "static:2x2"])
+@pytest.mark.parametrize("section", KINDS, ids=lambda section: section["kind"])
+def test_a_step_reads_nothing_back(teacher: Teacher, section: dict, tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a step no tensor's value reaches Python."""
+    engine = Engine(teacher, make_predictor(teacher, **section), parse_tree(tree, 3))
+    engine.generate([[5, 6, 7], [8, 9]], 12)  # constants of a tree are made once
+    original, steps, reads = engine._step, [], []
+
+    def guarded(*arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            seen = count_reads(patch)
+            result = original(*arguments)
+        steps.append(1)
+        reads.extend(seen)
+        return result
+
+    engine._step = guarded  # type: ignore[method-assign]
+    engine.generate([[5, 6, 7], [8, 9]], 12)
+    assert len(steps) > 3
+    assert reads == []
+    with monkeypatch.context() as patch:
+        seen = count_reads(patch)
+        torch.ones(1).item()
+        assert torch.ones(1) > 0
+        list(range(torch.tensor(1)))
+    assert seen == ["item", "__bool__", "__index__"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import HIDDEN, ROOT, sequence_batch, tiny_teacher
 
-from firp_cli.distributed.launch import launch
+from firp_cli.distributed.launch import launch, rank, relayed_errors
 from firp_cli.errors import FirpError, LaunchError, NumericsError, RecipeError, StoreError, UsageError
 from firp_cli.predictors.registry import load_predictor
 from firp_cli.recipe import Recipe, load_recipe, validate_recipe
@@ -144,9 +144,14 @@ def test_resuming_goes_on_exactly(whole: Path, tmp_path: Path, predictor: dict[s
 
 
 def test_two_ranks_equal_one_rank_with_doubled_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Started through the DeepSpeed launcher; ranks talk over gloo. Stages 0 and 3, shared and own heads."""
+    """Started through the DeepSpeed launcher; ranks talk over gloo. Stages 0 and 3, shared and own heads.
+
+    At its end rank 1 fails, and says why.
+    """
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    assert launch(2, None, ["cases", str(tmp_path)], module="test_training")
+    with pytest.raises(LaunchError, match="rank 1: a fault of rank 1 alone") as caught:
+        launch(2, None, [str(tmp_path)], module="test_training")
+    assert caught.value.exit_code == 2
     for name, (predictor, training) in TWO_RANKS.items():
         run(tmp_path / "one" / name, recipe(predictor, **(training | {"gradient_accumulation": 2})))
         one, two = rows(tmp_path / "one" / name), rows(tmp_path / "two" / name)
@@ -165,13 +170,6 @@ TWO_RANKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stage0": (FIRP, {"max_steps": 3}),
     "stage3-own-heads": (MEDUSA, {"max_steps": 3, "zero_stage": 3}),
 }
-
-
-def test_a_failing_rank_tells_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    with pytest.raises(LaunchError, match="rank 1: no such thing") as caught:
-        launch(2, None, ["fail", str(tmp_path)], module="test_training")
-    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("predictor", [FIRP, MEDUSA], ids=["firp", "medusa"])
@@ -206,7 +204,7 @@ def test_nan_stops_and_names_step_and_conversations(tmp_path: Path):
     items = [SimpleNamespace(**vars(item)) for item in store()]
     order = Order(split_validation(len(items), 0.2, 0)[0], 3, 1, 0)
     poisoned = order.conversations(4, 0)[0][1]
-    items[poisoned].hidden = {2: torch.full_like(items[poisoned].hidden[2], float("nan"))}
+    items[poisoned].hidden = {layer: states * float("nan") for layer, states in items[poisoned].hidden.items()}
     with pytest.raises(NumericsError, match=rf"optimizer step 5 .*{poisoned}.*; checkpoint step-4 is kept"):
         train(wanted, tiny_teacher("llama"), items, tmp_path)
     assert checkpoints.latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-4"
@@ -287,16 +285,13 @@ def test_the_rate_warms_up_and_then_falls():
     assert learning_rate_factor(0, 1, 0.0) == 1.0
 
 
-def worker(what: str, folder: str) -> None:
+def worker(folder: str) -> None:
     """What each launched rank does."""
-    from firp_cli.distributed.launch import rank, relayed_errors
-
     with relayed_errors():
-        if what == "fail" and rank() == 1:
-            raise UsageError("no such thing")
-        if what == "cases":
-            for name, (predictor, training) in TWO_RANKS.items():
-                run(Path(folder) / "two" / name, recipe(predictor, **training))
+        for name, (predictor, training) in TWO_RANKS.items():
+            run(Path(folder) / "two" / name, recipe(predictor, **training))
+        if rank() == 1:
+            raise UsageError("a fault of rank 1 alone")
 
 
 if __name__ == "__main__":

@@ -146,6 +146,16 @@ def fit_prompts(
     return fitting, skipped
 
 
+def spread(categories: Sequence[str], limit: int) -> list[int]:
+    """Places of at most `limit` prompts, in order, taken from every category in turn, so that none is left out."""
+    queues: dict[str, list[int]] = {}
+    for place, category in enumerate(categories):
+        queues.setdefault(category, []).append(place)
+    rounds = max((len(queue) for queue in queues.values()), default=0)
+    in_turn = [queue[turn] for turn in range(rounds) for queue in queues.values() if turn < len(queue)]
+    return sorted(in_turn[:limit])
+
+
 def make_batches(prompts: Sequence[BenchPrompt], size: int) -> list[Batch]:
     """Batches of `size` prompts that share data set and category, in the order of the prompts."""
     open_batches: dict[tuple[str, str], Batch] = {}

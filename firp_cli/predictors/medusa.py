@@ -66,6 +66,7 @@ class MedusaPredictor(Predictor):
                     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                 nn.init.zeros_(linear.bias)
         for head in self.heads:
+            assert isinstance(head, nn.Linear)
             head.weight.copy_(teacher.model.get_output_embeddings().weight)
 
 

@@ -29,7 +29,9 @@ p.headline { font-size: 1.15rem; margin: 0 0 1.4rem; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .4rem 1rem; overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th { text-align: right; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
-th, td { padding: .5rem .7rem; white-space: nowrap; }
+th, td { padding: .5rem .6rem; }
+th { vertical-align: bottom; }
+td { white-space: nowrap; }
 td { text-align: right; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; }
 th.left, td.left { text-align: left; }

@@ -71,7 +71,7 @@ def _main_cells(row: BenchRow, reference: str | None) -> list[str]:
 def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
     """Headers and cells of the second table of the written reports: what the main figures are made of."""
     headers = ["prompts", "method", "tree", "n", "new tokens", "prefill s", "decode s", "steps", "ms/step"]
-    headers += ["speedup with prefill", "share of steps that accepted at least 1, 2, ... drafts"]
+    headers += ["speedup with prefill", "steps accepting at least 1, 2, ... drafts"]
     cells = [
         [
             group_name(row),

@@ -7,6 +7,8 @@ always a prefix.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,7 @@ def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor, steps: int) -> Tensor:
     return allowed
 
 
+@lru_cache(maxsize=64)
 def own_pseudo(steps: int, anchors: int, device: torch.device) -> Tensor:
     """(k*A, k*A) bool: pseudo state (i, a) sees (j, a) for j <= i."""
     order = torch.ones(steps, steps, dtype=torch.bool, device=device).tril()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -64,7 +66,10 @@ class Teacher:
     def load(cls, config: TeacherConfig, device: torch.device | str | None = None, check: bool = True) -> Teacher:
         """Load by folder, embedded name or hub id. Raises TeacherError when it cannot be had or is not supported."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         source = teacher_source(config.model)
         options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         if config.device_map:
@@ -82,7 +87,7 @@ class Teacher:
                 "give a local model folder or a reachable hub id as teacher.model"
             ) from error
         if not config.device_map:
-            model.to(device=torch.device(device or default_device()))
+            nn.Module.to(model, torch.device(device or default_device()))
         return cls(model, tokenizer, name=config.model, check=check)
 
     @property
@@ -214,8 +219,6 @@ class Teacher:
 
 def default_device() -> torch.device:
     """This rank's CUDA device, else the CPU."""
-    import os
-
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")

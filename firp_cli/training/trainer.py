@@ -53,7 +53,7 @@ class Outcome:
 def planned_steps(settings: TrainingConfig, order: Order) -> int:
     """Optimizer steps of a run."""
     steps = settings.epochs * order.steps_per_epoch
-    return min(steps, settings.max_steps or steps)
+    return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
 def data_order(settings: TrainingConfig, indices: Sequence[int], ranks: int) -> Order:
