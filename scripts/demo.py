@@ -21,13 +21,13 @@ STORE = Path("stores/demo")
 def commands(output: Path, prompts: int, repeats: int) -> list[list[str]]:
     """The command lines of the demo, in order."""
     firp = str(Path(sys.executable).with_name("firp"))
+    counts = ["--limit", str(prompts), "--repeats", str(repeats)]
     predictors = [str(output / kind) for kind in RECIPES]
     return [
         [firp, "collect", "demo", f"store={STORE}"],
         *([firp, "train", recipe, f"store={STORE}", f"output={output / kind}"] for kind, recipe in RECIPES.items()),
         [firp, "eval", predictors[0], "--store", str(STORE), "--limit", "200", "--output", str(output / "eval")],
-        [firp, "bench", *predictors, "--dataset", "arithmetic", "--limit", str(prompts), "--repeats", str(repeats)]
-        + ["--output", str(output / "bench")],
+        [firp, "bench", *predictors, "--dataset", "arithmetic", "--output", str(output / "bench"), *counts],
     ]
 
 

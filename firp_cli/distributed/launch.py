@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,8 @@ def _cluster_command(gpus: int | None, hostfile: str) -> list[str]:
 def _wait(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
     """Run a launcher in a process group of its own; returns its exit code and whether the user interrupted it.
 
-    Ctrl-C and SIGTERM are passed on once, as SIGTERM: the launcher passes it to the ranks and waits for their
-    checkpoint.
+    The signals that end a program are passed on once, as SIGTERM: the launcher passes it to the ranks and waits for
+    their checkpoint.
     """
     interrupted = False
     process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -210,14 +210,22 @@ def _wait(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
             interrupted = True
             process.terminate()
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling_signals(pass_on):
         return process.wait(), interrupted
+
+
+@contextlib.contextmanager
+def handling_signals(handler: Callable[..., None]) -> Iterator[None]:
+    """Call `handler(number, frame)` on Ctrl-C, SIGTERM and a closed terminal (unless nohup ignores it)."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if process.poll() is None:
-            process.kill()
+        for number, former in previous.items():
+            signal.signal(number, former)
 
 
 def free_port() -> int:

@@ -73,6 +73,15 @@ def make_plan(recipe: Recipe, ranks: int, conversations: int | None = None, toke
     return plan
 
 
+def check_predictor(recipe: Recipe) -> None:
+    """Raise PredictorError for a transfer layer that the teacher does not have, where its config is at hand."""
+    assert recipe.predictor is not None
+    teacher, _ = skeleton(recipe.teacher)
+    if teacher is not None:
+        with torch.device("meta"):
+            build_predictor(recipe.predictor, teacher)
+
+
 def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
     """The teacher's modules without memory behind them, from its config alone; or None and the reason."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -120,7 +129,7 @@ def _first_layer(config: PredictorSection, teacher: Teacher) -> int:
 
 
 def teacher_parameters_used(teacher: Teacher, config: PredictorSection) -> int:
-    """Frozen parameters that a training step runs through: the layers from the first transfer layer on, and the head."""
+    """Frozen parameters that a training step runs through: layers from the first transfer layer on, and the head."""
     upper = sum(_count(layer) for layer in teacher.layers[_first_layer(config, teacher) :])
     return upper + _count(teacher.model.get_output_embeddings())
 

@@ -21,7 +21,7 @@ import torch.distributed
 from torch import Tensor
 
 from firp_cli import provenance
-from firp_cli.distributed.launch import is_main, rank, start, world_size
+from firp_cli.distributed.launch import handling_signals, is_main, rank, start, world_size
 from firp_cli.errors import NumericsError, PredictorError, StoreError
 from firp_cli.predictors.anchors import Sequenced
 from firp_cli.predictors.base import Predictor
@@ -345,7 +345,7 @@ class _Run:
 
 @contextlib.contextmanager
 def _until_signal(run: _Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after its current step; a second Ctrl-C ends it at once."""
+    """Ctrl-C, SIGTERM or a closed terminal end the run after its current step; a second Ctrl-C at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -355,9 +355,5 @@ def _until_signal(run: _Run) -> Iterator[None]:
             raise KeyboardInterrupt
         run.interrupted = True
 
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling_signals(interrupt):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,305 @@
+"""`firp train`: fit a predictor on a store of hidden states."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from firp_cli.commands.terminal import (
+    Json,
+    Verbose,
+    main_process,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    say,
+    split_recipe,
+)
+from firp_cli.errors import StoreError, UsageError
+from firp_cli.recipe import Recipe, dump_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from firp_cli.data.store import Store
+    from firp_cli.teacher.stack import Teacher
+    from firp_cli.training.plan import Plan
+
+GATE_TOKENS = 128  # new tokens per prompt of the gate
+INTERRUPTED = 130
+
+
+def train(
+    recipe: Annotated[
+        list[str] | None, typer.Argument(help="Recipe file or shipped name, then section.field=value overrides.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder that `firp collect` filled. Default: the recipe's.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Predictor folder to write. Default: the recipe's.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Ranks to start; on a CPU they share the cores.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Machines to start on, in DeepSpeed's format.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print recipe, parameters and memory; start nothing.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a predictor with DeepSpeed; write the predictor folder, metrics and checkpoints."""
+    name, overrides = split_recipe(recipe or [])
+    wanted = _resolve(name, overrides, store, output)
+    quiet_libraries(verbose)
+    if plan:
+        _plan(wanted, _ranks(gpus, hostfile), as_json)
+        return
+    _need_store(wanted, [*([name] if name else []), *overrides])
+    from firp_cli.distributed.launch import launch, relayed_errors
+    from firp_cli.training.checkpoint import guard_output
+    from firp_cli.training.plan import check_predictor
+
+    guard_output(Path(str(wanted.output)), resume)
+    check_predictor(wanted)
+    flags = {"--resume": resume, "--json": as_json, "--verbose": verbose}
+    argv = ["train", *(recipe or []), f"--store={wanted.store}", f"--output={wanted.output}"]
+    if launch(gpus, str(hostfile) if hostfile else None, [*argv, *(flag for flag, given in flags.items() if given)]):
+        return
+    with relayed_errors():
+        _train(wanted, resume, as_json)
+
+
+def _resolve(name: str | None, overrides: list[str], store: Path | None, output: Path | None) -> Recipe:
+    """The recipe with the folders that the command line names, or usual ones."""
+    wanted = load_recipe(name, overrides)
+    if wanted.predictor is None:
+        raise UsageError(
+            f"{name or 'the command line'} names no predictor: give a recipe with a predictor section "
+            "(`firp train demo`), or predictor.kind=firp predictor.layer=4"
+        )
+    kind, stem = wanted.predictor.kind, Path(name).stem if name else wanted.data.dataset
+    return wanted.model_copy(
+        update={
+            "store": str(store or wanted.store or Path("stores") / stem),
+            "output": str(output or wanted.output or Path("runs") / f"{stem}-{kind}"),
+        }
+    )
+
+
+def _need_store(recipe: Recipe, typed: list[str]) -> None:
+    if not (Path(str(recipe.store)) / "manifest.json").is_file():
+        command = " ".join(["firp collect", *typed, f"--output {recipe.store}"])
+        raise StoreError(f"no hidden-state store at {recipe.store}; fill it first:\n  {command}")
+
+
+def _ranks(gpus: int | None, hostfile: Path | None) -> int:
+    """Ranks that --gpus and --hostfile ask for: N of each machine, or all its slots."""
+    if hostfile is None:
+        return gpus or 1
+    if not hostfile.is_file():
+        raise UsageError(f"no hostfile {hostfile}")
+    slots = [line.split("slots=")[1].split()[0] for line in hostfile.read_text().splitlines() if "slots=" in line]
+    return sum(gpus or int(count) for count in slots)
+
+
+def _train(recipe: Recipe, resume: bool, as_json: bool) -> None:
+    """What every rank does."""
+    from firp_cli.distributed.launch import start
+    from firp_cli.teacher.stack import Teacher
+    from firp_cli.training.trainer import train as run
+
+    start()
+    teacher = Teacher.load(recipe.teacher)
+    store = _open(recipe, teacher)
+    output = Path(str(recipe.output))
+    terminal = _Terminal()
+    with terminal:
+        outcome = run(
+            recipe,
+            teacher,
+            store,
+            output,
+            resume=resume,
+            listener=terminal.listener(),
+            store_summary=_summary(store, recipe),
+        )
+    if outcome.stopped:
+        say(f"stopped after step {outcome.step} of {outcome.total_steps}; the checkpoint is saved, --resume goes on")
+        raise typer.Exit(INTERRUPTED)
+    if not main_process():
+        return
+    assert outcome.training is not None
+    training = _gate(recipe, teacher, store, output) or outcome.training
+    if as_json:
+        print_json(training)
+    else:
+        _report(training, output)
+
+
+def _open(recipe: Recipe, teacher: Teacher) -> Store:
+    from firp_cli.data.conversations import template_fingerprint, tokenizer_fingerprint
+    from firp_cli.data.store import Store
+
+    assert recipe.predictor is not None
+    store = Store.open(Path(str(recipe.store)), layers=recipe.predictor.required_layers)
+    tokenizer = teacher.tokenizer
+    store.check_teacher(teacher.fingerprint, tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
+    return store
+
+
+def _summary(store: Store, recipe: Recipe) -> dict[str, Any]:
+    return {"folder": recipe.store, "conversations": len(store)}
+
+
+class _Terminal:
+    """Progress bars one after the other, and a line of figures at each validation."""
+
+    def __init__(self) -> None:
+        self.bars = ExitStack()
+        self.shown = ""
+        self.row: dict[str, Any] = {}
+        self.header = False
+
+    def __enter__(self) -> _Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.close()
+
+    def listener(self) -> Any:
+        from firp_cli.training.journal import Listener
+
+        return Listener(
+            ridge=lambda done, total: self.bar("ridge start", done, total),
+            step=self.step,
+            validation=self.validation,
+            note=say,
+        )
+
+    def bar(self, name: str, done: int, total: int | None) -> None:
+        if name != self.shown:
+            self.bars.close()
+            self.shown, self.progress = name, self.bars.enter_context(progress_bar(name))
+        self.progress(done, total)
+
+    def step(self, done: int, total: int, row: dict[str, Any]) -> None:
+        self.row = row
+        self.bar("training", done, total)
+
+    def validation(self, row: dict[str, Any]) -> None:
+        columns = {
+            "step": f"{row['step']:>6}",
+            "train loss": f"{self.row['loss']:>10.4f}" if self.row else " " * 9 + "-",
+            "held-out": f"{row['loss']:>8.4f}",
+            "accepted": f"{row['expected_accepted_length']:>8.3f}",
+            "tokens/s": f"{self.row['tokens_per_second']:>8.0f}" if self.row else " " * 7 + "-",
+            "data wait": f"{self.row['data_wait']:>9.1%}" if self.row else " " * 8 + "-",
+            "top-1 by step": " ".join(f"{rate:.3f}" for rate in row["top1"]),
+        }
+        if not self.header:
+            self.header = True
+            say("  ".join(name.rjust(len(cell)) for name, cell in columns.items()))
+        say("  ".join(columns.values()))
+
+
+def _gate(recipe: Recipe, teacher: Teacher, store: Store, output: Path) -> dict[str, Any] | None:
+    """Decode a few held-out prompts with the folder just written; adds the figures to training.json."""
+    import json
+
+    from firp_cli.evaluation.quality import gate
+    from firp_cli.predictors.registry import load_predictor
+    from firp_cli.provenance import write_json
+    from firp_cli.records import plain
+    from firp_cli.training.batches import split_validation
+
+    settings = recipe.training
+    if not settings.gate_prompts:
+        say("no gate: training.gate_prompts is 0, so nothing was decoded")
+        return None
+    training, held_out = split_validation(len(store), settings.validation_fraction, settings.seed)
+    prompts = []
+    for index in (held_out or training)[: settings.gate_prompts]:
+        item = store[index]
+        start = int(item.loss_mask.int().argmax())
+        if start:
+            prompts.append(item.input_ids[:start].tolist())
+    began = time.monotonic()
+    limit = min(GATE_TOKENS, recipe.data.max_new_tokens)
+    found = gate(teacher, load_predictor(output, teacher), prompts, None, limit)
+    path = output / "training.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["gate"] = plain({**found, "max_new_tokens": limit, "seconds": time.monotonic() - began})
+    write_json(path, record)
+    return record
+
+
+def _report(training: dict[str, Any], output: Path) -> None:
+    first, best = training["validation"]["first"], training["validation"]["best"]
+    typer.echo(f"trained {training['predictor']['kind']} for {training['steps']} steps in {training['seconds']:.0f} s")
+    if best:
+        start, length = first["expected_accepted_length"], best["expected_accepted_length"]
+        typer.echo(
+            f"expected accepted length of a chain: {length:.3f} at step {best['step']} ({start:.3f} at the start)"
+        )
+    if training["data_wait_share"] is not None:
+        typer.echo(f"waiting for data: {training['data_wait_share']:.1%} of step time")
+    gate = training.get("gate")
+    if gate:
+        typer.echo(
+            f"gate: simulated {gate['simulated']:.3f}, decoded {gate['real']:.3f} tokens per step "
+            f"({gate['prompts']} prompts)"
+        )
+        if not gate.get("agree", True):
+            typer.echo("gate: they differ by more than rounding explains; do not trust this predictor", err=True)
+    typer.echo(f"predictor: {output}")
+
+
+def _plan(recipe: Recipe, ranks: int, as_json: bool) -> None:
+    from firp_cli.records import plain
+    from firp_cli.training.plan import make_plan
+
+    conversations, tokens = _stored(recipe)
+    found = make_plan(recipe, ranks, conversations, tokens)
+    if as_json:
+        print_json({"recipe": recipe.model_dump(), "plan": plain(found)})
+        return
+    from rich.console import Console
+
+    from firp_cli.reports.tables import rich_table
+
+    typer.echo(dump_recipe(recipe))
+    console = Console(highlight=False)
+    console.print(rich_table(["plan", ""], _plan_cells(found, recipe, conversations is not None), left=2))
+    if found.missing:
+        typer.echo(f"{found.missing}; parameter and memory figures need it")
+
+
+def _stored(recipe: Recipe) -> tuple[int | None, int | None]:
+    """Conversations and tokens of the recipe's store, if it is there."""
+    folder = Path(str(recipe.store))
+    if not (folder / "manifest.json").is_file():
+        return None, None
+    from firp_cli.data.store import Store
+
+    store = Store.open(folder)
+    return len(store), None
+
+
+def _plan_cells(plan: Plan, recipe: Recipe, stored: bool) -> list[list[str]]:
+    def count(value: int | None, unit: str = "") -> str:
+        return "needs the teacher's config" if value is None else f"{value:,}{unit}"
+
+    source = "in the store" if stored else "at most (data.limit; no store yet)"
+    rows = [
+        ["predictor parameters", count(plan.predictor_parameters)],
+        ["  per step", count(plan.parameters_per_step)],
+        ["frozen teacher parameters", count(plan.teacher_parameters)],
+        ["  run through by a step", count(plan.teacher_parameters_used)],
+        ["ranks, ZeRO stage", f"{plan.ranks}, stage {recipe.training.zero_stage}"],
+        ["conversations", f"{plan.conversations:,} {source}" if plan.conversations else "needs the store"],
+        ["optimizer steps", f"{plan.steps:,}" if plan.steps is not None else "needs the store"],
+    ]
+    if plan.tokens is not None:
+        rows.append(["tokens read, all epochs", f"{plan.tokens:,}"])
+    for name, size in (plan.memory or {}).items():
+        rows.append([f"memory per rank: {name}", f"{size / 2**20:,.1f} MiB"])
+    return rows

@@ -1,0 +1,162 @@
+"""Rows of a data set to messages: the field layouts that public conversation sets use.
+
+Messages are `{"role": "system" | "user" | "assistant" | "tool", "content": text}`. Assistant turns before the first user turn
+are dropped (ShareGPT has them): they answer nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from firp_cli.errors import DatasetError
+
+Message = dict[str, str]
+Row = Mapping[str, Any]
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+}
+QUESTION_FIELDS = ("question", "prompt", "instruction")
+ANSWER_FIELDS = ("answer", "response", "output", "completion")
+SYSTEM_FIELDS = ("system", "system_prompt")
+ACCEPTED = (
+    "messages (role/content), conversations (from/value), turns, question|prompt|instruction [+ input] with "
+    "answer|response|output|completion, prompt + canonical_solution, article + highlights, document + summary"
+)
+SUMMARIZE = "Summarize the following article in a few sentences.\n\n{}"
+COMPLETE_CODE = "Complete the following Python function. Answer with the whole function.\n\n```python\n{}```"
+CALCULATOR_MARKS = re.compile(r"<<[^<>\n]*>>")
+
+
+def to_messages(row: Row, where: str) -> list[Message]:
+    """The conversation that a row holds; without an assistant turn where the row has no answer.
+
+    Layouts are tried in the order of `ACCEPTED`. `turns` (MT-Bench, Spec-Bench) and a list under `prompt` hold user turns
+    without answers: only the first one is taken. GSM8K's calculator marks (`<<48/2=24>>`) are taken out of answers: no
+    teacher writes them.
+
+    Raises DatasetError naming the row (`where`), the fields seen and those accepted.
+    """
+    for matches, read in _LAYOUTS:
+        if matches(row):
+            messages = read(row, where)
+            first = next((place for place, item in enumerate(messages) if item["role"] == "user"), len(messages))
+            return [item for place, item in enumerate(messages) if item["role"] != "assistant" or place > first]
+    fields = ", ".join(map(str, row)) or "none"
+    raise DatasetError(f"{where}: no conversation in its fields ({fields})\naccepted: {ACCEPTED}")
+
+
+def prompt_of(messages: list[Message]) -> list[Message]:
+    """Everything up to the first assistant turn."""
+    first = next((place for place, item in enumerate(messages) if item["role"] == "assistant"), len(messages))
+    return messages[:first]
+
+
+def _speakers(field: str, role_key: str, text_key: str) -> Callable[[Row, str], list[Message]]:
+    def read(row: Row, where: str) -> list[Message]:
+        return [_turn(item, role_key, text_key, f"{where}, {field}[{place}]") for place, item in enumerate(row[field])]
+
+    return read
+
+
+def _turn(item: Any, role_key: str, text_key: str, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise DatasetError(f"{where}: expected a mapping with role and content, got {type(item).__name__}")
+    role, text = item.get(role_key, item.get("role")), item.get(text_key, item.get("content"))
+    if role not in ROLES:
+        raise DatasetError(f"{where}: unknown role {role!r}; accepted: {', '.join(ROLES)}")
+    return {"role": ROLES[role], "content": _text(text, where)}
+
+
+def _text(value: Any, where: str) -> str:
+    """A text, or the text parts of a list of content parts."""
+    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
+        return "".join(str(part.get("text", "")) for part in value)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DatasetError(f"{where}: expected text, got {type(value).__name__}")
+    return value
+
+
+def _first_turn(field: str) -> Callable[[Row, str], list[Message]]:
+    def read(row: Row, where: str) -> list[Message]:
+        if not row[field]:
+            raise DatasetError(f"{where}: {field} is empty")
+        return [{"role": "user", "content": _text(row[field][0], f"{where}, {field}[0]")}]
+
+    return read
+
+
+def _pair(row: Row, where: str) -> list[Message]:
+    """A question under one of several names, an answer if there is one, an input and a system text if there are."""
+    question = _first_of(row, QUESTION_FIELDS)
+    answer = _first_of(row, ANSWER_FIELDS)
+    system = _first_of(row, SYSTEM_FIELDS)
+    assert question is not None
+    text = _text(row[question], f"{where}, {question}")
+    if question != "question" and row.get("input"):
+        text += "\n\n" + _text(row["input"], f"{where}, input")
+    messages = [{"role": "user", "content": text}]
+    if system is not None and row[system]:
+        messages.insert(0, {"role": "system", "content": _text(row[system], f"{where}, {system}")})
+    if answer is not None and row[answer] is not None:
+        written = _text(row[answer], f"{where}, {answer}")
+        messages.append({"role": "assistant", "content": CALCULATOR_MARKS.sub("", written)})
+    return messages
+
+
+def _wrapped(question: str, answer: str, wording: str) -> Callable[[Row, str], list[Message]]:
+    def read(row: Row, where: str) -> list[Message]:
+        return [
+            {"role": "user", "content": wording.format(_text(row[question], f"{where}, {question}"))},
+            {"role": "assistant", "content": _text(row[answer], f"{where}, {answer}")},
+        ]
+
+    return read
+
+
+def _solution(row: Row, where: str) -> list[Message]:
+    """HumanEval: the function's head is the question, head and body in a code block the answer."""
+    head = _text(row["prompt"], f"{where}, prompt")
+    body = _text(row["canonical_solution"], f"{where}, canonical_solution")
+    return [
+        {"role": "user", "content": COMPLETE_CODE.format(head)},
+        {"role": "assistant", "content": f"```python\n{head}{body}```"},
+    ]
+
+
+def _first_of(row: Row, fields: tuple[str, ...]) -> str | None:
+    return next((field for field in fields if field in row), None)
+
+
+def _is_list(field: str) -> Callable[[Row], bool]:
+    return lambda row: isinstance(row.get(field), list)
+
+
+def _has(*fields: str) -> Callable[[Row], bool]:
+    return lambda row: all(isinstance(row.get(field), str) for field in fields)
+
+
+_LAYOUTS: tuple[tuple[Callable[[Row], bool], Callable[[Row, str], list[Message]]], ...] = (
+    (_is_list("messages"), _speakers("messages", "role", "content")),
+    (_is_list("conversations"), _speakers("conversations", "from", "value")),
+    (_is_list("turns"), _first_turn("turns")),
+    (_is_list("prompt"), _first_turn("prompt")),
+    (_has("prompt", "canonical_solution"), _solution),
+    (_has("article", "highlights"), _wrapped("article", "highlights", SUMMARIZE)),
+    (_has("document", "summary"), _wrapped("document", "summary", SUMMARIZE)),
+    (lambda row: _first_of(row, QUESTION_FIELDS) is not None, _pair),
+)

@@ -1,0 +1,223 @@
+"""The hidden-state store: a folder of safetensors shards with a manifest, read memory-mapped.
+
+`manifest.json` says which teacher, tokenizer, template, layers, dtype and settings made it, and names every shard with its
+size and sha256. A shard holds whole conversations one behind the other: `input_ids` (T,), `loss_mask` (T,),
+`sequence_offsets` (n+1,), `hidden.<layer>` (T, d) for each cached layer, `hidden.final` (T, d), and for int8 and float8
+`<name>.scale` (T, 1). Writing is in `store_writer.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from firp_cli.errors import FingerprintError, StoreError
+from firp_cli.provenance import file_sha256
+
+SCHEMA = "firp.store/1"
+MANIFEST = "manifest.json"
+FINAL = "hidden.final"
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCALED = {"int8": (torch.int8, 127.0), "float8": (torch.float8_e4m3fn, 448.0)}  # type, largest value
+TOKEN_BYTES = 4 + 1  # an int32 id and a bool of the mask
+
+
+@dataclass
+class StoredSequence:
+    """One conversation: input_ids (T,) long, loss_mask (T,) bool, final (T, d), hidden layer -> (T, d)."""
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    final: Tensor
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+def state_names(layers: Sequence[int]) -> dict[str, int | None]:
+    """Tensor names of the cached states, with their layer; None for the normed final state."""
+    return {**{f"hidden.{layer}": layer for layer in layers}, FINAL: None}
+
+
+def bytes_per_token(hidden_size: int, layers: int, dtype: str) -> int:
+    """Bytes that a token takes in a store of `layers` layers beside the final state."""
+    each = hidden_size + 4 if dtype in SCALED else hidden_size * FLOATS[dtype].itemsize
+    return TOKEN_BYTES + (layers + 1) * each
+
+
+def compress(states: Tensor, dtype: str) -> dict[str, Tensor]:
+    """States (T, d) as stored, by name suffix. int8 and float8 rows are scaled so that their largest entry fits."""
+    if dtype in FLOATS:
+        return {"": states.to(FLOATS[dtype])}
+    kind, largest = SCALED[dtype]
+    states = states.float()
+    scale = (states.abs().amax(dim=-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = states / scale
+    return {"": (scaled.round() if kind == torch.int8 else scaled).to(kind), ".scale": scale}
+
+
+def expand(stored: Tensor, scale: Tensor | None) -> Tensor:
+    """Stored rows (T, d) as floats: float32 where they were scaled, else as they are."""
+    return stored if scale is None else stored.float() * scale
+
+
+class Store(Sequence[StoredSequence]):
+    """A complete store, open for reading. `store[i]` reads the rows of conversation i in the layers asked for."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], layers: Sequence[int]) -> None:
+        self.folder, self.manifest, self.layers = folder, manifest, tuple(layers)
+        self._names = state_names(self.layers)
+        self._scaled = manifest["dtype"] in SCALED
+        self._starts = [0, *accumulate(shard["sequences"] for shard in manifest["shards"])]
+        self._files: dict[int, tuple[Any, list[int]]] = {}
+
+    @classmethod
+    def open(cls, folder: Path | str, layers: Sequence[int] | None = None, verify: bool = False) -> Store:
+        """Open a complete store, to read `layers` (None: all it holds). Sizes are checked, checksums with `verify`.
+
+        Raises StoreError: no store, unfinished, a layer that it does not hold, a damaged or missing shard.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if not manifest["complete"]:
+            planned = manifest["shards_planned"] or "?"
+            raise StoreError(
+                f"the store {folder} is unfinished ({len(manifest['shards'])} of {planned} shards); "
+                "run the same `firp collect` with --resume"
+            )
+        absent = [layer for layer in layers or () if layer not in manifest["layers"]]
+        if absent:
+            raise StoreError(
+                f"the store {folder} holds layers {manifest['layers']}, not {absent}; "
+                f"collect another with --layers {','.join(map(str, sorted({*manifest['layers'], *absent})))}"
+            )
+        store = cls(folder, manifest, manifest["layers"] if layers is None else sorted(set(layers)))
+        store._check_shards(checksums=verify)
+        return store
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> StoredSequence: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[StoredSequence]: ...
+    def __getitem__(self, index: int | slice) -> StoredSequence | list[StoredSequence]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"conversation {index} of {len(self)}")
+        index %= len(self)
+        number = bisect_right(self._starts, index) - 1
+        shard, offsets = self._shard(number)
+        place = index - self._starts[number]
+        start, end = offsets[place], offsets[place + 1]
+
+        def rows(name: str) -> Tensor:
+            return shard.get_slice(name)[start:end]
+
+        hidden: dict[int, Tensor] = {}
+        final = torch.empty(0)
+        for name, layer in self._names.items():
+            states = expand(rows(name), rows(f"{name}.scale") if self._scaled else None)
+            if layer is None:
+                final = states
+            else:
+                hidden[layer] = states
+        return StoredSequence(rows("input_ids").long(), rows("loss_mask"), final, hidden)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every conversation."""
+        found: list[int] = []
+        for number in range(len(self.manifest["shards"])):
+            offsets = self._shard(number)[1]
+            found += [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+        return found
+
+    def verify(self) -> None:
+        """Compare every shard's sha256 with the manifest's. Raises StoreError naming the damaged or missing ones."""
+        self._check_shards(checksums=True)
+
+    def check_teacher(self, teacher: str, tokenizer: str, template: str) -> None:
+        """Compare fingerprints. Raises FingerprintError with both of each that differs."""
+        made_with = self.manifest["fingerprints"]
+        asked = {"teacher": teacher, "tokenizer": tokenizer, "chat template": template}
+        different = [
+            f"{name} (store: {made_with[name]}, now: {asked[name]})" for name in asked if made_with[name] != asked[name]
+        ]
+        if different:
+            raise FingerprintError(
+                f"the store {self.folder} was made by {self.manifest['teacher']['name']} with another "
+                f"{' and another '.join(different)}\nuse that teacher, or collect a store for this one"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Identity and size for records: what training.json says about the data."""
+        kept = ("fingerprints", "layers", "dtype", "settings", "counts")
+        return {"folder": str(self.folder), **{key: self.manifest[key] for key in kept}}
+
+    def _check_shards(self, checksums: bool) -> None:
+        faults = {
+            shard["file"]: fault for shard in self.manifest["shards"] if (fault := shard_fault(self.folder, shard, checksums))
+        }
+        if faults:
+            listed = ", ".join(f"{file} ({fault})" for file, fault in list(faults.items())[:4])
+            more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+            raise StoreError(
+                f"the store {self.folder} is damaged: {listed}{more}\n"
+                f"run the same `firp collect` with --resume: it rebuilds {'just that one' if len(faults) == 1 else 'just those'}"
+            )
+
+    def _shard(self, number: int) -> tuple[Any, list[int]]:
+        """A shard's memory map and its sequence offsets, opened on first use."""
+        if number not in self._files:
+            file = self.manifest["shards"][number]["file"]
+            try:
+                handle = safe_open(self.folder / file, framework="pt")
+                self._files[number] = (handle, handle.get_tensor("sequence_offsets").tolist())
+            except (OSError, SafetensorError) as error:
+                raise StoreError(
+                    f"the store {self.folder} is damaged: {file} ({error})\n"
+                    "run the same `firp collect` with --resume: it rebuilds just that one"
+                ) from error
+        return self._files[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # memory maps do not travel to other processes
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A store's manifest. Raises StoreError when there is none, or none that this version reads."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(
+            f"no store in {folder}; make one: firp collect [RECIPE] --output {folder}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise StoreError(f"{path} has schema {found!r}, this firp reads {SCHEMA!r}; collect the store again")
+    return manifest
+
+
+def shard_fault(folder: Path, shard: dict[str, Any], checksum: bool) -> str | None:
+    """What is wrong with a shard file: missing, of another size, or (with `checksum`) of another sha256; else None."""
+    path = folder / shard["file"]
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != shard["bytes"]:
+        return f"{path.stat().st_size} bytes instead of {shard['bytes']}"
+    if checksum and file_sha256(path) != shard["sha256"]:
+        return "its checksum differs"
+    return None
