@@ -59,6 +59,7 @@ def test_generate_writes_jsonl(tmp_path: Path) -> None:
     for record in records:
         assert {"prompt_tokens", "token_ids", "text", "steps", "accepted_lengths"} <= set(record)
         assert len(record["accepted_lengths"]) == record["steps"]
+        assert sum(record["accepted_lengths"]) + 1 == len(record["token_ids"])
     alone = json.loads(firp("generate", "--json", "--prompt", PROMPT).stdout)
     assert alone["token_ids"] == records[0]["token_ids"]
 

@@ -139,6 +139,9 @@ def test_the_gate_agrees_and_notices_when_training_and_decoding_differ(teacher: 
     passed = quality.gate(teacher, predictor, prompts, "dynamic:16", 24)
     assert passed["agree"] and passed["prompts"] == 4
     assert passed["simulated"] == pytest.approx(passed["real"]) and passed["real"] > 1.0
+    too_long = [[5] * teacher.max_positions]
+    assert quality.gate(teacher, predictor, [*prompts, *too_long], "dynamic:16", 24) == passed
+    assert quality.gate(teacher, predictor, too_long, None, 24)["prompts"] == 0
     # A training forward that looks one position back no longer describes the decoder.
     whole = predictor.draft_states
     monkeypatch.setattr(

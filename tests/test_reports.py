@@ -162,6 +162,10 @@ def test_terminal_table_keeps_brackets() -> None:
     console.print(tables.bench_tables(bench_report()))
     text = console.export_text()
     assert "1.44 [1.38, 1.51]" in text and "40/40" in text
+    groups = (("spec_bench", "all"), ("spec_bench", "rag"), ("spec_bench", "translation"))
+    console.print(tables.bench_tables(bench_report(groups)))
+    text = console.export_text()
+    assert "spec_bench: rag" in text and "1.44 (2.41)" in text
     console.print(tables.eval_table(eval_report()))
     assert "0.420" in console.export_text()
 

@@ -1,27 +1,226 @@
-"""`firp train` from the command line: plans, refusals, and a whole run on a store made by `firp collect`'s core."""
+"""`firp train` from the command line: plans, refusals, and whole runs on a store."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from conftest import ROOT, TINY_CONVERSATIONS, save_tiny_teacher
+from conftest import HIDDEN, LAYERS, ROOT, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from firp_cli.commands.train import train
-from firp_cli.errors import FingerprintError, PredictorError, RecipeError, StoreError, UsageError
-from firp_cli.recipe import load_recipe, shipped_recipes
+from firp_cli.data.conversations import template_fingerprint, tokenizer_fingerprint
+from firp_cli.data.store_writer import StoreWriter
+from firp_cli.errors import FingerprintError, FirpError, PredictorError, StoreError, UsageError
+from firp_cli.predictors.registry import load_predictor
+from firp_cli.recipe import TeacherConfig, TrainingConfig, load_recipe, shipped_recipes
+from firp_cli.teacher.stack import Teacher
 from firp_cli.training.plan import make_plan, optimizer_memory
 
 APP = typer.Typer()
 APP.command()(train)
-TINY = ["training.micro_batch_size=3", "training.anchors_per_sequence=6", "training.validation_fraction=0.2"]
+FIRP = ["predictor.kind=firp", "predictor.layer=2", "predictor.steps=3"]
+SETTINGS = [
+    "training.micro_batch_size=4",
+    "training.anchors_per_sequence=6",
+    "training.validation_fraction=0.2",
+    "training.gate_prompts=2",
+    "training.learning_rate=5e-3",
+    "data.max_new_tokens=12",
+]
 
 
 def firp_train(*arguments: object) -> Result:
     """Run the command; a user error comes out as `result.exception`."""
     return CliRunner().invoke(APP, [str(item) for item in arguments])
+
+
+def refused(*arguments: object) -> FirpError:
+    error = firp_train(*arguments).exception
+    assert isinstance(error, FirpError), error
+    return error
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher on disk, whose tokenizer knows the words w3, w4, ..."""
+    folder = tmp_path_factory.mktemp("teacher")
+    vocabulary = {"<unk>": 0, "</s>": 1, "<s>": 2} | {f"w{token}": token for token in range(3, VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store_folder(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 conversations that go round a cycle of words, in two shards."""
+    folder = tmp_path_factory.mktemp("store")
+    teacher = Teacher.load(TeacherConfig(model=str(teacher_folder)))
+    tokenizer = teacher.tokenizer
+    fingerprints = {
+        "teacher": teacher.fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "chat template": template_fingerprint(tokenizer),
+    }
+    settings = {"shard_tokens": 300}
+    texts = [[3 + 4 * ((7 * number + place) % 22) for place in range(20)] for number in range(24)]
+    with StoreWriter(
+        folder,
+        teacher=teacher.describe(),
+        fingerprints=fingerprints,
+        layers=[2],
+        dtype="float32",
+        settings=settings,
+    ) as writer:
+        for plan in writer.plan([20] * 24, {"conversations": 24}):
+            part = texts[plan.first : plan.next]
+            batch = sequence_batch(teacher, part, [5] * len(part), [2])
+            tensors = {
+                "input_ids": batch.input_ids.flatten().int(),
+                "loss_mask": batch.loss_mask.flatten(),
+                "sequence_offsets": torch.arange(len(part) + 1) * 20,
+                "hidden.2": batch.hidden[2].flatten(0, 1).contiguous(),
+                "hidden.final": batch.final.flatten(0, 1).contiguous(),
+            }
+            writer.write(plan, tensors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(teacher_folder: Path, store_folder: Path) -> list[str]:
+    return [*FIRP, *SETTINGS, f"teacher.model={teacher_folder}", f"--store={store_folder}"]
+
+
+def test_a_run_ends_with_the_gate_and_goes_no_further_twice(arguments: list[str], tmp_path: Path):
+    output = tmp_path / "run"
+    result = firp_train(*arguments, f"--output={output}", "training.epochs=2")
+    assert result.exit_code == 0, result.output
+    training = json.loads((output / "training.json").read_text())
+    gate = training["gate"]
+    assert gate["prompts"] == 2 and gate["agree"]
+    assert f"gate: simulated {gate['simulated']:.3f}, decoded {gate['real']:.3f}" in result.output
+    assert f"predictor: {output}" in result.output
+    assert training["store"]["counts"] == {"conversations": 24} and training["data_wait_share"] < 0.5
+    load_predictor(output, tiny_teacher("llama"))
+    assert "add --resume" in str(refused(*arguments, f"--output={output}"))
+    before = (output / "predictor.safetensors").read_bytes()
+    again = firp_train(
+        *arguments, f"--output={output}", "training.epochs=2", "training.gate_prompts=0", "--resume", "--json"
+    )
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["best_step"] == training["best_step"]
+    assert "no gate: training.gate_prompts is 0" in again.stderr
+    assert (output / "predictor.safetensors").read_bytes() == before
+
+
+def test_two_ranks_start_themselves(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    output = tmp_path / "run"
+    result = firp_train(*arguments, f"--output={output}", "training.max_steps=2", "--gpus", 2)
+    assert result.exit_code == 0, result.output
+    training = json.loads((output / "training.json").read_text())
+    assert training["world_size"] == 2 and training["steps"] == 2 and training["gate"]["prompts"] == 2
+
+
+def test_a_plan_starts_nothing(tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Teacher, "load", lambda *_: pytest.fail("a plan loads no weights"))
+    monkeypatch.setattr("firp_cli.distributed.launch.launch", lambda *_: pytest.fail("a plan launches nothing"))
+    command = ["demo", f"teacher.model={teacher_folder}", "predictor.layer=2", "--plan"]
+    result = firp_train(*command, "--gpus", 4)
+    assert result.exit_code == 0, result.output
+    assert "kind: firp" in result.output and "ranks, ZeRO stage" in result.output
+    assert f"{4 * HIDDEN**2:,}" in result.output and not list(tmp_path.iterdir())
+    values = json.loads(
+        firp_train("demo", f"teacher.model={teacher_folder}", "predictor.layer=2", "--plan", "--json").stdout
+    )
+    assert values["plan"]["predictor_parameters"] == 4 * HIDDEN**2
+    assert values["plan"]["parameters_per_step"] == HIDDEN**2
+    model = tiny_model("llama")
+    used = sum(parameter.numel() for layer in model.model.layers[2:] for parameter in layer.parameters())
+    assert values["plan"]["teacher_parameters_used"] == used + VOCABULARY * HIDDEN
+    assert values["plan"]["steps"] == 2 * (760 // 8) and values["recipe"]["training"]["epochs"] == 2
+
+
+@pytest.mark.parametrize("name", list(shipped_recipes()))
+def test_every_shipped_recipe_can_be_planned(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = firp_train(name, "--plan")
+    assert result.exit_code == 0, result.output
+    assert "needs the teacher's config" in result.output or "memory per rank: total" in result.output
+
+
+def test_plan_figures_of_a_large_teacher(tmp_path: Path):
+    """Llama-3.1-8B's shape, from its config alone."""
+    LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+        tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)
+    plan = make_plan(load_recipe("llama-3.1-8b-firp", [f"teacher.model={tmp_path}"]), ranks=8, tokens=None)
+    assert plan.predictor_parameters == 4 * 4096**2 and plan.teacher_parameters == 8_030_261_248
+    assert plan.memory is not None and plan.memory["teacher weights"] == 2 * 8_030_261_248
+    assert 17e9 < plan.memory["total"] < 40e9
+    own_heads = load_recipe("llama-3.1-8b-firp", [f"teacher.model={tmp_path}"]).model_copy(
+        update={"predictor": load_recipe("demo-medusa").predictor}
+    )
+    assert make_plan(own_heads, ranks=1).predictor_parameters == 4 * (4096**2 + 4096 + 128256 * 4096)
+
+
+def test_zero_stages_shard_what_they_say():
+    sizes = [optimizer_memory(TrainingConfig(zero_stage=stage, precision="bf16"), 1000, 4) for stage in (0, 1, 2, 3)]
+    assert [size["optimizer states"] for size in sizes] == [12000, 3000, 3000, 3000]
+    assert [size["predictor gradients"] for size in sizes] == [4000, 2000, 500, 500]
+    assert [size["predictor weights"] for size in sizes] == [2000, 2000, 2000, 500]
+    plain = optimizer_memory(TrainingConfig(), 1000, 4)
+    assert list(plain.values()) == [4000, 4000, 8000]
+
+
+def test_a_missing_store_names_the_command_that_fills_it(teacher_folder: Path, tmp_path: Path):
+    missing = tmp_path / "nothing"
+    error = refused("demo", "data.limit=5", f"--store={missing}", f"--output={tmp_path / 'out'}")
+    assert isinstance(error, StoreError)
+    assert f"firp collect demo data.limit=5 --output {missing}" in str(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_transfer_layer_out_of_range_tells_the_range(arguments: list[str], tmp_path: Path):
+    for extra in ([], ["--plan"]):
+        error = refused(*arguments, f"predictor.layer={LAYERS}", f"--output={tmp_path / 'out'}", *extra)
+        assert isinstance(error, PredictorError)
+        assert f"transfer layer {LAYERS} is out of range" in str(error) and f"1 <= t <= {LAYERS - 1}" in str(error)
+
+
+def test_a_recipe_without_predictor_is_refused(tmp_path: Path):
+    assert isinstance(refused(f"--output={tmp_path / 'out'}"), UsageError)
+
+
+def test_a_store_of_another_teacher_is_refused(arguments: list[str], teacher_folder: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(teacher_folder, other)
+    model = tiny_teacher("llama-mha").model
+    model.save_pretrained(other)
+    error = refused(*arguments, f"teacher.model={other}", f"--output={tmp_path / 'out'}")
+    assert isinstance(error, FingerprintError)
+
+
+def test_medusa_has_no_ridge_start(arguments: list[str], tmp_path: Path):
+    changed = [item for item in arguments if not item.startswith("predictor.")]
+    error = refused(*changed, "predictor.kind=medusa", f"--output={tmp_path / 'out'}")
+    assert "training.init" in str(error)

@@ -13,6 +13,7 @@ from firp_cli.commands.terminal import Force, Json, Verbose, print_json, progres
 from firp_cli.recipe import DEFAULT_TEACHER, Precision, embedded_predictors
 
 if TYPE_CHECKING:
+    from firp_cli.data.prompts import Prompt
     from firp_cli.evaluation.bench import BenchPrompt, LoadedPredictor
     from firp_cli.records import BenchReport
     from firp_cli.teacher.stack import Teacher
@@ -59,10 +60,11 @@ def bench(
         torch.set_num_threads(threads)
     settings = BenchSettings(max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed)
     wanted = [name.strip() for name in methods.split(",") if name.strip()] if methods else None
+    found = _find_prompts(dataset, data_dir, limit)
     names, model, loaded = _load(predictors, wanted, teacher, dtype, tree, force)
-    prompts = load_bench_prompts(dataset, data_dir, limit, model)
     chosen = make_methods(model, loaded, names, settings)
-    say(f"[dim]warm-up: each method decodes the first batch {settings.warmup} time(s), uncounted[/dim]")
+    prompts = _encode(found, model)
+    say("warm-up: each method decodes the first batch once, uncounted")
     with progress_bar("measuring") as progress:
         report = run_bench(model, prompts, chosen, settings, skip_long=skip_long, progress=progress)
     folder = output or default_output(dataset)
@@ -107,9 +109,13 @@ def _load(
 
 def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, teacher: Teacher) -> list[BenchPrompt]:
     """Encoded prompts of one data set, or of several named with commas; at most `limit` of each."""
-    from firp_cli.data.conversations import encode_prompt
+    return _encode(_find_prompts(datasets, data_dir, limit), teacher)
+
+
+def _find_prompts(datasets: str, data_dir: str | None, limit: int | None) -> list[tuple[str, Prompt]]:
+    """(data set, prompt) pairs: the first ones, or, where they have categories, as many of each category."""
     from firp_cli.data.prompts import load_prompts
-    from firp_cli.evaluation.bench import BenchPrompt, spread
+    from firp_cli.evaluation.bench import spread
 
     count = limit or DEFAULT_LIMIT
     prompts = []
@@ -117,15 +123,22 @@ def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, t
         found = load_prompts(name, data_dir, count)
         if any(prompt.category for prompt in found):
             everything = load_prompts(name, data_dir, None)
-            found = [everything[place] for place in spread([prompt.category or "" for prompt in everything], count)]
+            found = [everything[place] for place in spread([prompt.category for prompt in everything], count)]
         if limit is None and len(found) == count:
             say(f"{name}: {count} prompts are measured; --limit N for another number")
         label = Path(name).stem if name.endswith(".jsonl") else name
-        prompts += [
-            BenchPrompt(encode_prompt(prompt.messages, teacher.tokenizer), label, prompt.category or "")
-            for prompt in found
-        ]
+        prompts += [(label, prompt) for prompt in found]
     return prompts
+
+
+def _encode(prompts: list[tuple[str, Prompt]], teacher: Teacher) -> list[BenchPrompt]:
+    from firp_cli.data.conversations import encode_prompt
+    from firp_cli.evaluation.bench import BenchPrompt
+
+    return [
+        BenchPrompt(encode_prompt(prompt.messages, teacher.tokenizer), name, prompt.category)
+        for name, prompt in prompts
+    ]
 
 
 def default_output(dataset: str) -> Path:

@@ -127,7 +127,7 @@ def _sequences(
         }
     )
     if limit is None:
-        say(f"{name}: the teacher answers {DEFAULT_LIMIT} prompts; --limit N for another number")
+        say(f"{name}: the teacher answers at most {DEFAULT_LIMIT} prompts; --limit N for another number")
     with tempfile.TemporaryDirectory(prefix="firp-eval-") as folder:
         _collect(teacher, config, predictor, Path(folder) / "store")
         sequences, _ = _from_store(teacher, predictor, Recipe(), Path(folder) / "store")
@@ -138,8 +138,7 @@ def _collect(teacher: Teacher, config: DataConfig, predictor: Predictor, folder:
     """The teacher's own answers with their states, in a temporary store."""
     from firp_cli.collecting.capture import collect_store
 
-    with progress_bar("collecting") as progress:
-        collect_store(teacher, config, predictor.required_layers, folder, progress=progress)
+    collect_store(teacher, config, predictor.required_layers, folder, progress=progress_bar)
 
 
 def _from_store(

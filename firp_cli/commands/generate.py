@@ -135,7 +135,7 @@ def _record(result: Generation) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "text": result.text,
         "steps": result.steps,
-        "accepted_lengths": result.accepted_lengths,
+        "accepted_lengths": result.emitted,
         "finish_reason": result.finish_reason,
         "prefill_seconds": result.prefill_seconds,
         "decode_seconds": result.decode_seconds,
@@ -159,9 +159,8 @@ def _summary(results: list[Generation]) -> str:
     decoded = sum(sum(result.emitted) for result in results)
     seconds = sum(result.decode_seconds for result in results)
     prefill = sum(result.prefill_seconds for result in results)
-    accepted = sum(map(sum, (result.accepted_lengths for result in results)))
     speed = f"{decoded / seconds:.1f} tokens/s" if seconds and decoded else "no decoding step"
-    length = f"accepted length {accepted / steps:.2f}" if steps else "accepted length -"
+    length = f"accepted length {decoded / steps:.2f}" if steps else "accepted length -"
     return f"{tokens} tokens in {steps} steps, {length}, {speed}, prefill {prefill:.2f} s"
 
 

@@ -120,7 +120,7 @@ def _train(recipe: Recipe, resume: bool, as_json: bool) -> None:
             output,
             resume=resume,
             listener=terminal.listener(),
-            store_summary=_summary(store, recipe),
+            store_summary=store.describe(),
         )
     if outcome.stopped:
         say(f"stopped after step {outcome.step} of {outcome.total_steps}; the checkpoint is saved, --resume goes on")
@@ -144,10 +144,6 @@ def _open(recipe: Recipe, teacher: Teacher) -> Store:
     tokenizer = teacher.tokenizer
     store.check_teacher(teacher.fingerprint, tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
     return store
-
-
-def _summary(store: Store, recipe: Recipe) -> dict[str, Any]:
-    return {"folder": recipe.store, "conversations": len(store)}
 
 
 class _Terminal:
@@ -281,7 +277,7 @@ def _stored(recipe: Recipe) -> tuple[int | None, int | None]:
     from firp_cli.data.store import Store
 
     store = Store.open(folder)
-    return len(store), None
+    return len(store), sum(store.lengths)
 
 
 def _plan_cells(plan: Plan, recipe: Recipe, stored: bool) -> list[list[str]]:

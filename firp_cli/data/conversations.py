@@ -1,8 +1,8 @@
 """Conversations to tokens, with a mask over the tokens that the assistant writes.
 
-The mask covers the assistant's text and the token that ends its turn (a predictor must learn where answers stop), not the
-line break behind it. Templates with `{% generation %}` marks say so themselves; for the others the spans are found in the
-rendered text. A tokenizer without a chat template gets `PLAIN_TEMPLATE`.
+The mask covers the assistant's text and the token that ends its turn (a predictor must learn where answers stop), not
+the line break behind it. Templates with `{% generation %}` marks say so themselves; for the others the spans are found
+in the rendered text. A tokenizer without a chat template gets `PLAIN_TEMPLATE`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def encode(messages: Sequence[Message], tokenizer: Any, max_length: int | None =
         return EncodedConversation([], [])
     if not getattr(tokenizer, "is_fast", False):
         raise DatasetError(
-            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; give a teacher folder with a tokenizer.json"
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; "
+            "give a teacher folder with a tokenizer.json"
         )
     if MARKS.search(_template(tokenizer)):
         ids, mask = _by_marks(messages, tokenizer)
@@ -74,7 +75,7 @@ def check_masks(first: Sequence[Message], tokenizer: Any, masked: int, total: in
     which = "not one of its tokens" if masked == 0 else "every one of its tokens"
     raise LossMaskError(
         f"the loss mask is useless: of the data set, {which} ({total}) belongs to an answer of the assistant\n"
-        f"the chat template renders the first conversation as follows, answers in [[ ]]: {show_spans(first, tokenizer)}\n"
+        f"the chat template renders the first conversation so, answers in [[ ]]: {show_spans(first, tokenizer)}\n"
         "check the roles of the messages, the tokenizer's chat template, and data.max_length"
     )
 
@@ -87,7 +88,11 @@ def show_spans(messages: Sequence[Message], tokenizer: Any) -> str:
         text = tokenizer.decode(encoded.input_ids[start:end])
         pieces.append(f"[[{text}]]" if inside else text)
     line = json.dumps("".join(pieces), ensure_ascii=False)
-    return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS // 2] + " ... " + line[-SHOWN_CHARACTERS // 2 :]
+    return (
+        line
+        if len(line) <= SHOWN_CHARACTERS
+        else line[: SHOWN_CHARACTERS // 2] + " ... " + line[-SHOWN_CHARACTERS // 2 :]
+    )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -158,8 +163,8 @@ def assistant_spans(messages: Sequence[Message], tokenizer: Any, text: str) -> l
     """Character spans of the assistant's turns in `text`, the whole conversation as rendered, in order.
 
     A turn starts where the generation prompt for it ends and ends where the rendering up to it ends. Templates that
-    rewrite earlier turns (Qwen3 drops their thinking) are no prefix of themselves: there the rendering around a sentinel
-    in the turn's place says where its text stands. A turn that the template leaves out has no span.
+    rewrite earlier turns (Qwen3 drops their thinking) are no prefix of themselves: there the rendering around a
+    sentinel in the turn's place says where its text stands. A turn that the template leaves out has no span.
     """
     spans: list[tuple[int, int]] = []
     cursor = 0
@@ -226,7 +231,11 @@ def _settle_ends(ids: list[int], mask: list[bool], tokenizer: Any) -> None:
             last -= 1
         if ids[last] in special:
             mask[last + 1 : end] = [False] * (end - last - 1)
-        elif end < len(ids) and ids[end] in special and (ids[end] != tokenizer.bos_token_id or ids[end] == tokenizer.eos_token_id):
+        elif (
+            end < len(ids)
+            and ids[end] in special
+            and (ids[end] != tokenizer.bos_token_id or ids[end] == tokenizer.eos_token_id)
+        ):
             mask[end] = True
 
 

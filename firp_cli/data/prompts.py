@@ -86,9 +86,7 @@ def load_records(
     return _load(name, split, data_dir, limit, any_single=False)
 
 
-def load_prompts(
-    name: str, data_dir: str | None = None, limit: int | None = None, split: str = "test"
-) -> list[Prompt]:
+def load_prompts(name: str, data_dir: str | None = None, limit: int | None = None, split: str = "test") -> list[Prompt]:
     """Prompts for decoding. Of multi-turn sets (MT-Bench, Spec-Bench) only the first turn is asked.
 
     A known set that is published as one split alone serves that one. Raises DatasetError as `load_records` does.
@@ -130,9 +128,7 @@ def _load(name: str, split: str, data_dir: str | None, limit: int | None, any_si
     return _from_hub(name, split, known, limit, tried)
 
 
-def _local_file(
-    name: str, split: str, data_dir: str | None, known: Known | None, tried: list[str]
-) -> Path | None:
+def _local_file(name: str, split: str, data_dir: str | None, known: Known | None, tried: list[str]) -> Path | None:
     """NAME/SPLIT.jsonl among the embedded sets or in the data folder. A folder without that split is an error."""
     given = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if given and not Path(given).is_dir():

@@ -1,7 +1,7 @@
 """Rows of a data set to messages: the field layouts that public conversation sets use.
 
-Messages are `{"role": "system" | "user" | "assistant" | "tool", "content": text}`. Assistant turns before the first user turn
-are dropped (ShareGPT has them): they answer nothing.
+Messages are `{"role": "system" | "user" | "assistant" | "tool", "content": text}`. Assistant turns before the first
+user turn are dropped (ShareGPT has them): they answer nothing.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ CALCULATOR_MARKS = re.compile(r"<<[^<>\n]*>>")
 def to_messages(row: Row, where: str) -> list[Message]:
     """The conversation that a row holds; without an assistant turn where the row has no answer.
 
-    Layouts are tried in the order of `ACCEPTED`. `turns` (MT-Bench, Spec-Bench) and a list under `prompt` hold user turns
-    without answers: only the first one is taken. GSM8K's calculator marks (`<<48/2=24>>`) are taken out of answers: no
-    teacher writes them.
+    Layouts are tried in the order of `ACCEPTED`. `turns` (MT-Bench, Spec-Bench) and a list under `prompt` hold user
+    turns without answers: only the first one is taken. GSM8K's calculator marks (`<<48/2=24>>`) are taken out of
+    answers: no teacher writes them.
 
     Raises DatasetError naming the row (`where`), the fields seen and those accepted.
     """

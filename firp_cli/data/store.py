@@ -1,9 +1,9 @@
 """The hidden-state store: a folder of safetensors shards with a manifest, read memory-mapped.
 
-`manifest.json` says which teacher, tokenizer, template, layers, dtype and settings made it, and names every shard with its
-size and sha256. A shard holds whole conversations one behind the other: `input_ids` (T,), `loss_mask` (T,),
-`sequence_offsets` (n+1,), `hidden.<layer>` (T, d) for each cached layer, `hidden.final` (T, d), and for int8 and float8
-`<name>.scale` (T, 1). Writing is in `store_writer.py`.
+`manifest.json` says which teacher, tokenizer, template, layers, dtype and settings made it, and names every shard with
+its size and sha256. A shard holds whole conversations one behind the other: `input_ids` (T,), `loss_mask` (T,),
+`sequence_offsets` (n+1,), `hidden.<layer>` (T, d) for each cached layer, `hidden.final` (T, d: the normed final state),
+and for int8 and float8 `<name>.scale` (T, 1). Writing is in `store_writer.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -139,7 +139,7 @@ class Store(Sequence[StoredSequence]):
         found: list[int] = []
         for number in range(len(self.manifest["shards"])):
             offsets = self._shard(number)[1]
-            found += [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+            found += [end - start for start, end in pairwise(offsets)]
         return found
 
     def verify(self) -> None:
@@ -166,14 +166,16 @@ class Store(Sequence[StoredSequence]):
 
     def _check_shards(self, checksums: bool) -> None:
         faults = {
-            shard["file"]: fault for shard in self.manifest["shards"] if (fault := shard_fault(self.folder, shard, checksums))
+            shard["file"]: fault
+            for shard in self.manifest["shards"]
+            if (fault := shard_fault(self.folder, shard, checksums))
         }
         if faults:
             listed = ", ".join(f"{file} ({fault})" for file, fault in list(faults.items())[:4])
             more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
             raise StoreError(
                 f"the store {self.folder} is damaged: {listed}{more}\n"
-                f"run the same `firp collect` with --resume: it rebuilds {'just that one' if len(faults) == 1 else 'just those'}"
+                f"run the same `firp collect` with --resume: it rebuilds just {'that' if len(faults) == 1 else 'those'}"
             )
 
     def _shard(self, number: int) -> tuple[Any, list[int]]:
@@ -186,7 +188,7 @@ class Store(Sequence[StoredSequence]):
             except (OSError, SafetensorError) as error:
                 raise StoreError(
                     f"the store {self.folder} is damaged: {file} ({error})\n"
-                    "run the same `firp collect` with --resume: it rebuilds just that one"
+                    "run the same `firp collect` with --resume: it rebuilds just that"
                 ) from error
         return self._files[number]
 
@@ -200,9 +202,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StoreError(
-            f"no store in {folder}; make one: firp collect [RECIPE] --output {folder}"
-        ) from None
+        raise StoreError(f"no store in {folder}; make one: firp collect [RECIPE] --output {folder}") from None
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:

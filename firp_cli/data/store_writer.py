@@ -69,7 +69,7 @@ def check_target(folder: Path, resume: bool) -> None:
 
 
 class StoreWriter:
-    """Fills one store. Holds its lock from construction to `close`; `write` may be called from one thread of its own."""
+    """Fills one store; holds its lock from construction to `close`. `write` may be called from another thread."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class StoreWriter:
         self.close()
 
     def _check_finite(self, plan: ShardPlan, tensors: dict[str, Tensor]) -> None:
-        """A sum is finite when every entry is (in float32, for states of any use); the culprit is looked for only then."""
+        """A sum is finite when every entry is; only where it is not is the culprit looked for."""
         suffix = ".scale" if self.manifest["dtype"] in SCALED else ""
         for name in self._names:
             states = tensors[name + suffix]
@@ -198,7 +198,7 @@ class StoreWriter:
             where = f"{name}, token {row - start} of conversation {plan.first + place} ({plan.file})"
             raise NumericsError(
                 f"NaN or infinity in {where}; the shard was not written\n"
-                "load the teacher in another dtype (teacher.dtype), or store in one with a wider range (data.store_dtype)"
+                "load the teacher in another dtype (teacher.dtype), or store in one of wider range (data.store_dtype)"
             )
 
 

@@ -180,7 +180,7 @@ def _local_command(gpus: int | None, environment: dict[str, str]) -> list[str]:
     options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     return [
         *(sys.executable, "-m", "deepspeed.launcher.launch"),
-        *(*options, "--module", "--no_local_rank", "--log_level=error"),
+        *(*options, "--module", "--no_local_rank", "--log_level=critical"),
     ]
 
 
@@ -191,7 +191,7 @@ def _cluster_command(gpus: int | None, hostfile: str) -> list[str]:
         options.append(f"--num_gpus={gpus}")
     return [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *(*options, "--module", "--no_local_rank", "--log_level=error"),
+        *(*options, "--module", "--no_local_rank", "--log_level=critical"),
     ]
 
 

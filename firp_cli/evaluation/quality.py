@@ -267,12 +267,14 @@ def gate(
 ) -> dict[str, Any]:
     """Decode the prompts greedily, simulate the very output, and compare mean accepted lengths.
 
-    Returns `simulated` and `real` (tokens per decoding step, bonus included), `prompts`, and `agree`.
+    Prompts that leave the answer no room in the teacher's context are left out. Returns `simulated` and `real` (tokens
+    per decoding step, bonus included), `prompts` (how many were decoded), and `agree`.
     """
     if isinstance(tree, str):
         tree = parse_tree(tree, predictor.steps)
     spec = tree or default_tree(None, predictor)
-    generations = Engine(teacher, predictor, spec).generate(prompts, max_new_tokens)
+    prompts = [prompt for prompt in prompts if len(prompt) + max_new_tokens <= teacher.max_positions]
+    generations = Engine(teacher, predictor, spec).generate(prompts, max_new_tokens) if prompts else []
     simulated: list[int] = []
     real: list[int] = []
     for prompt, generation in zip(prompts, generations, strict=True):

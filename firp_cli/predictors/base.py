@@ -121,9 +121,13 @@ class Predictor(nn.Module, ABC):
 
     def draft(self, teacher: Teacher, states: Tensor, breadth: int) -> Draft:
         """Candidates from states (B, k, d): the `breadth` most probable tokens of each step."""
-        rows = [self.step_logits(teacher, states[:, step - 1], step) for step in range(1, self.steps + 1)]
-        log_probs, tokens = torch.stack(rows, dim=1).log_softmax(-1).topk(breadth, dim=-1)
+        log_probs, tokens = self.logits(teacher, states).log_softmax(-1).topk(breadth, dim=-1)
         return Draft(tokens, log_probs)
+
+    def logits(self, teacher: Teacher, states: Tensor) -> Tensor:
+        """`step_logits` of all steps at once: states (B, k, d) to (B, k, V)."""
+        rows = [self.step_logits(teacher, states[:, step - 1], step) for step in range(1, self.steps + 1)]
+        return torch.stack(rows, dim=1)
 
     def child_candidates(self, draft: Draft, depth: int, parents: Tensor) -> tuple[Tensor, Tensor]:
         """Candidate children at `depth` (1..k) of nodes that hold tokens `parents` (B, M).

@@ -62,6 +62,9 @@ class TransferPredictor(Predictor):
     def step_logits(self, teacher: Teacher, states: Tensor, step: int) -> Tensor:
         return teacher.head(states)
 
+    def logits(self, teacher: Teacher, states: Tensor) -> Tensor:
+        return teacher.head(states)
+
     def initialise(self, init: str, teacher: Teacher) -> None:
         for linear in self.maps:
             assert isinstance(linear, nn.Linear)

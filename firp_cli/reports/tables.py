@@ -92,22 +92,40 @@ def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
 
 
 def bench_tables(report: BenchReport) -> Group:
-    """The main table for the terminal, one for each group, narrow enough for 80 columns: headers on two lines, accepted
-    lengths without their interval.
+    """The main table for the terminal, one for each data set, narrow enough for 80 columns: headers on two lines,
+    accepted lengths without their interval. Categories follow in a table of their own.
     """
     from rich.console import Group
 
     reference = report.settings.get("reference")
-    groups = list(dict.fromkeys(group_name(row) for row in report.rows))
+    datasets = list(dict.fromkeys(row.dataset for row in report.rows))
     drawn = []
-    for group in groups:
-        rows = [row for row in report.rows if group_name(row) == group]
+    for dataset in datasets:
+        rows = [row for row in report.rows if (row.dataset, row.category) == (dataset, "all")]
         cells = [_main_cells(replace(row, accepted_length_interval=None), reference) for row in rows]
         table = rich_table([header.replace(" ", "\n", 1) for header in BENCH_HEADERS], cells, left=1)
-        if len(groups) > 1:
-            table.title, table.title_justify = _literal(group), "left"
+        if len(datasets) > 1:
+            table.title, table.title_justify = _literal(dataset), "left"
+        drawn.append(table)
+    headers, cells = category_cells(report)
+    if cells:
+        table = rich_table(headers, cells, left=1)
+        table.title, table.title_justify = "speedup over ar (accepted length)", "left"
         drawn.append(table)
     return Group(*drawn)
+
+
+def category_cells(report: BenchReport) -> tuple[list[str], Cells]:
+    """Headers and cells by category: prompts, then `speedup (accepted length)` of each drafting method."""
+    rows = [row for row in report.rows if row.category != "all"]
+    methods = [name for name in dict.fromkeys(row.method for row in rows) if name not in ("ar", "hf")]
+    found = {(group_name(row), row.method): row for row in rows}
+    cells = []
+    for group in dict.fromkeys(group_name(row) for row in rows):
+        own = [found[group, method] for method in methods]
+        prompts = next(row.prompts for row in rows if group_name(row) == group)
+        cells.append([group, str(prompts), *(f"{number(row.speedup)} ({number(row.accepted_length)})" for row in own)])
+    return ["", "prompts", *methods], cells if methods else []
 
 
 def eval_cells(report: EvalReport) -> Cells:
@@ -153,16 +171,19 @@ def settings_line(report: BenchReport) -> str:
     temperature = settings.get("temperature", 0.0)
     how = "greedy" if not temperature else f"temperature {temperature:g}, top-p {settings.get('top_p', 1.0):g}"
     skipped = f" ({report.skipped_long} longer than the context left out)" if report.skipped_long else ""
+    repeats = settings.get("repeats")
+    taken = "measured once" if repeats == 1 else f"medians over {repeats} repeats"
     return (
         f"{teacher.get('name')} ({teacher.get('dtype')}, {teacher.get('device')}), {settings.get('prompts')} prompts"
         f"{skipped}, {how}, up to {settings.get('max_new_tokens')} new tokens, "
-        f"batch size {settings.get('batch_size')}, medians over {settings.get('repeats')} repeats"
+        f"batch size {settings.get('batch_size')}, {taken}"
     )
 
 
 def reading_notes(report: BenchReport) -> list[str]:
     """How the columns are defined, for the written reports."""
     warmup = report.settings.get("warmup")
+    times = "once" if warmup == 1 else f"{warmup} times"
     return [
         "Accepted length: tokens emitted per decoding step, the bonus token included; plain decoding has 1.",
         "Speedup: seconds per token of decoding, pooled, the baseline's over the method's. Prefill and the first token "
@@ -171,8 +192,8 @@ def reading_notes(report: BenchReport) -> list[str]:
         "ar is plain decoding in the same engine; hf is transformers' own generate.",
         "Speedup with prefill is Spec-Bench's definition: mean over prompts of tokens per second of wall time, over "
         "ar's.",
-        f"Before measuring, each method decoded the first batch {warmup} time(s), uncounted; methods then took turns "
-        "batch by batch.",
+        f"Before measuring, each method decoded the first batch {times}, uncounted; methods then took turns batch by "
+        "batch.",
     ]
 
 

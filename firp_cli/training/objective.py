@@ -32,7 +32,7 @@ FIELDS = ("loss", "top1", "top5", "joint", "count")
 
 @dataclass
 class StepRecord:
-    """Sums over anchors by step, (5, k) float64, in the order of FIELDS: divergence, top-1 hits, top-5 hits, anchors
+    """Sums over anchors by step, (5, k) float64, in the order of FIELDS: loss, top-1 hits, top-5 hits, anchors
     whose steps 1..i all hit, and anchors at which step i counts. Sums of records are records.
     """
 

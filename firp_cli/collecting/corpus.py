@@ -1,0 +1,145 @@
+"""A data set as token sequences ready for the teacher: conversations with loss masks, or prompts to be answered."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firp_cli.data.conversations import EncodedConversation, check_masks, encode, encode_prompt
+from firp_cli.data.prompts import load_conversations, load_prompts
+from firp_cli.data.rows import Message
+from firp_cli.errors import DatasetError, TeacherError
+from firp_cli.recipe import DataConfig
+from firp_cli.teacher.stack import Teacher
+
+Progress = Callable[[int, int | None], None]
+
+
+def no_progress(done: int, total: int | None = None) -> None:
+    """Where nobody watches."""
+
+
+@dataclass
+class Corpus:
+    """Sequences in the order of the data set. `input_ids` int32 and `loss_mask` bool, (T,) each; for prompts no mask.
+
+    `skipped` counts rows left out, by reason; `cut` the generated answers that reached a length limit before their end.
+    """
+
+    input_ids: list[Tensor] = field(default_factory=list)
+    loss_mask: list[Tensor] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+
+    def add(self, conversation: EncodedConversation) -> None:
+        self.input_ids.append(torch.tensor(conversation.input_ids, dtype=torch.int32))
+        self.loss_mask.append(torch.tensor(conversation.loss_mask, dtype=torch.bool))
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.input_ids]
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(int(mask.sum()) for mask in self.loss_mask)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over every token and mask."""
+        digest = hashlib.sha256()
+        for tensors in (self.input_ids, self.loss_mask):
+            for tensor in tensors:
+                digest.update(len(tensor).to_bytes(8, "little"))
+                digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def longest_sequence(teacher: Teacher, data: DataConfig) -> int:
+    """Tokens per conversation at most: the recipe's limit, and the positions that the teacher has."""
+    return min(data.max_length, teacher.max_positions)
+
+
+def load_messages(data: DataConfig) -> list[list[Message]]:
+    """The rows that a store is made of: conversations, or prompts when the teacher is to answer them itself.
+
+    Raises DatasetError when no row has an answer to learn from.
+    """
+    if data.regenerate:
+        return [prompt.messages for prompt in load_prompts(data.dataset, data.data_dir, data.limit, data.split)]
+    rows = load_conversations(data.dataset, data.split, data.data_dir, data.limit)
+    if not any(item["role"] == "assistant" for messages in rows for item in messages):
+        raise DatasetError(
+            f"{data.dataset} has no answers to learn from; let the teacher write them: --regenerate"
+            if rows
+            else f"{data.dataset} split {data.split!r} is empty"
+        )
+    return rows
+
+
+def build_corpus(
+    rows: Sequence[Sequence[Message]], teacher: Teacher, data: DataConfig, progress: Progress = no_progress
+) -> Corpus:
+    """Encode every row.
+
+    Rows that the template refuses, without an answer, or whose answer (for prompts: whose prompt) does not begin within
+    the longest sequence are skipped and counted. Raises LossMaskError when no token or every token is an answer's,
+    DatasetError when nothing is left.
+    """
+    tokenizer = _tokenizer(teacher)
+    limit = longest_sequence(teacher, data)
+    corpus = Corpus()
+    refusal = ""
+    for number, messages in enumerate(rows, 1):
+        try:
+            if data.regenerate:
+                ids = encode_prompt(messages, tokenizer)
+                conversation = EncodedConversation(ids, [])
+                reason = "" if len(ids) < limit else "prompt longer than max_length"
+            else:
+                conversation = encode(messages, tokenizer, limit)
+                reason = "" if any(conversation.loss_mask) else _why_unmasked(messages)
+        except DatasetError as error:
+            refusal = refusal or str(error)
+            reason = "refused by the chat template"
+        if reason:
+            corpus.skipped[reason] += 1
+        else:
+            corpus.add(conversation)
+        progress(number, len(rows))
+    if refusal and corpus.skipped["refused by the chat template"] == len(rows):
+        raise DatasetError(f"{data.dataset}: {refusal} (all {len(rows)} of them)")
+    if not data.regenerate:
+        _check_masks(rows, corpus, tokenizer, limit)
+    elif not corpus.input_ids:
+        raise DatasetError(f"{data.dataset}: no prompt is shorter than {limit} tokens; raise data.max_length")
+    return corpus
+
+
+def _why_unmasked(messages: Sequence[Message]) -> str:
+    answered = any(item["role"] == "assistant" for item in messages)
+    return "no answer within max_length" if answered else "no answer"
+
+
+def _tokenizer(teacher: Teacher) -> Any:
+    if teacher.tokenizer is None:
+        raise TeacherError(f"{teacher.name} has no tokenizer; give a model folder that holds one")
+    return teacher.tokenizer
+
+
+def _check_masks(rows: Sequence[Sequence[Message]], corpus: Corpus, tokenizer: Any, limit: int) -> None:
+    answered = [messages for messages in rows if any(item["role"] == "assistant" for item in messages)]
+    if corpus.input_ids:
+        check_masks(answered[0], tokenizer, corpus.response_tokens, sum(corpus.lengths))
+        return
+    for messages in answered:
+        try:
+            tokens = len(encode(messages, tokenizer, limit).input_ids)
+        except DatasetError:
+            continue
+        check_masks(messages, tokenizer, 0, tokens)
+    raise DatasetError(f"no conversation is left: {dict(corpus.skipped)}")
