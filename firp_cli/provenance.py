@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
     """Machine, versions, git commit and argv, as plain JSON values. Imports no heavy package."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "argv": sys.argv,
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor_name(),

@@ -297,7 +297,7 @@ def run_dataset(arguments: argparse.Namespace) -> None:
 def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the stage `teacher`."""
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3900, help="optimizer steps; this alone decides the length")
+    parser.add_argument("--steps", type=int, default=3900, help="optimizer steps (3,000 tokens a second on one core)")
     parser.add_argument("--tokens-per-batch", type=int, default=2048, help="tokens in a batch, pads included")
     parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate")
     parser.add_argument("--warm-up", type=int, default=100, help="steps of linear warm-up")
@@ -319,7 +319,11 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 # One entry per stage: its help text, its arguments, its function. A further stage (predictors) is one more entry.
 STAGES = {
-    "teacher": ("corpus, tokenizer, training, evaluation", add_teacher_arguments, run_teacher),
+    "teacher": (
+        "train, write and evaluate the teacher (45 minutes on one busy CPU core)",
+        add_teacher_arguments,
+        run_teacher,
+    ),
     "dataset": ("write train.jsonl and test.jsonl (3 seconds)", add_dataset_arguments, run_dataset),
 }
 

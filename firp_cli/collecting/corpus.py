@@ -81,6 +81,14 @@ def load_messages(data: DataConfig) -> list[list[Message]]:
     return rows
 
 
+def check_dataset(data: DataConfig) -> None:
+    """Find the data set and read a row of it: cheap enough to do before a teacher is loaded. Raises DatasetError."""
+    if data.regenerate:
+        load_prompts(data.dataset, data.data_dir, 1, data.split)
+    else:
+        load_conversations(data.dataset, data.split, data.data_dir, 1)
+
+
 def build_corpus(
     rows: Sequence[Sequence[Message]], teacher: Teacher, data: DataConfig, progress: Progress = no_progress
 ) -> Corpus:

@@ -55,10 +55,7 @@ def collect(
     quiet_libraries(verbose)
     chosen = _parse_layers(layers)
     folder = Path(recipe.store or default_store(recipe.data.dataset))
-    if not estimate:
-        from firp_cli.data.store_writer import check_target
-
-        check_target(folder, resume)  # before the teacher is loaded
+    _check_before_loading(recipe, folder, resume, estimate)
     from firp_cli.teacher.stack import Teacher
 
     model = Teacher.load(recipe.teacher)
@@ -86,6 +83,16 @@ def _parse_layers(text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise UsageError(f"--layers takes numbers with commas between them, as 2,4; got {text!r}") from None
+
+
+def _check_before_loading(recipe: Recipe, folder: Path, resume: bool, estimate: bool) -> None:
+    """What can be refused before a large teacher is read from disk."""
+    from firp_cli.collecting.corpus import check_dataset
+    from firp_cli.data.store_writer import check_target
+
+    if not estimate:
+        check_target(folder, resume)
+    check_dataset(recipe.data)
 
 
 def _estimate(teacher: Teacher, recipe: Recipe, layers: list[int], folder: Path) -> dict[str, Any]:

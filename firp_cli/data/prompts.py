@@ -17,7 +17,7 @@ from typing import Any
 
 from firp_cli.data.rows import Message, prompt_of, to_messages
 from firp_cli.errors import DatasetError
-from firp_cli.recipe import embedded_folder
+from firp_cli.recipe import embedded_folder, nearest
 
 DATA_DIR_VARIABLE = "FIRP_DATA_DIR"
 
@@ -178,10 +178,10 @@ def _offline() -> bool:
 
 
 def _not_found(name: str, split: str, tried: list[str], source: str) -> DatasetError:
-    names = "" if name in KNOWN else f" (known names: {', '.join(KNOWN)})"
+    hint = "" if name in KNOWN else nearest(name, KNOWN).removesuffix("?")
     had = f" ({source})" if source else ""
     return DatasetError(
-        f"data set {name!r} not found{names}; tried: {'; '.join(tried)}\n"
+        f"data set {name!r} not found{hint}; tried: {'; '.join(tried)}\n"
         f"put it{had} at DIR/{name}/{split}.jsonl and give --data-dir DIR, or name a .jsonl file"
     )
 

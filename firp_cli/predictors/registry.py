@@ -112,5 +112,6 @@ def write_predictor(
     """Write a predictor folder's `predictor.safetensors` and `config.json` from CPU tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "predictor.safetensors")
+    (folder / "predictor.safetensors").chmod(0o644)  # the writer makes it private; colleagues read predictors too
     values = {"format": FORMAT, "predictor": config.model_dump(), "teacher": teacher}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +89,9 @@ class Teacher:
             ) from error
         if not config.device_map:
             nn.Module.to(model, torch.device(device or default_device()))
-        return cls(model, tokenizer, name=config.model, check=check)
+        # predictors remember the name: a relative folder would only be found from here
+        name = str(Path(source).resolve()) if source == config.model and Path(source).is_dir() else config.model
+        return cls(model, tokenizer, name=name, check=check)
 
     @property
     def device(self) -> torch.device:
