@@ -1,4 +1,4 @@
-"""Build what the package embeds: the arithmetic teacher, its data set and (later) its predictors.
+"""Build what the package embeds: the arithmetic teacher, its data set and its predictors.
 
 Every stage is a subcommand with its own arguments, and is deterministic given its seed and its number of steps.
 """
@@ -10,6 +10,8 @@ import json
 import math
 import random
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -35,9 +37,13 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from arithmetic_corpus import Problem, generate
 
+from firp_cli.recipe import load_recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER_FOLDER = ROOT / "data" / "teachers" / "arithmetic"
 DATASET_FOLDER = ROOT / "data" / "datasets" / "arithmetic"
+PREDICTOR_FOLDER = ROOT / "data" / "predictors"
+PREDICTOR_KINDS = ("firp", "hidden_transfer", "medusa")
 
 VOCABULARY_SIZE = 1024
 TOKENIZER_PROBLEMS = 20_000
@@ -317,12 +323,39 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=DATASET_FOLDER, help="folder to write the files to")
 
 
-# One entry per stage: its help text, its arguments, its function. A further stage (predictors) is one more entry.
+def add_predictors_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the stage `predictors`."""
+    parser.add_argument("--tree", default="dynamic:6", help="tree written beside each predictor")
+    parser.add_argument("--output", type=Path, default=PREDICTOR_FOLDER, help="folder to write the predictors to")
+
+
+def run_predictors(arguments: argparse.Namespace) -> None:
+    """Collect and train with the shipped recipes, and keep what decoding needs. Finished parts are not redone."""
+    firp = [sys.executable, "-m", "firp_cli"]
+    subprocess.run([*firp, "collect", "arithmetic-firp", "--resume"], check=True)
+    for kind in PREDICTOR_KINDS:
+        run = Path(str(load_recipe(f"arithmetic-{kind}").output))
+        if not (run / "config.json").is_file():
+            subprocess.run([*firp, "train", f"arithmetic-{kind}"], check=True)
+        folder = arguments.output / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("predictor.safetensors", "config.json", "recipe.yaml", "training.json"):
+            shutil.copyfile(run / name, folder / name)
+        (folder / "tree.json").write_text(json.dumps({"tree": arguments.tree}) + "\n", encoding="utf-8")
+        print(f"{kind}: {sum(file.stat().st_size for file in folder.iterdir())} bytes in {folder}")
+
+
+# One entry per stage: its help text, its arguments, its function.
 STAGES = {
     "teacher": (
         "train, write and evaluate the teacher (45 minutes on one busy CPU core)",
         add_teacher_arguments,
         run_teacher,
+    ),
+    "predictors": (
+        "collect, train and keep the embedded predictors (25 minutes on two CPU cores)",
+        add_predictors_arguments,
+        run_predictors,
     ),
     "dataset": ("write train.jsonl and test.jsonl (3 seconds)", add_dataset_arguments, run_dataset),
 }

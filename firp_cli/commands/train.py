@@ -43,6 +43,7 @@ def train(
     hostfile: Annotated[Path | None, typer.Option(help="Machines to start on, in DeepSpeed's format.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print recipe, parameters and memory; start nothing.")] = False,
+    verify: Annotated[bool, typer.Option(help="Compare the store's checksums before training.")] = True,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -60,12 +61,12 @@ def train(
 
     guard_output(Path(str(wanted.output)), resume)
     check_predictor(wanted)
-    flags = {"--resume": resume, "--json": as_json, "--verbose": verbose}
+    flags = {"--resume": resume, "--no-verify": not verify, "--json": as_json, "--verbose": verbose}
     argv = ["train", *(recipe or []), f"--store={wanted.store}", f"--output={wanted.output}"]
     if launch(gpus, str(hostfile) if hostfile else None, [*argv, *(flag for flag, given in flags.items() if given)]):
         return
     with relayed_errors():
-        _train(wanted, resume, as_json)
+        _train(wanted, resume, verify, as_json)
 
 
 def _resolve(name: str | None, overrides: list[str], store: Path | None, output: Path | None) -> Recipe:
@@ -101,7 +102,7 @@ def _ranks(gpus: int | None, hostfile: Path | None) -> int:
     return sum(gpus or int(count) for count in slots)
 
 
-def _train(recipe: Recipe, resume: bool, as_json: bool) -> None:
+def _train(recipe: Recipe, resume: bool, verify: bool, as_json: bool) -> None:
     """What every rank does."""
     from firp_cli.distributed.launch import start
     from firp_cli.teacher.stack import Teacher
@@ -109,7 +110,7 @@ def _train(recipe: Recipe, resume: bool, as_json: bool) -> None:
 
     start()
     teacher = Teacher.load(recipe.teacher)
-    store = _open(recipe, teacher)
+    store = _open(recipe, teacher, verify and main_process())
     output = Path(str(recipe.output))
     terminal = _Terminal()
     with terminal:
@@ -135,12 +136,12 @@ def _train(recipe: Recipe, resume: bool, as_json: bool) -> None:
         _report(training, output)
 
 
-def _open(recipe: Recipe, teacher: Teacher) -> Store:
+def _open(recipe: Recipe, teacher: Teacher, verify: bool) -> Store:
     from firp_cli.data.conversations import template_fingerprint, tokenizer_fingerprint
     from firp_cli.data.store import Store
 
     assert recipe.predictor is not None
-    store = Store.open(Path(str(recipe.store)), layers=recipe.predictor.required_layers)
+    store = Store.open(Path(str(recipe.store)), layers=recipe.predictor.required_layers, verify=verify)
     tokenizer = teacher.tokenizer
     store.check_teacher(teacher.fingerprint, tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
     return store
@@ -276,7 +277,11 @@ def _stored(recipe: Recipe) -> tuple[int | None, int | None]:
         return None, None
     from firp_cli.data.store import Store
 
-    store = Store.open(folder)
+    try:
+        store = Store.open(folder)
+    except StoreError as error:
+        say(f"{error}\nthe plan counts what the recipe asks for instead")
+        return None, None
     return len(store), sum(store.lengths)
 
 
