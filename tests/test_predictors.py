@@ -101,12 +101,12 @@ def plain_draft_states(teacher: Teacher, predictor: Predictor, batch: SequenceBa
         joined = [real]
         for step, start in enumerate(layers, start=1):
             if start == layer:
-                joined.append(predictor.spawn(step, real[:, anchor : anchor + 1]))
+                joined.append(predictor.spawn(step, step, real[:, anchor : anchor + 1]))
         if layer == layers[0]:
             rows = torch.cat(joined, dim=1)
         else:
             new = [
-                predictor.spawn(step, rows[:, anchor : anchor + 1])
+                predictor.spawn(step, step, rows[:, anchor : anchor + 1])
                 for step, start in enumerate(layers, start=1)
                 if start == layer
             ]

@@ -95,7 +95,7 @@ def test_similarity_is_between_the_pseudo_state_and_the_future_real_one(teacher:
     response = int(sequences[0].loss_mask.nonzero()[0])
     expected = []
     for n in range(response - 1, len(sequences[0].input_ids) - 2):
-        pseudo = predictor.spawn(1, hidden[1][0, n])
+        pseudo = predictor.spawn(1, 1, hidden[1][:1, n : n + 1])[0, 0]
         expected.append(torch.cosine_similarity(pseudo, hidden[1][0, n + 1], dim=0).item())
     first = got.similarity[1][0]
     assert first == pytest.approx(sum(expected) / len(expected), abs=1e-5)

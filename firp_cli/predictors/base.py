@@ -20,7 +20,7 @@ from firp_cli.teacher.kv_cache import SequenceCache
 from firp_cli.teacher.stack import Cache, Teacher
 
 RowsHook = Callable[[int, Tensor, Tensor], None]
-Spawn = Callable[[int, Tensor], Tensor]
+Spawn = Callable[[int, int, Tensor], Tensor]
 
 
 @dataclass
@@ -85,8 +85,10 @@ class Predictor(nn.Module, ABC):
         """Hidden layers that a store must hold for training, beside the final state."""
         return self.config.required_layers
 
-    def spawn(self, step: int, hidden: Tensor) -> Tensor:
-        """Pseudo states (..., d) of step `step` (1..k) from the anchors' states (..., d) at its transfer layer."""
+    def spawn(self, first: int, last: int, hidden: Tensor) -> Tensor:
+        """Pseudo states (B, (last - first + 1) * A, d) of steps first..last (1..k), step by step, from the anchors'
+        states (B, A, d) at the layer where these steps enter.
+        """
         raise NotImplementedError(f"{self.kind} has no pseudo states")
 
     @abstractmethod
@@ -177,10 +179,11 @@ def forward_rows(
     rotary = teacher.rotary(real, positions)
     rows, started = real, 0
     for index in range(start, teacher.num_layers):
-        while started < steps and transfer_layers[started] == index:
+        entering = transfer_layers.count(index)
+        if entering:
             assert spawn is not None
-            started += 1
-            rows = torch.cat([rows, spawn(started, rows[:, :count])], dim=1)
+            rows = torch.cat([rows, spawn(started + 1, started + entering, rows[:, :count])], dim=1)
+            started += entering
         present = rows.shape[1]
         additive = None if mask is None else mask.additive(teacher.windows[index])[:, :, :present]
         rows = teacher.layer(
@@ -216,9 +219,10 @@ def forward_anchors(
     pseudo = real.new_zeros(batch, 0, size)
     started = 0
     for index in range(start, teacher.num_layers):
-        while started < steps and transfer_layers[started] == index:
-            started += 1
-            pseudo = torch.cat([pseudo, spawn(started, real.gather(1, gather))], dim=1)
+        entering = transfer_layers.count(index)
+        if entering:
+            pseudo = torch.cat([pseudo, spawn(started + 1, started + entering, real.gather(1, gather))], dim=1)
+            started += entering
         if on_layer and started:
             on_layer(index, real, pseudo.view(batch, started, width, size).transpose(1, 2))
         end = count + pseudo.shape[1]

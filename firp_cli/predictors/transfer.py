@@ -28,9 +28,10 @@ class TransferPredictor(Predictor):
         size = teacher.hidden_size
         self.maps = nn.ModuleList(nn.Linear(size, size, bias=config.bias) for _ in range(self.steps))
 
-    def spawn(self, step: int, hidden: Tensor) -> Tensor:
-        linear = self.maps[step - 1]
-        return linear(hidden.to(linear.weight.dtype)).to(hidden.dtype)  # type: ignore[arg-type]
+    def spawn(self, first: int, last: int, hidden: Tensor) -> Tensor:
+        maps = [self.maps[step - 1] for step in range(first, last + 1)]
+        inputs = hidden.to(maps[0].weight.dtype)  # type: ignore[arg-type]
+        return torch.cat([linear(inputs) for linear in maps], dim=1).to(hidden.dtype)
 
     def draft_states(
         self, teacher: Teacher, batch: SequenceBatch, anchors: Tensor, on_layer: RowsHook | None = None
