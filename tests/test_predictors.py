@@ -21,7 +21,6 @@ from firp_cli.teacher.attention import (
     AttentionMask,
     behind_prefix,
     causal_allowed,
-    packed_allowed,
     pseudo_positions,
     rows_allowed,
 )
@@ -70,14 +69,6 @@ def test_prefix_mask_is_the_element_wise_rule() -> None:
                 behind = slot - int(lengths[b])
                 expected = behind < 0 or (behind < 3 and bool(rows[b, query, behind]))
                 assert bool(mask[b, query, slot]) == expected
-
-
-def test_packed_mask_stays_inside_conversations() -> None:
-    segments = torch.tensor([0, 0, 1, 1, 1, 2])
-    mask = packed_allowed(segments)[0]
-    for query in range(6):
-        for key in range(6):
-            assert bool(mask[query, key]) == (key <= query and segments[query] == segments[key])
 
 
 def test_window_cuts_by_position() -> None:

@@ -22,12 +22,6 @@ def causal_allowed(lengths_B: Tensor, rows: int) -> Tensor:
     return (causal[None] & inside[:, None, :]) | itself[None]
 
 
-def packed_allowed(segments_T: Tensor) -> Tensor:
-    """(1, T, T) bool: causal inside a segment, nothing across. `segments_T` numbers the conversation of each row."""
-    index = torch.arange(segments_T.shape[0], device=segments_T.device)
-    return ((segments_T[:, None] == segments_T[None, :]) & (index[None, :] <= index[:, None]))[None]
-
-
 def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor, steps: int) -> Tensor:
     """(B, M, M) bool over real rows and pseudo states (FIRP section 3: a pseudo state sees what its anchor sees).
 
