@@ -325,7 +325,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_predictors_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the stage `predictors`."""
-    parser.add_argument("--tree", default="dynamic:6", help="tree written beside each predictor")
+    parser.add_argument("--tree", default="dynamic:8", help="tree written beside each predictor")
     parser.add_argument("--output", type=Path, default=PREDICTOR_FOLDER, help="folder to write the predictors to")
 
 

@@ -71,7 +71,7 @@ def test_sampling_is_seeded() -> None:
 
 BAD = [
     (["generate"], 2, "--prompt"),
-    (["generate", "firp", "--method", "medusa", "--prompt", "x"], 2, "did you mean"),
+    (["generate", "firp", "--method", "medusa", "--prompt", "x"], 2, "known: ar, firp"),
     (["generate", "frip", "--prompt", "x"], 2, "did you mean 'firp'"),
     (["generate", "--tree", "spiral", "--prompt", "x"], 2, "dynamic:N"),
     (["generate", "--prompt", "x " * 3000], 2, "context holds 2048"),

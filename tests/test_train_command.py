@@ -142,9 +142,8 @@ def test_a_plan_starts_nothing(tmp_path: Path, teacher_folder: Path, monkeypatch
     assert result.exit_code == 0, result.output
     assert "kind: firp" in result.output and "ranks, ZeRO stage" in result.output
     assert f"{4 * HIDDEN**2:,}" in result.output and not list(tmp_path.iterdir())
-    values = json.loads(
-        firp_train("demo", f"teacher.model={teacher_folder}", "predictor.layer=2", "--plan", "--json").stdout
-    )
+    fixed = ["data.limit=800", "training.epochs=2", "--plan", "--json"]
+    values = json.loads(firp_train("demo", f"teacher.model={teacher_folder}", "predictor.layer=2", *fixed).stdout)
     assert values["plan"]["predictor_parameters"] == 4 * HIDDEN**2
     assert values["plan"]["parameters_per_step"] == HIDDEN**2
     model = tiny_model("llama")

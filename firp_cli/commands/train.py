@@ -54,13 +54,13 @@ def train(
     if plan:
         _plan(wanted, _ranks(gpus, hostfile), as_json)
         return
-    _need_store(wanted, [*([name] if name else []), *overrides])
     from firp_cli.distributed.launch import launch, relayed_errors
     from firp_cli.training.checkpoint import guard_output
     from firp_cli.training.plan import check_predictor
 
-    guard_output(Path(str(wanted.output)), resume)
     check_predictor(wanted)
+    _need_store(wanted, [*([name] if name else []), *overrides])
+    guard_output(Path(str(wanted.output)), resume)
     flags = {"--resume": resume, "--no-verify": not verify, "--json": as_json, "--verbose": verbose}
     argv = ["train", *(recipe or []), f"--store={wanted.store}", f"--output={wanted.output}"]
     if launch(gpus, str(hostfile) if hostfile else None, [*argv, *(flag for flag, given in flags.items() if given)]):
