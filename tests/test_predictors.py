@@ -57,6 +57,9 @@ def test_rows_mask_is_the_element_wise_rule() -> None:
                         other_step, other_anchor = divmod(key - rows, 2)
                         expected = other_anchor == anchor and other_step <= step
                 assert bool(mask[b, query, key]) == expected, (b, query, key)
+    everyone = torch.arange(rows).expand(2, rows)
+    real = causal_allowed(lengths, rows)
+    assert torch.equal(rows_allowed(real, None, steps), rows_allowed(real, everyone, steps))
 
 
 def test_prefix_mask_is_the_element_wise_rule() -> None:

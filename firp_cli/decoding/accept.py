@@ -36,10 +36,9 @@ class Accepted:
 
 def accept(tree: Tree, targets: Tensor, depth: int) -> Accepted:
     """Descend the tree along `targets` (B, N). `depth` is the tree's greatest depth, known on the host."""
-    matches = tree.tokens == targets.gather(1, tree.parents)
-    matches[:, 0] = True
-    reached = (matches[:, None, :] | ~tree.ancestors).all(-1)
-    count, node = torch.where(reached, tree.depth, -1).max(dim=1)
+    misses = tree.tokens != targets.gather(1, tree.parents)
+    cut = (misses[:, None, 1:] & tree.ancestors[:, :, 1:]).any(-1)  # a miss on the way; the root cannot be one
+    count, node = tree.depth.masked_fill(cut, -1).max(dim=1)
     nodes = tree.tokens.shape[1]
     numbers = torch.arange(nodes, device=node.device)
     on_path = tree.ancestors.gather(1, node[:, None, None].expand(-1, 1, nodes))[:, 0]

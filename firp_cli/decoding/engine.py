@@ -199,14 +199,12 @@ class Engine:
         steps = len(self._transfer)
         positions = cache.lengths[:, None] + tree.depth
         view = cache.begin(nodes * (1 + steps))
-        mask = None
+        mask, rows = None, tree.ancestors
+        if steps:
+            rows = rows_allowed(rows, None, steps)
+            positions = torch.cat([positions, pseudo_positions(positions, None, steps)], dim=1)
         if batch > 1 or nodes > 1 or steps or self._windowed:
-            rows, row_positions = tree.ancestors, positions
-            if steps:
-                anchors = torch.arange(nodes, device=positions.device).expand(batch, nodes)
-                rows = rows_allowed(rows, anchors, steps)
-                row_positions = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
-            mask = self._mask(cache, rows, row_positions, view)
+            mask = self._mask(cache, rows, positions, view)
         return forward_rows(
             teacher,
             teacher.embed(tree.tokens),

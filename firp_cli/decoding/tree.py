@@ -161,42 +161,47 @@ def _build_dynamic(nodes: int, predictor: Predictor, draft: Draft, root: Tensor)
     closed under ancestors.
     """
     batch, limit = root.shape[0], nodes - 1
-    tokens, scores, parents, levels = [], [], [], []
-    frontier_tokens, frontier_scores = root[:, None], torch.zeros_like(root, dtype=torch.float32)[:, None]
-    first, seen = -1, 0  # candidate number of the frontier's first node (-1: the root), candidates so far
+    # Candidate 0 is the root; the candidates of each level follow. `parents` holds candidate numbers.
+    tokens, scores, parents, widths = [root[:, None]], [], [], [1]
+    frontier_tokens, frontier_scores = root[:, None], draft.log_probs.new_zeros(batch, 1)
     for depth in range(1, predictor.steps + 1):
         child_tokens, log_probs = predictor.child_candidates(draft, depth, frontier_tokens)
         breadth = child_tokens.shape[2]
-        joint = (frontier_scores[:, :, None] + log_probs.clamp(max=0)).flatten(1)
+        joint = (frontier_scores[:, :, None] + log_probs).flatten(1)
         frontier_scores, picks = joint.topk(min(limit, joint.shape[1]), dim=1)
         frontier_tokens = child_tokens.flatten(1).gather(1, picks)
         tokens.append(frontier_tokens)
         scores.append(frontier_scores)
-        parents.append(picks // breadth + first)
-        levels.append(torch.full_like(picks, depth))
-        first, seen = seen, seen + picks.shape[1]
+        parents.append((picks // breadth).add_(sum(widths[:-1])))
+        widths.append(picks.shape[1])
+    levels, numbers, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
     order = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, :limit].sort(dim=1).values
-    number = torch.arange(1, chosen.shape[1] + 1, device=root.device).expand(batch, -1)
-    node_of = torch.zeros(batch, seen + 1, dtype=torch.long, device=root.device)  # entry 0 is the root
-    node_of.scatter_(1, chosen + 1, number)
-    chosen_parents = node_of.gather(1, torch.cat(parents, dim=1).gather(1, chosen) + 1)
-    zero = torch.zeros_like(root)[:, None]
-    parent = torch.cat([zero, chosen_parents], dim=1)
+    places = torch.nn.functional.pad(chosen + 1, (1, 0))  # candidate number of every node, the root first
+    node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, numbers.expand(batch, -1))
+    above = torch.cat(parents, dim=1).gather(1, chosen)
+    parent = torch.nn.functional.pad(node_of.gather(1, above), (1, 0))
     return Tree(
-        tokens=torch.cat([root[:, None], torch.cat(tokens, dim=1).gather(1, chosen)], dim=1),
+        tokens=torch.cat(tokens, dim=1).gather(1, places),
         parents=parent,
-        depth=torch.cat([zero, torch.cat(levels, dim=1).gather(1, chosen)], dim=1),
-        ancestors=_ancestors(parent, predictor.steps),
+        depth=levels[places],
+        ancestors=_ancestors(parent, itself, predictor.steps),
     )
 
 
-def _ancestors(parents: Tensor, depth: int) -> Tensor:
-    """(B, N, N) bool from parents (B, N) by `depth` rounds of 'myself and what my parent has'."""
-    batch, nodes = parents.shape
-    itself = torch.eye(nodes, dtype=torch.bool, device=parents.device).expand(batch, nodes, nodes)
-    index = parents[:, :, None].expand(batch, nodes, nodes)
-    ancestors = itself
-    for _ in range(depth):
-        ancestors = itself | ancestors.gather(1, index)
-    return ancestors
+@lru_cache(maxsize=64)
+def _dynamic_shape(widths: tuple[int, ...], nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Constants of a tree: the level of every candidate, node numbers (N,), and the identity (N, N) bool."""
+    levels = [level for level, width in enumerate(widths) for _ in range(width)]
+    itself = torch.eye(nodes, dtype=torch.bool, device=device)
+    return torch.tensor(levels, device=device), torch.arange(nodes, device=device), itself
+
+
+def _ancestors(parents: Tensor, itself: Tensor, depth: int) -> Tensor:
+    """(B, N, N) bool from parents (B, N): each round doubles how far up a node sees. `itself`: the identity (N, N)."""
+    seen = itself.expand(parents.shape[0], -1, -1).scatter(2, parents[:, :, None], True).float()
+    reach = 1
+    while reach < depth:
+        seen = seen @ seen
+        reach *= 2
+    return seen > 0

@@ -124,7 +124,7 @@ class Predictor(nn.Module, ABC):
     def draft(self, teacher: Teacher, states: Tensor, breadth: int) -> Draft:
         """Candidates from states (B, k, d): the `breadth` most probable tokens of each step."""
         log_probs, tokens = self.logits(teacher, states).log_softmax(-1).topk(breadth, dim=-1)
-        return Draft(tokens, log_probs)
+        return Draft(tokens, log_probs.clamp(max=0))  # rounding may leave a probability above 1
 
     def logits(self, teacher: Teacher, states: Tensor) -> Tensor:
         """`step_logits` of all steps at once: states (B, k, d) to (B, k, V)."""
@@ -134,8 +134,8 @@ class Predictor(nn.Module, ABC):
     def child_candidates(self, draft: Draft, depth: int, parents: Tensor) -> tuple[Tensor, Tensor]:
         """Candidate children at `depth` (1..k) of nodes that hold tokens `parents` (B, M).
 
-        Returns tokens (B, M, s) and their log-probabilities given the parent (B, M, s), descending. Steps here do not
-        look at the parent's token; a predictor whose steps do overrides this.
+        Returns tokens (B, M, s) and their log-probabilities (<= 0) given the parent (B, M, s), descending. Steps here do
+        not look at the parent's token; a predictor whose steps do overrides this.
         """
         batch, nodes = parents.shape
         shape = (batch, nodes, draft.tokens.shape[-1])
@@ -166,16 +166,13 @@ def forward_rows(
     step-i pseudo state joins at layer t_i. All rows of a layer run in one call.
 
     Args:
-        positions: (B, R). mask: over M = R(1+k) rows, ordered as teacher/attention.py says; None is right only for one
-            row that sees every slot and has no pseudo states.
+        positions: (B, M). mask: over the M = R(1+k) rows, ordered as teacher/attention.py says; None is right only for
+            one row that sees every slot and has no pseudo states.
 
     Returns the real rows (B, R, d) and the pseudo states (B, k, R, d), both before the final norm.
     """
     batch, count, size = real.shape
     steps = len(transfer_layers)
-    anchors = torch.arange(count, device=real.device).expand(batch, count)
-    if steps:
-        positions = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
     rotary = teacher.rotary(real, positions)
     rows, started = real, 0
     for index in range(start, teacher.num_layers):

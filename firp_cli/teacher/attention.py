@@ -22,18 +22,20 @@ def causal_allowed(lengths_B: Tensor, rows: int) -> Tensor:
     return (causal[None] & inside[:, None, :]) | itself[None]
 
 
-def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor, steps: int) -> Tensor:
+def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor | None, steps: int) -> Tensor:
     """(B, M, M) bool over real rows and pseudo states (FIRP section 3: a pseudo state sees what its anchor sees).
 
     A pseudo state (step i, anchor a) sees every real row that row `anchors[a]` sees, that row itself included, and the
-    pseudo states of steps 1..i of the same anchor. Real rows never see pseudo states.
+    pseudo states of steps 1..i of the same anchor. Real rows never see pseudo states. `anchors_BA` None: every row.
     """
     batch, rows, _ = real_BRR.shape
-    anchors = anchors_BA.shape[1]
+    anchors = rows if anchors_BA is None else anchors_BA.shape[1]
     pseudo = steps * anchors
     allowed = real_BRR.new_zeros(batch, rows + pseudo, rows + pseudo)
     allowed[:, :rows, :rows] = real_BRR
-    seen_BAR = real_BRR.gather(1, anchors_BA[:, :, None].expand(batch, anchors, rows))
+    seen_BAR = real_BRR
+    if anchors_BA is not None:
+        seen_BAR = real_BRR.gather(1, anchors_BA[:, :, None].expand(batch, anchors, rows))
     allowed[:, rows:, :rows] = seen_BAR.repeat(1, steps, 1)
     allowed[:, rows:, rows:] = own_pseudo(steps, anchors, real_BRR.device)
     return allowed
@@ -47,9 +49,9 @@ def own_pseudo(steps: int, anchors: int, device: torch.device) -> Tensor:
     return (order[:, None, :, None] & same[None, :, None, :]).reshape(steps * anchors, steps * anchors)
 
 
-def pseudo_positions(positions_BR: Tensor, anchors_BA: Tensor, steps: int) -> Tensor:
-    """(B, k*A) positions of pseudo states: step i of an anchor at position n stands at n + i."""
-    anchor_positions = positions_BR.gather(1, anchors_BA)
+def pseudo_positions(positions_BR: Tensor, anchors_BA: Tensor | None, steps: int) -> Tensor:
+    """(B, k*A) positions of pseudo states: step i of an anchor at position n stands at n + i. None: every row."""
+    anchor_positions = positions_BR if anchors_BA is None else positions_BR.gather(1, anchors_BA)
     offsets = torch.arange(1, steps + 1, device=positions_BR.device)
     return (anchor_positions[:, None, :] + offsets[None, :, None]).flatten(1)
 
