@@ -68,7 +68,6 @@ def variants(layers: int) -> list[Variant]:
 def train_all(rows: list[Variant], base: Recipe, teacher: Any, folder: Path) -> None:
     """Train each distinct predictor once; what an earlier run finished is kept."""
     from firp_cli.data.store import Store
-
     from firp_cli.training.trainer import train
 
     todo = {row.folder: row for row in rows if not (folder / row.folder / "config.json").is_file()}
@@ -77,6 +76,8 @@ def train_all(rows: list[Variant], base: Recipe, teacher: Any, folder: Path) -> 
             progress(number, len(todo))
             values = base.model_dump() | {"predictor": row.predictor}
             values["training"] |= {"init": row.init} | ({} if row.trained else {"max_steps": 0})
+            if row.predictor["kind"] == "medusa":
+                values["training"]["learning_rate"] = load_recipe("demo-medusa").training.learning_rate
             recipe = Recipe.model_validate(values)
             assert recipe.predictor is not None and recipe.store is not None
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -152,7 +153,6 @@ def main() -> None:
         arguments.conversations, arguments.prompts, arguments.repeats = 40, 2, 1
     quiet_libraries(verbose=False)
     from firp_cli.collecting.capture import collect_store
-
     from firp_cli.teacher.stack import Teacher
 
     overrides = [
@@ -164,8 +164,7 @@ def main() -> None:
     teacher = Teacher.load(base.teacher)
     rows = variants(teacher.num_layers)
     store = arguments.output / "store"
-    if not store.exists():
-        collect_store(teacher, base.data, range(1, teacher.num_layers), store, progress=progress_bar)
+    collect_store(teacher, base.data, range(1, teacher.num_layers), store, resume=store.exists(), progress=progress_bar)
     train_all(rows, base, teacher, arguments.output)
     table = measure(rows, teacher, arguments.output, arguments.prompts, arguments.repeats)
     (arguments.output / "ablations.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")

@@ -36,7 +36,6 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from arithmetic_corpus import Problem, generate
-
 from firp_cli.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
+
 from conftest import (
     VOCABULARY,
     FakePredictor,
@@ -19,8 +21,6 @@ from conftest import (
     tiny_model,
     tiny_teacher,
 )
-from typer.testing import CliRunner
-
 from firp_cli.collecting.capture import collect_store
 from firp_cli.commands.bench import bench
 from firp_cli.commands.eval import evaluate

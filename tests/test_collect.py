@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, VOCABULARY, generate_reference, tiny_model, tiny_teacher
 from test_conversations import CHATML, byte_tokenizer, with_template
 from torch import Tensor
 
+from conftest import FAMILIES, VOCABULARY, generate_reference, tiny_model, tiny_teacher
 from firp_cli.collecting import capture as capture_module
 from firp_cli.collecting.capture import collect_store
 from firp_cli.collecting.corpus import Corpus

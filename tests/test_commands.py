@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 PROMPT = "Mia has 12 shells. She finds 7 more. How many shells does Mia have?"

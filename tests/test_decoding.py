@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from conftest import (
     LAYERS,
     VOCABULARY,
@@ -19,7 +20,6 @@ from conftest import (
     tiny_model,
     tiny_teacher,
 )
-
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.tree import parse_tree

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import generate_reference, make_predictor, random_prompts, tiny_model
 
+from conftest import generate_reference, make_predictor, random_prompts, tiny_model
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.predictors.base import Predictor

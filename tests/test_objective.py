@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import HIDDEN, VOCABULARY, make_predictor, random_prompts, sequence_batch, tiny_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import HIDDEN, VOCABULARY, make_predictor, random_prompts, sequence_batch, tiny_teacher
 from firp_cli.metrics import chain_length_of_hits
 from firp_cli.predictors.anchors import Anchors, choose_anchors, compare_rows, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch

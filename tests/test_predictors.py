@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS, make_predictor, random_prompts, sequence_batch, tiny_model
 from torch import Tensor
 
+from conftest import LAYERS, make_predictor, random_prompts, sequence_batch, tiny_model
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.tree import parse_tree

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_predictor, random_prompts, sequence_batch, tiny_teacher
 
+from conftest import make_predictor, random_prompts, sequence_batch, tiny_teacher
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.errors import StoreError

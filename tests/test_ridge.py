@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import HIDDEN, random_prompts, sequence_batch, tiny_teacher
 
+from conftest import HIDDEN, random_prompts, sequence_batch, tiny_teacher
 from firp_cli.errors import NumericsError
 from firp_cli.predictors.anchors import choose_anchors, collate
 from firp_cli.predictors.registry import build_predictor

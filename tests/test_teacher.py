@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import LAYERS, VOCABULARY, sequence_batch, tiny_model
 
+from conftest import LAYERS, VOCABULARY, sequence_batch, tiny_model
 from firp_cli.errors import TeacherError
 from firp_cli.recipe import TeacherConfig
 from firp_cli.teacher.attention import AttentionMask, behind_prefix, causal_allowed

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from conftest import HIDDEN, LAYERS, ROOT, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
+from conftest import HIDDEN, LAYERS, ROOT, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
 from firp_cli.commands.train import train
 from firp_cli.data.conversations import template_fingerprint, tokenizer_fingerprint
 from firp_cli.data.store_writer import StoreWriter

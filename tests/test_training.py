@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HIDDEN, ROOT, sequence_batch, tiny_teacher
 
+from conftest import HIDDEN, ROOT, sequence_batch, tiny_teacher
 from firp_cli.distributed.launch import launch, rank, relayed_errors
 from firp_cli.errors import FirpError, LaunchError, NumericsError, RecipeError, StoreError, UsageError
 from firp_cli.predictors.registry import load_predictor

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_predictor
 from torch import Tensor
 
+from conftest import make_predictor
 from firp_cli.decoding.accept import Sampler, accept
 from firp_cli.decoding.tree import Tree, build, default_tree, parse_tree, root_tree
 from firp_cli.errors import UsageError

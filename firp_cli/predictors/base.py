@@ -134,8 +134,8 @@ class Predictor(nn.Module, ABC):
     def child_candidates(self, draft: Draft, depth: int, parents: Tensor) -> tuple[Tensor, Tensor]:
         """Candidate children at `depth` (1..k) of nodes that hold tokens `parents` (B, M).
 
-        Returns tokens (B, M, s) and their log-probabilities (<= 0) given the parent (B, M, s), descending. Steps here do
-        not look at the parent's token; a predictor whose steps do overrides this.
+        Returns tokens (B, M, s) and their log-probabilities (<= 0) given the parent (B, M, s), descending. Steps here
+        do not look at the parent's token; a predictor whose steps do overrides this.
         """
         batch, nodes = parents.shape
         shape = (batch, nodes, draft.tokens.shape[-1])

@@ -174,8 +174,8 @@ def settings_line(report: BenchReport) -> str:
     repeats = settings.get("repeats")
     taken = "measured once" if repeats == 1 else f"medians over {repeats} repeats"
     return (
-        f"{teacher.get('name')} ({teacher.get('dtype')}, {teacher.get('device')}), {settings.get('prompts')} prompts"
-        f"{skipped}, {how}, up to {settings.get('max_new_tokens')} new tokens, "
+        f"teacher {teacher.get('name')} ({teacher.get('dtype')}, {teacher.get('device')}), "
+        f"{settings.get('prompts')} prompts{skipped}, {how}, up to {settings.get('max_new_tokens')} new tokens, "
         f"batch size {settings.get('batch_size')}, {taken}"
     )
 
