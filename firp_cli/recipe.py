@@ -27,6 +27,40 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+class LoopedSection(Section):
+    """A teacher that runs a block of layers several times: `prelude`, then `block` x `loops` in cyclic order, `coda`.
+
+    Layers are counted as *effective* ones everywhere else: `effective` of them, of which `unique` have parameters.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prelude: Annotated[int, Field(ge=0)] = 0  # layers that run once, before the block
+    block: PositiveInt  # layers of the block
+    coda: Annotated[int, Field(ge=0)] = 0  # layers that run once, behind the block
+    loops: PositiveInt  # times that the block runs
+    norm_each_loop: bool = False  # the final norm is also applied at the end of every loop (Ouro)
+
+    @property
+    def unique(self) -> int:
+        return self.prelude + self.block + self.coda
+
+    @property
+    def effective(self) -> int:
+        return self.prelude + self.block * self.loops + self.coda
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The unique layer that each effective layer is."""
+        block = range(self.prelude, self.prelude + self.block)
+        return (*range(self.prelude), *block, *(self.loops - 1) * tuple(block), *range(block.stop, self.unique))
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Effective layers that have run at the end of loops 1..loops."""
+        return tuple(self.prelude + self.block * loop for loop in range(1, self.loops + 1))
+
+
 class TeacherConfig(Section):
     """The frozen language model."""
 
@@ -35,6 +69,7 @@ class TeacherConfig(Section):
     dtype: Precision = "auto"  # auto: the dtype in the model's own config
     device_map: str | None = None  # transformers' device_map; null: one device
     trust_remote_code: bool = False  # run code that comes with the model
+    looped: LoopedSection | None = None  # which layers run several times; null: as the model's config says
 
 
 class DataConfig(Section):

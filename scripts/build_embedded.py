@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -37,9 +38,11 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from arithmetic_corpus import Problem, generate
 from firp_cli.recipe import load_recipe
+from firp_cli.teacher.looped_llama import LoopedLlamaConfig, LoopedLlamaForCausalLM, register
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER_FOLDER = ROOT / "data" / "teachers" / "arithmetic"
+LOOPED_FOLDER = ROOT / "data" / "teachers" / "arithmetic-looped"
 DATASET_FOLDER = ROOT / "data" / "datasets" / "arithmetic"
 PREDICTOR_FOLDER = ROOT / "data" / "predictors"
 PREDICTOR_KINDS = ("firp", "hidden_transfer", "medusa")
@@ -95,24 +98,43 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def teacher_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """The teacher's architecture: 6 layers of width 256 with grouped queries, 3.8 M parameters."""
-    return LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=2048,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
+def architecture(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What both teachers share: width 256, grouped queries, tied embeddings."""
+    return {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "dtype": "float32",
+    }
+
+
+def build_teacher(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> LlamaForCausalLM:
+    """An untrained teacher: 6 layers (3.8 M parameters), or `--unique-layers` of them looped `--loops` times."""
+    if arguments.loops == 1:
+        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=6, **architecture(tokenizer)))
+    config = LoopedLlamaConfig(
+        unique_layers=arguments.unique_layers, loops=arguments.loops, **architecture(tokenizer)
     )
+    return LoopedLlamaForCausalLM(config)
+
+
+def warm_start(model: LlamaForCausalLM, source: LlamaForCausalLM) -> None:
+    """Start a looped model from a trained plain one: its embedding and norm, and layers spread over its depth."""
+    model.model.embed_tokens.load_state_dict(source.model.embed_tokens.state_dict())
+    model.model.norm.load_state_dict(source.model.norm.state_dict())
+    unique = model.model.layers.unique
+    for number, layer in enumerate(unique):
+        depth = round(number * (len(source.model.layers) - 1) / max(1, len(unique) - 1))
+        layer.load_state_dict(source.model.layers[depth].state_dict())
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
@@ -154,12 +176,36 @@ def training_batches(
             yield ids_BT, weights_BT
 
 
-def weighted_loss(model: LlamaForCausalLM, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
-    """Next-token cross entropy, averaged with the weight of the predicted token."""
-    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
-    losses_N = functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
+def weighted_loss(
+    model: LlamaForCausalLM,
+    ids_BT: torch.Tensor,
+    weights_BT: torch.Tensor,
+    guide: LlamaForCausalLM | None,
+    exit_weight: float,
+) -> torch.Tensor:
+    """Next-token cross entropy, averaged with the weight of the predicted token.
+
+    With a `guide` the target is half the text's token and half the guide's distribution. A looped model also learns to
+    predict after every earlier loop, through the same norm and head, with `exit_weight` each.
+    """
     weights_N = weights_BT[:, 1:].flatten()
-    return (losses_N * weights_N).sum() / weights_N.sum()
+    chosen_N = weights_N > 0
+    targets_NV = functional.one_hot(ids_BT[:, 1:].flatten()[chosen_N], model.config.vocab_size).float()
+    if guide is not None:
+        with torch.no_grad():
+            guide_BTV = guide(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+        targets_NV = 0.5 * targets_NV + 0.5 * guide_BTV.flatten(0, 1)[chosen_N].float().softmax(-1)
+    loops = getattr(model.config, "loops", 1)
+    output = model.model(input_ids=ids_BT, use_cache=False, output_hidden_states=loops > 1)
+    states = [(output.last_hidden_state, 1.0)]
+    for loop in range(1, loops if exit_weight else 1):
+        states.append((model.model.norm(output.hidden_states[loop * model.config.unique_layers]), exit_weight))
+    total = torch.zeros((), device=ids_BT.device)
+    for state_BTd, share in states:
+        logits_NV = model.lm_head(state_BTd[:, :-1].flatten(0, 1)[chosen_N]).float()
+        losses_N = functional.cross_entropy(logits_NV, targets_NV, reduction="none")
+        total = total + share * (losses_N * weights_N[chosen_N]).sum() / weights_N.sum()
+    return total
 
 
 def learning_rate(step: int, arguments: argparse.Namespace) -> float:
@@ -182,6 +228,10 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments
     batches = training_batches(tokenizer, arguments.seed, arguments.tokens_per_batch)
     # For rows this short, eager attention trains faster on a CPU than the fused kernel (3391 against 2122 tokens/s).
     model.set_attn_implementation("eager")
+    guide = None
+    if arguments.guide:
+        guide = AutoModelForCausalLM.from_pretrained(arguments.guide).to(arguments.device).eval()
+        warm_start(model, guide)
     start = saved = time.monotonic()
     tokens, running = 0, None
     model.train()
@@ -189,7 +239,8 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, arguments)
         with torch.autocast(arguments.device, torch.bfloat16):
-            loss = weighted_loss(model, ids_BT.to(arguments.device), weights_BT.to(arguments.device))
+            ids_BT, weights_BT = ids_BT.to(arguments.device), weights_BT.to(arguments.device)
+            loss = weighted_loss(model, ids_BT, weights_BT, guide, arguments.exit_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -267,7 +318,7 @@ def run_teacher(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer(arguments.seed)
-    model = LlamaForCausalLM(teacher_config(tokenizer)).to(arguments.device)
+    model = build_teacher(tokenizer, arguments).to(arguments.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters} parameters, {len(tokenizer)} tokens in the vocabulary", flush=True)
     start = time.monotonic()
@@ -300,7 +351,23 @@ def run_dataset(arguments: argparse.Namespace) -> None:
 
 
 def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the stage `teacher`."""
+    """The arguments of the stage `teacher`: a plain decoder trained on the text alone."""
+    add_training_arguments(parser)
+    parser.set_defaults(loops=1, unique_layers=6, guide=None, exit_weight=0.0)
+
+
+def add_looped_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the stage `looped-teacher`."""
+    add_training_arguments(parser)
+    parser.set_defaults(output=LOOPED_FOLDER, steps=2600)
+    parser.add_argument("--unique-layers", type=int, default=3, help="layers with parameters of their own")
+    parser.add_argument("--loops", type=int, default=4, help="times that they run")
+    parser.add_argument("--guide", type=Path, default=TEACHER_FOLDER, help="trained teacher to start and learn from")
+    parser.add_argument("--exit-weight", type=float, default=0.2, help="loss weight of the state after each early loop")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """What both teachers' stages take."""
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3900, help="optimizer steps (3,000 tokens a second on one core)")
     parser.add_argument("--tokens-per-batch", type=int, default=2048, help="tokens in a batch, pads included")
@@ -351,6 +418,11 @@ STAGES = {
         add_teacher_arguments,
         run_teacher,
     ),
+    "looped-teacher": (
+        "train, write and evaluate the parameter-shared teacher",
+        add_looped_arguments,
+        run_teacher,
+    ),
     "predictors": (
         "collect, train and keep the embedded predictors (25 minutes on two CPU cores)",
         add_predictors_arguments,
@@ -362,6 +434,7 @@ STAGES = {
 
 def main() -> None:
     """Run the stage named on the command line."""
+    register()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(required=True)
     for name, (text, add_arguments, run) in STAGES.items():

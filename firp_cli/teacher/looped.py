@@ -1,0 +1,143 @@
+"""Parameter sharing: decoder layers that run several times, seen as the longer list of layers that they act as.
+
+A looped decoder runs `prelude` layers once, then a block of layers `loops` times in cyclic order, then `coda` layers
+once (arXiv 2310.12072 shares parameters this way; looped models such as Ouro and Raven too). Everything else in this
+package counts *effective* layers: layer l of L = prelude + block * loops + coda. A library layer knows its own number
+only, and its cache slot by it; `LayerPass` gives each pass the slot of its effective layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from firp_cli.errors import TeacherError
+from firp_cli.recipe import LoopedSection
+
+CACHE_NAMES = ("past_key_values", "layer_past")
+
+
+class _EffectiveSlot:
+    """A cache as one pass sees it: whatever number its layer gives, the K/V go to the effective layer's slot."""
+
+    def __init__(self, cache: Any, index: int) -> None:
+        self._cache = cache
+        self._index = index
+
+    def update(self, keys: Any, values: Any, _layer_index: int, *args: Any, **options: Any) -> Any:
+        return self._cache.update(keys, values, self._index, *args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+class LayerPass:
+    """One pass through a shared layer: called like the layer, it writes its K/V under the effective layer's number.
+
+    Args:
+        norm: applied to the pass's output, for models that norm the state at the end of every loop.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, norm: nn.Module | None = None) -> None:
+        self.layer = layer
+        self.index = index
+        self.norm = norm
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        for name in CACHE_NAMES:
+            if options.get(name) is not None:
+                options[name] = _EffectiveSlot(options[name], self.index)
+        output = self.layer(*args, **options)
+        if self.norm is None:
+            return output
+        return (self.norm(output[0]), *output[1:]) if isinstance(output, tuple) else self.norm(output)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+class LoopedLayers(nn.ModuleList):
+    """The unique layers as a module list (parameters and names are theirs); as a sequence, the effective layers.
+
+    A library decoder that iterates over `self.layers` runs looped once this stands in their place.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], shape: LoopedSection, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        for number, layer in enumerate(layers):
+            self.add_module(str(number), layer)
+        self.shape = shape
+        # a list of its own, so that the shared norm is not registered here a second time
+        self._norm = [norm if shape.norm_each_loop else None]
+
+    @property
+    def unique(self) -> list[nn.Module]:
+        return list(self._modules.values())  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self.shape.effective
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self._pass(index) for index in range(len(self))])
+
+    def __getitem__(self, index: Any) -> Any:
+        numbers = range(len(self))[index]
+        return self._pass(numbers) if isinstance(numbers, int) else [self._pass(number) for number in numbers]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape!r}, {self.unique!r})"
+
+    def _pass(self, index: int) -> LayerPass:
+        shape = self.shape
+        # the last loop's norm is the model's own final norm, unless a coda follows
+        ends_loop = index + 1 in shape.boundaries and index + 1 < shape.effective
+        return LayerPass(self.unique[shape.order[index]], index, self._norm[0] if ends_loop else None)
+
+
+def loop_layers(model: Any, base: Any, layers: nn.ModuleList, norm: nn.Module, shape: LoopedSection) -> LoopedLayers:
+    """The effective layers of a model that a recipe describes as looped.
+
+    A model whose own code loops keeps its forward. One whose code runs each layer once (a looped model saved as a plain
+    decoder) gets the looped layers put in place, so that its own forward and `generate` loop too.
+
+    Raises TeacherError when the description does not fit the model.
+    """
+    if len(layers) != shape.unique:
+        raise TeacherError(
+            f"teacher.looped describes {shape.prelude} + {shape.block} + {shape.coda} = {shape.unique} layers, the "
+            f"model has {len(layers)}"
+        )
+    looped = LoopedLayers(list(layers), shape, norm)
+    calls = _calls(model, layers[shape.prelude])
+    if calls == 1 and shape.loops > 1:
+        name = next(name for name, part in base.named_children() if part is layers)
+        setattr(base, name, looped)
+        _lengthen(model.config.get_text_config(), shape)
+    elif calls != shape.loops:
+        raise TeacherError(
+            f"teacher.looped.loops is {shape.loops}, the model's own code runs its block {calls} times; set it to {calls}"
+        )
+    return looped
+
+
+@torch.no_grad()
+def _calls(model: Any, layer: nn.Module) -> int:
+    """How often the model's own forward runs a layer."""
+    seen: list[int] = []
+    hook = layer.register_forward_hook(lambda *_: seen.append(1))
+    try:
+        model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return len(seen)
+
+
+def _lengthen(config: Any, shape: LoopedSection) -> None:
+    """Tell the config of the effective layers: the library sizes its caches and masks by it."""
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = shape.effective
+    if kinds is not None:
+        config.layer_types = [kinds[number] for number in shape.order]
