@@ -42,6 +42,27 @@ def chain_length(joint: ArrayLike, counts: ArrayLike) -> float:
     return float(1.0 + np.divide(chain, total, out=np.zeros_like(chain), where=total > 0).sum())
 
 
+def ticks_per_token(settled: ArrayLike, counts: ArrayLike, pipeline: Sequence[int]) -> float:
+    """Expected ticks of a SPEED pipeline between a token's start and that of its right successor.
+
+    The successor starts for good after the first exit from which all predictions are right, else after the last loop.
+
+    Args:
+        settled: (E,) tokens whose predictions are right from exit j on. counts: (E,) tokens.
+        pipeline: the E exit loops, ascending, then the loops r.
+    """
+    right, total = np.asarray(settled, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    late = 1.0 - np.divide(right, total, out=np.zeros_like(right), where=total > 0)
+    return float(pipeline[0] + (np.diff(np.asarray(pipeline)) * late).sum())
+
+
+def accepted_length(joint: ArrayLike, counts: ArrayLike, pipeline: Sequence[int] = ()) -> float:
+    """Expected accepted length: of a greedy chain, or of a `pipeline` the tokens it emits in the ticks that plain
+    decoding takes for one (r of them).
+    """
+    return pipeline[-1] / ticks_per_token(joint, counts, pipeline) if pipeline else chain_length(joint, counts)
+
+
 def chain_length_of_hits(hits: ArrayLike, valid: ArrayLike | None = None) -> float:
     """Expected accepted length of a greedy chain from per-anchor hits (anchors, k): 1 + the averaged sum of the
     cumulative products along the steps. Steps of one anchor are not taken to be independent.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -89,16 +89,22 @@ class DataConfig(Section):
     store_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = "auto"  # auto: the teacher's
 
 
+class Looping(Protocol):
+    """What a predictor section asks of a teacher: the effective layers that have run at the end of each loop."""
+
+    def boundaries(self, loops: int | None) -> tuple[int, ...]: ...
+
+
 class PredictorSection(Section):
-    """Fields that every predictor kind has. `required_layers` is what a store must hold beside the final state."""
+    """Fields that every predictor kind has."""
 
     @property
     def transfer_layers(self) -> tuple[int, ...]:
         """t_1..t_k, empty for kinds without pseudo states."""
         return ()
 
-    @property
-    def required_layers(self) -> tuple[int, ...]:
+    def required_layers(self, teacher: Looping) -> tuple[int, ...]:
+        """The layers that a store must hold beside the final state."""
         return self.transfer_layers[:1]
 
 
@@ -146,7 +152,34 @@ class MedusaConfig(PredictorSection):
     own_head: bool = True  # a vocabulary matrix per head, as in the paper; false: the teacher's head
 
 
-PredictorConfig = FirpConfig | HiddenTransferConfig | MedusaConfig
+class SpeedConfig(PredictorSection):
+    """SPEED (arXiv 2310.12072): exit heads behind early loops start the next tokens in a pipeline."""
+
+    kind: Literal["speed"]
+    loops: PositiveInt | None = None  # groups that the layers of a teacher without sharing form; null: its own loops
+    exits: Annotated[list[PositiveInt], Field(min_length=1)] | None = None  # loops that predict; null: all but the last
+    exit_weights: list[Annotated[float, Field(gt=0)]] | None = None  # loss weight of each exit; null: its loop's number
+    bias: bool = False
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # a token starts only from a surer prediction
+
+    @model_validator(mode="after")
+    def _ascending(self) -> SpeedConfig:
+        if self.exits is not None and self.exits != sorted(set(self.exits)):
+            raise ValueError(f"exits must ascend: {self.exits}")
+        if self.exit_weights is not None and (self.exits is None or len(self.exit_weights) != len(self.exits)):
+            raise ValueError("exit_weights need exits, one weight for each")
+        return self
+
+    def exit_loops(self, loops: int) -> tuple[int, ...]:
+        """The loops that predict, of a teacher that runs `loops` of them."""
+        return tuple(range(1, loops)) if self.exits is None else tuple(self.exits)
+
+    def required_layers(self, teacher: Looping) -> tuple[int, ...]:
+        boundaries = teacher.boundaries(self.loops)
+        return tuple(boundaries[loop - 1] for loop in self.exit_loops(len(boundaries)) if loop < len(boundaries))
+
+
+PredictorConfig = FirpConfig | HiddenTransferConfig | MedusaConfig | SpeedConfig
 KINDS: dict[str, type[PredictorSection]] = {
     get_args(config.model_fields["kind"].annotation)[0]: config for config in get_args(PredictorConfig)
 }

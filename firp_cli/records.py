@@ -32,6 +32,34 @@ def _finite(value: Any) -> Any:
 
 
 @dataclass
+class PipelineTrace:
+    """What a SPEED pipeline did for one sequence, or, added up, for several.
+
+    Attributes:
+        loops: r. exits: the loops that predict.
+        ticks: passes of the pipeline. left: tokens that it emitted. plain: tokens that were decoded one by one because
+            the pipeline did not pay.
+        started: tokens that entered. flushes: times that a changed prediction threw younger tokens out. flushed: how
+            many it threw out.
+        corrected: tokens of `left` whose early prediction of the next token was changed later on.
+        hits: by exit, predictions that the last loop confirmed, out of `left`.
+        occupancy: tokens in flight, tick by tick.
+    """
+
+    loops: int
+    exits: list[int]
+    ticks: int = 0
+    left: int = 0
+    plain: int = 0
+    started: int = 0
+    flushes: int = 0
+    flushed: int = 0
+    corrected: int = 0
+    hits: list[int] = field(default_factory=list)
+    occupancy: list[int] = field(default_factory=list)
+
+
+@dataclass
 class Generation:
     """What one method wrote after one prompt.
 
@@ -50,6 +78,7 @@ class Generation:
     decode_seconds: float
     finish_reason: str  # "eos", "stop" or "length"
     text: str = ""
+    pipeline: PipelineTrace | None = None  # for SPEED: a step is a tick, which emits one token or none
 
 
 @dataclass

@@ -59,7 +59,7 @@ def collect(
     from firp_cli.teacher.stack import Teacher
 
     model = Teacher.load(recipe.teacher)
-    wanted = chosen if chosen is not None else default_layers(recipe, model.num_layers)
+    wanted = chosen if chosen is not None else default_layers(recipe, model)
     if estimate:
         figures = _estimate(model, recipe, wanted, folder)
         print_json(figures) if as_json else _print_estimate(figures, folder)
@@ -73,9 +73,11 @@ def default_store(dataset: str) -> str:
     return f"stores/{Path(dataset).stem if dataset.endswith(('.jsonl', '.json')) else dataset.replace('/', '--')}"
 
 
-def default_layers(recipe: Recipe, num_layers: int) -> list[int]:
+def default_layers(recipe: Recipe, teacher: Teacher) -> list[int]:
     """What the recipe's predictor reads; the middle layer where there is no predictor."""
-    return [max(1, num_layers // 2)] if recipe.predictor is None else list(recipe.predictor.required_layers)
+    if recipe.predictor is None:
+        return [max(1, teacher.num_layers // 2)]
+    return list(recipe.predictor.required_layers(teacher))
 
 
 def _parse_layers(text: str | None) -> list[int] | None:

@@ -141,7 +141,7 @@ def _open(recipe: Recipe, teacher: Teacher, verify: bool) -> Store:
     from firp_cli.data.store import Store
 
     assert recipe.predictor is not None
-    store = Store.open(Path(str(recipe.store)), layers=recipe.predictor.required_layers, verify=verify)
+    store = Store.open(Path(str(recipe.store)), layers=recipe.predictor.required_layers(teacher), verify=verify)
     tokenizer = teacher.tokenizer
     store.check_teacher(teacher.fingerprint, tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
     return store

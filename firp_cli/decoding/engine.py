@@ -8,37 +8,20 @@ Shapes: B sequences, N nodes, k steps, M = N(1+k) rows, d hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
+from firp_cli.decoding.sequences import OnTokens, Writer, Written, check_prompts
 from firp_cli.decoding.tree import Tree, TreeSpec, build, default_tree, root_tree
-from firp_cli.errors import CapacityError, UsageError
+from firp_cli.errors import UsageError
 from firp_cli.predictors.base import Draft, Predictor, forward_rows
 from firp_cli.records import Generation
 from firp_cli.teacher.attention import AttentionMask, behind_prefix, causal_allowed, pseudo_positions, rows_allowed
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
-
-OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this step, how many of them were drafted)
-
-
-@dataclass
-class _Sequence:
-    """Host-side bookkeeping of one prompt."""
-
-    number: int
-    prompt_tokens: int
-    committed: int = 0  # tokens in the K/V cache
-    tokens: list[int] = field(default_factory=list)
-    accepted_lengths: list[int] = field(default_factory=list)
-    emitted: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    decode_seconds: float = 0.0
-
 
 class Engine:
     """Decodes prompts with a teacher and, if given, a predictor's draft trees.
@@ -84,15 +67,16 @@ class Engine:
 
         Raises CapacityError when a prompt and its answer exceed the teacher's context, UsageError on an empty prompt.
         """
-        self._check(prompts, max_new_tokens)
+        check_prompts(self.teacher, prompts, max_new_tokens)
+        writer = Writer(self.teacher, max_new_tokens, stop, on_tokens)
         began = time.perf_counter()
-        live = [_Sequence(number, len(prompt)) for number, prompt in enumerate(prompts)]
+        live = [Written(number, len(prompt)) for number, prompt in enumerate(prompts)]
         sequences = list(live)
         cache = KVCache(self.teacher.num_layers, len(live), self._slots(prompts, max_new_tokens), self.teacher.device)
         self._prefill(cache, prompts, live)
         root = torch.tensor([prompt[-1] for prompt in prompts], device=self.teacher.device)
         accepted, draft = self._step(cache, root, None)
-        self._read(accepted, live, None, max_new_tokens, stop, on_tokens)
+        self._read(accepted, live, writer, prefill=True)
         prefilled = time.perf_counter()
         while True:
             now = time.perf_counter()
@@ -111,20 +95,8 @@ class Engine:
                     draft = Draft(draft.tokens.index_select(0, index), draft.log_probs.index_select(0, index))
             cache.longest = max(item.committed for item in live)
             accepted, draft = self._step(cache, root, draft)
-            self._read(accepted, live, accepted.count, max_new_tokens, stop, on_tokens)
-        return [self._generation(item, prefilled - began) for item in sequences]
-
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        for number, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise UsageError(f"prompt {number} is empty: give at least one token")
-            if len(prompt) + max_new_tokens > self.teacher.max_positions:
-                raise CapacityError(
-                    f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones are asked for, the "
-                    f"teacher's context holds {self.teacher.max_positions}; shorten it, ask for fewer, or skip it"
-                )
+            self._read(accepted, live, writer)
+        return [writer.generation(item, prefilled - began) for item in sequences]
 
     def _slots(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
         """Cache slots: the longest sequence, the overshoot of its last step, and the scratch rows."""
@@ -134,7 +106,7 @@ class Engine:
         scratch = nodes * (1 + len(self._transfer))
         return max(longest + max_new_tokens + steps + 1 + scratch, longest + self.prefill_chunk)
 
-    def _prefill(self, cache: KVCache, prompts: Sequence[Sequence[int]], live: list[_Sequence]) -> None:
+    def _prefill(self, cache: KVCache, prompts: Sequence[Sequence[int]], live: list[Written]) -> None:
         """K/V of every prompt but its last token, in chunks; the last token is the first step's root."""
         device = self.teacher.device
         counts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
@@ -215,57 +187,12 @@ class Engine:
             cache=cache,
         )
 
-    def _read(
-        self,
-        accepted: Accepted,
-        live: list[_Sequence],
-        counts: Tensor | None,
-        max_new_tokens: int,
-        stop: Sequence[str],
-        on_tokens: OnTokens | None,
-    ) -> None:
-        """The step's one read from the device: what was emitted; then cut, count, hand on. `counts` None: prefill."""
+    def _read(self, accepted: Accepted, live: list[Written], writer: Writer, prefill: bool = False) -> None:
+        """The step's one read from the device: what was emitted; then cut, count, hand on."""
         rows = torch.cat([accepted.count[:, None], accepted.tokens], dim=1).tolist()
         for item, (count, *emitted) in zip(live, rows, strict=True):
-            tokens = emitted[: count + 1]
             item.committed += count + 1
-            kept = self._append(item, tokens, max_new_tokens, stop)
-            if counts is not None:
+            kept = writer.write(item, emitted[: count + 1], count)
+            if not prefill:
                 item.accepted_lengths.append(count + 1)
                 item.emitted.append(kept)
-            if on_tokens:
-                on_tokens(item.number, tokens[:kept], min(count, kept))
-
-    def _append(self, item: _Sequence, tokens: list[int], max_new_tokens: int, stop: Sequence[str]) -> int:
-        """Append tokens up to the sequence's end; returns how many were kept."""
-        for kept, token in enumerate(tokens, start=1):
-            item.tokens.append(token)
-            if token in self.teacher.eos_token_ids:
-                item.finish_reason = "eos"
-            elif stop and self._stopped(item.tokens, stop):
-                item.finish_reason = "stop"
-            elif len(item.tokens) >= max_new_tokens:
-                item.finish_reason = "length"
-            if item.finish_reason:
-                return kept
-        return len(tokens)
-
-    def _stopped(self, tokens: list[int], stop: Sequence[str]) -> bool:
-        """True once the text ends in or just passed a stop string. A token may be as short as one byte of it."""
-        window = 4 * max(map(len, stop)) + 8
-        tail = self.teacher.tokenizer.decode(tokens[-window:])
-        return any(text in tail for text in stop)
-
-    def _generation(self, item: _Sequence, prefill_seconds: float) -> Generation:
-        tokenizer = self.teacher.tokenizer
-        return Generation(
-            prompt_tokens=item.prompt_tokens,
-            token_ids=item.tokens,
-            steps=len(item.accepted_lengths),
-            accepted_lengths=item.accepted_lengths,
-            emitted=item.emitted,
-            prefill_seconds=prefill_seconds,
-            decode_seconds=item.decode_seconds,
-            finish_reason=item.finish_reason,
-            text=tokenizer.decode(item.tokens, skip_special_tokens=True) if tokenizer else "",
-        )

@@ -51,18 +51,22 @@ class Anchors:
 
 
 def choose_anchors(
-    batch: SequenceBatch, steps: int, limit: int | None = None, seeds: Sequence[int] | None = None
+    batch: SequenceBatch, steps: int | Sequence[int], limit: int | None = None, seeds: Sequence[int] | None = None
 ) -> Anchors:
     """Anchors of every sequence, at most `limit` drawn without replacement from its own seed (None: all of them).
 
     The draw depends on the sequence's seed alone, so it is the same whatever the batch or rank it lands in.
+
+    Args:
+        steps: k, or the distance of each step's row from the anchor (`Predictor.offsets`).
     """
-    length = batch.loss_mask.shape[1]
+    offsets = list(range(1, steps + 1)) if isinstance(steps, int) else list(steps)
+    length, nearest = batch.loss_mask.shape[1], min(offsets) + 1
     nothing = torch.zeros_like(batch.loss_mask[:, :1])
-    response = torch.cat([batch.loss_mask, nothing.expand(-1, steps + 1)], dim=1)
+    response = torch.cat([batch.loss_mask, nothing.expand(-1, max(offsets) + 1)], dim=1)
     chosen = []
     for row in range(response.shape[0]):
-        usable = response[row, 2 : length + 2] & response[row, 1 : length + 1]
+        usable = response[row, nearest : length + nearest] & response[row, 1 : length + 1]
         places = usable.nonzero()[:, 0]
         if limit is not None and len(places) > limit:
             assert seeds is not None
@@ -76,15 +80,17 @@ def choose_anchors(
     for row, places in enumerate(chosen):
         index[row, : len(places)] = places
         real[row, : len(places)] = True
-    ahead = index[:, :, None] + torch.arange(2, steps + 2, device=index.device)
+    ahead = index[:, :, None] + torch.tensor(offsets, device=index.device) + 1
     drafted = response.gather(1, ahead.flatten(1)).view(ahead.shape)
     return Anchors(index, drafted.cumprod(dim=-1).bool() & real[:, :, None])
 
 
-def target_states(batch: SequenceBatch, anchors: Anchors) -> Tensor:
-    """The teacher's normed final states at n+i: (B, A, k, d). Steps that do not count hold the last position's."""
-    steps = anchors.valid.shape[-1]
-    ahead = anchors.index[:, :, None] + torch.arange(1, steps + 1, device=anchors.index.device)
+def target_states(batch: SequenceBatch, anchors: Anchors, offsets: Sequence[int] | None = None) -> Tensor:
+    """The teacher's normed final states at n+i, or n + offsets[i-1]: (B, A, k, d). Steps that do not count hold the
+    last position's.
+    """
+    offsets = offsets or range(1, anchors.valid.shape[-1] + 1)
+    ahead = anchors.index[:, :, None] + torch.tensor(list(offsets), device=anchors.index.device)
     ahead = ahead.clamp(max=batch.final.shape[1] - 1)
     size = batch.final.shape[-1]
     rows = batch.final.gather(1, ahead.flatten(1)[:, :, None].expand(-1, -1, size))

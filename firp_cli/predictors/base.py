@@ -72,6 +72,24 @@ class Predictor(nn.Module, ABC):
         self.steps = steps
 
     @property
+    def offsets(self) -> tuple[int, ...]:
+        """For each step i the distance from the anchor n to the teacher's row that its draft is compared with."""
+        return tuple(range(1, self.steps + 1))
+
+    @property
+    def pipeline(self) -> tuple[int, ...]:
+        """Exit loops, then r: for predictors that feed a pipeline; empty for those that draft trees."""
+        return ()
+
+    def loss_weights(self, decay: float) -> list[float]:
+        """w_1..w_k of the training loss, not normalised: 1, decay, decay^2, ..."""
+        return [decay**index for index in range(self.steps)]
+
+    def accepted(self, hits: Tensor) -> Tensor:
+        """Which steps count as accepted (..., k) from which hit (..., k): a chain ends at its first miss."""
+        return hits.cumprod(dim=-1)
+
+    @property
     def kind(self) -> str:
         return str(getattr(self.config, "kind", type(self).__name__))
 
@@ -83,7 +101,7 @@ class Predictor(nn.Module, ABC):
     @property
     def required_layers(self) -> tuple[int, ...]:
         """Hidden layers that a store must hold for training, beside the final state."""
-        return self.config.required_layers
+        return self.transfer_layers[:1]
 
     def spawn(self, first: int, last: int, hidden: Tensor) -> Tensor:
         """Pseudo states (B, (last - first + 1) * A, d) of steps first..last (1..k), step by step, from the anchors'
@@ -116,6 +134,10 @@ class Predictor(nn.Module, ABC):
     def ridge_layers(self) -> tuple[int, ...]:
         """For each step the layer l of the least-squares problem h_n^l -> h_{n+i}^l; empty: no ridge start."""
         return ()
+
+    def ridge_target(self, teacher: Teacher, batch: SequenceBatch, hidden: Tensor) -> Tensor:
+        """(B, T, d): row n + offsets[i-1] is what step i's map should make of its layer's `hidden` row n."""
+        return hidden
 
     def set_map(self, step: int, weight: Tensor, bias: Tensor | None) -> None:
         """Take a solved map: weight (d, d) with y = weight @ x, bias (d,)."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from firp_cli.errors import FingerprintError, PredictorError
 from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.predictors.medusa import MedusaPredictor
 from firp_cli.predictors.transfer import TransferPredictor
 from firp_cli.recipe import (
@@ -25,6 +26,7 @@ from firp_cli.recipe import (
     HiddenTransferConfig,
     MedusaConfig,
     PredictorSection,
+    SpeedConfig,
     embedded_predictors,
     nearest,
 )
@@ -39,6 +41,8 @@ def build_predictor(config: PredictorSection, teacher: Teacher) -> Predictor:
         predictor: Predictor = TransferPredictor(config, teacher)
     elif isinstance(config, MedusaConfig):
         predictor = MedusaPredictor(config, teacher)
+    elif isinstance(config, SpeedConfig):
+        predictor = EarlyExitPredictor(config, teacher)
     else:
         raise PredictorError(f"unknown predictor kind {type(config).__name__}; known: {', '.join(KINDS)}")
     return predictor.to(teacher.device)

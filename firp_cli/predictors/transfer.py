@@ -5,28 +5,27 @@ states of future tokens. One module serves both; only the transfer layers differ
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from firp_cli.errors import PredictorError
-from firp_cli.predictors.base import Predictor, RowsHook, SequenceBatch, forward_anchors
+from firp_cli.predictors.base import RowsHook, SequenceBatch, forward_anchors
+from firp_cli.predictors.maps import MapPredictor
 from firp_cli.recipe import FirpConfig, HiddenTransferConfig
 from firp_cli.teacher.attention import causal_allowed, pseudo_positions, rows_allowed
 from firp_cli.teacher.stack import Teacher
 
 
-class TransferPredictor(Predictor):
+class TransferPredictor(MapPredictor):
     """W_1..W_k: h~^{t_i}_{n+i} = W_i h_n^{t_i}, run through the frozen layers t_i..L-1 and the teacher's head."""
 
     def __init__(self, config: FirpConfig | HiddenTransferConfig, teacher: Teacher) -> None:
-        super().__init__(config, config.steps)
+        super().__init__(config, config.steps, teacher.hidden_size, config.bias)
         last = teacher.num_layers - 1
         if any(layer > last for layer in self.transfer_layers):
             raise PredictorError(
                 f"transfer layer {max(self.transfer_layers)} is out of range: "
                 f"{teacher.name} has {teacher.num_layers} layers, so 1 <= t <= {last}"
             )
-        size = teacher.hidden_size
-        self.maps = nn.ModuleList(nn.Linear(size, size, bias=config.bias) for _ in range(self.steps))
 
     def spawn(self, first: int, last: int, hidden: Tensor) -> Tensor:
         maps = [self.maps[step - 1] for step in range(first, last + 1)]
@@ -67,23 +66,5 @@ class TransferPredictor(Predictor):
     def logits(self, teacher: Teacher, states: Tensor) -> Tensor:
         return teacher.head(states)
 
-    def initialise(self, init: str, teacher: Teacher) -> None:
-        for linear in self.maps:
-            assert isinstance(linear, nn.Linear)
-            if init == "random":
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            else:
-                nn.init.eye_(linear.weight)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-
     def ridge_layers(self) -> tuple[int, ...]:
         return self.transfer_layers
-
-    @torch.no_grad()
-    def set_map(self, step: int, weight: Tensor, bias: Tensor | None) -> None:
-        linear = self.maps[step - 1]
-        assert isinstance(linear, nn.Linear)
-        linear.weight.copy_(weight)
-        if linear.bias is not None and bias is not None:
-            linear.bias.copy_(bias)

@@ -9,6 +9,7 @@ only, and its cache slot by it; `LayerPass` gives each pass the slot of its effe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -141,3 +142,51 @@ def _lengthen(config: Any, shape: LoopedSection) -> None:
     config.num_hidden_layers = shape.effective
     if kinds is not None:
         config.layer_types = [kinds[number] for number in shape.order]
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that one tick of a pipeline runs once, for the tokens at all these stages together.
+
+    Attributes:
+        layers: effective layers, as they count at the first of the stages.
+        stages: stage s (from 0) runs loop s + 1.
+        stride: effective layers from a stage to the next.
+    """
+
+    layers: range
+    stages: range
+    stride: int = 0
+
+    def within(self, stages: range) -> LayerGroup | None:
+        """The part of this group that `stages` holds, None where it holds nothing."""
+        first, last = max(self.stages.start, stages.start), min(self.stages.stop, stages.stop)
+        if first >= last:
+            return None
+        moved = (first - self.stages.start) * self.stride
+        return LayerGroup(range(self.layers.start + moved, self.layers.stop + moved), range(first, last), self.stride)
+
+    def effective(self, stage: int, layer: int) -> int:
+        """The effective number of the group's layer `layer` (from 0) at a stage."""
+        return self.layers.start + (stage - self.stages.start) * self.stride + layer
+
+
+def layer_groups(boundaries: tuple[int, ...], num_layers: int, looped: LoopedSection | None) -> list[LayerGroup]:
+    """The groups of a tick in running order, for the loops that end at `boundaries`.
+
+    Shared layers form one group over all stages, with a prelude at the first stage and a coda at the last; without
+    sharing each stage has a group of its own.
+    """
+    last = len(boundaries) - 1
+    if looped is None:
+        starts = (0, *boundaries[:-1])
+        return [
+            LayerGroup(range(start, stop), range(stage, stage + 1))
+            for stage, (start, stop) in enumerate(zip(starts, boundaries, strict=True))
+        ]
+    groups = [
+        LayerGroup(range(looped.prelude), range(1)),
+        LayerGroup(range(looped.prelude, looped.prelude + looped.block), range(last + 1), looped.block),
+        LayerGroup(range(boundaries[-1], num_layers), range(last, last + 1)),
+    ]
+    return [group for group in groups if group.layers]

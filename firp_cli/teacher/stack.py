@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
-from firp_cli.recipe import TeacherConfig, teacher_source
+from firp_cli.recipe import LoopedSection, TeacherConfig, teacher_source
 from firp_cli.teacher.attention import AttentionMask, causal_allowed
+from firp_cli.teacher.looped import LoopedLayers, loop_layers
 
 LayerHook = Callable[[int, Tensor], None]
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -33,13 +34,23 @@ class Cache(Protocol):
 
 
 class Teacher:
-    """A frozen causal LM whose layers run one by one.
+    """A frozen causal LM whose layers run one by one. Layers that run several times count each time.
+
+    Args:
+        looped: which layers run several times, where the model's own class does not say.
 
     Attributes: `num_layers` L, `hidden_size` d, `vocab_size` V, `max_positions`, `eos_token_ids`, `device`, `dtype`,
-    `windows` (per layer: sliding window in positions, or None).
+    `windows` (per layer: sliding window in positions, or None), `looped` (None: every layer runs once).
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, name: str = "in-memory", check: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        name: str = "in-memory",
+        check: bool = True,
+        looped: LoopedSection | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -48,6 +59,9 @@ class Teacher:
         self.layers: nn.ModuleList = _part(base, ("layers", "h"), name)
         self._embed: nn.Module = model.get_input_embeddings()
         self._norm: nn.Module = _part(base, ("norm", "final_layernorm", "final_layer_norm", "ln_f"), name)
+        if looped is not None and not (isinstance(self.layers, LoopedLayers) and self.layers.shape == looped):
+            self.layers = loop_layers(model, base, self.layers, self._norm, looped)
+        self.looped = self.layers.shape if isinstance(self.layers, LoopedLayers) else None
         self._rotary: nn.Module = _part(base, ("rotary_emb",), name)
         self._head: nn.Module = model.get_output_embeddings()
         self._softcap = getattr(config, "final_logit_softcapping", None)
@@ -55,9 +69,11 @@ class Teacher:
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = self._head.weight.shape[0]
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
-        self.windows = _windows(config, self.num_layers)
+        self.windows = _windows(config, self.num_layers, self.looped)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
-        parameters = inspect.signature(self.layers[0].forward).parameters
+        # not `layers[0]`: the passes of a looped teacher have no signature of their own
+        first = next(iter(self.layers.children()))
+        parameters = inspect.signature(first.forward).parameters
         self._cache_name = "layer_past" if "layer_past" in parameters else "past_key_values"
         self._fingerprint: str | None = None
         if check:
@@ -69,6 +85,9 @@ class Teacher:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
+        from firp_cli.teacher.looped_llama import register
+
+        register()
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
         source = teacher_source(config.model)
@@ -91,7 +110,7 @@ class Teacher:
             nn.Module.to(model, torch.device(device or default_device()))
         # predictors remember the name: a relative folder would only be found from here
         name = str(Path(source).resolve()) if source == config.model and Path(source).is_dir() else config.model
-        return cls(model, tokenizer, name=name, check=check)
+        return cls(model, tokenizer, name=name, check=check, looped=config.looped)
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +175,36 @@ class Teacher:
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
 
+    def unnorm(self, normed: Tensor) -> Tensor:
+        """A state y (..., d) with norm(y) = `normed`, the one of unit scale: the norm forgets an input's length.
+
+        Raises TeacherError where the final norm is not an RMS or layer norm with a plain weight.
+        """
+        weight = self._norm.weight
+        bias = getattr(self._norm, "bias", None)
+        state = (normed if bias is None else normed - bias) / torch.where(weight.abs() < 1e-6, 1e-6, weight)
+        difference = (self.norm(state[..., :1, :]) - normed[..., :1, :]).abs().max().item()
+        if not difference <= CHECK_TOLERANCE.get(self.dtype, 2e-1) * max(1.0, normed.abs().max().item()):
+            raise TeacherError(f"{self.name}: its final norm cannot be undone, so there is no ridge start here")
+        return state
+
+    def boundaries(self, loops: int | None = None) -> tuple[int, ...]:
+        """Layers that have run at the end of each loop, the last being all but the coda.
+
+        A teacher without sharing has its layers cut into `loops` groups, the longer ones first. Raises TeacherError.
+        """
+        if self.looped is not None:
+            if loops not in (None, self.looped.loops):
+                raise TeacherError(f"{self.name} runs its layers {self.looped.loops} times, predictor.loops says {loops}")
+            return self.looped.boundaries
+        if loops is None or not 1 <= loops <= self.num_layers:
+            raise TeacherError(
+                f"{self.name} runs each of its {self.num_layers} layers once: set predictor.loops to the groups that they "
+                f"form (1 to {self.num_layers}), or describe its loops in teacher.looped"
+            )
+        length, longer = divmod(self.num_layers, loops)
+        return tuple(length * group + min(group, longer) for group in range(1, loops + 1))
+
     def sequence_mask(self, allowed: Tensor, positions: Tensor) -> AttentionMask:
         """Mask of a forward without cached prefix: `allowed` (B, M, M), `positions` (B, M)."""
         return AttentionMask(allowed, self.dtype, positions, positions)
@@ -181,7 +230,9 @@ class Teacher:
                 "supported: Llama, Mistral, Qwen2, Qwen3 and architectures with the same layer interface"
             ) from error
         tolerance = CHECK_TOLERANCE.get(self.dtype, 2e-1)
-        pairs = [*enumerate(zip(own.hidden_states[:-1], mine, strict=False)), ("logits", (own.logits.float(), logits))]
+        # a looped model of its own code may report one state per loop, or none: then the logits alone must agree
+        states = own.hidden_states[:-1] if own.hidden_states and len(own.hidden_states) == self.num_layers + 1 else ()
+        pairs = [*enumerate(zip(states, mine, strict=False)), ("logits", (own.logits.float(), logits))]
         for where, (expected, got) in pairs:
             difference = (expected.float() - got.float()).abs().max().item()
             scale = max(1.0, expected.float().abs().max().item())
@@ -202,6 +253,8 @@ class Teacher:
                 picks = torch.linspace(0, flat.numel() - 1, min(flat.numel(), 257), dtype=torch.float64).long()
                 digest.update(f"{name}{tuple(parameter.shape)}".encode())
                 digest.update(flat[picks.to(flat.device)].float().cpu().numpy().tobytes())
+            if self.looped is not None:
+                digest.update(self.looped.model_dump_json().encode())
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
@@ -212,6 +265,7 @@ class Teacher:
             "architecture": type(self.model).__name__,
             "fingerprint": self.fingerprint,
             "layers": self.num_layers,
+            **({"looped": self.looped.model_dump()} if self.looped else {}),
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -236,11 +290,13 @@ def _part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
     )
 
 
-def _windows(config: Any, layers: int) -> list[int | None]:
+def _windows(config: Any, layers: int, looped: LoopedSection | None) -> list[int | None]:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [window] * layers
+    if looped is not None and len(kinds) == looped.unique:
+        kinds = [kinds[number] for number in looped.order]
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 

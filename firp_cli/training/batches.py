@@ -88,7 +88,7 @@ class Reader:
     def __init__(
         self,
         store: Sequence[Sequenced],
-        steps: int,
+        steps: int | Sequence[int],
         anchors_per_sequence: int,
         seed: int,
         device: torch.device,

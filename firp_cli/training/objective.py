@@ -13,6 +13,7 @@ Shapes: B sequences, A anchors, k steps, d hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from firp_cli.metrics import chain_length
+from firp_cli.metrics import accepted_length
 from firp_cli.predictors.anchors import Anchors, compare_rows, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch
 from firp_cli.recipe import TrainingConfig
@@ -45,8 +46,10 @@ class StepRecord:
     def add(self, other: StepRecord) -> None:
         self.sums += other.sums
 
-    def averages(self) -> dict[str, list[float] | float]:
-        """Per-step means and the expected accepted length of a greedy chain, as plain numbers."""
+    def averages(self, pipeline: Sequence[int] = ()) -> dict[str, list[float] | float]:
+        """Per-step means and the expected accepted length, of a greedy chain or of a `Predictor.pipeline`, as plain
+        numbers.
+        """
         rows = dict(zip(FIELDS, self.sums.tolist(), strict=True))
         counts = rows.pop("count")
         joint = rows.pop("joint")
@@ -56,13 +59,8 @@ class StepRecord:
             ]
             for name, row in rows.items()
         }
-        means["expected_accepted_length"] = chain_length(joint, counts)
+        means["expected_accepted_length"] = accepted_length(joint, counts, pipeline)
         return means
-
-
-def step_weights(steps: int, decay: float) -> list[float]:
-    """w_1..w_k = 1, decay, decay^2, ..., not normalised: the loss divides by their sum over all drafts."""
-    return [decay**index for index in range(steps)]
 
 
 def count_pieces(rows: int, vocabulary: int, budget: int = LOGIT_BUDGET) -> int:
@@ -88,11 +86,11 @@ def objective(
     """
     steps = predictor.steps
     draft = predictor.draft_states(teacher, batch, anchors.index)
-    target = target_states(batch, anchors)
+    target = target_states(batch, anchors, predictor.offsets)
     rows = rows or anchors.index.numel()
     pieces = count_pieces(rows, teacher.vocab_size, budget)
     keep_logits = steps * rows * teacher.vocab_size <= budget
-    weights = step_weights(steps, settings.step_decay)
+    weights = predictor.loss_weights(settings.step_decay)
     total = draft.new_zeros((), dtype=torch.float32)
     weight = torch.zeros((), dtype=torch.float32, device=draft.device)
     record = StepRecord.empty(steps, draft.device)
@@ -118,7 +116,7 @@ def objective(
             hits.append(top1)
         hits_BAk[:, :, step - 1][counted_BA] = torch.cat(hits)
         weight = weight + weights[step - 1] * counted_BA.sum()
-    chain = hits_BAk.cumprod(dim=-1)  # valid is cumulative in the steps, so a chain ends where a step does not count
+    chain = predictor.accepted(hits_BAk)  # valid is cumulative in the steps: a chain ends where a step does not count
     record.sums[1] += hits_BAk.sum(dim=(0, 1))
     record.sums[3] += chain.sum(dim=(0, 1))
     record.sums[4] += anchors.valid.sum(dim=(0, 1))

@@ -86,6 +86,9 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
     """The teacher's modules without memory behind them, from its config alone; or None and the reason."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from firp_cli.teacher.looped_llama import register
+
+    register()
     source = teacher_source(config.model)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
@@ -100,7 +103,7 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
             model = AutoModelForCausalLM.from_config(
                 found, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code
             )
-        return Teacher(model, name=config.model, check=False), None
+        return Teacher(model, name=config.model, check=False, looped=config.looped), None
     except (OSError, ValueError, ImportError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return None, f"the config of {config.model} cannot be read: {first}"
@@ -130,7 +133,10 @@ def _first_layer(config: PredictorSection, teacher: Teacher) -> int:
 
 def teacher_parameters_used(teacher: Teacher, config: PredictorSection) -> int:
     """Frozen parameters that a training step runs through: layers from the first transfer layer on, and the head."""
-    upper = sum(_count(layer) for layer in teacher.layers[_first_layer(config, teacher) :])
+    first = _first_layer(config, teacher)
+    unique = list(teacher.layers.children())
+    order = teacher.looped.order if teacher.looped else range(teacher.num_layers)
+    upper = sum(_count(unique[number]) for number in sorted(set(order[first:])))
     return upper + _count(teacher.model.get_output_embeddings())
 
 
@@ -145,7 +151,7 @@ def memory_per_rank(recipe: Recipe, teacher: Teacher, parameters: int, ranks: in
     steps = int(getattr(recipe.predictor, "steps", 1))
     memory = {"teacher weights": _count(teacher.model) * width}
     memory |= optimizer_memory(settings, parameters, ranks)
-    states = batch * length * size * width * (1 + len(recipe.predictor.required_layers))
+    states = batch * length * size * width * (1 + len(recipe.predictor.required_layers(teacher)))
     memory["hidden states, read ahead"] = states * (PREFETCH + 1)
     if transfers:
         per_row = SAVED_PER_ROW[0] * size + SAVED_PER_ROW[1] * int(getattr(config, "intermediate_size", 4 * size))

@@ -91,7 +91,7 @@ def ridge_start(
     for start in range(0, len(mine), batch_size):
         picks = mine[start : start + batch_size]
         batch = collate([store[index] for index in picks]).to(teacher.device, teacher.dtype)
-        _add_batch(sums, layers, teacher, batch, picks)
+        _add_batch(sums, predictor, teacher, batch, picks)
         if progress:
             progress(min(len(indices), (start + len(picks)) * ranks), len(indices))
     for step, part in enumerate(sums, start=1):
@@ -103,9 +103,10 @@ def ridge_start(
 
 
 def _add_batch(
-    sums: list[RidgeSums], layers: tuple[int, ...], teacher: Teacher, batch: SequenceBatch, picks: list[int]
+    sums: list[RidgeSums], predictor: Predictor, teacher: Teacher, batch: SequenceBatch, picks: list[int]
 ) -> None:
-    anchors = choose_anchors(batch, len(layers))
+    layers = predictor.ridge_layers()
+    anchors = choose_anchors(batch, predictor.offsets)
     states = states_at(teacher, batch, sorted(set(layers)))
     for step, layer in enumerate(layers, start=1):
         counted = anchors.valid[:, :, step - 1]
@@ -114,11 +115,14 @@ def _add_batch(
         hidden = states[layer]
         if not torch.isfinite(hidden).all():
             raise NumericsError(f"NaN or infinity in the states of layer {layer}, conversations {picks} of the store")
-        sums[step - 1].add(hidden[row, position], hidden[row, position + step])
+        target = predictor.ridge_target(teacher, batch, hidden)
+        sums[step - 1].add(hidden[row, position], target[row, position + predictor.offsets[step - 1]])
 
 
 def states_at(teacher: Teacher, batch: SequenceBatch, layers: list[int]) -> dict[int, Tensor]:
-    """h^l (B, T, d) of the real rows for ascending layers l: the first from the store, the others computed from it."""
+    """h^l (B, T, d) of the real rows for ascending layers l: from the store, or computed from its first one."""
+    if all(layer in batch.hidden for layer in layers):
+        return {layer: batch.hidden[layer] for layer in layers}
     first, last = layers[0], layers[-1]
     states = {first: batch.hidden[first]}
     if last > first:

@@ -34,7 +34,7 @@ from firp_cli.training.batches import VALIDATION_EPOCH, MicroBatch, Order, Prefe
 from firp_cli.training.checkpoint import RunState
 from firp_cli.training.engine import build_engine, optimizer_step, predictor_weights
 from firp_cli.training.journal import Journal, Listener
-from firp_cli.training.objective import FIELDS, StepRecord, step_weights
+from firp_cli.training.objective import FIELDS, StepRecord
 from firp_cli.training.ridge import ridge_start
 
 EVENTS_PER_RUN = 10  # validations, and checkpoints, of a run that names no interval
@@ -121,15 +121,18 @@ class _Run:
         self.journal: Journal | None = None
         self.described: dict[str, Any] = {}
         self.steps = 0
+        self.weights: list[float] = []
+        self.pipeline: tuple[int, ...] = ()
 
     def prepare(self, found: Path | None) -> None:
         """Build the predictor with its start values, the engine around it, and restore a checkpoint."""
         assert self.recipe.predictor is not None
         predictor = build_predictor(self.recipe.predictor, self.teacher)
         self.steps, self.described = predictor.steps, predictor.describe()
+        self.weights, self.pipeline = predictor.loss_weights(self.settings.step_decay), predictor.pipeline
         self.reader = Reader(
             self.store,
-            predictor.steps,
+            predictor.offsets,
             self.settings.anchors_per_sequence,
             self.settings.seed,
             self.teacher.device,
@@ -219,7 +222,7 @@ class _Run:
             "step": state.step,
             "epoch": (state.step - 1) // self.order.steps_per_epoch,
             "loss": loss / (accumulation * self.ranks),
-            **StepRecord(sums).averages(),
+            **StepRecord(sums).averages(self.pipeline),
             "learning_rate": rate,
             "gradient_norm": norm,
             "tokens_per_second": all_tokens / seconds,
@@ -288,7 +291,8 @@ class _Run:
                     sums += group_sums
         self.engine.train()
         _, sums = self._reduce([], sums)
-        row = {"split": "validation", "step": self.state.step, **self._mean_loss(sums), **StepRecord(sums).averages()}
+        averages = StepRecord(sums).averages(self.pipeline)
+        row = {"split": "validation", "step": self.state.step, **self._mean_loss(sums), **averages}
         if not math.isfinite(row["loss"]):
             raise NumericsError(self._broken("the validation loss", ""))
         state = self.state
@@ -304,9 +308,8 @@ class _Run:
     def _mean_loss(self, sums: Tensor) -> dict[str, Any]:
         """The objective over all anchors of a record."""
         fields = dict(zip(FIELDS, sums.tolist(), strict=True))
-        weights = step_weights(self.steps, self.settings.step_decay)
-        drafts = sum(weight * count for weight, count in zip(weights, fields["count"], strict=True))
-        total = sum(weight * loss for weight, loss in zip(weights, fields["loss"], strict=True))
+        drafts = sum(weight * count for weight, count in zip(self.weights, fields["count"], strict=True))
+        total = sum(weight * loss for weight, loss in zip(self.weights, fields["loss"], strict=True))
         return {"loss": total / drafts if drafts else 0.0}
 
     def _tell(self, row: dict[str, Any]) -> None:

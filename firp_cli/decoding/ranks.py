@@ -1,0 +1,75 @@
+"""A pipeline's stages spread over processes: who runs which, and what travels between them each tick.
+
+Every rank runs its own stages and gets all predictions, so all ranks take the same decisions without a master.
+Shapes: B sequences, M rows, n stages of this rank, r stages, d hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from firp_cli.errors import UsageError
+
+
+class Ranks:
+    """This process's part of a pipeline of `loops` stages. One process runs them all and sends nothing."""
+
+    def __init__(self, loops: int, rank: int = 0, size: int = 1) -> None:
+        if size > loops:
+            raise UsageError(f"{size} ranks are too many: the pipeline has {loops} stages, so at most {loops}")
+        self.loops, self.rank, self.size = loops, rank, size
+        length, longer = divmod(loops, size)
+        starts = [length * place + min(place, longer) for place in range(size + 1)]
+        self._parts = [range(first, last) for first, last in zip(starts[:-1], starts[1:], strict=True)]
+        self.stages = self._parts[rank]
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def last(self) -> bool:
+        return self.rank == self.size - 1
+
+    def pass_on(self, state: Tensor, shape: torch.Size) -> Tensor | None:
+        """Send a state to the next rank and return the previous rank's of that shape; None on the first rank."""
+        received = None
+        waiting = []
+        if not self.last:
+            waiting.append(dist.isend(state.contiguous(), self.rank + 1))
+        if not self.first:
+            received = state.new_empty(shape)
+            waiting.append(dist.irecv(received, self.rank - 1))
+        for work in waiting:
+            assert work is not None
+            work.wait()
+        return received
+
+    def receive(self, like: Tensor, shape: torch.Size) -> Tensor:
+        """What the previous rank sends with `send`."""
+        state = like.new_empty(shape)
+        dist.recv(state, self.rank - 1)
+        return state
+
+    def send(self, state: Tensor) -> None:
+        """Hand a state to the next rank, which waits for it in `receive`."""
+        dist.send(state.contiguous(), self.rank + 1)
+
+    def share(self, predictions: Tensor) -> Tensor:
+        """This rank's predictions (n, B) to those of all stages (r, B)."""
+        if self.size == 1:
+            return predictions
+        widest = len(self._parts[0])
+        padded = predictions.new_zeros(widest, predictions.shape[1])
+        padded[: predictions.shape[0]] = predictions
+        gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[: len(stages)] for part, stages in zip(gathered, self._parts, strict=True)])
+
+    def from_last(self, tokens: Tensor) -> Tensor:
+        """The last rank's tokens, on every rank."""
+        if self.size > 1:
+            dist.broadcast(tokens, self.size - 1)
+        return tokens

@@ -1,0 +1,92 @@
+"""What every decoding loop keeps on the host about its prompts: tokens written so far, and where each sequence ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from firp_cli.errors import CapacityError, UsageError
+from firp_cli.records import Generation, PipelineTrace
+from firp_cli.teacher.stack import Teacher
+
+OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this step, how many of them were drafted)
+
+
+@dataclass
+class Written:
+    """One prompt's output so far. `committed`: its tokens in the K/V cache."""
+
+    number: int
+    prompt_tokens: int
+    committed: int = 0
+    tokens: list[int] = field(default_factory=list)
+    accepted_lengths: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    decode_seconds: float = 0.0
+    trace: PipelineTrace | None = None
+
+
+class Writer:
+    """Appends tokens to sequences and says where they end: EOS, a stop string, or the limit."""
+
+    def __init__(
+        self, teacher: Teacher, max_new_tokens: int, stop: Sequence[str] = (), on_tokens: OnTokens | None = None
+    ) -> None:
+        self.teacher, self.max_new_tokens, self.stop, self.on_tokens = teacher, max_new_tokens, stop, on_tokens
+
+    def write(self, item: Written, tokens: list[int], drafted: int) -> int:
+        """Append the tokens of a step up to the sequence's end and tell the listener; returns how many were kept."""
+        kept = self._append(item, tokens)
+        if self.on_tokens:
+            self.on_tokens(item.number, tokens[:kept], min(drafted, kept))
+        return kept
+
+    def _append(self, item: Written, tokens: list[int]) -> int:
+        for kept, token in enumerate(tokens, start=1):
+            item.tokens.append(token)
+            if token in self.teacher.eos_token_ids:
+                item.finish_reason = "eos"
+            elif self.stop and self._stopped(item.tokens):
+                item.finish_reason = "stop"
+            elif len(item.tokens) >= self.max_new_tokens:
+                item.finish_reason = "length"
+            if item.finish_reason:
+                return kept
+        return len(tokens)
+
+    def _stopped(self, tokens: list[int]) -> bool:
+        """True once the text ends in or just passed a stop string. A token may be as short as one byte of it."""
+        window = 4 * max(map(len, self.stop)) + 8
+        tail = self.teacher.tokenizer.decode(tokens[-window:])
+        return any(text in tail for text in self.stop)
+
+    def generation(self, item: Written, prefill_seconds: float) -> Generation:
+        """The finished sequence as a record."""
+        tokenizer = self.teacher.tokenizer
+        return Generation(
+            prompt_tokens=item.prompt_tokens,
+            token_ids=item.tokens,
+            steps=len(item.accepted_lengths),
+            accepted_lengths=item.accepted_lengths,
+            emitted=item.emitted,
+            prefill_seconds=prefill_seconds,
+            decode_seconds=item.decode_seconds,
+            finish_reason=item.finish_reason,
+            text=tokenizer.decode(item.tokens, skip_special_tokens=True) if tokenizer else "",
+            pipeline=item.trace,
+        )
+
+
+def check_prompts(teacher: Teacher, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise UsageError on an empty prompt or answer, CapacityError when both together exceed the teacher's context."""
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UsageError(f"prompt {number} is empty: give at least one token")
+        if len(prompt) + max_new_tokens > teacher.max_positions:
+            raise CapacityError(
+                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones are asked for, the "
+                f"teacher's context holds {teacher.max_positions}; shorten it, ask for fewer, or skip it"
+            )
