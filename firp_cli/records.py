@@ -102,6 +102,75 @@ class Lossless:
 
 
 @dataclass
+class TickCost:
+    """Where a pipeline's tick goes, measured apart from decoding, in milliseconds.
+
+    Attributes:
+        context: tokens in the K/V cache while measuring. tick: a tick with a token at every stage.
+        step: a plain decoding step of one token. loop: one loop of it, step / r.
+        layers, heads, decision: the tick's parts: shared layers over all stages; exit maps, norm and head; what
+            starts, what is flushed, and the read of what left. rows: the layers' time for 1..r tokens in flight.
+    """
+
+    context: int
+    tick: float
+    step: float
+    loop: float
+    layers: float
+    heads: float
+    decision: float
+    rows: list[float]
+
+    @property
+    def relative(self) -> float:
+        """A tick in loops of one token."""
+        return self.tick / self.loop
+
+
+@dataclass
+class PipelineReport:
+    """What a SPEED pipeline did over all sequences of a row. Rates are fractions of 1.
+
+    Attributes:
+        loops: r. exits: the loops that predict. shared: the loops share their parameters. ranks: processes.
+        ticks, tokens: ticks and the tokens that left the pipe in them. plain_tokens: decoded outside the pipe, because
+            it did not pay.
+        tokens_per_tick: tokens / ticks; a full pipe gives 1, plain decoding 1 / r.
+        idle: share of ticks from which nothing left. flushes: changed predictions that threw younger tokens out;
+            flushed: share of started tokens that were thrown out.
+        corrected: share of tokens whose early prediction of the next one was changed later on.
+        exit_accuracy: by exit, predictions that the last loop confirmed.
+        occupancy: tick by tick, tokens in flight, averaged over the sequences that still ran.
+        cost: measured tick; predicted_speedup: tokens_per_tick x r / relative tick cost, for tokens in the pipe.
+    """
+
+    loops: int
+    exits: list[int]
+    shared: bool
+    ranks: int
+    ticks: int
+    tokens: int
+    plain_tokens: int
+    tokens_per_tick: float
+    idle: float
+    flushes: int
+    flushed: float
+    corrected: float
+    exit_accuracy: list[float]
+    occupancy: list[float]
+    cost: TickCost | None = None
+    predicted_speedup: float | None = None
+
+    @staticmethod
+    def from_plain(value: dict[str, Any] | None) -> PipelineReport | None:
+        """The report read back from its JSON form."""
+        if value is None:
+            return None
+        cost = value.get("cost")
+        return PipelineReport(**{**value, "cost": TickCost(**cost) if cost else None})
+
+
+@dataclass
 class BenchRow:
     """One method on one data set (or one category of it). Field names are DESIGN section 5's."""
 
@@ -128,6 +197,7 @@ class BenchRow:
     lossless: Lossless
     tree: str | None = None
     speedup_with_prefill: float | None = None  # Spec-Bench's definition: wall time including prefill
+    pipeline: PipelineReport | None = None  # SPEED: a step is a tick; accepted length counts tokens in r ticks
 
 
 @dataclass
@@ -147,11 +217,12 @@ class BenchReport:
         rows = []
         for row in value["rows"]:
             row = dict(row)
-            lossless = row.pop("lossless")
+            lossless, pipeline = row.pop("lossless"), row.pop("pipeline", None)
             marks = [Divergence(**mark) for mark in lossless["divergences"]]
             record = Lossless(lossless["compared"], lossless["identical"], marks)
             known = {item.name for item in fields(BenchRow)}
-            rows.append(BenchRow(**{key: item for key, item in row.items() if key in known}, lossless=record))
+            kept = {key: item for key, item in row.items() if key in known}
+            rows.append(BenchRow(**kept, lossless=record, pipeline=PipelineReport.from_plain(pipeline)))
         keys = ("environment", "teacher", "settings", "skipped_long", "schema")
         return BenchReport(rows=rows, **{key: value[key] for key in keys})
 
@@ -180,4 +251,5 @@ class EvalReport:
     expected_accepted_length_tree: float
     tree: str
     similarity: dict[int, list[float | None]]
+    pipeline: PipelineReport | None = None  # SPEED: `steps` are its exits, by loop
     schema: str = EVAL_SCHEMA

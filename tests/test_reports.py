@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,10 +17,12 @@ from firp_cli.records import (
     Divergence,
     EvalReport,
     Lossless,
+    PipelineReport,
     StepQuality,
+    TickCost,
     plain,
 )
-from firp_cli.reports import figures, html, tables
+from firp_cli.reports import figures, html, pipeline, tables
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DRAFTED = {
@@ -90,6 +93,43 @@ def bench_report(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all"),))
         },
         rows=rows,
     )
+
+
+def pipeline_report(shared: bool = True, cost: bool = True) -> PipelineReport:
+    """40 answers through 4 loops: 0.72 tokens per tick at 1.33 loops a tick, so 0.72 x 4 / 1.33 = 2.17."""
+    occupancy = [1.0, 1.9, 2.7, 3.4, *(3.1 + 0.4 * math.sin(tick / 3) for tick in range(90))]
+    return PipelineReport(
+        loops=4,
+        exits=[1, 2, 3],
+        shared=shared,
+        ranks=1,
+        ticks=3472,
+        tokens=2500,
+        plain_tokens=0,
+        tokens_per_tick=0.72,
+        idle=0.28,
+        flushes=310,
+        flushed=0.19,
+        corrected=0.12,
+        exit_accuracy=[0.81, 0.93, 0.97],
+        occupancy=occupancy,
+        cost=TickCost(256, 2.32, 6.98, 1.745, 1.95, 0.21, 0.15, [1.6, 1.7, 1.8, 1.95]) if cost else None,
+        predicted_speedup=2.17 if cost else None,
+    )
+
+
+def speed_row(method: str = "speed", dataset: str = "arithmetic", shared: bool = True, cost: bool = True) -> BenchRow:
+    row = replace(bench_row("ar", dataset), method=method, speedup=2.04, speedup_interval=(1.97, 2.11), speedup_hf=2.6)
+    row.steps, row.step_milliseconds, row.decode_seconds, row.tokens_per_second = 3472, 1.4, 4.9, 510.0
+    row.accepted_length, row.accepted_length_interval, row.accepted_histogram = 2.88, (2.8, 2.96), []
+    return replace(row, pipeline=pipeline_report(shared, cost))
+
+
+def speed_report(*rows: BenchRow) -> BenchReport:
+    """Plain decoding and SPEED; nothing of FIRP's kind."""
+    report = bench_report()
+    report.rows = [bench_row("ar"), *(rows or [speed_row()])]
+    return report
 
 
 def eval_report() -> EvalReport:
@@ -215,3 +255,96 @@ def test_eval_figures() -> None:
     assert list(drawn) == ["quality", "similarity"] and all(image.startswith(PNG) for image in drawn.values())
     report.similarity = {}
     assert list(figures.eval_figures(report)) == ["quality"]
+
+
+def test_pipeline_cells_and_tick() -> None:
+    headers, [cells] = pipeline.pipeline_cells(speed_report())
+    assert headers[0] == "method" and len(headers) == len(cells)
+    line = dict(zip(headers, cells, strict=True))
+    assert line["tokens per tick"] == "0.72" and line["flushed tokens"] == "0.19" and line["plain tokens"] == "0"
+    assert (line["exit loops"], line["exit accuracy"]) == ("1 2 3", "0.81 0.93 0.97")
+    assert line["tick ms / loop ms"] == "2.32 / 1.75 (1.33)"
+    assert (line["predicted speedup"], line["measured speedup"]) == ("2.17", "2.04")
+    several = speed_report(speed_row(dataset="gsm8k"), speed_row(dataset="all"))
+    headers, lines = pipeline.pipeline_cells(several)
+    assert headers[:2] == ["prompts", "method"] and [line[0] for line in lines] == ["gsm8k", "all"]
+    headers, [ticks] = pipeline.tick_cells(several)
+    assert len(headers) == len(ticks) and ticks[-1] == "1.60 1.70 1.80 1.95"
+    cost = several.rows[1].pipeline and several.rows[1].pipeline.cost
+    assert cost and "decision 0.15; one loop of one token 1.75 (a tick costs 1.33 x" in pipeline.tick_line(cost)
+    unmeasured = speed_report(speed_row(cost=False))
+    assert pipeline.tick_cells(unmeasured)[1] == [] and pipeline.pipeline_cells(unmeasured)[1][0][-3] == tables.DASH
+    assert pipeline.pipeline_cells(bench_report())[1] == [] == pipeline.pipeline_tables(bench_report())
+
+
+def test_the_note_on_loops_that_share_nothing() -> None:
+    assert pipeline.pipeline_note(bench_report()) is None and pipeline.pipeline_note(speed_report()) is None
+    alone = speed_report(speed_row(shared=False))
+    note = pipeline.pipeline_note(alone)
+    assert note and note.startswith("speed: ") and "no gain" in note and "--gpus N" in note
+    assert note in tables.bench_markdown(alone) and "no gain is to be expected" in html.bench_html(alone, {})
+    spread = speed_row(shared=False)
+    assert spread.pipeline
+    assert pipeline.pipeline_note(speed_report(replace(spread, pipeline=replace(spread.pipeline, ranks=4)))) is None
+
+
+def test_pipeline_round_trip_and_csv() -> None:
+    report = speed_report(speed_row(), speed_row("speed_2", cost=False))
+    again = BenchReport.from_plain(json.loads(json.dumps(plain(report))))
+    assert [row.pipeline for row in again.rows] == [row.pipeline for row in report.rows]
+    assert tables.bench_csv(again) == tables.bench_csv(report)
+    plain_decoding, speed, unmeasured = csv.DictReader(io.StringIO(tables.bench_csv(report)))
+    own = [name for name in speed if name.startswith("pipeline")]
+    assert speed["pipeline_exits"] == "1 2 3" and speed["pipeline_exit_accuracy"] == "0.81 0.93 0.97"
+    assert float(speed["pipeline_cost_loop"]) == 1.745 and speed["pipeline_cost_rows"] == "1.6 1.7 1.8 1.95"
+    assert "pipeline" not in own and not any("occupancy" in name for name in own)
+    assert all(plain_decoding[name] == "" for name in own) and unmeasured["pipeline_cost_tick"] == ""
+    assert "pipeline" not in tables.bench_csv(bench_report())
+
+
+def test_pipeline_in_markdown_and_html() -> None:
+    report = speed_report()
+    drawn = figures.bench_figures(report)
+    text = tables.bench_markdown(report, list(drawn))
+    section = text[text.index("## Pipeline") : text.index("## Details")]
+    assert "| speed | 4 | 3472 | 0.72 |" in section and "| speed | 256 | 2.32 |" in section
+    assert "![occupancy](occupancy.png)" in section and text.count("occupancy.png") == 1
+    assert "tokens per r ticks" in text and "Predicted speedup" in text
+    page = html.bench_html(report, drawn)
+    images = [base64.b64decode(image.partition(",")[2]) for image in Page(page).images]
+    assert images == list(drawn.values()) and html.CAPTIONS["occupancy"] in page
+    assert "2.32 / 1.75 (1.33)" in page and "at 2.88 tokens per 4 ticks" in page
+    without = tables.bench_markdown(bench_report()) + html.bench_html(bench_report(), {})
+    assert "ipeline" not in without and "tick" not in without
+
+
+def test_terminal_table_of_pipelines_is_narrow() -> None:
+    from rich.console import Console
+
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(tables.bench_tables(speed_report(speed_row(), speed_row("speed_2", cost=False))))
+    text = console.export_text()
+    assert "tokens per tick" in text and "tick 2.32 ms: layers 1.95" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "exit accuracy 0.81 0.93 0.97 0.81 0.93 0.97" in lines and "predicted speedup 2.17 –" in lines
+
+
+def test_eval_of_a_pipeline() -> None:
+    steps = [StepQuality(loop, 0.7 + 0.08 * loop, 0.85 + 0.04 * loop, 1.1 - 0.3 * loop, 4000) for loop in (1, 2, 3)]
+    report = replace(eval_report(), steps=steps, similarity={}, pipeline=pipeline_report())
+    assert tables.eval_headers(report)[0] == "exit" and tables.eval_headers(eval_report())[0] == "step"
+    text = "\n".join(pipeline.eval_pipeline_lines(report))
+    assert "tokens per tick: 0.72" in text and "corrected early: 0.12" in text and "no gain" not in text
+    assert "tick 2.32 ms" in text and "predicted speedup: 2.17 (0.72 tokens per tick x 4 / 1.33)" in text
+    assert "no gain" in pipeline.eval_pipeline_lines(replace(report, pipeline=pipeline_report(shared=False)))[-1]
+    assert pipeline.eval_pipeline_lines(eval_report()) == []
+    drawn = figures.eval_figures(report)
+    assert list(drawn) == ["quality", "occupancy"] and all(image.startswith(PNG) for image in drawn.values())
+
+
+def test_pipeline_figures() -> None:
+    drawn = figures.bench_figures(speed_report())
+    assert list(drawn) == ["speedup", "occupancy"] and all(image.startswith(PNG) for image in drawn.values())
+    both = bench_report()
+    both.rows += [speed_row(), speed_row("speed_2")]
+    assert list(figures.bench_figures(both)) == ["speedup", "acceptance", "occupancy"]

@@ -57,7 +57,7 @@ class PipelineEngine:
         if temperature < 0 or not 0 < top_p <= 1:
             raise UsageError(f"temperature must be >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
         self.teacher, self.predictor, self.prefill_chunk = teacher, predictor, prefill_chunk
-        self.boundaries = teacher.boundaries(predictor.config.loops if predictor else loops)
+        self.boundaries = teacher.boundaries(predictor.grouping if predictor else loops)
         self.loops = len(self.boundaries)
         self.ranks = ranks or Ranks(self.loops)
         self.sampler = Sampler(temperature, top_p, seed, teacher.device)
@@ -97,7 +97,7 @@ class PipelineEngine:
         began = time.perf_counter()
         sequences = [Written(number, len(prompt), committed=len(prompt)) for number, prompt in enumerate(prompts)]
         slots = max(map(len, prompts)) + max_new_tokens + self.loops
-        run = _Run(self, StageCache(self.groups, len(prompts), slots, self.teacher.device), sequences)
+        run = PipelineRun(self, StageCache(self.groups, len(prompts), slots, self.teacher.device), sequences)
         tokens = run.prefill(prompts)
         for item, token in zip(sequences, tokens.tolist(), strict=True):
             writer.write(item, [token], 0)
@@ -109,7 +109,7 @@ class PipelineEngine:
         return [writer.generation(item, prefilled - began) for item in sequences]
 
 
-class _Run:
+class PipelineRun:
     """One batch on its way through the pipeline.
 
     `position` and `expected` (r, B) say for each stage where its token stands and which token its successor was started
@@ -183,16 +183,16 @@ class _Run:
         guard = self.engine.guard
         if guard is None or guard.pipelining:
             if not self.filled:
-                self._fill()
-            rate = self._tick(writer)
+                self.fill()
+            rate = self.tick(writer)
             if guard is not None:
                 guard.ticked(rate)
         else:
             self.filled = False  # what was in flight is dropped
-            self._step(writer)
+            self.step(writer)
             guard.decoded()
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         """Put the last exact tokens into the first stage of an empty pipe."""
         device, batch = self.teacher.device, len(self.live)
         self.tokens = torch.tensor([item.tokens[-1] for item in self.live], device=device)
@@ -206,11 +206,11 @@ class _Run:
         self.log.begin([item.number for item in self.live])
         self.filled = True
 
-    def _tick(self, writer: Writer) -> float:
+    def tick(self, writer: Writer) -> float:
         """Every stage runs its loop once; returns the tokens that left per sequence."""
         stages = self.ranks.stages
-        out = self._layers(self.position[stages.start : stages.stop])
-        predicted, sure = self._predict(out)
+        out = self.layers(self.position[stages.start : stages.stop])
+        predicted, sure = self.predict(out)
         arrived = self.ranks.pass_on(out[-1], out.shape[1:])
         predicted = self.ranks.share(predicted)
         self.log.add(self.position, self.expected, predicted)
@@ -228,7 +228,7 @@ class _Run:
                 writer.write(item, [token], int(expected == token))
         return emitted / len(self.live)
 
-    def _layers(self, position: Tensor) -> Tensor:
+    def layers(self, position: Tensor) -> Tensor:
         """The layer groups over this process's stages (n, B): states behind their loops (n, B, d)."""
         teacher, first, batch = self.teacher, self.ranks.stages.start, len(self.live)
         # no token in flight is further than r - 1 positions from the oldest one, which follows what was committed
@@ -251,7 +251,7 @@ class _Run:
             hidden = torch.cat([hidden[:place], states, hidden[place + count :]]) if count < len(hidden) else states
         return hidden
 
-    def _predict(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+    def predict(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """What each of this process's stages predicts behind its token (n, B), and, with a threshold, which
         predictions are sure enough to start one (n, B). A stage without exit predicts what it did before.
         """
@@ -271,7 +271,7 @@ class _Run:
         if final is not None and not engine.sampler.greedy:
             chosen[-1] = engine.sampler(logits[-1][:, None])[:, 0]
         if sure is not None:
-            assert predictor is not None
+            assert predictor is not None and predictor.threshold is not None
             probable = logits.softmax(-1).amax(-1) >= predictor.threshold
             sure = sure.index_copy(0, engine.predicting, probable.long())
             if final is not None:
@@ -302,7 +302,7 @@ class _Run:
         self.expected = torch.cat([torch.full_like(token, EMPTY)[None], expected[:-1]])
         return token.clamp(min=0)
 
-    def _step(self, writer: Writer) -> None:
+    def step(self, writer: Writer) -> None:
         """One token per sequence without the pipeline: one row through one layer after the other."""
         teacher, device = self.teacher, self.teacher.device
         positions = torch.tensor([[item.committed] for item in self.live], device=device)

@@ -16,11 +16,13 @@ from torch.nn import functional
 
 from firp_cli.decoding.accept import accept
 from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.pipeline import PipelineEngine
 from firp_cli.decoding.tree import TreeSpec, build, default_tree, parse_tree
 from firp_cli.errors import StoreError
-from firp_cli.metrics import chain_length
+from firp_cli.metrics import accepted_length, chain_length, ticks_per_token
 from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate, compare_rows, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch
+from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.records import StepQuality
 from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.stack import Teacher
@@ -76,7 +78,7 @@ def evaluate(
     teacher: Teacher,
     predictor: Predictor,
     sequences: Sequences,
-    tree: TreeSpec,
+    tree: TreeSpec | None,
     *,
     limit: int | None = None,
     batch_size: int = 4,
@@ -85,7 +87,8 @@ def evaluate(
     """Compare every anchor's draft with the teacher's own rows (the first `limit` sequences).
 
     The expected accepted length of the chain counts argmax drafts; that of `tree` counts the nodes that the decoder's
-    own tree would hold. Both include the bonus token. Raises StoreError when no sequence has an anchor.
+    own tree would hold. Both include the bonus token. Early exits have no tree: their steps are the exits, and both
+    lengths are the tokens that a pipeline emits in r ticks. Raises StoreError when no sequence has an anchor.
     """
     count = min(len(sequences), limit or len(sequences))
     sums = _Sums(predictor.steps)
@@ -93,8 +96,8 @@ def evaluate(
     for start in range(0, count, batch_size):
         chosen = [sequences[index] for index in range(start, min(start + batch_size, count))]
         batch = collate(chosen).to(teacher.device, teacher.dtype)
-        anchors = choose_anchors(batch, predictor.steps)
-        targets_BAkd = target_states(batch, anchors)
+        anchors = choose_anchors(batch, predictor.offsets)
+        targets_BAkd = target_states(batch, anchors, predictor.offsets)
         for columns in torch.arange(anchors.index.shape[1]).split(ANCHOR_CHUNK):
             part = slice(int(columns[0]), int(columns[-1]) + 1)
             index, valid = anchors.index[:, part], anchors.valid[:, part]
@@ -109,7 +112,7 @@ def evaluate(
         progress(min(start + batch_size, count), count)
     if not anchors_seen:
         raise StoreError("nothing to evaluate: no stored sequence has two response tokens; collect longer answers")
-    return _quality(sums, count, anchors_seen)
+    return _quality(sums, count, anchors_seen, predictor.pipeline)
 
 
 def _row_chunks(rows: tuple[Tensor, ...], elements_per_row: int) -> Iterator[tuple[Tensor, ...]]:
@@ -139,27 +142,28 @@ def _add_rows(
     sums: _Sums,
     teacher: Teacher,
     predictor: Predictor,
-    tree: TreeSpec,
+    tree: TreeSpec | None,
     states: Tensor,
     target_rows: Tensor,
     valid: Tensor,
     roots: Tensor,
 ) -> None:
     """Add M anchors: draft states and target states (M, k, d), valid (M, k), root tokens (M,)."""
-    chain = torch.ones_like(roots, dtype=torch.bool)
-    choices = []
+    choices, hits = [], []
     for step in range(1, predictor.steps + 1):
         teacher_logits = teacher.head(target_rows[:, step - 1])
         agreement = compare_rows(predictor.step_logits(teacher, states[:, step - 1], step), teacher_logits)
         counted = valid[:, step - 1]
-        chain = chain & counted & agreement.top1
+        hits.append(agreement.top1 & counted)
         choices.append(torch.where(counted, teacher_logits.argmax(-1), -1))
         place = step - 1
         sums.counts[place] += counted.sum().item()
         sums.kl[place] += torch.where(counted, agreement.kl, 0.0).double().sum().item()
-        sums.top1[place] += (agreement.top1 & counted).sum().item()
+        sums.top1[place] += hits[-1].sum().item()
         sums.top5[place] += (agreement.top5 & counted).sum().item()
-        sums.chain[place] += chain.sum().item()
+    sums.chain += predictor.accepted(torch.stack(hits, dim=1)).sum(dim=0).cpu()
+    if tree is None:
+        return
     counts = accepted_counts(teacher, predictor, states, roots, torch.stack(choices, dim=1), tree)
     for place in range(predictor.steps):
         sums.tree[place] += (counts > place).sum().item()
@@ -182,11 +186,12 @@ def accepted_counts(
     return accept(tree, targets, depth).count
 
 
-def _quality(sums: _Sums, sequences: int, anchors: int) -> Quality:
+def _quality(sums: _Sums, sequences: int, anchors: int, pipeline: tuple[int, ...]) -> Quality:
     counts = sums.counts
+    chain = accepted_length(sums.chain.numpy(), counts.numpy(), pipeline)
     steps = [
         StepQuality(
-            step=place + 1,
+            step=pipeline[place] if pipeline else place + 1,
             top1=(sums.top1[place] / counts[place]).item(),
             top5=(sums.top5[place] / counts[place]).item(),
             kl=(sums.kl[place] / counts[place]).item(),
@@ -200,8 +205,8 @@ def _quality(sums: _Sums, sequences: int, anchors: int) -> Quality:
         similarity[layer] = [None if mean != mean else mean for mean in means]
     return Quality(
         steps=steps,
-        expected_accepted_length_chain=chain_length(sums.chain.numpy(), counts.numpy()),
-        expected_accepted_length_tree=chain_length(sums.tree.numpy(), counts.numpy()),
+        expected_accepted_length_chain=chain,
+        expected_accepted_length_tree=chain if pipeline else chain_length(sums.tree.numpy(), counts.numpy()),
         similarity=similarity,
         sequences=sequences,
         anchors=anchors,
@@ -268,19 +273,14 @@ def gate(
     """Decode the prompts greedily, simulate the very output, and compare mean accepted lengths.
 
     Prompts that leave the answer no room in the teacher's context are left out. Returns `simulated` and `real` (tokens
-    per decoding step, bonus included), `prompts` (how many were decoded), and `agree`.
+    per decoding step, bonus included; for early exits tokens in r ticks), `prompts` (how many were decoded), and
+    `agree`.
     """
-    if isinstance(tree, str):
-        tree = parse_tree(tree, predictor.steps)
-    spec = tree or default_tree(None, predictor)
     prompts = [prompt for prompt in prompts if len(prompt) + max_new_tokens <= teacher.max_positions]
-    generations = Engine(teacher, predictor, spec).generate(prompts, max_new_tokens) if prompts else []
-    simulated: list[int] = []
-    real: list[int] = []
-    for prompt, generation in zip(prompts, generations, strict=True):
-        real += generation.emitted
-        simulated += simulate(teacher, predictor, [*prompt, *generation.token_ids], len(prompt), spec)
-    means = [sum(lengths) / len(lengths) if lengths else 1.0 for lengths in (simulated, real)]
+    if isinstance(predictor, EarlyExitPredictor):
+        means = _pipeline_lengths(teacher, predictor, prompts, max_new_tokens)
+    else:
+        means = _tree_lengths(teacher, predictor, prompts, tree, max_new_tokens)
     tolerance = GATE_TOLERANCE.get(teacher.dtype, GATE_TOLERANCE_ROUNDED)
     return {
         "simulated": means[0],
@@ -288,3 +288,62 @@ def gate(
         "prompts": len(prompts),
         "agree": abs(means[0] - means[1]) <= tolerance * means[1],
     }
+
+
+def _tree_lengths(
+    teacher: Teacher,
+    predictor: Predictor,
+    prompts: Sequence[Sequence[int]],
+    tree: TreeSpec | str | None,
+    max_new_tokens: int,
+) -> tuple[float, float]:
+    """Simulated and decoded tokens per step."""
+    if isinstance(tree, str):
+        tree = parse_tree(tree, predictor.steps)
+    spec = tree or default_tree(None, predictor)
+    generations = Engine(teacher, predictor, spec).generate(prompts, max_new_tokens) if prompts else []
+    simulated: list[int] = []
+    real: list[int] = []
+    for prompt, generation in zip(prompts, generations, strict=True):
+        real += generation.emitted
+        simulated += simulate(teacher, predictor, [*prompt, *generation.token_ids], len(prompt), spec)
+    return _mean(simulated), _mean(real)
+
+
+def _mean(lengths: Sequence[int]) -> float:
+    return sum(lengths) / len(lengths) if lengths else 1.0
+
+
+def _pipeline_lengths(
+    teacher: Teacher, predictor: EarlyExitPredictor, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[float, float]:
+    """Simulated and decoded tokens in r ticks."""
+    engine = PipelineEngine(teacher, predictor, guard=False)
+    left = simulated = ticks = 0
+    for prompt, generation in zip(prompts, engine.generate(prompts, max_new_tokens) if prompts else [], strict=True):
+        assert generation.pipeline is not None
+        left += generation.pipeline.left
+        ticks += generation.pipeline.ticks
+        simulated += simulate_ticks(teacher, predictor, [*prompt, *generation.token_ids], len(prompt))
+    return tuple(predictor.loops * left / count if count else 1.0 for count in (simulated, ticks))  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def simulate_ticks(
+    teacher: Teacher, predictor: EarlyExitPredictor, token_ids: Sequence[int], prompt_length: int
+) -> int:
+    """Ticks that a pipeline would take to write `token_ids[prompt_length + 1:]`, from training's forward alone.
+
+    A token's right successor starts for good after the first exit from which on all predictions are right, or after the
+    last loop (no threshold); the last token but one takes r ticks to leave.
+    """
+    if len(token_ids) - prompt_length < 2:
+        return 0
+    batch = sequence_states(teacher, predictor, token_ids)
+    places = torch.arange(prompt_length, len(token_ids) - 1, device=teacher.device)
+    states = predictor.draft_states(teacher, batch, places[None])[0]
+    following = batch.input_ids[0, places + 1]
+    hits = teacher.head(states).argmax(-1) == following[:, None]
+    settled = predictor.accepted(hits)[:-1].sum(dim=0)
+    waits = ticks_per_token(settled.cpu().numpy(), [len(places) - 1] * predictor.steps, predictor.pipeline)
+    return round(waits * (len(places) - 1)) + predictor.loops

@@ -37,6 +37,7 @@ class EarlyExitPredictor(MapPredictor):
         self.exits = exits
         self.loops = len(boundaries)
         self.threshold = config.threshold
+        self.grouping = config.loops  # groups of a teacher without sharing
         self._layers = tuple(boundaries[loop - 1] for loop in exits)
         self._weights = config.exit_weights or [float(loop) for loop in exits]
 
@@ -94,7 +95,7 @@ class EarlyExitPredictor(MapPredictor):
         if exits is not None:
             for place, state in zip(places, exits, strict=True):
                 linear = self.maps[place]
-                rows.append(linear(state.to(linear.weight.dtype)).to(state.dtype))  # type: ignore[arg-type]
+                rows.append(linear(state.to(linear.weight.dtype)).to(state.dtype))
         if final is None or not normed:
             return teacher.head(teacher.norm(torch.stack(rows if final is None else [*rows, final])))
         early = [teacher.norm(torch.stack(rows))] if rows else []

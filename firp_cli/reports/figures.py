@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from firp_cli.records import BenchReport, BenchRow, EvalReport
-from firp_cli.reports.tables import group_name
+from firp_cli.records import BenchReport, BenchRow, EvalReport, PipelineReport
+from firp_cli.reports.pipeline import pipeline_rows
+from firp_cli.reports.tables import group_name, main_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +32,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
 }
 DOTS_PER_INCH = 160
+LABELLED_BARS = 16  # more have no room for their figures
 
 
 @contextmanager
@@ -53,8 +55,10 @@ def _png(figure: Figure) -> bytes:
 
 
 def bench_figures(report: BenchReport) -> dict[str, bytes]:
-    """PNGs by name: `speedup`, `acceptance` and, with several data sets or categories, `speedup_by_group`."""
-    main = _main_rows(report)
+    """PNGs by name: `speedup`, `acceptance`, with several data sets or categories `speedup_by_group`, and for pipelines
+    `occupancy`.
+    """
+    main = main_rows(report)
     drafted = [row for row in main if row.acceptance_by_step]
     figures = {}
     if any(row.speedup or row.speedup_hf for row in main):
@@ -63,13 +67,10 @@ def bench_figures(report: BenchReport) -> dict[str, bytes]:
         figures["acceptance"] = _acceptance(drafted)
     if len({group_name(row) for row in report.rows}) > 1 and any(row.speedup for row in report.rows):
         figures["speedup_by_group"] = _speedup_by_group(report.rows)
+    flowing = {row.method: pipeline for row, pipeline in pipeline_rows(main) if pipeline.occupancy}
+    if flowing:
+        figures["occupancy"] = _occupancy(flowing)
     return figures
-
-
-def _main_rows(report: BenchReport) -> list[BenchRow]:
-    """One row per method: over all data sets where there are several."""
-    whole = [row for row in report.rows if row.category == "all"]
-    return [row for row in whole if row.dataset == "all"] or whole
 
 
 def _errors(row: BenchRow) -> tuple[float, float]:
@@ -174,36 +175,82 @@ def _speedup_by_group(rows: Sequence[BenchRow]) -> bytes:
         return _png(figure)
 
 
+def _occupancy(pipelines: Mapping[str, PipelineReport]) -> bytes:
+    """Left: tokens in flight by tick. Right: how often each exit's prediction stands, and how many tokens' did not."""
+    loops = sorted({pipeline.loops for pipeline in pipelines.values()})
+    exits = sorted({loop for pipeline in pipelines.values() for loop in pipeline.exits})
+    apart = len(exits) + 0.4  # the place of the corrected share, beside the exits
+    width = 0.8 / len(pipelines)
+    bars_in_all = sum(len(pipeline.exits) + 1 for pipeline in pipelines.values())
+    with _canvas(8.4, 3.2) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
+        for place, (method, pipeline) in enumerate(pipelines.items()):
+            colour, offset = COLOURS[place % len(COLOURS)], (place - (len(pipelines) - 1) / 2) * width
+            ticks = range(1, len(pipeline.occupancy) + 1)
+            label = f"{method} ({pipeline.tokens_per_tick:.2f} tokens per tick)"
+            left.plot(ticks, pipeline.occupancy, color=colour, linewidth=1.3, label=label)
+            places = [*(exits.index(loop) for loop in pipeline.exits), apart]
+            shares = [*pipeline.exit_accuracy, pipeline.corrected]
+            bars = right.bar([at + offset for at in places], shares, width=width, color=colour)
+            bars[-1].set(alpha=0.45, hatch="//", edgecolor="white")
+            if bars_in_all <= LABELLED_BARS:
+                right.bar_label(bars, fmt="%.2f", padding=2, size=8)
+        for full in loops:
+            left.axhline(full, color="#555555", linewidth=1.0, linestyle="--")
+            left.text(0.99, full, f"r = {full}", transform=left.get_yaxis_transform(), ha="right", va="bottom")
+        left.set_xlim(1, max(2, *(len(pipeline.occupancy) for pipeline in pipelines.values())))
+        left.set_ylim(0, 1.15 * loops[-1])
+        left.set_xlabel("tick")
+        left.set_ylabel("mean tokens in flight")
+        right.axvline(apart - 0.7, color="#bbbbbb", linewidth=0.8)
+        right.set_xticks([*range(len(exits)), apart], [*map(str, exits), "corrected\nearly"])
+        right.set_ylim(0, 1.08)
+        right.grid(visible=False, axis="x")
+        right.set_xlabel("exit loop: share that the last loop confirmed")
+        right.set_ylabel("share of tokens")
+        figure.legend(loc="outside upper left", ncols=min(3, len(pipelines)))
+        return _png(figure)
+
+
 def eval_figures(report: EvalReport) -> dict[str, bytes]:
-    """PNGs by name: `quality` by step and, for predictors with pseudo states, `similarity` by layer and step."""
+    """PNGs by name: `quality` by step, for predictors with pseudo states `similarity` by layer and step, and for
+    pipelines `occupancy`.
+    """
     figures = {"quality": _quality(report)}
     if report.similarity:
         figures["similarity"] = _similarity(report)
+    if report.pipeline and report.pipeline.occupancy:
+        figures["occupancy"] = _occupancy({"early exits": report.pipeline})
     return figures
 
 
 def _quality(report: EvalReport) -> bytes:
+    """Left: top-1 and top-5 by step, or by exit loop of a pipeline. Right: the distance from the teacher."""
+    drafter = "exit" if report.pipeline else "draft"
+    steps_are = "exit loop g (predicts the next token)" if report.pipeline else "step i (drafts the token i + 1 ahead)"
     with _canvas(8.0, 3.1) as figure:
         left, right = figure.subplots(1, 2)
         steps = [item.step for item in report.steps]
-        for name, values, place in (
-            ("top-5", [item.top5 for item in report.steps], 1),
-            ("top-1", [item.top1 for item in report.steps], 0),
+        for name, values, place, above in (
+            ("top-5", [item.top5 for item in report.steps], 1, 6),
+            ("top-1", [item.top1 for item in report.steps], 0, -13 if report.pipeline else 6),
         ):
             left.plot(steps, values, color=COLOURS[place], marker=MARKERS[place], markersize=5, label=name)
             for step, value in zip(steps, values, strict=True):
-                left.annotate(f"{value:.2f}", (step, value), (0, 6), textcoords="offset points", ha="center", size=8)
+                left.annotate(
+                    f"{value:.2f}", (step, value), (0, above), textcoords="offset points", ha="center", size=8
+                )
         left.set_ylim(0, 1.08)
         left.set_ylabel("share of anchors")
-        left.set_title("The teacher's token among the draft's best")
-        left.legend(loc="upper right")
+        left.set_title(f"The teacher's token among the {drafter}'s best")
+        left.legend(loc="lower right" if report.pipeline else "upper right")  # exits rise, drafts fall
         right.plot(steps, [item.kl for item in report.steps], color=COLOURS[2], marker=MARKERS[2], markersize=5)
         right.set_ylim(0, 1.12 * max(item.kl for item in report.steps))
-        right.set_ylabel("KL(teacher, draft) in nats")
+        right.set_ylabel(f"KL(teacher, {drafter}) in nats")
         right.set_title("Distance from the teacher's distribution")
         for axes in (left, right):
             axes.set_xticks(steps)
-            axes.set_xlabel("step i (drafts the token i + 1 ahead)")
+            axes.set_xlabel(steps_are)
             axes.margins(x=0.12)
         return _png(figure)
 

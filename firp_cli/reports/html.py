@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from html import escape
 
 from firp_cli.records import BenchReport
-from firp_cli.reports import tables
+from firp_cli.reports import pipeline, tables
 
 CAPTIONS = {
     "speedup": "Decoding speed relative to both baselines; prefill left out.",
     "acceptance": "How often drafts are accepted, and how many tokens one pass of the teacher emits.",
     "speedup_by_group": "Decoding speed relative to plain decoding, by data set and category.",
+    "occupancy": "Tokens in the pipeline at each tick, and how often early exits predict what the last loop does.",
 }
 DIVERGENCES_SHOWN = 50
 CSS = """
@@ -55,7 +56,8 @@ def bench_html(report: BenchReport, figures: dict[str, bytes]) -> str:
         f'<p class="lead">{escape(tables.settings_line(report))}.</p>',
         _headline(report),
         _table(headers, cells, left),
-        *(_figure(name, image) for name, image in figures.items()),
+        *(_figure(name, image) for name, image in figures.items() if name != pipeline.FIGURE),
+        _pipeline(report, figures.get(pipeline.FIGURE)),
         "<h2>Same output?</h2>",
         _lossless(report),
         "<h2>Details</h2>",
@@ -83,11 +85,11 @@ def _headline(report: BenchReport) -> str:
     if not whole:
         return ""
     best = max(whole, key=lambda row: row.speedup or 0.0)
+    length = f"{best.accepted_length:.2f} tokens per {f'{best.pipeline.loops} ticks' if best.pipeline else 'step'}"
     over_hf = f" and {best.speedup_hf:.2f} times transformers generate" if best.speedup_hf else ""
     return (
         f'<p class="headline"><strong>{escape(best.method)}</strong> decodes {best.speedup:.2f} times as fast as plain '
-        f"decoding in the same engine{over_hf}, at {best.accepted_length:.2f} tokens per step"
-        f" ({escape(best.dataset)}).</p>"
+        f"decoding in the same engine{over_hf}, at {length} ({escape(best.dataset)}).</p>"
     )
 
 
@@ -109,6 +111,22 @@ def _figure(name: str, image: bytes) -> str:
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
     )
+
+
+def _pipeline(report: BenchReport, occupancy: bytes | None) -> str:
+    """What pipelines did, where they cannot gain, and where a tick goes; empty without pipelines."""
+    headers, cells = pipeline.pipeline_cells(report)
+    if not cells:
+        return ""
+    note, (tick_headers, ticks) = pipeline.pipeline_note(report), pipeline.tick_cells(report)
+    parts = [
+        "<h2>Pipeline</h2>",
+        f'<p class="note">{escape(note)}.</p>' if note else "",
+        _table(headers, cells, headers.index("method") + 1),
+        _figure(pipeline.FIGURE, occupancy) if occupancy else "",
+        f"<p>Where a tick goes, in milliseconds:</p>{_table(tick_headers, ticks, 1)}" if ticks else "",
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def _lossless(report: BenchReport) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from firp_cli.records import BenchReport, BenchRow, EvalReport, Interval
+from firp_cli.records import BenchReport, BenchRow, EvalReport, Interval, PipelineReport, TickCost
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -39,6 +39,12 @@ def with_interval(value: float | None, interval: Interval | None, digits: int = 
 def group_name(row: BenchRow) -> str:
     """`gsm8k`, or `spec_bench: rag` for one category."""
     return row.dataset if row.category == "all" else f"{row.dataset}: {row.category}"
+
+
+def main_rows(report: BenchReport) -> list[BenchRow]:
+    """One row per method: over all data sets where there are several."""
+    whole = [row for row in report.rows if row.category == "all"]
+    return [row for row in whole if row.dataset == "all"] or whole
 
 
 def lossless_cell(row: BenchRow, reference: str | None) -> str:
@@ -93,13 +99,15 @@ def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
 
 def bench_tables(report: BenchReport) -> Group:
     """The main table for the terminal, one for each data set, narrow enough for 80 columns: headers on two lines,
-    accepted lengths without their interval. Categories follow in a table of their own.
+    accepted lengths without their interval. Categories and pipelines follow in tables of their own.
     """
-    from rich.console import Group
+    from rich.console import Group, RenderableType
+
+    from firp_cli.reports.pipeline import pipeline_tables
 
     reference = report.settings.get("reference")
     datasets = list(dict.fromkeys(row.dataset for row in report.rows))
-    drawn = []
+    drawn: list[RenderableType] = []
     for dataset in datasets:
         rows = [row for row in report.rows if (row.dataset, row.category) == (dataset, "all")]
         cells = [_main_cells(replace(row, accepted_length_interval=None), reference) for row in rows]
@@ -112,7 +120,7 @@ def bench_tables(report: BenchReport) -> Group:
         table = rich_table(headers, cells, left=1)
         table.title, table.title_justify = "speedup over ar (accepted length)", "left"
         drawn.append(table)
-    return Group(*drawn)
+    return Group(*drawn, *pipeline_tables(report))
 
 
 def category_cells(report: BenchReport) -> tuple[list[str], Cells]:
@@ -129,16 +137,21 @@ def category_cells(report: BenchReport) -> tuple[list[str], Cells]:
 
 
 def eval_cells(report: EvalReport) -> Cells:
-    """Cells under EVAL_HEADERS."""
+    """Cells under `eval_headers`."""
     return [
         [str(item.step), number(item.top1, 3), number(item.top5, 3), number(item.kl, 3), str(item.anchors)]
         for item in report.steps
     ]
 
 
+def eval_headers(report: EvalReport) -> list[str]:
+    """EVAL_HEADERS; a pipeline's lines are its exits, by loop."""
+    return ["exit" if report.pipeline else EVAL_HEADERS[0], *EVAL_HEADERS[1:]]
+
+
 def eval_table(report: EvalReport) -> Table:
     """Draft quality by step for the terminal."""
-    return rich_table(EVAL_HEADERS, eval_cells(report))
+    return rich_table(eval_headers(report), eval_cells(report))
 
 
 def rich_table(headers: Sequence[str], cells: Cells, left: int = 0, fixed: bool = True) -> Table:
@@ -182,6 +195,8 @@ def settings_line(report: BenchReport) -> str:
 
 def reading_notes(report: BenchReport) -> list[str]:
     """How the columns are defined, for the written reports."""
+    from firp_cli.reports.pipeline import NOTES, pipeline_rows
+
     warmup = report.settings.get("warmup")
     times = "once" if warmup == 1 else f"{warmup} times"
     return [
@@ -194,6 +209,7 @@ def reading_notes(report: BenchReport) -> list[str]:
         "ar's.",
         f"Before measuring, each method decoded the first batch {times}, uncounted; methods then took turns batch by "
         "batch.",
+        *(NOTES if pipeline_rows(report.rows) else ()),
     ]
 
 
@@ -221,13 +237,16 @@ def lossless_note(report: BenchReport) -> str | None:
 
 def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
     """bench.md: tables, definitions, environment and command line; `figures` are names of PNGs beside it."""
+    from firp_cli.reports.pipeline import FIGURE, pipeline_markdown
+
     note = lossless_note(report)
     parts = [
         "# firp bench\n",
         settings_line(report) + ".\n",
         markdown_table(*bench_cells(report)),
         *([note + ".\n"] if note else []),
-        *(f"![{name}]({name}.png)\n" for name in figures),
+        *(f"![{name}]({name}.png)\n" for name in figures if name != FIGURE),
+        *pipeline_markdown(report, figures),
         "## Details\n",
         markdown_table(*detail_cells(report)),
         "## How to read this\n",
@@ -261,10 +280,13 @@ def command_line(environment: dict[str, Any]) -> str:
 
 
 def bench_csv(report: BenchReport) -> str:
-    """bench.csv: one line per row, every field; intervals as two columns, lists joined by spaces."""
+    """bench.csv: one line per row, every field; intervals as two columns, lists joined by spaces. `pipeline_` columns
+    only where a row has a pipeline.
+    """
     stream = io.StringIO()
     lines = [_flat(row) for row in report.rows]
-    writer = csv.DictWriter(stream, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    writer = csv.DictWriter(stream, fieldnames=names, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return stream.getvalue()
@@ -279,8 +301,27 @@ def _flat(row: BenchRow) -> dict[str, Any]:
             flat[item.name.replace("_interval", "_low")], flat[item.name.replace("_interval", "_high")] = low, high
         elif item.name == "lossless":
             flat["lossless_compared"], flat["lossless_identical"] = value.compared, value.identical
-        elif isinstance(value, list):
-            flat[item.name] = " ".join(f"{entry:g}" for entry in value)
+        elif item.name == "pipeline":
+            flat.update(_flat_pipeline(value) if value else {})
         else:
-            flat[item.name] = "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
+            flat[item.name] = _csv_value(value)
     return flat
+
+
+def _flat_pipeline(pipeline: PipelineReport) -> dict[str, Any]:
+    """Every field but the occupancy, which is as long as the run."""
+    flat: dict[str, Any] = {}
+    for item in fields(PipelineReport):
+        value = getattr(pipeline, item.name)
+        if item.name == "cost":
+            for part in fields(TickCost):
+                flat[f"pipeline_cost_{part.name}"] = _csv_value(getattr(value, part.name, None))
+        elif item.name != "occupancy":
+            flat[f"pipeline_{item.name}"] = _csv_value(value)
+    return flat
+
+
+def _csv_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return " ".join("nan" if entry is None else f"{entry:g}" for entry in value)
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value

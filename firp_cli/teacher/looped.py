@@ -76,7 +76,7 @@ class LoopedLayers(nn.ModuleList):
 
     @property
     def unique(self) -> list[nn.Module]:
-        return list(self._modules.values())  # type: ignore[arg-type]
+        return list(self._modules.values())
 
     def __len__(self) -> int:
         return self.shape.effective
@@ -106,6 +106,10 @@ def loop_layers(model: Any, base: Any, layers: nn.ModuleList, norm: nn.Module, s
 
     Raises TeacherError when the description does not fit the model.
     """
+    if isinstance(layers, LoopedLayers):
+        raise TeacherError(
+            f"teacher.looped says {shape}, the model's own shape is {layers.shape}: leave teacher.looped out"
+        )
     if len(layers) != shape.unique:
         raise TeacherError(
             f"teacher.looped describes {shape.prelude} + {shape.block} + {shape.coda} = {shape.unique} layers, the "

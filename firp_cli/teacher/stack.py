@@ -180,8 +180,9 @@ class Teacher:
 
         Raises TeacherError where the final norm is not an RMS or layer norm with a plain weight.
         """
-        weight = self._norm.weight
-        bias = getattr(self._norm, "bias", None)
+        weight, bias = getattr(self._norm, "weight", None), getattr(self._norm, "bias", None)
+        if not isinstance(weight, Tensor):
+            raise TeacherError(f"{self.name}: its final norm has no weight, so there is no ridge start here")
         state = (normed if bias is None else normed - bias) / torch.where(weight.abs() < 1e-6, 1e-6, weight)
         difference = (self.norm(state[..., :1, :]) - normed[..., :1, :]).abs().max().item()
         if not difference <= CHECK_TOLERANCE.get(self.dtype, 2e-1) * max(1.0, normed.abs().max().item()):

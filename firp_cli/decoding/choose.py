@@ -1,0 +1,37 @@
+"""The decoding loop that a predictor needs: draft trees, or a pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.pipeline import PipelineEngine
+from firp_cli.decoding.ranks import Ranks
+from firp_cli.decoding.tree import TreeSpec
+from firp_cli.errors import UsageError
+from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.early_exit import EarlyExitPredictor
+from firp_cli.teacher.stack import Teacher
+
+
+def make_engine(
+    teacher: Teacher,
+    predictor: Predictor | None = None,
+    tree: TreeSpec | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    guard: bool = True,
+    **sampling: Any,
+) -> Engine | PipelineEngine:
+    """Plain decoding without a predictor, a pipeline for early exits, else draft trees.
+
+    Args:
+        rank, ranks: this process's place among those that share a pipeline. Raises UsageError for other predictors.
+    """
+    if isinstance(predictor, EarlyExitPredictor):
+        return PipelineEngine(
+            teacher, predictor, guard=guard, ranks=Ranks(predictor.loops, rank, ranks), **sampling
+        )
+    if ranks > 1 and predictor is not None:
+        raise UsageError(f"several ranks share the pipeline of a speed predictor; {predictor.kind} decodes on one device")
+    return Engine(teacher, predictor, tree, **sampling)

@@ -1,0 +1,97 @@
+"""A SPEED pipeline's diagnostics: its records added up, and the cost of its tick measured apart from decoding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+from firp_cli.decoding.probe import TickProbe
+from firp_cli.decoding.trace import total
+from firp_cli.predictors.early_exit import EarlyExitPredictor
+from firp_cli.records import Generation, PipelineReport, TickCost
+from firp_cli.teacher.stack import Teacher
+
+ROUNDS = 7  # timings whose median counts
+TICKS = 24  # ticks, or plain steps, of one timing
+
+
+def pipeline_report(
+    generations: Sequence[Generation], shared: bool, ranks: int = 1, cost: TickCost | None = None
+) -> PipelineReport | None:
+    """What the pipeline did over these sequences; None where none went through one."""
+    traces = [item.pipeline for item in generations if item.pipeline is not None]
+    whole = total(traces)
+    if whole is None:
+        return None
+    rate = whole.left / whole.ticks if whole.ticks else float("nan")
+    running = [sum(1 for trace in traces if tick < len(trace.occupancy)) for tick in range(len(whole.occupancy))]
+    return PipelineReport(
+        loops=whole.loops,
+        exits=whole.exits,
+        shared=shared,
+        ranks=ranks,
+        ticks=whole.ticks,
+        tokens=whole.left,
+        plain_tokens=whole.plain,
+        tokens_per_tick=rate,
+        idle=1.0 - rate,
+        flushes=whole.flushes,
+        flushed=_share(whole.flushed, whole.started),
+        corrected=_share(whole.corrected, whole.left),
+        exit_accuracy=[_share(hits, whole.left) for hits in whole.hits],
+        occupancy=[tokens / count for tokens, count in zip(whole.occupancy, running, strict=True)],
+        cost=cost,
+        predicted_speedup=rate * whole.loops / cost.relative if cost else None,
+    )
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
+
+
+@torch.inference_mode()
+def measure_tick(teacher: Teacher, predictor: EarlyExitPredictor, context: int) -> TickCost:
+    """Time a tick with a token at every stage, its parts, and a plain step, all at `context` cached tokens, in turns.
+
+    The tokens are arbitrary: a tick costs the same whatever it holds.
+    """
+    stages = [TickProbe(teacher, predictor, context, count) for count in range(1, predictor.loops + 1)]
+    whole = stages[-1]
+    parts: dict[str, Callable[[], object]] = {
+        "tick": whole.tick,
+        "step": whole.step,
+        "heads": whole.heads,
+        **{f"rows {count}": probe.layers for count, probe in enumerate(stages, start=1)},
+    }
+    measured: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(ROUNDS):
+        for name, run in parts.items():
+            measured[name].append(_milliseconds(run, TICKS, teacher.device))
+    found = {name: median(times) for name, times in measured.items()}
+    rows = [found[f"rows {count}"] for count in range(1, predictor.loops + 1)]
+    return TickCost(
+        context=context,
+        tick=found["tick"],
+        step=found["step"],
+        loop=found["step"] / predictor.loops,
+        layers=rows[-1],
+        heads=found["heads"],
+        decision=max(0.0, found["tick"] - rows[-1] - found["heads"]),
+        rows=rows,
+    )
+
+
+def _milliseconds(run: Callable[[], object], times: int, device: torch.device) -> float:
+    """Milliseconds of one call, averaged over `times` of them."""
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - began) / times
