@@ -82,7 +82,10 @@ def train_all(rows: list[Variant], base: Recipe, teacher: Any, folder: Path) -> 
             assert recipe.predictor is not None and recipe.store is not None
             shutil.rmtree(folder / name, ignore_errors=True)
             train(
-                recipe, teacher, Store.open(Path(recipe.store), layers=recipe.predictor.required_layers(teacher)), folder / name
+                recipe,
+                teacher,
+                Store.open(Path(recipe.store), layers=recipe.predictor.required_layers(teacher)),
+                folder / name,
             )
 
 

@@ -121,9 +121,7 @@ def build_teacher(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namesp
     """An untrained teacher: 6 layers (3.8 M parameters), or `--unique-layers` of them looped `--loops` times."""
     if arguments.loops == 1:
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=6, **architecture(tokenizer)))
-    config = LoopedLlamaConfig(
-        unique_layers=arguments.unique_layers, loops=arguments.loops, **architecture(tokenizer)
-    )
+    config = LoopedLlamaConfig(unique_layers=arguments.unique_layers, loops=arguments.loops, **architecture(tokenizer))
     return LoopedLlamaForCausalLM(config)
 
 

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from firp_cli.commands.terminal import Force, Json, Verbose, print_json, progress_bar, quiet_libraries, say
+from firp_cli.commands.terminal import (
+    Force,
+    Gpus,
+    Guarded,
+    Json,
+    Verbose,
+    command_line,
+    main_process,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    say,
+)
+from firp_cli.errors import UsageError
 from firp_cli.recipe import DEFAULT_TEACHER, Precision, embedded_predictors
 
 if TYPE_CHECKING:
     from firp_cli.data.prompts import Prompt
-    from firp_cli.evaluation.bench import BenchPrompt, LoadedPredictor
+    from firp_cli.evaluation.bench import BenchPrompt, BenchSettings, LoadedPredictor
     from firp_cli.records import BenchReport
     from firp_cli.teacher.stack import Teacher
 
@@ -26,6 +40,7 @@ def bench(
         list[str] | None, typer.Argument(help="Predictor folders or embedded names. Default: the embedded ones.")
     ] = None,
     *,
+    context: typer.Context,
     dataset: Annotated[str, typer.Option(help="Known name, hub id or .jsonl file; several with commas.")],
     methods: Annotated[
         str | None, typer.Option(help="Of ar, hf and the predictors; with commas. Default: all.")
@@ -46,6 +61,8 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/bench-...")] = None,
     skip_long: Annotated[bool, typer.Option(help="Leave out and count prompts that do not fit the context.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    gpus: Gpus = 1,
+    guard: Guarded = True,
     force: Force = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -54,19 +71,29 @@ def bench(
     quiet_libraries(verbose)
     import torch
 
-    from firp_cli.evaluation.bench import BenchSettings, make_methods, run_bench
+    from firp_cli.distributed.launch import launch, rank, relayed_errors, start, world_size
+    from firp_cli.evaluation.bench import BenchSettings, follow_bench, make_methods, run_bench
 
     if threads:
         torch.set_num_threads(threads)
-    settings = BenchSettings(max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed)
     wanted = [name.strip() for name in methods.split(",") if name.strip()] if methods else None
     found = _find_prompts(dataset, data_dir, limit)
-    names, model, loaded = _load(predictors, wanted, teacher, dtype, tree, force)
-    chosen = make_methods(model, loaded, names, settings)
-    prompts = _encode(found, model)
-    say("warm-up: each method decodes the first batch once, uncounted")
-    with progress_bar("measuring") as progress:
-        report = run_bench(model, prompts, chosen, settings, skip_long=skip_long, progress=progress)
+    if launch(gpus, None, command_line(context)):
+        return
+    settings = BenchSettings(max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard)
+    settings = replace(settings, rank=rank(), ranks=world_size())
+    with relayed_errors():
+        if settings.ranks > 1:
+            start()
+        names, model, loaded = _load(predictors, wanted, teacher, dtype, tree, force, settings)
+        chosen = make_methods(model, loaded, names, settings)
+        prompts = _encode(found, model)
+        if not main_process():
+            follow_bench(prompts, chosen, settings, model.max_positions, skip_long)
+            return
+        say("warm-up: each method decodes the first batch once, uncounted")
+        with progress_bar("measuring") as progress:
+            report = run_bench(model, prompts, chosen, settings, skip_long=skip_long, progress=progress)
     folder = output or default_output(dataset)
     write_report(report, folder)
     if as_json:
@@ -78,10 +105,16 @@ def bench(
 
 
 def _load(
-    predictors: list[str] | None, wanted: list[str] | None, model: str | None, dtype: str, tree: str | None, force: bool
+    predictors: list[str] | None,
+    wanted: list[str] | None,
+    model: str | None,
+    dtype: str,
+    tree: str | None,
+    force: bool,
+    settings: BenchSettings,
 ) -> tuple[list[str], Teacher, dict[str, LoadedPredictor]]:
     """Method names to measure, the teacher, and the predictors that they need. Raises UsageError before loading one."""
-    from firp_cli.commands.loading import load_teacher
+    from firp_cli.commands.loading import load_teacher, share_teacher
     from firp_cli.decoding.tree import default_tree, parse_tree
     from firp_cli.evaluation.bench import LoadedPredictor, choose_methods, predictor_names
     from firp_cli.predictors.registry import load_predictor, predictor_folder, read_config
@@ -89,22 +122,48 @@ def _load(
     if predictors:
         folders = list(dict.fromkeys(predictor_folder(name) for name in predictors))
     else:
-        own = model in (None, DEFAULT_TEACHER)
-        folders = list(embedded_predictors().values()) if own else []
+        folders = _embedded_for(model, wanted)
         say(f"no predictor named: {'the embedded ones are measured' if folders else 'only the baselines are measured'}")
     configs = [read_config(folder) for folder in folders]
     kinds = [str(config["predictor"].get("kind")) for config in configs]
     by_name = dict(zip(predictor_names(list(zip(kinds, folders, strict=True))), folders, strict=True))
     names = choose_methods(wanted, list(by_name))
-    loaded_teacher = load_teacher(model, folders[0] if folders else None, dtype)
+    for name, kind in zip(by_name, kinds, strict=True):
+        if settings.ranks > 1 and name in names and kind != "speed":
+            raise UsageError(
+                f"--gpus spreads a pipeline over devices; {name} decodes on one: leave it out of --methods"
+            )
+    pipelines = [folder for kind, folder in zip(kinds, folders, strict=True) if kind == "speed"]
+    device = None if settings.rank == 0 else "cpu"  # other ranks keep a part only, which goes to their device
+    loaded_teacher = load_teacher(model, folders[0] if folders else None, dtype, device)
+    if settings.rank > 0:
+        share_teacher(loaded_teacher, pipelines[0], settings.rank, settings.ranks)
     loaded = {}
     for name in names:
         if name in by_name:
             folder = by_name[name]
             predictor = load_predictor(folder, loaded_teacher, force)
-            spec = parse_tree(tree, predictor.steps) if tree else default_tree(folder, predictor)
+            spec = None
+            if not predictor.pipeline:
+                spec = parse_tree(tree, predictor.steps) if tree else default_tree(folder, predictor)
             loaded[name] = LoadedPredictor(predictor, spec, folder)
     return names, loaded_teacher, loaded
+
+
+def _embedded_for(model: str | None, wanted: list[str] | None) -> list[Path]:
+    """The embedded predictors to measure where none is named: all of the teacher's; the default teacher's, or the one's
+    whose predictors the methods name, where no teacher is named either.
+    """
+    from firp_cli.predictors.registry import read_config
+
+    by_teacher: dict[str, dict[str, Path]] = {}
+    for kind, folder in embedded_predictors().items():
+        by_teacher.setdefault(str(read_config(folder)["teacher"]["name"]), {})[kind] = folder
+    if model is None and wanted:
+        asked = [name for name in wanted if name not in ("ar", "hf")]
+        fitting = [name for name, kinds in by_teacher.items() if asked and set(asked) <= set(kinds)]
+        model = fitting[0] if fitting else None
+    return list(by_teacher.get(model or DEFAULT_TEACHER, {}).values())
 
 
 def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, teacher: Teacher) -> list[BenchPrompt]:
@@ -168,12 +227,13 @@ def write_report(report: BenchReport, folder: Path) -> None:
 def _print(report: BenchReport, folder: Path) -> None:
     from rich.console import Console
 
+    from firp_cli.reports.pipeline import pipeline_note
     from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
 
     console = Console(highlight=False)
     console.print(settings_line(report), markup=False)
     console.print(bench_tables(report))
-    note = lossless_note(report)
-    if note:
-        console.print(note, markup=False)
+    for note in (pipeline_note(report), lossless_note(report)):
+        if note:
+            console.print(note, markup=False)
     console.print(f"report: {folder / 'bench.html'}", markup=False, soft_wrap=True)

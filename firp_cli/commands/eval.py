@@ -18,11 +18,14 @@ from firp_cli.recipe import DEFAULT_TEACHER, DataConfig, Recipe, load_recipe
 
 if TYPE_CHECKING:
     from firp_cli.evaluation.quality import Sequences
+    from firp_cli.decoding.tree import TreeSpec
     from firp_cli.predictors.base import Predictor
-    from firp_cli.records import EvalReport
+    from firp_cli.records import EvalReport, PipelineReport
     from firp_cli.teacher.stack import Teacher
 
 DEFAULT_LIMIT = 40
+DECODED = 16  # prompts that a pipeline decodes for its diagnostics
+DECODED_TOKENS = 128  # new tokens of each
 
 
 @dataclass
@@ -62,16 +65,16 @@ def evaluate(
         raise UsageError("give either --store or --dataset")
     quiet_libraries(verbose)
     from firp_cli.commands.loading import load_pair
-    from firp_cli.decoding.tree import default_tree, parse_tree
     from firp_cli.evaluation.bench import machine
     from firp_cli.evaluation.quality import evaluate as measure
     from firp_cli.records import EvalReport
 
     model, loaded, folder = load_pair(predictor, teacher, force)
-    spec = parse_tree(tree, loaded.steps) if tree else default_tree(folder, loaded)
+    spec = _tree(tree, folder, loaded)
     source = _sequences(model, loaded, _recipe(folder), store, dataset, data_dir, limit)
     with source as (sequences, data), progress_bar("evaluating") as progress:
         quality = measure(model, loaded, sequences, spec, limit=limit, progress=progress)
+        pipeline = _pipeline(model, loaded, sequences, limit)
     report = EvalReport(
         environment=machine(model),
         teacher=model.describe(),
@@ -80,7 +83,8 @@ def evaluate(
         steps=quality.steps,
         expected_accepted_length_chain=quality.expected_accepted_length_chain,
         expected_accepted_length_tree=quality.expected_accepted_length_tree,
-        tree=str(spec),
+        tree=str(spec) if spec else "",
+        pipeline=pipeline,
         similarity=quality.similarity,
     )
     target = output or Path("runs") / f"eval-{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -91,6 +95,35 @@ def evaluate(
         print_json(plain(report))
     else:
         _print(report, target)
+
+
+def _tree(tree: str | None, folder: Path, predictor: Predictor) -> TreeSpec | None:
+    """The tree that drafts are judged with; None for a predictor that feeds a pipeline."""
+    from firp_cli.decoding.tree import default_tree, parse_tree
+
+    if predictor.pipeline:
+        return None
+    return parse_tree(tree, predictor.steps) if tree else default_tree(folder, predictor)
+
+
+def _pipeline(teacher: Teacher, predictor: Predictor, sequences: Sequences, limit: int | None) -> PipelineReport | None:
+    """For early exits: the pipeline at work on the prompts of a few of the sequences, and the cost of its tick."""
+    from firp_cli.decoding.pipeline import PipelineEngine
+    from firp_cli.evaluation.pipeline import measure_tick, pipeline_report
+    from firp_cli.predictors.early_exit import EarlyExitPredictor
+
+    if not isinstance(predictor, EarlyExitPredictor):
+        return None
+    engine = PipelineEngine(teacher, predictor, guard=False)
+    generations = []
+    for index in range(min(len(sequences), limit or len(sequences), DECODED)):
+        ids, mask = sequences[index].input_ids, sequences[index].loss_mask
+        start = int(mask.int().argmax())
+        if 0 < start <= teacher.max_positions - DECODED_TOKENS:
+            generations += engine.generate([ids[:start].tolist()], DECODED_TOKENS)
+    middle = [item.prompt_tokens + len(item.token_ids) // 2 for item in generations]
+    cost = measure_tick(teacher, predictor, sum(middle) // len(middle)) if middle else None
+    return pipeline_report(generations, teacher.looped is not None, cost=cost)
 
 
 def _recipe(folder: Path) -> Recipe:
@@ -177,10 +210,17 @@ def write_report(report: EvalReport, folder: Path) -> None:
 def _print(report: EvalReport, folder: Path) -> None:
     from rich.console import Console
 
+    from firp_cli.reports.pipeline import eval_pipeline_lines
     from firp_cli.reports.tables import eval_table
 
     console = Console(highlight=False)
     console.print(eval_table(report))
     chain, best = report.expected_accepted_length_chain, report.expected_accepted_length_tree
-    console.print(f"expected accepted length: {chain:.2f} as a chain, {best:.2f} with tree {report.tree}", markup=False)
+    if report.pipeline:
+        console.print(f"expected: {chain:.2f} tokens in {report.pipeline.loops} ticks", markup=False)
+        for line in eval_pipeline_lines(report):
+            console.print(line, markup=False)
+    else:
+        text = f"expected accepted length: {chain:.2f} as a chain, {best:.2f} with tree {report.tree}"
+        console.print(text, markup=False)
     console.print(f"report: {folder}", markup=False, soft_wrap=True)

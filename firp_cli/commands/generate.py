@@ -9,12 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firp_cli.commands.terminal import Force, Json, Verbose, print_json, progress_bar, quiet_libraries
+from firp_cli.commands.terminal import (
+    Force,
+    Gpus,
+    Guarded,
+    Json,
+    Verbose,
+    command_line,
+    main_process,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+)
 from firp_cli.errors import UsageError
 from firp_cli.recipe import nearest
 
 if TYPE_CHECKING:
     from firp_cli.decoding.engine import Engine
+    from firp_cli.decoding.pipeline import PipelineEngine
     from firp_cli.records import Generation
 
 TAIL_TOKENS = 8  # tokens of context that decide how the next one is written (spaces, split characters)
@@ -24,6 +36,8 @@ def generate(
     predictor: Annotated[
         str | None, typer.Argument(help="Predictor folder or embedded name. Default: the embedded FIRP predictor.")
     ] = None,
+    *,
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Option(help="A user message.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A .jsonl file of prompts; writes JSONL.")] = None,
     method: Annotated[str | None, typer.Option(help="ar, or the predictor's kind (default).")] = None,
@@ -39,23 +53,49 @@ def generate(
     raw: Annotated[bool, typer.Option(help="Take the prompt as it is, without the chat template.")] = False,
     output: Annotated[Path | None, typer.Option(help="JSONL file for the results.")] = None,
     skip_long: Annotated[bool, typer.Option(help="Skip and count prompts that do not fit the context.")] = False,
+    gpus: Gpus = 1,
+    guard: Guarded = True,
     force: Force = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Generate text with a predictor's draft trees. The tokens are those of plain decoding."""
+    """Generate text with a predictor's draft trees or pipeline. The tokens are those of plain decoding."""
     if (prompt is None) == (prompts is None):
         raise UsageError("give either --prompt TEXT or --prompts FILE.jsonl")
     quiet_libraries(verbose)
-    engine = _engine(predictor, method, teacher, force, tree, temperature=temperature, top_p=top_p, seed=seed)
-    stops = stop or []
+    from firp_cli.distributed.launch import launch, relayed_errors
+
+    if launch(gpus, None, command_line(context)):
+        return
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "guard": guard}
+    with relayed_errors():
+        engine = _engine(predictor, method, teacher, force, tree, **sampling)
+        _run(engine, prompt, prompts, raw, max_new_tokens, stop or [], batch_size, limit, skip_long, output, as_json)
+
+
+def _run(
+    engine: Engine | PipelineEngine,
+    prompt: str | None,
+    prompts: Path | None,
+    raw: bool,
+    max_new_tokens: int,
+    stops: list[str],
+    batch_size: int,
+    limit: int | None,
+    skip_long: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Decode and write; of several ranks only the first writes."""
     if prompt is not None:
         ids = _encode([{"role": "user", "content": prompt}], prompt if raw else None, engine)
-        stream = not as_json and output is None
+        stream = not as_json and output is None and main_process()
         painter = _Painter(engine.teacher.tokenizer) if stream else None
         result = engine.generate([ids], max_new_tokens, stops, painter.on_tokens if painter else None)[0]
         if painter:
             painter.end()
+        if not main_process():
+            return
         if as_json:
             print_json(_record(result))
         if output is not None:
@@ -64,33 +104,40 @@ def generate(
         return
     assert prompts is not None
     results = _generate_file(engine, prompts, limit, raw, max_new_tokens, stops, batch_size, skip_long)
+    if not main_process():
+        return
     _write_lines(output, results)
     typer.echo(_summary(results), err=True)
 
 
 def _engine(
-    predictor: str | None, method: str | None, teacher: str | None, force: bool, tree: str | None, **sampling: Any
-) -> Engine:
-    """The decoding engine that the options ask for. Method `ar` needs no predictor."""
+    predictor: str | None, method: str | None, teacher: str | None, force: bool, tree: str | None, **options: Any
+) -> Engine | PipelineEngine:
+    """The decoding engine that the options ask for. Method `ar` needs no predictor. A rank keeps its part of it."""
     from firp_cli.commands.loading import load_pair, load_teacher
-    from firp_cli.decoding.engine import Engine
+    from firp_cli.decoding.choose import make_engine
     from firp_cli.decoding.tree import default_tree, parse_tree
+    from firp_cli.distributed.launch import rank, start, world_size
     from firp_cli.predictors.registry import predictor_folder
 
     if method == "ar":
-        return Engine(load_teacher(teacher, predictor_folder(predictor) if predictor else None), **sampling)
+        return make_engine(load_teacher(teacher, predictor_folder(predictor) if predictor else None), **options)
     if predictor is None and teacher is not None:
         raise UsageError(f"no predictor named for {teacher}: give its folder, or --method ar for plain decoding")
-    model, loaded, folder = load_pair(predictor or method or "firp", teacher, force)
+    if world_size() > 1:
+        start()
+    model, loaded, folder = load_pair(predictor or method or "firp", teacher, force, ranks=(rank(), world_size()))
     if method not in (None, loaded.kind):
         raise UsageError(
             f"{folder} holds a {loaded.kind} predictor, not {method!r}{nearest(str(method), ['ar', loaded.kind])}"
         )
-    spec = parse_tree(tree, loaded.steps) if tree else default_tree(folder, loaded)
-    return Engine(model, loaded, spec, **sampling)
+    spec = None
+    if not loaded.pipeline:
+        spec = parse_tree(tree, loaded.steps) if tree else default_tree(folder, loaded)
+    return make_engine(model, loaded, spec, rank(), world_size(), **options)
 
 
-def _encode(messages: list[dict[str, str]], raw: str | None, engine: Engine) -> list[int]:
+def _encode(messages: list[dict[str, str]], raw: str | None, engine: Engine | PipelineEngine) -> list[int]:
     from firp_cli.data.conversations import encode_prompt
 
     tokenizer = engine.teacher.tokenizer
@@ -98,7 +145,7 @@ def _encode(messages: list[dict[str, str]], raw: str | None, engine: Engine) -> 
 
 
 def _generate_file(
-    engine: Engine,
+    engine: Engine | PipelineEngine,
     path: Path,
     limit: int | None,
     raw: bool,
@@ -129,7 +176,7 @@ def _generate_file(
 
 
 def _record(result: Generation) -> dict[str, Any]:
-    """DESIGN's JSONL fields, and the times."""
+    """DESIGN's JSONL fields, and the times. A pipeline's steps are its ticks: `accepted_lengths` has a 0 or 1 for each."""
     return {
         "prompt_tokens": result.prompt_tokens,
         "token_ids": result.token_ids,
@@ -160,8 +207,13 @@ def _summary(results: list[Generation]) -> str:
     seconds = sum(result.decode_seconds for result in results)
     prefill = sum(result.prefill_seconds for result in results)
     speed = f"{decoded / seconds:.1f} tokens/s" if seconds and decoded else "no decoding step"
-    length = f"accepted length {decoded / steps:.2f}" if steps else "accepted length -"
-    return f"{tokens} tokens in {steps} steps, {length}, {speed}, prefill {prefill:.2f} s"
+    pipelines = [result.pipeline for result in results if result.pipeline]
+    name, length = "steps", f"accepted length {decoded / steps:.2f}" if steps else "accepted length -"
+    if pipelines and steps:
+        plain = sum(trace.plain for trace in pipelines)
+        name, length = "ticks", f"{decoded / steps:.2f} tokens per tick"
+        length += f" ({plain} of them decoded plainly, since the pipeline did not pay)" if plain else ""
+    return f"{tokens} tokens in {steps} {name}, {length}, {speed}, prefill {prefill:.2f} s"
 
 
 class _Painter:

@@ -16,6 +16,10 @@ Progress = Callable[[int, int | None], None]  # (done, total)
 
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library warnings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Gpus = Annotated[
+    int, typer.Option(min=1, help="Devices that share a speed predictor's pipeline; on a CPU ranks share the cores.")
+]
+Guarded = Annotated[bool, typer.Option(help="Decode plainly for a while where a pipeline does not pay.")]
 Force = Annotated[bool, typer.Option("--force", help="Use artefacts of another teacher all the same.")]
 
 
@@ -57,6 +61,23 @@ def split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
     if len(names) > 1:
         raise typer.BadParameter(f"one recipe expected, got {', '.join(names)}")
     return (names[0] if names else None), [item for item in arguments if "=" in item]
+
+
+def command_line(context: typer.Context) -> list[str]:
+    """This command as it could be typed again: its name, then every argument and option that is not at its default."""
+    typed = [str(context.command.name)]
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if value is None or value == parameter.get_default(context) or value == ():
+            continue
+        names = parameter.opts
+        if isinstance(value, bool):
+            typed.append(names[0] if value else parameter.secondary_opts[0])
+            continue
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        for item in values:
+            typed += [str(item)] if parameter.param_type_name == "argument" else [f"{names[-1]}={item}"]
+    return typed
 
 
 def print_json(value: Any) -> None:

@@ -231,18 +231,19 @@ def _gate(recipe: Recipe, teacher: Teacher, store: Store, output: Path) -> dict[
 
 def _report(training: dict[str, Any], output: Path) -> None:
     first, best = training["validation"]["first"], training["validation"]["best"]
+    speed = training["predictor"]["kind"] == "speed"
+    per = "that many ticks" if speed else "step"
     typer.echo(f"trained {training['predictor']['kind']} for {training['steps']} steps in {training['seconds']:.0f} s")
     if best:
         start, length = first["expected_accepted_length"], best["expected_accepted_length"]
-        typer.echo(
-            f"expected accepted length of a chain: {length:.3f} at step {best['step']} ({start:.3f} at the start)"
-        )
+        chain = " (tokens in as many ticks as the teacher has loops)" if speed else " of a chain"
+        typer.echo(f"expected accepted length{chain}: {length:.3f} at step {best['step']} ({start:.3f} at the start)")
     if training["data_wait_share"] is not None:
         typer.echo(f"waiting for data: {training['data_wait_share']:.1%} of step time")
     gate = training.get("gate")
     if gate:
         typer.echo(
-            f"gate: simulated {gate['simulated']:.3f}, decoded {gate['real']:.3f} tokens per step "
+            f"gate: simulated {gate['simulated']:.3f}, decoded {gate['real']:.3f} tokens per {per} "
             f"({gate['prompts']} prompts)"
         )
         if not gate.get("agree", True):

@@ -29,9 +29,9 @@ def make_engine(
         rank, ranks: this process's place among those that share a pipeline. Raises UsageError for other predictors.
     """
     if isinstance(predictor, EarlyExitPredictor):
-        return PipelineEngine(
-            teacher, predictor, guard=guard, ranks=Ranks(predictor.loops, rank, ranks), **sampling
-        )
+        return PipelineEngine(teacher, predictor, guard=guard, ranks=Ranks(predictor.loops, rank, ranks), **sampling)
     if ranks > 1 and predictor is not None:
-        raise UsageError(f"several ranks share the pipeline of a speed predictor; {predictor.kind} decodes on one device")
+        raise UsageError(
+            f"several ranks share the pipeline of a speed predictor; {predictor.kind} decodes on one device"
+        )
     return Engine(teacher, predictor, tree, **sampling)

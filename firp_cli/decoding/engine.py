@@ -23,6 +23,7 @@ from firp_cli.teacher.attention import AttentionMask, behind_prefix, causal_allo
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
 
+
 class Engine:
     """Decodes prompts with a teacher and, if given, a predictor's draft trees.
 

@@ -131,8 +131,7 @@ class PipelineRun:
         counts = torch.tensor([len(prompt) for prompt in prompts], device=device)
         width = max(map(len, prompts))
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-        start_layer = engine.boundaries[ranks.stages.start - 1] if ranks.stages.start else 0
-        stop_layer = self.teacher.num_layers if ranks.last else engine.boundaries[ranks.stages.stop - 1]
+        layers = ranks.layers(engine.boundaries, self.teacher.num_layers)
         final = torch.empty(0)
         for start in range(0, width, engine.prefill_chunk):
             chunk = ids[:, start : start + engine.prefill_chunk]
@@ -143,7 +142,7 @@ class PipelineRun:
                 hidden = ranks.receive(hidden, hidden.shape)
             self.cache.begin_rows(positions, start + rows)
             mask = self._mask(positions, start + rows)
-            hidden = self.teacher.run(hidden, positions, mask, start_layer, stop_layer, self.cache)
+            hidden = self.teacher.run(hidden, positions, mask, layers.start, layers.stop, self.cache)
             if not ranks.last:
                 ranks.send(hidden)
             # the last token of a prompt may lie in any chunk

@@ -6,6 +6,8 @@ Shapes: B sequences, M rows, n stages of this rank, r stages, d hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +26,11 @@ class Ranks:
         starts = [length * place + min(place, longer) for place in range(size + 1)]
         self._parts = [range(first, last) for first, last in zip(starts[:-1], starts[1:], strict=True)]
         self.stages = self._parts[rank]
+
+    def layers(self, boundaries: Sequence[int], num_layers: int) -> range:
+        """The layers that this process's stages run, of a teacher whose loops end at `boundaries`."""
+        start = boundaries[self.stages.start - 1] if self.stages.start else 0
+        return range(start, num_layers if self.last else boundaries[self.stages.stop - 1])
 
     @property
     def first(self) -> bool:

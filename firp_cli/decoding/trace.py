@@ -40,7 +40,10 @@ class TickLog:
     def trace(self, sequence: int) -> PipelineTrace:
         """One sequence's record."""
         ticks = [
-            tick[:, :, numbers.index(sequence)] for numbers, ticks in self._runs if sequence in numbers for tick in ticks
+            tick[:, :, numbers.index(sequence)]
+            for numbers, ticks in self._runs
+            if sequence in numbers
+            for tick in ticks
         ]
         trace = PipelineTrace(self.loops, self.exits, hits=[0] * len(self.exits), plain=self.plain[sequence])
         if ticks:

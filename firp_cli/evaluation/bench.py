@@ -6,7 +6,7 @@ a batch the batch shares its time: seconds are pooled over batches, and the boot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 
-from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.choose import make_engine
 from firp_cli.decoding.tree import TreeSpec
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.baselines import HuggingFaceGenerate
-from firp_cli.evaluation.rows import BatchRun, Runs, bench_rows
+from firp_cli.evaluation.pipeline import measure_tick, pipeline_report
+from firp_cli.evaluation.rows import ALL, BatchRun, Runs, bench_rows
 from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.provenance import environment
 from firp_cli.recipe import nearest
-from firp_cli.records import BenchReport, Divergence, Generation
+from firp_cli.records import BenchReport, BenchRow, Divergence, Generation
 from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.stack import Teacher
 
@@ -48,11 +50,16 @@ class Method:
     generate: Generate
     predictor: str | None = None  # folder that the predictor came from
     tree: str | None = None
+    exits: EarlyExitPredictor | None = None  # of a pipeline
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What every method is measured under. `warmup`: times that each method decodes the first batch, uncounted."""
+    """What every method is measured under. `warmup`: times that each method decodes the first batch, uncounted.
+
+    `ranks`: processes that share a pipeline's stages, of which this is `rank`. `guard`: a pipeline may fall back to
+    plain decoding.
+    """
 
     max_new_tokens: int = 128
     batch_size: int = 1
@@ -61,14 +68,17 @@ class BenchSettings:
     repeats: int = 3
     warmup: int = 1
     seed: int = 0
+    rank: int = 0
+    ranks: int = 1
+    guard: bool = True
 
 
 @dataclass
 class LoadedPredictor:
-    """A predictor with the tree it is measured with and the folder it came from."""
+    """A predictor with the tree it is measured with (None: it feeds a pipeline) and the folder it came from."""
 
     predictor: Predictor
-    tree: TreeSpec
+    tree: TreeSpec | None
     folder: Path
 
 
@@ -107,17 +117,20 @@ def make_methods(
     teacher: Teacher, predictors: dict[str, LoadedPredictor], names: Sequence[str], settings: BenchSettings
 ) -> list[Method]:
     """Methods by name: `ar` and the predictors in the same engine, `hf` outside it."""
-    options = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed}
+    options: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed}
     methods = []
     for name in names:
         if name == "hf":
-            methods.append(Method(name, HuggingFaceGenerate(teacher, **options).generate))  # type: ignore[arg-type]
+            methods.append(Method(name, HuggingFaceGenerate(teacher, **options).generate))
         elif name == "ar":
-            methods.append(Method(name, Engine(teacher, **options).generate))  # type: ignore[arg-type]
+            methods.append(Method(name, make_engine(teacher, **options).generate))
         else:
             loaded = predictors[name]
-            engine = Engine(teacher, loaded.predictor, loaded.tree, **options)  # type: ignore[arg-type]
-            methods.append(Method(name, engine.generate, str(loaded.folder), str(loaded.tree)))
+            shared: dict[str, Any] = {"rank": settings.rank, "ranks": settings.ranks, "guard": settings.guard}
+            engine = make_engine(teacher, loaded.predictor, loaded.tree, **shared, **options)
+            tree = None if loaded.tree is None else str(loaded.tree)
+            exits = loaded.predictor if isinstance(loaded.predictor, EarlyExitPredictor) else None
+            methods.append(Method(name, engine.generate, str(loaded.folder), tree, exits))
     return methods
 
 
@@ -183,27 +196,46 @@ def measure(
     that a machine that slows down slows them all.
     """
     total = len(methods) * (settings.warmup + settings.repeats * len(batches))
-    done = 0
-
-    def run(method: Method, batch: Batch) -> list[Generation]:
-        nonlocal done
-        generations = method.generate([prompts[number].token_ids for number in batch.numbers], settings.max_new_tokens)
-        done += 1
-        progress(done, total)
-        return generations
-
-    for method in methods:
-        for _ in range(settings.warmup):
-            run(method, batches[0])
     repeats: dict[str, list[list[list[Generation]]]] = {method.name: [[] for _ in batches] for method in methods}
-    for repeat in range(settings.repeats):
-        for place, batch in enumerate(batches):
-            turn = (repeat + place) % len(methods)
-            for method in [*methods[turn:], *methods[:turn]]:
-                repeats[method.name][place].append(run(method, batch))
+    for done, (method, place, counted) in enumerate(turns(methods, len(batches), settings), start=1):
+        generations = method.generate(_tokens(prompts, batches[place]), settings.max_new_tokens)
+        if counted:
+            repeats[method.name][place].append(generations)
+        progress(done, total)
     return {
         name: [fold(batch, runs) for batch, runs in zip(batches, each, strict=True)] for name, each in repeats.items()
     }
+
+
+def turns(methods: Sequence[Method], batches: int, settings: BenchSettings) -> Iterator[tuple[Method, int, bool]]:
+    """(method, number of the batch, whether it counts) in the order of measuring."""
+    for method in methods:
+        for _ in range(settings.warmup):
+            yield method, 0, False
+    for repeat in range(settings.repeats):
+        for place in range(batches):
+            turn = (repeat + place) % len(methods)
+            for method in [*methods[turn:], *methods[:turn]]:
+                yield method, place, True
+
+
+def _tokens(prompts: Sequence[BenchPrompt], batch: Batch) -> list[list[int]]:
+    return [prompts[number].token_ids for number in batch.numbers]
+
+
+def follow_bench(
+    prompts: Sequence[BenchPrompt],
+    methods: Sequence[Method],
+    settings: BenchSettings,
+    max_positions: int,
+    skip_long: bool = False,
+) -> None:
+    """What a rank other than the first does during `run_bench`: its part of every pipeline, in the same order."""
+    fitting, _ = fit_prompts(prompts, max_positions, settings.max_new_tokens, skip_long)
+    batches = make_batches(fitting, settings.batch_size)
+    for method, place, _ in turns(methods, len(batches), settings):
+        if method.exits is not None:
+            method.generate(_tokens(fitting, batches[place]), settings.max_new_tokens)
 
 
 def fold(batch: Batch, repeats: Sequence[Sequence[Generation]]) -> BatchRun:
@@ -301,6 +333,8 @@ def run_bench(
         own = bench_rows(method.name, runs, divergences.get(method.name, {}), settings.temperature)
         for row in own:
             row.predictor, row.tree, row.batch_size = method.predictor, method.tree, settings.batch_size
+        if method.exits is not None:
+            _add_pipeline(own, method.exits, runs[method.name], teacher, settings)
         rows += own
     order = {name: place for place, name in enumerate(dict.fromkeys((row.dataset, row.category) for row in rows))}
     rows.sort(key=lambda row: order[row.dataset, row.category])
@@ -311,6 +345,22 @@ def run_bench(
         rows=rows,
         skipped_long=skipped,
     )
+
+
+def _add_pipeline(
+    rows: Sequence[BenchRow],
+    predictor: EarlyExitPredictor,
+    runs: Sequence[BatchRun],
+    teacher: Teacher,
+    settings: BenchSettings,
+) -> None:
+    """Give a method's rows their pipeline's record, with the cost of a tick at the middle of a typical answer."""
+    middle = [item.prompt_tokens + len(item.token_ids) // 2 for run in runs for item in run.generations]
+    cost = measure_tick(teacher, predictor, int(median(middle))) if settings.ranks == 1 else None
+    for row in rows:
+        chosen = [run for run in runs if row.dataset in (ALL, run.dataset) and row.category in (ALL, run.category)]
+        generations = [item for run in chosen for item in run.generations]
+        row.pipeline = pipeline_report(generations, teacher.looped is not None, settings.ranks, cost)
 
 
 def machine(teacher: Teacher) -> dict[str, Any]:

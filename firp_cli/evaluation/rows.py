@@ -81,6 +81,9 @@ def bench_row(
     steps = [item.steps for item in generations]
     decode_seconds = sum(run.decode_seconds for run in own)
     passes = sum(run.steps for run in own)
+    # a pipeline's step is a tick, one loop of a teacher's r: its accepted length counts the tokens of r ticks
+    loops = next((item.pipeline.loops for item in generations if item.pipeline), None)
+    ratio = loops or 1
     base = runs.get("ar")
     return BenchRow(
         dataset=dataset,
@@ -97,15 +100,23 @@ def bench_row(
         speedup=speedup(base, own),
         speedup_interval=speedup_interval(base, own) if method != "ar" else None,
         speedup_hf=speedup(runs.get("hf"), own),
-        accepted_length=_ratio(sum(emitted), sum(steps)),
-        accepted_length_interval=bootstrap_ratio(emitted, steps) if sum(emitted) > sum(steps) > 0 else None,
-        acceptance_by_step=acceptance_by_step(generations),
-        accepted_histogram=accepted_histogram(generations),
+        accepted_length=ratio * _ratio(sum(emitted), sum(steps)),
+        accepted_length_interval=_accepted_interval(emitted, steps, ratio),
+        acceptance_by_step=[] if loops else acceptance_by_step(generations),
+        accepted_histogram=[] if loops else accepted_histogram(generations),
         steps=sum(steps),
         step_milliseconds=1000 * _ratio(decode_seconds, passes),
         lossless=lossless(own, divergences),
         speedup_with_prefill=speedup_with_prefill(base, own),
     )
+
+
+def _accepted_interval(emitted: list[int], steps: list[int], ratio: int) -> Interval | None:
+    """95% interval over prompts; none where every step emits one token."""
+    if not ratio * sum(emitted) > sum(steps) > 0:
+        return None
+    low, high = bootstrap_ratio(emitted, steps)
+    return ratio * low, ratio * high
 
 
 def speedup(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> float | None:

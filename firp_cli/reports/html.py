@@ -36,6 +36,8 @@ td { white-space: nowrap; }
 td { text-align: right; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; }
 th.left, td.left { text-align: left; }
+.dense { font-size: .84rem; }
+.dense th, .dense td { padding: .45rem .34rem; white-space: normal; }
 figure { margin: 1.2rem 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 1rem; }
 figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .6rem; text-align: center; }
@@ -93,7 +95,9 @@ def _headline(report: BenchReport) -> str:
     )
 
 
-def _table(headers: Sequence[str], cells: tables.Cells, left: int) -> str:
+def _table(headers: Sequence[str], cells: tables.Cells, left: int, look: str = "plain") -> str:
+    """The first `left` columns flush left; `look` is `plain` or, for many columns, `dense`."""
+
     def line(tag: str, values: Sequence[str]) -> str:
         marked = (
             f"<{tag}{' class=left' if place < left else ''}>{escape(value)}</{tag}>"
@@ -102,7 +106,8 @@ def _table(headers: Sequence[str], cells: tables.Cells, left: int) -> str:
         return "<tr>" + "".join(marked) + "</tr>"
 
     rows = "\n".join(line("td", values) for values in cells)
-    return f'<div class="card"><table>\n<thead>{line("th", headers)}</thead>\n<tbody>{rows}</tbody>\n</table></div>'
+    head = f"<thead>{line('th', headers)}</thead>"
+    return f'<div class="card"><table class={look}>\n{head}\n<tbody>{rows}</tbody>\n</table></div>'
 
 
 def _figure(name: str, image: bytes) -> str:
@@ -122,7 +127,7 @@ def _pipeline(report: BenchReport, occupancy: bytes | None) -> str:
     parts = [
         "<h2>Pipeline</h2>",
         f'<p class="note">{escape(note)}.</p>' if note else "",
-        _table(headers, cells, headers.index("method") + 1),
+        _table(headers, cells, headers.index("method") + 1, "dense"),
         _figure(pipeline.FIGURE, occupancy) if occupancy else "",
         f"<p>Where a tick goes, in milliseconds:</p>{_table(tick_headers, ticks, 1)}" if ticks else "",
     ]

@@ -189,6 +189,14 @@ class Teacher:
             raise TeacherError(f"{self.name}: its final norm cannot be undone, so there is no ridge start here")
         return state
 
+    def release(self, kept: range) -> None:
+        """Drop all layers but these: another process runs them. Shared layers stay, since every loop needs them."""
+        self._fingerprint = self.fingerprint  # the whole teacher's, while it is whole
+        if self.looped is None:
+            for index in range(self.num_layers):
+                if index not in kept:
+                    self.layers[index] = nn.Identity()
+
     def boundaries(self, loops: int | None = None) -> tuple[int, ...]:
         """Layers that have run at the end of each loop, the last being all but the coda.
 
@@ -196,12 +204,14 @@ class Teacher:
         """
         if self.looped is not None:
             if loops not in (None, self.looped.loops):
-                raise TeacherError(f"{self.name} runs its layers {self.looped.loops} times, predictor.loops says {loops}")
+                raise TeacherError(
+                    f"{self.name} runs its layers {self.looped.loops} times, predictor.loops says {loops}"
+                )
             return self.looped.boundaries
         if loops is None or not 1 <= loops <= self.num_layers:
             raise TeacherError(
-                f"{self.name} runs each of its {self.num_layers} layers once: set predictor.loops to the groups that they "
-                f"form (1 to {self.num_layers}), or describe its loops in teacher.looped"
+                f"{self.name} runs each of its {self.num_layers} layers once: set predictor.loops to the groups that "
+                f"they form (1 to {self.num_layers}), or describe its loops in teacher.looped"
             )
         length, longer = divmod(self.num_layers, loops)
         return tuple(length * group + min(group, longer) for group in range(1, loops + 1))
