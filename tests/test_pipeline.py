@@ -39,7 +39,7 @@ from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.records import Generation, PipelineTrace
 from firp_cli.teacher.stack import Teacher
 
-TOKENS = 16
+TOKENS = 14
 SHAPES = ["1x4", "2x3", "4x2", "3x4"]
 OWN_CODE = [name for name, (family, _) in DESCRIBED.items() if family == "own"]
 PLAIN = [name for name, (family, _) in DESCRIBED.items() if family != "own" and name != "llama-norms"]
@@ -223,37 +223,34 @@ def test_every_tick_is_the_simulations(name: str, section: dict[str, Any]) -> No
     assert whole.flushed > 0
     assert whole.corrected > 0
     assert sum(whole.hits) > 0
-    check_against_simulation(name, random_exits(*pipe_teacher(name), **section), prompts[:3])
+    check_against_simulation(name, random_exits(*pipe_teacher(name), **section), prompts[:2])
 
 
-@pytest.mark.parametrize("name", ["1x4", "2x3", "qwen2-window/3"])
-@pytest.mark.parametrize("exits", [None, [2]])
+@pytest.mark.parametrize(("name", "exits"), [("1x4", [1, 3]), ("2x3", None), ("qwen2-window/3", [2])], ids=str)
 def test_only_sure_predictions_start_tokens(name: str, exits: list[int] | None) -> None:
     """A random exit doubts often, but not always; a fake one is 81% sure."""
-    prompts = some_prompts(seed=4)
+    prompts = some_prompts(seed=4)[:4]
     teacher, loops = pipe_teacher(name)
     unsure, free = (
         total(check_against_simulation(name, random_exits(teacher, loops, exits=exits, threshold=threshold), prompts))
-        for threshold in (0.3, None)
+        for threshold in (0.25, None)
     )
     assert unsure is not None
     assert free is not None
-    assert free.ticks < unsure.ticks < unsure.loops * unsure.left or unsure.left < unsure.started
-    assert unsure.started < free.started
-    surest = {
-        threshold: total(
+    assert unsure.left < unsure.started < free.started
+    assert free.ticks < unsure.ticks < unsure.loops * unsure.left
+    free, sure, unsure = (
+        total(
             check_against_simulation(
                 name, fake_exits(name, prompts, "always", exits=exits, threshold=threshold), prompts
             )
         )
-        for threshold in (0.8, 0.9)
-    }
-    assert surest[0.8] == total(
-        check_against_simulation(name, fake_exits(name, prompts, "always", exits=exits), prompts)
+        for threshold in (None, 0.8, 0.9)
     )
-    assert surest[0.9] is not None
-    assert surest[0.9].ticks == surest[0.9].loops * surest[0.9].left
-    assert surest[0.9].started == surest[0.9].left
+    assert sure == free
+    assert unsure is not None
+    assert unsure.ticks == unsure.loops * unsure.left
+    assert unsure.started == unsure.left
 
 
 def test_ticks_per_token_is_the_simulations() -> None:
@@ -314,14 +311,13 @@ def test_random_exits_are_lossless(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*SHAPES, "raven", "ouro", "qwen2-window", "llama/2", "mistral-window/4"])
 @pytest.mark.parametrize("mode", list(RULES))
-@pytest.mark.parametrize("batch", [1, 5])
-def test_fakes_are_lossless(name: str, mode: str, batch: int) -> None:
-    teacher, _ = pipe_teacher(name)
+def test_fakes_are_lossless(name: str, mode: str) -> None:
     prompts = some_prompts(seed=1)
-    expected = references(name, prompts)
     predictor = fake_exits(name, prompts, mode)
-    got = batches(PipelineEngine(teacher, predictor, guard=False), prompts[: 5 if batch > 1 else 2], batch)
-    assert [item.token_ids for item in got] == expected[: len(got)]
+    engine = PipelineEngine(pipe_teacher(name)[0], predictor, guard=False)
+    got = [*engine.generate(prompts, TOKENS), *batches(engine, prompts[:2], 1)]
+    expected = references(name, prompts)
+    assert [item.token_ids for item in got] == expected + expected[:2]
     for item in got:
         trace, loops = item.pipeline, predictor.loops
         assert trace is not None

@@ -17,8 +17,8 @@ from firp_cli.errors import UsageError
 from firp_cli.recipe import DEFAULT_TEACHER, DataConfig, Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from firp_cli.evaluation.quality import Sequences
     from firp_cli.decoding.tree import TreeSpec
+    from firp_cli.evaluation.quality import Sequences
     from firp_cli.predictors.base import Predictor
     from firp_cli.records import EvalReport, PipelineReport
     from firp_cli.teacher.stack import Teacher

@@ -176,7 +176,7 @@ def _generate_file(
 
 
 def _record(result: Generation) -> dict[str, Any]:
-    """DESIGN's JSONL fields, and the times. A pipeline's steps are its ticks: `accepted_lengths` has a 0 or 1 for each."""
+    """DESIGN's JSONL fields, and the times. A pipeline's steps are ticks: `accepted_lengths` has a 0 or 1 for each."""
     return {
         "prompt_tokens": result.prompt_tokens,
         "token_ids": result.token_ids,

@@ -7,6 +7,7 @@ Shapes: B sequences, M rows, n stages of this rank, r stages, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ class Ranks:
         self.loops, self.rank, self.size = loops, rank, size
         length, longer = divmod(loops, size)
         starts = [length * place + min(place, longer) for place in range(size + 1)]
-        self._parts = [range(first, last) for first, last in zip(starts[:-1], starts[1:], strict=True)]
+        self._parts = [range(first, last) for first, last in pairwise(starts)]
         self.stages = self._parts[rank]
 
     def layers(self, boundaries: Sequence[int], num_layers: int) -> range:

@@ -31,7 +31,7 @@ class EarlyExitPredictor(MapPredictor):
         if not exits or exits[-1] >= len(boundaries):
             reach = f"1 to {len(boundaries) - 1}" if len(boundaries) > 1 else "none: it has one loop"
             raise PredictorError(
-                f"predictor.exits {list(exits)} is out of range for {teacher.name}: early exits lie behind loops {reach}"
+                f"predictor.exits {list(exits)} is out of range for {teacher.name}: exits lie behind loops {reach}"
             )
         super().__init__(config, len(exits), teacher.hidden_size, config.bias)
         self.exits = exits
@@ -105,4 +105,6 @@ class EarlyExitPredictor(MapPredictor):
         return self._layers
 
     def ridge_target(self, teacher: Teacher, batch: SequenceBatch, hidden: Tensor) -> Tensor:
-        return teacher.unnorm(batch.final)
+        # the norm forgets a state's length: the input's own keeps the maps near the identity's size
+        length = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().to(hidden.dtype)
+        return teacher.unnorm(batch.final) * length

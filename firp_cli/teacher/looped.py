@@ -123,7 +123,7 @@ def loop_layers(model: Any, base: Any, layers: nn.ModuleList, norm: nn.Module, s
         _lengthen(model.config.get_text_config(), shape)
     elif calls != shape.loops:
         raise TeacherError(
-            f"teacher.looped.loops is {shape.loops}, the model's own code runs its block {calls} times; set it to {calls}"
+            f"teacher.looped.loops is {shape.loops}, the model's own code runs its block {calls} times; correct it"
         )
     return looped
 
