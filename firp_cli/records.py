@@ -198,17 +198,21 @@ class BenchRow:
     tree: str | None = None
     speedup_with_prefill: float | None = None  # Spec-Bench's definition: wall time including prefill
     pipeline: PipelineReport | None = None  # SPEED: a step is a tick; accepted length counts tokens in r ticks
+    teacher: str | None = None  # label of its teacher; set only where the report has several
 
 
 @dataclass
 class BenchReport:
-    """A whole bench run."""
+    """A whole bench run. `teachers`: where several were measured, each in the order of the rows' labels; `teacher` is
+    then the first of them. A row's speedup is over its own teacher's baseline.
+    """
 
     environment: dict[str, Any]
     teacher: dict[str, Any]
     settings: dict[str, Any]
     rows: list[BenchRow]
     skipped_long: int = 0
+    teachers: list[dict[str, Any]] = field(default_factory=list)
     schema: str = BENCH_SCHEMA
 
     @staticmethod
@@ -224,7 +228,7 @@ class BenchReport:
             kept = {key: item for key, item in row.items() if key in known}
             rows.append(BenchRow(**kept, lossless=record, pipeline=PipelineReport.from_plain(pipeline)))
         keys = ("environment", "teacher", "settings", "skipped_long", "schema")
-        return BenchReport(rows=rows, **{key: value[key] for key in keys})
+        return BenchReport(rows=rows, teachers=value.get("teachers", []), **{key: value[key] for key in keys})
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Build what the package embeds: the arithmetic teacher, its data set and its predictors.
+"""Build what the package embeds: the two arithmetic teachers, their data set and their predictors.
 
 Every stage is a subcommand with its own arguments, and is deterministic given its seed and its number of steps.
 """
@@ -45,7 +45,7 @@ TEACHER_FOLDER = ROOT / "data" / "teachers" / "arithmetic"
 LOOPED_FOLDER = ROOT / "data" / "teachers" / "arithmetic-looped"
 DATASET_FOLDER = ROOT / "data" / "datasets" / "arithmetic"
 PREDICTOR_FOLDER = ROOT / "data" / "predictors"
-PREDICTOR_KINDS = ("firp", "hidden_transfer", "medusa")
+PREDICTOR_KINDS = ("firp", "hidden_transfer", "medusa", "speed")
 
 VOCABULARY_SIZE = 1024
 TOKENIZER_PROBLEMS = 20_000
@@ -396,16 +396,21 @@ def add_predictors_arguments(parser: argparse.ArgumentParser) -> None:
 def run_predictors(arguments: argparse.Namespace) -> None:
     """Collect and train with the shipped recipes, and keep what decoding needs. Finished parts are not redone."""
     firp = [sys.executable, "-m", "firp_cli"]
-    subprocess.run([*firp, "collect", "arithmetic-firp", "--resume"], check=True)
+    collected = set()
     for kind in PREDICTOR_KINDS:
-        run = Path(str(load_recipe(f"arithmetic-{kind}").output))
+        recipe = load_recipe(f"arithmetic-{kind}")
+        if recipe.store not in collected:
+            subprocess.run([*firp, "collect", f"arithmetic-{kind}", "--resume"], check=True)
+            collected.add(recipe.store)
+        run = Path(str(recipe.output))
         if not (run / "config.json").is_file():
             subprocess.run([*firp, "train", f"arithmetic-{kind}"], check=True)
         folder = arguments.output / kind
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("predictor.safetensors", "config.json", "recipe.yaml", "training.json"):
             shutil.copyfile(run / name, folder / name)
-        (folder / "tree.json").write_text(json.dumps({"tree": arguments.tree}) + "\n", encoding="utf-8")
+        if kind != "speed":
+            (folder / "tree.json").write_text(json.dumps({"tree": arguments.tree}) + "\n", encoding="utf-8")
         print(f"{kind}: {sum(file.stat().st_size for file in folder.iterdir())} bytes in {folder}")
 
 
@@ -417,12 +422,12 @@ STAGES = {
         run_teacher,
     ),
     "looped-teacher": (
-        "train, write and evaluate the parameter-shared teacher",
+        "train, write and evaluate the parameter-shared teacher (50 minutes on one busy CPU core)",
         add_looped_arguments,
         run_teacher,
     ),
     "predictors": (
-        "collect, train and keep the embedded predictors (25 minutes on two CPU cores)",
+        "collect, train and keep the embedded predictors (40 minutes on two CPU cores)",
         add_predictors_arguments,
         run_predictors,
     ),

@@ -1,4 +1,4 @@
-"""Accepted length and bootstrap intervals against their definitions."""
+"""Accepted length, ticks of a pipeline and bootstrap intervals against their definitions."""
 
 from __future__ import annotations
 
@@ -31,6 +31,37 @@ def test_steps_that_do_not_count_change_no_rate():
     assert joint.tolist() == [2, 1] and counts.tolist() == [3, 2]
     assert metrics.chain_length(joint, counts) == pytest.approx(1 + 2 / 3 + 1 / 2)
     assert metrics.chain_length([0, 0], [5, 0]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settled", "pipeline", "expected"),
+    [
+        ([10, 10, 10], (1, 2, 3, 4), 1.0),
+        ([0, 0, 0], (1, 2, 3, 4), 4.0),
+        ([0, 0, 10], (1, 2, 3, 4), 3.0),
+        ([5, 5, 10], (1, 2, 3, 4), 0.5 * 1 + 0.5 * 3),
+        ([2, 6, 9], (1, 2, 3, 4), 0.2 * 1 + 0.4 * 2 + 0.3 * 3 + 0.1 * 4),
+        ([10], (3, 4), 3.0),
+        ([4], (2, 8), 0.4 * 2 + 0.6 * 8),
+        ([3, 8], (2, 5, 6), 0.3 * 2 + 0.5 * 5 + 0.2 * 6),
+    ],
+)
+def test_ticks_per_token_is_the_mean_loop_that_settles(
+    settled: list[int], pipeline: tuple[int, ...], expected: float
+) -> None:
+    counts = [10] * len(settled)
+    assert metrics.ticks_per_token(settled, counts, pipeline) == pytest.approx(expected)
+    assert metrics.accepted_length(settled, counts, pipeline) == pytest.approx(pipeline[-1] / expected)
+
+
+def test_accepted_length_of_what_was_never_counted():
+    assert metrics.ticks_per_token([0, 0], [0, 0], (1, 2, 3)) == 3.0, "nobody saw an exit right"
+    assert metrics.accepted_length([0, 0], [0, 0], (1, 2, 3)) == 1.0
+    assert (
+        metrics.accepted_length([2, 1], [3, 2])
+        == metrics.chain_length([2, 1], [3, 2])
+        == pytest.approx(1 + 2 / 3 + 0.5)
+    )
 
 
 def test_bootstrap_ratio_covers_the_ratio_and_is_seeded():

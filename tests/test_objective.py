@@ -13,7 +13,7 @@ from firp_cli.metrics import chain_length_of_hits
 from firp_cli.predictors.anchors import Anchors, choose_anchors, compare_rows, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch
 from firp_cli.recipe import TrainingConfig
-from firp_cli.training.objective import count_pieces, objective, step_weights
+from firp_cli.training.objective import count_pieces, objective
 
 TEACHER = tiny_teacher("llama")
 PREDICTORS = {
@@ -21,6 +21,7 @@ PREDICTORS = {
     "hidden_transfer": {"kind": "hidden_transfer", "layers": [1, 2, 3], "bias": True},
     "medusa": {"kind": "medusa", "steps": 3},
     "medusa-shared-head": {"kind": "medusa", "steps": 3, "own_head": False},
+    "speed": {"kind": "speed", "loops": 4, "exits": [1, 2, 3], "exit_weights": [1.0, 3.0, 4.0]},
 }
 LOSSES = ["kl", "cross_entropy", "total_variation"]
 
@@ -29,10 +30,10 @@ def trainable(name: str) -> Predictor:
     return make_predictor(TEACHER, **PREDICTORS[name]).requires_grad_(True)
 
 
-def micro_batch(steps: int = 3, limit: int | None = None) -> tuple[SequenceBatch, Anchors]:
+def micro_batch(name: str = "firp", limit: int | None = None) -> tuple[SequenceBatch, Anchors]:
     sequences = random_prompts(4, seed=3, low=9, high=24)
-    batch = sequence_batch(TEACHER, sequences, [3, 5, 8, 4], [1, 2])
-    return batch, choose_anchors(batch, steps, limit, seeds=[5, 6, 7, 8])
+    batch = sequence_batch(TEACHER, sequences, [3, 5, 8, 4], [1, 2, 3])
+    return batch, choose_anchors(batch, trainable(name).offsets, limit, seeds=[5, 6, 7, 8])
 
 
 def gradients(predictor: Predictor) -> dict[str, torch.Tensor]:
@@ -66,7 +67,7 @@ def reference(
 @pytest.mark.parametrize("name", list(PREDICTORS))
 def test_pieces_equal_the_whole_with_gradients(name: str, loss: str):
     settings = TrainingConfig(loss=loss, hidden_weight=0.3)
-    batch, anchors = micro_batch()
+    batch, anchors = micro_batch(name)
     results = []
     for budget in (1 << 30, 5 * VOCABULARY):
         predictor = trainable(name)
@@ -98,6 +99,48 @@ def test_loss_and_record_are_what_their_definition_says(name: str):
     assert all(one <= five for one, five in zip(averages["top1"], averages["top5"], strict=True))
 
 
+def test_exits_are_compared_with_the_final_distribution_at_their_own_position():
+    """KL(p_n || q_n^g) of every response position n and exit g, weighted by exit; what decoding would save of it."""
+    batch, anchors = micro_batch("speed")
+    predictor = trainable("speed")
+    value, record = objective(predictor, TEACHER, batch, anchors, TrainingConfig(step_decay=0.1))
+    weights, layers = (1.0, 3.0, 4.0), (1, 2, 3)
+    total, weight, positions = 0.0, 0.0, 0
+    hits, settled, likely = [0] * 3, [0] * 3, [0] * 3
+    with torch.no_grad():
+        for b, n in batch.loss_mask.nonzero().tolist():
+            truth = TEACHER.head(batch.final[b, n - 1]).double().softmax(0)  # position n - 1 predicts response token n
+            right = []
+            for exit_weight, layer, linear in zip(weights, layers, predictor.maps, strict=True):
+                logits = TEACHER.head(TEACHER.norm(linear(batch.hidden[layer][b, n - 1])))
+                early = logits.double().softmax(0)
+                total += exit_weight * float((truth * (truth / early).log()).sum())
+                weight += exit_weight
+                right.append(int(early.argmax() == truth.argmax()))
+                likely[len(right) - 1] += int(truth.argmax() in early.topk(5).indices)
+            hits = [hit + one for hit, one in zip(hits, right, strict=True)]
+            settled = [count + all(right[place:]) for place, count in enumerate(settled)]
+            positions += 1
+    assert value.item() == pytest.approx(total / weight, rel=1e-5)
+    assert record.sums[1].tolist() == hits
+    assert record.sums[2].tolist() == likely
+    assert record.sums[3].tolist() == settled
+    assert record.sums[4].tolist() == [positions] * 3
+    assert 0 < settled[0] < settled[2] == hits[2], "else this compares little"
+    averages = record.averages(predictor.pipeline)
+    late = [1 - count / positions for count in settled]
+    assert averages["expected_accepted_length"] == pytest.approx(4 / (1 + sum(late)))
+    assert averages["top1"] == pytest.approx([count / positions for count in hits])
+
+
+def test_an_exit_stands_when_all_later_ones_agree():
+    hits = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    settled = [[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert trainable("speed").accepted(hits).tolist() == settled
+    chain = [[1, 1, 1], [0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    assert trainable("firp").accepted(hits).tolist() == chain
+
+
 def test_only_the_predictor_receives_gradients():
     batch, anchors = micro_batch()
     predictor = trainable("firp")
@@ -114,6 +157,12 @@ def test_a_perfect_draft_has_no_loss():
     value, record = objective(predictor, TEACHER, batch, anchors, TrainingConfig())
     assert value.abs() < 1e-6
     assert record.averages()["expected_accepted_length"] == pytest.approx(4.0)
+    batch, anchors = micro_batch("speed")
+    exits = trainable("speed")
+    exits.draft_states = lambda *_: target_states(batch, anchors, exits.offsets)  # type: ignore[method-assign]
+    value, record = objective(exits, TEACHER, batch, anchors, TrainingConfig())
+    assert value.abs() < 1e-6
+    assert record.averages(exits.pipeline)["expected_accepted_length"] == pytest.approx(4.0), "a token every tick"
 
 
 class Largest(TorchDispatchMode):
@@ -132,9 +181,9 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["firp", "medusa-shared-head"])
+@pytest.mark.parametrize("name", ["firp", "medusa-shared-head", "speed"])
 def test_no_logits_beyond_the_budget_stand_in_either_pass(name: str):
-    batch, anchors = micro_batch()
+    batch, anchors = micro_batch(name)
     budget = 7 * VOCABULARY
     predictor = trainable(name)
     with Largest() as largest:
@@ -166,5 +215,8 @@ def test_conversations_without_anchors_give_zero_loss_and_gradients():
     assert gradients(predictor).keys() == dict(predictor.named_parameters()).keys(), "every rank reduces the same"
 
 
-def test_later_steps_weigh_less():
-    assert step_weights(3, 0.5) == [1.0, 0.5, 0.25]
+def test_later_steps_weigh_less_and_later_exits_more():
+    assert trainable("firp").loss_weights(0.5) == trainable("medusa").loss_weights(0.5) == [1.0, 0.5, 0.25]
+    assert trainable("speed").loss_weights(0.5) == [1.0, 3.0, 4.0]
+    assert make_predictor(TEACHER, kind="speed", loops=4, exits=[1, 3]).loss_weights(0.5) == [1.0, 3.0]
+    assert make_predictor(TEACHER, kind="speed", loops=4).loss_weights(0.5) == [1.0, 2.0, 3.0]

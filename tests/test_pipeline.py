@@ -101,9 +101,6 @@ def fake_exits(name: str, prompts: list[list[int]], mode: str, **section: Any) -
     return FakeExits(teacher, known, RULES[mode], loops=loops, **section)
 
 
-# ---- a simulation: one object per token in flight, every prediction from a whole forward of what precedes it
-
-
 @dataclass
 class Predicted:
     """What a token's prefix makes each loop predict (None: no exit there), and whether a token may start from it."""
@@ -282,9 +279,6 @@ def test_ticks_per_token_is_the_simulations() -> None:
         assert trace.hits == hits[:tokens].sum(0).tolist()
 
 
-# ---- lossless
-
-
 @pytest.mark.parametrize("name", [*SHAPES, *OWN_CODE, *PLAIN, *UNSHARED])
 def test_greedy_text_wanders(name: str) -> None:
     """The comparisons below would say little about a teacher that repeats one token."""
@@ -459,9 +453,6 @@ def test_refusals() -> None:
     assert engine.generate([full], 6)[0].token_ids == greedy(teacher, full, 6), "up to the last position"
 
 
-# ---- falling back to plain decoding
-
-
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("name", ["1x4", "2x3", "raven", "ouro", "qwen2-window", "mistral-window/3", "llama/2"])
 def test_the_guard_changes_no_token(name: str, batch: int) -> None:
@@ -512,9 +503,6 @@ def test_a_guards_rests_grow_until_it_pays_again() -> None:
         guard.decoded()
         rests[0] -= 1
     assert rests[0] == 0, "after it paid, the first rest is the shortest again"
-
-
-# ---- sampling, and reads
 
 
 def test_sampling_is_plain_sampling() -> None:

@@ -9,13 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import LAYERS, make_predictor, random_prompts, sequence_batch, tiny_model
+from conftest import (
+    LAYERS,
+    described_teacher,
+    looped_teacher,
+    make_predictor,
+    random_prompts,
+    sequence_batch,
+    tiny_model,
+    tiny_teacher,
+)
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.tree import parse_tree
-from firp_cli.errors import FingerprintError, PredictorError
+from firp_cli.errors import FingerprintError, PredictorError, TeacherError
 from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch
+from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder, save_predictor
 from firp_cli.teacher.attention import (
     AttentionMask,
@@ -32,6 +42,10 @@ KINDS = [
     {"kind": "hidden_transfer", "layers": [1, 2, 3]},
     {"kind": "medusa", "steps": 3},
     {"kind": "medusa", "steps": 2, "own_head": False, "resblocks": 2},
+]
+EXITS = [
+    {"kind": "speed", "loops": 3},
+    {"kind": "speed", "loops": 4, "exits": [1, 3], "exit_weights": [1.0, 3.0], "bias": True, "threshold": 0.4},
 ]
 
 
@@ -160,12 +174,12 @@ def test_decoder_drafts_what_training_predicts(any_teacher: Teacher, section: di
 
 
 def test_only_the_predictor_gets_gradients(any_teacher: Teacher) -> None:
-    for section in KINDS:
+    for section in [*KINDS, *EXITS]:
         predictor = make_predictor(any_teacher, **section).requires_grad_(True)
         batch = sequence_batch(
             any_teacher, random_prompts(2, seed=13, low=12, high=15), [3, 4], list(predictor.required_layers)
         )
-        anchors = choose_anchors(batch, predictor.steps)
+        anchors = choose_anchors(batch, predictor.offsets)
         predictor.draft_states(any_teacher, batch, anchors.index).square().sum().backward()
         maps = [item for name, item in predictor.named_parameters() if not name.startswith("heads.")]
         assert all(item.grad is not None and item.grad.abs().sum() > 0 for item in maps)
@@ -182,9 +196,67 @@ def test_anchors_and_targets(teacher: Teacher) -> None:
     assert anchors.valid[1].sum(1).tolist() == [2, 1, 0, 0, 0]
     targets = target_states(batch, anchors)
     assert torch.equal(targets[0, 1, 2], batch.final[0, 4 + 3])
+    here = choose_anchors(batch, (0, 0))
+    # An exit's draft at n is token n+1: n = 3..8, and all exits of a position count.
+    assert here.index[0].tolist() == [3, 4, 5, 6, 7, 8]
+    assert here.index[1, :3].tolist() == [2, 3, 4]
+    assert here.valid.sum(1).tolist() == [[6, 6], [3, 3]]
+    assert torch.equal(target_states(batch, here, (0, 0))[0, :, 1], batch.final[0, 3:9])
     few = choose_anchors(batch, 3, limit=2, seeds=[5, 6])
     assert few.index.shape == (2, 2)
     assert torch.equal(few.index, choose_anchors(batch, 3, limit=2, seeds=[5, 6]).index)
+
+
+@pytest.mark.parametrize("name", ["2x3", "raven", "ouro", "qwen3"])
+def test_an_exit_is_a_map_before_norm_and_head(name: str) -> None:
+    """Training's states and decoding's logits, element by element; some exits only, with or without the last loop."""
+    own = {"2x3": lambda: looped_teacher(2, 3), "qwen3": lambda: tiny_teacher("qwen3")}
+    teacher = own[name]() if name in own else described_teacher(name)
+    predictor = make_predictor(teacher, kind="speed", bias=True, loops=3 if name == "qwen3" else None)
+    assert isinstance(predictor, EarlyExitPredictor)
+    layers = [teacher.boundaries(3)[loop - 1] for loop in (1, 2)]
+    assert predictor.required_layers == tuple(layers)
+    assert (predictor.exits, predictor.pipeline, predictor.steps) == ((1, 2), (1, 2, 3), 2)
+    batch = sequence_batch(teacher, random_prompts(2, seed=3, low=9, high=12), [3, 4], [*layers, teacher.num_layers])
+    anchors = torch.tensor([[2, 5, 8], [3, 4, 7]])
+    with torch.no_grad():
+        states = predictor.draft_states(teacher, batch, anchors)
+        logits = [predictor.step_logits(teacher, states[:, :, step - 1], step) for step in (1, 2)]
+        for b in range(2):
+            for place, n in enumerate(anchors[b].tolist()):
+                for step, (layer, linear) in enumerate(zip(layers, predictor.maps, strict=True)):
+                    mapped = linear.weight @ batch.hidden[layer][b, n] + linear.bias
+                    torch.testing.assert_close(states[b, place, step], teacher.norm(mapped), rtol=1e-4, atol=1e-4)
+                    wanted = teacher.head(teacher.norm(mapped))
+                    torch.testing.assert_close(logits[step][b, place], wanted, rtol=1e-4, atol=1e-3)
+        rows = torch.arange(2)
+        exits = torch.stack([batch.hidden[layer][rows, anchors[:, 1]] for layer in layers])
+        before, normed = batch.hidden[teacher.num_layers][rows, anchors[:, 1]], batch.final[rows, anchors[:, 1]]
+        exact = teacher.head(normed)
+        early = [row[:, 1] for row in logits]
+        for got, expected in (
+            (predictor.pipeline_logits(teacher, exits, before, (0, 1)), [*early, exact]),
+            (predictor.pipeline_logits(teacher, exits, normed, (0, 1), normed=True), [*early, exact]),
+            (predictor.pipeline_logits(teacher, exits, None, (0, 1)), early),
+            (predictor.pipeline_logits(teacher, exits[1:], None, (1,)), early[1:]),
+            (predictor.pipeline_logits(teacher, None, before, ()), [exact]),
+            (predictor.pipeline_logits(teacher, None, normed, (), normed=True), [exact]),
+        ):
+            torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-3)
+
+
+def test_exits_out_of_range(teacher: Teacher) -> None:
+    with pytest.raises(PredictorError, match=r"exits \[1, 3\] is out of range for tiny-llama: .* behind loops 1 to 2"):
+        make_predictor(teacher, kind="speed", loops=3, exits=[1, 3])
+    with pytest.raises(PredictorError, match=r"exits \[4\] is out of range for looped-1x4: .* behind loops 1 to 3"):
+        make_predictor(looped_teacher(1, 4), kind="speed", exits=[4])
+    for exits in (None, [1]):
+        with pytest.raises(PredictorError, match="none: it has one loop"):
+            make_predictor(teacher, kind="speed", loops=1, exits=exits)
+    with pytest.raises(TeacherError, match=r"set predictor\.loops .* \(1 to 4\)"):
+        make_predictor(teacher, kind="speed")
+    with pytest.raises(TeacherError, match=r"runs its layers 4 times, predictor\.loops says 3"):
+        make_predictor(looped_teacher(1, 4), kind="speed", loops=3)
 
 
 def test_compare_rows_is_the_definition() -> None:
@@ -205,7 +277,7 @@ def test_transfer_layer_out_of_range(teacher: Teacher) -> None:
         make_predictor(teacher, kind="firp", layer=LAYERS, steps=2)
 
 
-@pytest.mark.parametrize("section", KINDS, ids=lambda section: str(section))
+@pytest.mark.parametrize("section", [*KINDS, *EXITS], ids=lambda section: str(section))
 def test_folder_round_trip(teacher: Teacher, tmp_path: Path, section: dict) -> None:
     predictor = make_predictor(teacher, **section)
     save_predictor(predictor, tmp_path / "p", teacher)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from firp_cli.errors import RecipeError
-from firp_cli.recipe import dump_recipe, load_recipe, shipped_recipes
+from firp_cli.recipe import SpeedConfig, dump_recipe, load_recipe, shipped_recipes
 
 GOOD = """\
 teacher: {model: arithmetic}
@@ -17,6 +17,11 @@ data:
 predictor: {kind: firp, layer: 3}
 training:
   epochs: 2
+"""
+
+SPEED = """\
+teacher: {model: arithmetic, looped: {prelude: 1, block: 2, coda: 1, loops: 3}}
+predictor: {kind: speed, exits: [1, 2], exit_weights: [1.0, 3.0]}
 """
 
 
@@ -65,10 +70,56 @@ def test_good_recipe_and_overrides(tmp_path: Path) -> None:
         ("teacher: {model: [}\n", [], "recipe.yaml:1: not valid YAML"),
         ("- 1\n", [], "mapping of sections"),
         (GOOD.replace("{kind: firp, layer: 3}", "{kind: hidden_transfer, layers: [3, 2]}"), [], "must not descend"),
+        (SPEED, ["predictor.exits=[2, 1]"], "exits must ascend: [2, 1]"),
+        (SPEED, ["predictor.exits=[1, 1]"], "exits must ascend: [1, 1]"),
+        (SPEED, ["predictor.exits=[0, 1]"], "predictor.exits.0"),
+        (SPEED, ["predictor.exits=[]"], "at least 1 item"),
+        (SPEED, ["predictor.exit_weights=[1.0]"], "exit_weights need exits, one weight for each"),
+        (SPEED, ["predictor.exits=null"], "exit_weights need exits, one weight for each"),
+        (SPEED, ["predictor.exit_weights=[1.0, 0.0]"], "predictor.exit_weights.1"),
+        (SPEED, ["predictor.threshold=1.0"], "less than 1"),
+        (SPEED, ["predictor.threshold=0.0"], "greater than 0"),
+        (SPEED, ["predictor.loops=0"], "predictor.loops"),
+        (SPEED, ["predictor.exit=[1]"], "key predictor.exit: unknown key; did you mean 'exits'?"),
+        (SPEED, ["teacher.looped={block: 2, loops: 0}"], "teacher.looped.loops"),
+        (SPEED, ["teacher.looped={loops: 2}"], "teacher.looped.block"),
+        (SPEED, ["teacher.looped.prelude=-1"], "teacher.looped.prelude"),
+        (SPEED, ["teacher.looped.norm=true"], "key teacher.looped.norm: unknown key"),
     ],
 )
 def test_refusals(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
     assert expected in refusal(tmp_path, text, overrides)
+
+
+def test_a_speed_recipe_and_its_loops(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SPEED)
+    recipe = load_recipe(str(path), ["predictor.threshold=0.5"])
+    predictor, looped = recipe.predictor, recipe.teacher.looped
+    assert isinstance(predictor, SpeedConfig)
+    assert looped is not None
+    assert (predictor.exit_loops(3), predictor.threshold, predictor.loops) == ((1, 2), 0.5, None)
+    assert SpeedConfig(kind="speed").exit_loops(4) == (1, 2, 3)
+    assert SpeedConfig(kind="speed").exit_loops(1) == ()
+    assert (looped.unique, looped.effective, looped.boundaries) == (4, 8, (3, 5, 7))
+    assert looped.order == (0, 1, 2, 1, 2, 1, 2, 3)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(str(again)) == recipe
+
+
+def test_required_layers_lie_behind_the_exits() -> None:
+    class Four:
+        def boundaries(self, loops: int | None) -> tuple[int, ...]:
+            assert loops == 4
+            return (3, 5, 7, 9)
+
+    def layers(exits: list[int] | None) -> tuple[int, ...]:
+        return SpeedConfig(kind="speed", loops=4, exits=exits).required_layers(Four())
+
+    assert layers(None) == (3, 5, 7)
+    assert layers([1, 3]) == (3, 7)
+    assert layers([2]) == (5,)
 
 
 def test_unknown_recipe_names_the_nearest() -> None:

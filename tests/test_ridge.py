@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import HIDDEN, random_prompts, sequence_batch, tiny_teacher
+from conftest import HIDDEN, looped_teacher, random_prompts, sequence_batch, tiny_teacher
 from firp_cli.errors import NumericsError
 from firp_cli.predictors.anchors import choose_anchors, collate
 from firp_cli.predictors.registry import build_predictor
-from firp_cli.recipe import FirpConfig, HiddenTransferConfig, TrainingConfig
+from firp_cli.recipe import FirpConfig, HiddenTransferConfig, SpeedConfig, TrainingConfig
+from firp_cli.teacher.stack import Teacher
 from firp_cli.training.objective import objective
 from firp_cli.training.ridge import RidgeSums, ridge_start, states_at
 
@@ -23,10 +25,12 @@ def counting(count: int) -> list[list[int]]:
     return [[3 + 4 * ((7 * number + place) % 24) for place in range(16 + number % 13)] for number in range(count)]
 
 
-def conversations(texts: list[list[int]]) -> list[SimpleNamespace]:
+def conversations(
+    texts: list[list[int]], teacher: Teacher = TEACHER, layers: tuple[int, ...] = (1, 2, 3)
+) -> list[SimpleNamespace]:
     store = []
     for number, tokens in enumerate(texts):
-        batch = sequence_batch(TEACHER, [tokens], [4 + number % 5], [1, 2, 3])
+        batch = sequence_batch(teacher, [tokens], [4 + number % 5], list(layers))
         hidden = {layer: states[0] for layer, states in batch.hidden.items()}
         store.append(
             SimpleNamespace(
@@ -98,6 +102,47 @@ def test_ridge_beats_the_identity_on_held_out_conversations():
         with torch.no_grad():
             losses[init] = objective(predictor, TEACHER, held, anchors, settings)[0].item()
     assert losses["ridge"] < 0.8 * losses["identity"], losses
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_exits_are_fitted_to_the_state_before_the_final_norm(bias: bool):
+    """Of the length that the exit's own state has: the norm does not tell."""
+    teacher = looped_teacher(2, 3)
+    store = conversations(random_prompts(30, seed=2, low=16, high=30), teacher, (2, 4))
+    predictor = build_predictor(SpeedConfig(kind="speed", bias=bias), teacher).requires_grad_(False)
+    predictor.initialise("ridge", teacher)
+    counts = ridge_start(predictor, teacher, store, list(range(25)), 1e-10, batch_size=4)
+    gain = teacher.model.model.norm.weight.double().numpy()
+    places = [(item, int(n) - 1) for item in store[:25] for n in item.loss_mask.nonzero()[:, 0]]
+    unnormed = np.stack([item.final[n].double().numpy() / gain for item, n in places])
+    assert counts == [len(places)] * 2
+    for linear, layer in zip(predictor.maps, (2, 4), strict=True):
+        rows = np.stack([item.hidden[layer][n].double().numpy() for item, n in places])
+        wanted = unnormed * np.sqrt((rows**2).mean(axis=1, keepdims=True))
+        if bias:
+            rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+        direct = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+        np.testing.assert_allclose(linear.weight.double().numpy(), direct[:HIDDEN].T, rtol=1e-3, atol=1e-4)
+        if bias:
+            np.testing.assert_allclose(linear.bias.double().numpy(), direct[HIDDEN], rtol=1e-3, atol=1e-4)
+
+
+def test_ridge_exits_agree_with_the_last_loop_more_often_than_the_identity():
+    teacher, settings = looped_teacher(2, 3), TrainingConfig()
+    store = conversations(counting(80), teacher, (2, 4))
+    held = collate(store[60:])
+    averages = {}
+    for init in ("identity", "ridge"):
+        predictor = build_predictor(SpeedConfig(kind="speed"), teacher)
+        predictor.initialise(init, teacher)
+        if init == "ridge":
+            ridge_start(predictor, teacher, store, list(range(60)), 1e-2, batch_size=8)
+        anchors = choose_anchors(held, predictor.offsets)
+        with torch.no_grad():
+            averages[init] = objective(predictor, teacher, held, anchors, settings)[1].averages(predictor.pipeline)
+    for early, fitted in zip(averages["identity"]["top1"], averages["ridge"]["top1"], strict=True):
+        assert fitted > early + 0.1, averages
+    assert averages["ridge"]["expected_accepted_length"] > averages["identity"]["expected_accepted_length"] + 0.1
 
 
 def test_layers_above_the_first_are_computed_from_the_stored_one():

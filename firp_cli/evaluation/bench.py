@@ -7,7 +7,7 @@ a batch the batch shares its time: seconds are pooled over batches, and the boot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -345,6 +345,38 @@ def run_bench(
         rows=rows,
         skipped_long=skipped,
     )
+
+
+def merge_reports(reports: Sequence[BenchReport]) -> BenchReport:
+    """One report of several teachers' benches, which ran under the same settings: every row says whose it is.
+
+    A single report is returned as it is.
+    """
+    first = reports[0]
+    if len(reports) == 1:
+        return first
+    labels = teacher_labels([str(report.teacher["name"]) for report in reports])
+    methods = {label: report.settings["methods"] for label, report in zip(labels, reports, strict=True)}
+    prompts = {label: report.settings["prompts"] for label, report in zip(labels, reports, strict=True)}
+    settings = {
+        "methods": list(dict.fromkeys(name for each in methods.values() for name in each)),
+        "methods_by_teacher": methods,
+        "prompts": max(prompts.values()),
+        "prompts_by_teacher": prompts,
+    }
+    return replace(
+        first,
+        settings={**first.settings, **settings},
+        rows=[replace(row, teacher=label) for label, each in zip(labels, reports, strict=True) for row in each.rows],
+        skipped_long=sum(report.skipped_long for report in reports),
+        teachers=[report.teacher for report in reports],
+    )
+
+
+def teacher_labels(names: Sequence[str]) -> list[str]:
+    """What reports call teachers: their names, of folders the last part where no other teacher's is the same."""
+    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
+    return [label if short.count(label) == 1 else name for name, label in zip(names, short, strict=True)]
 
 
 def _add_pipeline(

@@ -18,7 +18,7 @@ from torch import nn
 from firp_cli.errors import TeacherError
 from firp_cli.recipe import LoopedSection
 
-CACHE_NAMES = ("past_key_values", "layer_past")
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")  # what library layers call their cache
 
 
 class _EffectiveSlot:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from firp_cli.errors import TeacherError
 from firp_cli.recipe import LoopedSection, TeacherConfig, teacher_source
 from firp_cli.teacher.attention import AttentionMask, causal_allowed
-from firp_cli.teacher.looped import LoopedLayers, loop_layers
+from firp_cli.teacher.looped import CACHE_NAMES, LoopedLayers, loop_layers
 
 LayerHook = Callable[[int, Tensor], None]
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -74,7 +74,10 @@ class Teacher:
         # not `layers[0]`: the passes of a looped teacher have no signature of their own
         first = next(iter(self.layers.children()))
         parameters = inspect.signature(first.forward).parameters
-        self._cache_name = "layer_past" if "layer_past" in parameters else "past_key_values"
+        named = [cache for cache in CACHE_NAMES if cache in parameters]
+        if not named:  # a wrong name would vanish among a layer's further arguments
+            raise TeacherError(f"{name}: {type(first).__name__} takes no cache that is known ({', '.join(CACHE_NAMES)})")
+        self._cache_name = named[0]
         self._fingerprint: str | None = None
         if check:
             self.check()

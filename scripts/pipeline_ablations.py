@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""What a SPEED pipeline gains and what wasted work costs: exits left out, thresholds, exits that are never right.
+
+Every variant decodes the same prompts in one interleaved run beside plain decoding, with the trained weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from firp_cli.commands.bench import load_bench_prompts
+from firp_cli.commands.loading import load_pair
+from firp_cli.decoding.pipeline import PipelineEngine
+from firp_cli.evaluation.bench import BenchSettings, Method, make_methods, run_bench
+from firp_cli.predictors.early_exit import EarlyExitPredictor
+from firp_cli.predictors.registry import build_predictor
+from firp_cli.recipe import SpeedConfig
+from firp_cli.records import BenchRow
+from firp_cli.teacher.stack import Teacher
+
+
+@dataclass
+class Variant:
+    """A pipeline to measure. `start`: trained weights, or maps at their start values."""
+
+    name: str
+    exits: list[int]
+    threshold: float | None = None
+    start: str = "trained"
+    guard: bool = False
+
+
+def variants(loops: int) -> list[Variant]:
+    """All exits, fewer, surer; untrained, never right, and never right with the guard."""
+    every = list(range(1, loops))
+    rows = [Variant("all exits", every)]
+    rows += [Variant(f"exits {exits}", exits) for exits in ([1], every[1:], every[-1:]) if exits and exits != every]
+    rows += [Variant(f"threshold {threshold}", every, threshold) for threshold in (0.5, 0.9)]
+    rows.append(Variant("identity maps", every, start="identity"))
+    rows.append(Variant("never right", every, start="never"))
+    rows.append(Variant("never right, guarded", every, start="never", guard=True))
+    return rows
+
+
+class NeverRight(EarlyExitPredictor):
+    """Exits that predict the least probable token."""
+
+    def pipeline_logits(
+        self, teacher: Teacher, exits: torch.Tensor | None, final: torch.Tensor | None, *arguments: Any
+    ) -> torch.Tensor:
+        logits = super().pipeline_logits(teacher, exits, final, *arguments)
+        logits[: 0 if exits is None else len(exits)] *= -1.0
+        return logits
+
+
+def build(variant: Variant, trained: EarlyExitPredictor, teacher: Teacher) -> EarlyExitPredictor:
+    """The variant's predictor."""
+    config = SpeedConfig(kind="speed", exits=variant.exits, threshold=variant.threshold, loops=trained.grouping)
+    if variant.start == "never":
+        predictor: EarlyExitPredictor = NeverRight(config, teacher)
+    else:
+        built = build_predictor(config, teacher)
+        assert isinstance(built, EarlyExitPredictor)
+        predictor = built
+    predictor.initialise("identity", teacher)
+    if variant.start != "identity":
+        for exit_map, loop in zip(predictor.maps, predictor.exits, strict=True):
+            exit_map.load_state_dict(trained.maps[trained.exits.index(loop)].state_dict())
+    return predictor.to(teacher.device).eval().requires_grad_(False)
+
+
+def cells(row: BenchRow) -> list[str]:
+    """A line of the table."""
+    speed = f"{row.speedup:.2f}" if row.speedup else "-"
+    same = f"{row.lossless.identical}/{row.lossless.compared}" if row.lossless.compared else "reference"
+    if row.pipeline is None:
+        return [row.method, "-", "-", "-", f"{row.step_milliseconds:.2f}", speed, same]
+    accuracy = " ".join(f"{rate:.2f}" for rate in row.pipeline.exit_accuracy) if row.pipeline.tokens else "-"
+    rate = f"{row.pipeline.tokens_per_tick:.2f}" if row.pipeline.ticks else "-"
+    plain = str(row.pipeline.plain_tokens)
+    return [row.method, rate, accuracy, plain, f"{row.step_milliseconds:.2f}", speed, same]
+
+
+def main() -> int:
+    """Measure and print a Markdown table, and the tick's breakdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--predictor", default="speed", help="trained speed predictor: folder or embedded name")
+    parser.add_argument("--dataset", default="arithmetic")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--output", type=Path, help="JSON file for the rows")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    teacher, trained, _ = load_pair(arguments.predictor, None, force=False)
+    assert isinstance(trained, EarlyExitPredictor), f"{arguments.predictor} is no speed predictor"
+    settings = BenchSettings(repeats=arguments.repeats)
+    methods = make_methods(teacher, {}, ["ar"], settings)
+    for variant in variants(trained.loops):
+        predictor = build(variant, trained, teacher)
+        engine = PipelineEngine(teacher, predictor, guard=variant.guard)
+        methods.append(Method(variant.name, engine.generate, exits=predictor))
+    prompts = load_bench_prompts(arguments.dataset, arguments.data_dir, arguments.prompts, teacher)
+    report = run_bench(
+        teacher,
+        prompts,
+        methods,
+        settings,
+        progress=lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr, flush=True),
+    )
+    headers = ["variant", "tokens per tick", "exit accuracy", "plain tokens", "ms per loop or step", "speedup", "same"]
+    print("\n| " + " | ".join(headers) + " |\n|" + "---|" * len(headers))
+    for row in report.rows:
+        print("| " + " | ".join(cells(row)) + " |")
+    cost = next(row.pipeline.cost for row in report.rows if row.pipeline)
+    assert cost is not None
+    print(
+        f"\ntick {cost.tick:.2f} ms = layers {cost.layers:.2f} + heads {cost.heads:.2f} + decision "
+        f"{cost.decision:.2f}; one loop of one token {cost.loop:.2f} ms ({cost.relative:.2f} x); layers for "
+        f"1..{trained.loops} tokens " + " ".join(f"{value:.2f}" for value in cost.rows)
+    )
+    if arguments.output:
+        from firp_cli.records import plain
+
+        arguments.output.write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
