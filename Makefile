@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 .PHONY: help install demo test lint ablations clean
 
 help:
-	@echo "make demo       install, then collect, train, eval and bench on the embedded teacher (about 8 minutes on 2 cores)"
+	@echo "make demo       install, then collect, train, eval and bench on the embedded teachers (about 9 minutes on 2 cores)"
 	@echo "make test       install, then run the tests"
 	@echo "make lint       ruff (format and check) and mypy"
 	@echo "make ablations  the ablation table of scripts/NOTES.md"
@@ -36,4 +36,4 @@ ablations: install
 	.venv/bin/python scripts/ablations.py
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache runs/demo stores/demo
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache runs/demo stores/demo stores/demo-looped

@@ -326,9 +326,11 @@ def _explain(error: ValidationError, origin: str, lines: dict[tuple[str, ...], i
         section: Any = Recipe
         if key[0] in Recipe.model_fields and len(key) > 1:
             section = KINDS.get(str(fault["loc"][1])) or Recipe.model_fields[key[0]].annotation
+        if key[:2] == ("teacher", "looped"):
+            section = LoopedSection
         return f"{where}: unknown key{nearest(key[-1], section.model_fields)}"
     if fault["type"] == "missing":
-        return f"{where}: required for this predictor kind"
+        return f"{where}: required{' for this predictor kind' if key[0] == 'predictor' else ''}"
     return f"{where}: {fault['msg']} (got {fault['input']!r})"
 
 

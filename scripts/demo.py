@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""The demo: collect, train, eval and bench on the embedded teacher, as a user would type it.
+"""The demo: collect, train, eval and bench on the embedded teachers, as a user would type it.
 
-Everything it makes lies in stores/demo and the output folder; a second run starts afresh and removes them first.
+Everything it makes lies in stores/demo, stores/demo-looped and the output folder; a second run starts afresh and
+removes them first.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-RECIPES = {"firp": "demo", "hidden_transfer": "demo-hidden_transfer", "medusa": "demo-medusa"}
+RECIPES = {"firp": "demo", "hidden_transfer": "demo-hidden_transfer", "medusa": "demo-medusa", "speed": "demo-speed"}
 STORE = Path("stores/demo")
+LOOPED_STORE = Path("stores/demo-looped")  # SPEED's teacher shares its layers: it answers and is measured by itself
 
 
 def commands(output: Path, prompts: int, repeats: int) -> list[list[str]]:
@@ -23,9 +25,14 @@ def commands(output: Path, prompts: int, repeats: int) -> list[list[str]]:
     firp = str(Path(sys.executable).with_name("firp"))
     counts = ["--limit", str(prompts), "--repeats", str(repeats)]
     predictors = [str(output / kind) for kind in RECIPES]
+    stores = {kind: LOOPED_STORE if kind == "speed" else STORE for kind in RECIPES}
     return [
         [firp, "collect", "demo", f"store={STORE}"],
-        *([firp, "train", recipe, f"store={STORE}", f"output={output / kind}"] for kind, recipe in RECIPES.items()),
+        [firp, "collect", "demo-speed", f"store={LOOPED_STORE}"],
+        *(
+            [firp, "train", recipe, f"store={stores[kind]}", f"output={output / kind}"]
+            for kind, recipe in RECIPES.items()
+        ),
         [firp, "eval", predictors[0], "--store", str(STORE), "--limit", "200", "--output", str(output / "eval")],
         [firp, "bench", *predictors, "--dataset", "arithmetic", "--output", str(output / "bench"), *counts],
     ]
@@ -38,7 +45,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=20, help="prompts that bench decodes (default 20)")
     parser.add_argument("--repeats", type=int, default=3, help="repeats of the bench (default 3)")
     arguments = parser.parse_args()
-    for folder in (STORE, arguments.output):
+    for folder in (STORE, LOOPED_STORE, arguments.output):
         if folder.exists():
             print(f"removing {folder} of an earlier demo", flush=True)
             shutil.rmtree(folder)

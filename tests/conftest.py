@@ -24,7 +24,6 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from firp_cli.errors import TeacherError
 from firp_cli.predictors.base import Draft, Predictor, SequenceBatch
 from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.predictors.registry import build_predictor
@@ -162,12 +161,7 @@ DESCRIBED: dict[str, tuple[str, LoopedSection]] = {
 }
 
 
-NORMS_CHECK = pytest.mark.xfail(
-    strict=True, raises=TeacherError, reason="Teacher.check compares hooked states without the norm that ends a loop"
-)
-described = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=NORMS_CHECK) if name == "llama-norms" else name for name in DESCRIBED]
-)
+described = pytest.mark.parametrize("name", list(DESCRIBED))
 
 
 def described_model(name: str) -> Any:
@@ -186,6 +180,15 @@ def described_model(name: str) -> Any:
 def described_teacher(name: str) -> Teacher:
     """A teacher whose loops a recipe describes."""
     return Teacher(described_model(name), name=f"described-{name}", looped=DESCRIBED[name][1])
+
+
+def pipe_teacher(name: str) -> tuple[Teacher, int | None]:
+    """A teacher and its `predictor.loops`: "2x3" is a looped one, "llama/3" three groups of one without sharing."""
+    if name in DESCRIBED:
+        return described_teacher(name), None
+    if "/" in name:
+        return tiny_teacher(name.split("/")[0]), int(name.split("/")[1])
+    return looped_teacher(*map(int, name.split("x"))), None
 
 
 @pytest.fixture

@@ -237,7 +237,7 @@ TEMPLATE = (
 )
 
 
-def save_teacher(folder: Path) -> Path:
+def save_teacher(folder: Path, model: Any = None) -> Path:
     """A tiny teacher with a word tokenizer and chat template, as a folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -247,7 +247,7 @@ def save_teacher(folder: Path) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w0", bos_token="w2")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
-    tiny_model("llama").save_pretrained(folder)
+    (model or tiny_model("llama")).save_pretrained(folder)
     return folder
 
 

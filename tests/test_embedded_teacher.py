@@ -1,4 +1,4 @@
-"""The embedded teacher and its data set: size, precision, tokenizer, accuracy, and the generator behind them."""
+"""The embedded teachers and their data set: size, precision, tokenizer, accuracy, and the generator behind them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from firp_cli.teacher.looped_llama import register
+
 ROOT = Path(__file__).resolve().parents[1]
-TEACHER = ROOT / "data" / "teachers" / "arithmetic"
+TEACHERS = ROOT / "data" / "teachers"
 DATASET = ROOT / "data" / "datasets" / "arithmetic"
 SIZE_LIMIT = 8_000_000
 
@@ -26,18 +28,36 @@ def read_questions(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TEACHER)
+@pytest.fixture(scope="module", params=["arithmetic", "arithmetic-looped"])
+def folder(request) -> Path:
+    register()
+    return TEACHERS / request.param
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    return AutoModelForCausalLM.from_pretrained(TEACHER).eval()
+def tokenizer(folder: Path):
+    return AutoTokenizer.from_pretrained(folder)
 
 
-def test_folder_is_small() -> None:
-    assert sum(file.stat().st_size for file in TEACHER.rglob("*") if file.is_file()) <= SIZE_LIMIT
+@pytest.fixture(scope="module")
+def teacher(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_folder_is_small(folder: Path) -> None:
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= SIZE_LIMIT
+
+
+def test_both_teachers_read_the_same_tokens() -> None:
+    one, other = (AutoTokenizer.from_pretrained(TEACHERS / name) for name in ("arithmetic", "arithmetic-looped"))
+    assert one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template
+
+
+def test_the_looped_teacher_shares_its_layers() -> None:
+    register()
+    model = AutoModelForCausalLM.from_pretrained(TEACHERS / "arithmetic-looped")
+    assert (model.config.unique_layers, model.config.loops, len(model.model.layers)) == (3, 4, 12)
+    assert sum(name.endswith("q_proj.weight") for name in model.state_dict()) == 3
 
 
 def test_teacher_loads_in_fp32_with_half_precision_values(teacher) -> None:

@@ -21,10 +21,10 @@ from conftest import (
     VOCABULARY,
     FakeExits,
     OwnLoops,
-    described_teacher,
     generate_reference,
     looped_teacher,
     make_predictor,
+    pipe_teacher,
     random_prompts,
     sequence_batch,
     tiny_teacher,
@@ -42,22 +42,13 @@ from firp_cli.teacher.stack import Teacher
 TOKENS = 14
 SHAPES = ["1x4", "2x3", "4x2", "3x4"]
 OWN_CODE = [name for name, (family, _) in DESCRIBED.items() if family == "own"]
-PLAIN = [name for name, (family, _) in DESCRIBED.items() if family != "own" and name != "llama-norms"]
+PLAIN = [name for name, (family, _) in DESCRIBED.items() if family != "own"]
 UNSHARED = [f"{family}/{loops}" for family in FAMILIES for loops in (1, 2, 3, 4)]
 RULES: dict[str, Callable[[int, int], bool]] = {
     "always": lambda position, loop: True,
     "never": lambda position, loop: False,
     "sometimes": lambda position, loop: (position * 7 + 2 * loop) % 3 > 0,
 }
-
-
-def pipe_teacher(name: str) -> tuple[Teacher, int | None]:
-    """A teacher and its `predictor.loops`: "2x3" is a looped one, "llama/3" three groups of one without sharing."""
-    if name in DESCRIBED:
-        return described_teacher(name), None
-    if "/" in name:
-        return tiny_teacher(name.split("/")[0]), int(name.split("/")[1])
-    return looped_teacher(*map(int, name.split("x"))), None
 
 
 @cache
@@ -345,22 +336,8 @@ def test_always_right_from_a_later_exit_on(name: str, first: int) -> None:
         assert item.pipeline.flushes == 0
 
 
-NORMED = pytest.mark.xfail(
-    strict=True, reason="without predictor the last loop's norm is applied twice (engine.normed)"
-)
-
-
 @pytest.mark.parametrize(
-    "name",
-    [
-        *SHAPES,
-        pytest.param("ouro", marks=NORMED),
-        "raven",
-        "raven-norms",
-        "qwen2-window",
-        "mistral-window/3",
-        "llama/1",
-    ],
+    "name", [*SHAPES, "ouro", "raven", "raven-norms", "qwen2-window", "mistral-window/3", "llama/1"]
 )
 def test_without_predictor_one_token_is_in_flight(name: str) -> None:
     teacher, loops = pipe_teacher(name)

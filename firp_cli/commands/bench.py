@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,11 +26,12 @@ from firp_cli.commands.terminal import (
     say,
 )
 from firp_cli.errors import UsageError
-from firp_cli.recipe import DEFAULT_TEACHER, Precision, embedded_predictors
+from firp_cli.recipe import Precision
 
 if TYPE_CHECKING:
     from firp_cli.data.prompts import Prompt
     from firp_cli.evaluation.bench import BenchPrompt, BenchSettings, LoadedPredictor
+    from firp_cli.evaluation.groups import Group
     from firp_cli.records import BenchReport
     from firp_cli.teacher.stack import Teacher
 
@@ -45,7 +48,7 @@ def bench(
     methods: Annotated[
         str | None, typer.Option(help="Of ar, hf and the predictors; with commas. Default: all.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Model folder or hub id. Default: the predictor's.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Model folder or hub id. Default: each predictor's own.")] = None,
     dtype: Annotated[Precision, typer.Option(help="The teacher's numbers. auto: as its config says.")] = "auto",
     data_dir: Annotated[str | None, typer.Option(help="Where NAME/test.jsonl lies. Default: $FIRP_DATA_DIR.")] = None,
     limit: Annotated[
@@ -72,7 +75,7 @@ def bench(
     import torch
 
     from firp_cli.distributed.launch import launch, rank, relayed_errors, start, world_size
-    from firp_cli.evaluation.bench import BenchSettings, follow_bench, make_methods, run_bench
+    from firp_cli.evaluation.bench import BenchSettings, merge_reports
 
     if threads:
         torch.set_num_threads(threads)
@@ -82,88 +85,111 @@ def bench(
         return
     settings = BenchSettings(max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard)
     settings = replace(settings, rank=rank(), ranks=world_size())
+    reports = []
     with relayed_errors():
         if settings.ranks > 1:
             start()
-        names, model, loaded = _load(predictors, wanted, teacher, dtype, tree, force, settings)
-        chosen = make_methods(model, loaded, names, settings)
-        prompts = _encode(found, model)
-        if not main_process():
-            follow_bench(prompts, chosen, settings, model.max_positions, skip_long)
-            return
-        say("warm-up: each method decodes the first batch once, uncounted")
-        with progress_bar("measuring") as progress:
-            report = run_bench(model, prompts, chosen, settings, skip_long=skip_long, progress=progress)
+        for group in _plan(predictors, wanted, teacher, settings):
+            load = partial(_load, group, teacher, dtype, tree, force, settings)
+            report = _measure(load, group, found, settings, skip_long)
+            if report is None:
+                return
+            reports.append(report)
+    whole = merge_reports(reports)
     folder = output or default_output(dataset)
-    write_report(report, folder)
+    write_report(whole, folder)
     if as_json:
         from firp_cli.records import plain
 
-        print_json(plain(report))
+        print_json(plain(whole))
     else:
-        _print(report, folder)
+        _print(whole, folder)
+
+
+def _plan(
+    predictors: list[str] | None, wanted: list[str] | None, teacher: str | None, settings: BenchSettings
+) -> list[Group]:
+    """What to measure, by teacher. Raises UsageError, PredictorError."""
+    from firp_cli.evaluation.groups import choose_groups, embedded_folders, group_by_teacher
+    from firp_cli.predictors.registry import predictor_folder
+
+    if predictors:
+        folders = [predictor_folder(name) for name in predictors]
+    else:
+        folders = embedded_folders(teacher, wanted)
+        say(f"no predictor named: {'the embedded ones are measured' if folders else 'only the baselines are measured'}")
+    groups = choose_groups(wanted, group_by_teacher(folders, teacher))
+    if settings.ranks > 1:
+        if len(groups) > 1:
+            raise UsageError(
+                f"--gpus takes predictors of one teacher, these have {len(groups)} "
+                f"({', '.join(str(group.teacher) for group in groups)}): name some of them, or --methods"
+            )
+        for name in groups[0].methods:
+            if groups[0].kinds.get(name, "speed") != "speed":
+                raise UsageError(
+                    f"--gpus spreads a pipeline over devices; {name} decodes on one: leave it out of --methods"
+                )
+        if "speed" not in groups[0].kinds.values():
+            raise UsageError("--gpus spreads a pipeline over devices: name a speed predictor")
+    return groups
 
 
 def _load(
-    predictors: list[str] | None,
-    wanted: list[str] | None,
-    model: str | None,
-    dtype: str,
-    tree: str | None,
-    force: bool,
-    settings: BenchSettings,
-) -> tuple[list[str], Teacher, dict[str, LoadedPredictor]]:
-    """Method names to measure, the teacher, and the predictors that they need. Raises UsageError before loading one."""
+    group: Group, model: str | None, dtype: str, tree: str | None, force: bool, settings: BenchSettings
+) -> tuple[Teacher, dict[str, LoadedPredictor]]:
+    """The teacher of a group, and the predictors that its methods need."""
     from firp_cli.commands.loading import load_teacher, share_teacher
     from firp_cli.decoding.tree import default_tree, parse_tree
-    from firp_cli.evaluation.bench import LoadedPredictor, choose_methods, predictor_names
-    from firp_cli.predictors.registry import load_predictor, predictor_folder, read_config
+    from firp_cli.evaluation.bench import LoadedPredictor
+    from firp_cli.predictors.registry import load_predictor
 
-    if predictors:
-        folders = list(dict.fromkeys(predictor_folder(name) for name in predictors))
-    else:
-        folders = _embedded_for(model, wanted)
-        say(f"no predictor named: {'the embedded ones are measured' if folders else 'only the baselines are measured'}")
-    configs = [read_config(folder) for folder in folders]
-    kinds = [str(config["predictor"].get("kind")) for config in configs]
-    by_name = dict(zip(predictor_names(list(zip(kinds, folders, strict=True))), folders, strict=True))
-    names = choose_methods(wanted, list(by_name))
-    for name, kind in zip(by_name, kinds, strict=True):
-        if settings.ranks > 1 and name in names and kind != "speed":
-            raise UsageError(
-                f"--gpus spreads a pipeline over devices; {name} decodes on one: leave it out of --methods"
-            )
-    pipelines = [folder for kind, folder in zip(kinds, folders, strict=True) if kind == "speed"]
     device = None if settings.rank == 0 else "cpu"  # other ranks keep a part only, which goes to their device
-    loaded_teacher = load_teacher(model, folders[0] if folders else None, dtype, device)
+    teacher = load_teacher(model, next(iter(group.folders.values()), None), dtype, device)
     if settings.rank > 0:
-        share_teacher(loaded_teacher, pipelines[0], settings.rank, settings.ranks)
+        pipeline = next(folder for name, folder in group.folders.items() if group.kinds[name] == "speed")
+        share_teacher(teacher, pipeline, settings.rank, settings.ranks)
     loaded = {}
-    for name in names:
-        if name in by_name:
-            folder = by_name[name]
-            predictor = load_predictor(folder, loaded_teacher, force)
+    for name in group.methods:
+        if name in group.folders:
+            folder = group.folders[name]
+            predictor = load_predictor(folder, teacher, force)
             spec = None
             if not predictor.pipeline:
                 spec = parse_tree(tree, predictor.steps) if tree else default_tree(folder, predictor)
             loaded[name] = LoadedPredictor(predictor, spec, folder)
-    return names, loaded_teacher, loaded
+    return teacher, loaded
 
 
-def _embedded_for(model: str | None, wanted: list[str] | None) -> list[Path]:
-    """The embedded predictors to measure where none is named: all of the teacher's; the default teacher's, or the one's
-    whose predictors the methods name, where no teacher is named either.
-    """
-    from firp_cli.predictors.registry import read_config
+def _measure(
+    load: Callable[[], tuple[Teacher, dict[str, LoadedPredictor]]],
+    group: Group,
+    found: list[tuple[str, Prompt]],
+    settings: BenchSettings,
+    skip_long: bool,
+) -> BenchReport | None:
+    """A group's methods measured with its teacher, which is loaded and freed here; None on ranks but the first."""
+    import gc
 
-    by_teacher: dict[str, dict[str, Path]] = {}
-    for kind, folder in embedded_predictors().items():
-        by_teacher.setdefault(str(read_config(folder)["teacher"]["name"]), {})[kind] = folder
-    if model is None and wanted:
-        asked = [name for name in wanted if name not in ("ar", "hf")]
-        fitting = [name for name, kinds in by_teacher.items() if asked and set(asked) <= set(kinds)]
-        model = fitting[0] if fitting else None
-    return list(by_teacher.get(model or DEFAULT_TEACHER, {}).values())
+    import torch
+
+    from firp_cli.evaluation.bench import follow_bench, make_methods, run_bench
+
+    teacher, loaded = load()
+    methods = make_methods(teacher, loaded, group.methods, settings)
+    prompts = _encode(found, teacher)
+    if not main_process():
+        follow_bench(prompts, methods, settings, teacher.max_positions, skip_long)
+        return None
+    said = f" with {group.label}" if group.label else ""
+    say(f"warm-up{said}: each method decodes the first batch once, uncounted")
+    with progress_bar(f"measuring{said}") as progress:
+        report = run_bench(teacher, prompts, methods, settings, skip_long=skip_long, progress=progress)
+    del teacher, loaded, methods
+    if group.label:  # another teacher may come, and find no room beside this one
+        gc.collect()
+        torch.cuda.empty_cache()
+    return report
 
 
 def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, teacher: Teacher) -> list[BenchPrompt]:
@@ -229,11 +255,12 @@ def _print(report: BenchReport, folder: Path) -> None:
 
     from firp_cli.reports.pipeline import pipeline_note
     from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
+    from firp_cli.reports.teachers import NOTE
 
     console = Console(highlight=False)
     console.print(settings_line(report), markup=False)
     console.print(bench_tables(report))
-    for note in (pipeline_note(report), lossless_note(report)):
+    for note in (NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):
         if note:
             console.print(note, markup=False)
     console.print(f"report: {folder / 'bench.html'}", markup=False, soft_wrap=True)

@@ -69,7 +69,9 @@ class PipelineEngine:
         exits = list(enumerate(predictor.exits)) if predictor else []
         self.places = [place for place, loop in exits if loop - 1 in mine]  # exits of this process
         rows = [loop - 1 - mine.start for _, loop in exits if loop - 1 in mine]
-        self.exit_stages = torch.tensor(rows, dtype=torch.long, device=device)
+        adjoining = rows == list(range(len(rows)))
+        # stages of this process behind which an exit predicts; a slice is a view, an index a copy
+        self.exit_stages = slice(len(rows)) if adjoining else torch.tensor(rows, device=device)
         self.predicting = torch.tensor([*rows, len(mine) - 1] if self.ranks.last else rows, device=device).long()
         self.stage_numbers = torch.arange(self.loops, device=device)[:, None]
         # a norm that ends every loop (Ouro), run for several stages at once, has normed the last stage's state too
@@ -122,8 +124,11 @@ class PipelineRun:
         exits = engine.predictor.exits if engine.predictor else ()
         self.log = TickLog(engine.loops, exits, len(sequences))
         self.filled = False
+        self.slots = torch.arange(cache.slots, device=engine.teacher.device)
+        self.angles = engine.teacher.rotary_table(cache.slots)
         empty = torch.empty(0, dtype=torch.long, device=engine.teacher.device)
         self.tokens, self.position, self.expected, self.hidden = empty, empty, empty, empty
+        self.nothing = empty  # (1, B) of EMPTY
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """K/V of all prompts at every loop, in chunks; returns the tokens behind them (B,)."""
@@ -157,7 +162,7 @@ class PipelineRun:
 
     def _mask(self, positions: Tensor, view: int) -> AttentionMask:
         """Rows (B, M) see all slots up to their own position."""
-        slots = torch.arange(view, device=positions.device)
+        slots = self.slots[:view]
         allowed = slots <= positions[:, :, None]
         return AttentionMask(allowed, self.teacher.dtype, positions, slots.expand(positions.shape[0], view))
 
@@ -172,7 +177,7 @@ class PipelineRun:
             self.tokens = self.tokens.index_select(0, index)
             if self.filled:
                 self.position, self.expected = self.position[:, index], self.expected[:, index]
-                self.hidden = self.hidden[:, index]
+                self.hidden, self.nothing = self.hidden[:, index], self.nothing[:, index]
                 self.log.select(kept)
         self.live = [self.live[place] for place in kept]
         return bool(kept)
@@ -198,6 +203,7 @@ class PipelineRun:
         self.position = torch.full((self.engine.loops, batch), EMPTY, device=device)
         self.position[0] = torch.tensor([item.committed for item in self.live], device=device)
         self.expected = torch.full_like(self.position, EMPTY)
+        self.nothing = self.expected[:1]
         state = self.teacher.embed(self.tokens)
         self.hidden = state.new_zeros(len(self.ranks.stages), *state.shape)
         if self.ranks.first:
@@ -212,13 +218,13 @@ class PipelineRun:
         predicted, sure = self.predict(out)
         arrived = self.ranks.pass_on(out[-1], out.shape[1:])
         predicted = self.ranks.share(predicted)
-        self.log.add(self.position, self.expected, predicted)
-        left = torch.stack([self.position[-1], self.expected[-1], predicted[-1]])
+        tick = torch.stack([self.position, self.expected, predicted])
+        self.log.add(tick)
         started = self._decide(predicted, None if sure is None else self.ranks.share(sure))
         first = self.teacher.embed(started) if arrived is None else arrived
         self.hidden = torch.cat([first[None], out[:-1]])
         emitted = 0
-        for item, position, expected, token in zip(self.live, *left.tolist(), strict=True):
+        for item, position, expected, token in zip(self.live, *tick[:, -1].tolist(), strict=True):
             item.accepted_lengths.append(int(position >= 0))
             item.emitted.append(int(position >= 0))
             if position >= 0:
@@ -237,7 +243,10 @@ class PipelineRun:
         mask = self._mask(rows, view)
         rows = rows.clamp(min=0)
         hidden = self.hidden
-        rotary = teacher.rotary(hidden, rows)
+        if self.angles is None:
+            rotary = teacher.rotary(hidden, rows)
+        else:
+            rotary = [part.index_select(0, rows[:, 0])[:, None] for part in self.angles]
         for group in self.engine.groups:
             place, count = group.stages.start - first, len(group.stages)
             part = slice(place * batch, (place + count) * batch)
@@ -262,9 +271,9 @@ class PipelineRun:
         final = out[-1] if self.ranks.last else None
         if predictor is None:
             assert final is not None
-            logits = self.teacher.head(self.teacher.norm(final))[None]
+            logits = self.teacher.head(final if engine.normed else self.teacher.norm(final))[None]
         else:
-            exits = out.index_select(0, engine.exit_stages) if len(engine.exit_stages) else None
+            exits = out[engine.exit_stages] if engine.places else None
             logits = predictor.pipeline_logits(self.teacher, exits, final, engine.places, engine.normed)
         chosen = logits.argmax(-1)
         if final is not None and not engine.sampler.greedy:
@@ -292,14 +301,13 @@ class PipelineRun:
         starts = oldest >= 0
         if sure is not None:
             starts = starts & (sure.gather(0, place)[0] > 0)
-        token = predicted.gather(0, place)[0]
-        token = torch.where(starts, token, EMPTY)
-        young = torch.where(starts, self.position.gather(0, place)[0] + 1, EMPTY)
+        both = torch.stack([self.position + 1, predicted]).gather(1, place.expand(2, -1, -1))
+        young = torch.where(starts, both, EMPTY)  # (2, 1, B): where the new token stands, and which it is
         kept = torch.where(stages >= oldest, self.position, EMPTY)
-        expected = torch.where(stages == oldest, token, self.expected)
-        self.position = torch.cat([young[None], kept[:-1]])
-        self.expected = torch.cat([torch.full_like(token, EMPTY)[None], expected[:-1]])
-        return token.clamp(min=0)
+        expected = torch.where(stages == oldest, young[1], self.expected)
+        self.position = torch.cat([young[0], kept[:-1]])
+        self.expected = torch.cat([self.nothing, expected[:-1]])
+        return young[1, 0].clamp(min=0)
 
     def step(self, writer: Writer) -> None:
         """One token per sequence without the pipeline: one row through one layer after the other."""

@@ -33,9 +33,9 @@ class TickLog:
         numbers = self._runs[-1][0]
         self._runs.append(([numbers[place] for place in kept], []))
 
-    def add(self, position: Tensor, expected: Tensor, predicted: Tensor) -> None:
-        """Note a tick: (r, B) each."""
-        self._runs[-1][1].append(torch.stack([position, expected, predicted]))
+    def add(self, tick: Tensor) -> None:
+        """Note a tick: (3, r, B) of positions, expected and predicted tokens."""
+        self._runs[-1][1].append(tick)
 
     def trace(self, sequence: int) -> PipelineTrace:
         """One sequence's record."""

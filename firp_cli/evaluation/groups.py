@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from firp_cli.evaluation.bench import BASELINES, choose_methods, predictor_names
+from firp_cli.evaluation.bench import BASELINES, choose_methods, predictor_names, teacher_labels
 from firp_cli.predictors.registry import read_config
+from firp_cli.recipe import DEFAULT_TEACHER, embedded_predictors
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class Group:
     Attributes:
         teacher: as the user or the predictors' config.json names it; None: the default one.
         folders, kinds: of its predictors, by method name. methods: names to measure.
+        label: what reports call the teacher where several are measured.
     """
 
     teacher: str | None
     folders: dict[str, Path] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     methods: list[str] = field(default_factory=list)
+    label: str | None = None
 
 
 def group_by_teacher(folders: Sequence[Path], teacher: str | None = None) -> list[Group]:
@@ -68,6 +71,19 @@ def choose_groups(wanted: Sequence[str] | None, groups: Sequence[Group]) -> list
         replace(group, methods=[name for name in names if name in BASELINES or name in group.folders])
         for group in groups
     ]
-    if wanted is None or not any(name in known for name in names):
+    if wanted is not None and any(name in known for name in names):
+        chosen = [group for group in chosen if any(name in group.folders for name in group.methods)]
+    if len(chosen) == 1:
         return chosen
-    return [group for group in chosen if any(name in group.folders for name in group.methods)]
+    labels = teacher_labels([str(group.teacher) for group in chosen])
+    return [replace(group, label=label) for group, label in zip(chosen, labels, strict=True)]
+
+
+def embedded_folders(teacher: str | None, wanted: Sequence[str] | None) -> list[Path]:
+    """The embedded predictors of `teacher`; without one of all embedded teachers, or of the default one where `wanted`
+    names baselines alone.
+    """
+    folders = list(embedded_predictors().values())
+    if teacher is None and wanted and all(name in BASELINES for name in wanted):
+        teacher = DEFAULT_TEACHER
+    return [folder for folder in folders if teacher in (None, read_config(folder)["teacher"].get("name"))]

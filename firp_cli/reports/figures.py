@@ -6,11 +6,13 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from firp_cli.records import BenchReport, BenchRow, EvalReport, PipelineReport
 from firp_cli.reports.pipeline import pipeline_rows
 from firp_cli.reports.tables import group_name, main_rows
+from firp_cli.reports.teachers import row_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +34,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
 }
 DOTS_PER_INCH = 160
+LEGEND_MARK, LEGEND_LETTER = 0.56, 0.061  # inches
 LABELLED_BARS = 16  # more have no room for their figures
 
 
@@ -46,6 +49,14 @@ def _canvas(width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
+
+
+def _legend(figure: Figure, most: int) -> None:
+    """The lines' legend above the figure, in as many columns as have room, but no more than `most`."""
+    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+    widths = sorted((LEGEND_MARK + LEGEND_LETTER * len(label) for label in labels), reverse=True)
+    columns = next((count for count in range(most, 1, -1) if sum(widths[:count]) <= figure.get_figwidth()), 1)
+    figure.legend(loc="outside upper left", ncols=min(columns, len(labels)))
 
 
 def _png(figure: Figure) -> bytes:
@@ -67,7 +78,7 @@ def bench_figures(report: BenchReport) -> dict[str, bytes]:
         figures["acceptance"] = _acceptance(drafted)
     if len({group_name(row) for row in report.rows}) > 1 and any(row.speedup for row in report.rows):
         figures["speedup_by_group"] = _speedup_by_group(report.rows)
-    flowing = {row.method: pipeline for row, pipeline in pipeline_rows(main) if pipeline.occupancy}
+    flowing = {row_label(row): pipeline for row, pipeline in pipeline_rows(main) if pipeline.occupancy}
     if flowing:
         figures["occupancy"] = _occupancy(flowing)
     return figures
@@ -106,12 +117,16 @@ def _speedup(rows: Sequence[BenchRow]) -> bytes:
                         text, (value + error, place + offset), (4, 0), textcoords="offset points", va="center"
                     )
         axes.axvline(1.0, color="#555555", linewidth=1.0, linestyle="--")
-        axes.set_yticks(places, [row.method for row in rows])
+        axes.set_yticks(places, [row_label(row) for row in rows])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.12)
         axes.set_xlim(left=0)
-        axes.set_xlabel("decoding speed relative to the baseline (ratio; 1 = as fast)")
+        for place, (above, below) in enumerate(pairwise(rows)):
+            if above.teacher != below.teacher:
+                axes.axhline(place + 0.5, color="#bbbbbb", linewidth=0.8)
+        whose = "its own teacher's" if any(row.teacher for row in rows) else "the"
+        axes.set_xlabel(f"decoding speed relative to {whose} baseline (ratio; 1 = as fast)")
         figure.legend(loc="outside upper left", ncols=2)
         return _png(figure)
 
@@ -125,7 +140,7 @@ def _acceptance(rows: Sequence[BenchRow]) -> bytes:
         for place, row in enumerate(rows):
             colour = COLOURS[place % len(COLOURS)]
             steps = range(1, len(row.acceptance_by_step) + 1)
-            label = f"{row.method} ({row.accepted_length:.2f} tokens per step)"
+            label = f"{row_label(row)} ({row.accepted_length:.2f} tokens per step)"
             marker = MARKERS[place % len(MARKERS)]
             left.plot(steps, row.acceptance_by_step, color=colour, marker=marker, markersize=5, label=label)
             total = sum(row.accepted_histogram) or 1
@@ -142,19 +157,19 @@ def _acceptance(rows: Sequence[BenchRow]) -> bytes:
         right.grid(visible=False, axis="x")
         right.set_xlabel("tokens emitted by a step (bonus included)")
         right.set_ylabel("share of steps")
-        figure.legend(loc="outside upper left", ncols=min(3, len(rows)))
+        _legend(figure, 3)
         return _png(figure)
 
 
 def _speedup_by_group(rows: Sequence[BenchRow]) -> bytes:
     """Speedup over `ar` in each data set and category, with intervals."""
     groups = list(dict.fromkeys(group_name(row) for row in rows))
-    methods = list(dict.fromkeys(row.method for row in rows if row.speedup and row.method not in ("ar", "hf")))
-    methods = methods or list(dict.fromkeys(row.method for row in rows if row.speedup))
+    drafting = [row for row in rows if row.speedup and row.method not in ("ar", "hf")]
+    methods = list(dict.fromkeys(row_label(row) for row in drafting or rows if row.speedup))
     with _canvas(6.8, 1.1 + 0.38 * len(groups)) as figure:
         axes = figure.subplots()
         for number, method in enumerate(methods):
-            own = [row for row in rows if row.method == method and row.speedup]
+            own = [row for row in rows if row_label(row) == method and row.speedup]
             offset = (number - (len(methods) - 1) / 2) * 0.6 / len(methods)
             axes.errorbar(
                 [row.speedup or 0.0 for row in own],
@@ -170,8 +185,9 @@ def _speedup_by_group(rows: Sequence[BenchRow]) -> bytes:
         axes.set_yticks(range(len(groups)), groups)
         axes.set_ylim(-0.6, len(groups) - 0.4)
         axes.invert_yaxis()
-        axes.set_xlabel("decoding speed relative to ar (ratio, 95% interval; 1 = as fast)")
-        figure.legend(loc="outside upper left", ncols=4)
+        whose = "its own teacher's ar" if any(row.teacher for row in rows) else "ar"
+        axes.set_xlabel(f"decoding speed relative to {whose} (ratio, 95% interval; 1 = as fast)")
+        _legend(figure, 4)
         return _png(figure)
 
 
@@ -208,7 +224,7 @@ def _occupancy(pipelines: Mapping[str, PipelineReport]) -> bytes:
         right.grid(visible=False, axis="x")
         right.set_xlabel("exit loop: share that the last loop confirmed")
         right.set_ylabel("share of tokens")
-        figure.legend(loc="outside upper left", ncols=min(3, len(pipelines)))
+        _legend(figure, 3)
         return _png(figure)
 
 

@@ -9,6 +9,7 @@ from html import escape
 
 from firp_cli.records import BenchReport
 from firp_cli.reports import pipeline, tables
+from firp_cli.reports.teachers import by_teacher, row_label, teacher_column
 
 CAPTIONS = {
     "speedup": "Decoding speed relative to both baselines; prefill left out.",
@@ -52,18 +53,18 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 def bench_html(report: BenchReport, figures: dict[str, bytes]) -> str:
     """The page. `figures` are PNGs by name, as `figures.bench_figures` makes them."""
     headers, cells = tables.bench_cells(report)
-    left = len(headers) - len(tables.BENCH_HEADERS) + 1
+    detail_headers, details = tables.detail_cells(report)
     body = [
         "<h1>firp bench</h1>",
         f'<p class="lead">{escape(tables.settings_line(report))}.</p>',
-        _headline(report),
-        _table(headers, cells, left),
+        *map(_headline, by_teacher(report)),
+        _table(headers, cells, headers.index("method") + 1),
         *(_figure(name, image) for name, image in figures.items() if name != pipeline.FIGURE),
         _pipeline(report, figures.get(pipeline.FIGURE)),
         "<h2>Same output?</h2>",
         _lossless(report),
         "<h2>Details</h2>",
-        _table(*tables.detail_cells(report), 3),
+        _table(detail_headers, details, detail_headers.index("tree") + 1),
         "<h2>How to read this</h2>",
         "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in tables.reading_notes(report)) + "</ul>",
         "<h2>Environment</h2>",
@@ -81,7 +82,7 @@ def bench_html(report: BenchReport, figures: dict[str, bytes]) -> str:
 
 
 def _headline(report: BenchReport) -> str:
-    """The best method in one sentence."""
+    """The best method of one teacher in one sentence."""
     whole = [row for row in report.rows if row.category == "all" and row.method not in ("ar", "hf") and row.speedup]
     whole = [row for row in whole if row.dataset == "all"] or whole
     if not whole:
@@ -89,9 +90,10 @@ def _headline(report: BenchReport) -> str:
     best = max(whole, key=lambda row: row.speedup or 0.0)
     length = f"{best.accepted_length:.2f} tokens per {f'{best.pipeline.loops} ticks' if best.pipeline else 'step'}"
     over_hf = f" and {best.speedup_hf:.2f} times transformers generate" if best.speedup_hf else ""
+    owner = f"Teacher {escape(best.teacher)}: " if best.teacher else ""
     return (
-        f'<p class="headline"><strong>{escape(best.method)}</strong> decodes {best.speedup:.2f} times as fast as plain '
-        f"decoding in the same engine{over_hf}, at {length} ({escape(best.dataset)}).</p>"
+        f'<p class="headline">{owner}<strong>{escape(best.method)}</strong> decodes {best.speedup:.2f} times as fast '
+        f"as plain decoding in the same engine{over_hf}, at {length} ({escape(best.dataset)}).</p>"
     )
 
 
@@ -145,7 +147,7 @@ def _lossless(report: BenchReport) -> str:
         )
     whole = [row for row in report.rows if row.category == "all" and row.dataset != "all" and row.lossless.compared]
     counts = ", ".join(
-        f"{row.method} {row.lossless.identical} of {row.lossless.compared} ({row.dataset})" for row in whole
+        f"{row_label(row)} {row.lossless.identical} of {row.lossless.compared} ({row.dataset})" for row in whole
     )
     text = f"<p>Outputs identical to {escape(reference)}'s, token for token: {escape(counts)}.</p>"
     note = tables.lossless_note(report)
@@ -165,15 +167,18 @@ def _lossless(report: BenchReport) -> str:
         for row, mark in marks[:DIVERGENCES_SHOWN]
     ]
     headers = ["method", "data set", "prompt", "new token", "expected", "got", "logit gap"]
+    headers, cells = teacher_column([row for row, _ in marks[:DIVERGENCES_SHOWN]], headers, cells)
     more = f"<p>{len(marks) - len(cells)} more stand in bench.json.</p>" if len(marks) > len(cells) else ""
-    return f'{text}<p class="note">{escape(note)}.</p>{_table(headers, cells, 2)}{more}'
+    return f'{text}<p class="note">{escape(note)}.</p>{_table(headers, cells, headers.index("prompt"))}{more}'
 
 
 def _teacher_items(report: BenchReport) -> list[tuple[str, str]]:
-    teacher = report.teacher
-    shape = f"{teacher.get('layers')} layers, hidden size {teacher.get('hidden_size')}"
-    size = f"{teacher.get('parameters', 0):,} parameters"
-    return [("teacher", f"{teacher.get('name')}: {shape}, {size}, weights {teacher.get('fingerprint')}")]
+    items = []
+    for teacher in (part.teacher for part in by_teacher(report)):
+        shape = f"{teacher.get('layers')} layers, hidden size {teacher.get('hidden_size')}"
+        size = f"{teacher.get('parameters', 0):,} parameters"
+        items.append(("teacher", f"{teacher.get('name')}: {shape}, {size}, weights {teacher.get('fingerprint')}"))
+    return items
 
 
 def _pairs(items: Sequence[tuple[str, str]]) -> str:

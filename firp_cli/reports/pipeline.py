@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from firp_cli.records import BenchReport, BenchRow, EvalReport, PipelineReport, TickCost
 from firp_cli.reports.tables import Cells, group_name, main_rows, markdown_table, number, rich_table
+from firp_cli.reports.teachers import row_label, teacher_column
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,13 +63,17 @@ def pipeline_rows(rows: Sequence[BenchRow]) -> list[tuple[BenchRow, PipelineRepo
 
 
 def pipeline_cells(report: BenchReport) -> tuple[list[str], Cells]:
-    """Headers and cells, one line per row with a pipeline; a leading column names the group where there are several."""
+    """Headers and cells, one line per row with a pipeline; leading columns name the teacher and the group where there
+    are several.
+    """
     several = len({group_name(row) for row in report.rows}) > 1
+    found = pipeline_rows(report.rows)
     cells = []
-    for row, pipeline in pipeline_rows(report.rows):
+    for row, pipeline in found:
         group = [group_name(row)] if several else []
         cells.append([*group, row.method, *_figures(pipeline, row.speedup)])
-    return [*(["prompts"] if several else []), "method", *HEADERS], cells
+    headers = [*(["prompts"] if several else []), "method", *HEADERS]
+    return teacher_column([row for row, _ in found], headers, cells)
 
 
 def _figures(pipeline: PipelineReport, speedup: float | None) -> list[str]:
@@ -107,7 +112,7 @@ def tick_cells(report: BenchReport) -> tuple[list[str], Cells]:
 
 def _costs(report: BenchReport) -> dict[str, TickCost]:
     """Measured ticks by method; the groups of a method share theirs."""
-    return {row.method: pipeline.cost for row, pipeline in pipeline_rows(report.rows) if pipeline.cost}
+    return {row_label(row): pipeline.cost for row, pipeline in pipeline_rows(report.rows) if pipeline.cost}
 
 
 def tick_line(cost: TickCost) -> str:
@@ -122,7 +127,7 @@ def tick_line(cost: TickCost) -> str:
 def pipeline_note(report: BenchReport) -> str | None:
     """One line where a pipeline cannot gain: no layers shared and one process. None otherwise."""
     found = pipeline_rows(report.rows)
-    methods = dict.fromkeys(row.method for row, pipeline in found if not pipeline.shared and pipeline.ranks == 1)
+    methods = dict.fromkeys(row_label(row) for row, pipeline in found if not pipeline.shared and pipeline.ranks == 1)
     return f"{', '.join(methods)}: {NO_GAIN}" if methods else None
 
 
@@ -135,7 +140,7 @@ def pipeline_tables(report: BenchReport) -> list[RenderableType]:
     found = pipeline_rows(main_rows(report))
     if not found:
         return []
-    columns = [[row.method, *_figures(pipeline, row.speedup)] for row, pipeline in found]
+    columns = [[row_label(row), *_figures(pipeline, row.speedup)] for row, pipeline in found]
     headers, *cells = map(list, zip(["pipeline", *HEADERS], *columns, strict=True))
     costs = _costs(report)
     lines = [

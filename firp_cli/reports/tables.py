@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from firp_cli.records import BenchReport, BenchRow, EvalReport, Interval, PipelineReport, TickCost
+from firp_cli.reports.teachers import NOTE, by_teacher, row_label, teacher_column
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -42,9 +43,12 @@ def group_name(row: BenchRow) -> str:
 
 
 def main_rows(report: BenchReport) -> list[BenchRow]:
-    """One row per method: over all data sets where there are several."""
-    whole = [row for row in report.rows if row.category == "all"]
-    return [row for row in whole if row.dataset == "all"] or whole
+    """One row per method of each teacher: over all data sets where there are several."""
+    rows = []
+    for part in by_teacher(report):
+        whole = [row for row in part.rows if row.category == "all"]
+        rows += [row for row in whole if row.dataset == "all"] or whole
+    return rows
 
 
 def lossless_cell(row: BenchRow, reference: str | None) -> str:
@@ -55,12 +59,15 @@ def lossless_cell(row: BenchRow, reference: str | None) -> str:
 
 
 def bench_cells(report: BenchReport) -> tuple[list[str], Cells]:
-    """Headers and cells of the main table; a leading column names the data set or category where there are several."""
-    several = len({group_name(row) for row in report.rows}) > 1
+    """Headers and cells of the main table; leading columns name the teacher, and the data set or category, where there
+    are several.
+    """
+    headers = list(BENCH_HEADERS)
     cells = [_main_cells(row, report.settings.get("reference")) for row in report.rows]
-    if not several:
-        return list(BENCH_HEADERS), cells
-    return ["prompts", *BENCH_HEADERS], [[group_name(row), *line] for row, line in zip(report.rows, cells, strict=True)]
+    if len({group_name(row) for row in report.rows}) > 1:
+        headers = ["prompts", *headers]
+        cells = [[group_name(row), *line] for row, line in zip(report.rows, cells, strict=True)]
+    return teacher_column(report.rows, headers, cells)
 
 
 def _main_cells(row: BenchRow, reference: str | None) -> list[str]:
@@ -94,37 +101,51 @@ def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
         ]
         for row in report.rows
     ]
-    return headers, cells
+    return teacher_column(report.rows, headers, cells)
 
 
 def bench_tables(report: BenchReport) -> Group:
-    """The main table for the terminal, one for each data set, narrow enough for 80 columns: headers on two lines,
-    accepted lengths without their interval. Categories and pipelines follow in tables of their own.
+    """The main table for the terminal, one for each teacher and data set, narrow enough for 80 columns: headers on two
+    lines, accepted lengths without their interval. Categories and pipelines follow in tables of their own.
     """
-    from rich.console import Group, RenderableType
+    from rich.console import Group
 
     from firp_cli.reports.pipeline import pipeline_tables
 
+    drawn = [table for part in by_teacher(report) for table in _teacher_tables(part)]
+    return Group(*drawn, *pipeline_tables(report))
+
+
+def _teacher_tables(report: BenchReport) -> list[Table]:
+    """One teacher's main tables and its categories; titles name it where the rows do."""
     reference = report.settings.get("reference")
+    owner = f"teacher {report.rows[0].teacher}" if report.rows and report.rows[0].teacher else ""
     datasets = list(dict.fromkeys(row.dataset for row in report.rows))
-    drawn: list[RenderableType] = []
+    drawn = []
     for dataset in datasets:
         rows = [row for row in report.rows if (row.dataset, row.category) == (dataset, "all")]
         cells = [_main_cells(replace(row, accepted_length_interval=None), reference) for row in rows]
         table = rich_table([header.replace(" ", "\n", 1) for header in BENCH_HEADERS], cells, left=1)
-        if len(datasets) > 1:
-            table.title, table.title_justify = _literal(dataset), "left"
-        drawn.append(table)
+        of_several = dataset if len(datasets) > 1 else ""
+        drawn.append(_titled(table, owner, f"data set {dataset}" if owner and of_several else of_several))
     headers, cells = category_cells(report)
     if cells:
-        table = rich_table(headers, cells, left=1)
-        table.title, table.title_justify = "speedup over ar (accepted length)", "left"
-        drawn.append(table)
-    return Group(*drawn, *pipeline_tables(report))
+        drawn.append(_titled(rich_table(headers, cells, left=1), owner, "speedup over ar (accepted length)"))
+    return drawn
+
+
+def _titled(table: Table, *parts: str) -> Table:
+    """The table under those of `parts` that are not empty."""
+    title = ", ".join(part for part in parts if part)
+    if title:
+        table.title, table.title_justify = _literal(title), "left"
+    return table
 
 
 def category_cells(report: BenchReport) -> tuple[list[str], Cells]:
-    """Headers and cells by category: prompts, then `speedup (accepted length)` of each drafting method."""
+    """Headers and cells of one teacher's categories: prompts, then `speedup (accepted length)` of each drafting
+    method.
+    """
     rows = [row for row in report.rows if row.category != "all"]
     methods = [name for name in dict.fromkeys(row.method for row in rows) if name not in ("ar", "hf")]
     found = {(group_name(row), row.method): row for row in rows}
@@ -180,15 +201,21 @@ def markdown_table(headers: Sequence[str], cells: Cells) -> str:
 
 def settings_line(report: BenchReport) -> str:
     """What was measured, in one sentence."""
-    settings, teacher = report.settings, report.teacher
+    settings, parts = report.settings, by_teacher(report)
     temperature = settings.get("temperature", 0.0)
     how = "greedy" if not temperature else f"temperature {temperature:g}, top-p {settings.get('top_p', 1.0):g}"
     skipped = f" ({report.skipped_long} longer than the context left out)" if report.skipped_long else ""
     repeats = settings.get("repeats")
     taken = "measured once" if repeats == 1 else f"medians over {repeats} repeats"
+    names = [
+        f"{part.teacher.get('name')} ({part.teacher.get('dtype')}, {part.teacher.get('device')})" for part in parts
+    ]
+    counts = [str(count) for count in (settings.get("prompts_by_teacher") or {"": settings.get("prompts")}).values()]
+    same = len(set(counts)) == 1
+    prompts = f"{counts[0] if same else ' and '.join(counts)} prompts{' each' if same and len(parts) > 1 else ''}"
     return (
-        f"teacher {teacher.get('name')} ({teacher.get('dtype')}, {teacher.get('device')}), "
-        f"{settings.get('prompts')} prompts{skipped}, {how}, up to {settings.get('max_new_tokens')} new tokens, "
+        f"{'teachers' if len(parts) > 1 else 'teacher'} {' and '.join(names)}, "
+        f"{prompts}{skipped}, {how}, up to {settings.get('max_new_tokens')} new tokens, "
         f"batch size {settings.get('batch_size')}, {taken}"
     )
 
@@ -209,17 +236,26 @@ def reading_notes(report: BenchReport) -> list[str]:
         "ar's.",
         f"Before measuring, each method decoded the first batch {times}, uncounted; methods then took turns batch by "
         "batch.",
+        *([f"{NOTE}."] if report.teachers else []),
         *(NOTES if pipeline_rows(report.rows) else ()),
     ]
 
 
 def lossless_note(report: BenchReport) -> str | None:
-    """One line on outputs that differ from the reference's; None when all are the same or nothing was compared."""
+    """One line on outputs that differ from the reference's, of each teacher that has such; None when all are the same
+    or nothing was compared.
+    """
+    notes = [note for part in by_teacher(report) if (note := _lossless_note(part))]
+    return "; ".join(notes) or None
+
+
+def _lossless_note(report: BenchReport) -> str | None:
+    """The note on one teacher's outputs."""
     whole = [row for row in report.rows if row.category == "all" and row.dataset != "all"]
     marks = [mark for row in whole for mark in row.lossless.divergences]
     if not marks:
         return None
-    methods = list(dict.fromkeys(row.method for row in whole if row.lossless.divergences))
+    methods = list(dict.fromkeys(row_label(row) for row in whole if row.lossless.divergences))
     dtype = str(report.teacher.get("dtype"))
     gaps = [abs(mark.logit_gap) for mark in marks if mark.logit_gap is not None and not math.isnan(mark.logit_gap)]
     largest = max(gaps, default=math.inf)
@@ -281,7 +317,7 @@ def command_line(environment: dict[str, Any]) -> str:
 
 def bench_csv(report: BenchReport) -> str:
     """bench.csv: one line per row, every field; intervals as two columns, lists joined by spaces. `pipeline_` columns
-    only where a row has a pipeline.
+    only where a row has a pipeline, a leading `teacher` only where there are several.
     """
     stream = io.StringIO()
     lines = [_flat(row) for row in report.rows]
@@ -293,9 +329,11 @@ def bench_csv(report: BenchReport) -> str:
 
 
 def _flat(row: BenchRow) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    flat: dict[str, Any] = {"teacher": row.teacher} if row.teacher else {}
     for item in fields(BenchRow):
         value = getattr(row, item.name)
+        if item.name == "teacher":
+            continue
         if item.name.endswith("_interval"):
             low, high = value or ("", "")
             flat[item.name.replace("_interval", "_low")], flat[item.name.replace("_interval", "_high")] = low, high

@@ -67,6 +67,14 @@ def behind_prefix(rows_BMM: Tensor, lengths_B: Tensor, slots: int) -> Tensor:
     return tail | (relative_BS < 0)[:, None, :]
 
 
+@lru_cache(maxsize=8)
+def _levels(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a mask adds where attention is allowed, and where it is not."""
+    return torch.zeros((), dtype=dtype, device=device), torch.full(
+        (), torch.finfo(dtype).min, dtype=dtype, device=device
+    )
+
+
 class AttentionMask:
     """Additive masks (B, 1, M, S) for each layer, made on first use: full attention, or cut to a sliding window.
 
@@ -98,7 +106,5 @@ class AttentionMask:
             if window is not None:
                 assert self.query_positions is not None and self.key_positions is not None
                 allowed = allowed & (self.query_positions[:, :, None] - self.key_positions[:, None, :] < window)
-            lowest = torch.finfo(self.dtype).min
-            zeros = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
-            self._additive[window] = zeros.masked_fill_(~allowed, lowest)[:, None]
+            self._additive[window] = torch.where(allowed, *_levels(self.dtype, allowed.device))[:, None]
         return self._additive[window]

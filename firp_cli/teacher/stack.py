@@ -25,6 +25,7 @@ from firp_cli.teacher.looped import CACHE_NAMES, LoopedLayers, loop_layers
 LayerHook = Callable[[int, Tensor], None]
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 CHECK_TOKENS = 24
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # position embeddings that depend on the position alone
 
 
 class Cache(Protocol):
@@ -76,7 +77,9 @@ class Teacher:
         parameters = inspect.signature(first.forward).parameters
         named = [cache for cache in CACHE_NAMES if cache in parameters]
         if not named:  # a wrong name would vanish among a layer's further arguments
-            raise TeacherError(f"{name}: {type(first).__name__} takes no cache that is known ({', '.join(CACHE_NAMES)})")
+            raise TeacherError(
+                f"{name}: {type(first).__name__} takes no cache that is known ({', '.join(CACHE_NAMES)})"
+            )
         self._cache_name = named[0]
         self._fingerprint: str | None = None
         if check:
@@ -130,6 +133,15 @@ class Teacher:
     def rotary(self, hidden: Tensor, positions: Tensor) -> Any:
         """Position embeddings of rows at `positions` (B, R), shared by all layers."""
         return self._rotary(hidden, positions)
+
+    def rotary_table(self, count: int) -> list[Tensor] | None:
+        """Position embeddings of positions 0..count-1, (count, D) each, for callers that look them up; None where they
+        depend on how long a sequence has become.
+        """
+        if getattr(self._rotary, "rope_type", None) not in STATIC_ROPE:
+            return None
+        like = torch.empty(1, 1, self.hidden_size, device=self.device, dtype=self.dtype)
+        return [part[0] for part in self.rotary(like, torch.arange(count, device=self.device)[None])]
 
     def layer(
         self, index: int, hidden: Tensor, rotary: Any, positions: Tensor, mask: Tensor | None, cache: Cache | None
@@ -244,8 +256,10 @@ class Teacher:
                 "supported: Llama, Mistral, Qwen2, Qwen3 and architectures with the same layer interface"
             ) from error
         tolerance = CHECK_TOLERANCE.get(self.dtype, 2e-1)
-        # a looped model of its own code may report one state per loop, or none: then the logits alone must agree
-        states = own.hidden_states[:-1] if own.hidden_states and len(own.hidden_states) == self.num_layers + 1 else ()
+        # a looped model of its own code may report one state per loop, or none, and the library reports a layer's state
+        # before a norm that ends its loop: then the logits alone must agree
+        comparable = not (self.looped and self.looped.norm_each_loop) and len(own.hidden_states or ()) == len(mine)
+        states = own.hidden_states[:-1] if comparable else ()
         pairs = [*enumerate(zip(states, mine, strict=False)), ("logits", (own.logits.float(), logits))]
         for where, (expected, got) in pairs:
             difference = (expected.float() - got.float()).abs().max().item()
@@ -315,7 +329,7 @@ def _windows(config: Any, layers: int, looped: LoopedSection | None) -> list[int
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    generation = getattr(model, "generation_config", None)
+    generation = getattr(model, "generation_config", None) or model.config  # models that cannot `generate` have none
     found = getattr(generation, "eos_token_id", None)
     if found is None:
         found = getattr(tokenizer, "eos_token_id", None)

@@ -30,6 +30,7 @@ class StageCache:
             for layer in range(len(group.layers))
         }
         self._tick: list[Tensor] | None = None
+        self._offsets = self._row_offsets()
         self._rows = torch.empty(0, dtype=torch.long, device=device)
         self._view = 0
 
@@ -38,14 +39,19 @@ class StageCache:
         its masks cover.
         """
         slots = torch.where(positions < 0, self.slots - 1, positions)
-        row = torch.arange(slots.numel(), device=self.device).view_as(slots) * self.slots
-        flat = slots + row
         self._tick = []
-        for group in self.groups:
+        for group, offsets in zip(self.groups, self._offsets, strict=True):
             first = group.stages.start - first_stage
-            part = flat[first : first + len(group.stages)] - first * self.batch * self.slots
-            self._tick.append(part.flatten())
+            self._tick.append((slots[first : first + len(group.stages)] + offsets).flatten())
         self._view = view
+
+    def _row_offsets(self) -> list[Tensor]:
+        """Where each stage's and sequence's slots begin in a group's store (n, B)."""
+        counts = [len(group.stages) for group in self.groups]
+        return [
+            (torch.arange(count * self.batch, device=self.device) * self.slots).view(count, self.batch)
+            for count in counts
+        ]
 
     def begin_rows(self, positions: Tensor, view: int) -> None:
         """Announce a forward of rows (B, M) at `positions` through one layer after the other."""
@@ -81,3 +87,4 @@ class StageCache:
         """Keep only these sequences (indices into the batch)."""
         self._stores = [None if store is None else store.index_select(3, sequences) for store in self._stores]
         self.batch = sequences.shape[0]
+        self._offsets = self._row_offsets()
