@@ -310,7 +310,9 @@ def test_fakes_are_lossless(name: str, mode: str) -> None:
             filling = loops - 1 if trace.left else 0
             assert trace.ticks == trace.left + filling, "once it is full, every tick emits a token"
             assert item.accepted_lengths == [0] * filling + [1] * trace.left
-            assert (trace.flushes, trace.flushed, trace.corrected) == (0, 0, 0)
+            assert trace.corrected == 0
+            if item.finish_reason == "length":  # behind an EOS in flight nothing is right or wrong
+                assert (trace.flushes, trace.flushed) == (0, 0)
             assert trace.hits == [trace.left] * len(predictor.exits)
         if mode == "never":
             assert trace.ticks == loops * trace.left, "what decoding without early exits takes"

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -203,29 +202,44 @@ def _recipes() -> list[Check]:
 
 
 def _embedded() -> list[Check]:
-    """Loads the embedded teacher, which compares it with the library's own forward, and its predictors."""
+    """Loads the embedded teachers, which compares them with the library's own forward, and their predictors."""
     purpose = "firp bench, generate and train without a model of your own"
     if not Path(teacher_source(DEFAULT_TEACHER)).is_dir():
         return [Check("embedded teacher", MISSING, "not in this install", purpose, "reinstall firp", essential=True)]
-    try:
-        from firp_cli.predictors.registry import load_predictor
-        from firp_cli.teacher.stack import Teacher
 
-        teacher = Teacher.load(TeacherConfig(model=DEFAULT_TEACHER), device="cpu")
-    except (FirpError, ImportError) as error:
+    def broken(name: str, error: Exception) -> Check:
         detail = str(error).splitlines()[0]
-        return [Check("embedded teacher", BROKEN, detail, purpose, "reinstall firp", essential=True)]
-    size = sum(parameter.numel() for parameter in teacher.model.parameters()) / 1e6
-    detail = f"{teacher.name}, {size:.1f} M parameters, weights {teacher.fingerprint}"
-    checks = [Check("embedded teacher", OK, detail, purpose, essential=True)]
-    fitting: dict[str, Any] = {}
+        return Check(name, BROKEN, detail, purpose, "reinstall firp", essential=True)
+
+    checks: list[Check] = []
+    fitting: list[str] = []
+    try:
+        from firp_cli.predictors.registry import load_predictor, read_config
+        from firp_cli.teacher.stack import Teacher
+    except ImportError as error:
+        return [broken("embedded teacher", error)]
+    wanted: dict[str, dict[str, Path]] = {DEFAULT_TEACHER: {}}
     for name, folder in embedded_predictors().items():
         try:
-            fitting[name] = load_predictor(folder, teacher)
+            wanted.setdefault(str(read_config(folder)["teacher"]["name"]), {})[name] = folder
         except FirpError as error:
-            detail = str(error).splitlines()[0]
-            checks.append(Check(f"predictor {name}", BROKEN, detail, purpose, "reinstall firp", essential=True))
-    detail = ", ".join(fitting) or "none"
+            checks.append(broken(f"predictor {name}", error))
+    for model, predictors in wanted.items():
+        try:
+            teacher = Teacher.load(TeacherConfig(model=model), device="cpu")
+        except (FirpError, ImportError) as error:
+            checks.append(broken("embedded teacher", error))
+            continue
+        size = sum(parameter.numel() for parameter in teacher.model.parameters()) / 1e6
+        detail = f"{teacher.name}, {size:.1f} M parameters, weights {teacher.fingerprint}"
+        checks.append(Check("embedded teacher", OK, detail, purpose, essential=True))
+        for name, folder in predictors.items():
+            try:
+                load_predictor(folder, teacher)
+                fitting.append(name)
+            except FirpError as error:
+                checks.append(broken(f"predictor {name}", error))
+    detail = ", ".join(sorted(fitting)) or "none"
     remedy = "" if fitting else "reinstall firp"
     checks.append(Check("embedded predictors", OK if fitting else MISSING, detail, purpose, remedy, essential=True))
     return checks
