@@ -41,7 +41,9 @@ def variants(loops: int) -> list[Variant]:
     """All exits, fewer, surer; untrained, never right, and never right with the guard."""
     every = list(range(1, loops))
     rows = [Variant("all exits", every)]
-    rows += [Variant(f"exits {exits}", exits) for exits in ([1], every[1:], every[-1:]) if exits and exits != every]
+    for exits in ([1], every[1:], every[-1:]):
+        if exits and exits != every and exits not in [row.exits for row in rows]:
+            rows.append(Variant(f"exits {exits}", exits))
     rows += [Variant(f"threshold {threshold}", every, threshold) for threshold in (0.5, 0.9)]
     rows.append(Variant("identity maps", every, start="identity"))
     rows.append(Variant("never right", every, start="never"))

@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from conftest import generate_reference, make_predictor, random_prompts, tiny_model
+from conftest import generate_reference, looped_model, make_predictor, random_prompts, tiny_model
 from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.predictors.base import Predictor
 from firp_cli.teacher.stack import Teacher
@@ -77,4 +78,33 @@ def test_a_step_waits_for_the_device_once(section: dict) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
     engine._step = guarded  # type: ignore[method-assign, assignment]
+    assert len(engine.generate([[5, 6, 7]], 12)[0].token_ids) == 12
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("shape", [(1, 4), (3, 4)], ids=["1x4", "3x4"])
+def test_a_pipeline_equals_generate(shape: tuple[int, int], batch: int) -> None:
+    teacher = Teacher(copy.deepcopy(looped_model(*shape)).to("cuda", torch.float32), name="looped")
+    engine = PipelineEngine(teacher, predictor_for(teacher, {"kind": "speed"}), guard=False)  # type: ignore[arg-type]
+    prompts = random_prompts(4, seed=21)
+    got = [item for start in range(0, 4, batch) for item in engine.generate(prompts[start : start + batch], 24)]
+    for prompt, item in zip(prompts, got, strict=True):
+        assert item.token_ids == generate_reference(teacher.model, prompt, 24)
+
+
+def test_a_tick_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The read of what left comes after the tick's work."""
+    teacher = Teacher(copy.deepcopy(looped_model(2, 3)).to("cuda", torch.float32), name="looped")
+    engine = PipelineEngine(teacher, predictor_for(teacher, {"kind": "speed"}), guard=False)  # type: ignore[arg-type]
+    engine.generate([[5, 6, 7]], 12)
+    original = PipelineRun.work
+
+    def guarded(run: PipelineRun) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return original(run)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(PipelineRun, "work", guarded)
     assert len(engine.generate([[5, 6, 7]], 12)[0].token_ids) == 12

@@ -101,6 +101,8 @@ def _tree(tree: str | None, folder: Path, predictor: Predictor) -> TreeSpec | No
     """The tree that drafts are judged with; None for a predictor that feeds a pipeline."""
     from firp_cli.decoding.tree import default_tree, parse_tree
 
+    if predictor.pipeline and tree:
+        raise UsageError(f"{folder} feeds a pipeline, which has no tree: leave --tree out")
     if predictor.pipeline:
         return None
     return parse_tree(tree, predictor.steps) if tree else default_tree(folder, predictor)

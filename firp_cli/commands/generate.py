@@ -132,6 +132,8 @@ def _engine(
             f"{folder} holds a {loaded.kind} predictor, not {method!r}{nearest(str(method), ['ar', loaded.kind])}"
         )
     spec = None
+    if loaded.pipeline and tree:
+        raise UsageError(f"{folder} feeds a pipeline, which has no tree: leave --tree out")
     if not loaded.pipeline:
         spec = parse_tree(tree, loaded.steps) if tree else default_tree(folder, loaded)
     return make_engine(model, loaded, spec, rank(), world_size(), **options)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from firp_cli.decoding.ranks import Ranks
+from firp_cli.errors import FingerprintError, TeacherError
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder, read_config
 from firp_cli.recipe import DEFAULT_TEACHER, TeacherConfig
@@ -22,8 +23,17 @@ def load_teacher(
     """
     trained_for = read_config(predictor)["teacher"] if predictor else {}
     name = model or trained_for.get("name") or DEFAULT_TEACHER
-    values = {"model": name, "dtype": dtype, "looped": trained_for.get("looped")}
-    return Teacher.load(TeacherConfig.model_validate(values), device)
+    looped = trained_for.get("looped")
+    config = TeacherConfig.model_validate({"model": name, "dtype": dtype, "looped": looped})
+    try:
+        return Teacher.load(config, device)
+    except TeacherError as error:
+        if looped is None or name == trained_for.get("name"):
+            raise
+        raise FingerprintError(
+            f"{predictor} was trained for {trained_for.get('name')}, a teacher whose layers run {looped['loops']} times; "
+            f"{name} is another one: {error}"
+        ) from error
 
 
 def share_teacher(teacher: Teacher, predictor: Path, rank: int, ranks: int) -> None:

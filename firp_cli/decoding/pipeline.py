@@ -212,7 +212,22 @@ class PipelineRun:
         self.filled = True
 
     def tick(self, writer: Writer) -> float:
-        """Every stage runs its loop once; returns the tokens that left per sequence."""
+        """Every stage runs its loop once, and the host reads what left; returns the tokens that did per sequence."""
+        emitted = 0
+        for item, position, expected, token in zip(self.live, *self.work().tolist(), strict=True):
+            left = position != EMPTY
+            item.accepted_lengths.append(int(left))
+            item.emitted.append(int(left))
+            if left:
+                emitted += 1
+                item.committed += 1
+                writer.write(item, [token], int(expected == token))
+        return emitted / len(self.live)
+
+    def work(self) -> Tensor:
+        """A tick's work, none of which waits for the host. Returns of the last stage (3, B): its token's position (EMPTY
+        where nothing leaves), the token its successor was started from, and the exact one.
+        """
         stages = self.ranks.stages
         out = self.layers(self.position[stages.start : stages.stop])
         predicted, sure = self.predict(out)
@@ -223,15 +238,7 @@ class PipelineRun:
         started = self._decide(predicted, None if sure is None else self.ranks.share(sure))
         first = self.teacher.embed(started) if arrived is None else arrived
         self.hidden = torch.cat([first[None], out[:-1]])
-        emitted = 0
-        for item, position, expected, token in zip(self.live, *tick[:, -1].tolist(), strict=True):
-            item.accepted_lengths.append(int(position >= 0))
-            item.emitted.append(int(position >= 0))
-            if position >= 0:
-                emitted += 1
-                item.committed += 1
-                writer.write(item, [token], int(expected == token))
-        return emitted / len(self.live)
+        return tick[:, -1]
 
     def layers(self, position: Tensor) -> Tensor:
         """The layer groups over this process's stages (n, B): states behind their loops (n, B, d)."""
