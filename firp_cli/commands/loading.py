@@ -31,7 +31,7 @@ def load_teacher(
         if looped is None or name == trained_for.get("name"):
             raise
         raise FingerprintError(
-            f"{predictor} was trained for {trained_for.get('name')}, a teacher whose layers run {looped['loops']} times; "
+            f"{predictor} was trained for {trained_for.get('name')}, whose layers run {looped['loops']} times; "
             f"{name} is another one: {error}"
         ) from error
 

@@ -225,8 +225,8 @@ class PipelineRun:
         return emitted / len(self.live)
 
     def work(self) -> Tensor:
-        """A tick's work, none of which waits for the host. Returns of the last stage (3, B): its token's position (EMPTY
-        where nothing leaves), the token its successor was started from, and the exact one.
+        """A tick's work, none of which waits for the host. Returns of the last stage (3, B): its token's position
+        (EMPTY where nothing leaves), the token its successor was started from, and the exact one.
         """
         stages = self.ranks.stages
         out = self.layers(self.position[stages.start : stages.stop])
