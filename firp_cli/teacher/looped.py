@@ -116,6 +116,8 @@ def loop_layers(model: Any, base: Any, layers: nn.ModuleList, norm: nn.Module, s
             f"model has {len(layers)}"
         )
     looped = LoopedLayers(list(layers), shape, norm)
+    if model.device.type == "meta":  # a plan's skeleton runs nothing
+        return looped
     calls = _calls(model, layers[shape.prelude])
     if calls == 1 and shape.loops > 1:
         name = next(name for name, part in base.named_children() if part is layers)
