@@ -57,6 +57,8 @@ class LayerPass:
         return (self.norm(output[0]), *output[1:]) if isinstance(output, tuple) else self.norm(output)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "layer":  # a copy in the making has none yet
+            raise AttributeError(name)
         return getattr(self.layer, name)
 
 
@@ -71,8 +73,14 @@ class LoopedLayers(nn.ModuleList):
         for number, layer in enumerate(layers):
             self.add_module(str(number), layer)
         self.shape = shape
-        # a list of its own, so that the shared norm is not registered here a second time
-        self._norm = [norm if shape.norm_each_loop else None]
+        # the last loop's norm is the model's own final norm, unless a coda follows
+        normed = [stop - 1 for stop in shape.boundaries if stop < shape.effective] if shape.norm_each_loop else []
+        unique = self.unique
+        # no modules of their own: parameters and hooks are the layers'
+        self._passes = [
+            LayerPass(unique[number], index, norm if index in normed else None)
+            for index, number in enumerate(shape.order)
+        ]
 
     @property
     def unique(self) -> list[nn.Module]:
@@ -82,20 +90,13 @@ class LoopedLayers(nn.ModuleList):
         return self.shape.effective
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self._pass(index) for index in range(len(self))])
+        return iter(self._passes)
 
     def __getitem__(self, index: Any) -> Any:
-        numbers = range(len(self))[index]
-        return self._pass(numbers) if isinstance(numbers, int) else [self._pass(number) for number in numbers]
+        return self._passes[index]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape!r}, {self.unique!r})"
-
-    def _pass(self, index: int) -> LayerPass:
-        shape = self.shape
-        # the last loop's norm is the model's own final norm, unless a coda follows
-        ends_loop = index + 1 in shape.boundaries and index + 1 < shape.effective
-        return LayerPass(self.unique[shape.order[index]], index, self._norm[0] if ends_loop else None)
 
 
 def loop_layers(model: Any, base: Any, layers: nn.ModuleList, norm: nn.Module, shape: LoopedSection) -> LoopedLayers:
