@@ -37,8 +37,6 @@ td { white-space: nowrap; }
 td { text-align: right; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; }
 th.left, td.left { text-align: left; }
-.dense { font-size: .84rem; }
-.dense th, .dense td { padding: .45rem .34rem; white-space: normal; }
 figure { margin: 1.2rem 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 1rem; }
 figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .6rem; text-align: center; }
@@ -97,8 +95,8 @@ def _headline(report: BenchReport) -> str:
     )
 
 
-def _table(headers: Sequence[str], cells: tables.Cells, left: int, look: str = "plain") -> str:
-    """The first `left` columns flush left; `look` is `plain` or, for many columns, `dense`."""
+def _table(headers: Sequence[str], cells: tables.Cells, left: int) -> str:
+    """The first `left` columns flush left."""
 
     def line(tag: str, values: Sequence[str]) -> str:
         marked = (
@@ -109,7 +107,7 @@ def _table(headers: Sequence[str], cells: tables.Cells, left: int, look: str = "
 
     rows = "\n".join(line("td", values) for values in cells)
     head = f"<thead>{line('th', headers)}</thead>"
-    return f'<div class="card"><table class={look}>\n{head}\n<tbody>{rows}</tbody>\n</table></div>'
+    return f'<div class="card"><table>\n{head}\n<tbody>{rows}</tbody>\n</table></div>'
 
 
 def _figure(name: str, image: bytes) -> str:
@@ -126,10 +124,13 @@ def _pipeline(report: BenchReport, occupancy: bytes | None) -> str:
     if not cells:
         return ""
     note, (tick_headers, ticks) = pipeline.pipeline_note(report), pipeline.tick_cells(report)
+    named = headers.index("method") + 1
+    columns = [" ".join(line[:named]) for line in cells]
+    lines = [[header, *(line[place] for line in cells)] for place, header in enumerate(headers) if place >= named]
     parts = [
         "<h2>Pipeline</h2>",
         f'<p class="note">{escape(note)}.</p>' if note else "",
-        _table(headers, cells, headers.index("method") + 1, "dense"),
+        _table(["", *columns], lines, 1),
         _figure(pipeline.FIGURE, occupancy) if occupancy else "",
         f"<p>Where a tick goes, in milliseconds:</p>{_table(tick_headers, ticks, 1)}" if ticks else "",
     ]
