@@ -45,6 +45,7 @@ def variants(loops: int) -> list[Variant]:
         if exits and exits != every and exits not in [row.exits for row in rows]:
             rows.append(Variant(f"exits {exits}", exits))
     rows += [Variant(f"threshold {threshold}", every, threshold) for threshold in (0.5, 0.9)]
+    rows.append(Variant(f"exits {every[-1:]}, guarded", every[-1:], guard=True))
     rows.append(Variant("identity maps", every, start="identity"))
     rows.append(Variant("never right", every, start="never"))
     rows.append(Variant("never right, guarded", every, start="never", guard=True))

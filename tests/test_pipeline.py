@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -25,7 +27,7 @@ from conftest import (
     random_prompts,
     tiny_teacher,
 )
-from firp_cli.decoding.guard import FIRST_REST, LONGEST_REST, Guard
+from firp_cli.decoding.guard import CALIBRATION, FIRST_REST, LONGEST_REST, Guard
 from firp_cli.decoding.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.trace import total
@@ -251,9 +253,13 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("name", ["1x4", "2x3", "raven", "ouro", "qwen2-window", "mistral-window/3", "llama/2"])
-def test_the_guard_changes_no_token(name: str, batch: int) -> None:
-    """Exits that are never right: a window of ticks (4r: four tokens), 32 tokens without the pipeline, a window, ..."""
-    tokens = 1 + 4 + FIRST_REST + 4 + 7
+def test_the_guard_changes_no_token(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exits that are never right: a window of ticks (4r: four tokens), 8 tokens that time plain steps and 32 without
+    the pipeline, a window, ... By the clock of this test a tick takes as long as a plain step.
+    """
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    plain = CALIBRATION + FIRST_REST
+    tokens = 1 + 4 + plain + 4 + 7
     teacher = copy.copy(pipe_teacher(name)[0])
     teacher.eos_token_ids = ()
     prompts = some_prompts(seed=9)[:batch]
@@ -264,7 +270,7 @@ def test_the_guard_changes_no_token(name: str, batch: int) -> None:
         trace, loops = item.pipeline, predictor.loops
         assert item.token_ids == text
         assert trace is not None
-        assert (trace.ticks, trace.left, trace.plain) == (2 * 4 * loops, 8, FIRST_REST + 7)
+        assert (trace.ticks, trace.left, trace.plain) == (2 * 4 * loops, 8, plain + 7)
         assert item.steps == trace.ticks + loops * trace.plain == len(item.accepted_lengths)
         assert item.accepted_lengths == item.emitted == ([0] * (loops - 1) + [1]) * (tokens - 1)
 
@@ -277,28 +283,51 @@ def test_the_guard_leaves_a_full_pipe_alone(name: str) -> None:
     assert all(item.pipeline is not None and item.pipeline.plain == 0 for item in got)
 
 
+def rest_of(guard: Guard, seconds: float = 1.0) -> int:
+    """Plain steps of `seconds` until the guard pipelines again."""
+    steps = 0
+    while not guard.pipelining:
+        guard.decoded(seconds)
+        steps += 1
+    return steps
+
+
+def tick_window(guard: Guard, rate: float, seconds: float) -> None:
+    """A window of ticks, unless the guard ends it."""
+    for _ in range(guard.window):
+        if guard.pipelining:
+            guard.ticked(rate, seconds)
+
+
 def test_a_guards_rests_grow_until_it_pays_again() -> None:
-    guard = Guard(4, 1.5)
+    """A tick takes half a plain step: half a token per tick breaks even."""
+    guard = Guard(4)
     rests = []
     for _ in range(8):
-        for _ in range(16):
-            assert guard.pipelining
-            guard.ticked(0.25)
-        rests.append(0)
-        while not guard.pipelining:
-            guard.decoded()
-            rests[-1] += 1
-    assert rests == [min(FIRST_REST * 2**time, LONGEST_REST) for time in range(8)]
-    for _ in range(40):
-        guard.ticked(0.5)
-        assert guard.pipelining
-    for _ in range(16):
-        if guard.pipelining:
-            guard.ticked(0.0)
-    while not guard.pipelining:
-        guard.decoded()
-        rests[0] -= 1
-    assert rests[0] == 0, "after it paid, the first rest is the shortest again"
+        tick_window(guard, 0.25, 0.5)
+        rests.append(rest_of(guard))
+    assert rests == [CALIBRATION + FIRST_REST, *(min(FIRST_REST * 2**time, LONGEST_REST) for time in range(1, 8))]
+    assert guard.needed == 0.5
+    tick_window(guard, 0.5, 0.5)
+    tick_window(guard, 0.55, 0.5)
+    assert guard.pipelining
+    tick_window(guard, 0.0, 0.5)
+    assert rest_of(guard) == FIRST_REST, "after it paid, the first rest is the shortest again"
+
+
+def test_a_guard_doubts_an_empty_pipe_and_measures() -> None:
+    """The same half token per tick pays where a tick is cheap, and does not where it is dear."""
+    for seconds, rest in ((0.3, CALIBRATION), (0.9, CALIBRATION + FIRST_REST)):
+        guard = Guard(4)
+        tick_window(guard, 0.5, seconds)
+        assert rest_of(guard) == rest
+    full = Guard(4)
+    for _ in range(5):
+        tick_window(full, 0.95, 0.9)
+    assert full.pipelining and full.needed is None, "a full pipe is not doubted"
+    unshared = Guard(4, shared=False)
+    tick_window(unshared, 0.95, 1.1)
+    assert rest_of(unshared) == CALIBRATION + FIRST_REST
 
 
 def test_sampling_is_plain_sampling() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from firp_cli.decoding.accept import Sampler
-from firp_cli.decoding.guard import SHARED_TICK, Guard
+from firp_cli.decoding.guard import Guard
 from firp_cli.decoding.ranks import Ranks
 from firp_cli.decoding.sequences import OnTokens, Writer, Written, check_prompts
 from firp_cli.decoding.trace import TickLog
@@ -63,8 +63,8 @@ class PipelineEngine:
         self.sampler = Sampler(temperature, top_p, seed, teacher.device)
         groups = layer_groups(self.boundaries, teacher.num_layers, teacher.looped)
         self.groups = [part for group in groups if (part := group.within(self.ranks.stages))]
-        tick_cost = SHARED_TICK if teacher.looped else float(self.loops)
-        self.guard = Guard(self.loops, tick_cost) if guard and self.ranks.size == 1 and self.loops > 1 else None
+        guarded = guard and self.ranks.size == 1 and self.loops > 1
+        self.guard = Guard(self.loops, shared=teacher.looped is not None) if guarded else None
         device, mine, looped = teacher.device, self.ranks.stages, teacher.looped
         exits = list(enumerate(predictor.exits)) if predictor else []
         self.places = [place for place, loop in exits if loop - 1 in mine]  # exits of this process
@@ -184,17 +184,17 @@ class PipelineRun:
 
     def advance(self, writer: Writer) -> None:
         """One tick, or one plain step where the guard says so."""
-        guard = self.engine.guard
+        guard, began = self.engine.guard, time.perf_counter()
         if guard is None or guard.pipelining:
             if not self.filled:
                 self.fill()
             rate = self.tick(writer)
             if guard is not None:
-                guard.ticked(rate)
+                guard.ticked(rate, time.perf_counter() - began)
         else:
             self.filled = False  # what was in flight is dropped
             self.step(writer)
-            guard.decoded()
+            guard.decoded(time.perf_counter() - began)
 
     def fill(self) -> None:
         """Put the last exact tokens into the first stage of an empty pipe."""
