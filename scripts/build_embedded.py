@@ -119,7 +119,7 @@ def architecture(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def build_teacher(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> LlamaForCausalLM:
     """An untrained teacher: 6 layers (3.8 M parameters), or `--unique-layers` of them looped `--loops` times."""
-    if arguments.loops == 1:
+    if arguments.loops is None:
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=6, **architecture(tokenizer)))
     config = LoopedLlamaConfig(unique_layers=arguments.unique_layers, loops=arguments.loops, **architecture(tokenizer))
     return LoopedLlamaForCausalLM(config)
@@ -351,7 +351,7 @@ def run_dataset(arguments: argparse.Namespace) -> None:
 def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the stage `teacher`: a plain decoder trained on the text alone."""
     add_training_arguments(parser)
-    parser.set_defaults(loops=1, unique_layers=6, guide=None, exit_weight=0.0)
+    parser.set_defaults(loops=None, guide=None, exit_weight=0.0)
 
 
 def add_looped_arguments(parser: argparse.ArgumentParser) -> None:
@@ -422,12 +422,12 @@ STAGES = {
         run_teacher,
     ),
     "looped-teacher": (
-        "train, write and evaluate the parameter-shared teacher (50 minutes on one busy CPU core)",
+        "train, write and evaluate the parameter-shared teacher (57 minutes on one busy CPU core)",
         add_looped_arguments,
         run_teacher,
     ),
     "predictors": (
-        "collect, train and keep the embedded predictors (40 minutes on two CPU cores)",
+        "collect, train and keep the embedded predictors (35 minutes on two CPU cores)",
         add_predictors_arguments,
         run_predictors,
     ),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from firp_cli.decoding.tree import Tree
+from firp_cli.errors import UsageError
 
 
 @dataclass
@@ -61,12 +62,14 @@ def accept_root(targets: Tensor) -> Accepted:
 class Sampler:
     """Chooses the teacher's token at every node: argmax at temperature 0, else a draw after temperature and top-p.
 
-    The warping is the library's own, in the order that its `generate` applies.
+    The warping is the library's own, in the order that its `generate` applies. Raises UsageError.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device) -> None:
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise UsageError(f"temperature must be >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
         self.greedy = temperature == 0.0
         self._warpers: list[Any] = []
         if not self.greedy:

@@ -32,6 +32,7 @@ def make_engine(
         return PipelineEngine(teacher, predictor, guard=guard, ranks=Ranks(predictor.loops, rank, ranks), **sampling)
     if ranks > 1 and predictor is not None:
         raise UsageError(
-            f"several ranks share the pipeline of a speed predictor; {predictor.kind} decodes on one device"
+            f"several ranks share the pipeline of a speed predictor; {predictor.kind} decodes on one device: leave "
+            "--gpus out"
         )
     return Engine(teacher, predictor, tree, **sampling)

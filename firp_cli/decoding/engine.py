@@ -16,7 +16,6 @@ from torch import Tensor
 from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
 from firp_cli.decoding.sequences import OnTokens, Writer, Written, check_prompts
 from firp_cli.decoding.tree import Tree, TreeSpec, build, default_tree, root_tree
-from firp_cli.errors import UsageError
 from firp_cli.predictors.base import Draft, Predictor, forward_rows
 from firp_cli.records import Generation
 from firp_cli.teacher.attention import AttentionMask, behind_prefix, causal_allowed, pseudo_positions, rows_allowed
@@ -42,8 +41,6 @@ class Engine:
         seed: int = 0,
         prefill_chunk: int = 512,
     ) -> None:
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise UsageError(f"temperature must be >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
         self.teacher = teacher
         self.predictor = predictor
         self.tree = tree or (default_tree(None, predictor) if predictor else None)

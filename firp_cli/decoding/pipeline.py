@@ -20,7 +20,6 @@ from firp_cli.decoding.guard import Guard
 from firp_cli.decoding.ranks import Ranks
 from firp_cli.decoding.sequences import OnTokens, Writer, Written, check_prompts
 from firp_cli.decoding.trace import TickLog
-from firp_cli.errors import UsageError
 from firp_cli.predictors.base import forward_rows
 from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.records import Generation
@@ -54,8 +53,6 @@ class PipelineEngine:
         guard: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise UsageError(f"temperature must be >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
         self.teacher, self.predictor, self.prefill_chunk = teacher, predictor, prefill_chunk
         self.boundaries = teacher.boundaries(predictor.grouping if predictor else loops)
         self.loops = len(self.boundaries)
@@ -106,8 +103,8 @@ class PipelineEngine:
         prefilled = time.perf_counter()
         while run.drop_finished(time.perf_counter() - prefilled):
             run.advance(writer)
-        for item in sequences:
-            item.trace = run.log.trace(item.number)
+        for item, trace in zip(sequences, run.log.traces(), strict=True):
+            item.trace = trace
         return [writer.generation(item, prefilled - began) for item in sequences]
 
 
@@ -127,7 +124,7 @@ class PipelineRun:
         self.slots = torch.arange(cache.slots, device=engine.teacher.device)
         self.angles = engine.teacher.rotary_table(cache.slots)
         empty = torch.empty(0, dtype=torch.long, device=engine.teacher.device)
-        self.tokens, self.position, self.expected, self.hidden = empty, empty, empty, empty
+        self.position, self.expected, self.hidden = empty, empty, empty
         self.nothing = empty  # (1, B) of EMPTY
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -144,7 +141,7 @@ class PipelineRun:
             positions = torch.arange(start, start + rows, device=device).expand(len(prompts), rows)
             hidden = self.teacher.embed(chunk)
             if not ranks.first:
-                hidden = ranks.receive(hidden, hidden.shape)
+                hidden = ranks.receive(hidden)
             self.cache.begin_rows(positions, start + rows)
             mask = self._mask(positions, start + rows)
             hidden = self.teacher.run(hidden, positions, mask, layers.start, layers.stop, self.cache)
@@ -154,11 +151,9 @@ class PipelineRun:
             place = counts - 1 - start
             row = hidden.gather(1, place.clamp(0, rows - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
             final = row if not start else torch.where((place >= 0)[:, None], row, final)
-        self.tokens = counts
-        if ranks.last:
-            self.tokens = engine.sampler(self.teacher.head(self.teacher.norm(final))[:, None])[:, 0]
-        self.tokens = ranks.from_last(self.tokens)
-        return self.tokens
+        if not ranks.last:
+            return ranks.from_last(torch.empty_like(counts))
+        return ranks.from_last(engine.sampler(self.teacher.head(self.teacher.norm(final))[:, None])[:, 0])
 
     def _mask(self, positions: Tensor, view: int) -> AttentionMask:
         """Rows (B, M) see all slots up to their own position."""
@@ -174,7 +169,6 @@ class PipelineRun:
         if kept and len(kept) < len(self.live):
             index = torch.tensor(kept, device=self.teacher.device)
             self.cache.select(index)
-            self.tokens = self.tokens.index_select(0, index)
             if self.filled:
                 self.position, self.expected = self.position[:, index], self.expected[:, index]
                 self.hidden, self.nothing = self.hidden[:, index], self.nothing[:, index]
@@ -199,12 +193,12 @@ class PipelineRun:
     def fill(self) -> None:
         """Put the last exact tokens into the first stage of an empty pipe."""
         device, batch = self.teacher.device, len(self.live)
-        self.tokens = torch.tensor([item.tokens[-1] for item in self.live], device=device)
+        tokens = torch.tensor([item.tokens[-1] for item in self.live], device=device)
         self.position = torch.full((self.engine.loops, batch), EMPTY, device=device)
         self.position[0] = torch.tensor([item.committed for item in self.live], device=device)
         self.expected = torch.full_like(self.position, EMPTY)
         self.nothing = self.expected[:1]
-        state = self.teacher.embed(self.tokens)
+        state = self.teacher.embed(tokens)
         self.hidden = state.new_zeros(len(self.ranks.stages), *state.shape)
         if self.ranks.first:
             self.hidden[0] = state
@@ -231,7 +225,7 @@ class PipelineRun:
         stages = self.ranks.stages
         out = self.layers(self.position[stages.start : stages.stop])
         predicted, sure = self.predict(out)
-        arrived = self.ranks.pass_on(out[-1], out.shape[1:])
+        arrived = self.ranks.pass_on(out[-1])
         predicted = self.ranks.share(predicted)
         tick = torch.stack([self.position, self.expected, predicted])
         self.log.add(tick)

@@ -41,23 +41,23 @@ class Ranks:
     def last(self) -> bool:
         return self.rank == self.size - 1
 
-    def pass_on(self, state: Tensor, shape: torch.Size) -> Tensor | None:
-        """Send a state to the next rank and return the previous rank's of that shape; None on the first rank."""
+    def pass_on(self, state: Tensor) -> Tensor | None:
+        """Send a state to the next rank and return the previous rank's, of the same shape; None on the first rank."""
         received = None
         waiting = []
         if not self.last:
             waiting.append(dist.isend(state.contiguous(), self.rank + 1))
         if not self.first:
-            received = state.new_empty(shape)
+            received = torch.empty_like(state)
             waiting.append(dist.irecv(received, self.rank - 1))
         for work in waiting:
             assert work is not None
             work.wait()
         return received
 
-    def receive(self, like: Tensor, shape: torch.Size) -> Tensor:
-        """What the previous rank sends with `send`."""
-        state = like.new_empty(shape)
+    def receive(self, like: Tensor) -> Tensor:
+        """What the previous rank sends with `send`, in the shape of `like`."""
+        state = torch.empty_like(like)
         dist.recv(state, self.rank - 1)
         return state
 

@@ -16,7 +16,7 @@ from firp_cli.records import PipelineTrace
 class TickLog:
     """Keeps, for each tick, the stages' positions, what they were expected to predict, and what they predicted.
 
-    Nothing is read from the device until `traces` is asked for.
+    Nothing is read from the device until `traces` are asked for.
     """
 
     def __init__(self, loops: int, exits: Sequence[int], sequences: int) -> None:
@@ -37,17 +37,16 @@ class TickLog:
         """Note a tick: (3, r, B) of positions, expected and predicted tokens."""
         self._runs[-1][1].append(tick)
 
-    def trace(self, sequence: int) -> PipelineTrace:
-        """One sequence's record."""
-        ticks = [
-            tick[:, :, numbers.index(sequence)]
-            for numbers, ticks in self._runs
-            if sequence in numbers
-            for tick in ticks
-        ]
+    def traces(self) -> list[PipelineTrace]:
+        """The records of all sequences."""
+        runs = [(numbers, torch.stack(ticks, dim=1).cpu()) for numbers, ticks in self._runs if ticks]  # (3, T, r, B)
+        return [self._trace(number, runs) for number in range(len(self.plain))]
+
+    def _trace(self, sequence: int, runs: list[tuple[list[int], Tensor]]) -> PipelineTrace:
+        ticks = [ticks[..., numbers.index(sequence)] for numbers, ticks in runs if sequence in numbers]
         trace = PipelineTrace(self.loops, self.exits, hits=[0] * len(self.exits), plain=self.plain[sequence])
         if ticks:
-            _count(trace, *torch.stack(ticks, dim=1).cpu())
+            _count(trace, *torch.cat(ticks, dim=1))
         return trace
 
 

@@ -38,7 +38,7 @@ class EarlyExitPredictor(MapPredictor):
         self.loops = len(boundaries)
         self.threshold = config.threshold
         self.grouping = config.loops  # groups of a teacher without sharing
-        self._layers = tuple(boundaries[loop - 1] for loop in exits)
+        self._layers = config.required_layers(teacher)
         self._weights = config.exit_weights or [float(loop) for loop in exits]
 
     @property
@@ -66,12 +66,12 @@ class EarlyExitPredictor(MapPredictor):
     ) -> Tensor:
         index = anchors[:, :, None].expand(-1, -1, batch.final.shape[-1])
         states = torch.stack([batch.hidden[layer].gather(1, index) for layer in self._layers])
-        return teacher.norm(self._map(states)).movedim(0, 2)
+        return teacher.norm(torch.stack(self._map(states, range(self.steps)))).movedim(0, 2)
 
-    def _map(self, states: Tensor) -> Tensor:
-        """(E, ..., d) states behind the exit loops to states in front of the final norm."""
-        rows = [linear(state.to(linear.weight.dtype)) for linear, state in zip(self.maps, states, strict=True)]
-        return torch.stack(rows).to(states.dtype)
+    def _map(self, states: Tensor, places: Sequence[int]) -> list[Tensor]:
+        """States (E', ..., d) behind the exit loops in `places` to those in front of the final norm."""
+        pairs = zip((self.maps[place] for place in places), states, strict=True)
+        return [linear(state.to(linear.weight.dtype)).to(state.dtype) for linear, state in pairs]
 
     def finish(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
         raise NotImplementedError("a speed predictor drafts no tree; decoding/pipeline.py runs it")
@@ -91,11 +91,7 @@ class EarlyExitPredictor(MapPredictor):
 
         Returns (E', B, V) or, with `final`, (E' + 1, B, V), the last loop's at the end.
         """
-        rows = []
-        if exits is not None:
-            for place, state in zip(places, exits, strict=True):
-                linear = self.maps[place]
-                rows.append(linear(state.to(linear.weight.dtype)).to(state.dtype))
+        rows = [] if exits is None else self._map(exits, places)
         if final is None or not normed:
             return teacher.head(teacher.norm(torch.stack(rows if final is None else [*rows, final])))
         early = [teacher.norm(torch.stack(rows))] if rows else []

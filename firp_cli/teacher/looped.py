@@ -114,7 +114,7 @@ def loop_layers(model: Any, base: Any, layers: nn.ModuleList, norm: nn.Module, s
     if len(layers) != shape.unique:
         raise TeacherError(
             f"teacher.looped describes {shape.prelude} + {shape.block} + {shape.coda} = {shape.unique} layers, the "
-            f"model has {len(layers)}"
+            f"model has {len(layers)}: correct prelude, block or coda"
         )
     looped = LoopedLayers(list(layers), shape, norm)
     if model.device.type == "meta":  # a plan's skeleton runs nothing

@@ -197,11 +197,11 @@ class Teacher:
         """
         weight, bias = getattr(self._norm, "weight", None), getattr(self._norm, "bias", None)
         if not isinstance(weight, Tensor):
-            raise TeacherError(f"{self.name}: its final norm has no weight, so there is no ridge start here")
+            raise TeacherError(f"{self.name}: its final norm has no weight to undo: set training.init=identity")
         state = (normed if bias is None else normed - bias) / torch.where(weight.abs() < 1e-6, 1e-6, weight)
         difference = (self.norm(state[..., :1, :]) - normed[..., :1, :]).abs().max().item()
         if not difference <= CHECK_TOLERANCE.get(self.dtype, 2e-1) * max(1.0, normed.abs().max().item()):
-            raise TeacherError(f"{self.name}: its final norm cannot be undone, so there is no ridge start here")
+            raise TeacherError(f"{self.name}: its final norm cannot be undone: set training.init=identity")
         return state
 
     def release(self, kept: range) -> None:
@@ -220,7 +220,7 @@ class Teacher:
         if self.looped is not None:
             if loops not in (None, self.looped.loops):
                 raise TeacherError(
-                    f"{self.name} runs its layers {self.looped.loops} times, predictor.loops says {loops}"
+                    f"{self.name} runs its layers {self.looped.loops} times, predictor.loops says {loops}: leave it out"
                 )
             return self.looped.boundaries
         if loops is None or not 1 <= loops <= self.num_layers:
