@@ -73,8 +73,12 @@ def tiny_model(family: str) -> Any:
 
 
 @lru_cache
-def tiny_teacher(family: str = "llama") -> Teacher:
-    return Teacher(tiny_model(family), name=f"tiny-{family}")
+def tiny_teacher(family: str = "llama", lean: bool = False) -> Teacher:
+    """A teacher on the library's layers, or on their lean twins."""
+    teacher = Teacher(tiny_model(family), name=f"tiny-{family}")
+    if lean:
+        assert teacher.fuse() is None
+    return teacher
 
 
 @lru_cache
@@ -198,8 +202,20 @@ def teacher() -> Teacher:
 
 @pytest.fixture(params=list(FAMILIES))
 def any_teacher(request: pytest.FixtureRequest) -> Teacher:
-    """Every family in turn."""
+    """Every family in turn, on the library's layers."""
     return tiny_teacher(request.param)
+
+
+@pytest.fixture(params=["lean", "library"])
+def any_stack(request: pytest.FixtureRequest) -> str:
+    """Both stacks of layers in turn."""
+    return request.param
+
+
+@pytest.fixture(params=list(FAMILIES))
+def stacked_teacher(request: pytest.FixtureRequest, any_stack: str) -> Teacher:
+    """Every family in turn, on both stacks."""
+    return tiny_teacher(request.param, any_stack == "lean")
 
 
 def make_predictor(teacher: Teacher, seed: int = 0, **section: Any) -> Predictor:

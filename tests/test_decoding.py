@@ -20,8 +20,9 @@ from conftest import (
     tiny_model,
     tiny_teacher,
 )
-from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.reference import greedy
+from firp_cli.decoding.step import Stepper
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.teacher.stack import Teacher
@@ -113,7 +114,7 @@ def test_long_prompts_in_chunks(any_teacher: Teacher) -> None:
     prompts = [*random_prompts(1, seed=4, low=70, high=90), *random_prompts(1, seed=5, low=3, high=9)]
     expected = references(any_teacher, prompts)
     predictor = make_predictor(any_teacher, kind="firp", layer=LAYERS - 1, steps=2)
-    engine = Engine(any_teacher, predictor, prefill_chunk=16)
+    engine = Engine(any_teacher, predictor, options=EngineOptions(prefill_chunk=16))
     assert [item.token_ids for item in engine.generate(prompts, TOKENS)] == expected
 
 
@@ -251,17 +252,16 @@ def test_a_step_reads_nothing_back(teacher: Teacher, section: dict, tree: str, m
     """Inside a step no tensor's value reaches Python."""
     engine = Engine(teacher, make_predictor(teacher, **section), parse_tree(tree, 3))
     engine.generate([[5, 6, 7], [8, 9]], 12)  # constants of a tree are made once
-    original, steps, reads = engine._step, [], []
+    original, steps, reads = Stepper.step, [], []
 
-    def guarded(*arguments: Any) -> Any:
+    def guarded(*arguments: Any, **options: Any) -> None:
         with monkeypatch.context() as patch:
             seen = count_reads(patch)
-            result = original(*arguments)
+            original(*arguments, **options)
         steps.append(1)
         reads.extend(seen)
-        return result
 
-    engine._step = guarded  # type: ignore[method-assign]
+    monkeypatch.setattr(Stepper, "step", guarded)
     engine.generate([[5, 6, 7], [8, 9]], 12)
     assert len(steps) > 3
     assert reads == []

@@ -8,6 +8,7 @@ drawn, whatever the draft was.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,17 +41,22 @@ def accept(tree: Tree, targets: Tensor, depth: int) -> Accepted:
     misses = tree.tokens != targets.gather(1, tree.parents)
     cut = (misses[:, None, 1:] & tree.ancestors[:, :, 1:]).any(-1)  # a miss on the way; the root cannot be one
     count, node = tree.depth.masked_fill(cut, -1).max(dim=1)
-    nodes = tree.tokens.shape[1]
-    numbers = torch.arange(nodes, device=node.device)
+    batch, nodes = tree.tokens.shape
     on_path = tree.ancestors.gather(1, node[:, None, None].expand(-1, 1, nodes))[:, 0]
     width = min(depth + 1, nodes)
-    path = torch.where(on_path, numbers, nodes).sort(dim=1).values[:, :width].clamp(max=nodes - 1)
-    bonus = targets.gather(1, node[:, None])
-    place = torch.arange(width, device=node.device)
-    drafted = tree.tokens.gather(1, path).roll(-1, dims=1)
-    last = place == count[:, None]
-    emitted = torch.where(last, bonus, torch.where(place < count[:, None], drafted, -1))
-    return Accepted(count, node, path, emitted, bonus[:, 0])
+    numbers, places = _numbers(nodes, node.device), _numbers(width, node.device)
+    # nodes of the path go where their depth says, all others into one place that is cut off
+    place = torch.where(on_path, tree.depth, width)
+    path = torch.zeros(batch, width + 1, dtype=torch.long, device=node.device)
+    path = path.scatter_(1, place, numbers.expand(batch, nodes))[:, :width]
+    chosen = targets.gather(1, path)  # what a node's target is, the next node of the path holds
+    bonus = chosen.gather(1, count[:, None])[:, 0]
+    return Accepted(count, node, path, chosen.masked_fill(places > count[:, None], -1), bonus)
+
+
+@lru_cache(maxsize=64)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
 
 def accept_root(targets: Tensor) -> Accepted:
@@ -76,7 +82,7 @@ class Sampler:
             self._warpers.append(TemperatureLogitsWarper(float(temperature)))
             if top_p < 1.0:
                 self._warpers.append(TopPLogitsWarper(top_p))
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """float32 logits (B, N, V) to tokens (B, N)."""
@@ -85,5 +91,7 @@ class Sampler:
         scores = logits.flatten(0, 1)
         for warp in self._warpers:
             scores = warp(None, scores)
-        draws = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
-        return draws.view(logits.shape[:2])
+        probabilities = scores.softmax(-1)
+        # the first of independent exponential clocks to ring, at these rates, is a draw; `multinomial` asks the host
+        clocks = torch.empty_like(probabilities).exponential_(generator=self.generator)
+        return (probabilities / clocks).argmax(-1).view(logits.shape[:2])

@@ -1,34 +1,57 @@
 """The decoding loop: plain, or by draft trees; greedy or sampled; one or several sequences; any device.
 
-Plain decoding (`ar`) is the same loop with a tree of one node, so a speedup compares like with like. Nothing inside a
-step waits for the device except the one read of what was emitted.
-Shapes: B sequences, N nodes, k steps, M = N(1+k) rows, d hidden size.
+The host launches steps, reads what they emitted a few steps later, and decides only when to stop (decoding/step.py has
+what the device does). On CUDA devices steps are captured as graphs.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
+from firp_cli.decoding.accept import Sampler
+from firp_cli.decoding.graphs import CudaCapture, StepGraphs, bucket
+from firp_cli.decoding.memory import check_fits
+from firp_cli.decoding.ring import Rows
 from firp_cli.decoding.sequences import OnTokens, Writer, Written, check_prompts
-from firp_cli.decoding.tree import Tree, TreeSpec, build, default_tree, root_tree
-from firp_cli.predictors.base import Draft, Predictor, forward_rows
+from firp_cli.decoding.step import Stepper, cache_shape
+from firp_cli.decoding.tree import TreeSpec, default_tree
+from firp_cli.predictors.base import Predictor
 from firp_cli.records import Generation
-from firp_cli.teacher.attention import AttentionMask, behind_prefix, causal_allowed, pseudo_positions, rows_allowed
+from firp_cli.teacher.attention import choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
+
+READ_EVERY = 4  # steps between two reads on a device that runs ahead of the host
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How steps are run; what they emit does not depend on it.
+
+    Attributes:
+        attention: `sdpa`, `triton`, or `auto` (the kernel on CUDA devices that have Triton).
+        graphs: capture steps on CUDA devices.
+        read_every: steps between two reads; None: READ_EVERY on CUDA devices, 1 elsewhere.
+        prefill_chunk: prompt tokens per forward.
+    """
+
+    attention: str = "auto"
+    graphs: bool = True
+    read_every: int | None = None
+    prefill_chunk: int = 512
 
 
 class Engine:
     """Decodes prompts with a teacher and, if given, a predictor's draft trees.
 
     Args:
-        tree: None takes `dynamic:8`. temperature: 0 is greedy. top_p: applied after temperature, as transformers does.
-        prefill_chunk: prompt tokens per forward.
+        tree: None takes the default. temperature: 0 is greedy. top_p: applied after temperature, as transformers does.
+
+    Raises UsageError, TeacherError on options that cannot be.
     """
 
     def __init__(
@@ -39,16 +62,21 @@ class Engine:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        prefill_chunk: int = 512,
+        options: EngineOptions | None = None,
     ) -> None:
         self.teacher = teacher
         self.predictor = predictor
         self.tree = tree or (default_tree(None, predictor) if predictor else None)
-        self.prefill_chunk = prefill_chunk
+        self.options = options = options or EngineOptions()
         self.sampler = Sampler(temperature, top_p, seed, teacher.device)
-        self._transfer = predictor.transfer_layers if predictor else ()
-        self._breadth = self.tree.breadth(teacher.vocab_size) if self.tree else 1
-        self._windowed = any(window is not None for window in teacher.windows)
+        device = teacher.device
+        self._kernel = choose_backend(options.attention, device) == "triton"
+        on_cuda = device.type == "cuda"
+        self._every = options.read_every or (READ_EVERY if on_cuda else 1)
+        self.graphs: StepGraphs | None = None
+        if on_cuda and options.graphs:
+            self.graphs = StepGraphs(CudaCapture(device, [] if self.sampler.greedy else [self.sampler.generator]))
+        self._kept: Stepper | None = None  # graphs hold the addresses of its tensors
 
     @torch.inference_mode()
     def generate(
@@ -61,136 +89,90 @@ class Engine:
         """Decode the prompts (token ids) as one batch; sequences that finish leave it.
 
         A sequence ends with an EOS token (kept), once its text holds a string of `stop`, or after `max_new_tokens`.
-        `decode_seconds` runs from the end of the batch's prefill to the sequence's end.
+        `decode_seconds` runs from the end of the batch's prefill to when the host learned of the sequence's end.
 
-        Raises CapacityError when a prompt and its answer exceed the teacher's context, UsageError on an empty prompt.
+        Raises CapacityError when a prompt and its answer exceed the teacher's context or the device's memory,
+        UsageError on an empty prompt.
         """
         check_prompts(self.teacher, prompts, max_new_tokens)
         writer = Writer(self.teacher, max_new_tokens, stop, on_tokens)
         began = time.perf_counter()
-        live = [Written(number, len(prompt)) for number, prompt in enumerate(prompts)]
-        sequences = list(live)
-        cache = KVCache(self.teacher.num_layers, len(live), self._slots(prompts, max_new_tokens), self.teacher.device)
-        self._prefill(cache, prompts, live)
-        root = torch.tensor([prompt[-1] for prompt in prompts], device=self.teacher.device)
-        accepted, draft = self._step(cache, root, None)
-        self._read(accepted, live, writer, prefill=True)
+        sequences = [Written(number, len(prompt), len(prompt) - 1) for number, prompt in enumerate(prompts)]
+        stepper = self._stepper(len(prompts), max(map(len, prompts)) + max_new_tokens)
+        stepper.prefill([list(prompt) for prompt in prompts], self.options.prefill_chunk)
+        stepper.step(max(map(len, prompts)) - 1, drafted=False)
+        live = list(sequences)
+        for _, rows in stepper.ring.launched(live, drain=True):
+            self._write(live, rows, writer, prefill=True)
         prefilled = time.perf_counter()
-        while True:
-            now = time.perf_counter()
-            for item in live:
-                item.decode_seconds = now - prefilled
-            keep = [index for index, item in enumerate(live) if not item.finish_reason]
-            if not keep:
-                break
-            root = accepted.bonus
-            if len(keep) < len(live):
-                live = [live[index] for index in keep]
-                index = torch.tensor(keep, device=self.teacher.device)
-                cache.select(index)
-                root = root.index_select(0, index)
-                if draft is not None:
-                    draft = Draft(draft.tokens.index_select(0, index), draft.log_probs.index_select(0, index))
-            cache.longest = max(item.committed for item in live)
-            accepted, draft = self._step(cache, root, draft)
-            self._read(accepted, live, writer)
+        while live := self._leave(stepper, live):
+            self._launch(stepper, live)
+            for held, rows in stepper.ring.launched(live):
+                unfinished = [item for item in held if not item.finish_reason]
+                self._write(held, rows, writer)
+                now = time.perf_counter()
+                for item in unfinished:
+                    item.decode_seconds = now - prefilled
         return [writer.generation(item, prefilled - began) for item in sequences]
 
-    def _slots(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-        """Cache slots: the longest sequence, the overshoot of its last step, and the scratch rows."""
-        nodes = self.tree.nodes if self.tree else 1
-        steps = self.predictor.steps if self.predictor else 0
-        longest = max(map(len, prompts))
-        scratch = nodes * (1 + len(self._transfer))
-        return max(longest + max_new_tokens + steps + 1 + scratch, longest + self.prefill_chunk)
+    def cache_bytes(self, batch: int, longest_prompt: int, max_new_tokens: int) -> int:
+        """Memory of the K/V cache that such a batch allocates beforehand."""
+        capacity = self._capacity(longest_prompt + max_new_tokens)
+        return KVCache.bytes_needed(**cache_shape(self.teacher, self.predictor, self.tree, batch, capacity))
 
-    def _prefill(self, cache: KVCache, prompts: Sequence[Sequence[int]], live: list[Written]) -> None:
-        """K/V of every prompt but its last token, in chunks; the last token is the first step's root."""
-        device = self.teacher.device
-        counts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        width = max(len(prompt) - 1 for prompt in prompts)
-        ids = torch.tensor([[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts], device=device)
-        for start in range(0, width, self.prefill_chunk):
-            chunk = ids[:, start : start + self.prefill_chunk].long()
-            rows = chunk.shape[1]
-            cache.longest = start
-            view = cache.begin(rows)
-            positions = cache.lengths[:, None] + torch.arange(rows, device=device)
-            allowed = causal_allowed(torch.full_like(counts, rows), rows)
-            mask = self._mask(cache, allowed, positions, view)
-            self.teacher.run(self.teacher.embed(chunk), positions, mask, cache=cache)
-            cache.advance((counts - cache.lengths).clamp(0, rows))
-        cache.longest = width
-        for item in live:
-            item.committed = item.prompt_tokens - 1
+    def _capacity(self, positions: int) -> int:
+        return positions if self.graphs is None else bucket(positions)
 
-    def _mask(self, cache: KVCache, rows: Tensor, positions: Tensor, view: int) -> AttentionMask:
-        """Mask of rows (B, M, M) behind the committed prefix; `positions` (B, M)."""
-        allowed = behind_prefix(rows, cache.lengths, view)
-        if not self._windowed:
-            return AttentionMask(allowed, self.teacher.dtype)
-        slots = torch.arange(view, device=rows.device)[None] - cache.lengths[:, None]
-        behind = positions.gather(1, slots.clamp(0, positions.shape[1] - 1))
-        key_positions = torch.where(slots < 0, slots + cache.lengths[:, None], behind)
-        return AttentionMask(allowed, self.teacher.dtype, positions, key_positions)
-
-    def _step(self, cache: KVCache, root: Tensor, draft: Draft | None) -> tuple[Accepted, Draft | None]:
-        """One decoding step (DESIGN section 2): draft tree, one forward, acceptance, K/V compaction, next draft."""
-        teacher, predictor = self.teacher, self.predictor
-        depth = 0
-        if draft is None or predictor is None or self.tree is None:
-            tree = root_tree(root)
-        else:
-            tree, depth = build(self.tree, predictor, draft, root), self.tree.depth(predictor.steps)
-        real, pseudo = self._forward(cache, tree)
-        normed = teacher.norm(real)
-        targets = self.sampler(teacher.head(normed))
-        if depth:
-            accepted = accept(tree, targets, depth)
-            cache.commit(accepted.path, accepted.count + 1)
-        else:
-            accepted = accept_root(targets)
-            cache.advance(torch.ones_like(root))  # the root's K/V stands where it belongs
-        if predictor is None:
-            return accepted, None
-        index = accepted.node[:, None, None]
-        node_final = normed.gather(1, index.expand(-1, 1, normed.shape[2]))[:, 0]
-        node_pseudo = None
-        if pseudo is not None:
-            index = index[:, None].expand(-1, pseudo.shape[1], 1, pseudo.shape[3])
-            node_pseudo = pseudo.gather(2, index)[:, :, 0]
-        states = predictor.finish(teacher, node_final, node_pseudo)
-        return accepted, predictor.draft(teacher, states, self._breadth)
-
-    def _forward(self, cache: KVCache, tree: Tree) -> tuple[Tensor, Tensor | None]:
-        """All rows of a step through all layers: real rows (B, N, d) and pseudo states (B, k, N, d) or None."""
-        teacher = self.teacher
-        batch, nodes = tree.tokens.shape
-        steps = len(self._transfer)
-        positions = cache.lengths[:, None] + tree.depth
-        view = cache.begin(nodes * (1 + steps))
-        mask, rows = None, tree.ancestors
-        if steps:
-            rows = rows_allowed(rows, None, steps)
-            positions = torch.cat([positions, pseudo_positions(positions, None, steps)], dim=1)
-        if batch > 1 or nodes > 1 or steps or self._windowed:
-            mask = self._mask(cache, rows, positions, view)
-        return forward_rows(
-            teacher,
-            teacher.embed(tree.tokens),
-            positions,
-            mask,
-            transfer_layers=self._transfer,
-            spawn=self.predictor.spawn if self.predictor else None,
-            cache=cache,
+    def _stepper(self, batch: int, positions: int) -> Stepper:
+        """The device's side for a batch: the last one's, whose graphs are captured, where it is large enough."""
+        if self._kept is not None and batch <= self._kept.most and positions <= self._kept.capacity:
+            return self._kept
+        if self._kept is not None:
+            batch, positions = max(batch, self._kept.most), max(positions, self._kept.capacity)
+            self._kept = None
+            if self.graphs is not None:
+                self.graphs.forget()
+        capacity = self._capacity(positions)
+        shape = cache_shape(self.teacher, self.predictor, self.tree, batch, capacity)
+        check_fits(KVCache.bytes_needed(**shape), batch, capacity, self.teacher.device)
+        stepper = Stepper(
+            self.teacher, self.predictor, self.tree, self.sampler, batch, capacity, self._every, self._kernel
         )
+        if self.graphs is not None:
+            self._kept = stepper
+        return stepper
 
-    def _read(self, accepted: Accepted, live: list[Written], writer: Writer, prefill: bool = False) -> None:
-        """The step's one read from the device: what was emitted; then cut, count, hand on."""
-        rows = torch.cat([accepted.count[:, None], accepted.tokens], dim=1).tolist()
-        for item, (count, *emitted) in zip(live, rows, strict=True):
-            item.committed += count + 1
-            kept = writer.write(item, emitted[: count + 1], count)
-            if not prefill:
-                item.accepted_lengths.append(count + 1)
-                item.emitted.append(kept)
+    def _launch(self, stepper: Stepper, live: list[Written]) -> None:
+        """Start the next step of all sequences, behind those that the host has not read yet."""
+        ahead = stepper.ring.unread * stepper.width
+        longest = min(max(item.committed for item in live) + ahead, stepper.capacity)
+        drafted = self.predictor is not None
+        if self.graphs is None:
+            stepper.step(longest, drafted, exact=not ahead and len(live) == 1)
+            return
+        longest = min(bucket(longest), stepper.capacity)
+        self.graphs.run((drafted, stepper.batch, longest), lambda: stepper.step(longest, drafted))
+
+    def _leave(self, stepper: Stepper, live: list[Written]) -> list[Written]:
+        """The sequences that are still decoded. Graphs are captured per batch size, so with them the finished ones
+        leave when half of the batch has.
+        """
+        keep = [place for place, item in enumerate(live) if not item.finish_reason]
+        if not keep:
+            return []
+        if len(keep) == len(live) or (self.graphs is not None and 2 * len(keep) > len(live)):
+            return live
+        stepper.select(torch.tensor(keep, device=self.teacher.device))
+        return [live[place] for place in keep]
+
+    def _write(self, held: list[Written], rows: Rows, writer: Writer, prefill: bool = False) -> None:
+        """What steps emitted, for the sequences that the batch held then: cut, count, hand on."""
+        for step in rows:
+            for item, (count, *emitted) in zip(held, step, strict=False):  # a ring's row has room for more
+                item.committed += count + 1
+                if item.finish_reason:
+                    continue  # decoded on until it left
+                kept = writer.write(item, emitted[: count + 1], count)
+                if not prefill:
+                    item.accepted_lengths.append(count + 1)
+                    item.emitted.append(kept)

@@ -254,8 +254,8 @@ class PipelineRun:
             own = [angles[part] for angles in rotary]
             states = hidden[place : place + count].flatten(0, 1)[:, None]
             for layer in group.layers:
-                additive = mask.additive(teacher.windows[layer])[part]
-                states = teacher.layer(layer, states, own, rows[part], additive, self.cache)
+                seen = mask.additive(teacher.windows[layer])[part]
+                states = teacher.layer(layer, states, own, rows[part], seen, self.cache)
             states = states.view(count, batch, -1)
             hidden = torch.cat([hidden[:place], states, hidden[place + count :]]) if count < len(hidden) else states
         return hidden

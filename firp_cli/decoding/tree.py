@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,15 +29,22 @@ class TreeSpec:
 
     `static`: `paths` lists nodes as candidate ranks from the root, e.g. (0,), (1,), (0, 0); closed under prefixes.
     `dynamic`: the `nodes - 1` prefixes of highest joint draft probability, chosen anew each step.
+    `budget`: nodes that get pseudo rows, those where the accepted path most likely ends; None: all of them.
     """
 
     kind: str
     nodes: int
     paths: tuple[tuple[int, ...], ...] = ()
     name: str = ""
+    budget: int | None = None
 
     def __str__(self) -> str:
-        return self.name or f"{self.kind}:{self.nodes}"
+        return (self.name or f"{self.kind}:{self.nodes}") + (f"@{self.budget}" if self.limited else "")
+
+    @property
+    def limited(self) -> bool:
+        """True where some nodes have no pseudo rows."""
+        return self.budget is not None and self.budget < self.nodes
 
     def depth(self, steps: int) -> int:
         """Longest path below the root."""
@@ -52,16 +59,26 @@ class TreeSpec:
 
 @dataclass
 class Tree:
-    """`tokens`, `parents`, `depth`: (B, N) long; `ancestors`: (B, N, N) bool, a row is a node's path with itself."""
+    """`tokens`, `parents`, `depth`: (B, N) long; `ancestors`: (B, N, N) bool, a row is a node's path with itself;
+    `scores`: (B, N) joint draft log-probability of each node given the root, None where nobody asks.
+    """
 
     tokens: Tensor
     parents: Tensor
     depth: Tensor
     ancestors: Tensor
+    scores: Tensor | None = None
 
 
 def parse_tree(spec: str, steps: int) -> TreeSpec:
-    """`dynamic:N`, `chain`, `static:4x2x1` (children per node by depth), or a tree.json file. Raises UsageError."""
+    """`dynamic:N`, `chain`, `static:4x2x1` (children per node by depth), each with `@B` behind it where only B nodes
+    shall have pseudo rows, or a tree.json file. Raises UsageError.
+    """
+    shape, separator, budget = spec.rpartition("@")
+    if separator and not Path(spec).is_file():
+        if not budget.isdigit() or int(budget) < 1:
+            raise UsageError(f"tree {spec!r}: behind @ stands the number of nodes with pseudo rows, at least 1")
+        return replace(parse_tree(shape, steps), budget=int(budget))
     if spec == "chain":
         return _static([(0,) * depth for depth in range(1, steps + 1)], steps, "chain")
     kind, _, rest = spec.partition(":")
@@ -76,7 +93,8 @@ def parse_tree(spec: str, steps: int) -> TreeSpec:
     if Path(spec).is_file():
         return _from_file(Path(spec), steps)
     raise UsageError(
-        f"no tree {spec!r}: give dynamic:N (2 <= N <= {MAX_NODES}), chain, static:4x2x1, or a tree.json file"
+        f"no tree {spec!r}: give dynamic:N (2 <= N <= {MAX_NODES}), chain, static:4x2x1 (each may end in @B: pseudo "
+        "rows for B nodes), or a tree.json file"
     )
 
 
@@ -146,12 +164,15 @@ def _static_shape(spec: TreeSpec, device: torch.device) -> tuple[Tensor, Tensor,
 def _build_static(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
     parents, depth, ancestors, levels = _static_shape(spec, root.device)
     batch = root.shape[0]
-    tokens = root[:, None]
+    tokens, scores = root[:, None], draft.log_probs.new_zeros(batch, 1)
     for number, (nodes, ranks) in enumerate(levels, start=1):
-        candidates, _ = predictor.child_candidates(draft, number, tokens[:, nodes])
-        chosen = candidates.gather(2, ranks[None, :, None].expand(batch, -1, 1))[:, :, 0]
-        tokens = torch.cat([tokens, chosen], dim=1)
-    return Tree(tokens, parents.expand(batch, -1), depth.expand(batch, -1), ancestors.expand(batch, -1, -1))
+        candidates, log_probs = predictor.child_candidates(draft, number, tokens[:, nodes])
+        picks = ranks[None, :, None].expand(batch, -1, 1)
+        if spec.limited:
+            scores = torch.cat([scores, scores[:, nodes] + log_probs.gather(2, picks)[:, :, 0]], dim=1)
+        tokens = torch.cat([tokens, candidates.gather(2, picks)[:, :, 0]], dim=1)
+    known = scores if spec.limited else None
+    return Tree(tokens, parents.expand(batch, -1), depth.expand(batch, -1), ancestors.expand(batch, -1, -1), known)
 
 
 def _build_dynamic(nodes: int, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
@@ -162,20 +183,25 @@ def _build_dynamic(nodes: int, predictor: Predictor, draft: Draft, root: Tensor)
     """
     batch, limit = root.shape[0], nodes - 1
     # Candidate 0 is the root; the candidates of each level follow. `parents` holds candidate numbers.
-    tokens, scores, parents, widths = [root[:, None]], [], [], [1]
-    frontier_tokens, frontier_scores = root[:, None], draft.log_probs.new_zeros(batch, 1)
+    tokens, scores, parents, widths = [root[:, None]], [draft.log_probs.new_zeros(batch, 1)], [], [1]
+    frontier_tokens, frontier_scores = tokens[0], scores[0]
     for depth in range(1, predictor.steps + 1):
         child_tokens, log_probs = predictor.child_candidates(draft, depth, frontier_tokens)
         breadth = child_tokens.shape[2]
-        joint = (frontier_scores[:, :, None] + log_probs).flatten(1)
-        frontier_scores, picks = joint.topk(min(limit, joint.shape[1]), dim=1)
-        frontier_tokens = child_tokens.flatten(1).gather(1, picks)
+        if depth == 1 and breadth <= limit:  # the root's candidates come in order
+            frontier_scores, frontier_tokens = log_probs[:, 0], child_tokens[:, 0]
+            parents.append(torch.zeros_like(frontier_tokens))
+        else:
+            joint = (frontier_scores[:, :, None] + log_probs).flatten(1)
+            frontier_scores, picks = joint.topk(min(limit, joint.shape[1]), dim=1)
+            frontier_tokens = child_tokens.flatten(1).gather(1, picks)
+            parents.append((picks // breadth).add_(sum(widths[:-1])))
         tokens.append(frontier_tokens)
         scores.append(frontier_scores)
-        parents.append((picks // breadth).add_(sum(widths[:-1])))
-        widths.append(picks.shape[1])
+        widths.append(frontier_tokens.shape[1])
     levels, numbers, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
-    order = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True).indices
+    every = torch.cat(scores, dim=1)
+    order = every[:, 1:].sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, :limit].sort(dim=1).values
     places = torch.nn.functional.pad(chosen + 1, (1, 0))  # candidate number of every node, the root first
     node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, numbers.expand(batch, -1))
@@ -186,6 +212,7 @@ def _build_dynamic(nodes: int, predictor: Predictor, draft: Draft, root: Tensor)
         parents=parent,
         depth=levels[places],
         ancestors=_ancestors(parent, itself, predictor.steps),
+        scores=every.gather(1, places),
     )
 
 
@@ -205,3 +232,26 @@ def _ancestors(parents: Tensor, itself: Tensor, depth: int) -> Tensor:
         seen = seen @ seen
         reach *= 2
     return seen > 0
+
+
+def anchor_nodes(tree: Tree, count: int) -> Tensor:
+    """(B, count) the nodes that get pseudo rows: the root, and those where the accepted path most likely ends.
+
+    A path ends at a node if it comes there and to none of its children, by the draft's own probabilities.
+    """
+    assert tree.scores is not None
+    coming = tree.scores.exp()
+    going_on = torch.zeros_like(coming).scatter_add_(1, tree.parents[:, 1:], coming[:, 1:])
+    ending = coming - going_on
+    ending[:, 0] = torch.inf  # every node needs an ancestor with pseudo rows
+    return ending.topk(count, dim=1).indices
+
+
+def nearest_anchor(tree: Tree, anchors: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
+    """The deepest of `anchors` (B, A) on the path to `node` (B,): its place among them (B,), and its distance from the
+    node in tokens (B,).
+    """
+    nodes = tree.tokens.shape[1]
+    on_path = tree.ancestors.gather(1, node[:, None, None].expand(-1, 1, nodes))[:, 0].gather(1, anchors)
+    depth, place = tree.depth.gather(1, anchors).masked_fill(~on_path, -1).max(dim=1)
+    return place, tree.depth.gather(1, node[:, None])[:, 0] - depth

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from firp_cli.errors import PredictorError
 from firp_cli.recipe import PredictorSection
-from firp_cli.teacher.attention import AttentionMask, pseudo_positions
+from firp_cli.teacher.attention import AttentionMask, Mask, pseudo_positions
 from firp_cli.teacher.kv_cache import SequenceCache
-from firp_cli.teacher.stack import Cache, Teacher
+from firp_cli.teacher.library import Cache
+from firp_cli.teacher.stack import Teacher
 
 RowsHook = Callable[[int, Tensor, Tensor], None]
 Spawn = Callable[[int, int, Tensor], Tensor]
@@ -177,38 +178,43 @@ def forward_rows(
     teacher: Teacher,
     real: Tensor,
     positions: Tensor,
-    mask: AttentionMask | None,
+    mask: Mask | None,
     *,
     start: int = 0,
     transfer_layers: tuple[int, ...] = (),
     spawn: Spawn | None = None,
+    anchors: Tensor | None = None,
     cache: Cache | None = None,
+    rotary: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Decoding's forward: h^start of R real rows (B, R, d) through layers start..L-1, every row an anchor whose
-    step-i pseudo state joins at layer t_i. All rows of a layer run in one call.
+    """Decoding's forward: h^start of R real rows (B, R, d) through layers start..L-1, where the step-i pseudo states
+    of A rows join at layer t_i. All rows of a layer run in one call.
 
     Args:
-        positions: (B, M). mask: over the M = R(1+k) rows, ordered as teacher/attention.py says; None is right only for
+        positions: (B, M). mask: over the M = R + kA rows, ordered as teacher/attention.py says; None is right only for
             one row that sees every slot and has no pseudo states.
+        anchors: (B, A) the real rows that pseudo states grow from; None: every row.
+        rotary: position embeddings of all rows, where the caller has them.
 
-    Returns the real rows (B, R, d) and the pseudo states (B, k, R, d), both before the final norm.
+    Returns the real rows (B, R, d) and the pseudo states (B, k, A, d), both before the final norm.
     """
     batch, count, size = real.shape
-    steps = len(transfer_layers)
-    rotary = teacher.rotary(real, positions)
-    rows, started = real, 0
-    for index in range(start, teacher.num_layers):
-        entering = transfer_layers.count(index)
+    rotary = teacher.rotary(real, positions) if rotary is None else rotary
+    every, rows, started, present = rotary, real, 0, 0
+    index = None if anchors is None else anchors[:, :, None].expand(-1, -1, size)
+    for number in range(start, teacher.num_layers):
+        entering = transfer_layers.count(number)
         if entering:
             assert spawn is not None
-            rows = torch.cat([rows, spawn(started + 1, started + entering, rows[:, :count])], dim=1)
+            source = rows[:, :count] if index is None else rows.gather(1, index)
+            rows = torch.cat([rows, spawn(started + 1, started + entering, source)], dim=1)
             started += entering
-        present = rows.shape[1]
-        additive = None if mask is None else mask.additive(teacher.windows[index])[:, :, :present]
-        rows = teacher.layer(
-            index, rows, [part[:, :present] for part in rotary], positions[:, :present], additive, cache
-        )
-    pseudo = rows[:, count:].view(batch, steps, count, size) if steps else None
+        if rows.shape[1] != present:
+            present = rows.shape[1]
+            rotary, places = [part[:, :present] for part in every], positions[:, :present]
+        seen = None if mask is None else mask.at(teacher.windows[number], present)
+        rows = teacher.layer(number, rows, rotary, places, seen, cache)
+    pseudo = rows[:, count:].view(batch, len(transfer_layers), -1, size) if transfer_layers else None
     return rows[:, :count], pseudo
 
 

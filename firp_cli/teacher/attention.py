@@ -1,16 +1,24 @@
-"""Attention masks for real rows and pseudo states, built once per forward for every layer.
+"""Who sees whom: masks for real rows and pseudo states, built once per forward for every layer, and attention itself.
 
-Shapes: B sequences, R real rows, A anchors, k steps, M = R + k*A rows, S cached K/V slots. Rows stand in the order
-real rows, step-1 pseudo states of all anchors, step-2 pseudo states, ... so that the rows present at a layer are
-always a prefix.
+Shapes: B sequences, R real rows, A anchors, k steps, M = R + k*A rows, S cached K/V slots, Hq query heads, Hk key/value
+heads, D head size. Rows stand in the order real rows, step-1 pseudo states of all anchors, step-2 pseudo states, ...
+so that the rows present at a layer are always a prefix.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from firp_cli.errors import TeacherError
+
+BACKENDS = ("auto", "sdpa", "triton")
 
 
 def causal_allowed(lengths_B: Tensor, rows: int) -> Tensor:
@@ -56,23 +64,20 @@ def pseudo_positions(positions_BR: Tensor, anchors_BA: Tensor | None, steps: int
     return (anchor_positions[:, None, :] + offsets[None, :, None]).flatten(1)
 
 
-def behind_prefix(rows_BMM: Tensor, lengths_B: Tensor, slots: int) -> Tensor:
-    """(B, M, S) bool over cache slots: every row sees the committed prefix [0, length) and, behind it, what
-    `rows_BMM` allows; row j's K/V stands in slot length + j. Slots behind the rows are never seen.
-    """
-    rows = rows_BMM.shape[1]
-    relative_BS = torch.arange(slots, device=rows_BMM.device)[None, :] - lengths_B[:, None]
-    index = relative_BS.clamp(0, rows - 1)[:, None, :].expand(-1, rows, -1)
-    tail = rows_BMM.gather(2, index) & ((relative_BS >= 0) & (relative_BS < rows))[:, None, :]
-    return tail | (relative_BS < 0)[:, None, :]
-
-
 @lru_cache(maxsize=8)
 def _levels(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """What a mask adds where attention is allowed, and where it is not."""
     return torch.zeros((), dtype=dtype, device=device), torch.full(
         (), torch.finfo(dtype).min, dtype=dtype, device=device
     )
+
+
+class Mask(Protocol):
+    """Who sees whom in one forward, for each layer."""
+
+    def at(self, window: int | None, rows: int) -> Tensor | TreeRows:
+        """For a layer of `window` positions (None: all) at which the first `rows` rows are present."""
+        ...
 
 
 class AttentionMask:
@@ -108,3 +113,117 @@ class AttentionMask:
                 allowed = allowed & (self.query_positions[:, :, None] - self.key_positions[:, None, :] < window)
             self._additive[window] = torch.where(allowed, *_levels(self.dtype, allowed.device))[:, None]
         return self._additive[window]
+
+    def at(self, window: int | None, rows: int) -> Tensor:
+        """The additive mask of the first `rows` rows."""
+        additive = self.additive(window)
+        return additive if rows == additive.shape[2] else additive[:, :, :rows]
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """What the attention kernel reads of a step's mask; the arguments of `tree_attention` of the same names."""
+
+    lengths: Tensor
+    bits: Tensor
+    positions: Tensor
+    scratch: int
+    longest: int
+    window: int | None
+
+    def first(self, rows: int) -> TreeRows:
+        """For a layer at which only the first rows are present."""
+        if rows == self.bits.shape[1]:
+            return self
+        return TreeRows(
+            self.lengths, self.bits[:, :rows], self.positions[:, :rows], self.scratch, self.longest, self.window
+        )
+
+
+class StepMask:
+    """The mask of a decoding step over a `KVCache`: M scratch rows in front of the committed prefix.
+
+    Args:
+        rows: (B, M, M) bool, who sees whom among the rows; every row sees the whole prefix.
+        positions: (B, M). lengths: (B,) of the prefixes, on the device.
+        slots: (S,) the numbers 0.. of the prefix slots in view. Not all of them are committed in every sequence.
+        dtype: the teacher's. kernel: give layers what the attention kernel reads in place of a dense mask.
+    """
+
+    def __init__(
+        self, rows: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, dtype: torch.dtype, kernel: bool = False
+    ) -> None:
+        self.rows, self.positions, self.lengths, self.slots = rows, positions, lengths, slots
+        self.dtype, self.kernel = dtype, kernel
+        self._made: dict[int | None, Tensor | TreeRows] = {}
+
+    def at(self, window: int | None, rows: int) -> Tensor | TreeRows:
+        """An additive mask (B, 1, rows, M + S), or the kernel's arguments."""
+        if window not in self._made:
+            self._made[window] = self._tree_rows(window) if self.kernel else self._additive(window)
+        made = self._made[window]
+        if isinstance(made, TreeRows):
+            return made.first(rows)
+        return made if rows == made.shape[2] else made[:, :, :rows]
+
+    def _own(self, window: int | None) -> Tensor:
+        if window is None:
+            return self.rows
+        return self.rows & (self.positions[:, :, None] - self.positions[:, None] < window)
+
+    def _additive(self, window: int | None) -> Tensor:
+        batch, count = self.positions.shape
+        committed = (self.slots < self.lengths[:, None])[:, None]
+        if window is not None:
+            committed = committed & (self.positions[:, :, None] - self.slots < window)
+        allowed = torch.cat([self._own(window), committed.expand(batch, count, -1)], dim=2)
+        return torch.where(allowed, *_levels(self.dtype, allowed.device))[:, None]
+
+    def _tree_rows(self, window: int | None) -> TreeRows:
+        from firp_cli.teacher.tree_attention import row_bits
+
+        scratch = self.rows.shape[2]
+        bits = row_bits(self._own(window))
+        return TreeRows(self.lengths, bits, self.positions, scratch, self.slots.shape[0], window)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | TreeRows | None, scaling: float | None = None
+) -> Tensor:
+    """Attention of queries (B, Hq, M, D) over keys and values (B, Hk, S, D), Hq a multiple of Hk: (B, Hq, M, D).
+
+    Args:
+        mask: additive (B, 1, M, S), the kernel's arguments, or None where every row sees everything.
+        scaling: of the scores; None: 1 / sqrt(D).
+    """
+    if isinstance(mask, TreeRows):
+        from firp_cli.teacher.tree_attention import tree_attention
+
+        return tree_attention(
+            queries,
+            keys,
+            values,
+            mask.lengths,
+            mask.bits,
+            scratch=mask.scratch,
+            scaling=queries.shape[-1] ** -0.5 if scaling is None else scaling,
+            longest=mask.longest,
+            window=mask.window,
+            positions=None if mask.window is None else mask.positions,
+        )
+    grouped = queries.shape[1] != keys.shape[1]
+    return functional.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped
+    )
+
+
+def choose_backend(name: str, device: torch.device) -> str:
+    """`auto` takes the kernel on CUDA devices where Triton is installed, else torch. Raises TeacherError."""
+    if name not in BACKENDS:
+        raise TeacherError(f"unknown attention {name!r}: choose from {', '.join(BACKENDS)}")
+    installed = importlib.util.find_spec("triton") is not None
+    if name == "triton" and not installed:
+        raise TeacherError("attention triton needs the package triton: pip install 'firp[triton]', or attention=sdpa")
+    if name == "auto":
+        return "triton" if device.type == "cuda" and installed else "sdpa"
+    return name

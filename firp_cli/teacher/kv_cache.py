@@ -1,7 +1,7 @@
-"""Key/value caches that a Hugging Face decoder layer writes to and reads from.
+"""Key/value caches that a decoder layer writes to and reads from.
 
 A layer calls `update(keys, values, layer_index)` and attends to what comes back; that is all it needs of a cache.
-Shapes: B sequences, H key/value heads, M rows of this forward, S slots, D head size.
+Shapes: B sequences, H key/value heads, M rows of this forward, R scratch rows, S slots, D head size.
 """
 
 from __future__ import annotations
@@ -13,80 +13,119 @@ from torch import Tensor
 
 
 class KVCache:
-    """Preallocated K/V of all layers. Committed tokens of sequence b fill slots [0, lengths[b]); the rest is scratch.
+    """Preallocated K/V of all layers: R scratch slots for the rows of a step, behind them the committed tokens.
 
-    A forward of M rows writes to slots lengths[b] .. lengths[b] + M - 1 and commits nothing; `commit` then moves the
-    rows that were accepted to the front of the scratch and lengthens the prefix. Lengths live on the device;
-    `longest` is the host's upper bound, which only sizes the view.
+    Slot R + p of sequence b holds position p; positions [0, lengths[b]) are committed. A step's rows are written to
+    the last scratch slots, wherever the sequences stand, and `commit` copies the accepted ones behind the prefix. So a
+    step writes to fixed places, the prefix is touched by what is accepted alone, and nothing depends on numbers that
+    only the device knows. All tensors keep their place in memory; `select` moves sequences within it.
+
+    Args:
+        capacity: positions of the longest sequence. Lengths stop there, however long a finished sequence is decoded on.
+        spread: rows that one commit may write past the capacity.
     """
 
-    def __init__(self, layers: int, batch: int, slots: int, device: torch.device) -> None:
-        self.layers, self.slots = layers, slots
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.longest = 0
-        self._store: Tensor | None = None  # (layers, 2, B, H, S, D), made when the first keys show H, D and dtype
-        self._rows_BM = self.lengths[:, None]
-        self._view = 0
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        scratch: int,
+        capacity: int,
+        heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spread: int = 1,
+    ) -> None:
+        self.scratch, self.capacity = scratch, capacity
+        slots = scratch + capacity + spread
+        self._store = torch.zeros(layers, 2, batch, heads, slots, head_size, dtype=dtype, device=device)
+        self._lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self._numbers = torch.arange(slots, device=device)
+        self.use(batch)
 
-    @property
-    def batch(self) -> int:
-        return self.lengths.shape[0]
+    @staticmethod
+    def bytes_needed(
+        layers: int, batch: int, scratch: int, capacity: int, heads: int, head_size: int, dtype: torch.dtype
+    ) -> int:
+        """Memory of such a cache."""
+        return layers * 2 * batch * heads * (scratch + capacity + 1) * head_size * dtype.itemsize
 
-    def begin(self, rows: int) -> int:
-        """Announce a forward of at most `rows` rows; returns the number of slots its masks must cover."""
-        self._rows_BM = self.lengths[:, None] + torch.arange(rows, device=self.lengths.device)
-        self._view = self.longest + rows
-        assert self._view <= self.slots, f"{self._view} slots needed, {self.slots} allocated"
-        return self._view
+    def use(self, batch: int) -> None:
+        """Start over with the first `batch` sequences, all empty."""
+        self._narrow(batch)
+        self.lengths.zero_()
+        self._first, self._writes, self._end = self.scratch, self.scratch, self.scratch
+
+    def _narrow(self, batch: int) -> None:
+        self.batch = batch
+        self.lengths = self._lengths[:batch]
+        self._layers = [(keys[:batch], values[:batch]) for keys, values in self._store]
+
+    def prefix_slots(self, longest: int) -> Tensor:
+        """(longest,) the numbers of the first prefix slots, for masks."""
+        return self._numbers[:longest]
+
+    def begin(self, rows: int, longest: int) -> None:
+        """Announce a step of `rows` rows, of which a layer may see the first ones only; `longest` bounds the lengths.
+
+        What a layer gets back are the slots of all the rows, then `longest` slots of the prefix.
+        """
+        assert rows <= self.scratch and longest <= self.capacity, (rows, self.scratch, longest, self.capacity)
+        self._first = self._writes = self.scratch - rows
+        self._end = self.scratch + longest
+
+    def begin_chunk(self, start: int, rows: int) -> None:
+        """Announce a forward of the prompts' positions start..start + rows - 1, which are written where they belong.
+        What a layer gets back are the slots of the positions so far.
+        """
+        self._first, self._writes = self.scratch, self.scratch + start
+        self._end = self._writes + rows
 
     def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write (B, H, M, D) keys and values behind the prefix; return (B, H, view, D) of both."""
-        if self._store is None:
-            batch, heads, _rows, size = keys.shape
-            self._store = keys.new_zeros(self.layers, 2, batch, heads, self.slots, size)
-        store = self._store[layer_index]
-        slots = self._rows_BM[:, : keys.shape[2]]
-        if slots.shape[0] == 1:
-            store[0].index_copy_(2, slots[0], keys)
-            store[1].index_copy_(2, slots[0], values)
-        else:
-            index = slots[:, None, :, None].expand_as(keys)
-            store[0].scatter_(2, index, keys)
-            store[1].scatter_(2, index, values)
-        return store[0, :, :, : self._view], store[1, :, :, : self._view]
+        """Write (B, H, M, D) keys and values at the announced slots; return those in view, (B, H, S', D) of both."""
+        own_keys, own_values = self._layers[layer_index]
+        rows = keys.shape[2]
+        own_keys.narrow(2, self._writes, rows).copy_(keys)
+        own_values.narrow(2, self._writes, rows).copy_(values)
+        seen = self._end - self._first
+        return own_keys.narrow(2, self._first, seen), own_values.narrow(2, self._first, seen)
 
     def commit(self, path_BP: Tensor, counts_B: Tensor) -> None:
-        """Keep rows `path[b, :counts[b]]` (ascending row numbers of the last forward) as the next committed tokens.
+        """Keep rows `path[b, :counts[b]]` of the last step as the next committed tokens.
 
-        Entries past a count may be anything in range: what they copy stays behind the prefix. The caller raises
-        `longest` once it has read the counts.
+        Entries past a count may be any row: what they copy lies behind the prefix.
         """
-        assert self._store is not None
-        source = self.lengths[:, None] + path_BP
-        target = self.lengths[:, None] + torch.arange(path_BP.shape[1], device=path_BP.device)
-        if path_BP.shape[0] == 1:
-            self._store.index_copy_(4, target[0], self._store.index_select(4, source[0]))
+        batch, places = path_BP.shape
+        path_BP = path_BP + self._first
+        target = (self.lengths + self.scratch)[:, None] + self._numbers[:places]
+        if batch == 1:
+            store = self._store[:, :, :1]
+            store.index_copy_(4, target[0], store.index_select(4, path_BP[0]))
         else:
-            layers, two, _, heads, _, size = self._store.shape
-            shape = (layers, two, *path_BP.shape[:1], heads, path_BP.shape[1], size)
-            source_index = source[None, None, :, None, :, None].expand(shape)
-            target_index = target[None, None, :, None, :, None].expand(shape)
-            self._store.scatter_(4, target_index, self._store.gather(4, source_index))
-        self.lengths = self.lengths + counts_B
+            store = self._store[:, :, :batch]
+            layers, two, _, heads, _, size = store.shape
+            shape = (layers, two, batch, heads, places, size)
+            rows = store.gather(4, path_BP[None, None, :, None, :, None].expand(shape))
+            store.scatter_(4, target[None, None, :, None, :, None].expand(shape), rows)
+        self.set_lengths(self.lengths + counts_B)
 
-    def advance(self, counts_B: Tensor) -> None:
-        """Commit the first `counts[b]` rows of the last forward where they stand (prefill)."""
-        self.lengths = self.lengths + counts_B
+    def set_lengths(self, lengths_B: Tensor) -> None:
+        """Commit what stands in the slots up to these lengths (B,)."""
+        torch.clamp(lengths_B, max=self.capacity, out=self.lengths)
 
     def select(self, sequences: Tensor) -> None:
-        """Keep only these sequences (indices into the batch): finished ones leave."""
-        self.lengths = self.lengths.index_select(0, sequences)
-        if self._store is not None:
-            self._store = self._store.index_select(2, sequences)
+        """Keep only these sequences (ascending places in the batch), moved to the front: others have left."""
+        count = sequences.shape[0]
+        for keys, values in self._store:  # layer by layer, so that the copy is a layer's and not the cache's
+            keys[:count] = keys[sequences]
+            values[:count] = values[sequences]
+        self._lengths[:count] = self._lengths[sequences]
+        self._narrow(count)
 
     def bytes(self) -> int:
-        """Memory held, 0 before the first forward."""
-        return 0 if self._store is None else self._store.numel() * self._store.element_size()
+        """Memory held."""
+        return self._store.numel() * self._store.element_size()
 
 
 class SequenceCache:

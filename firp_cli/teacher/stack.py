@@ -1,37 +1,34 @@
 """The frozen teacher as a stack: embed, layers i..j, final norm, head, each callable alone.
 
-Works on the library's own decoder layers. At load the stack's logits are compared layer by layer with the model's own
-forward, so an architecture that does more between its layers than this file knows is refused instead of being wrong.
+Works on the library's own decoder layers, or on their lean twins. At load the stack's logits are compared layer by
+layer with the model's own forward, so an architecture that does more between its layers than this file knows is refused
+instead of being wrong; the lean layers are taken when their logits equal the library's.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
 from firp_cli.recipe import LoopedSection, TeacherConfig, teacher_source
-from firp_cli.teacher.attention import AttentionMask, causal_allowed
-from firp_cli.teacher.looped import CACHE_NAMES, LoopedLayers, loop_layers
+from firp_cli.teacher.attention import AttentionMask, TreeRows, causal_allowed
+from firp_cli.teacher.fused import FusedStack, UnfusableError
+from firp_cli.teacher.library import Cache, LibraryStack, Stack
+from firp_cli.teacher.looped import LoopedLayers, loop_layers
 
 LayerHook = Callable[[int, Tensor], None]
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+FUSED_TOLERANCE = {torch.float32: 1e-5}  # of the logits' size; other dtypes round each operation: CHECK_TOLERANCE
 CHECK_TOKENS = 24
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # position embeddings that depend on the position alone
-
-
-class Cache(Protocol):
-    """What a decoder layer asks of a cache."""
-
-    def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]: ...
 
 
 class Teacher:
@@ -40,8 +37,9 @@ class Teacher:
     Args:
         looped: which layers run several times, where the model's own class does not say.
 
-    Attributes: `num_layers` L, `hidden_size` d, `vocab_size` V, `max_positions`, `eos_token_ids`, `device`, `dtype`,
-    `windows` (per layer: sliding window in positions, or None), `looped` (None: every layer runs once).
+    Attributes: `num_layers` L, `hidden_size` d, `vocab_size` V, `kv_heads`, `head_size`, `max_positions`,
+    `eos_token_ids`, `device`, `dtype`, `windows` (per layer: sliding window in positions, or None), `looped` (None:
+    every layer runs once), `stack` (the layers that run: the library's, or their lean twins after `fuse`).
     """
 
     def __init__(
@@ -64,23 +62,19 @@ class Teacher:
             self.layers = loop_layers(model, base, self.layers, self._norm, looped)
         self.looped = self.layers.shape if isinstance(self.layers, LoopedLayers) else None
         self._rotary: nn.Module = _part(base, ("rotary_emb",), name)
+        self._library = LibraryStack(name, self.layers, self._norm, self._rotary, config)
+        self.stack: Stack = self._library
         self._head: nn.Module = model.get_output_embeddings()
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.num_layers = len(self.layers)
         self.hidden_size: int = config.hidden_size
+        heads = int(getattr(config, "num_attention_heads", 1))
+        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         self.vocab_size: int = self._head.weight.shape[0]
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
         self.windows = _windows(config, self.num_layers, self.looped)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
-        # not `layers[0]`: the passes of a looped teacher have no signature of their own
-        first = next(iter(self.layers.children()))
-        parameters = inspect.signature(first.forward).parameters
-        named = [cache for cache in CACHE_NAMES if cache in parameters]
-        if not named:  # a wrong name would vanish among a layer's further arguments
-            raise TeacherError(
-                f"{name}: {type(first).__name__} takes no cache that is known ({', '.join(CACHE_NAMES)})"
-            )
-        self._cache_name = named[0]
         self._fingerprint: str | None = None
         if check:
             self.check()
@@ -130,9 +124,9 @@ class Teacher:
         """(B, R) token ids to h^0 (B, R, d)."""
         return self._embed(input_ids)
 
-    def rotary(self, hidden: Tensor, positions: Tensor) -> Any:
-        """Position embeddings of rows at `positions` (B, R), shared by all layers."""
-        return self._rotary(hidden, positions)
+    def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
+        """Position embeddings of rows at `positions` (B, R), shared by all layers: (B, R, D) each."""
+        return self.stack.rotary(hidden, positions)
 
     def rotary_table(self, count: int) -> list[Tensor] | None:
         """Position embeddings of positions 0..count-1, (count, D) each, for callers that look them up; None where they
@@ -141,23 +135,21 @@ class Teacher:
         if getattr(self._rotary, "rope_type", None) not in STATIC_ROPE:
             return None
         like = torch.empty(1, 1, self.hidden_size, device=self.device, dtype=self.dtype)
-        return [part[0] for part in self.rotary(like, torch.arange(count, device=self.device)[None])]
+        return [part[0].contiguous() for part in self.rotary(like, torch.arange(count, device=self.device)[None])]
 
     def layer(
-        self, index: int, hidden: Tensor, rotary: Any, positions: Tensor, mask: Tensor | None, cache: Cache | None
+        self,
+        index: int,
+        hidden: Tensor,
+        rotary: Sequence[Tensor],
+        positions: Tensor,
+        mask: Tensor | TreeRows | None,
+        cache: Cache | None,
     ) -> Tensor:
-        """h^index (B, R, d) to h^(index+1). `mask` is additive (B, 1, R, S); None is right only for one row that
-        sees every slot.
+        """h^index (B, R, d) to h^(index+1). `mask` is additive (B, 1, R, S), or what the attention kernel reads; None
+        is right only for one row that sees every slot.
         """
-        output = self.layers[index](
-            hidden,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=cache is not None,
-            position_embeddings=rotary,
-            **{self._cache_name: cache},
-        )
-        return output[0] if isinstance(output, tuple) else output
+        return self.stack.layer(index, hidden, rotary, positions, mask, cache)
 
     def run(
         self,
@@ -181,7 +173,7 @@ class Teacher:
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Final norm: h^L to the state that the head reads (`hidden.final` in a store)."""
-        return self._norm(hidden)
+        return self.stack.norm(hidden)
 
     def head(self, normed: Tensor) -> Tensor:
         """Normed states (..., d) to float32 logits (..., V)."""
@@ -235,13 +227,52 @@ class Teacher:
         """Mask of a forward without cached prefix: `allowed` (B, M, M), `positions` (B, M)."""
         return AttentionMask(allowed, self.dtype, positions, positions)
 
+    def fuse(self, compiled: bool = False) -> str | None:
+        """Run the lean layers from now on if they give the library's logits; returns why not, or None.
+
+        The library's parameters become views into joined matrices. Call it again after moving the model.
+        """
+        tolerance = FUSED_TOLERANCE.get(self.dtype, CHECK_TOLERANCE.get(self.dtype, 2e-1))
+        self.stack = self._library
+        try:
+            lean = FusedStack(self.layers, self._norm, self._rotary, compiled)
+            whole = not any(isinstance(layer, nn.Identity) for layer in self.layers)
+            difference = self._difference(lean) if whole else 0.0  # a part was compared when it was whole
+        except (UnfusableError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            return f"{type(self.model).__name__} keeps the library's layers: {error}"
+        if not difference <= tolerance:
+            return f"{type(self.model).__name__} keeps the library's layers: lean ones differ by {difference:.2g}"
+        self.stack = lean
+        return None
+
+    @torch.inference_mode()
+    def _difference(self, other: Stack) -> float:
+        """Greatest difference of another stack's logits from the present one's, relative to their size."""
+        ids = self._check_ids()
+        positions = torch.arange(ids.shape[1], device=self.device)[None]
+        mask = self.sequence_mask(
+            causal_allowed(torch.full((1,), ids.shape[1], device=self.device), ids.shape[1]), positions
+        )
+        present, logits = self.stack, []
+        try:
+            for self.stack in (present, other):
+                logits.append(self.head(self.norm(self.run(self.embed(ids), positions, mask))))
+        finally:
+            self.stack = present
+        return ((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1.0)).item()
+
+    def _check_ids(self) -> Tensor:
+        """(1, T) random tokens, enough to pass short sliding windows."""
+        windows = [window for window in self.windows if window]
+        tokens = max([CHECK_TOKENS, *(window + 8 for window in windows if window <= 256)])
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, self.vocab_size, (1, tokens), generator=generator).to(self.device)
+
     @torch.no_grad()
     def check(self) -> None:
         """Compare h^1..h^L and the logits with the model's own forward. Raises TeacherError on a difference."""
-        generator = torch.Generator().manual_seed(0)
-        windows = [window for window in self.windows if window]
-        tokens = max([CHECK_TOKENS, *(window + 8 for window in windows if window <= 256)])
-        ids = torch.randint(0, self.vocab_size, (1, tokens), generator=generator).to(self.device)
+        ids = self._check_ids()
+        tokens = ids.shape[1]
         try:
             own = self.model(ids, output_hidden_states=True, use_cache=False)
             mine: list[Tensor] = []
@@ -298,6 +329,7 @@ class Teacher:
             "vocab_size": self.vocab_size,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "stack": self.stack.name,
             "device": str(self.device),
         }
 

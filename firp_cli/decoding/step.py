@@ -1,0 +1,200 @@
+"""One decoding step on the device: tree, forward, acceptance, K/V, next root, next draft (DESIGN section 2).
+
+A step works in place on tensors that keep their addresses and asks the host nothing, so it can be captured as a CUDA
+graph. Plain decoding is the same step with a tree of one node, so a speedup compares like with like.
+Shapes: B sequences, N nodes, k steps, A nodes with pseudo rows, M = N + kA rows, P = deepest path, root included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
+from firp_cli.decoding.ring import Ring
+from firp_cli.decoding.tree import Tree, TreeSpec, anchor_nodes, build, nearest_anchor, root_tree
+from firp_cli.predictors.base import Draft, Predictor, forward_rows
+from firp_cli.teacher.attention import AttentionMask, StepMask, pseudo_positions, rows_allowed
+from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.stack import Teacher
+
+PREFILL_ENTRIES = 1 << 26  # of a prefill chunk's mask, at most
+
+
+class Stepper:
+    """The device's side of a batch: K/V cache, roots, drafts, and the ring of what was emitted.
+
+    Args:
+        tree: the trees of steps that have a draft. batch: sequences at most. capacity: positions of the longest one.
+        every: steps between two reads of the host. kernel: attention by the Triton kernel.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        predictor: Predictor | None,
+        tree: TreeSpec | None,
+        sampler: Sampler,
+        batch: int,
+        capacity: int,
+        every: int = 1,
+        kernel: bool = False,
+    ) -> None:
+        self.teacher, self.predictor, self.tree, self.sampler = teacher, predictor, tree, sampler
+        self.kernel, self.capacity, self.most = kernel, capacity, batch
+        self._transfer = predictor.transfer_layers if predictor else ()
+        self._windowed = any(window is not None for window in teacher.windows)
+        device, steps = teacher.device, predictor.steps if predictor else 0
+        self._depth = tree.depth(steps) if tree and predictor else 0
+        self._breadth = tree.breadth(teacher.vocab_size) if tree else 1
+        self.width = self._depth + 1  # tokens that a step may emit
+        self.cache = KVCache(**cache_shape(teacher, predictor, tree, batch, capacity), device=device, spread=self.width)
+        self._angles = teacher.rotary_table(capacity + self.width + steps)
+        if self._angles is not None:
+            self._angles = [torch.cat(self._angles, dim=-1)]  # one look-up for both
+        self._root = torch.zeros(batch, dtype=torch.long, device=device)
+        self._draft = Draft(self._root.new_zeros(0), torch.zeros(0, device=device))
+        if predictor is not None:
+            self._draft = Draft(
+                torch.zeros(batch, steps, self._breadth, dtype=torch.long, device=device),
+                torch.zeros(batch, steps, self._breadth, device=device),
+            )
+        self._offsets = torch.arange(steps, device=device)
+        self.ring = Ring(batch, self.width, every, device)
+
+    @property
+    def batch(self) -> int:
+        return self.cache.batch
+
+    def prefill(self, prompts: list[list[int]], chunk: int) -> None:
+        """K/V of every prompt but its last token, in chunks; the last tokens become the roots of the first step, the
+        one position whose pseudo rows are run.
+        """
+        teacher, device, cache = self.teacher, self.teacher.device, self.cache
+        cache.use(len(prompts))
+        self.ring.reset()
+        width = max(len(prompt) for prompt in prompts) - 1
+        chunk = min(chunk, max(1, PREFILL_ENTRIES // max(1, width)))
+        padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
+        ids = torch.tensor(padded, dtype=torch.long).to(device)
+        for start in range(0, width, chunk):
+            part = ids[:, start : start + chunk]
+            rows = part.shape[1]
+            cache.begin_chunk(start, rows)
+            positions = torch.arange(start, start + rows, device=device)[None]
+            slots = cache.prefix_slots(start + rows)[None]
+            mask = AttentionMask(slots <= positions[:, :, None], teacher.dtype, positions, slots)
+            forward_rows(teacher, teacher.embed(part), positions, mask, cache=cache, rotary=self._rotary(positions))
+        cache.set_lengths(torch.tensor([len(prompt) - 1 for prompt in prompts], device=device))
+        self._root[: len(prompts)].copy_(torch.tensor([prompt[-1] for prompt in prompts], device=device))
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep only these sequences (ascending places in the batch): others have left."""
+        count = sequences.shape[0]
+        for state in (self._root, self._draft.tokens, self._draft.log_probs):
+            if state.numel():
+                state[:count] = state[sequences]
+        self.cache.select(sequences)
+
+    def step(self, longest: int, drafted: bool, exact: bool = False) -> None:
+        """Emit tokens of all sequences and draft the next ones.
+
+        Args:
+            longest: bound of the committed lengths. drafted: there is a draft to build a tree from.
+            exact: every sequence has this length.
+        """
+        batch = self.batch
+        root = self._root[:batch]
+        if drafted and self.tree is not None and self.predictor is not None:
+            draft = Draft(self._draft.tokens[:batch], self._draft.log_probs[:batch])
+            tree = build(self.tree, self.predictor, draft, root)
+            anchors = anchor_nodes(tree, self.tree.budget or 1) if self.tree.limited and self._transfer else None
+        else:
+            tree, anchors = root_tree(root), None
+        real, pseudo = self._forward(tree, anchors, longest, exact)
+        normed = self.teacher.norm(real)
+        targets = self.sampler(self.teacher.head(normed))
+        single = tree.tokens.shape[1] == 1
+        accepted = accept_root(targets) if single else accept(tree, targets, self._depth)
+        self.cache.commit(accepted.path, accepted.count + 1)
+        root.copy_(accepted.bonus)
+        self.ring.push(accepted.count, accepted.tokens)
+        if self.predictor is not None:
+            self._draft_next(tree, accepted, anchors, normed, pseudo)
+
+    def _forward(self, tree: Tree, anchors: Tensor | None, longest: int, exact: bool) -> tuple[Tensor, Tensor | None]:
+        """All rows of a step through all layers: real rows (B, N, d) and pseudo states (B, k, A, d) or None."""
+        teacher, cache = self.teacher, self.cache
+        steps = len(self._transfer)
+        positions = cache.lengths[:, None] + tree.depth
+        rows = tree.ancestors
+        if steps:
+            rows = rows_allowed(rows, anchors, steps)
+            positions = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
+        cache.begin(rows.shape[1], longest)
+        mask = None
+        if rows.shape[1] > 1 or self._windowed or not exact:
+            mask = StepMask(rows, positions, cache.lengths, cache.prefix_slots(longest), teacher.dtype, self.kernel)
+        return forward_rows(
+            teacher,
+            teacher.embed(tree.tokens),
+            positions,
+            mask,
+            transfer_layers=self._transfer,
+            spawn=self.predictor.spawn if self.predictor else None,
+            anchors=anchors,
+            cache=cache,
+            rotary=self._rotary(positions),
+        )
+
+    def _rotary(self, positions: Tensor) -> list[Tensor] | None:
+        """Position embeddings looked up, where they depend on the position alone."""
+        if self._angles is None:
+            return None
+        return list(embedding(positions, self._angles[0]).chunk(2, dim=-1))
+
+    def _draft_next(
+        self, tree: Tree, accepted: Accepted, anchors: Tensor | None, normed: Tensor, pseudo: Tensor | None
+    ) -> None:
+        """The next draft, from the accepted node's rows alone. Where that node has no pseudo rows, from the steps of
+        its nearest ancestor's that are still ahead; the missing last ones draft nothing.
+        """
+        assert self.predictor is not None
+        behind = None
+        place = accepted.node
+        if anchors is not None:
+            place, behind = nearest_anchor(tree, anchors, accepted.node)
+        index = accepted.node[:, None, None]
+        final = normed.gather(1, index.expand(-1, 1, normed.shape[2]))[:, 0]
+        own = None
+        if pseudo is not None:
+            _, steps, _, size = pseudo.shape
+            own = pseudo.gather(2, place[:, None, None, None].expand(-1, steps, 1, size))[:, :, 0]
+            if behind is not None:
+                ahead = self._offsets + behind[:, None]
+                own = own.gather(1, ahead.clamp(max=steps - 1)[:, :, None].expand(-1, -1, size))
+        draft = self.predictor.draft(self.teacher, self.predictor.finish(self.teacher, final, own), self._breadth)
+        log_probs = draft.log_probs
+        if behind is not None:
+            log_probs = log_probs.masked_fill((ahead >= steps)[:, :, None], -torch.inf)
+        self._draft.tokens[: self.batch].copy_(draft.tokens)
+        self._draft.log_probs[: self.batch].copy_(log_probs)
+
+
+def cache_shape(
+    teacher: Teacher, predictor: Predictor | None, tree: TreeSpec | None, batch: int, capacity: int
+) -> dict:
+    """What a `KVCache` for these steps is made with. The scratch holds the rows of the largest step."""
+    nodes = tree.nodes if tree and predictor else 1
+    pseudo = len(predictor.transfer_layers) if predictor else 0
+    anchors = nodes if tree is None or not tree.limited else tree.budget or 1
+    return {
+        "layers": teacher.num_layers,
+        "batch": batch,
+        "scratch": max(nodes + pseudo * anchors, 1 + pseudo),
+        "capacity": capacity,
+        "heads": teacher.kv_heads,
+        "head_size": teacher.head_size,
+        "dtype": teacher.dtype,
+    }

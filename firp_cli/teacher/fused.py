@@ -1,0 +1,213 @@
+"""The lean twin of a Llama-like decoder: the same numbers with a third of the library's operations.
+
+Query, key and value matrices are joined, gate and up matrices too, norms are single operations and nothing is
+dispatched that a decoding step does not need. It serves Llama, Mistral, Qwen2, Qwen3 and whatever else has layers of
+that kind (biases, norms on queries and keys, grouped heads, shared layers, any rotary variant); a model whose logits
+differ from its library's by more than rounding keeps the library's layers. The joined matrices replace the library's
+own, whose parameters become views into them: both stacks run on one copy of the weights.
+
+Shapes: B sequences, R rows, d hidden size, Hq query heads, Hk key/value heads, D head size, f feed-forward size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from firp_cli.teacher.attention import TreeRows, attend
+from firp_cli.teacher.library import Cache
+from firp_cli.teacher.looped import LayerPass
+
+
+class UnfusableError(Exception):
+    """Why a model's layers cannot be fused."""
+
+
+class FusedLayer:
+    """One decoder layer as plain matrices: norm, attention, norm, gated feed-forward, each behind a residual."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
+        _only(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+        _only(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"})
+        _only(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
+        self.head_size = int(attention.head_dim)
+        self.scaling = float(getattr(attention, "scaling", self.head_size**-0.5))
+        self.first_norm = RMSNorm(_child(layer, "input_layernorm"))
+        self.second_norm = RMSNorm(_child(layer, "post_attention_layernorm"))
+        self.query_norm, self.key_norm = (
+            RMSNorm(part) if (part := getattr(attention, name, None)) is not None else None
+            for name in ("q_norm", "k_norm")
+        )
+        queries, keys, values, output = (_linear(attention, f"{part}_proj") for part in "qkvo")
+        self.query_heads, self.key_heads = (part.out_features // self.head_size for part in (queries, keys))
+        gate, up, down = (_linear(mlp, f"{part}_proj") for part in ("gate", "up", "down"))
+        self.activation: Callable[[Tensor], Tensor] = mlp.act_fn
+        if isinstance(self.activation, nn.SiLU) or type(self.activation).__name__ == "SiLUActivation":
+            self.activation = functional.silu
+        self.joined, self.joined_bias = _join([queries, keys, values])
+        self.gates, self.gates_bias = _join([gate, up])
+        self.output, self.output_bias = output.weight, output.bias
+        self.down, self.down_bias = down.weight, down.bias
+
+    def before(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B, R, d) to rotated queries (B, Hq, R, D), rotated keys and values (B, Hk, R, D)."""
+        batch, rows, _ = hidden.shape
+        joined = functional.linear(self.first_norm(hidden), self.joined, self.joined_bias)
+        heads = joined.view(batch, rows, -1, self.head_size)
+        turning = heads[:, :, : self.query_heads + self.key_heads]
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = turning.split([self.query_heads, self.key_heads], dim=2)
+            turning = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=2)
+        half = self.head_size // 2
+        turned = torch.addcmul(turning * cosine[:, :, None], turning.roll(half, -1), sine[:, :, None])
+        values = heads[:, :, self.query_heads + self.key_heads :]
+        turned = turned.transpose(1, 2)
+        return turned[:, : self.query_heads], turned[:, self.query_heads :], values.transpose(1, 2)
+
+    def after(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The residual rows (B, R, d) and what attention gave (B, Hq, R, D) to the layer's output (B, R, d)."""
+        batch, rows, _ = hidden.shape
+        mixed = attended.transpose(1, 2).reshape(batch, rows, -1)
+        hidden = hidden + functional.linear(mixed, self.output, self.output_bias)
+        gates = functional.linear(self.second_norm(hidden), self.gates, self.gates_bias)
+        gate, up = gates.chunk(2, dim=-1)
+        return hidden + functional.linear(self.activation(gate) * up, self.down, self.down_bias)
+
+
+class RMSNorm:
+    """A library's RMS norm as one operation."""
+
+    def __init__(self, module: nn.Module) -> None:
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not isinstance(getattr(module, "weight", None), Tensor) or not isinstance(epsilon, float):
+            raise UnfusableError(f"{type(module).__name__} is not an RMS norm with a weight")
+        self.weight: Tensor = module.weight  # type: ignore[assignment]
+        self.shape, self.epsilon = tuple(self.weight.shape), epsilon
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return functional.rms_norm(hidden, self.shape, self.weight, self.epsilon)
+
+
+class FusedStack:
+    """The layers of a model in running order, layers that run several times sharing one `FusedLayer`.
+
+    Args:
+        layers: the library's layers, or the passes of a looped teacher.
+        compiled: run the bodies before and behind attention through `torch.compile`.
+
+    Raises UnfusableError for layers of another kind.
+    """
+
+    name = "fused"
+
+    def __init__(
+        self,
+        layers: Iterable[Any],
+        norm: nn.Module,
+        rotary: Callable[[Tensor, Tensor], Sequence[Tensor]],
+        compiled: bool = False,
+    ) -> None:
+        made: dict[int, FusedLayer] = {}
+        self._layers: list[FusedLayer | None] = []
+        self._loop_norms: list[RMSNorm | None] = []
+        for item in layers:
+            own, loop_norm = (item.layer, item.norm) if isinstance(item, LayerPass) else (item, None)
+            released = isinstance(own, nn.Identity)  # another process runs it
+            if not released and id(own) not in made:
+                made[id(own)] = FusedLayer(own)
+            self._layers.append(None if released else made[id(own)])
+            self._loop_norms.append(None if loop_norm is None else RMSNorm(loop_norm))
+        self._norm = RMSNorm(norm)
+        self._rotary = rotary
+        if compiled:
+            for layer in made.values():
+                layer.before = torch.compile(layer.before)  # type: ignore[method-assign]
+                layer.after = torch.compile(layer.after)  # type: ignore[method-assign]
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
+        """Cosine and sine (B, R, D), the sine's first half negated: a layer then turns by rolling the halves."""
+        cosine, sine = self._rotary(hidden, positions)
+        return [cosine, torch.cat([-sine[..., : sine.shape[-1] // 2], sine[..., sine.shape[-1] // 2 :]], dim=-1)]
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        return self._norm(hidden)
+
+    def layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        rotary: Sequence[Tensor],
+        positions: Tensor,
+        mask: Tensor | TreeRows | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        layer = self._layers[index]
+        assert layer is not None, f"layer {index} was released"
+        queries, keys, values = layer.before(hidden, rotary[0], rotary[1])
+        if cache is not None:
+            keys, values = cache.update(keys, values, index)
+        output = layer.after(hidden, attend(queries, keys, values, mask, layer.scaling))
+        norm = self._loop_norms[index]
+        return output if norm is None else norm(output)
+
+
+def _child(module: nn.Module, name: str) -> Any:
+    child = getattr(module, name, None)
+    if child is None:
+        raise UnfusableError(f"{type(module).__name__} has no {name}")
+    return child
+
+
+def _only(module: nn.Module, known: set[str]) -> None:
+    """Nothing but known parts may hold parameters or compute: an adapter or a hook would be passed by."""
+    strange = [name for name, _ in module.named_children() if name not in known]
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if strange or own:
+        raise UnfusableError(f"{type(module).__name__} has {', '.join([*strange, *own])}")
+    if hasattr(module, "_hf_hook"):
+        raise UnfusableError(f"{type(module).__name__} is placed on several devices")
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    linear = _child(module, name)
+    if type(linear) is not nn.Linear:  # quantised and adapted ones are subclasses
+        raise UnfusableError(f"{name} is a {type(linear).__name__}")
+    if hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks:
+        raise UnfusableError(f"{name} has hooks")
+    return linear
+
+
+@torch.no_grad()
+def _join(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """The weights (and biases) of linears with one input as one matrix. Their own become views into it."""
+    if len({linear.bias is None for linear in linears}) > 1 or len({linear.weight.device for linear in linears}) > 1:
+        raise UnfusableError("joined matrices differ in their biases or devices")
+    joined: list[Tensor] = []
+    for name in ("weight", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        if parts[0] is None:
+            return joined[0], None
+        whole = _adjoining([part.data for part in parts])
+        for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = view
+        joined.append(whole)
+    return joined[0], joined[1]
+
+
+def _adjoining(parts: list[Tensor]) -> Tensor:
+    """The parts as one tensor: where they lie behind one another already (fused before), without a copy."""
+    first, size = parts[0], parts[0].element_size()
+    place, together = first.data_ptr(), True
+    for part in parts:
+        together = together and part.is_contiguous() and part.data_ptr() == place
+        together = together and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        place += part.numel() * size
+    if not together:
+        return torch.cat(parts)
+    rows = sum(len(part) for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
