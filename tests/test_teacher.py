@@ -1,4 +1,4 @@
-"""The layer stack and the K/V caches against the model's own forward."""
+"""The layer stack and the K/V cache against the model's own forward."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import pytest
 import torch
 import transformers
 
-from conftest import LAYERS, VOCABULARY, sequence_batch, tiny_model
+from conftest import LAYERS, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
 from firp_cli.errors import TeacherError
+from firp_cli.predictors.base import forward_rows
 from firp_cli.recipe import TeacherConfig
-from firp_cli.teacher.attention import AttentionMask, behind_prefix, causal_allowed
+from firp_cli.teacher.attention import AttentionMask, StepMask
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
 
 
-def test_layers_are_the_models_own(any_teacher: Teacher) -> None:
+def test_layers_are_the_models_own(stacked_teacher: Teacher) -> None:
     """Hidden states of every layer, past any sliding window, and the normed final state."""
     ids = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
-    own = any_teacher.model(ids, output_hidden_states=True)
-    batch = sequence_batch(any_teacher, ids.tolist(), [1, 1], list(range(LAYERS + 1)))
+    own = stacked_teacher.model(ids, output_hidden_states=True)
+    batch = sequence_batch(stacked_teacher, ids.tolist(), [1, 1], list(range(LAYERS + 1)))
     for layer in range(LAYERS):
         assert torch.allclose(batch.hidden[layer], own.hidden_states[layer], atol=1e-4), layer
     assert torch.allclose(batch.final, own.hidden_states[-1], atol=1e-4)
-    assert torch.allclose(any_teacher.head(batch.final), own.logits, atol=1e-3)
+    assert torch.allclose(stacked_teacher.head(batch.final), own.logits, atol=1e-3)
 
 
 def test_a_model_that_does_more_is_refused() -> None:
@@ -59,8 +60,10 @@ def test_fingerprint_follows_the_weights() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_cache_keeps_the_accepted_rows(teacher: Teacher, batch: int) -> None:
-    """Prefix of different lengths, five rows, keep some of them: the next row sees what a fresh forward would."""
+@torch.no_grad()
+def test_cache_keeps_the_accepted_rows(any_stack: str, batch: int) -> None:
+    """Prefixes of different lengths, five rows, keep some of them: the next row sees what a fresh forward would."""
+    teacher = tiny_teacher("llama", any_stack == "lean")
     generator = torch.Generator().manual_seed(2)
     lengths = [4, 2, 6][:batch]
     prefixes = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
@@ -71,49 +74,45 @@ def test_cache_keeps_the_accepted_rows(teacher: Teacher, batch: int) -> None:
     allowed = torch.zeros(batch, 5, 5, dtype=torch.bool)
     for node, seen in parents.items():
         allowed[:, node, seen] = True
-    depth = torch.tensor([0, 1, 1, 1, 2])
-    cache = KVCache(teacher.num_layers, batch, 32, torch.device("cpu"))
-    with torch.no_grad():
-        width = max(lengths)
-        ids = torch.tensor([[*prefix, *[0] * (width - len(prefix))] for prefix in prefixes])
-        view = cache.begin(width)
-        positions = cache.lengths[:, None] + torch.arange(width)
-        full = causal_allowed(torch.full((batch,), width), width)
-        teacher.run(teacher.embed(ids), positions, mask_of(full, cache, view), cache=cache)
-        cache.advance(torch.tensor(lengths))
-        cache.longest = width
-        view = cache.begin(5)
-        positions = cache.lengths[:, None] + depth
-        teacher.run(teacher.embed(rows), positions, mask_of(allowed, cache, view), cache=cache)
-        cache.commit(paths, counts)
-        cache.longest = width + 3
-        view = cache.begin(1)
-        last = teacher.run(
-            teacher.embed(rows[:, :1]),
-            cache.lengths[:, None],
-            mask_of(torch.ones(batch, 1, 1, dtype=torch.bool), cache, view),
-            cache=cache,
-        )
-        got = teacher.head(teacher.norm(last))[:, 0]
-        for row in range(batch):
-            kept = [int(rows[row, node]) for node in paths[row, : counts[row]]]
-            fresh = torch.tensor([[*prefixes[row], *kept, int(rows[row, 0])]])
-            assert torch.allclose(got[row], teacher.model(fresh).logits[0, -1], atol=1e-3)
+    cache = cache_for(teacher, batch, 5, 16)
+    width = max(lengths)
+    ids = torch.tensor([[*prefix, *[0] * (width - len(prefix))] for prefix in prefixes])
+    for start in (0, 3):  # in chunks of three
+        part = ids[:, start : start + 3]
+        if part.shape[1]:
+            cache.begin_chunk(start, part.shape[1])
+            positions = torch.arange(start, start + part.shape[1])[None]
+            slots = cache.prefix_slots(start + part.shape[1])[None]
+            teacher.run(teacher.embed(part), positions, chunk_mask(positions, slots), cache=cache)
+    cache.set_lengths(torch.tensor(lengths))
+    run_step(teacher, cache, rows, torch.tensor([0, 1, 1, 1, 2]), allowed, width)
+    cache.commit(paths, counts)
+    assert cache.lengths.tolist() == [n + kept for n, kept in zip(lengths, counts.tolist(), strict=True)]
+    root = rows[:, :1]
+    last = run_step(teacher, cache, root, torch.tensor([0]), torch.ones(batch, 1, 1, dtype=torch.bool), width + 3)
+    got = teacher.head(teacher.norm(last))[:, 0]
+    for row in range(batch):
+        kept = [int(rows[row, node]) for node in paths[row, : counts[row]]]
+        fresh = torch.tensor([[*prefixes[row], *kept, int(rows[row, 0])]])
+        assert torch.allclose(got[row], teacher.model(fresh).logits[0, -1], atol=1e-3)
 
 
-def mask_of(rows: torch.Tensor, cache: KVCache, view: int) -> AttentionMask:
-    return AttentionMask(behind_prefix(rows, cache.lengths, view), torch.float32)
+def cache_for(teacher: Teacher, batch: int, scratch: int, capacity: int) -> KVCache:
+    heads, size = teacher.kv_heads, teacher.head_size
+    return KVCache(
+        teacher.num_layers, batch, scratch, capacity, heads, size, teacher.dtype, teacher.device, spread=scratch
+    )
 
 
-def test_sequences_leave_the_cache(teacher: Teacher) -> None:
-    cache = KVCache(1, 3, 8, torch.device("cpu"))
-    cache.begin(2)
-    keys = torch.arange(3.0)[:, None, None, None].expand(3, 2, 2, 4).contiguous()
-    cache.update(keys, keys, 0)
-    cache.advance(torch.tensor([2, 2, 2]))
-    cache.select(torch.tensor([0, 2]))
-    cache.longest = 2
-    cache.begin(1)
-    seen, _ = cache.update(keys[:2, :, :1], keys[:2, :, :1], 0)
-    assert seen[:, 0, 0, 0].tolist() == [0.0, 2.0]
-    assert cache.bytes() == 1 * 2 * 2 * 2 * 8 * 4 * 4
+def chunk_mask(positions: torch.Tensor, slots: torch.Tensor) -> AttentionMask:
+    return AttentionMask(slots <= positions[:, :, None], torch.float32, positions, slots)
+
+
+def run_step(
+    teacher: Teacher, cache: KVCache, rows: torch.Tensor, depth: torch.Tensor, allowed: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """States of a step's rows behind the last layer."""
+    cache.begin(rows.shape[1], longest)
+    positions = cache.lengths[:, None] + depth
+    mask = StepMask(allowed, positions, cache.lengths, cache.prefix_slots(longest), torch.float32)
+    return forward_rows(teacher, teacher.embed(rows), positions, mask, cache=cache)[0]

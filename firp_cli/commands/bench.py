@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from firp_cli.commands.terminal import (
+    Attention,
+    Compiled,
     Force,
     Gpus,
+    Graphs,
     Guarded,
     Json,
+    Layers,
+    Threads,
+    Tree,
     Verbose,
     command_line,
     main_process,
@@ -29,6 +35,7 @@ from firp_cli.errors import UsageError
 from firp_cli.recipe import Precision
 
 if TYPE_CHECKING:
+    from firp_cli.commands.loading import LayerChoice
     from firp_cli.data.prompts import Prompt
     from firp_cli.evaluation.bench import BenchPrompt, BenchSettings, LoadedPredictor
     from firp_cli.evaluation.groups import Group
@@ -59,11 +66,15 @@ def bench(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Applied after temperature.")] = 1.0,
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.")] = 1,
-    tree: Annotated[str | None, typer.Option(help="dynamic:N, chain, static:4x2x1, or a tree.json.")] = None,
+    tree: Tree = None,
     repeats: Annotated[int, typer.Option(min=1, help="Times that everything is measured; medians are reported.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/bench-...")] = None,
     skip_long: Annotated[bool, typer.Option(help="Leave out and count prompts that do not fit the context.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
+    layers: Layers = "lean",
+    attention: Attention = "auto",
+    graphs: Graphs = True,
+    compiled: Compiled = False,
     gpus: Gpus = 1,
     guard: Guarded = True,
     force: Force = False,
@@ -72,25 +83,28 @@ def bench(
 ) -> None:
     """Measure accepted length and speedup; write bench.json, .csv, .md and .html."""
     quiet_libraries(verbose)
-    import torch
-
+    from firp_cli.commands.loading import LayerChoice, set_threads
+    from firp_cli.decoding.engine import EngineOptions
     from firp_cli.distributed.launch import launch, rank, relayed_errors, start, world_size
     from firp_cli.evaluation.bench import BenchSettings, merge_reports
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
+    choice = LayerChoice(layers, compiled)
     wanted = [name.strip() for name in methods.split(",") if name.strip()] if methods else None
     found = _find_prompts(dataset, data_dir, limit)
     if launch(gpus, None, command_line(context)):
         return
-    settings = BenchSettings(max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard)
+    options = EngineOptions(attention=attention, graphs=graphs)
+    settings = BenchSettings(
+        max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard, engine=options
+    )
     settings = replace(settings, rank=rank(), ranks=world_size())
     reports = []
     with relayed_errors():
         if settings.ranks > 1:
             start()
         for group in _plan(predictors, wanted, teacher, settings):
-            load = partial(_load, group, teacher, dtype, tree, force, settings)
+            load = partial(_load, group, teacher, dtype, tree, force, settings, choice)
             report = _measure(load, group, found, settings, skip_long)
             if report is None:
                 return
@@ -136,7 +150,13 @@ def _plan(
 
 
 def _load(
-    group: Group, model: str | None, dtype: str, tree: str | None, force: bool, settings: BenchSettings
+    group: Group,
+    model: str | None,
+    dtype: str,
+    tree: str | None,
+    force: bool,
+    settings: BenchSettings,
+    choice: LayerChoice,
 ) -> tuple[Teacher, dict[str, LoadedPredictor]]:
     """The teacher of a group, and the predictors that its methods need."""
     from firp_cli.commands.loading import load_teacher, share_teacher
@@ -145,10 +165,10 @@ def _load(
     from firp_cli.predictors.registry import load_predictor
 
     device = None if settings.rank == 0 else "cpu"  # other ranks keep a part only, which goes to their device
-    teacher = load_teacher(model, next(iter(group.folders.values()), None), dtype, device)
+    teacher = load_teacher(model, next(iter(group.folders.values()), None), dtype, device, choice)
     if settings.rank > 0:
         pipeline = next(folder for name, folder in group.folders.items() if group.kinds[name] == "speed")
-        share_teacher(teacher, pipeline, settings.rank, settings.ranks)
+        share_teacher(teacher, pipeline, settings.rank, settings.ranks, choice)
     loaded = {}
     for name in group.methods:
         if name in group.folders:
@@ -173,7 +193,7 @@ def _measure(
 
     import torch
 
-    from firp_cli.evaluation.bench import follow_bench, make_methods, run_bench
+    from firp_cli.evaluation.bench import eager_reasons, follow_bench, make_methods, memory_line, run_bench
 
     teacher, loaded = load()
     methods = make_methods(teacher, loaded, group.methods, settings)
@@ -182,9 +202,12 @@ def _measure(
         follow_bench(prompts, methods, settings, teacher.max_positions, skip_long)
         return None
     said = f" with {group.label}" if group.label else ""
+    say(memory_line(methods, prompts, settings, teacher.max_positions))
     say(f"warm-up{said}: each method decodes the first batch once, uncounted")
     with progress_bar(f"measuring{said}") as progress:
         report = run_bench(teacher, prompts, methods, settings, skip_long=skip_long, progress=progress)
+    for line in eager_reasons(methods):
+        say(line)
     del teacher, loaded, methods
     if group.label:  # another teacher may come, and find no room beside this one
         gc.collect()

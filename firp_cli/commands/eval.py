@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firp_cli.commands.terminal import Force, Json, Verbose, print_json, progress_bar, quiet_libraries, say
+from firp_cli.commands.terminal import Force, Json, Tree, Verbose, print_json, progress_bar, quiet_libraries, say
 from firp_cli.errors import UsageError
 from firp_cli.recipe import DEFAULT_TEACHER, DataConfig, Recipe, load_recipe
 
@@ -54,7 +54,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help=f"Conversations at most. Default: all of a store, {DEFAULT_LIMIT} prompts."),
     ] = None,
-    tree: Annotated[str | None, typer.Option(help="dynamic:N, chain, static:4x2x1, or a tree.json.")] = None,
+    tree: Tree = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/eval-...")] = None,
     force: Force = False,
     as_json: Json = False,

@@ -10,21 +10,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from firp_cli.commands.terminal import (
+    Attention,
+    Compiled,
     Force,
     Gpus,
+    Graphs,
     Guarded,
     Json,
+    Layers,
+    Threads,
+    Tree,
     Verbose,
     command_line,
     main_process,
     print_json,
     progress_bar,
     quiet_libraries,
+    say,
 )
 from firp_cli.errors import UsageError
 from firp_cli.recipe import nearest
 
 if TYPE_CHECKING:
+    from firp_cli.commands.loading import LayerChoice
     from firp_cli.decoding.engine import Engine
     from firp_cli.decoding.pipeline import PipelineEngine
     from firp_cli.records import Generation
@@ -48,11 +56,16 @@ def generate(
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once, with --prompts.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
-    tree: Annotated[str | None, typer.Option(help="dynamic:N, chain, static:4x2x1, or a tree.json.")] = None,
+    tree: Tree = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts at most, with --prompts.")] = None,
     raw: Annotated[bool, typer.Option(help="Take the prompt as it is, without the chat template.")] = False,
     output: Annotated[Path | None, typer.Option(help="JSONL file for the results.")] = None,
     skip_long: Annotated[bool, typer.Option(help="Skip and count prompts that do not fit the context.")] = False,
+    threads: Threads = None,
+    layers: Layers = "lean",
+    attention: Attention = "auto",
+    graphs: Graphs = True,
+    compiled: Compiled = False,
     gpus: Gpus = 1,
     guard: Guarded = True,
     force: Force = False,
@@ -63,13 +76,17 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise UsageError("give either --prompt TEXT or --prompts FILE.jsonl")
     quiet_libraries(verbose)
+    from firp_cli.commands.loading import LayerChoice, set_threads
+    from firp_cli.decoding.engine import EngineOptions
     from firp_cli.distributed.launch import launch, relayed_errors
 
+    set_threads(threads)
+    choice, running = LayerChoice(layers, compiled), EngineOptions(attention=attention, graphs=graphs)
     if launch(gpus, None, command_line(context)):
         return
-    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "guard": guard}
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "guard": guard, "options": running}
     with relayed_errors():
-        engine = _engine(predictor, method, teacher, force, tree, **sampling)
+        engine = _engine(predictor, method, teacher, force, tree, choice, **sampling)
         _run(engine, prompt, prompts, raw, max_new_tokens, stop or [], batch_size, limit, skip_long, output, as_json)
 
 
@@ -90,6 +107,7 @@ def _run(
     if prompt is not None:
         ids = _encode([{"role": "user", "content": prompt}], prompt if raw else None, engine)
         stream = not as_json and output is None and main_process()
+        _say_memory(engine, 1, len(ids), max_new_tokens)
         painter = _Painter(engine.teacher.tokenizer) if stream else None
         result = engine.generate([ids], max_new_tokens, stops, painter.on_tokens if painter else None)[0]
         if painter:
@@ -111,7 +129,13 @@ def _run(
 
 
 def _engine(
-    predictor: str | None, method: str | None, teacher: str | None, force: bool, tree: str | None, **options: Any
+    predictor: str | None,
+    method: str | None,
+    teacher: str | None,
+    force: bool,
+    tree: str | None,
+    choice: LayerChoice,
+    **options: Any,
 ) -> Engine | PipelineEngine:
     """The decoding engine that the options ask for. Method `ar` needs no predictor. A rank keeps its part of it."""
     from firp_cli.commands.loading import load_pair, load_teacher
@@ -121,12 +145,14 @@ def _engine(
     from firp_cli.predictors.registry import predictor_folder
 
     if method == "ar":
-        return make_engine(load_teacher(teacher, predictor_folder(predictor) if predictor else None), **options)
+        folder = predictor_folder(predictor) if predictor else None
+        return make_engine(load_teacher(teacher, folder, choice=choice), **options)
     if predictor is None and teacher is not None:
         raise UsageError(f"no predictor named for {teacher}: give its folder, or --method ar for plain decoding")
     if world_size() > 1:
         start()
-    model, loaded, folder = load_pair(predictor or method or "firp", teacher, force, ranks=(rank(), world_size()))
+    ranks = (rank(), world_size())
+    model, loaded, folder = load_pair(predictor or method or "firp", teacher, force, ranks=ranks, choice=choice)
     if method not in (None, loaded.kind):
         raise UsageError(
             f"{folder} holds a {loaded.kind} predictor, not {method!r}{nearest(str(method), ['ar', loaded.kind])}"
@@ -169,12 +195,21 @@ def _generate_file(
                 f"skipped {len(encoded) - len(fitting)} of {len(encoded)} prompts longer than {room} tokens", err=True
             )
         encoded = fitting
+    _say_memory(engine, min(batch_size, len(encoded)), max(map(len, encoded), default=0), max_new_tokens)
     results: list[Generation] = []
     with progress_bar("generating") as progress:
         for start in range(0, len(encoded), batch_size):
             results += engine.generate(encoded[start : start + batch_size], max_new_tokens, stops)
             progress(len(results), len(encoded))
     return results
+
+
+def _say_memory(engine: Engine | PipelineEngine, batch: int, longest: int, max_new_tokens: int) -> None:
+    """Before anything is allocated: what the K/V cache takes."""
+    from firp_cli.decoding.memory import readable_bytes
+
+    size = readable_bytes(engine.cache_bytes(batch, longest, max_new_tokens))
+    say(f"K/V cache for {batch} x {longest + max_new_tokens} positions: {size}")
 
 
 def _record(result: Generation) -> dict[str, Any]:

@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
+import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from firp_cli.commands.terminal import say
 from firp_cli.decoding.ranks import Ranks
-from firp_cli.errors import FingerprintError, TeacherError
+from firp_cli.errors import FingerprintError, TeacherError, UsageError
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder, read_config
-from firp_cli.recipe import DEFAULT_TEACHER, TeacherConfig
+from firp_cli.recipe import DEFAULT_TEACHER, TeacherConfig, nearest
 from firp_cli.teacher.stack import Teacher, default_device
+
+STACKS = ("lean", "library")
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Which layers decode. Raises UsageError on a name that is none of STACKS."""
+
+    layers: str = "lean"
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layers not in STACKS:
+            raise UsageError(f"unknown layers {self.layers!r}{nearest(self.layers, STACKS)}")
+        if self.compiled and self.layers != "lean":
+            raise UsageError("--compile is for the lean layers: leave --layers library out")
+
+    def apply(self, teacher: Teacher) -> None:
+        """Use the lean layers if they are wanted and fit; say why not where they do not."""
+        reason = teacher.fuse(self.compiled) if self.layers == "lean" else None
+        if reason:
+            say(reason)
 
 
 def load_teacher(
-    model: str | None, predictor: Path | None, dtype: str = "auto", device: torch.device | str | None = None
+    model: str | None,
+    predictor: Path | None,
+    dtype: str = "auto",
+    device: torch.device | str | None = None,
+    choice: LayerChoice | None = None,
 ) -> Teacher:
     """The teacher named on the command line, else the one that the predictor was trained for, else the embedded one.
 
     How its layers loop, where its own config does not say, is what the predictor was trained with.
     """
+    choice = choice or LayerChoice()
     trained_for = read_config(predictor)["teacher"] if predictor else {}
     name = model or trained_for.get("name") or DEFAULT_TEACHER
     looped = trained_for.get("looped")
     config = TeacherConfig.model_validate({"model": name, "dtype": dtype, "looped": looped})
     try:
-        return Teacher.load(config, device)
+        teacher = Teacher.load(config, device)
     except TeacherError as error:
         if looped is None or name == trained_for.get("name"):
             raise
@@ -34,25 +65,63 @@ def load_teacher(
             f"{predictor} was trained for {trained_for.get('name')}, whose layers run {looped['loops']} times; "
             f"{name} is another one: {error}"
         ) from error
+    choice.apply(teacher)
+    return teacher
 
 
-def share_teacher(teacher: Teacher, predictor: Path, rank: int, ranks: int) -> None:
+def share_teacher(teacher: Teacher, predictor: Path, rank: int, ranks: int, choice: LayerChoice | None = None) -> None:
     """Keep only the layers that this rank's stages of the predictor's pipeline run, and move them to its device."""
     loops = len(teacher.boundaries(read_config(predictor)["predictor"].get("loops")))
     part = Ranks(loops, rank, ranks)
     teacher.release(part.layers(teacher.boundaries(None if teacher.looped else loops), teacher.num_layers))
     teacher.model.to(default_device())
+    (choice or LayerChoice()).apply(teacher)
 
 
 def load_pair(
-    name: str, model: str | None, force: bool, dtype: str = "auto", ranks: tuple[int, int] = (0, 1)
+    name: str,
+    model: str | None,
+    force: bool,
+    dtype: str = "auto",
+    ranks: tuple[int, int] = (0, 1),
+    choice: LayerChoice | None = None,
 ) -> tuple[Teacher, Predictor, Path]:
     """A predictor by folder or embedded name, with its teacher, or that part of it which rank `ranks[0]` of `ranks[1]`
     runs.
     """
     folder = predictor_folder(name)
     alone = ranks[1] == 1 or read_config(folder)["predictor"].get("kind") != "speed"
-    teacher = load_teacher(model, folder, dtype, None if alone else "cpu")
+    teacher = load_teacher(model, folder, dtype, None if alone else "cpu", choice)
     if not alone:
-        share_teacher(teacher, folder, *ranks)
+        share_teacher(teacher, folder, *ranks, choice)
     return teacher, load_predictor(folder, teacher, force), folder
+
+
+def set_threads(threads: int | None) -> None:
+    """CPU threads of torch: as asked, else as OMP_NUM_THREADS says, else one per core that this process may use, which
+    in a container may be fewer than torch counts.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores())))
+
+
+def usable_cores() -> int:
+    """Cores by affinity and, where a control group limits its share of them, by that."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(Path("/sys/fs/cgroup"))
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _quota(root: Path) -> float | None:
+    """Cores' worth of time that the control group may use, of version 2 or 1; None without a limit."""
+    try:
+        if (root / "cpu.max").is_file():
+            share, period = (root / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            share = (root / "cpu" / "cpu.cfs_quota_us").read_text(encoding="ascii").strip()
+            period = (root / "cpu" / "cpu.cfs_period_us").read_text(encoding="ascii").strip()
+        return None if share in ("max", "-1") else int(share) / int(period)
+    except (OSError, ValueError):
+        return None

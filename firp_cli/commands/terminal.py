@@ -20,6 +20,17 @@ Gpus = Annotated[
     int, typer.Option(min=1, help="Devices that share a speed predictor's pipeline; on a CPU ranks share the cores.")
 ]
 Guarded = Annotated[bool, typer.Option(help="Decode plainly for a while where a pipeline does not pay.")]
+Tree = Annotated[
+    str | None,
+    typer.Option(help="dynamic:N, chain or static:4x2x1, each with @B for pseudo rows of B nodes; or a tree.json."),
+]
+Layers = Annotated[
+    str, typer.Option(help="lean: joined matrices, where their logits are the library's; library: its own modules.")
+]
+Attention = Annotated[str, typer.Option(help="auto, sdpa (torch) or triton (the kernel for trees over long caches).")]
+Graphs = Annotated[bool, typer.Option(help="Capture decoding steps as CUDA graphs.")]
+Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Run the lean layers through torch.compile.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the cores that this process may use.")]
 Force = Annotated[bool, typer.Option("--force", help="Use artefacts of another teacher all the same.")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.pipeline import PipelineEngine
 from firp_cli.decoding.ranks import Ranks
 from firp_cli.decoding.tree import TreeSpec
@@ -21,6 +21,7 @@ def make_engine(
     rank: int = 0,
     ranks: int = 1,
     guard: bool = True,
+    options: EngineOptions | None = None,
     **sampling: Any,
 ) -> Engine | PipelineEngine:
     """Plain decoding without a predictor, a pipeline for early exits, else draft trees.
@@ -29,10 +30,12 @@ def make_engine(
         rank, ranks: this process's place among those that share a pipeline. Raises UsageError for other predictors.
     """
     if isinstance(predictor, EarlyExitPredictor):
-        return PipelineEngine(teacher, predictor, guard=guard, ranks=Ranks(predictor.loops, rank, ranks), **sampling)
+        chunk = (options or EngineOptions()).prefill_chunk
+        parts = Ranks(predictor.loops, rank, ranks)
+        return PipelineEngine(teacher, predictor, prefill_chunk=chunk, guard=guard, ranks=parts, **sampling)
     if ranks > 1 and predictor is not None:
         raise UsageError(
             f"several ranks share the pipeline of a speed predictor; {predictor.kind} decodes on one device: leave "
             "--gpus out"
         )
-    return Engine(teacher, predictor, tree, **sampling)
+    return Engine(teacher, predictor, tree, options=options, **sampling)

@@ -27,11 +27,11 @@ def check_fits(needed: int, batch: int, positions: int, device: torch.device) ->
     free = free_bytes(device)
     if free is not None and needed > free:
         raise CapacityError(
-            f"the K/V cache of {batch} sequences of {positions} positions takes {gibibytes(needed)}, {device} has "
-            f"{gibibytes(free)} free: decode fewer at once, or ask for fewer new tokens"
+            f"the K/V cache of {batch} sequences of {positions} positions takes {readable_bytes(needed)}, {device} has "
+            f"{readable_bytes(free)} free: decode fewer at once, or ask for fewer new tokens"
         )
 
 
-def gibibytes(count: int) -> str:
+def readable_bytes(count: int) -> str:
     """A number of bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from firp_cli.decoding.accept import Sampler
 from firp_cli.decoding.guard import Guard
+from firp_cli.decoding.memory import check_fits
 from firp_cli.decoding.ranks import Ranks
 from firp_cli.decoding.sequences import OnTokens, Writer, Written, check_prompts
 from firp_cli.decoding.trace import TickLog
@@ -95,7 +96,10 @@ class PipelineEngine:
         writer = Writer(self.teacher, max_new_tokens, stop, on_tokens)
         began = time.perf_counter()
         sequences = [Written(number, len(prompt), committed=len(prompt)) for number, prompt in enumerate(prompts)]
-        slots = max(map(len, prompts)) + max_new_tokens + self.loops
+        longest = max(map(len, prompts))
+        slots = longest + max_new_tokens + self.loops
+        needed = self.cache_bytes(len(prompts), longest, max_new_tokens)
+        check_fits(needed, len(prompts), slots, self.teacher.device)
         run = PipelineRun(self, StageCache(self.groups, len(prompts), slots, self.teacher.device), sequences)
         tokens = run.prefill(prompts)
         for item, token in zip(sequences, tokens.tolist(), strict=True):
@@ -106,6 +110,12 @@ class PipelineEngine:
         for item, trace in zip(sequences, run.log.traces(), strict=True):
             item.trace = trace
         return [writer.generation(item, prefilled - began) for item in sequences]
+
+    def cache_bytes(self, batch: int, longest_prompt: int, max_new_tokens: int) -> int:
+        """Memory of the K/V cache that such a batch comes to hold, one for each loop."""
+        teacher, slots = self.teacher, longest_prompt + max_new_tokens + self.loops + 1
+        layers = sum(len(group.layers) * len(group.stages) for group in self.groups)
+        return layers * 2 * batch * teacher.kv_heads * slots * teacher.head_size * teacher.dtype.itemsize
 
 
 class PipelineRun:

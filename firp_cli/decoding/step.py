@@ -7,6 +7,8 @@ Shapes: B sequences, N nodes, k steps, A nodes with pseudo rows, M = N + kA rows
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
@@ -60,7 +62,6 @@ class Stepper:
                 torch.zeros(batch, steps, self._breadth, dtype=torch.long, device=device),
                 torch.zeros(batch, steps, self._breadth, device=device),
             )
-        self._offsets = torch.arange(steps, device=device)
         self.ring = Ring(batch, self.width, every, device)
 
     @property
@@ -171,15 +172,28 @@ class Stepper:
         if pseudo is not None:
             _, steps, _, size = pseudo.shape
             own = pseudo.gather(2, place[:, None, None, None].expand(-1, steps, 1, size))[:, :, 0]
-            if behind is not None:
-                ahead = self._offsets + behind[:, None]
-                own = own.gather(1, ahead.clamp(max=steps - 1)[:, :, None].expand(-1, -1, size))
-        draft = self.predictor.draft(self.teacher, self.predictor.finish(self.teacher, final, own), self._breadth)
-        log_probs = draft.log_probs
-        if behind is not None:
-            log_probs = log_probs.masked_fill((ahead >= steps)[:, :, None], -torch.inf)
+        states = self.predictor.finish(self.teacher, final, own)
+        draft = draft_behind(self.teacher, self.predictor, states, behind, self._breadth)
         self._draft.tokens[: self.batch].copy_(draft.tokens)
-        self._draft.log_probs[: self.batch].copy_(log_probs)
+        self._draft.log_probs[: self.batch].copy_(draft.log_probs)
+
+
+def draft_behind(teacher: Teacher, predictor: Predictor, states: Tensor, behind: Tensor | None, breadth: int) -> Draft:
+    """The draft of nodes from the states (B, k, d) of an ancestor that is `behind` (B,) tokens back (None: none is):
+    step i from its step i + behind. Steps that the ancestor did not reach have probability 0.
+    """
+    if behind is None:
+        return predictor.draft(teacher, states, breadth)
+    steps = states.shape[1]
+    ahead = behind[:, None] + step_numbers(steps, states.device)
+    states = states.gather(1, ahead.clamp(max=steps - 1)[:, :, None].expand_as(states))
+    draft = predictor.draft(teacher, states, breadth)
+    return Draft(draft.tokens, draft.log_probs.masked_fill((ahead >= steps)[:, :, None], -torch.inf))
+
+
+@lru_cache(maxsize=64)
+def step_numbers(steps: int, device: torch.device) -> Tensor:
+    return torch.arange(steps, device=device)
 
 
 def cache_shape(

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 
 from firp_cli.decoding.choose import make_engine
+from firp_cli.decoding.engine import Engine, EngineOptions
+from firp_cli.decoding.memory import readable_bytes
+from firp_cli.decoding.pipeline import PipelineEngine
 from firp_cli.decoding.tree import TreeSpec
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.baselines import HuggingFaceGenerate
@@ -51,6 +54,7 @@ class Method:
     predictor: str | None = None  # folder that the predictor came from
     tree: str | None = None
     exits: EarlyExitPredictor | None = None  # of a pipeline
+    engine: Engine | PipelineEngine | None = None  # of ours
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class BenchSettings:
     """What every method is measured under. `warmup`: times that each method decodes the first batch, uncounted.
 
     `ranks`: processes that share a pipeline's stages, of which this is `rank`. `guard`: a pipeline may fall back to
-    plain decoding.
+    plain decoding. `engine`: how our engine runs its steps.
     """
 
     max_new_tokens: int = 128
@@ -71,6 +75,7 @@ class BenchSettings:
     rank: int = 0
     ranks: int = 1
     guard: bool = True
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass
@@ -123,14 +128,15 @@ def make_methods(
         if name == "hf":
             methods.append(Method(name, HuggingFaceGenerate(teacher, **options).generate))
         elif name == "ar":
-            methods.append(Method(name, make_engine(teacher, **options).generate))
+            plain = make_engine(teacher, options=settings.engine, **options)
+            methods.append(Method(name, plain.generate, engine=plain))
         else:
             loaded = predictors[name]
             shared: dict[str, Any] = {"rank": settings.rank, "ranks": settings.ranks, "guard": settings.guard}
-            engine = make_engine(teacher, loaded.predictor, loaded.tree, **shared, **options)
+            engine = make_engine(teacher, loaded.predictor, loaded.tree, options=settings.engine, **shared, **options)
             tree = None if loaded.tree is None else str(loaded.tree)
             exits = loaded.predictor if isinstance(loaded.predictor, EarlyExitPredictor) else None
-            methods.append(Method(name, engine.generate, str(loaded.folder), tree, exits))
+            methods.append(Method(name, engine.generate, str(loaded.folder), tree, exits, engine))
     return methods
 
 
@@ -181,6 +187,28 @@ def make_batches(prompts: Sequence[BenchPrompt], size: int) -> list[Batch]:
             batches.append(batch)
         batch.numbers.append(number)
     return batches
+
+
+def memory_line(
+    methods: Sequence[Method], prompts: Sequence[BenchPrompt], settings: BenchSettings, max_positions: int
+) -> str:
+    """What the K/V caches of the largest batch will take, for each method that runs in our engine."""
+    fitting = [len(prompt.token_ids) for prompt in prompts]
+    fitting = [length for length in fitting if length + settings.max_new_tokens <= max_positions] or [0]
+    batch, longest = min(settings.batch_size, len(fitting)), max(fitting)
+    sizes = [
+        f"{method.name} {readable_bytes(method.engine.cache_bytes(batch, longest, settings.max_new_tokens))}"
+        for method in methods
+        if method.engine is not None
+    ]
+    positions = longest + settings.max_new_tokens
+    return f"K/V cache for {batch} x {positions} positions: {', '.join(sizes) or 'none of ours'}"
+
+
+def eager_reasons(methods: Sequence[Method]) -> list[str]:
+    """Why steps ran without CUDA graphs, where they should have been captured."""
+    graphs = {method.name: getattr(method.engine, "graphs", None) for method in methods}
+    return [f"{name}: {found.reason}" for name, found in graphs.items() if found is not None and found.reason]
 
 
 def measure(
@@ -399,6 +427,7 @@ def machine(teacher: Teacher) -> dict[str, Any]:
     """`provenance.environment` with what only torch knows: threads, device name, CUDA version."""
     values = environment()
     values["torch_threads"] = torch.get_num_threads()
+    values["layers"] = teacher.stack.name
     if teacher.device.type == "cuda":
         values["device_name"] = torch.cuda.get_device_name(teacher.device)
         values["cuda"] = torch.version.cuda

@@ -17,7 +17,8 @@ from torch.nn import functional
 from firp_cli.decoding.accept import accept
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.pipeline import PipelineEngine
-from firp_cli.decoding.tree import TreeSpec, build, default_tree, parse_tree
+from firp_cli.decoding.step import draft_behind
+from firp_cli.decoding.tree import TreeSpec, anchor_nodes, build, default_tree, nearest_anchor, parse_tree
 from firp_cli.errors import StoreError
 from firp_cli.metrics import accepted_length, chain_length, ticks_per_token
 from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate, compare_rows, target_states
@@ -245,6 +246,8 @@ def simulate(
     if length - prompt_length < 2:
         return []
     batch = sequence_states(teacher, predictor, token_ids)
+    if tree.limited and predictor.transfer_layers:
+        return _walk(teacher, predictor, batch, first, tree)
     ids = batch.input_ids[0]
     padded = torch.cat([ids, ids.new_full((predictor.steps + 1,), -1)])
     counts: list[int] = []
@@ -260,6 +263,27 @@ def simulate(
         accepted = counts[anchor - first] + 1
         emitted.append(min(accepted, length - 2 - anchor))
         anchor += accepted
+    return emitted
+
+
+def _walk(teacher: Teacher, predictor: Predictor, batch: SequenceBatch, first: int, tree: TreeSpec) -> list[int]:
+    """`simulate` where some nodes have no pseudo rows: what is drafted depends on where the last steps ended."""
+    ids, length = batch.input_ids[0], batch.input_ids.shape[1]
+    padded = torch.cat([ids, ids.new_full((predictor.steps + 2,), -1)])
+    depth, breadth = tree.depth(predictor.steps), tree.breadth(teacher.vocab_size)
+    anchor, behind, emitted = first, torch.zeros(1, dtype=torch.long, device=ids.device), []
+    while anchor < length - 2:
+        source = (anchor - behind)[None]
+        states = predictor.draft_states(teacher, batch, source)[0]
+        draft = draft_behind(teacher, predictor, states, behind, breadth)
+        root = ids[anchor + 1][None]
+        built = build(tree, predictor, draft, root)
+        targets = padded[anchor + 2 + built.depth]
+        accepted = accept(built, targets, depth)
+        _, behind = nearest_anchor(built, anchor_nodes(built, tree.budget or 1), accepted.node)
+        count = int(accepted.count) + 1
+        emitted.append(min(count, length - 2 - anchor))
+        anchor += count
     return emitted
 
 

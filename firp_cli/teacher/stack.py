@@ -329,7 +329,6 @@ class Teacher:
             "vocab_size": self.vocab_size,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "stack": self.stack.name,
             "device": str(self.device),
         }
 

@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_SPLITS = 128
-TILE_BYTES = 16 * 1024  # of a block's keys, and of its values: small enough for two blocks in flight on any device
 
 
 class Plan(NamedTuple):
@@ -46,14 +45,15 @@ def plan(packed: int, scratch: int, prefix: int, size: int, itemsize: int, heads
 
     Args:
         packed: G * M rows of each key/value head.
-        scratch, prefix: slots that a row may see, R and at most this many committed ones.
+        scratch, prefix: slots that a row may see: R, and at most so many committed ones.
         size: D, in elements of `itemsize` bytes.
         heads: B * Hk.
     """
-    row_bytes = head_block(size) * itemsize
-    block_n = min(128, max(16, TILE_BYTES // row_bytes))
-    # The running output lives in registers in float32: wide heads leave room for fewer rows.
-    block_m = min(64 if head_block(size) <= 128 and itemsize < 4 else 32, max(16, triton.next_power_of_2(packed)))
+    width = head_block(size)
+    # The largest blocks that ptxas fits into registers with next to no spilling (sm_80 and sm_90, 4 warps); two
+    # blocks of keys and values in flight then take at most 70 KB of shared memory.
+    block_n = min(64, max(16, (8192 if itemsize <= 2 else 2048) // width))
+    block_m = min(64 if itemsize <= 2 and width <= 64 else 32, max(16, triton.next_power_of_2(packed)))
     tiles = triton.cdiv(packed, block_m)
     blocks = triton.cdiv(scratch, block_n) + triton.cdiv(prefix, block_n)
     wanted = triton.cdiv(2 * multiprocessors, heads * tiles)
@@ -231,7 +231,8 @@ def tree_attention(
     """Softmax attention of a step's rows over each other and over the committed prefix (Flash-Decoding).
 
     Slots [0, R) hold the K/V of this step's rows, row j in slot j; slots [R, R + length_b) the committed prefix of
-    sequence b, position p in slot R + p. What stands behind, and scratch that no row sees, is never read.
+    sequence b, position p in slot R + p. What stands behind, and scratch that no row sees, is never read. Nothing here
+    waits for the device; before a CUDA graph captures it, call it once with the same shapes, for Triton to compile.
 
     Args:
         queries: (B, Hq, M, D) float32, float16 or bfloat16, M <= R; any strides, D contiguous.

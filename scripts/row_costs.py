@@ -1,0 +1,321 @@
+#!/usr/bin/env python3
+"""The regime: what a forward of M rows costs relative to a forward of one row.
+
+A step that verifies a draft runs M rows where plain decoding runs one. It pays where the rows share what one row costs
+already, above all the reading of the weights. Two teachers in float32, the embedded one and a random Llama whose
+weights exceed a CPU's caches, run the rows of a tree over a committed context: layers, final norm, and head of all
+rows, with masks and position embeddings made beforehand. Row counts take turns within every round, so that a machine
+that slows down slows them all; ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from firp_cli.evaluation.bench import machine
+from firp_cli.predictors.base import forward_rows
+from firp_cli.provenance import write_json
+from firp_cli.recipe import DEFAULT_TEACHER, TeacherConfig
+from firp_cli.reports.tables import markdown_table
+from firp_cli.teacher.attention import AttentionMask, StepMask
+from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.stack import Teacher
+
+RANDOM = "random"
+RANDOM_LLAMA = {
+    "vocab_size": 8192,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+QUICK = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+QUICK |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+BLOCK_SECONDS = 0.1  # of one row's iterations in a round, where their number is not given
+LEAST_ITERATIONS = 3
+TREES = ("chain", "star")
+Forward = Callable[[], tuple[float, float]]  # seconds in the layers, and in norm and head
+Times = list[tuple[float, float]]
+
+
+@dataclass
+class Spread:
+    """Median and quartiles over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        low, middle, high = np.quantile(np.asarray(values, dtype=float), [0.25, 0.5, 0.75])
+        return cls(float(middle), float(low), float(high))
+
+    def cell(self, digits: int = 2) -> str:
+        return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass
+class RowCost:
+    """A forward of `rows` rows: milliseconds in all and by part, and the whole relative to the smallest row count's
+    of the same round.
+    """
+
+    stack: str
+    rows: int
+    milliseconds: Spread
+    layers: Spread
+    head: Spread
+    ratio: Spread
+
+
+def random_teacher(shape: dict[str, Any]) -> Teacher:
+    """A Llama of that shape with random float32 weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return Teacher(LlamaForCausalLM(LlamaConfig(**shape)), name=RANDOM)
+
+
+def load(name: str, quick: bool) -> Teacher:
+    """The random teacher, or one by folder or embedded name, in float32 on the CPU."""
+    if name == RANDOM:
+        return random_teacher(RANDOM_LLAMA | (QUICK if quick else {}))
+    return Teacher.load(TeacherConfig(model=name, dtype="float32"), "cpu")
+
+
+def stacks(teacher: Teacher, library: bool) -> list[Teacher]:
+    """The teacher on the lean stack, and, where asked, once more on the library's: one copy of the weights."""
+    reason = teacher.fuse()
+    if reason is not None:
+        raise SystemExit(reason)
+    return [teacher, Teacher(teacher.model, name=teacher.name, check=False)] if library else [teacher]
+
+
+def tree_rows(tree: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ancestors (1, M, M) bool and depth (1, M) of a chain of M nodes, or of a root with M - 1 children."""
+    if tree == "chain":
+        return torch.ones(rows, rows, dtype=torch.bool).tril()[None], torch.arange(rows)[None]
+    ancestors = torch.eye(rows, dtype=torch.bool)
+    ancestors[:, 0] = True
+    return ancestors[None], (torch.arange(rows) > 0).long()[None]
+
+
+@torch.inference_mode()
+def committed(teacher: Teacher, context: int, scratch: int) -> KVCache:
+    """A K/V cache of one sequence with `context` random tokens, and room for steps of `scratch` rows."""
+    cache = KVCache(
+        layers=teacher.num_layers,
+        batch=1,
+        scratch=scratch,
+        capacity=context,
+        heads=teacher.kv_heads,
+        head_size=teacher.head_size,
+        dtype=teacher.dtype,
+        device=teacher.device,
+        spread=scratch,
+    )
+    ids = torch.randint(0, teacher.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(context)[None]
+    cache.begin_chunk(0, context)
+    mask = AttentionMask(positions[:, None] <= positions[:, :, None], teacher.dtype, positions, positions)
+    forward_rows(teacher, teacher.embed(ids), positions, mask, cache=cache)
+    cache.set_lengths(torch.tensor([context]))
+    return cache
+
+
+def make_forward(teacher: Teacher, cache: KVCache, tree: str, rows: int) -> Forward:
+    """A step's forward of `rows` rows behind the cache's prefix, which it leaves as it is."""
+    context = cache.capacity
+    ancestors, depth = tree_rows(tree, rows)
+    positions = cache.lengths[:, None] + depth
+    hidden = teacher.embed(torch.arange(rows)[None] % teacher.vocab_size)
+    rotary = teacher.rotary(hidden, positions)
+    mask = None  # as decoding/step.py does for plain decoding: one row sees every slot
+    if rows > 1 or any(window is not None for window in teacher.windows):
+        mask = StepMask(ancestors, positions, cache.lengths, cache.prefix_slots(context), teacher.dtype)
+
+    @torch.inference_mode()
+    def forward() -> tuple[float, float]:
+        cache.begin(rows, context)
+        began = time.perf_counter()
+        states, _ = forward_rows(teacher, hidden, positions, mask, cache=cache, rotary=rotary)
+        between = time.perf_counter()
+        teacher.head(teacher.norm(states))
+        return between - began, time.perf_counter() - between
+
+    return forward
+
+
+def block(forward: Forward, iterations: int) -> tuple[float, float]:
+    """Median seconds of `iterations` forwards, by part, behind an uncounted one."""
+    forward()
+    layers, head = zip(*(forward() for _ in range(iterations)), strict=True)
+    return float(np.median(layers)), float(np.median(head))
+
+
+def enough_iterations(forward: Forward) -> int:
+    """Iterations that fill BLOCK_SECONDS."""
+    return max(LEAST_ITERATIONS, round(BLOCK_SECONDS / sum(block(forward, LEAST_ITERATIONS))))
+
+
+def measure(
+    teachers: Sequence[Teacher], tree: str, rows: Sequence[int], context: int, repeats: int, iterations: int | None
+) -> list[RowCost]:
+    """Time every row count on every stack, in turns, `repeats` rounds."""
+    cache = committed(teachers[0], context, max(rows))
+    forwards = {
+        (teacher.stack.name, count): make_forward(teacher, cache, tree, count) for teacher in teachers for count in rows
+    }
+    iterations = iterations or enough_iterations(next(iter(forwards.values())))
+    times: dict[tuple[str, int], Times] = {key: [] for key in forwards}
+    keys = list(forwards)
+    for repeat in range(repeats):
+        turn = repeat % len(keys)
+        for key in [*keys[turn:], *keys[:turn]]:
+            times[key].append(block(forwards[key], iterations))
+    return summarise(times)
+
+
+def summarise(times: dict[tuple[str, int], Times]) -> list[RowCost]:
+    """Medians over rounds; ratios to the same stack's smallest row count in the same round."""
+    costs = []
+    for (stack, rows), rounds in times.items():
+        base = times[stack, min(count for name, count in times if name == stack)]
+        whole = [sum(parts) for parts in rounds]
+        costs.append(
+            RowCost(
+                stack=stack,
+                rows=rows,
+                milliseconds=Spread.of([1e3 * value for value in whole]),
+                layers=Spread.of([1e3 * layers for layers, _ in rounds]),
+                head=Spread.of([1e3 * head for _, head in rounds]),
+                ratio=Spread.of([value / sum(one) for value, one in zip(whole, base, strict=True)]),
+            )
+        )
+    return costs
+
+
+def table(costs: Sequence[RowCost]) -> str:
+    """A Markdown table, a line per stack and row count. The final norm counts to the head."""
+    least = min(cost.rows for cost in costs)
+    compared = f"over {least} row" if least == 1 else f"over {least} rows"
+    headers = ["stack", "rows", "ms [quartiles]", f"{compared} [quartiles]", "ms a row", "layers ms", "head ms"]
+    cells = [
+        [
+            cost.stack,
+            str(cost.rows),
+            cost.milliseconds.cell(),
+            cost.ratio.cell(),
+            f"{cost.milliseconds.median / cost.rows:.2f}",
+            f"{cost.layers.median:.2f}",
+            f"{cost.head.median:.2f}",
+        ]
+        for cost in costs
+    ]
+    return markdown_table(headers, cells)
+
+
+def size(teacher: Teacher) -> dict[str, Any]:
+    """Parameters, and what one forward reads of them: an embedding that is no head is looked up, not read."""
+    parameters = {id(value): value for value in teacher.model.parameters()}
+    looked_up = teacher.model.get_input_embeddings().weight
+    tied = looked_up is teacher.model.get_output_embeddings().weight
+    read = sum(value.nbytes for value in parameters.values()) - (0 if tied else looked_up.nbytes)
+    return {
+        "parameters": sum(value.numel() for value in parameters.values()),
+        "mebibytes": sum(value.nbytes for value in parameters.values()) / 2**20,
+        "mebibytes_read": read / 2**20,
+    }
+
+
+def cache_sizes() -> dict[str, str]:
+    """The first processor's caches where the system tells them, e.g. {"L3": "32768K"}; instructions' left out."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind, level, amount = ((folder / name).read_text().strip() for name in ("type", "level", "size"))
+        if kind != "Instruction":
+            found[f"L{level}"] = amount
+    return found
+
+
+def row_counts(text: str) -> list[int]:
+    """`1,4,8` as ascending numbers."""
+    counts = sorted({int(part) for part in text.split(",")})
+    if counts[0] < 1:
+        raise argparse.ArgumentTypeError("row counts are at least 1")
+    return counts
+
+
+def names(text: str) -> list[str]:
+    """`a,b` as a list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `--quick` makes everything tiny that was not given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teachers", type=names, default=[DEFAULT_TEACHER, RANDOM], help=f"names, or {RANDOM}")
+    parser.add_argument("--tree", choices=TREES, default="chain")
+    parser.add_argument("--rows", type=row_counts, help="row counts, with commas (1,4,8,16,32)")
+    parser.add_argument("--context", type=int, help="committed positions (160)")
+    parser.add_argument("--repeats", type=int, help="rounds (9)")
+    parser.add_argument("--iterations", type=int, help=f"forwards of a round (those of one row in {BLOCK_SECONDS} s)")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--library", action="store_true", help="also measure the library's layers")
+    parser.add_argument("--quick", action="store_true", help="a random teacher of two layers, few rows and rounds")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    known = parser.parse_args(arguments)
+    defaults = {"rows": [1, 4, 8, 16, 32], "context": 160, "repeats": 9}
+    if known.quick:
+        defaults = {"rows": [1, 4], "context": 16, "repeats": 2, "iterations": LEAST_ITERATIONS}
+    for name, value in defaults.items():
+        if getattr(known, name) is None:
+            setattr(known, name, value)
+    if min(known.context, known.repeats, known.iterations or 1, known.threads or 1) < 1:
+        parser.error("--context, --repeats, --iterations and --threads are at least 1")
+    return known
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print Markdown, write JSON."""
+    known = parse(arguments)
+    if known.threads:
+        torch.set_num_threads(known.threads)
+    results = []
+    for name in known.teachers:
+        teachers = stacks(load(name, known.quick), known.library)
+        costs = measure(teachers, known.tree, known.rows, known.context, known.repeats, known.iterations)
+        weights = size(teachers[0])
+        results.append({"teacher": teachers[0].describe(), **weights, "rows": [asdict(cost) for cost in costs]})
+        print(
+            f"{name}: {weights['parameters']:,} parameters, {weights['mebibytes']:.1f} MiB, of which a forward reads "
+            f"{weights['mebibytes_read']:.1f}; {known.tree}, {known.context} positions committed, "
+            f"threads: {torch.get_num_threads()}, caches: {json.dumps(cache_sizes())}\n\n{table(costs)}",
+            flush=True,
+        )
+    if known.output:
+        settings = {name: value for name, value in vars(known).items() if name != "output"}
+        write_json(
+            known.output,
+            {"environment": machine(teachers[0]), "caches": cache_sizes(), "settings": settings, "teachers": results},
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,362 @@
+#!/usr/bin/env python3
+"""Where a decoding step's time goes: layers, heads, maps, and the engine's own work around them, on the CPU.
+
+Functions of the engine are wrapped by a clock for the runs that are profiled. The clock knows which part runs and
+charges all time to exactly one part, so the parts of a step add up to the step; what no part claims is the host loop.
+A step ends when the host has written what it emitted, which is what `decode_seconds` counts. The same prompts are
+decoded unwrapped in turns with the profiled runs: the difference is what wrapping costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from firp_cli.commands.bench import load_bench_prompts
+from firp_cli.commands.loading import load_teacher
+from firp_cli.decoding import step as step_module
+from firp_cli.decoding.accept import Sampler
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.ring import Ring
+from firp_cli.decoding.step import Stepper, cache_shape
+from firp_cli.decoding.tree import default_tree, parse_tree
+from firp_cli.errors import FirpError
+from firp_cli.evaluation.bench import machine
+from firp_cli.predictors.registry import load_predictor, predictor_folder
+from firp_cli.provenance import write_json
+from firp_cli.recipe import DEFAULT_TEACHER
+from firp_cli.reports.tables import markdown_table
+from firp_cli.teacher.attention import StepMask
+from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.stack import Teacher
+
+LAYERS = "layers"
+HEAD = "final norm and head: verification"
+DRAFT_HEAD = "final norm and head: drafting"
+SPAWN = "spawn (the predictor's maps)"
+TREE = "tree building"
+MASKS = "positions and masks"
+ROTARY = "rotary look-up"
+EMBED = "embedding"
+ROWS = "joining rows, the loop over layers"
+CHOICE = "choice of the tokens (argmax)"
+ACCEPT = "acceptance"
+COMMIT = "K/V commit"
+STATES = "draft: picking the accepted node's states"
+OWN = "draft: the predictor's own blocks and heads"
+TOPK = "draft: log-softmax and top-k"
+GLUE = "step: what joins these, roots and drafts copied"
+PUSH = "ring push"
+READ = "ring read"
+HOST = "host loop"
+PARTS = (
+    *(LAYERS, HEAD, DRAFT_HEAD, SPAWN, TREE, MASKS, ROTARY, EMBED, ROWS),
+    *(CHOICE, ACCEPT, COMMIT, STATES, OWN, TOPK, GLUE, PUSH, READ, HOST),
+)
+TEACHER = (LAYERS, HEAD, DRAFT_HEAD)
+PREDICTOR = (SPAWN, OWN)
+WRAPPED_CALLS = 20_000  # to measure what a wrapper costs
+
+
+class StepClock:
+    """Charges time to the part that runs, step by step."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[float]] = []  # seconds by part
+        self.calls = 0  # of wrapped functions, in the steps that are kept
+        self._seconds = [0.0] * len(PARTS)
+        self._count = 0
+        self._host = PARTS.index(HOST)
+        self._part = self._host
+        self._mark = time.perf_counter()
+
+    def wrap(self, function: Callable[..., Any], part: str, inside: dict[str, str] | None = None) -> Callable[..., Any]:
+        """The function with its time charged to `part`, what it calls and is wrapped itself apart.
+
+        Args:
+            inside: other parts to charge where the part that calls is one of these.
+        """
+        own = PARTS.index(part)
+        others = {PARTS.index(caller): PARTS.index(other) for caller, other in (inside or {}).items()}
+        now = time.perf_counter
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            begins = now()
+            outer = self._part
+            self._seconds[outer] += begins - self._mark
+            self._mark = begins
+            self._part = others.get(outer, own)
+            self._count += 1
+            try:
+                return function(*arguments, **options)
+            finally:
+                ends = now()
+                self._seconds[self._part] += ends - self._mark
+                self._mark = ends
+                self._part = outer
+
+        return timed
+
+    def close(self, keep: bool) -> None:
+        """A step ends here; not kept, it was the prefill."""
+        now = time.perf_counter()
+        self._seconds[self._part] += now - self._mark
+        if keep:
+            self.steps.append(self._seconds)
+            self.calls += self._count
+        self._seconds, self._count, self._mark = [0.0] * len(PARTS), 0, now
+
+
+@contextmanager
+def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
+    """Wrap what a step calls. Everything is as it was afterwards."""
+    predictor, teacher = engine.predictor, engine.teacher
+    wrapped: list[tuple[Any, str, str]] = [
+        (teacher.stack, "layer", LAYERS),
+        (teacher, "embed", EMBED),
+        *((step_module, name, TREE) for name in ("build", "root_tree", "anchor_nodes")),
+        *((step_module, name, ACCEPT) for name in ("accept", "accept_root")),
+        (step_module, "forward_rows", ROWS),
+        (step_module, "nearest_anchor", STATES),
+        (Stepper, "step", GLUE),
+        (Stepper, "_forward", MASKS),
+        (Stepper, "_rotary", ROTARY),
+        (Stepper, "_draft_next", STATES),
+        (StepMask, "at", MASKS),
+        (Sampler, "__call__", CHOICE),
+        (KVCache, "commit", COMMIT),
+        (Ring, "push", PUSH),
+        (Ring, "launched", READ),
+    ]
+    if predictor is not None:
+        parts = {"spawn": SPAWN, "finish": OWN, "logits": OWN, "draft": TOPK}
+        wrapped += [(predictor, name, part) for name, part in parts.items()]
+    with ExitStack() as stack:
+        for owner, name, part in wrapped:
+            stack.enter_context(patch.object(owner, name, clock.wrap(getattr(owner, name), part)))
+        for name in ("norm", "head"):
+            timed = clock.wrap(getattr(teacher, name), HEAD, {OWN: DRAFT_HEAD})
+            stack.enter_context(patch.object(teacher, name, timed))
+        stack.enter_context(patch.object(Engine, "_write", closing(clock, Engine._write)))
+        yield
+
+
+def closing(clock: StepClock, write: Callable[..., None]) -> Callable[..., None]:
+    """`Engine._write`, behind which a step ends: on the CPU the host reads every step by itself."""
+
+    def timed(engine: Engine, held: Any, rows: Any, writer: Any, prefill: bool = False) -> None:
+        write(engine, held, rows, writer, prefill=prefill)
+        clock.close(keep=not prefill)
+
+    return timed
+
+
+@dataclass
+class Part:
+    """A part of a step: microseconds over the steps, and its share of the medians' sum."""
+
+    name: str
+    median: float
+    mean: float
+    share: float
+
+
+@dataclass
+class Profile:
+    """Where a method's steps spend their time; times in microseconds.
+
+    Attributes:
+        rows: through the last layer in one step. tokens_per_step: emitted.
+        plain: an unwrapped step, median over prompts and repeats. profiled: a wrapped one likewise.
+        wrapping: calls of wrapped functions in a step x what wrapping an empty function costs.
+        outside: share of a step outside layers, norm and head. engine: without the predictor's own matrices too.
+    """
+
+    method: str
+    tree: str
+    rows: int
+    steps: int
+    tokens_per_step: float
+    plain: float
+    profiled: float
+    wrapping: float
+    outside: float
+    engine: float
+    parts: list[Part]
+
+
+@dataclass
+class Subject:
+    """A method to profile, and what its runs gave."""
+
+    method: str
+    engine: Engine
+    clock: StepClock = field(default_factory=StepClock)
+    plain: list[float] = field(default_factory=list)  # seconds of a step, by run
+    profiled: list[float] = field(default_factory=list)
+    emitted: int = 0
+
+
+def subjects(teacher: Teacher, methods: Sequence[str], trees: Sequence[str]) -> list[Subject]:
+    """An engine for `ar`, and one for every predictor and tree; without trees a predictor takes its own.
+
+    Raises FirpError on names that cannot be.
+    """
+    found = []
+    for name in methods:
+        if name == "ar":
+            found.append(Subject(name, Engine(teacher)))
+            continue
+        folder = predictor_folder(name)
+        predictor = load_predictor(folder, teacher, force=False)
+        if predictor.pipeline:
+            raise FirpError(f"{name} feeds a pipeline: scripts/pipeline_ablations.py breaks down its tick")
+        specs = [parse_tree(text, predictor.steps) for text in trees] or [default_tree(folder, predictor)]
+        found += [Subject(name, Engine(teacher, predictor, spec)) for spec in specs]
+    return found
+
+
+def run(found: Sequence[Subject], prompts: Sequence[list[int]], max_new_tokens: int, repeats: int) -> None:
+    """Decode every prompt with every method, unwrapped and wrapped in turns; the first prompt once before, uncounted."""
+    for subject in found:
+        subject.engine.generate(prompts[:1], max_new_tokens)
+    for repeat in range(repeats):
+        for place, prompt in enumerate(prompts):
+            turn = (repeat + place) % len(found)
+            for subject in [*found[turn:], *found[:turn]]:
+                for wrapped in (False, True) if (repeat + place) % 2 else (True, False):
+                    decode(subject, prompt, max_new_tokens, wrapped)
+
+
+def decode(subject: Subject, prompt: list[int], max_new_tokens: int, wrapped: bool) -> None:
+    """One prompt, its seconds per step noted."""
+    with profiled(subject.clock, subject.engine) if wrapped else nullcontext():
+        made = subject.engine.generate([prompt], max_new_tokens)[0]
+    if made.steps:  # an answer of one token comes from the prefill
+        (subject.profiled if wrapped else subject.plain).append(made.decode_seconds / made.steps)
+    if wrapped:
+        subject.emitted += sum(made.accepted_lengths)
+
+
+def wrapper_seconds() -> float:
+    """What wrapping adds to a call: an empty function's, wrapped and bare."""
+    clock = StepClock()
+
+    def nothing() -> None:
+        return None
+
+    spent = []
+    for function in (clock.wrap(nothing, LAYERS), nothing):
+        began = time.perf_counter()
+        for _ in range(WRAPPED_CALLS):
+            function()
+        spent.append(time.perf_counter() - began)
+    return (spent[0] - spent[1]) / WRAPPED_CALLS
+
+
+def summarise(subject: Subject, wrapper: float) -> Profile:
+    """Medians and means over the profiled steps. `wrapper`: seconds that wrapping adds to a call."""
+    clock, engine = subject.clock, subject.engine
+    if not clock.steps:
+        raise FirpError(f"{subject.method} made no step: the answers have one token")
+    by_part = {name: [seconds[number] * 1e6 for seconds in clock.steps] for number, name in enumerate(PARTS)}
+    step = sum(median(values) for values in by_part.values())
+    parts = [
+        Part(name, median(values), mean(values), median(values) / step)
+        for name, values in by_part.items()
+        if any(values)
+    ]
+    count = len(clock.steps)
+    return Profile(
+        method=subject.method,
+        tree=str(engine.tree) if engine.tree else "-",
+        rows=cache_shape(engine.teacher, engine.predictor, engine.tree, 1, 1)["scratch"],
+        steps=count,
+        tokens_per_step=subject.emitted / count,
+        plain=median(subject.plain) * 1e6,
+        profiled=median(subject.profiled) * 1e6,
+        wrapping=clock.calls / count * wrapper * 1e6,
+        outside=sum(part.share for part in parts if part.name not in TEACHER),
+        engine=sum(part.share for part in parts if part.name not in (*TEACHER, *PREDICTOR)),
+        parts=parts,
+    )
+
+
+def report(profile: Profile) -> str:
+    """A Markdown table of a method, with a line about the whole step."""
+    cells = [
+        [part.name, f"{part.median:.0f}", f"{part.mean:.0f}", f"{100 * part.share:.1f}%"] for part in profile.parts
+    ]
+    sums = [sum(part.median for part in profile.parts), sum(part.mean for part in profile.parts)]
+    cells.append(["all", *(f"{value:.0f}" for value in sums), "100%"])
+    return (
+        f"{profile.method}, tree {profile.tree}: {profile.rows} rows a step, {profile.steps} steps, "
+        f"{profile.tokens_per_step:.2f} tokens a step\n\n"
+        f"{markdown_table(['part', 'median us', 'mean us', 'share'], cells)}\n"
+        f"Outside layers and heads: {100 * profile.outside:.1f}% of the step, "
+        f"{100 * profile.engine:.1f}% without the predictor's own matrices. A step takes {profile.plain:.0f} us unwrapped and "
+        f"{profile.profiled:.0f} us wrapped; the wrappers' own cost is about {profile.wrapping:.0f} us.\n"
+    )
+
+
+def names(text: str) -> list[str]:
+    """`a,b` as a list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=DEFAULT_TEACHER, help="folder, embedded name or hub id")
+    parser.add_argument("--methods", type=names, default=["ar", "firp"], help="ar, predictors' folders or names")
+    parser.add_argument("--tree", type=names, default=[], help="specs with commas (each predictor's own)")
+    parser.add_argument("--dataset", default="arithmetic")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--limit", type=int, default=10, help="prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--library", action="store_true", help="run the library's layers, not their lean twins")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    known = parser.parse_args(arguments)
+    if not known.methods:
+        parser.error("--methods names none")
+    if min(known.limit, known.max_new_tokens - 1, known.repeats, known.threads or 1) < 1:
+        parser.error("--limit, --repeats and --threads are at least 1, --max-new-tokens at least 2")
+    return known
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print Markdown, write JSON."""
+    known = parse(arguments)
+    if known.threads:
+        torch.set_num_threads(known.threads)
+    teacher = load_teacher(known.teacher, None, device="cpu")
+    if not known.library and (reason := teacher.fuse()) is not None:
+        print(reason, file=sys.stderr)
+    prompts = load_bench_prompts(known.dataset, known.data_dir, known.limit, teacher)
+    found = subjects(teacher, known.methods, known.tree)
+    run(found, [prompt.token_ids for prompt in prompts], known.max_new_tokens, known.repeats)
+    wrapper = wrapper_seconds()
+    profiles = [summarise(subject, wrapper) for subject in found]
+    print(f"{teacher.name}, {teacher.stack.name} stack, threads: {torch.get_num_threads()}, {len(prompts)} prompts\n")
+    print("\n".join(report(profile) for profile in profiles), end="")
+    if known.output:
+        settings = {name: value for name, value in vars(known).items() if name != "output"}
+        described = {"environment": machine(teacher), "settings": settings, "teacher": teacher.describe()}
+        write_json(known.output, {**described, "profiles": [asdict(profile) for profile in profiles]})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
