@@ -6,12 +6,16 @@ already, above all the reading of the weights. Two teachers in float32, the embe
 weights exceed a CPU's caches, run the rows of a tree over a committed context: layers, final norm, and head of all
 rows, with masks and position embeddings made beforehand. Row counts take turns within every round, so that a machine
 that slows down slows them all; ratios are taken within a round.
+
+Where others use the cores, a forward is interrupted for milliseconds whatever its rows, which draws ratios towards 1:
+the last column tells how often.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from firp_cli.commands.loading import set_threads
 from firp_cli.evaluation.bench import machine
 from firp_cli.predictors.base import forward_rows
 from firp_cli.provenance import write_json
@@ -49,7 +54,7 @@ BLOCK_SECONDS = 0.1  # of one row's iterations in a round, where their number is
 LEAST_ITERATIONS = 3
 TREES = ("chain", "star")
 Forward = Callable[[], tuple[float, float]]  # seconds in the layers, and in norm and head
-Times = list[tuple[float, float]]
+Times = list[tuple[float, float, float]]  # by round: seconds of the two parts, interruptions of a forward
 
 
 @dataclass
@@ -62,17 +67,19 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """Of one value per round."""
         low, middle, high = np.quantile(np.asarray(values, dtype=float), [0.25, 0.5, 0.75])
         return cls(float(middle), float(low), float(high))
 
     def cell(self, digits: int = 2) -> str:
+        """`median [low, high]`."""
         return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 @dataclass
 class RowCost:
     """A forward of `rows` rows: milliseconds in all and by part, and the whole relative to the smallest row count's
-    of the same round.
+    of the same round. `interruptions`: involuntary context switches in a forward, mean.
     """
 
     stack: str
@@ -81,6 +88,7 @@ class RowCost:
     layers: Spread
     head: Spread
     ratio: Spread
+    interruptions: float
 
 
 def random_teacher(shape: dict[str, Any]) -> Teacher:
@@ -161,16 +169,18 @@ def make_forward(teacher: Teacher, cache: KVCache, tree: str, rows: int) -> Forw
     return forward
 
 
-def block(forward: Forward, iterations: int) -> tuple[float, float]:
-    """Median seconds of `iterations` forwards, by part, behind an uncounted one."""
+def block(forward: Forward, iterations: int) -> tuple[float, float, float]:
+    """Median seconds of `iterations` forwards, by part, behind an uncounted one; and how often others took the core."""
     forward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
     layers, head = zip(*(forward() for _ in range(iterations)), strict=True)
-    return float(np.median(layers)), float(np.median(head))
+    switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+    return float(np.median(layers)), float(np.median(head)), switches / iterations
 
 
 def enough_iterations(forward: Forward) -> int:
     """Iterations that fill BLOCK_SECONDS."""
-    return max(LEAST_ITERATIONS, round(BLOCK_SECONDS / sum(block(forward, LEAST_ITERATIONS))))
+    return max(LEAST_ITERATIONS, round(BLOCK_SECONDS / sum(block(forward, LEAST_ITERATIONS)[:2])))
 
 
 def measure(
@@ -196,15 +206,17 @@ def summarise(times: dict[tuple[str, int], Times]) -> list[RowCost]:
     costs = []
     for (stack, rows), rounds in times.items():
         base = times[stack, min(count for name, count in times if name == stack)]
-        whole = [sum(parts) for parts in rounds]
+        whole = [layers + head for layers, head, _ in rounds]
+        ones = [layers + head for layers, head, _ in base]
         costs.append(
             RowCost(
                 stack=stack,
                 rows=rows,
                 milliseconds=Spread.of([1e3 * value for value in whole]),
-                layers=Spread.of([1e3 * layers for layers, _ in rounds]),
-                head=Spread.of([1e3 * head for _, head in rounds]),
-                ratio=Spread.of([value / sum(one) for value, one in zip(whole, base, strict=True)]),
+                layers=Spread.of([1e3 * layers for layers, _, _ in rounds]),
+                head=Spread.of([1e3 * head for _, head, _ in rounds]),
+                ratio=Spread.of([value / one for value, one in zip(whole, ones, strict=True)]),
+                interruptions=float(np.mean([switches for _, _, switches in rounds])),
             )
         )
     return costs
@@ -214,7 +226,16 @@ def table(costs: Sequence[RowCost]) -> str:
     """A Markdown table, a line per stack and row count. The final norm counts to the head."""
     least = min(cost.rows for cost in costs)
     compared = f"over {least} row" if least == 1 else f"over {least} rows"
-    headers = ["stack", "rows", "ms [quartiles]", f"{compared} [quartiles]", "ms a row", "layers ms", "head ms"]
+    headers = [
+        "stack",
+        "rows",
+        "ms [quartiles]",
+        f"{compared} [quartiles]",
+        "ms a row",
+        "layers",
+        "head",
+        "interrupted",
+    ]
     cells = [
         [
             cost.stack,
@@ -224,6 +245,7 @@ def table(costs: Sequence[RowCost]) -> str:
             f"{cost.milliseconds.median / cost.rows:.2f}",
             f"{cost.layers.median:.2f}",
             f"{cost.head.median:.2f}",
+            f"{cost.interruptions:.2f}",
         ]
         for cost in costs
     ]
@@ -246,8 +268,8 @@ def size(teacher: Teacher) -> dict[str, Any]:
 def cache_sizes() -> dict[str, str]:
     """The first processor's caches where the system tells them, e.g. {"L3": "32768K"}; instructions' left out."""
     found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind, level, amount = ((folder / name).read_text().strip() for name in ("type", "level", "size"))
+    for file in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")):
+        kind, level, amount = (file.with_name(name).read_text().strip() for name in ("type", "level", "size"))
         if kind != "Instruction":
             found[f"L{level}"] = amount
     return found
@@ -275,7 +297,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, help="committed positions (160)")
     parser.add_argument("--repeats", type=int, help="rounds (9)")
     parser.add_argument("--iterations", type=int, help=f"forwards of a round (those of one row in {BLOCK_SECONDS} s)")
-    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS, else the usable cores")
     parser.add_argument("--library", action="store_true", help="also measure the library's layers")
     parser.add_argument("--quick", action="store_true", help="a random teacher of two layers, few rows and rounds")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -294,8 +316,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print Markdown, write JSON."""
     known = parse(arguments)
-    if known.threads:
-        torch.set_num_threads(known.threads)
+    set_threads(known.threads)
     results = []
     for name in known.teachers:
         teachers = stacks(load(name, known.quick), known.library)

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from firp_cli.commands.bench import load_bench_prompts
-from firp_cli.commands.loading import load_teacher
+from firp_cli.commands.loading import LayerChoice, load_teacher, set_threads
 from firp_cli.decoding import step as step_module
 from firp_cli.decoding.accept import Sampler
 from firp_cli.decoding.engine import Engine
@@ -163,12 +163,13 @@ def closing(clock: StepClock, write: Callable[..., None]) -> Callable[..., None]
 
 @dataclass
 class Part:
-    """A part of a step: microseconds over the steps, and its share of the medians' sum."""
+    """A part of a step: microseconds and share of the step, over the faster half of the steps and over all of them."""
 
     name: str
-    median: float
-    mean: float
+    microseconds: float
     share: float
+    all_microseconds: float
+    all_share: float
 
 
 @dataclass
@@ -177,9 +178,11 @@ class Profile:
 
     Attributes:
         rows: through the last layer in one step. tokens_per_step: emitted.
-        plain: an unwrapped step, median over prompts and repeats. profiled: a wrapped one likewise.
+        plain: an unwrapped step, median over prompts and repeats.
+        slowdown: a wrapped step over an unwrapped one of the same prompt and repeat, median.
         wrapping: calls of wrapped functions in a step x what wrapping an empty function costs.
-        outside: share of a step outside layers, norm and head. engine: without the predictor's own matrices too.
+        outside: share outside layers, norm and head, over the faster half of the steps. all_outside: over all steps.
+        engine: `outside` without the predictor's own matrices.
     """
 
     method: str
@@ -188,9 +191,10 @@ class Profile:
     steps: int
     tokens_per_step: float
     plain: float
-    profiled: float
+    slowdown: float
     wrapping: float
     outside: float
+    all_outside: float
     engine: float
     parts: list[Part]
 
@@ -227,7 +231,7 @@ def subjects(teacher: Teacher, methods: Sequence[str], trees: Sequence[str]) -> 
 
 
 def run(found: Sequence[Subject], prompts: Sequence[list[int]], max_new_tokens: int, repeats: int) -> None:
-    """Decode every prompt with every method, unwrapped and wrapped in turns; the first prompt once before, uncounted."""
+    """Decode every prompt with every method, unwrapped and wrapped in turns, behind an uncounted warm-up."""
     for subject in found:
         subject.engine.generate(prompts[:1], max_new_tokens)
     for repeat in range(repeats):
@@ -264,18 +268,28 @@ def wrapper_seconds() -> float:
     return (spent[0] - spent[1]) / WRAPPED_CALLS
 
 
+def average(steps: Sequence[list[float]]) -> list[float]:
+    """Mean seconds by part."""
+    return [fmean(seconds) for seconds in zip(*steps, strict=True)]
+
+
 def summarise(subject: Subject, wrapper: float) -> Profile:
-    """Medians and means over the profiled steps. `wrapper`: seconds that wrapping adds to a call."""
+    """Means over the profiled steps. `wrapper`: seconds that wrapping adds to a call.
+
+    On a machine that others use, a part is interrupted the more often the longer it is, so medians part by part do not
+    add up to a step. The faster half of the steps is taken whole instead.
+    """
     clock, engine = subject.clock, subject.engine
     if not clock.steps:
         raise FirpError(f"{subject.method} made no step: the answers have one token")
-    by_part = {name: [seconds[number] * 1e6 for seconds in clock.steps] for number, name in enumerate(PARTS)}
-    step = sum(median(values) for values in by_part.values())
+    ordered = sorted(clock.steps, key=sum)
+    faster, every = (average(steps) for steps in (ordered[: (len(ordered) + 1) // 2], ordered))
     parts = [
-        Part(name, median(values), mean(values), median(values) / step)
-        for name, values in by_part.items()
-        if any(values)
+        Part(name, 1e6 * quick, quick / sum(faster), 1e6 * mean, mean / sum(every))
+        for name, quick, mean in zip(PARTS, faster, every, strict=True)
+        if mean
     ]
+    around = [part for part in parts if part.name not in TEACHER]
     count = len(clock.steps)
     return Profile(
         method=subject.method,
@@ -284,29 +298,45 @@ def summarise(subject: Subject, wrapper: float) -> Profile:
         steps=count,
         tokens_per_step=subject.emitted / count,
         plain=median(subject.plain) * 1e6,
-        profiled=median(subject.profiled) * 1e6,
+        slowdown=median(wrapped / plain for wrapped, plain in zip(subject.profiled, subject.plain, strict=True)),
         wrapping=clock.calls / count * wrapper * 1e6,
-        outside=sum(part.share for part in parts if part.name not in TEACHER),
-        engine=sum(part.share for part in parts if part.name not in (*TEACHER, *PREDICTOR)),
+        outside=sum(part.share for part in around),
+        all_outside=sum(part.all_share for part in around),
+        engine=sum(part.share for part in around if part.name not in PREDICTOR),
         parts=parts,
     )
 
 
 def report(profile: Profile) -> str:
     """A Markdown table of a method, with a line about the whole step."""
+    lines = [*profile.parts, total(profile.parts)]
     cells = [
-        [part.name, f"{part.median:.0f}", f"{part.mean:.0f}", f"{100 * part.share:.1f}%"] for part in profile.parts
+        [
+            part.name,
+            f"{part.microseconds:.0f}",
+            f"{100 * part.share:.1f}%",
+            f"{part.all_microseconds:.0f}",
+            f"{100 * part.all_share:.1f}%",
+        ]
+        for part in lines
     ]
-    sums = [sum(part.median for part in profile.parts), sum(part.mean for part in profile.parts)]
-    cells.append(["all", *(f"{value:.0f}" for value in sums), "100%"])
+    headers = ["part", "us, faster half", "share", "us, all steps", "share"]
+    outside, all_outside, engine = (100 * share for share in (profile.outside, profile.all_outside, profile.engine))
     return (
         f"{profile.method}, tree {profile.tree}: {profile.rows} rows a step, {profile.steps} steps, "
-        f"{profile.tokens_per_step:.2f} tokens a step\n\n"
-        f"{markdown_table(['part', 'median us', 'mean us', 'share'], cells)}\n"
-        f"Outside layers and heads: {100 * profile.outside:.1f}% of the step, "
-        f"{100 * profile.engine:.1f}% without the predictor's own matrices. A step takes {profile.plain:.0f} us unwrapped and "
-        f"{profile.profiled:.0f} us wrapped; the wrappers' own cost is about {profile.wrapping:.0f} us.\n"
+        f"{profile.tokens_per_step:.2f} tokens a step\n\n{markdown_table(headers, cells)}\n"
+        f"Outside layers and heads: {outside:.1f}% of the step ({all_outside:.1f}% over all steps), {engine:.1f}% "
+        f"without the predictor's own matrices. A step takes {profile.plain:.0f} us unwrapped, {profile.slowdown:.3f} "
+        f"of that wrapped; calling wrappers costs about {profile.wrapping:.0f} us.\n"
     )
+
+
+def total(parts: Sequence[Part]) -> Part:
+    """All parts together."""
+    columns = zip(
+        *((part.microseconds, part.share, part.all_microseconds, part.all_share) for part in parts), strict=True
+    )
+    return Part("all", *(sum(column) for column in columns))
 
 
 def names(text: str) -> list[str]:
@@ -325,7 +355,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=10, help="prompts")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS, else the usable cores")
     parser.add_argument("--library", action="store_true", help="run the library's layers, not their lean twins")
     parser.add_argument("--output", type=Path, help="JSON file")
     known = parser.parse_args(arguments)
@@ -339,11 +369,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print Markdown, write JSON."""
     known = parse(arguments)
-    if known.threads:
-        torch.set_num_threads(known.threads)
-    teacher = load_teacher(known.teacher, None, device="cpu")
-    if not known.library and (reason := teacher.fuse()) is not None:
-        print(reason, file=sys.stderr)
+    set_threads(known.threads)
+    choice = LayerChoice("library" if known.library else "lean")
+    teacher = load_teacher(known.teacher, None, device="cpu", choice=choice)
     prompts = load_bench_prompts(known.dataset, known.data_dir, known.limit, teacher)
     found = subjects(teacher, known.methods, known.tree)
     run(found, [prompt.token_ids for prompt in prompts], known.max_new_tokens, known.repeats)

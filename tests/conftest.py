@@ -5,6 +5,7 @@ right.
 from __future__ import annotations
 
 import copy
+import json
 import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,8 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from firp_cli.predictors.base import Draft, Predictor, SequenceBatch
 from firp_cli.predictors.early_exit import EarlyExitPredictor
-from firp_cli.predictors.registry import build_predictor
-from firp_cli.recipe import KINDS, LoopedSection, PredictorSection, SpeedConfig
+from firp_cli.predictors.registry import build_predictor, load_predictor, predictor_folder
+from firp_cli.recipe import KINDS, LoopedSection, PredictorSection, SpeedConfig, TeacherConfig
 from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.looped_llama import LoopedLlamaConfig, LoopedLlamaForCausalLM
 from firp_cli.teacher.stack import Teacher
@@ -193,6 +194,28 @@ def pipe_teacher(name: str) -> tuple[Teacher, int | None]:
     if "/" in name:
         return tiny_teacher(name.split("/")[0]), int(name.split("/")[1])
     return looped_teacher(*map(int, name.split("x"))), None
+
+
+@lru_cache
+def embedded_teacher() -> Teacher:
+    """The embedded teacher on lean layers: its embedded predictors draft well, random ones hardly ever do."""
+    teacher = Teacher.load(TeacherConfig(model="arithmetic"), "cpu")
+    assert teacher.fuse() is None
+    return teacher
+
+
+@lru_cache
+def embedded_predictor(kind: str) -> Predictor:
+    return load_predictor(predictor_folder(kind), embedded_teacher()).eval()
+
+
+@lru_cache
+def embedded_prompts(count: int) -> list[list[int]]:
+    """The first held-out questions, as the chat template puts them."""
+    lines = (ROOT / "data/datasets/arithmetic/test.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    chats = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
+    tokenizer = embedded_teacher().tokenizer
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
 
 
 @pytest.fixture

@@ -39,7 +39,9 @@ def test_generate_streams_the_same_text_as_plain_decoding() -> None:
     assert float(accepted) > 1.3
     assert int(steps) < int(tokens) - 1
     assert "accepted length 1.00" in plain.stderr
-    assert len(drafted.stderr.splitlines()) == 1
+    memory, summary = drafted.stderr.splitlines()
+    assert memory.startswith("K/V cache for 1 x ") and memory.endswith(" MiB")
+    assert summary.startswith(f"{tokens} tokens")
 
 
 def test_generate_colours_what_was_drafted() -> None:

@@ -27,13 +27,7 @@ from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_sta
 from firp_cli.predictors.base import Predictor, SequenceBatch
 from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder, save_predictor
-from firp_cli.teacher.attention import (
-    AttentionMask,
-    behind_prefix,
-    causal_allowed,
-    pseudo_positions,
-    rows_allowed,
-)
+from firp_cli.teacher.attention import AttentionMask, causal_allowed, pseudo_positions, rows_allowed
 from firp_cli.teacher.stack import Teacher
 
 KINDS = [
@@ -76,18 +70,6 @@ def test_rows_mask_is_the_element_wise_rule() -> None:
     assert torch.equal(rows_allowed(real, None, steps), rows_allowed(real, everyone, steps))
 
 
-def test_prefix_mask_is_the_element_wise_rule() -> None:
-    lengths = torch.tensor([4, 0, 2])
-    rows = torch.rand(3, 3, 3) > 0.5
-    mask = behind_prefix(rows, lengths, 9)
-    for b in range(3):
-        for query in range(3):
-            for slot in range(9):
-                behind = slot - int(lengths[b])
-                expected = behind < 0 or (behind < 3 and bool(rows[b, query, behind]))
-                assert bool(mask[b, query, slot]) == expected
-
-
 def test_window_cuts_by_position() -> None:
     allowed = torch.ones(1, 2, 4, dtype=torch.bool)
     mask = AttentionMask(allowed, torch.float32, torch.tensor([[7, 9]]), torch.tensor([[3, 4, 7, 9]]))
@@ -128,26 +110,26 @@ def plain_draft_states(teacher: Teacher, predictor: Predictor, batch: SequenceBa
 
 
 @pytest.mark.parametrize("section", KINDS[:3], ids=lambda section: str(section))
-def test_training_forward_is_the_plain_forward(any_teacher: Teacher, section: dict) -> None:
+def test_training_forward_is_the_plain_forward(stacked_teacher: Teacher, section: dict) -> None:
     """A causal mask over [real rows <= n, pseudo 1..k] is what the definition says for a single anchor."""
-    predictor = make_predictor(any_teacher, **section)
+    predictor = make_predictor(stacked_teacher, **section)
     sequences = random_prompts(3, seed=11, low=14, high=20)
-    batch = sequence_batch(any_teacher, sequences, [4, 5, 6], list(predictor.required_layers))
+    batch = sequence_batch(stacked_teacher, sequences, [4, 5, 6], list(predictor.required_layers))
     anchors = torch.tensor([[4, 9, 12], [5, 6, 7], [6, 8, 10]])
     with torch.no_grad():
-        states = predictor.draft_states(any_teacher, batch, anchors)
+        states = predictor.draft_states(stacked_teacher, batch, anchors)
         for row in range(3):
             for place in range(3):
-                slow = plain_draft_states(any_teacher, predictor, batch, row, int(anchors[row, place]))
+                slow = plain_draft_states(stacked_teacher, predictor, batch, row, int(anchors[row, place]))
                 assert torch.allclose(states[row, place], slow, atol=2e-4), (row, place)
 
 
 @pytest.mark.parametrize("section", KINDS, ids=lambda section: str(section))
-def test_decoder_drafts_what_training_predicts(any_teacher: Teacher, section: dict) -> None:
+def test_decoder_drafts_what_training_predicts(stacked_teacher: Teacher, section: dict) -> None:
     """The draft that the decoder makes at a prefix equals the training forward's at that position, token for token."""
-    predictor = make_predictor(any_teacher, **section)
+    predictor = make_predictor(stacked_teacher, **section)
     prompts = random_prompts(2, seed=12, low=5, high=9)
-    texts = [greedy(any_teacher, prompt, 20) for prompt in prompts]
+    texts = [greedy(stacked_teacher, prompt, 20) for prompt in prompts]
     sequences = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     drafts: list[tuple[int, list[list[int]]]] = []
     original = predictor.draft
@@ -160,30 +142,30 @@ def test_decoder_drafts_what_training_predicts(any_teacher: Teacher, section: di
     predictor.draft = recording  # type: ignore[method-assign, assignment]
     for row, prompt in enumerate(prompts):
         drafts.clear()
-        got = Engine(any_teacher, predictor, parse_tree("dynamic:5", predictor.steps)).generate([prompt], 20)[0]
+        got = Engine(stacked_teacher, predictor, parse_tree("dynamic:5", predictor.steps)).generate([prompt], 20)[0]
         assert got.token_ids == texts[row]
         places, anchor = [len(prompt) - 1], len(prompt) - 1
         for accepted in got.accepted_lengths[:-1]:
             anchor += accepted
             places.append(anchor)
-        batch = sequence_batch(any_teacher, [sequences[row]], [len(prompt)], list(predictor.required_layers))
+        batch = sequence_batch(stacked_teacher, [sequences[row]], [len(prompt)], list(predictor.required_layers))
         with torch.no_grad():
-            states = predictor.draft_states(any_teacher, batch, torch.tensor([places]))
-            expected = original(any_teacher, states[0], 2).tokens.tolist()
+            states = predictor.draft_states(stacked_teacher, batch, torch.tensor([places]))
+            expected = original(stacked_teacher, states[0], 2).tokens.tolist()
         assert [tokens[0] for _, tokens in drafts[: len(places)]] == expected
 
 
-def test_only_the_predictor_gets_gradients(any_teacher: Teacher) -> None:
+def test_only_the_predictor_gets_gradients(stacked_teacher: Teacher) -> None:
     for section in [*KINDS, *EXITS]:
-        predictor = make_predictor(any_teacher, **section).requires_grad_(True)
+        predictor = make_predictor(stacked_teacher, **section).requires_grad_(True)
         batch = sequence_batch(
-            any_teacher, random_prompts(2, seed=13, low=12, high=15), [3, 4], list(predictor.required_layers)
+            stacked_teacher, random_prompts(2, seed=13, low=12, high=15), [3, 4], list(predictor.required_layers)
         )
         anchors = choose_anchors(batch, predictor.offsets)
-        predictor.draft_states(any_teacher, batch, anchors.index).square().sum().backward()
+        predictor.draft_states(stacked_teacher, batch, anchors.index).square().sum().backward()
         maps = [item for name, item in predictor.named_parameters() if not name.startswith("heads.")]
         assert all(item.grad is not None and item.grad.abs().sum() > 0 for item in maps)
-        assert all(item.grad is None for item in any_teacher.model.parameters())
+        assert all(item.grad is None for item in stacked_teacher.model.parameters())
 
 
 def test_anchors_and_targets(teacher: Teacher) -> None:

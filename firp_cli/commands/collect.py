@@ -59,6 +59,7 @@ def collect(
     from firp_cli.teacher.stack import Teacher
 
     model = Teacher.load(recipe.teacher)
+    model.fuse()  # answers and states come faster; where it does not fit the library's layers stay
     wanted = chosen if chosen is not None else default_layers(recipe, model)
     if estimate:
         figures = _estimate(model, recipe, wanted, folder)

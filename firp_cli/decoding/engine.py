@@ -25,6 +25,7 @@ from firp_cli.teacher.attention import choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
 
+CAPACITY_STEP = 1024  # positions
 READ_EVERY = 4  # steps between two reads on a device that runs ahead of the host
 
 
@@ -121,7 +122,8 @@ class Engine:
         return KVCache.bytes_needed(**cache_shape(self.teacher, self.predictor, self.tree, batch, capacity))
 
     def _capacity(self, positions: int) -> int:
-        return positions if self.graphs is None else bucket(positions)
+        """Positions to allocate: with graphs somewhat more, so that the next batches fit as well."""
+        return positions if self.graphs is None else -(-positions // CAPACITY_STEP) * CAPACITY_STEP
 
     def _stepper(self, batch: int, positions: int) -> Stepper:
         """The device's side for a batch: the last one's, whose graphs are captured, where it is large enough."""

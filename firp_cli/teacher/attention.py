@@ -212,6 +212,10 @@ def attend(
             positions=None if mask.window is None else mask.positions,
         )
     grouped = queries.shape[1] != keys.shape[1]
+    if grouped and mask is not None and queries.is_cuda:
+        # with a mask and grouped heads CUDA has the plain kernel only, which holds all scores
+        share = queries.shape[1] // keys.shape[1]
+        keys, values, grouped = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1), False
     return functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped
     )

@@ -2,7 +2,8 @@
 
 Split-K attention, known as Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023): several programs share the keys of one
 sequence and head, each leaves a partial output with the logarithm of its softmax sum, and a second kernel joins them.
-The lengths are read on the device, so that one captured CUDA graph serves every length.
+The lengths are read on the device, so that one captured CUDA graph serves every length. Tensors are on a CUDA device;
+on the CPU, TRITON_INTERPRET=1 must be set before anything imports triton, and transformers does.
 
 Shapes: B sequences, Hq query heads, Hk key/value heads, G = Hq / Hk, M query rows, R scratch slots, S slots in view,
 D head size, W = ceil(R / 32). In the kernels the G * M query rows of one key/value head, the packed rows, share
@@ -114,7 +115,7 @@ def _rows_allowed(bits_ptr, at_M, row_M, real_M, slot_N, scratch):
 @triton.jit
 def _leave(parts_ptr, log_sums_ptr, at_M, real_M, output_MD, top_M, total_M, HEAD: tl.constexpr):
     """Write a split's normalised output and log-sum to row `at`; for a row that saw nothing -inf and no output."""
-    found_M = total_M > 0
+    found_M = total_M != 0  # NaN is found too, and handed on
     total_M = tl.where(found_M, total_M, 1.0)
     tl.store(log_sums_ptr + at_M, tl.where(found_M, top_M + tl.log2(total_M), float("-inf")), mask=real_M)
     dims_D = tl.arange(0, output_MD.shape[1])

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Accepted length and speed against the size of the tree and the number of its nodes that get pseudo rows.
+
+Every tree decodes the same prompts in one interleaved run beside transformers' `generate` and plain decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from firp_cli.commands.bench import load_bench_prompts
+from firp_cli.commands.loading import load_pair, set_threads
+from firp_cli.decoding.choose import make_engine
+from firp_cli.decoding.tree import parse_tree
+from firp_cli.evaluation.bench import BenchSettings, Method, make_methods, run_bench
+from firp_cli.evaluation.rows import ALL
+from firp_cli.records import BenchRow
+from firp_cli.reports.tables import markdown_table
+
+NODES, BUDGETS = (4, 6, 8, 12), (1, 2, 3, 4)
+
+
+def specs(nodes: list[int], budgets: list[int]) -> list[str]:
+    """Dynamic trees of each size, with each budget below it and without."""
+    return [
+        f"dynamic:{size}{behind}"
+        for size in nodes
+        for behind in (*(f"@{budget}" for budget in budgets if budget < size), "")
+    ]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, BenchRow]:
+    """A row for each tree, and those of the baselines."""
+    teacher, predictor, folder = load_pair(arguments.predictor, None, force=False)
+    settings = BenchSettings(arguments.max_new_tokens, repeats=arguments.repeats)
+    methods = make_methods(teacher, {}, ["hf", "ar"], settings)
+    for spec in arguments.trees or specs(arguments.nodes, arguments.budgets):
+        engine = make_engine(teacher, predictor, parse_tree(spec, predictor.steps))
+        methods.append(Method(spec, engine.generate, str(folder), spec, engine=engine))
+    prompts = load_bench_prompts(arguments.dataset, arguments.data_dir, arguments.prompts, teacher)
+    report = run_bench(teacher, prompts, methods, settings)
+    return {row.method: row for row in report.rows if row.category == ALL}
+
+
+def table(rows: dict[str, BenchRow]) -> str:
+    """Markdown: accepted length, time of a step, speedup over both baselines, equality of the output."""
+    lines = [
+        [
+            name,
+            f"{row.accepted_length:.2f}",
+            f"{row.step_milliseconds:.2f}",
+            f"{row.speedup:.2f}" if row.speedup else "-",
+            f"{row.speedup_hf:.2f}" if row.speedup_hf else "-",
+            f"{row.lossless.identical}/{row.lossless.compared}" if row.lossless else "reference",
+        ]
+        for name, row in rows.items()
+    ]
+    return markdown_table(["tree", "accepted length", "ms a step", "over ar", "over hf", "identical"], lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the table, and write it if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--predictor", default="firp", help="folder or embedded name")
+    parser.add_argument("--dataset", default="arithmetic")
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--nodes", type=int, nargs="+", default=list(NODES))
+    parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--trees", nargs="+", default=None, help="these trees in place of nodes x budgets")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--output", type=Path, default=None, help="JSON file for the rows")
+    arguments = parser.parse_args(argv)
+    set_threads(arguments.threads)
+    rows = measure(arguments)
+    sys.stdout.write(table(rows) + "\n")
+    if arguments.output:
+        from firp_cli.records import plain
+
+        arguments.output.write_text(json.dumps({name: plain(row) for name, row in rows.items()}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

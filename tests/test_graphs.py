@@ -1,0 +1,332 @@
+"""Steps captured and replayed: by key and limit with a capture that only notes, and as tapes of a step's operations,
+which replay on the CPU as CUDA graphs do: the same operations on the same tensors, and nothing of Python's part.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from functools import cache
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from conftest import (
+    embedded_predictor,
+    embedded_prompts,
+    embedded_teacher,
+    generate_reference,
+    make_predictor,
+    random_prompts,
+    tiny_model,
+    tiny_teacher,
+)
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.graphs import SMALLEST_BUCKET, Step, StepGraphs, bucket
+from firp_cli.decoding.tree import parse_tree
+from firp_cli.teacher.stack import Teacher
+
+TOKENS = 30
+
+
+class Noting:
+    """A capture that notes what happens. `failing` from its n-th capture on."""
+
+    def __init__(self, failing: int = 1 << 30, error: Exception | None = None) -> None:
+        self.events: list[str] = []
+        self.captures, self.failing, self.error = 0, failing, error or RuntimeError("no")
+
+    def __call__(self, step: Step) -> Step:
+        self.captures += 1
+        number = self.captures
+        if number >= self.failing:
+            raise self.error
+        self.events.append(f"capture {number}")
+        return lambda: self.events.append(f"replay {number}")
+
+    def eager(self) -> None:
+        self.events.append("eager")
+
+    def since(self) -> list[str]:
+        """What happened since this was last asked."""
+        events, self.events = self.events, []
+        return events
+
+
+def test_a_key_runs_is_captured_and_replayed() -> None:
+    capture = Noting()
+    graphs = StepGraphs(capture)
+    for key in ("a", "b"):
+        graphs.run(key, capture.eager)
+        assert capture.since() == ["eager"]
+    for number, key in enumerate(("a", "b"), start=1):
+        graphs.run(key, capture.eager)
+        assert capture.since() == [f"capture {number}", f"replay {number}"]
+    for number, key in ((1, "a"), (2, "b"), (2, "b"), (1, "a")):
+        graphs.run(key, capture.eager)
+        assert capture.since() == [f"replay {number}"]
+    assert graphs.reason is None
+
+
+def test_the_least_recently_used_graph_goes_first() -> None:
+    capture = Noting()
+    graphs = StepGraphs(capture, limit=2)
+    for key in "abab":  # a is graph 1, b graph 2
+        graphs.run(key, capture.eager)
+    graphs.run("a", capture.eager)
+    graphs.run("c", capture.eager)
+    capture.since()
+    graphs.run("c", capture.eager)
+    assert capture.since() == ["capture 3", "replay 3"], "and b's graph went"
+    graphs.run("a", capture.eager)
+    assert capture.since() == ["replay 1"]
+    graphs.run("b", capture.eager)
+    assert capture.since() == ["capture 4", "replay 4"], "its constants are there: no eager run again"
+    graphs.run("c", capture.eager)
+    assert capture.since() == ["capture 5", "replay 5"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("cannot be captured\nlong story"), "cannot be captured"),
+        (MemoryError("the graphs hold 9 MiB already"), "the graphs hold 9 MiB already"),
+        (NotImplementedError(), "NotImplementedError"),
+        (RuntimeError("x" * 500), "x" * 160),
+    ],
+    ids=["first-line", "memory", "nameless", "long"],
+)
+def test_what_fails_once_is_not_tried_again(error: Exception, said: str) -> None:
+    """Steps run eagerly from then on, of all keys; graphs that are there go on."""
+    capture = Noting(failing=2, error=error)
+    graphs = StepGraphs(capture)
+    for key in "aab":
+        graphs.run(key, capture.eager)
+    capture.since()
+    for key in "bbcc":
+        graphs.run(key, capture.eager)
+    assert capture.since() == ["eager"] * 4
+    assert (capture.captures, graphs.reason) == (2, f"steps run without CUDA graphs: {said}")
+    graphs.run("a", capture.eager)
+    assert capture.since() == ["replay 1"]
+
+
+def test_an_error_of_ours_is_no_reason_to_go_on() -> None:
+    graphs = StepGraphs(Noting(failing=1, error=AssertionError("a bug")))
+    graphs.run("a", lambda: None)
+    with pytest.raises(AssertionError, match="a bug"):
+        graphs.run("a", lambda: None)
+
+
+def test_forgotten_graphs_are_captured_anew() -> None:
+    capture = Noting()
+    graphs = StepGraphs(capture)
+    for _ in range(3):
+        graphs.run("a", capture.eager)
+    graphs.forget()
+    capture.since()
+    for _ in range(3):
+        graphs.run("a", capture.eager)
+    assert capture.since() == ["eager", "capture 2", "replay 2", "replay 2"]
+
+
+def test_buckets_are_powers_of_two() -> None:
+    lengths = [1, SMALLEST_BUCKET - 1, SMALLEST_BUCKET, SMALLEST_BUCKET + 1, 1024, 1025, 100_000]
+    assert [bucket(length) for length in lengths] == [256, 256, 256, 512, 1024, 2048, 131_072]
+
+
+class Tape(TorchDispatchMode):
+    """The operations of a step as it runs, on which tensors, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        """All operations again. What the tape made itself it makes anew; everything else keeps its place."""
+        made: dict[int, Tensor] = {}
+        for func, args, kwargs, first in self.operations:
+            own = tree_map_only(Tensor, lambda tensor: made.get(id(tensor), tensor), (args, kwargs))
+            result = func(*own[0], **own[1])
+            for before, now in zip(tree_leaves(first), tree_leaves(result), strict=True):
+                if isinstance(before, Tensor):
+                    made[id(before)] = now
+
+
+class Tapes:
+    """A capture by tape. Recording runs the step, which on a CUDA device only the first replay would do."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, step: Step) -> Step:
+        self.captured += 1
+        tape = Tape()
+        with tape:
+            step()
+        recorded = [True]
+
+        def replay() -> None:
+            if recorded:
+                recorded.clear()
+            else:
+                self.replayed += 1
+                tape.replay()
+
+        return replay
+
+
+class NotedGraphs(StepGraphs):
+    """Step graphs that note their keys: drafted, batch, bucket."""
+
+    def __init__(self, capture: Callable[[Step], Step]) -> None:
+        super().__init__(capture)
+        self.keys: list[Any] = []
+        self.forgotten = 0
+
+    def run(self, key: Hashable, step: Step) -> None:
+        self.keys.append(key)
+        super().run(key, step)
+
+    def forget(self) -> None:
+        self.forgotten += 1
+        super().forget()
+
+
+def with_graphs(engine: Engine) -> tuple[NotedGraphs, Tapes]:
+    tapes = Tapes()
+    engine.graphs = graphs = NotedGraphs(tapes)
+    return graphs, tapes
+
+
+@cache
+def reference(number: int, tokens: int) -> list[int]:
+    return generate_reference(embedded_teacher().model, embedded_prompts(5)[number], tokens)
+
+
+METHODS: dict[str, tuple[str | None, str]] = {
+    "ar": (None, ""),
+    "firp": ("firp", "dynamic:9"),
+    "firp-budget": ("firp", "dynamic:9@3"),
+    "hidden_transfer-static": ("hidden_transfer", "static:3x2x1@4"),
+    "medusa": ("medusa", "dynamic:6"),
+}
+
+
+def embedded_engine(method: str, teacher: Teacher | None = None, **sampling: Any) -> Engine:
+    kind, tree = METHODS[method]
+    predictor = embedded_predictor(kind) if kind else None
+    spec = parse_tree(tree, predictor.steps) if predictor else None
+    return Engine(teacher or embedded_teacher(), predictor, spec, **sampling)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_replayed_steps_write_the_same_tokens(method: str, batch: int) -> None:
+    """Three times: by the third one every key has come back, so all steps are replays in the first one's buffers.
+    Sequences end at different times, by EOS and by the limit.
+    """
+    prompts = embedded_prompts(5)[:batch]
+    teacher = copy.copy(embedded_teacher())
+    teacher.eos_token_ids = (*teacher.eos_token_ids, reference(0, TOKENS)[9])
+    engine = embedded_engine(method, teacher)
+    eager = engine.generate(prompts, TOKENS)
+    lengths = [len(item.token_ids) for item in eager]
+    assert batch == 1 or min(lengths) < max(lengths)
+    graphs, tapes = with_graphs(engine)
+    for _ in range(3):
+        before = (len(graphs.keys), tapes.captured, tapes.replayed)
+        got = engine.generate(prompts, TOKENS)
+        assert [item.token_ids for item in got] == [item.token_ids for item in eager]
+        assert [item.accepted_lengths for item in got] == [item.accepted_lengths for item in eager]
+        assert [item.finish_reason for item in got] == [item.finish_reason for item in eager]
+    assert graphs.reason is None
+    keys, captured, replayed = before
+    assert tapes.captured == captured > 0
+    assert tapes.replayed - replayed == len(graphs.keys) - keys > 0
+    sizes = [size for _, size, _ in graphs.keys[keys:]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {drafted for drafted, _, _ in graphs.keys} == {METHODS[method][0] is not None}
+
+
+def test_finished_sequences_wait_until_half_of_the_batch_has() -> None:
+    prompts = embedded_prompts(5)
+    engine = embedded_engine("ar")
+    expected = [reference(number, 120) for number in range(5)]
+    ends = sorted((len(text) for text in expected), reverse=True)
+    assert ends[0] > ends[1] > ends[2]
+    engine.graphs = graphs = NotedGraphs(lambda step: step)
+    assert [item.token_ids for item in engine.generate(prompts, 120)] == expected
+    # a step per token behind the first; two of five are left once the third has ended
+    sizes = [size for _, size, _ in graphs.keys]
+    assert [sizes.count(size) for size in (5, 2, 1)] == [ends[2] - 1, ends[1] - ends[2], ends[0] - ends[1]]
+
+
+def test_a_longer_text_takes_the_next_bucket() -> None:
+    prompt = random_prompts(1, seed=41, low=240, high=240)[0]
+    teacher = tiny_teacher("llama", lean=True)
+    engine = Engine(teacher, make_predictor(teacher, kind="firp", layer=2, steps=3))
+    graphs, tapes = with_graphs(engine)
+    got = engine.generate([prompt], 40)[0]
+    expected = generate_reference(tiny_model("llama"), prompt, 40)
+    assert got.token_ids == expected
+    lengths = [length for _, _, length in graphs.keys]
+    assert (lengths[0], lengths[-1]) == (256, 512)
+    assert lengths == sorted(lengths)
+    assert tapes.replayed > 0
+
+
+def test_buffers_are_kept_while_requests_fit() -> None:
+    """A larger one gets new buffers, as large in every way as any before it, and the old graphs go."""
+    teacher = tiny_teacher("qwen3", lean=True)
+    engine = Engine(teacher, make_predictor(teacher, kind="firp", layer=2, steps=3))
+    graphs, tapes = with_graphs(engine)
+
+    def check(prompts: list[list[int]], tokens: int) -> None:
+        expected = [generate_reference(tiny_model("qwen3"), prompt, tokens) for prompt in prompts]
+        assert [item.token_ids for item in engine.generate(prompts, tokens)] == expected
+
+    check(random_prompts(3, seed=42), 12)
+    first = engine._kept
+    assert first is not None
+    check(random_prompts(2, seed=43), 20)
+    check(random_prompts(1, seed=44, low=60, high=60), 5)
+    assert engine._kept is first
+    assert graphs.forgotten == 0
+    replayed = tapes.replayed
+    check(random_prompts(4, seed=45), 12)
+    second = engine._kept
+    assert second is not None
+    assert second is not first
+    assert (graphs.forgotten, second.most) == (1, 4)
+    assert second.capacity >= first.capacity
+    check(random_prompts(4, seed=46), 12)
+    assert engine._kept is second
+    assert tapes.replayed > replayed
+
+
+def test_without_graphs_no_buffers_stay() -> None:
+    engine = embedded_engine("firp")
+    engine.generate(embedded_prompts(1), 4)
+    assert (engine.graphs, engine._kept) == (None, None)
+
+
+def test_replayed_steps_draw_anew() -> None:
+    """Sampling: the generator's state goes on from replay to replay, as in eager steps."""
+    eager, captured = (embedded_engine("firp", temperature=2.0, top_p=0.9, seed=5) for _ in range(2))
+    _, tapes = with_graphs(captured)
+    texts = set()
+    for _ in range(3):
+        expected = eager.generate(embedded_prompts(1), 30)[0].token_ids
+        assert captured.generate(embedded_prompts(1), 30)[0].token_ids == expected
+        texts.add(tuple(expected))
+    assert len(texts) == 3
+    assert tapes.replayed > 10
