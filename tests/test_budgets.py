@@ -114,6 +114,7 @@ class ByParent:
     """Scores children by their parent's token: a predictor's contract, without its network."""
 
     steps = 3
+    conditional = True
 
     def child_candidates(self, draft: Draft, depth: int, parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch, nodes = parents.shape

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conftest import make_predictor
 from firp_cli.decoding.accept import Sampler, accept
-from firp_cli.decoding.tree import Tree, build, default_tree, parse_tree, root_tree
+from firp_cli.decoding.tree import Tree, build, build_by_level, default_tree, parse_tree, root_tree
 from firp_cli.errors import UsageError
 from firp_cli.predictors.base import Draft, Predictor
 from firp_cli.teacher.stack import Teacher
@@ -108,6 +108,56 @@ def test_tree_files_and_refusals(predictor: Predictor, tmp_path: Path) -> None:
         parse_tree(str(tmp_path / "tree.json"), 3)
 
 
+@pytest.mark.parametrize("shape", ["dynamic:8", "chain", "static:3x2x1"])
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_a_budget_stands_behind_the_tree(shape: str, budget: int) -> None:
+    plain, spec = parse_tree(shape, 3), parse_tree(f"{shape}@{budget}", 3)
+    assert (spec.budget, spec.limited, str(spec)) == (budget, True, f"{shape}@{budget}")
+    assert (plain.budget, plain.limited, str(plain)) == (None, False, shape)
+    assert (spec.kind, spec.nodes, spec.paths) == (plain.kind, plain.nodes, plain.paths)
+    assert parse_tree(str(spec), 3) == spec
+    for enough in (plain.nodes, plain.nodes + 5):
+        whole = parse_tree(f"{shape}@{enough}", 3)
+        assert not whole.limited
+        assert parse_tree(str(whole), 3) == plain
+
+
+def test_budgets_that_cannot_be() -> None:
+    for budget in ("0", "x", "-1", "1.5", ""):
+        with pytest.raises(UsageError, match=r"dynamic:8@.*number of nodes with pseudo rows, at least 1"):
+            parse_tree(f"dynamic:8@{budget}", 3)
+    with pytest.raises(UsageError, match="no tree 'spiral'"):
+        parse_tree("spiral@2", 3)
+    with pytest.raises(UsageError, match="is 4 deep, the predictor drafts 3"):
+        parse_tree("static:2x2x2x2@2", 3)
+
+
+def test_tree_files_may_name_a_budget(predictor: Predictor, tmp_path: Path) -> None:
+    file = tmp_path / "tree.json"
+    file.write_text(json.dumps({"tree": "dynamic:8@3"}))
+    for spec in (default_tree(tmp_path, predictor), parse_tree(str(file), 3)):
+        assert (spec.nodes, spec.budget, str(spec)) == (8, 3, "dynamic:8@3")
+    file.write_text(json.dumps({"paths": [[0], [1], [0, 2]], "name": "own"}))
+    spec = parse_tree(f"{file}@2", 3)
+    assert (spec.nodes, spec.budget, str(spec)) == (4, 2, "own@2")
+    within = tmp_path / "me@home"
+    within.mkdir()
+    file.rename(within / "tree.json")
+    assert parse_tree(str(within / "tree.json"), 3).budget is None
+
+
+@pytest.mark.parametrize("spec", ["dynamic:9@2", "static:3x2@2"])
+def test_scores_are_joint_probabilities(predictor: Predictor, spec: str) -> None:
+    draft = random_draft(2, 3, 30, 8, 3)
+    tree = build(parse_tree(spec, 3), predictor, draft, torch.tensor([7, 8]))
+    assert tree.scores is not None
+    for row in range(2):
+        for node, path in enumerate(paths_of(tree, row)):
+            ranks = [draft.tokens[row, depth].tolist().index(token) for depth, token in enumerate(path)]
+            joint = sum(float(draft.log_probs[row, depth, rank]) for depth, rank in enumerate(ranks))
+            assert float(tree.scores[row, node]) == pytest.approx(joint, abs=1e-5)
+
+
 def walk(tree: Tree, targets: Tensor, row: int) -> list[int]:
     """Acceptance as a person would do it: descend while a child carries the node's target."""
     node, path = 0, [0]
@@ -158,3 +208,24 @@ def test_sampler_follows_temperature_and_top_p() -> None:
     cut = Sampler(1.0, 0.8, 0, torch.device("cpu"))(logits)
     assert set(cut[0].unique().tolist()) == {0, 1}  # .64 + .24 passes .8
     assert Sampler(0.0, 1.0, 0, torch.device("cpu"))(logits).unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 6, 9, 17, 40])
+def test_scoring_all_prefixes_at_once_builds_the_tree_of_the_levels(predictor: Predictor, nodes: int) -> None:
+    """With steps cut off (probability 0) too: those prefixes fill the tree up, parents first."""
+    assert not predictor.conditional
+    for seed in range(20):
+        draft = random_draft(2, 3, 50, nodes - 1, seed)
+        draft.tokens = torch.arange(nodes - 1).expand(2, 3, -1)  # so that a path says which ranks it took
+        if seed % 4 == 0:
+            draft.log_probs[:, 2] = -torch.inf
+        root = torch.tensor([1, 2])
+        fast = build(parse_tree(f"dynamic:{nodes}", 3), predictor, draft, root)
+        slow = build_by_level(nodes, predictor, draft, root)
+        assert fast.scores is not None and slow.scores is not None
+        for row in range(2):
+            assert torch.equal(fast.scores[row].sort().values, slow.scores[row].sort().values)
+            certain = bool((fast.scores > -torch.inf).all())
+            paths = paths_of(fast, row)
+            check_structure(fast, row, paths)
+            assert not certain or set(paths) == set(paths_of(slow, row))

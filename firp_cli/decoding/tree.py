@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +22,7 @@ from firp_cli.predictors.base import Draft, Predictor
 
 DEFAULT_NODES = 8
 MAX_NODES = 1024
+MAX_CANDIDATES = 4096  # prefixes that are scored at once
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,11 @@ def build(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> T
     """The tree of one step: root tokens (B,) and below them candidates that `predictor.child_candidates` scores."""
     if spec.kind == "static":
         return _build_static(spec, predictor, draft, root)
-    return _build_dynamic(spec.nodes, predictor, draft, root)
+    if not predictor.conditional:
+        candidates = _candidates(spec.nodes, predictor.steps, draft.tokens.shape[2], root.device)
+        if candidates is not None:
+            return _build_from_candidates(candidates, spec.nodes, draft, root)
+    return build_by_level(spec.nodes, predictor, draft, root)
 
 
 @lru_cache(maxsize=64)
@@ -175,8 +181,83 @@ def _build_static(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tens
     return Tree(tokens, parents.expand(batch, -1), depth.expand(batch, -1), ancestors.expand(batch, -1, -1), known)
 
 
-def _build_dynamic(nodes: int, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
-    """Best-first by level: each level keeps its `nodes - 1` best prefixes, then the best over all levels are chosen.
+@dataclass
+class _Candidates:
+    """All prefixes that may be among the best, parents first: for each the place of its last token among the k * s
+    candidates of a draft (C,), those of all its tokens (C, k), filled up with place k * s, its depth (C,), and the
+    candidates on its path (C, k), filled up with itself. Candidate numbers count from 1: 0 is the root.
+    """
+
+    last: Tensor
+    tokens: Tensor
+    depth: Tensor
+    path: Tensor
+
+
+@lru_cache(maxsize=16)
+def _candidates(nodes: int, steps: int, breadth: int, device: torch.device) -> _Candidates | None:
+    """The prefixes whose ranks r_1.. have (r_1 + 1)(r_2 + 1).. < `nodes`; None where they are too many to be worth it.
+
+    Where steps do not depend on the parent's token, every prefix of ranks no greater is as probable as a prefix at
+    least: one with a larger product cannot be among the `nodes - 1` best.
+    """
+    level: list[tuple[int, ...]] = [()]
+    every: list[tuple[int, ...]] = []
+    for _ in range(steps):
+        level = [
+            (*path, rank)
+            for path in level
+            for rank in range(breadth)
+            if math.prod(one + 1 for one in path) * (rank + 1) < nodes
+        ]
+        every += level
+        if len(every) > MAX_CANDIDATES:
+            return None
+    number = {path: place for place, path in enumerate(every, start=1)}
+    places = [[depth * breadth + rank for depth, rank in enumerate(path)] for path in every]
+    above = [[number[path[:depth]] for depth in range(1, len(path) + 1)] for path in every]
+    return _Candidates(
+        last=torch.tensor([row[-1] for row in places], device=device),
+        tokens=torch.tensor([row + [steps * breadth] * (steps - len(row)) for row in places], device=device),
+        depth=torch.tensor([0, *map(len, every)], device=device),
+        path=torch.tensor([[0] * steps, *(row + row[-1:] * (steps - len(row)) for row in above)], device=device),
+    )
+
+
+def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, root: Tensor) -> Tree:
+    """`build_by_level` for steps that do not depend on the parent's token: all prefixes are scored at once."""
+    batch, count = root.shape[0], candidates.last.shape[0]
+    probable = torch.nn.functional.pad(draft.log_probs.flatten(1), (0, 1))
+    scores = probable.index_select(1, candidates.tokens.flatten()).view(batch, count, -1).sum(-1)
+    order = scores.sort(dim=1, descending=True, stable=True).indices  # of equals the parent comes first
+    chosen = order[:, : nodes - 1].sort(dim=1).values
+    nodes = chosen.shape[1] + 1
+    places = torch.nn.functional.pad(chosen + 1, (1, 0))  # candidate number of every node, the root first
+    numbers = _numbers(nodes, root.device).expand(batch, nodes)
+    node_of = torch.zeros(batch, count + 1, dtype=torch.long, device=root.device).scatter_(1, places, numbers)
+    path = node_of.gather(1, candidates.path[places].flatten(1)).view(batch, nodes, -1)
+    ancestors = torch.zeros(batch, nodes, nodes, dtype=torch.bool, device=root.device).scatter_(2, path, True)
+    ancestors[:, :, 0] = True
+    depth = candidates.depth[places]
+    before = torch.nn.functional.pad(path, (1, 0))  # the root, then the nodes of the path
+    tokens = draft.tokens.flatten(1).gather(1, candidates.last[chosen])
+    return Tree(
+        tokens=torch.cat([root[:, None], tokens], dim=1),
+        parents=before.gather(2, (depth - 1).clamp(min=0)[:, :, None])[:, :, 0],
+        depth=depth,
+        ancestors=ancestors,
+        scores=torch.nn.functional.pad(scores.gather(1, chosen), (1, 0)),
+    )
+
+
+@lru_cache(maxsize=64)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
+
+
+def build_by_level(nodes: int, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
+    """A dynamic tree of any predictor: each level keeps its `nodes - 1` best prefixes, then the best over all levels
+    are chosen.
 
     A child's joint probability never exceeds its parent's and the sort is stable with parents first, so the choice is
     closed under ancestors.

@@ -82,6 +82,11 @@ class Predictor(nn.Module, ABC):
         """Exit loops, then r: for predictors that feed a pipeline; empty for those that draft trees."""
         return ()
 
+    @property
+    def conditional(self) -> bool:
+        """True unless a predictor says that the candidates of a depth are the same below all its nodes."""
+        return True
+
     def loss_weights(self, decay: float) -> list[float]:
         """w_1..w_k of the training loss, not normalised: 1, decay, decay^2, ..."""
         return [decay**index for index in range(self.steps)]

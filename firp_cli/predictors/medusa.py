@@ -29,6 +29,10 @@ class MedusaPredictor(Predictor):
             nn.Linear(size, teacher.vocab_size, bias=False) for _ in range(self.steps if config.own_head else 0)
         )
 
+    @property
+    def conditional(self) -> bool:
+        return False
+
     def _states(self, final: Tensor) -> Tensor:
         """(..., d) normed final states to (..., k, d)."""
         states = []

@@ -27,6 +27,10 @@ class TransferPredictor(MapPredictor):
                 f"{teacher.name} has {teacher.num_layers} layers, so 1 <= t <= {last}"
             )
 
+    @property
+    def conditional(self) -> bool:
+        return False
+
     def spawn(self, first: int, last: int, hidden: Tensor) -> Tensor:
         maps = [self.maps[step - 1] for step in range(first, last + 1)]
         # As one matrix: a slice of three dimensions would go through a batched product, several times slower.

@@ -1,6 +1,6 @@
 """The lean twin of a Llama-like decoder: the same numbers with a third of the library's operations.
 
-Query, key and value matrices are joined, gate and up matrices too, norms are single operations and nothing is
+Query, key and value matrices are joined, gate and up matrices too, and nothing is
 dispatched that a decoding step does not need. It serves Llama, Mistral, Qwen2, Qwen3 and whatever else has layers of
 that kind (biases, norms on queries and keys, grouped heads, shared layers, any rotary variant); a model whose logits
 differ from its library's by more than rounding keeps the library's layers. The joined matrices replace the library's
@@ -80,7 +80,7 @@ class FusedLayer:
 
 
 class RMSNorm:
-    """A library's RMS norm as one operation."""
+    """A library's RMS norm as one call."""
 
     def __init__(self, module: nn.Module) -> None:
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
