@@ -111,16 +111,20 @@ def test_the_scratch_holds_the_rows_of_the_budget(teacher: Teacher) -> None:
 
 
 class ByParent:
-    """Scores children by their parent's token: a predictor's contract, without its network."""
+    """Scores children by their parent's token, or not: a predictor's contract, without its network."""
 
     steps = 3
-    conditional = True
+
+    def __init__(self, conditional: bool) -> None:
+        self.conditional = conditional
 
     def child_candidates(self, draft: Draft, depth: int, parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch, nodes = parents.shape
         shape = (batch, nodes, draft.tokens.shape[-1])
         log_probs = draft.log_probs[:, depth - 1, None].expand(shape)
-        return draft.tokens[:, depth - 1, None].expand(shape), log_probs - 0.3 * (parents % 3)[:, :, None]
+        if self.conditional:
+            log_probs = log_probs - 0.3 * (parents % 3)[:, :, None]
+        return draft.tokens[:, depth - 1, None].expand(shape), log_probs
 
 
 def ending_probabilities(predictor: Any, draft: Draft, tree: Tree, row: int) -> list[float]:
@@ -142,26 +146,27 @@ def ending_probabilities(predictor: Any, draft: Draft, tree: Tree, row: int) -> 
 SPECS = ["dynamic:9", "dynamic:14", "static:3x2x1", "static:2x2", "chain"]
 
 
-def random_tree(spec: str, seed: int, ended: int = 0) -> tuple[Draft, Tree]:
+def random_tree(spec: str, seed: int, predictor: ByParent, ended: int = 0) -> tuple[Draft, Tree]:
     """A tree of two sequences, of whose draft the last `ended` steps are missing."""
-    draft = random_draft(2, 3, 30, 13, seed, sharp=3.0)
+    draft = random_draft(2, 3, 30, 13, seed, sharp=6.0)
     if ended:
         draft.log_probs[:, -ended:] = -torch.inf
-    limited = parse_tree(f"{spec}@1", 3)
-    return draft, build(limited, ByParent(), draft, torch.tensor([7, 8]))  # type: ignore[arg-type]
+    return draft, build(parse_tree(f"{spec}@1", 3), predictor, draft, torch.tensor([7, 8]))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("conditional", [True, False])
 @pytest.mark.parametrize("ended", [0, 1, 2])
 @pytest.mark.parametrize("spec", SPECS)
-def test_anchors_are_where_the_path_most_likely_ends(spec: str, ended: int) -> None:
+def test_anchors_are_where_the_path_most_likely_ends(spec: str, ended: int, conditional: bool) -> None:
+    predictor = ByParent(conditional)
     beside_the_root = 0
-    for seed in range(20):
-        draft, tree = random_tree(spec, seed, ended)
+    for seed in range(10):
+        draft, tree = random_tree(spec, seed, predictor, ended)
         for count in (1, 2, 3):
             anchors = anchor_nodes(tree, count)
             assert anchors.shape == (2, count)
             for row in range(2):
-                ending = ending_probabilities(ByParent(), draft, tree, row)
+                ending = ending_probabilities(predictor, draft, tree, row)
                 chosen = anchors[row].tolist()
                 assert 0 in chosen
                 assert len(set(chosen)) == count
@@ -175,7 +180,7 @@ def test_anchors_are_where_the_path_most_likely_ends(spec: str, ended: int) -> N
 def test_the_nearest_anchor_is_found_going_up(spec: str) -> None:
     distances = set()
     for seed in range(8):
-        _, tree = random_tree(spec, seed)
+        _, tree = random_tree(spec, seed, ByParent(seed % 2 == 0))
         anchors = anchor_nodes(tree, 3)[:, torch.randperm(3, generator=torch.Generator().manual_seed(seed))]
         for node in range(tree.tokens.shape[1]):
             place, distance = nearest_anchor(tree, anchors, torch.tensor([node, node]))

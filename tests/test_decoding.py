@@ -61,10 +61,10 @@ def test_greedy_text_wanders(any_teacher: Teacher) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_plain_decoding_is_generate(any_teacher: Teacher, batch: int) -> None:
+def test_plain_decoding_is_generate(stacked_teacher: Teacher, batch: int) -> None:
     prompts = random_prompts(4)
-    expected = references(any_teacher, prompts)
-    engine = Engine(any_teacher)
+    expected = references(stacked_teacher, prompts)
+    engine = Engine(stacked_teacher)
     got = [
         item.token_ids
         for start in range(0, 4, batch)
@@ -76,11 +76,11 @@ def test_plain_decoding_is_generate(any_teacher: Teacher, batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("section", KINDS, ids=lambda section: section["kind"])
-def test_predictors_are_lossless(any_teacher: Teacher, section: dict, tree: str, batch: int) -> None:
+def test_predictors_are_lossless(stacked_teacher: Teacher, section: dict, tree: str, batch: int) -> None:
     prompts = random_prompts(4, seed=1)
-    expected = references(any_teacher, prompts)
-    predictor = make_predictor(any_teacher, **section)
-    engine = Engine(any_teacher, predictor, parse_tree(tree, predictor.steps))
+    expected = references(stacked_teacher, prompts)
+    predictor = make_predictor(stacked_teacher, **section)
+    engine = Engine(stacked_teacher, predictor, parse_tree(tree, predictor.steps))
     got = [item for start in range(0, 4, batch) for item in engine.generate(prompts[start : start + batch], TOKENS)]
     assert [item.token_ids for item in got] == expected
     for item in got:
@@ -92,7 +92,8 @@ def test_predictors_are_lossless(any_teacher: Teacher, section: dict, tree: str,
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("mode", ["always", "never", "sometimes"])
 @pytest.mark.parametrize("fake", [FakePredictor, ParentPredictor])
-def test_fakes_are_lossless(teacher: Teacher, fake: type[FakePredictor], mode: str, tree: str, batch: int) -> None:
+def test_fakes_are_lossless(any_stack: str, fake: type[FakePredictor], mode: str, tree: str, batch: int) -> None:
+    teacher = tiny_teacher("llama", any_stack == "lean")
     prompts = random_prompts(4, seed=2)
     expected = references(teacher, prompts)
     rules = {"always": lambda n, i: True, "never": lambda n, i: False, "sometimes": lambda n, i: (n * 7 + i) % 3 > 0}
@@ -110,11 +111,11 @@ def test_fakes_are_lossless(teacher: Teacher, fake: type[FakePredictor], mode: s
         assert set(lengths) == {1}
 
 
-def test_long_prompts_in_chunks(any_teacher: Teacher) -> None:
+def test_long_prompts_in_chunks(stacked_teacher: Teacher) -> None:
     prompts = [*random_prompts(1, seed=4, low=70, high=90), *random_prompts(1, seed=5, low=3, high=9)]
-    expected = references(any_teacher, prompts)
-    predictor = make_predictor(any_teacher, kind="firp", layer=LAYERS - 1, steps=2)
-    engine = Engine(any_teacher, predictor, options=EngineOptions(prefill_chunk=16))
+    expected = references(stacked_teacher, prompts)
+    predictor = make_predictor(stacked_teacher, kind="firp", layer=LAYERS - 1, steps=2)
+    engine = Engine(stacked_teacher, predictor, options=EngineOptions(prefill_chunk=16))
     assert [item.token_ids for item in engine.generate(prompts, TOKENS)] == expected
 
 
@@ -246,10 +247,11 @@ def count_reads(patch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("tree", ["dynamic:5", "static:2x2"])
+@pytest.mark.parametrize("tree", ["dynamic:5", "static:2x2", "dynamic:5@2"])
 @pytest.mark.parametrize("section", KINDS, ids=lambda section: section["kind"])
-def test_a_step_reads_nothing_back(teacher: Teacher, section: dict, tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_nothing_back(any_stack: str, section: dict, tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside a step no tensor's value reaches Python."""
+    teacher = tiny_teacher("qwen2-window", any_stack == "lean")
     engine = Engine(teacher, make_predictor(teacher, **section), parse_tree(tree, 3))
     engine.generate([[5, 6, 7], [8, 9]], 12)  # constants of a tree are made once
     original, steps, reads = Stepper.step, [], []

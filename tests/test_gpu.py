@@ -1,17 +1,21 @@
-"""The lossless checks on CUDA, in fp32 and bf16. Skipped where there is no CUDA device."""
+"""The lossless checks on CUDA, in fp32 and bf16, with graphs and kernels. Skipped where there is no CUDA device."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from conftest import generate_reference, looped_model, make_predictor, random_prompts, tiny_model
-from firp_cli.decoding.engine import Engine
+from conftest import SETTINGS, generate_reference, looped_model, make_predictor, random_prompts, tiny_model
+from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.pipeline import PipelineEngine, PipelineRun
+from firp_cli.decoding.step import Stepper
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.predictors.base import Predictor
+from firp_cli.records import Generation
 from firp_cli.teacher.stack import Teacher
 
 pytestmark = [
@@ -63,22 +67,157 @@ def test_bf16_differs_only_at_near_ties(family: str) -> None:
 
 
 @pytest.mark.parametrize("section", KINDS, ids=lambda section: section["kind"])
-def test_a_step_waits_for_the_device_once(section: dict) -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_never_waits_for_the_device(section: dict, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No host synchronisation inside a step; the read of what was emitted comes after it."""
     teacher = on_cuda("llama", torch.float32)
-    engine = Engine(teacher, predictor_for(teacher, section))
-    engine.generate([[5, 6, 7]], 12)
-    original = engine._step
+    engine = Engine(teacher, predictor_for(teacher, section), options=EngineOptions(graphs=False))
+    prompts = random_prompts(3, seed=25)[:batch]
+    expected = [item.token_ids for item in engine.generate(prompts, 24)]
+    original, steps = Stepper.step, []
 
-    def guarded(*arguments: object) -> object:
+    def guarded(*arguments: Any, **options: Any) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return original(*arguments)  # type: ignore[arg-type]
+            original(*arguments, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        steps.append(1)
 
-    engine._step = guarded  # type: ignore[method-assign, assignment]
-    assert len(engine.generate([[5, 6, 7]], 12)[0].token_ids) == 12
+    monkeypatch.setattr(Stepper, "step", guarded)
+    assert [item.token_ids for item in engine.generate(prompts, 24)] == expected
+    assert len(steps) > 5
+
+
+def decode(engine: Engine, prompts: list[list[int]], batch: int) -> list[Generation]:
+    places = range(0, len(prompts), batch)
+    return [item for start in places for item in engine.generate(prompts[start : start + batch], 24)]
+
+
+def texts(engine: Engine, prompts: list[list[int]], batch: int) -> list[list[int]]:
+    return [item.token_ids for item in decode(engine, prompts, batch)]
+
+
+def written(teacher: Teacher, prompts: list[list[int]]) -> list[list[int]]:
+    """What `generate` writes."""
+    return [generate_reference(teacher.model, prompt, 24) for prompt in prompts]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("tree", ["dynamic:9", "dynamic:9@3"])
+@pytest.mark.parametrize("section", [None, *KINDS], ids=lambda section: section["kind"] if section else "ar")
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+def test_graphs_replay_what_steps_do(family: str, section: dict | None, tree: str, batch: int) -> None:
+    """The second run finds its keys seen, the third one its graphs captured."""
+    teacher = on_cuda(family, torch.float32)
+    predictor = predictor_for(teacher, section) if section else None
+    spec = parse_tree(tree, predictor.steps) if predictor else None
+    prompts = random_prompts(4, seed=23)
+    eager = Engine(teacher, predictor, spec, options=EngineOptions(graphs=False))
+    captured = Engine(teacher, predictor, spec, options=EngineOptions(graphs=True))
+    expected = decode(eager, prompts, batch)
+    assert [item.token_ids for item in expected] == written(teacher, prompts)
+    assert eager.graphs is None
+    assert captured.graphs is not None
+    for _ in range(3):
+        got = decode(captured, prompts, batch)
+        assert [item.token_ids for item in got] == [item.token_ids for item in expected]
+        assert [item.accepted_lengths for item in got] == [item.accepted_lengths for item in expected]
+    assert captured.graphs.reason is None
+    assert len(captured.graphs._replays) > 0
+
+
+def test_graphs_of_larger_requests_replace_the_old_ones() -> None:
+    """New buffers, new graphs, the same tokens; then the small request in the large buffers."""
+    teacher = on_cuda("qwen3", torch.float32)
+    engine = Engine(teacher, predictor_for(teacher, KINDS[0]))
+    assert engine.graphs is not None
+    for seed, count in ((31, 1), (32, 3), (31, 1)):
+        prompts = random_prompts(count, seed=seed)
+        for _ in range(3):
+            assert texts(engine, prompts, count) == written(teacher, prompts)
+    assert engine.graphs.reason is None
+
+
+def test_replayed_steps_draw_anew() -> None:
+    """Sampled texts differ from request to request, on graphs too, and repeat with the seed."""
+    teacher = on_cuda("llama", torch.float32)
+    predictor = predictor_for(teacher, KINDS[0])
+    runs = []
+    for _ in range(2):
+        engine = Engine(teacher, predictor, temperature=2.0, seed=5)
+        runs.append([tuple(engine.generate([[5, 6, 7]], 24)[0].token_ids) for _ in range(4)])
+        assert engine.graphs is not None
+        assert engine.graphs.reason is None
+        assert len(engine.graphs._replays) > 0
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 4
+
+
+def wide_teacher(lean: bool, **options: Any) -> Teacher:
+    """A Llama with heads of 64, for which attention kernels are made."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "max_position_embeddings": 2048}
+    torch.manual_seed(4)
+    config = transformers.MistralConfig(**(SETTINGS | sizes | {"sliding_window": None} | options))
+    teacher = Teacher(transformers.MistralForCausalLM(config).eval().to("cuda"), name="wide")
+    if lean:
+        assert teacher.fuse() is None
+    return teacher
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("section", [None, *KINDS], ids=lambda section: section["kind"] if section else "ar")
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "library"])
+def test_the_kernel_decodes_what_torch_decodes(
+    lean: bool, window: int | None, section: dict | None, batch: int
+) -> None:
+    pytest.importorskip("triton")
+    teacher = wide_teacher(lean, sliding_window=window)
+    predictor = predictor_for(teacher, section) if section else None
+    prompts = random_prompts(4, seed=24, low=3, high=60)
+    expected = written(teacher, prompts)
+    for attention, graphs in (("sdpa", False), ("triton", False), ("triton", True)):
+        engine = Engine(teacher, predictor, options=EngineOptions(attention=attention, graphs=graphs))
+        for _ in range(3 if graphs else 1):
+            assert texts(engine, prompts, batch) == expected, (attention, graphs)
+
+
+def test_the_kernel_reads_long_prefixes() -> None:
+    """Several splits of more than a thousand positions, sequences of very different lengths."""
+    pytest.importorskip("triton")
+    teacher = wide_teacher(lean=True)
+    predictor = predictor_for(teacher, KINDS[0])
+    prompts = [random_prompts(1, seed=26, low=length, high=length)[0] for length in (1500, 3, 400)]
+    engine = Engine(teacher, predictor, options=EngineOptions(attention="triton"))
+    assert texts(engine, prompts, 3) == written(teacher, prompts)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("section", [None, *KINDS], ids=lambda section: section["kind"] if section else "ar")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lean_layers_decode_what_the_librarys_do(family: str, section: dict | None, batch: int) -> None:
+    teacher, prompts = on_cuda(family, torch.float32), random_prompts(4, seed=27)
+    predictor = predictor_for(teacher, section) if section else None
+    expected = written(teacher, prompts)
+    assert texts(Engine(teacher, predictor), prompts, batch) == expected
+    assert teacher.fuse() is None
+    assert texts(Engine(teacher, predictor), prompts, batch) == expected
+
+
+def test_reading_late_changes_nothing() -> None:
+    """The host learns of a sequence's end some steps late; an EOS comes in the middle of a text."""
+    teacher = on_cuda("llama", torch.float32)
+    predictor, prompts = predictor_for(teacher, KINDS[0]), random_prompts(4, seed=28)
+    teacher.eos_token_ids = (generate_reference(teacher.model, prompts[0], 24)[9],)
+    ending = teacher.eos_token_ids[0]
+    expected = [text[: text.index(ending) + 1] if ending in text else text for text in written(teacher, prompts)]
+    assert len(set(map(len, expected))) > 1
+    for every in (1, 3, 8):
+        for graphs in (False, True):
+            engine = Engine(teacher, predictor, options=EngineOptions(read_every=every, graphs=graphs))
+            for _ in range(3):
+                assert texts(engine, prompts, 4) == expected, (every, graphs)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -130,16 +130,15 @@ def test_gradients_of_all_loops_add_up(unique: int, loops: int) -> None:
 
 
 @shapes
-def test_a_teacher_counts_effective_layers(unique: int, loops: int) -> None:
-    teacher = looped_teacher(unique, loops)
+def test_a_teacher_counts_effective_layers(unique: int, loops: int, any_stack: str) -> None:
+    teacher = looped_teacher(unique, loops, any_stack == "lean")
     assert teacher.num_layers == unique * loops
     assert teacher.windows == [None] * unique * loops
     assert teacher.looped == LoopedSection(block=unique, loops=loops)
     assert teacher.boundaries() == teacher.boundaries(loops) == tuple(unique * loop for loop in range(1, loops + 1))
-    ids = some_ids(2, 30)
-    for got, wanted in zip(
-        plain_states(teacher, ids), plain_states(Teacher(unrolled(teacher.model)), ids), strict=True
-    ):
+    plain, ids = Teacher(unrolled(teacher.model)), some_ids(2, 30)
+    assert any_stack == "library" or plain.fuse() is None
+    for got, wanted in zip(plain_states(teacher, ids), plain_states(plain, ids), strict=True):
         torch.testing.assert_close(got, wanted)
 
 
@@ -171,8 +170,8 @@ def test_fingerprint_and_description_know_the_loops() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "ouro"])
-def test_unnorm_undoes_the_final_norm(name: str) -> None:
-    teacher = described_teacher(name)
+def test_unnorm_undoes_the_final_norm(name: str, any_stack: str) -> None:
+    teacher = described_teacher(name, any_stack == "lean")
     normed = teacher.norm(3 * torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1)))
     torch.testing.assert_close(teacher.norm(teacher.unnorm(normed)), normed, rtol=1e-4, atol=1e-4)
 
@@ -223,9 +222,9 @@ def written_out(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window", "qwen3"])
-def test_a_described_plain_checkpoint_generates_looped(name: str) -> None:
+def test_a_described_plain_checkpoint_generates_looped(name: str, any_stack: str) -> None:
     """Past its sliding windows too; with and without a cache."""
-    teacher, plain = described_teacher(name), written_out(name)
+    teacher, plain = described_teacher(name, any_stack == "lean"), written_out(name)
     prompt = random_prompts(1, seed=2, low=8, high=8)[0]
     expected = generate_reference(plain, prompt, 24)
     for cached in (True, False):
@@ -366,12 +365,13 @@ PIPES = ["3x4", "1x4", "raven", "raven-norms", "ouro", "qwen2-window", "llama/2"
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", PIPES)
-def test_ticks_equal_a_plain_run(name: str, ranks: int) -> None:
+def test_ticks_equal_a_plain_run(name: str, ranks: int, any_stack: str) -> None:
     """Token n at stage s in tick n + s; the second sequence starts three ticks later. Every stage's states, every tick.
 
     A norm that ends every loop is in the last stage's states where the tick runs it for several stages at once.
     """
-    teacher, loops = pipe_teacher(name)
+    teacher, loops = pipe_teacher(name, any_stack == "lean")
+    tolerance = 2e-4 if any_stack == "library" else 5e-4  # of states up to 90: other row counts, another order
     boundaries, ids, late = teacher.boundaries(loops), some_ids(2, 18), torch.tensor([0, 3])
     expected, count, length = plain_states(teacher, ids), len(boundaries), ids.shape[1]
     ends = [*boundaries[:-1], teacher.num_layers]
@@ -396,14 +396,14 @@ def test_ticks_equal_a_plain_run(name: str, ranks: int) -> None:
                     wanted = expected[layer][b, position]
                     if ends_normed and layer == teacher.num_layers:
                         wanted = teacher.norm(wanted)
-                    torch.testing.assert_close(states[stage, b], wanted, rtol=2e-4, atol=2e-4)
+                    torch.testing.assert_close(states[stage, b], wanted, rtol=tolerance, atol=tolerance)
                     checked += 1
     assert checked == 2 * count * length
 
 
-def test_rows_and_ticks_share_their_slots() -> None:
+def test_rows_and_ticks_share_their_slots(any_stack: str) -> None:
     """A prompt went through row by row, ticks follow; a flushed token's slots are written again, never rolled back."""
-    teacher = looped_teacher(2, 3)
+    teacher = looped_teacher(2, 3, any_stack == "lean")
     ids = some_ids(1, 9)
     expected = plain_states(teacher, ids)[-1][0]
     pipe = Stages(teacher, None, range(3), 1, 9)

@@ -95,9 +95,15 @@ def test_greedy_text_wanders(name: str) -> None:
     assert len({token for text in references(name, some_prompts()) for token in text}) > 8
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *OWN_CODE, *PLAIN, *UNSHARED])
-def test_random_exits_are_lossless(name: str) -> None:
-    teacher, loops = pipe_teacher(name)
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        *((name, "lean") for name in (*SHAPES, *OWN_CODE, *PLAIN, *UNSHARED)),
+        *((name, "library") for name in ("2x3", *OWN_CODE, *PLAIN, "llama/2", "qwen2-window/3", "mistral-window/4")),
+    ],
+)
+def test_random_exits_are_lossless(name: str, stack: str) -> None:
+    teacher, loops = pipe_teacher(name, stack == "lean")
     prompts = some_prompts()
     expected = references(name, prompts)
     predictor = None if loops == 1 else random_exits(teacher, loops)

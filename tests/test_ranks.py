@@ -20,11 +20,12 @@ from firp_cli.errors import UsageError
 from firp_cli.teacher.stack import Teacher
 
 TOKENS = 12
-# one group per stage; three groups of four layers (2, 1, 1), an exit left out, a threshold
-CASES: list[tuple[str, float, dict[str, Any]]] = [
-    ("llama", 0.0, {"loops": 4}),
-    ("qwen2-window", 0.0, {"loops": 3, "threshold": 0.3}),
-    ("llama", 1.0, {"loops": 4, "exits": [2]}),
+# one group per stage; three groups of four layers (2, 1, 1), an exit left out, a threshold; lean layers or not
+CASES: list[tuple[str, bool, float, dict[str, Any]]] = [
+    ("llama", True, 0.0, {"loops": 4}),
+    ("qwen2-window", True, 0.0, {"loops": 3, "threshold": 0.3}),
+    ("llama", False, 0.0, {"loops": 4}),
+    ("llama", False, 1.0, {"loops": 4, "exits": [2]}),
 ]
 
 
@@ -32,8 +33,8 @@ def decoded(number: int, size: int) -> list[dict[str, Any]]:
     """Tokens and ticks of every case, as rank `number` of `size` finds them."""
     found = []
     prompts = random_prompts(3, seed=5, low=1, high=9)
-    for family, temperature, section in CASES:
-        teacher = tiny_teacher(family)
+    for family, lean, temperature, section in CASES:
+        teacher = tiny_teacher(family, lean)
         predictor = make_predictor(teacher, kind="speed", **section)
         part = Ranks(predictor.loops, number, size)
         sampling = {"temperature": temperature, "seed": 3}

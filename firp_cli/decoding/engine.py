@@ -68,6 +68,7 @@ class Engine:
         self.teacher = teacher
         self.predictor = predictor
         self.tree = tree or (default_tree(None, predictor) if predictor else None)
+        self._spawn = predictor.spawner() if predictor else None
         self.options = options = options or EngineOptions()
         self.sampler = Sampler(temperature, top_p, seed, teacher.device)
         device = teacher.device
@@ -138,7 +139,15 @@ class Engine:
         shape = cache_shape(self.teacher, self.predictor, self.tree, batch, capacity)
         check_fits(KVCache.bytes_needed(**shape), batch, capacity, self.teacher.device)
         stepper = Stepper(
-            self.teacher, self.predictor, self.tree, self.sampler, batch, capacity, self._every, self._kernel
+            self.teacher,
+            self.predictor,
+            self.tree,
+            self.sampler,
+            batch,
+            capacity,
+            self._every,
+            self._kernel,
+            self._spawn,
         )
         if self.graphs is not None:
             self._kept = stepper

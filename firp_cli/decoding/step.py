@@ -16,7 +16,7 @@ from torch.nn.functional import embedding
 from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
 from firp_cli.decoding.ring import Ring
 from firp_cli.decoding.tree import Tree, TreeSpec, anchor_nodes, build, nearest_anchor, root_tree
-from firp_cli.predictors.base import Draft, Predictor, forward_rows
+from firp_cli.predictors.base import Draft, Predictor, Spawn, forward_rows
 from firp_cli.teacher.attention import AttentionMask, StepMask, pseudo_positions, rows_allowed
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
@@ -30,6 +30,7 @@ class Stepper:
     Args:
         tree: the trees of steps that have a draft. batch: sequences at most. capacity: positions of the longest one.
         every: steps between two reads of the host. kernel: attention by the Triton kernel.
+        spawn: the predictor's, made ready for decoding.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Stepper:
         capacity: int,
         every: int = 1,
         kernel: bool = False,
+        spawn: Spawn | None = None,
     ) -> None:
         self.teacher, self.predictor, self.tree, self.sampler = teacher, predictor, tree, sampler
+        self.spawn = spawn or (predictor.spawn if predictor else None)
         self.kernel, self.capacity, self.most = kernel, capacity, batch
         self._transfer = predictor.transfer_layers if predictor else ()
         self._windowed = any(window is not None for window in teacher.windows)
@@ -143,7 +146,7 @@ class Stepper:
             positions,
             mask,
             transfer_layers=self._transfer,
-            spawn=self.predictor.spawn if self.predictor else None,
+            spawn=self.spawn,
             anchors=anchors,
             cache=cache,
             rotary=self._rotary(positions),

@@ -115,6 +115,10 @@ class Predictor(nn.Module, ABC):
         """
         raise NotImplementedError(f"{self.kind} has no pseudo states")
 
+    def spawner(self) -> Spawn:
+        """`spawn` for decoding, where the weights stay as they are."""
+        return self.spawn
+
     @abstractmethod
     def draft_states(
         self, teacher: Teacher, batch: SequenceBatch, anchors: Tensor, on_layer: RowsHook | None = None

@@ -5,13 +5,14 @@ states of future tokens. One module serves both; only the transfer layers differ
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from firp_cli.errors import PredictorError
-from firp_cli.predictors.base import RowsHook, SequenceBatch, forward_anchors
+from firp_cli.predictors.base import RowsHook, SequenceBatch, Spawn, forward_anchors
 from firp_cli.predictors.maps import MapPredictor
 from firp_cli.recipe import FirpConfig, HiddenTransferConfig
 from firp_cli.teacher.attention import causal_allowed, pseudo_positions, rows_allowed
+from firp_cli.teacher.products import Product
 from firp_cli.teacher.stack import Teacher
 
 
@@ -36,6 +37,25 @@ class TransferPredictor(MapPredictor):
         # As one matrix: a slice of three dimensions would go through a batched product, several times slower.
         inputs = hidden.reshape(-1, hidden.shape[-1]).to(maps[0].weight.dtype)  # type: ignore[arg-type]
         return torch.cat([linear(inputs).view_as(hidden) for linear in maps], dim=1).to(hidden.dtype)
+
+    def spawner(self) -> Spawn:
+        """All maps that enter at a layer as one matrix: they read the same rows."""
+        joined: dict[tuple[int, int], Product] = {}
+        for layer in set(self.transfer_layers):
+            first = self.transfer_layers.index(layer) + 1
+            last = first + self.transfer_layers.count(layer) - 1
+            parts = [linear for linear in self.maps[first - 1 : last] if isinstance(linear, nn.Linear)]
+            bias = None if parts[0].bias is None else torch.cat([linear.bias for linear in parts])
+            joined[first, last] = Product(torch.cat([linear.weight for linear in parts]), bias)
+
+        def spawn(first: int, last: int, hidden: Tensor) -> Tensor:
+            batch, rows, size = hidden.shape
+            maps = joined[first, last]
+            product = maps(hidden.reshape(-1, size).to(maps.weight.dtype)).to(hidden.dtype)
+            by_step = product.view(batch, rows, last - first + 1, size).transpose(1, 2)
+            return by_step.reshape(batch, -1, size)
+
+        return spawn
 
     def draft_states(
         self, teacher: Teacher, batch: SequenceBatch, anchors: Tensor, on_layer: RowsHook | None = None

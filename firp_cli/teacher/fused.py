@@ -1,10 +1,10 @@
 """The lean twin of a Llama-like decoder: the same numbers with a third of the library's operations.
 
-Query, key and value matrices are joined, gate and up matrices too, and nothing is
-dispatched that a decoding step does not need. It serves Llama, Mistral, Qwen2, Qwen3 and whatever else has layers of
-that kind (biases, norms on queries and keys, grouped heads, shared layers, any rotary variant); a model whose logits
-differ from its library's by more than rounding keeps the library's layers. The joined matrices replace the library's
-own, whose parameters become views into them: both stacks run on one copy of the weights.
+Query, key and value matrices are joined, gate and up matrices too, and nothing is dispatched that a decoding step does
+not need. It serves Llama, Mistral, Qwen2, Qwen3 and whatever else has layers of that kind (biases, norms on queries and
+keys, grouped heads, shared layers, any rotary variant); a model whose logits differ from its library's by more than
+rounding keeps the library's layers. The joined matrices replace the library's own, whose parameters become views into
+them: both stacks run on one copy of the weights.
 
 Shapes: B sequences, R rows, d hidden size, Hq query heads, Hk key/value heads, D head size, f feed-forward size.
 """
@@ -21,6 +21,7 @@ from torch.nn import functional
 from firp_cli.teacher.attention import TreeRows, attend
 from firp_cli.teacher.library import Cache
 from firp_cli.teacher.looped import LayerPass
+from firp_cli.teacher.products import Product
 
 
 class UnfusableError(Exception):
@@ -30,7 +31,7 @@ class UnfusableError(Exception):
 class FusedLayer:
     """One decoder layer as plain matrices: norm, attention, norm, gated feed-forward, each behind a residual."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, lean: bool = True) -> None:
         attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
         _only(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
         _only(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"})
@@ -49,15 +50,17 @@ class FusedLayer:
         self.activation: Callable[[Tensor], Tensor] = mlp.act_fn
         if isinstance(self.activation, nn.SiLU) or type(self.activation).__name__ == "SiLUActivation":
             self.activation = functional.silu
-        self.joined, self.joined_bias = _join([queries, keys, values])
-        self.gates, self.gates_bias = _join([gate, up])
-        self.output, self.output_bias = output.weight, output.bias
-        self.down, self.down_bias = down.weight, down.bias
+        joined, joined_bias = _join([queries, keys, values])
+        gates, gates_bias = _join([gate, up])
+        self.joined = Product(joined, joined_bias, lean)
+        self.gates = Product(gates, gates_bias, lean)
+        self.output = Product(output.weight, output.bias, lean)
+        self.down = Product(down.weight, down.bias, lean)
 
     def before(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (B, R, d) to rotated queries (B, Hq, R, D), rotated keys and values (B, Hk, R, D)."""
         batch, rows, _ = hidden.shape
-        joined = functional.linear(self.first_norm(hidden), self.joined, self.joined_bias)
+        joined = self.joined(self.first_norm(hidden))
         heads = joined.view(batch, rows, -1, self.head_size)
         turning = heads[:, :, : self.query_heads + self.key_heads]
         if self.query_norm is not None and self.key_norm is not None:
@@ -73,10 +76,9 @@ class FusedLayer:
         """The residual rows (B, R, d) and what attention gave (B, Hq, R, D) to the layer's output (B, R, d)."""
         batch, rows, _ = hidden.shape
         mixed = attended.transpose(1, 2).reshape(batch, rows, -1)
-        hidden = hidden + functional.linear(mixed, self.output, self.output_bias)
-        gates = functional.linear(self.second_norm(hidden), self.gates, self.gates_bias)
-        gate, up = gates.chunk(2, dim=-1)
-        return hidden + functional.linear(self.activation(gate) * up, self.down, self.down_bias)
+        hidden = hidden + self.output(mixed)
+        gate, up = self.gates(self.second_norm(hidden)).chunk(2, dim=-1)
+        return hidden + self.down(self.activation(gate) * up)
 
 
 class RMSNorm:
@@ -110,6 +112,7 @@ class FusedStack:
         layers: Iterable[Any],
         norm: nn.Module,
         rotary: Callable[[Tensor, Tensor], Sequence[Tensor]],
+        head: nn.Module,
         compiled: bool = False,
     ) -> None:
         made: dict[int, FusedLayer] = {}
@@ -119,11 +122,12 @@ class FusedStack:
             own, loop_norm = (item.layer, item.norm) if isinstance(item, LayerPass) else (item, None)
             released = isinstance(own, nn.Identity)  # another process runs it
             if not released and id(own) not in made:
-                made[id(own)] = FusedLayer(own)
+                made[id(own)] = FusedLayer(own, lean=not compiled)  # the compiler chooses its own products
             self._layers.append(None if released else made[id(own)])
             self._loop_norms.append(None if loop_norm is None else RMSNorm(loop_norm))
         self._norm = RMSNorm(norm)
         self._rotary = rotary
+        self._head = Product(head.weight, head.bias) if type(head) is nn.Linear else head
         if compiled:
             for layer in made.values():
                 layer.before = torch.compile(layer.before)  # type: ignore[method-assign]
@@ -136,6 +140,9 @@ class FusedStack:
 
     def norm(self, hidden: Tensor) -> Tensor:
         return self._norm(hidden)
+
+    def head(self, normed: Tensor) -> Tensor:
+        return self._head(normed)
 
     def layer(
         self,

@@ -37,6 +37,10 @@ class Stack(Protocol):
         """The final norm."""
         ...
 
+    def head(self, normed: Tensor) -> Tensor:
+        """Normed states (..., d) to logits (..., V) in the teacher's dtype."""
+        ...
+
     def layer(
         self,
         index: int,
@@ -55,8 +59,10 @@ class LibraryStack:
 
     name = "library"
 
-    def __init__(self, teacher: str, layers: nn.ModuleList, norm: nn.Module, rotary: nn.Module, config: Any) -> None:
-        self.layers, self._norm, self._rotary, self._config = layers, norm, rotary, config
+    def __init__(
+        self, teacher: str, layers: nn.ModuleList, norm: nn.Module, rotary: nn.Module, head: nn.Module, config: Any
+    ) -> None:
+        self.layers, self._norm, self._rotary, self._head, self._config = layers, norm, rotary, head, config
         # not `layers[0]`: the passes of a looped teacher have no signature of their own
         first = next(iter(layers.children()))
         parameters = inspect.signature(first.forward).parameters
@@ -72,6 +78,9 @@ class LibraryStack:
 
     def norm(self, hidden: Tensor) -> Tensor:
         return self._norm(hidden)
+
+    def head(self, normed: Tensor) -> Tensor:
+        return self._head(normed)
 
     def layer(
         self,

@@ -62,9 +62,9 @@ class Teacher:
             self.layers = loop_layers(model, base, self.layers, self._norm, looped)
         self.looped = self.layers.shape if isinstance(self.layers, LoopedLayers) else None
         self._rotary: nn.Module = _part(base, ("rotary_emb",), name)
-        self._library = LibraryStack(name, self.layers, self._norm, self._rotary, config)
-        self.stack: Stack = self._library
         self._head: nn.Module = model.get_output_embeddings()
+        self._library = LibraryStack(name, self.layers, self._norm, self._rotary, self._head, config)
+        self.stack: Stack = self._library
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.num_layers = len(self.layers)
         self.hidden_size: int = config.hidden_size
@@ -177,7 +177,7 @@ class Teacher:
 
     def head(self, normed: Tensor) -> Tensor:
         """Normed states (..., d) to float32 logits (..., V)."""
-        logits = self._head(normed).float()
+        logits = self.stack.head(normed).float()
         if self._softcap:
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
@@ -235,7 +235,7 @@ class Teacher:
         tolerance = FUSED_TOLERANCE.get(self.dtype, CHECK_TOLERANCE.get(self.dtype, 2e-1))
         self.stack = self._library
         try:
-            lean = FusedStack(self.layers, self._norm, self._rotary, compiled)
+            lean = FusedStack(self.layers, self._norm, self._rotary, self._head, compiled)
             whole = not any(isinstance(layer, nn.Identity) for layer in self.layers)
             difference = self._difference(lean) if whole else 0.0  # a part was compared when it was whole
         except (UnfusableError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -1,0 +1,60 @@
+"""Products of few rows with a frozen matrix: what decoding steps spend their time on.
+
+A step's product is bound by reading the matrix. On a CPU torch's own product reads it well for one row and for
+hundreds, slowly for what lies between; oneDNN's does better there, from a copy in its own block order. On other
+devices, for other dtypes and for other numbers of rows the product is torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+NOMINAL_ROWS = 16  # what a copy is ordered for; the order is the same for other small numbers
+MOST_ROWS = 256  # above, torch's own product is as fast
+MOST_BYTES = 2 << 30  # of copies in one process: beyond, memory is worth more
+
+
+class Product:
+    """y = x W^T + b for frozen W (n, m): x (..., m) to y (..., n).
+
+    Args:
+        lean: False takes torch's own product always.
+    """
+
+    copied = 0  # bytes of all copies that there are
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, lean: bool = True) -> None:
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.inputs = self.weight.shape[1]
+        self._packed: Any = None
+        if lean and weight.device.type == "cpu" and weight.dtype == torch.float32 and self.weight.is_contiguous():
+            self._packed = _pack(self.weight)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        rows = hidden.numel() // self.inputs
+        if 1 < rows <= MOST_ROWS and self._packed is not None and not hidden.requires_grad:  # it has no gradient
+            return torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self.bias, "none", [], "")
+        return functional.linear(hidden, self.weight, self.bias)
+
+    def __del__(self) -> None:
+        if getattr(self, "_packed", None) is not None:
+            Product.copied -= self.weight.numel() * self.weight.element_size()
+
+
+def _pack(weight: Tensor) -> Any:
+    """The matrix in oneDNN's order, as torch's own compiler packs it; None where this torch cannot, or should not."""
+    size = weight.numel() * weight.element_size()
+    if not torch.backends.mkldnn.is_available() or Product.copied + size > MOST_BYTES:
+        return None
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, NOMINAL_ROWS)
+        row = torch.zeros(2, weight.shape[1])
+        torch.ops.mkldnn._linear_pointwise(row, packed, None, "none", [], "")
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError):  # a torch without these operations
+        return None
+    Product.copied += size
+    return packed
