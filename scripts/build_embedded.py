@@ -45,6 +45,7 @@ TEACHER_FOLDER = ROOT / "data" / "teachers" / "arithmetic"
 LOOPED_FOLDER = ROOT / "data" / "teachers" / "arithmetic-looped"
 DATASET_FOLDER = ROOT / "data" / "datasets" / "arithmetic"
 PREDICTOR_FOLDER = ROOT / "data" / "predictors"
+TREES = {"firp": "dynamic:8@2", "hidden_transfer": "dynamic:8@3", "medusa": "dynamic:8"}
 PREDICTOR_KINDS = ("firp", "hidden_transfer", "medusa", "speed")
 
 VOCABULARY_SIZE = 1024
@@ -389,7 +390,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_predictors_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the stage `predictors`."""
-    parser.add_argument("--tree", default="dynamic:8", help="tree written beside each predictor")
+    parser.add_argument("--tree", default=None, help="tree written beside each predictor, in place of TREES")
     parser.add_argument("--output", type=Path, default=PREDICTOR_FOLDER, help="folder to write the predictors to")
 
 
@@ -410,7 +411,9 @@ def run_predictors(arguments: argparse.Namespace) -> None:
         for name in ("predictor.safetensors", "config.json", "recipe.yaml", "training.json"):
             shutil.copyfile(run / name, folder / name)
         if kind != "speed":
-            (folder / "tree.json").write_text(json.dumps({"tree": arguments.tree}) + "\n", encoding="utf-8")
+            (folder / "tree.json").write_text(
+                json.dumps({"tree": arguments.tree or TREES[kind]}) + "\n", encoding="utf-8"
+            )
         print(f"{kind}: {sum(file.stat().st_size for file in folder.iterdir())} bytes in {folder}")
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from conftest import VOCABULARY, make_predictor, random_prompts, tiny_teacher
+from conftest import VOCABULARY, generate_reference, make_predictor, random_prompts, tiny_teacher
 from firp_cli.decoding.accept import Sampler
+from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.step import Stepper, cache_shape
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.errors import TeacherError
@@ -291,3 +296,32 @@ def test_an_exact_length_needs_no_mask(section: str) -> None:
         exact.step(length, drafted=True, exact=True)
         assert masked.ring.launched(None) == exact.ring.launched(None)
         assert torch.equal(masked.cache.lengths, exact.cache.lengths)
+
+
+class TestDecodingByTheKernel:
+    """Run in the interpreter, in a process of its own: Triton decides at its first import."""
+
+    __test__ = os.environ.get("TRITON_INTERPRET") == "1"
+
+    @pytest.mark.parametrize("family", ["llama", "mistral-window"])
+    @pytest.mark.parametrize("section", ["ar", "firp"])
+    def test_tokens_are_those_of_generate(self, any_stack: str, section: str, family: str) -> None:
+        given, teacher = SECTIONS[section], tiny_teacher(family, any_stack == "lean")
+        predictor = make_predictor(teacher, **given) if given else None
+        spec = parse_tree("dynamic:3@2", 3) if predictor else None
+        prompts = [random_prompts(1, seed=7, low=length, high=length)[0] for length in (20, 3)]
+        engine = Engine(teacher, predictor, spec, options=EngineOptions(attention="triton"))
+        for prompt, item in zip(prompts, engine.generate(prompts, 5), strict=True):
+            assert item.token_ids == generate_reference(teacher.model, prompt, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(TestDecodingByTheKernel.__test__, reason="this process interprets kernels itself")
+def test_the_kernel_decodes_in_the_interpreter() -> None:
+    settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, *options, f"{__file__}::TestDecodingByTheKernel"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "8 passed" in done.stdout

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,14 +98,15 @@ def evaluate(
 
 
 def _tree(tree: str | None, folder: Path, predictor: Predictor) -> TreeSpec | None:
-    """The tree that drafts are judged with; None for a predictor that feeds a pipeline."""
+    """The tree that drafts are judged with, each node's own; None for a predictor that feeds a pipeline."""
     from firp_cli.decoding.tree import default_tree, parse_tree
 
     if predictor.pipeline and tree:
         raise UsageError(f"{folder} feeds a pipeline, which has no tree: leave --tree out")
     if predictor.pipeline:
         return None
-    return parse_tree(tree, predictor.steps) if tree else default_tree(folder, predictor)
+    spec = parse_tree(tree, predictor.steps) if tree else default_tree(folder, predictor)
+    return replace(spec, budget=None)
 
 
 def _pipeline(teacher: Teacher, predictor: Predictor, sequences: Sequences, limit: int | None) -> PipelineReport | None:

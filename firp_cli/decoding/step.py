@@ -57,7 +57,8 @@ class Stepper:
         self.cache = KVCache(**cache_shape(teacher, predictor, tree, batch, capacity), device=device, spread=self.width)
         self._angles = teacher.rotary_table(capacity + self.width + steps)
         if self._angles is not None:
-            self._angles = [torch.cat(self._angles, dim=-1)]  # one look-up for both
+            self._angle_shape = self._angles[0].shape[1:]
+            self._angles = [torch.cat([part.flatten(1) for part in self._angles], dim=-1)]  # one look-up for both
         self._root = torch.zeros(batch, dtype=torch.long, device=device)
         self._draft = Draft(self._root.new_zeros(0), torch.zeros(0, device=device))
         if predictor is not None:
@@ -156,7 +157,8 @@ class Stepper:
         """Position embeddings looked up, where they depend on the position alone."""
         if self._angles is None:
             return None
-        return list(embedding(positions, self._angles[0]).chunk(2, dim=-1))
+        looked_up = embedding(positions, self._angles[0]).view(*positions.shape, *self._angle_shape[:-1], -1)
+        return list(looked_up.chunk(2, dim=-1))
 
     def _draft_next(
         self, tree: Tree, accepted: Accepted, anchors: Tensor | None, normed: Tensor, pseudo: Tensor | None

@@ -31,17 +31,17 @@ class UnfusableError(Exception):
 class FusedLayer:
     """One decoder layer as plain matrices: norm, attention, norm, gated feed-forward, each behind a residual."""
 
-    def __init__(self, layer: nn.Module, lean: bool = True) -> None:
+    def __init__(self, layer: nn.Module, lean: bool = True, short: bool = True) -> None:
         attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
         _only(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
         _only(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"})
         _only(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
         self.head_size = int(attention.head_dim)
         self.scaling = float(getattr(attention, "scaling", self.head_size**-0.5))
-        self.first_norm = RMSNorm(_child(layer, "input_layernorm"))
-        self.second_norm = RMSNorm(_child(layer, "post_attention_layernorm"))
+        self.first_norm = RMSNorm(_child(layer, "input_layernorm"), short)
+        self.second_norm = RMSNorm(_child(layer, "post_attention_layernorm"), short)
         self.query_norm, self.key_norm = (
-            RMSNorm(part) if (part := getattr(attention, name, None)) is not None else None
+            RMSNorm(part, short) if (part := getattr(attention, name, None)) is not None else None
             for name in ("q_norm", "k_norm")
         )
         queries, keys, values, output = (_linear(attention, f"{part}_proj") for part in "qkvo")
@@ -67,7 +67,7 @@ class FusedLayer:
             queries, keys = turning.split([self.query_heads, self.key_heads], dim=2)
             turning = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=2)
         half = self.head_size // 2
-        turned = torch.addcmul(turning * cosine[:, :, None], turning.roll(half, -1), sine[:, :, None])
+        turned = torch.addcmul(turning * cosine, turning.roll(half, -1), sine)
         values = heads[:, :, self.query_heads + self.key_heads :]
         turned = turned.transpose(1, 2)
         return turned[:, : self.query_heads], turned[:, self.query_heads :], values.transpose(1, 2)
@@ -82,16 +82,28 @@ class FusedLayer:
 
 
 class RMSNorm:
-    """A library's RMS norm as one call."""
+    """A library's RMS norm, x w / sqrt(mean(x^2) + e).
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        short: on a CPU, where torch composes its own of seven operations, take four: the root is the Euclidean length
+            of (x, sqrt(d e)) / sqrt(d). As exact, but rounded otherwise than the library's.
+    """
+
+    def __init__(self, module: nn.Module, short: bool = True) -> None:
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not isinstance(getattr(module, "weight", None), Tensor) or not isinstance(epsilon, float):
             raise UnfusableError(f"{type(module).__name__} is not an RMS norm with a weight")
         self.weight: Tensor = module.weight  # type: ignore[assignment]
         self.shape, self.epsilon = tuple(self.weight.shape), epsilon
+        size = self.shape[-1]
+        self.short = short and self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        self.scaled = self.weight.detach() * size**0.5 if self.short else self.weight
+        self.least = torch.tensor((size * epsilon) ** 0.5)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        if self.short and not hidden.requires_grad:
+            length = torch.hypot(torch.linalg.vector_norm(hidden, dim=-1, keepdim=True), self.least)
+            return torch.div(hidden, length).mul_(self.scaled)
         return functional.rms_norm(hidden, self.shape, self.weight, self.epsilon)
 
 
@@ -101,6 +113,7 @@ class FusedStack:
     Args:
         layers: the library's layers, or the passes of a looped teacher.
         compiled: run the bodies before and behind attention through `torch.compile`.
+        short: norms of fewer operations where there are such.
 
     Raises UnfusableError for layers of another kind.
     """
@@ -114,7 +127,9 @@ class FusedStack:
         rotary: Callable[[Tensor, Tensor], Sequence[Tensor]],
         head: nn.Module,
         compiled: bool = False,
+        short: bool = True,
     ) -> None:
+        short = short and not compiled
         made: dict[int, FusedLayer] = {}
         self._layers: list[FusedLayer | None] = []
         self._loop_norms: list[RMSNorm | None] = []
@@ -122,10 +137,10 @@ class FusedStack:
             own, loop_norm = (item.layer, item.norm) if isinstance(item, LayerPass) else (item, None)
             released = isinstance(own, nn.Identity)  # another process runs it
             if not released and id(own) not in made:
-                made[id(own)] = FusedLayer(own, lean=not compiled)  # the compiler chooses its own products
+                made[id(own)] = FusedLayer(own, not compiled, short)  # the compiler chooses its own products
             self._layers.append(None if released else made[id(own)])
-            self._loop_norms.append(None if loop_norm is None else RMSNorm(loop_norm))
-        self._norm = RMSNorm(norm)
+            self._loop_norms.append(None if loop_norm is None else RMSNorm(loop_norm, short))
+        self._norm = RMSNorm(norm, short)
         self._rotary = rotary
         self._head = Product(head.weight, head.bias) if type(head) is nn.Linear else head
         if compiled:
@@ -134,9 +149,10 @@ class FusedStack:
                 layer.after = torch.compile(layer.after)  # type: ignore[method-assign]
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
-        """Cosine and sine (B, R, D), the sine's first half negated: a layer then turns by rolling the halves."""
+        """Cosine and sine (B, R, 1, D), the sine's first half negated: a layer then turns by rolling the halves."""
         cosine, sine = self._rotary(hidden, positions)
-        return [cosine, torch.cat([-sine[..., : sine.shape[-1] // 2], sine[..., sine.shape[-1] // 2 :]], dim=-1)]
+        negated, kept = sine.chunk(2, dim=-1)
+        return [cosine[:, :, None], torch.cat([-negated, kept], dim=-1)[:, :, None]]
 
     def norm(self, hidden: Tensor) -> Tensor:
         return self._norm(hidden)

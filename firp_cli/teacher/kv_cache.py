@@ -97,13 +97,17 @@ class KVCache:
         Entries past a count may be any row: what they copy lies behind the prefix.
         """
         batch, places = path_BP.shape
+        store = self._store[:, :, :batch]
+        target = self.lengths + self.scratch
+        if batch == places == 1 and self._first == self.scratch - 1:  # one row: the path is known
+            store.index_copy_(4, target, store.narrow(4, self._first, 1))
+            self.set_lengths(self.lengths + counts_B)
+            return
         path_BP = path_BP + self._first
-        target = (self.lengths + self.scratch)[:, None] + self._numbers[:places]
+        target = target[:, None] + self._numbers[:places]
         if batch == 1:
-            store = self._store[:, :, :1]
             store.index_copy_(4, target[0], store.index_select(4, path_BP[0]))
         else:
-            store = self._store[:, :, :batch]
             layers, two, _, heads, _, size = store.shape
             shape = (layers, two, batch, heads, places, size)
             rows = store.gather(4, path_BP[None, None, :, None, :, None].expand(shape))

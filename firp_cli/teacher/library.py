@@ -30,7 +30,7 @@ class Stack(Protocol):
     name: str
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
-        """Position embeddings of rows at `positions` (B, R), each (B, R, D), as this stack's layers read them."""
+        """Position embeddings of rows at `positions` (B, R), as this stack's layers read them: each (B, R, ..., D)."""
         ...
 
     def norm(self, hidden: Tensor) -> Tensor:

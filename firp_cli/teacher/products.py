@@ -31,12 +31,13 @@ class Product:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.inputs = self.weight.shape[1]
         self._packed: Any = None
+        self._most = MOST_ROWS * self.inputs
         if lean and weight.device.type == "cpu" and weight.dtype == torch.float32 and self.weight.is_contiguous():
             self._packed = _pack(self.weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        rows = hidden.numel() // self.inputs
-        if 1 < rows <= MOST_ROWS and self._packed is not None and not hidden.requires_grad:  # it has no gradient
+        # neither for one row nor for training: the packed product has no gradient
+        if self._packed is not None and self.inputs < hidden.numel() <= self._most and not hidden.requires_grad:
             return torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self.bias, "none", [], "")
         return functional.linear(hidden, self.weight, self.bias)
 
