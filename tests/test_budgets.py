@@ -87,7 +87,11 @@ def test_a_budget_for_every_node_changes_no_step(kind: str, tree: str) -> None:
     plain = parse_tree(tree, predictor.steps)
     steps = [
         [(item.token_ids, item.accepted_lengths, item.emitted) for item in decode(engine, embedded_prompts(2), 2, 40)]
-        for spec in (plain, parse_tree(f"{tree}@{plain.nodes}", predictor.steps), parse_tree(f"{tree}@99", 4))
+        for spec in (
+            plain,
+            parse_tree(f"{tree}@{plain.nodes}", predictor.steps),
+            parse_tree(f"{tree}@99", predictor.steps),
+        )
         for engine in [Engine(embedded_teacher(), predictor, spec)]
     ]
     assert steps[0] == steps[1] == steps[2]

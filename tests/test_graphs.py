@@ -26,6 +26,7 @@ from conftest import (
 )
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.graphs import SMALLEST_BUCKET, Step, StepGraphs, bucket
+from firp_cli.decoding.step import Stepper
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.teacher.stack import Teacher
 
@@ -284,32 +285,31 @@ def test_a_longer_text_takes_the_next_bucket() -> None:
     assert tapes.replayed > 0
 
 
-def test_buffers_are_kept_while_requests_fit() -> None:
+def test_buffers_are_kept_while_requests_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A larger one gets new buffers, as large in every way as any before it, and the old graphs go."""
+    monkeypatch.setattr("firp_cli.decoding.engine.CAPACITY_STEP", 32)
     teacher = tiny_teacher("qwen3", lean=True)
     engine = Engine(teacher, make_predictor(teacher, kind="firp", layer=2, steps=3))
     graphs, tapes = with_graphs(engine)
 
-    def check(prompts: list[list[int]], tokens: int) -> None:
+    def check(count: int, length: int, tokens: int) -> Stepper:
+        """Decode so many prompts of that length; returns the buffers that this was done in."""
+        prompts = random_prompts(count, seed=count * length + tokens, low=length, high=length)
         expected = [generate_reference(tiny_model("qwen3"), prompt, tokens) for prompt in prompts]
         assert [item.token_ids for item in engine.generate(prompts, tokens)] == expected
+        assert engine._kept is not None
+        return engine._kept
 
-    check(random_prompts(3, seed=42), 12)
-    first = engine._kept
-    assert first is not None
-    check(random_prompts(2, seed=43), 20)
-    check(random_prompts(1, seed=44, low=60, high=60), 5)
-    assert engine._kept is first
+    first = check(3, 20, 12)
+    assert (first.most, first.capacity) == (3, 32)
+    assert check(2, 6, 20) is check(1, 27, 5) is check(3, 22, 10) is first
     assert graphs.forgotten == 0
+    second = check(1, 50, 12)
+    assert (second.most, second.capacity, graphs.forgotten) == (3, 64, 1)
+    third = check(4, 5, 12)
+    assert (third.most, third.capacity, graphs.forgotten) == (4, 64, 2)
     replayed = tapes.replayed
-    check(random_prompts(4, seed=45), 12)
-    second = engine._kept
-    assert second is not None
-    assert second is not first
-    assert (graphs.forgotten, second.most) == (1, 4)
-    assert second.capacity >= first.capacity
-    check(random_prompts(4, seed=46), 12)
-    assert engine._kept is second
+    assert check(4, 40, 24) is check(4, 40, 24) is third
     assert tapes.replayed > replayed
 
 

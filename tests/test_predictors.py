@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from conftest import (
+    HIDDEN,
     LAYERS,
     described_teacher,
     looped_teacher,
@@ -122,6 +123,21 @@ def test_training_forward_is_the_plain_forward(stacked_teacher: Teacher, section
             for place in range(3):
                 slow = plain_draft_states(stacked_teacher, predictor, batch, row, int(anchors[row, place]))
                 assert torch.allclose(states[row, place], slow, atol=2e-4), (row, place)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layers", [(2, 2, 2), (1, 3, 3), (1, 2, 3), (1, 1, 2)])
+@torch.no_grad()
+def test_maps_of_a_layer_as_one_matrix(teacher: Teacher, layers: tuple[int, ...], bias: bool) -> None:
+    """Decoding's joined maps make the pseudo states of the single ones, in the same order of rows."""
+    predictor = make_predictor(teacher, kind="hidden_transfer", layers=list(layers), bias=bias)
+    spawn, hidden = predictor.spawner(), torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1))
+    for layer in set(layers):
+        steps = [step for step, own in enumerate(layers, start=1) if own == layer]
+        got = spawn(steps[0], steps[-1], hidden)
+        torch.testing.assert_close(got, predictor.spawn(steps[0], steps[-1], hidden), rtol=1e-5, atol=1e-5)
+        singly = [predictor.spawn(step, step, hidden) for step in steps]
+        torch.testing.assert_close(got, torch.cat(singly, dim=1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("section", KINDS, ids=lambda section: str(section))

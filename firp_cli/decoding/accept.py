@@ -8,13 +8,12 @@ drawn, whatever the draft was.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from firp_cli.decoding.tree import Tree
+from firp_cli.decoding.tree import Tree, numbers
 from firp_cli.errors import UsageError
 
 
@@ -44,19 +43,14 @@ def accept(tree: Tree, targets: Tensor, depth: int) -> Accepted:
     batch, nodes = tree.tokens.shape
     on_path = tree.ancestors.gather(1, node[:, None, None].expand(-1, 1, nodes))[:, 0]
     width = min(depth + 1, nodes)
-    numbers, places = _numbers(nodes, node.device), _numbers(width, node.device)
+    own, places = numbers(nodes, node.device), numbers(width, node.device)
     # nodes of the path go where their depth says, all others into one place that is cut off
     place = torch.where(on_path, tree.depth, width)
     path = torch.zeros(batch, width + 1, dtype=torch.long, device=node.device)
-    path = path.scatter_(1, place, numbers.expand(batch, nodes))[:, :width]
+    path = path.scatter_(1, place, own.expand(batch, nodes))[:, :width]
     chosen = targets.gather(1, path)  # what a node's target is, the next node of the path holds
     bonus = chosen.gather(1, count[:, None])[:, 0]
     return Accepted(count, node, path, chosen.masked_fill(places > count[:, None], -1), bonus)
-
-
-@lru_cache(maxsize=64)
-def _numbers(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)
 
 
 def accept_root(targets: Tensor) -> Accepted:

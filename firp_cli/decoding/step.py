@@ -7,15 +7,13 @@ Shapes: B sequences, N nodes, k steps, A nodes with pseudo rows, M = N + kA rows
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
 from firp_cli.decoding.ring import Ring
-from firp_cli.decoding.tree import Tree, TreeSpec, anchor_nodes, build, nearest_anchor, root_tree
+from firp_cli.decoding.tree import Tree, TreeSpec, anchor_nodes, build, nearest_anchor, numbers, root_tree
 from firp_cli.predictors.base import Draft, Predictor, Spawn, forward_rows
 from firp_cli.teacher.attention import AttentionMask, StepMask, pseudo_positions, rows_allowed
 from firp_cli.teacher.kv_cache import KVCache
@@ -190,15 +188,10 @@ def draft_behind(teacher: Teacher, predictor: Predictor, states: Tensor, behind:
     if behind is None:
         return predictor.draft(teacher, states, breadth)
     steps = states.shape[1]
-    ahead = behind[:, None] + step_numbers(steps, states.device)
+    ahead = behind[:, None] + numbers(steps, states.device)
     states = states.gather(1, ahead.clamp(max=steps - 1)[:, :, None].expand_as(states))
     draft = predictor.draft(teacher, states, breadth)
     return Draft(draft.tokens, draft.log_probs.masked_fill((ahead >= steps)[:, :, None], -torch.inf))
-
-
-@lru_cache(maxsize=64)
-def step_numbers(steps: int, device: torch.device) -> Tensor:
-    return torch.arange(steps, device=device)
 
 
 def cache_shape(

@@ -135,8 +135,14 @@ def _static(paths: Sequence[tuple[int, ...]], steps: int, name: str) -> TreeSpec
 
 def root_tree(root: Tensor) -> Tree:
     """The tree of plain decoding: one node per sequence. `root`: (B,) tokens."""
-    zeros = torch.zeros_like(root)[:, None]
-    return Tree(root[:, None], zeros, zeros, torch.ones_like(zeros, dtype=torch.bool)[:, None])
+    zeros, itself = _root_shape(root.shape[0], root.device)
+    return Tree(root[:, None], zeros, zeros, itself)
+
+
+@lru_cache(maxsize=64)
+def _root_shape(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    zeros = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    return zeros, torch.ones(batch, 1, 1, dtype=torch.bool, device=device)
 
 
 def build(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
@@ -233,8 +239,8 @@ def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, ro
     chosen = order[:, : nodes - 1].sort(dim=1).values
     nodes = chosen.shape[1] + 1
     places = torch.nn.functional.pad(chosen + 1, (1, 0))  # candidate number of every node, the root first
-    numbers = _numbers(nodes, root.device).expand(batch, nodes)
-    node_of = torch.zeros(batch, count + 1, dtype=torch.long, device=root.device).scatter_(1, places, numbers)
+    own = numbers(nodes, root.device).expand(batch, nodes)
+    node_of = torch.zeros(batch, count + 1, dtype=torch.long, device=root.device).scatter_(1, places, own)
     path = node_of.gather(1, candidates.path[places].flatten(1)).view(batch, nodes, -1)
     ancestors = torch.zeros(batch, nodes, nodes, dtype=torch.bool, device=root.device).scatter_(2, path, True)
     ancestors[:, :, 0] = True
@@ -251,7 +257,8 @@ def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, ro
 
 
 @lru_cache(maxsize=64)
-def _numbers(count: int, device: torch.device) -> Tensor:
+def numbers(count: int, device: torch.device) -> Tensor:
+    """(count,) 0, 1, ..., made once."""
     return torch.arange(count, device=device)
 
 
@@ -280,12 +287,12 @@ def build_by_level(nodes: int, predictor: Predictor, draft: Draft, root: Tensor)
         tokens.append(frontier_tokens)
         scores.append(frontier_scores)
         widths.append(frontier_tokens.shape[1])
-    levels, numbers, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
+    levels, own, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
     every = torch.cat(scores, dim=1)
     order = every[:, 1:].sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, :limit].sort(dim=1).values
     places = torch.nn.functional.pad(chosen + 1, (1, 0))  # candidate number of every node, the root first
-    node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, numbers.expand(batch, -1))
+    node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, own.expand(batch, -1))
     above = torch.cat(parents, dim=1).gather(1, chosen)
     parent = torch.nn.functional.pad(node_of.gather(1, above), (1, 0))
     return Tree(

@@ -248,7 +248,7 @@ def forward_anchors(
     steps, width = len(transfer_layers), anchors.shape[1]
     all_positions = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
     rotary = teacher.rotary(real, all_positions)
-    cosine, sine = (part.expand(batch, -1, -1) for part in rotary)
+    cosine, sine = (part.expand(batch, *part.shape[1:]) for part in rotary)
     gather = anchors[:, :, None].expand(batch, width, size)
     pseudo = real.new_zeros(batch, 0, size)
     started = 0

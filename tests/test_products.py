@@ -1,0 +1,76 @@
+"""Products of few rows against torch's own."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch.nn import functional
+
+from firp_cli.teacher import products
+from firp_cli.teacher.products import MOST_ROWS, Product
+
+
+def some_matrix(bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    torch.manual_seed(1)
+    return torch.randn(37, 24), torch.randn(37) if bias else None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (2,), (3, 5), (2, 1), (1, 4, 9), (MOST_ROWS,), (MOST_ROWS + 1,), (0,), ()])
+def test_products_are_torchs_own(shape: tuple[int, ...], bias: bool) -> None:
+    """Whichever way they take."""
+    weight, offset = some_matrix(bias)
+    rows = torch.randn(*shape, 24)
+    expected = functional.linear(rows, weight, offset)
+    for lean in (True, False):
+        got = Product(weight, offset, lean)(rows)
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_need_not_lie_together() -> None:
+    weight, offset = some_matrix(bias=True)
+    product = Product(weight, offset)
+    for rows in (torch.randn(24, 6).t(), torch.randn(4, 48)[:, ::2], torch.randn(3, 24).expand(2, 3, 24)):
+        torch.testing.assert_close(product(rows), functional.linear(rows, weight, offset), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_take_torchs_own(dtype: torch.dtype) -> None:
+    weight, _ = some_matrix(bias=False)
+    product, rows = Product(weight.to(dtype)), torch.randn(3, 24).to(dtype)
+    assert product._packed is None
+    assert torch.equal(product(rows), functional.linear(rows, weight.to(dtype)))
+
+
+def test_gradients_reach_the_rows() -> None:
+    weight, offset = some_matrix(bias=True)
+    rows = torch.randn(5, 24, requires_grad=True)
+    Product(weight.requires_grad_(True), offset)(rows).sum().backward()
+    assert rows.grad is not None
+    torch.testing.assert_close(rows.grad, weight.detach().sum(0).expand(5, -1))
+    assert weight.grad is None, "the matrix is frozen"
+
+
+def test_copies_are_counted_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    weight, _ = some_matrix(bias=False)
+    size, before = weight.nbytes, Product.copied
+    first = Product(weight)
+    if first._packed is None:
+        pytest.skip("this torch has no packed products")
+    assert Product.copied == before + size
+    monkeypatch.setattr(products, "MOST_BYTES", before + 2 * size)
+    second, third = Product(weight), Product(weight)
+    assert (second._packed is None, third._packed is None) == (False, True)
+    rows = torch.randn(4, 24)
+    torch.testing.assert_close(third(rows), second(rows), rtol=1e-5, atol=1e-5)
+    del first, third
+    gc.collect()
+    assert Product.copied == before + size, "a copy that is gone makes room"
+    assert Product(weight)._packed is not None
+    del second
+    gc.collect()
+    assert Product.copied == before
