@@ -356,6 +356,7 @@ def test_layers_of_another_kind_stay_the_librarys(other: str) -> None:
     [
         ("Phi3", {"pad_token_id": 0}, "Phi3DecoderLayer has|Phi3Attention has"),
         ("Granite", {"residual_multiplier": 0.4, "attention_multiplier": 0.2}, r"lean ones differ by \d"),
+        ("Granite", {"attention_multiplier": 0.2}, None),
         ("Llama", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, None),
     ],
 )

@@ -122,6 +122,16 @@ def test_a_budget_stands_behind_the_tree(shape: str, budget: int) -> None:
         assert parse_tree(str(whole), 3) == plain
 
 
+@pytest.mark.parametrize(
+    ("spec", "breadth", "depth"),
+    [("dynamic:9", 8, 3), ("dynamic:2", 1, 3), ("dynamic:60", 40, 3), ("chain", 1, 3), ("static:3x2", 3, 2)],
+)
+def test_as_many_candidates_as_a_node_may_need(spec: str, breadth: int, depth: int) -> None:
+    """A dynamic tree may put all its nodes below the root; a vocabulary has no more than its tokens."""
+    for tree in (parse_tree(spec, 3), parse_tree(f"{spec}@2", 3)):
+        assert (tree.breadth(40), tree.depth(3)) == (breadth, depth)
+
+
 def test_budgets_that_cannot_be() -> None:
     for budget in ("0", "x", "-1", "1.5", ""):
         with pytest.raises(UsageError, match=r"dynamic:8@.*number of nodes with pseudo rows, at least 1"):

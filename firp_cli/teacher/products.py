@@ -1,8 +1,9 @@
 """Products of few rows with a frozen matrix: what decoding steps spend their time on.
 
-A step's product is bound by reading the matrix. On a CPU torch's own product reads it well for one row and for
-hundreds, slowly for what lies between; oneDNN's does better there, from a copy in its own block order. On other
-devices, for other dtypes and for other numbers of rows the product is torch's.
+A step's product is bound by reading the matrix. On a CPU torch's own product reads it on one core for one row, and
+slowly for few: a batch of parts of the matrix runs on all cores, and oneDNN's product from a copy in its own block
+order takes a few rows at little more than the price of one. On other devices, for other dtypes and for hundreds of
+rows the product is torch's.
 """
 
 from __future__ import annotations
@@ -31,13 +32,22 @@ class Product:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.inputs = self.weight.shape[1]
         self._packed: Any = None
+        self._parts: Tensor | None = None
         self._most = MOST_ROWS * self.inputs
         if lean and weight.device.type == "cpu" and weight.dtype == torch.float32 and self.weight.is_contiguous():
             self._packed = _pack(self.weight)
+            threads = torch.get_num_threads()
+            if threads > 1 and len(self.weight) % threads == 0:
+                self._parts = self.weight.view(threads, -1, self.inputs).transpose(1, 2)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        # neither for one row nor for training: the packed product has no gradient
-        if self._packed is not None and self.inputs < hidden.numel() <= self._most and not hidden.requires_grad:
+        if hidden.requires_grad:  # the packed product has no gradient
+            return functional.linear(hidden, self.weight, self.bias)
+        if hidden.numel() == self.inputs and self._parts is not None:
+            rows = hidden.reshape(1, 1, -1).expand(len(self._parts), 1, -1)
+            product = torch.bmm(rows, self._parts).view(*hidden.shape[:-1], len(self.weight))
+            return product if self.bias is None else product + self.bias
+        if self._packed is not None and self.inputs < hidden.numel() <= self._most:
             return torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self.bias, "none", [], "")
         return functional.linear(hidden, self.weight, self.bias)
 
