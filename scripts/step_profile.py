@@ -139,7 +139,7 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
         (Ring, "launched", READ),
     ]
     if predictor is not None:
-        parts = {"spawn": SPAWN, "finish": OWN, "logits": OWN, "draft": TOPK}
+        parts = {"finish": OWN, "logits": OWN, "draft": TOPK}
         wrapped += [(predictor, name, part) for name, part in parts.items()]
     with ExitStack() as stack:
         for owner, name, part in wrapped:
@@ -148,7 +148,19 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
             timed = clock.wrap(getattr(teacher, name), HEAD, {OWN: DRAFT_HEAD})
             stack.enter_context(patch.object(teacher, name, timed))
         stack.enter_context(patch.object(Engine, "_write", closing(clock, Engine._write)))
+        stack.enter_context(patch.object(Stepper, "__init__", spawning(clock, Stepper.__init__)))
         yield
+
+
+def spawning(clock: StepClock, make: Callable[..., None]) -> Callable[..., None]:
+    """A `Stepper` whose maps are timed: the engine hands them over ready for decoding."""
+
+    def made(stepper: Stepper, *arguments: Any, **options: Any) -> None:
+        make(stepper, *arguments, **options)
+        if stepper.spawn is not None:
+            stepper.spawn = clock.wrap(stepper.spawn, SPAWN)
+
+    return made
 
 
 def closing(clock: StepClock, write: Callable[..., None]) -> Callable[..., None]:

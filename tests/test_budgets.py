@@ -187,7 +187,7 @@ def test_the_nearest_anchor_is_found_going_up(spec: str) -> None:
         _, tree = random_tree(spec, seed, ByParent(seed % 2 == 0))
         anchors = anchor_nodes(tree, 3)[:, torch.randperm(3, generator=torch.Generator().manual_seed(seed))]
         for node in range(tree.tokens.shape[1]):
-            place, distance = nearest_anchor(tree, anchors, torch.tensor([node, node]))
+            place, distance = nearest_anchor(tree, anchors, tree.paths[:, node], tree.depth[:, node])
             for row in range(2):
                 up, found = 0, node
                 while found not in anchors[row].tolist():

@@ -28,7 +28,7 @@ from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_sta
 from firp_cli.predictors.base import Predictor, SequenceBatch
 from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder, save_predictor
-from firp_cli.teacher.attention import AttentionMask, causal_allowed, pseudo_positions, rows_allowed
+from firp_cli.teacher.attention import AttentionMask, causal_allowed, pseudo_positions, rows_allowed, step_rows
 from firp_cli.teacher.stack import Teacher
 
 KINDS = [
@@ -69,6 +69,18 @@ def test_rows_mask_is_the_element_wise_rule() -> None:
     everyone = torch.arange(rows).expand(2, rows)
     real = causal_allowed(lengths, rows)
     assert torch.equal(rows_allowed(real, None, steps), rows_allowed(real, everyone, steps))
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_the_rows_of_a_step_are_those_of_the_slow_rule(anchored: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for steps, nodes in ((1, 1), (3, 5), (4, 8)):
+        ancestors = torch.rand(2, nodes, nodes, generator=generator) > 0.5
+        positions = torch.randint(0, 50, (2, nodes), generator=generator)
+        anchors = torch.randint(0, nodes, (2, 2), generator=generator) if anchored else None
+        rows, places = step_rows(ancestors, positions, anchors, steps)
+        assert torch.equal(rows, rows_allowed(ancestors, anchors, steps))
+        assert torch.equal(places, torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1))
 
 
 def test_window_cuts_by_position() -> None:

@@ -200,7 +200,8 @@ def test_acceptance_is_a_walk(predictor: Predictor, spec: str) -> None:
             bonus = int(targets[row, path[-1]])
             assert int(got.bonus[row]) == bonus
             drafted = [int(tree.tokens[row, node]) for node in path[1:]]
-            assert got.tokens[row].tolist() == drafted + [bonus] + [-1] * (got.tokens.shape[1] - count - 1)
+            assert got.tokens[row, : count + 1].tolist() == [*drafted, bonus]
+            assert got.path[row, count:].unique().tolist() == path[-1:]
     assert {0, 1, 2} <= depths
 
 

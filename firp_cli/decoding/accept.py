@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firp_cli.decoding.tree import Tree, numbers
+from firp_cli.decoding.tree import Tree
 from firp_cli.errors import UsageError
 
 
@@ -23,8 +23,8 @@ class Accepted:
 
     Attributes:
         count: (B,) accepted drafted tokens a. node: (B,) the deepest accepted node.
-        path: (B, P) node numbers root..node in [0, a], then filler. P = depth of the tree + 1.
-        tokens: (B, P) emitted tokens: a drafted ones, the bonus token at [a], -1 behind.
+        path: (B, P) node numbers root..node in [0, a], then that node again. P = depth of the tree + 1.
+        tokens: (B, P) emitted tokens: a drafted ones, the bonus token at [a], which repeats.
         bonus: (B,) the next root.
     """
 
@@ -40,17 +40,11 @@ def accept(tree: Tree, targets: Tensor, depth: int) -> Accepted:
     misses = tree.tokens != targets.gather(1, tree.parents)
     cut = (misses[:, None, 1:] & tree.ancestors[:, :, 1:]).any(-1)  # a miss on the way; the root cannot be one
     count, node = tree.depth.masked_fill(cut, -1).max(dim=1)
-    batch, nodes = tree.tokens.shape
-    on_path = tree.ancestors.gather(1, node[:, None, None].expand(-1, 1, nodes))[:, 0]
-    width = min(depth + 1, nodes)
-    own, places = numbers(nodes, node.device), numbers(width, node.device)
-    # nodes of the path go where their depth says, all others into one place that is cut off
-    place = torch.where(on_path, tree.depth, width)
-    path = torch.zeros(batch, width + 1, dtype=torch.long, device=node.device)
-    path = path.scatter_(1, place, own.expand(batch, nodes))[:, :width]
+    width = min(depth + 1, tree.tokens.shape[1])
+    index = node[:, None, None].expand(-1, 1, tree.paths.shape[2])
+    path = tree.paths.gather(1, index)[:, 0, :width]
     chosen = targets.gather(1, path)  # what a node's target is, the next node of the path holds
-    bonus = chosen.gather(1, count[:, None])[:, 0]
-    return Accepted(count, node, path, chosen.masked_fill(places > count[:, None], -1), bonus)
+    return Accepted(count, node, path, chosen, chosen.gather(1, count[:, None])[:, 0])
 
 
 def accept_root(targets: Tensor) -> Accepted:

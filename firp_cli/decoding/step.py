@@ -15,7 +15,7 @@ from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
 from firp_cli.decoding.ring import Ring
 from firp_cli.decoding.tree import Tree, TreeSpec, anchor_nodes, build, nearest_anchor, numbers, root_tree
 from firp_cli.predictors.base import Draft, Predictor, Spawn, forward_rows
-from firp_cli.teacher.attention import AttentionMask, StepMask, pseudo_positions, rows_allowed
+from firp_cli.teacher.attention import AttentionMask, StepMask, step_rows
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
 
@@ -133,8 +133,7 @@ class Stepper:
         positions = cache.lengths[:, None] + tree.depth
         rows = tree.ancestors
         if steps:
-            rows = rows_allowed(rows, anchors, steps)
-            positions = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
+            rows, positions = step_rows(rows, positions, anchors, steps)
         cache.begin(rows.shape[1], longest)
         mask = None
         if rows.shape[1] > 1 or self._windowed or not exact:
@@ -165,14 +164,14 @@ class Stepper:
         its nearest ancestor's that are still ahead; the missing last ones draft nothing.
         """
         assert self.predictor is not None
-        behind = None
-        place = accepted.node
-        if anchors is not None:
-            place, behind = nearest_anchor(tree, anchors, accepted.node)
-        index = accepted.node[:, None, None]
-        final = normed.gather(1, index.expand(-1, 1, normed.shape[2]))[:, 0]
-        own = None
-        if pseudo is not None:
+        final, own, behind = normed[:, 0], None, None
+        if pseudo is None:
+            index = accepted.node[:, None, None]
+            final = normed.gather(1, index.expand(-1, 1, normed.shape[2]))[:, 0]
+        else:
+            place = accepted.node
+            if anchors is not None:
+                place, behind = nearest_anchor(tree, anchors, accepted.path, accepted.count)
             _, steps, _, size = pseudo.shape
             own = pseudo.gather(2, place[:, None, None, None].expand(-1, steps, 1, size))[:, :, 0]
         states = self.predictor.finish(self.teacher, final, own)

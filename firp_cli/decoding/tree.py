@@ -62,13 +62,15 @@ class TreeSpec:
 @dataclass
 class Tree:
     """`tokens`, `parents`, `depth`: (B, N) long; `ancestors`: (B, N, N) bool, a row is a node's path with itself;
-    `scores`: (B, N) joint draft log-probability of each node given the root, None where nobody asks.
+    `paths`: (B, N, P) long, the nodes from the root to each node, filled up with that node; `scores`: (B, N) joint
+    draft log-probability of each node given the root, None where nobody asks.
     """
 
     tokens: Tensor
     parents: Tensor
     depth: Tensor
     ancestors: Tensor
+    paths: Tensor
     scores: Tensor | None = None
 
 
@@ -136,7 +138,7 @@ def _static(paths: Sequence[tuple[int, ...]], steps: int, name: str) -> TreeSpec
 def root_tree(root: Tensor) -> Tree:
     """The tree of plain decoding: one node per sequence. `root`: (B,) tokens."""
     zeros, itself = _root_shape(root.shape[0], root.device)
-    return Tree(root[:, None], zeros, zeros, itself)
+    return Tree(root[:, None], zeros, zeros, itself, zeros[:, None])
 
 
 @lru_cache(maxsize=64)
@@ -157,24 +159,28 @@ def build(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> T
 
 
 @lru_cache(maxsize=64)
-def _static_shape(spec: TreeSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """parents (N,), depth (N,), ancestors (N, N), and per depth the (parent node, rank) of its nodes."""
+def _static_shape(spec: TreeSpec, device: torch.device) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """parents (N,), depth (N,), ancestors (N, N), paths (N, P), and per depth the (parent node, rank) of its nodes."""
     index = {path: number for number, path in enumerate(((), *spec.paths))}
     parents = [index[path[:-1]] for path in index]
     ancestors = torch.zeros(spec.nodes, spec.nodes, dtype=torch.bool)
+    ways = []
     for path, number in index.items():
-        ancestors[number, [index[path[:depth]] for depth in range(len(path) + 1)]] = True
+        way = [index[path[:depth]] for depth in range(len(path) + 1)]
+        ancestors[number, way] = True
+        ways.append(way + way[-1:] * (spec.depth(0) + 1 - len(way)))
     levels = []
     for depth in range(1, spec.depth(0) + 1):
         paths = [path for path in spec.paths if len(path) == depth]
         nodes = torch.tensor([index[path[:-1]] for path in paths], device=device)
         levels.append((nodes, torch.tensor([path[-1] for path in paths], device=device)))
-    depths = torch.tensor([len(path) for path in index], device=device)
-    return torch.tensor(parents, device=device), depths, ancestors.to(device), levels
+    depths = torch.tensor([len(path) for path in index])
+    shape = (torch.tensor(parents), depths, ancestors, torch.tensor(ways))
+    return [part.to(device) for part in shape], levels
 
 
 def _build_static(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
-    parents, depth, ancestors, levels = _static_shape(spec, root.device)
+    shape, levels = _static_shape(spec, root.device)
     batch = root.shape[0]
     tokens, scores = root[:, None], draft.log_probs.new_zeros(batch, 1)
     for number, (nodes, ranks) in enumerate(levels, start=1):
@@ -183,21 +189,21 @@ def _build_static(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tens
         if spec.limited:
             scores = torch.cat([scores, scores[:, nodes] + log_probs.gather(2, picks)[:, :, 0]], dim=1)
         tokens = torch.cat([tokens, candidates.gather(2, picks)[:, :, 0]], dim=1)
-    known = scores if spec.limited else None
-    return Tree(tokens, parents.expand(batch, -1), depth.expand(batch, -1), ancestors.expand(batch, -1, -1), known)
+    parents, depth, ancestors, paths = (part.expand(batch, *part.shape) for part in shape)
+    return Tree(tokens, parents, depth, ancestors, paths, scores if spec.limited else None)
 
 
 @dataclass
 class _Candidates:
-    """All prefixes that may be among the best, parents first: for each the place of its last token among the k * s
-    candidates of a draft (C,), those of all its tokens (C, k), filled up with place k * s, its depth (C,), and the
-    candidates on its path (C, k), filled up with itself. Candidate numbers count from 1: 0 is the root.
+    """All prefixes that may be among the best, the root first and parents before children.
+
+    `tokens` (C, k): places of a prefix's tokens among the k * s candidates of a draft, filled up with place k * s.
+    `facts` (C, P + 3): the candidates from the root to it, filled up with itself (P = k + 1); its parent; its depth;
+    the place of its own token, 0 the root's and 1 the draft's first.
     """
 
-    last: Tensor
     tokens: Tensor
-    depth: Tensor
-    path: Tensor
+    facts: Tensor
 
 
 @lru_cache(maxsize=16)
@@ -219,40 +225,39 @@ def _candidates(nodes: int, steps: int, breadth: int, device: torch.device) -> _
         every += level
         if len(every) > MAX_CANDIDATES:
             return None
-    number = {path: place for place, path in enumerate(every, start=1)}
-    places = [[depth * breadth + rank for depth, rank in enumerate(path)] for path in every]
-    above = [[number[path[:depth]] for depth in range(1, len(path) + 1)] for path in every]
-    return _Candidates(
-        last=torch.tensor([row[-1] for row in places], device=device),
-        tokens=torch.tensor([row + [steps * breadth] * (steps - len(row)) for row in places], device=device),
-        depth=torch.tensor([0, *map(len, every)], device=device),
-        path=torch.tensor([[0] * steps, *(row + row[-1:] * (steps - len(row)) for row in above)], device=device),
-    )
+    number = {path: place for place, path in enumerate([(), *every])}
+    tokens, facts = [], []
+    for path in number:
+        places = [depth * breadth + rank for depth, rank in enumerate(path)]
+        way = [number[path[:depth]] for depth in range(len(path) + 1)]
+        tokens.append(places + [steps * breadth] * (steps - len(path)))
+        way_and_parent = [*way, *way[-1:] * (steps - len(path)), number[path[:-1]]]
+        facts.append([*way_and_parent, len(path), places[-1] + 1 if path else 0])
+    return _Candidates(torch.tensor(tokens, device=device), torch.tensor(facts, device=device))
 
 
 def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, root: Tensor) -> Tree:
     """`build_by_level` for steps that do not depend on the parent's token: all prefixes are scored at once."""
-    batch, count = root.shape[0], candidates.last.shape[0]
+    batch, (count, steps) = root.shape[0], candidates.tokens.shape
     probable = torch.nn.functional.pad(draft.log_probs.flatten(1), (0, 1))
-    scores = probable.index_select(1, candidates.tokens.flatten()).view(batch, count, -1).sum(-1)
+    scores = probable.index_select(1, candidates.tokens.flatten()).view(batch, count, steps).sum(-1)
     order = scores.sort(dim=1, descending=True, stable=True).indices  # of equals the parent comes first
-    chosen = order[:, : nodes - 1].sort(dim=1).values
-    nodes = chosen.shape[1] + 1
-    places = torch.nn.functional.pad(chosen + 1, (1, 0))  # candidate number of every node, the root first
-    own = numbers(nodes, root.device).expand(batch, nodes)
-    node_of = torch.zeros(batch, count + 1, dtype=torch.long, device=root.device).scatter_(1, places, own)
-    path = node_of.gather(1, candidates.path[places].flatten(1)).view(batch, nodes, -1)
-    ancestors = torch.zeros(batch, nodes, nodes, dtype=torch.bool, device=root.device).scatter_(2, path, True)
-    ancestors[:, :, 0] = True
-    depth = candidates.depth[places]
-    before = torch.nn.functional.pad(path, (1, 0))  # the root, then the nodes of the path
-    tokens = draft.tokens.flatten(1).gather(1, candidates.last[chosen])
+    places = order[:, :nodes].sort(dim=1).values  # candidate number of every node
+    nodes = places.shape[1]
+    facts = candidates.facts[places]
+    node_of = torch.zeros(batch, count, dtype=torch.long, device=root.device)
+    node_of.scatter_(1, places, numbers(nodes, root.device).expand(batch, nodes))
+    ways = node_of.gather(1, facts[:, :, : steps + 2].flatten(1)).view(batch, nodes, steps + 2)
+    paths = ways[:, :, : steps + 1]
+    ancestors = torch.zeros(batch, nodes, nodes, dtype=torch.bool, device=root.device)
+    every = torch.cat([root[:, None], draft.tokens.flatten(1)], dim=1)
     return Tree(
-        tokens=torch.cat([root[:, None], tokens], dim=1),
-        parents=before.gather(2, (depth - 1).clamp(min=0)[:, :, None])[:, :, 0],
-        depth=depth,
-        ancestors=ancestors,
-        scores=torch.nn.functional.pad(scores.gather(1, chosen), (1, 0)),
+        tokens=every.gather(1, facts[:, :, -1]),
+        parents=ways[:, :, -1],
+        depth=facts[:, :, -2],
+        ancestors=ancestors.scatter_(2, paths, True),
+        paths=paths,
+        scores=scores.gather(1, places),
     )
 
 
@@ -295,13 +300,24 @@ def build_by_level(nodes: int, predictor: Predictor, draft: Draft, root: Tensor)
     node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, own.expand(batch, -1))
     above = torch.cat(parents, dim=1).gather(1, chosen)
     parent = torch.nn.functional.pad(node_of.gather(1, above), (1, 0))
+    level = levels[places]
     return Tree(
         tokens=torch.cat(tokens, dim=1).gather(1, places),
         parents=parent,
-        depth=levels[places],
+        depth=level,
         ancestors=_ancestors(parent, itself, predictor.steps),
+        paths=_paths(parent, level, own, predictor.steps),
         scores=every.gather(1, places),
     )
+
+
+def _paths(parents: Tensor, depth: Tensor, own: Tensor, steps: int) -> Tensor:
+    """(B, N, k + 1) `Tree.paths` from parents and depth (B, N): climb from every node, then turn the climb round."""
+    climb = [own.expand_as(parents)]
+    for _ in range(steps):
+        climb.append(parents.gather(1, climb[-1]))
+    ahead = depth[:, :, None] - numbers(steps + 1, parents.device)
+    return torch.stack(climb, dim=2).gather(2, ahead.clamp(min=0))
 
 
 @lru_cache(maxsize=64)
@@ -335,11 +351,10 @@ def anchor_nodes(tree: Tree, count: int) -> Tensor:
     return ending.topk(count, dim=1).indices
 
 
-def nearest_anchor(tree: Tree, anchors: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
-    """The deepest of `anchors` (B, A) on the path to `node` (B,): its place among them (B,), and its distance from the
-    node in tokens (B,).
+def nearest_anchor(tree: Tree, anchors: Tensor, path: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The deepest of `anchors` (B, A) on a path (B, P) of `count` (B,) nodes below the root: its place among them (B,),
+    and its distance from the path's end in tokens (B,).
     """
-    nodes = tree.tokens.shape[1]
-    on_path = tree.ancestors.gather(1, node[:, None, None].expand(-1, 1, nodes))[:, 0].gather(1, anchors)
-    depth, place = tree.depth.gather(1, anchors).masked_fill(~on_path, -1).max(dim=1)
-    return place, tree.depth.gather(1, node[:, None])[:, 0] - depth
+    on_path = (anchors[:, :, None] == path[:, None]).any(-1)  # behind its end a path repeats its last node
+    depth, place = torch.where(on_path, tree.depth.gather(1, anchors), -1).max(dim=1)
+    return place, count - depth

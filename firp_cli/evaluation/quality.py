@@ -280,7 +280,8 @@ def _walk(teacher: Teacher, predictor: Predictor, batch: SequenceBatch, first: i
         built = build(tree, predictor, draft, root)
         targets = padded[anchor + 2 + built.depth]
         accepted = accept(built, targets, depth)
-        _, behind = nearest_anchor(built, anchor_nodes(built, tree.budget or 1), accepted.node)
+        anchors = anchor_nodes(built, tree.budget or 1)
+        _, behind = nearest_anchor(built, anchors, accepted.path, accepted.count)
         count = int(accepted.count) + 1
         emitted.append(min(count, length - 2 - anchor))
         anchor += count

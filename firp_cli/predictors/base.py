@@ -129,8 +129,8 @@ class Predictor(nn.Module, ABC):
 
     @abstractmethod
     def finish(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
-        """States that the head reads, from the accepted node's normed final state (B, d) and its pseudo states
-        (B, k, d) after the last layer: (B, k, d).
+        """States that the head reads: (B, k, d). Predictors with pseudo states read the accepted node's (B, k, d),
+        after the last layer; others its normed final state (B, d).
         """
 
     @abstractmethod

@@ -49,6 +49,41 @@ def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor | None, steps: int) -> Ten
     return allowed
 
 
+def step_rows(
+    ancestors_BNN: Tensor, positions_BN: Tensor, anchors_BA: Tensor | None, steps: int
+) -> tuple[Tensor, Tensor]:
+    """`rows_allowed` and positions of all rows for a decoding step, with few operations: (B, M, M) and (B, M).
+
+    Every row is looked up at the node that it grows from, itself for a node.
+    """
+    batch, nodes, _ = ancestors_BNN.shape
+    device = ancestors_BNN.device
+    count = nodes if anchors_BA is None else anchors_BA.shape[1]
+    offsets, own = _step_constants(nodes, count, steps, device)
+    numbers = _step_numbers(nodes, steps, device)
+    if anchors_BA is None:
+        source = numbers.expand(batch, -1)
+    else:
+        source = torch.cat([numbers[:nodes].expand(batch, nodes), anchors_BA.repeat(1, steps)], dim=1)
+    seen = ancestors_BNN.gather(1, source[:, :, None].expand(-1, -1, nodes))
+    rows = torch.cat([seen, own.expand(batch, -1, -1)], dim=2)
+    return rows, positions_BN.gather(1, source) + offsets
+
+
+@lru_cache(maxsize=64)
+def _step_constants(nodes: int, anchors: int, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Distance of each row from its node (M,), and who sees which pseudo state (M, kA)."""
+    offsets = torch.arange(1, steps + 1, device=device).repeat_interleave(anchors)
+    nothing = torch.zeros(nodes, steps * anchors, dtype=torch.bool, device=device)
+    return torch.cat([offsets.new_zeros(nodes), offsets]), torch.cat([nothing, own_pseudo(steps, anchors, device)])
+
+
+@lru_cache(maxsize=64)
+def _step_numbers(nodes: int, steps: int, device: torch.device) -> Tensor:
+    """(N(1 + k),) the node of every row where all nodes have pseudo states."""
+    return torch.arange(nodes, device=device).repeat(1 + steps)
+
+
 @lru_cache(maxsize=64)
 def own_pseudo(steps: int, anchors: int, device: torch.device) -> Tensor:
     """(k*A, k*A) bool: pseudo state (i, a) sees (j, a) for j <= i."""
