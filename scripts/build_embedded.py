@@ -45,7 +45,7 @@ TEACHER_FOLDER = ROOT / "data" / "teachers" / "arithmetic"
 LOOPED_FOLDER = ROOT / "data" / "teachers" / "arithmetic-looped"
 DATASET_FOLDER = ROOT / "data" / "datasets" / "arithmetic"
 PREDICTOR_FOLDER = ROOT / "data" / "predictors"
-TREES = {"firp": "dynamic:8@2", "hidden_transfer": "dynamic:8@3", "medusa": "dynamic:8"}
+TREES = {"firp": "chain", "hidden_transfer": "dynamic:8", "medusa": "dynamic:8"}
 PREDICTOR_KINDS = ("firp", "hidden_transfer", "medusa", "speed")
 
 VOCABULARY_SIZE = 1024

@@ -137,7 +137,8 @@ class Stepper:
         cache.begin(rows.shape[1], longest)
         mask = None
         if rows.shape[1] > 1 or self._windowed or not exact:
-            mask = StepMask(rows, positions, cache.lengths, cache.prefix_slots(longest), teacher.dtype, self.kernel)
+            slots = cache.prefix_slots(longest)
+            mask = StepMask(rows, positions, cache.lengths, slots, teacher.dtype, self.kernel, exact)
         return forward_rows(
             teacher,
             teacher.embed(tree.tokens),

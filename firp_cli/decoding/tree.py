@@ -179,9 +179,20 @@ def _static_shape(spec: TreeSpec, device: torch.device) -> tuple[list[Tensor], l
     return [part.to(device) for part in shape], levels
 
 
+@lru_cache(maxsize=64)
+def _static_places(spec: TreeSpec, breadth: int, device: torch.device) -> Tensor:
+    """(N - 1,) where the tokens of the nodes below the root stand among the k * s candidates of a draft."""
+    return torch.tensor([(len(path) - 1) * breadth + path[-1] for path in spec.paths], device=device)
+
+
 def _build_static(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
     shape, levels = _static_shape(spec, root.device)
     batch = root.shape[0]
+    parents, depth, ancestors, paths = (part.expand(batch, *part.shape) for part in shape)
+    if not predictor.conditional and not spec.limited:  # every node's token stands at a place of its own
+        places = _static_places(spec, draft.tokens.shape[2], root.device)
+        tokens = torch.cat([root[:, None], draft.tokens.flatten(1).index_select(1, places)], dim=1)
+        return Tree(tokens, parents, depth, ancestors, paths)
     tokens, scores = root[:, None], draft.log_probs.new_zeros(batch, 1)
     for number, (nodes, ranks) in enumerate(levels, start=1):
         candidates, log_probs = predictor.child_candidates(draft, number, tokens[:, nodes])
@@ -189,7 +200,6 @@ def _build_static(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tens
         if spec.limited:
             scores = torch.cat([scores, scores[:, nodes] + log_probs.gather(2, picks)[:, :, 0]], dim=1)
         tokens = torch.cat([tokens, candidates.gather(2, picks)[:, :, 0]], dim=1)
-    parents, depth, ancestors, paths = (part.expand(batch, *part.shape) for part in shape)
     return Tree(tokens, parents, depth, ancestors, paths, scores if spec.limited else None)
 
 

@@ -181,15 +181,23 @@ class StepMask:
     Args:
         rows: (B, M, M) bool, who sees whom among the rows; every row sees the whole prefix.
         positions: (B, M). lengths: (B,) of the prefixes, on the device.
-        slots: (S,) the numbers 0.. of the prefix slots in view. Not all of them are committed in every sequence.
+        slots: (S,) the numbers 0.. of the prefix slots in view. Not all of them are committed in every sequence,
+            unless the caller knows so (`exact`).
         dtype: the teacher's. kernel: give layers what the attention kernel reads in place of a dense mask.
     """
 
     def __init__(
-        self, rows: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, dtype: torch.dtype, kernel: bool = False
+        self,
+        rows: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        slots: Tensor,
+        dtype: torch.dtype,
+        kernel: bool = False,
+        exact: bool = False,
     ) -> None:
         self.rows, self.positions, self.lengths, self.slots = rows, positions, lengths, slots
-        self.dtype, self.kernel = dtype, kernel
+        self.dtype, self.kernel, self.exact = dtype, kernel, exact
         self._made: dict[int | None, Tensor | TreeRows] = {}
 
     def at(self, window: int | None, rows: int) -> Tensor | TreeRows:
@@ -208,6 +216,9 @@ class StepMask:
 
     def _additive(self, window: int | None) -> Tensor:
         batch, count = self.positions.shape
+        if self.exact and window is None:
+            allowed = torch.nn.functional.pad(self.rows, (0, self.slots.shape[0]), value=True)
+            return torch.where(allowed, *_levels(self.dtype, allowed.device))[:, None]
         committed = (self.slots < self.lengths[:, None])[:, None]
         if window is not None:
             committed = committed & (self.positions[:, :, None] - self.slots < window)

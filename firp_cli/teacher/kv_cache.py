@@ -42,6 +42,7 @@ class KVCache:
         self._store = torch.zeros(layers, 2, batch, heads, slots, head_size, dtype=dtype, device=device)
         self._lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self._numbers = torch.arange(slots, device=device)
+        self._behind = self._numbers + scratch  # slots of the prefix
         self.use(batch)
 
     @staticmethod
@@ -98,19 +99,18 @@ class KVCache:
         """
         batch, places = path_BP.shape
         store = self._store[:, :, :batch]
-        target = self.lengths + self.scratch
         if batch == places == 1 and self._first == self.scratch - 1:  # one row: the path is known
-            store.index_copy_(4, target, store.narrow(4, self._first, 1))
+            store.index_copy_(4, self.lengths + self.scratch, store.narrow(4, self._first, 1))
             self.set_lengths(self.lengths + counts_B)
             return
-        path_BP = path_BP + self._first
-        target = target[:, None] + self._numbers[:places]
+        rows = store.narrow(4, self._first, self.scratch - self._first)
+        target = self.lengths[:, None] + self._behind[:places]
         if batch == 1:
-            store.index_copy_(4, target[0], store.index_select(4, path_BP[0]))
+            store.index_copy_(4, target[0], rows.index_select(4, path_BP[0]))
         else:
             layers, two, _, heads, _, size = store.shape
             shape = (layers, two, batch, heads, places, size)
-            rows = store.gather(4, path_BP[None, None, :, None, :, None].expand(shape))
+            rows = rows.gather(4, path_BP[None, None, :, None, :, None].expand(shape))
             store.scatter_(4, target[None, None, :, None, :, None].expand(shape), rows)
         self.set_lengths(self.lengths + counts_B)
 
