@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,19 @@ from firp_cli.teacher.stack import Teacher
 
 VOCABULARY, HIDDEN, LAYERS = 97, 48, 4
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`lru_cache` for models: made outside of inference mode, so that others may train on what one test has made."""
+
+    @lru_cache
+    @wraps(make)
+    def made(*arguments: Any, **options: Any) -> Any:
+        with torch.inference_mode(False):
+            return make(*arguments, **options)
+
+    return made
+
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -64,7 +77,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@lru_cache
+@made_once
 def tiny_model(family: str) -> Any:
     """A random causal LM. Weights are wide, so that greedy text wanders instead of repeating one token."""
     name, options = FAMILIES[family]
@@ -73,7 +86,7 @@ def tiny_model(family: str) -> Any:
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
-@lru_cache
+@made_once
 def tiny_teacher(family: str = "llama", lean: bool = False) -> Teacher:
     """A teacher on the library's layers, or on their lean twins."""
     teacher = Teacher(tiny_model(family), name=f"tiny-{family}")
@@ -82,7 +95,7 @@ def tiny_teacher(family: str = "llama", lean: bool = False) -> Teacher:
     return teacher
 
 
-@lru_cache
+@made_once
 def looped_model(unique: int, loops: int, **options: Any) -> Any:
     """A random parameter-shared Llama of `unique` layers that run `loops` times."""
     config = LoopedLlamaConfig(**(SETTINGS | options), unique_layers=unique, loops=loops)
@@ -90,7 +103,7 @@ def looped_model(unique: int, loops: int, **options: Any) -> Any:
     return LoopedLlamaForCausalLM(config).eval()
 
 
-@lru_cache
+@made_once
 def looped_teacher(unique: int, loops: int, lean: bool = True) -> Teacher:
     teacher = Teacher(looped_model(unique, loops), name=f"looped-{unique}x{loops}")
     if lean:
@@ -184,7 +197,7 @@ def described_model(name: str) -> Any:
     return model
 
 
-@lru_cache
+@made_once
 def described_teacher(name: str, lean: bool = True) -> Teacher:
     """A teacher whose loops a recipe describes. One keeps the library's layers: its many norms magnify rounding."""
     teacher = Teacher(described_model(name), name=f"described-{name}", looped=DESCRIBED[name][1])
@@ -202,7 +215,7 @@ def pipe_teacher(name: str, lean: bool = True) -> tuple[Teacher, int | None]:
     return looped_teacher(*map(int, name.split("x")), lean), None
 
 
-@lru_cache
+@made_once
 def embedded_teacher() -> Teacher:
     """The embedded teacher on lean layers: its embedded predictors draft well, random ones hardly ever do."""
     teacher = Teacher.load(TeacherConfig(model="arithmetic"), "cpu")
@@ -210,7 +223,7 @@ def embedded_teacher() -> Teacher:
     return teacher
 
 
-@lru_cache
+@made_once
 def embedded_predictor(kind: str) -> Predictor:
     return load_predictor(predictor_folder(kind), embedded_teacher()).eval()
 

@@ -72,6 +72,18 @@ def test_step_mask_is_the_element_wise_rule(window: int | None, present: int, dt
                 assert float(mask[b, 0, query, key]) == (0.0 if seen else torch.finfo(dtype).min), (b, query, key)
 
 
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("present", [1, 5])
+def test_exact_lengths_give_the_same_mask(window: int | None, present: int) -> None:
+    """Every sequence as long as the view: nothing is looked up, nothing else is seen."""
+    rows, positions, lengths = step_mask_case()
+    positions, lengths = positions - lengths[:, None] + 9, torch.full_like(lengths, 9)
+    masks = [StepMask(rows, positions, lengths, torch.arange(9), torch.float32, exact=exact) for exact in (True, False)]
+    first, second = (mask.at(window, present) for mask in masks)
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    assert torch.equal(first, second)
+
+
 def test_one_mask_serves_layers_of_both_kinds() -> None:
     rows, positions, lengths = step_mask_case()
     mask = StepMask(rows, positions, lengths, torch.arange(9), torch.float32)

@@ -47,6 +47,7 @@ class Stepper:
         self.spawn = spawn or (predictor.spawn if predictor else None)
         self.kernel, self.capacity, self.most = kernel, capacity, batch
         self._transfer = predictor.transfer_layers if predictor else ()
+        self._constant: dict[int, tuple[Tensor, Tensor]] = {}
         self._windowed = any(window is not None for window in teacher.windows)
         device, steps = teacher.device, predictor.steps if predictor else 0
         self._depth = tree.depth(steps) if tree and predictor else 0
@@ -129,11 +130,8 @@ class Stepper:
     def _forward(self, tree: Tree, anchors: Tensor | None, longest: int, exact: bool) -> tuple[Tensor, Tensor | None]:
         """All rows of a step through all layers: real rows (B, N, d) and pseudo states (B, k, A, d) or None."""
         teacher, cache = self.teacher, self.cache
-        steps = len(self._transfer)
-        positions = cache.lengths[:, None] + tree.depth
-        rows = tree.ancestors
-        if steps:
-            rows, positions = step_rows(rows, positions, anchors, steps)
+        rows, offsets = self._rows(tree, anchors)
+        positions = cache.lengths[:, None] + offsets
         cache.begin(rows.shape[1], longest)
         mask = None
         if rows.shape[1] > 1 or self._windowed or not exact:
@@ -150,6 +148,21 @@ class Stepper:
             cache=cache,
             rotary=self._rotary(positions),
         )
+
+    def _rows(self, tree: Tree, anchors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Who sees whom among all rows (B, M, M), and their distances from the root (B, M): made once where they do not
+        change from step to step.
+        """
+        steps = len(self._transfer)
+        batch, nodes = tree.tokens.shape
+        if not steps:
+            return tree.ancestors, tree.depth
+        if anchors is not None or (nodes > 1 and (self.tree is None or self.tree.kind != "static")):
+            return step_rows(tree.ancestors, tree.depth, anchors, steps)
+        if nodes not in self._constant:
+            self._constant[nodes] = step_rows(tree.ancestors[:1], tree.depth[:1], None, steps)
+        rows, offsets = self._constant[nodes]
+        return rows.expand(batch, -1, -1), offsets.expand(batch, -1)
 
     def _rotary(self, positions: Tensor) -> list[Tensor] | None:
         """Position embeddings looked up, where they depend on the position alone."""
