@@ -140,6 +140,10 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("auto", CPU) == choose_backend("sdpa", CPU) == "sdpa"
     with pytest.raises(TeacherError, match=f"unknown attention 'flash': choose from {', '.join(BACKENDS)}"):
         choose_backend("flash", CPU)
+    with pytest.raises(TeacherError, match="CUDA devices"):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+        choose_backend("triton", CPU)
     cuda = torch.device("cuda")
     for installed, chosen in ((True, "triton"), (False, "sdpa")):
         monkeypatch.setattr(importlib.util, "find_spec", lambda _, found=installed: found or None)

@@ -8,6 +8,7 @@ so that the rows present at a layer are always a prefix.
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -274,6 +275,8 @@ def choose_backend(name: str, device: torch.device) -> str:
     installed = importlib.util.find_spec("triton") is not None
     if name == "triton" and not installed:
         raise TeacherError("attention triton needs the package triton: pip install 'firp[triton]', or attention=sdpa")
+    if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise TeacherError(f"attention triton runs on CUDA devices, the teacher is on {device}: use sdpa")
     if name == "auto":
         return "triton" if device.type == "cuda" and installed else "sdpa"
     return name
