@@ -19,6 +19,7 @@ from firp_cli.decoding.ring import Rows
 from firp_cli.decoding.sequences import OnTokens, Writer, Written, check_prompts
 from firp_cli.decoding.step import Stepper, cache_shape
 from firp_cli.decoding.tree import TreeSpec, default_tree
+from firp_cli.errors import UsageError
 from firp_cli.predictors.base import Predictor
 from firp_cli.records import Generation
 from firp_cli.teacher.attention import choose_backend
@@ -38,12 +39,20 @@ class EngineOptions:
         graphs: capture steps on CUDA devices.
         read_every: steps between two reads; None: READ_EVERY on CUDA devices, 1 elsewhere.
         prefill_chunk: prompt tokens per forward.
+
+    Raises UsageError.
     """
 
     attention: str = "auto"
     graphs: bool = True
     read_every: int | None = None
     prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("read_every", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
 
 
 class Engine:

@@ -52,6 +52,8 @@ class StepGraphs:
         """Drop all graphs: the tensors that they work on are going."""
         self._replays.clear()
         self._seen.clear()
+        if isinstance(self._capture, CudaCapture):
+            self._capture.reset()
 
     def _try(self, key: Hashable, step: Step) -> Step | None:
         """Capture a step; what fails once is not tried again, here or for other keys."""
@@ -79,6 +81,10 @@ class CudaCapture:
         self, device: torch.device, generators: Sequence[torch.Generator] = (), most_bytes: int = MOST_BYTES
     ) -> None:
         self._device, self._generators, self._most_bytes = device, list(generators), most_bytes
+        self.reset()
+
+    def reset(self) -> None:
+        """A new pool: the graphs of the old one are gone."""
         self._pool = torch.cuda.graph_pool_handle()
         self._held = 0
 

@@ -118,6 +118,11 @@ class PipelineEngine:
         return layers * 2 * batch * teacher.kv_heads * slots * teacher.head_size * teacher.dtype.itemsize
 
 
+def pad_rows(table: Tensor, count: int) -> Tensor:
+    """The table with its last row repeated up to `count` rows."""
+    return torch.cat([table, table[-1:].expand(count - len(table), *table.shape[1:])])
+
+
 class PipelineRun:
     """One batch on its way through the pipeline.
 
@@ -133,6 +138,8 @@ class PipelineRun:
         self.filled = False
         self.slots = torch.arange(cache.slots, device=engine.teacher.device)
         self.angles = engine.teacher.rotary_table(cache.slots)
+        if self.angles is not None and len(self.angles[0]) < cache.slots:  # a token in flight may be past the context
+            self.angles = [pad_rows(part, cache.slots) for part in self.angles]
         empty = torch.empty(0, dtype=torch.long, device=engine.teacher.device)
         self.position, self.expected, self.hidden = empty, empty, empty
         self.nothing = empty  # (1, B) of EMPTY

@@ -54,9 +54,11 @@ class Stepper:
         self._breadth = tree.breadth(teacher.vocab_size) if tree else 1
         self.width = self._depth + 1  # tokens that a step may emit
         self.cache = KVCache(**cache_shape(teacher, predictor, tree, batch, capacity), device=device, spread=self.width)
-        self._angles = teacher.rotary_table(capacity + self.width + steps)
+        positions = capacity + self.width + steps
+        self._angles = teacher.rotary_table(positions)
         if self._angles is not None:
             self._angle_shape = self._angles[0].shape[1:]
+            self._last_angle = len(self._angles[0]) - 1 if len(self._angles[0]) < positions else None
             self._angles = [torch.cat([part.flatten(1) for part in self._angles], dim=-1)]  # one look-up for both
         self._root = torch.zeros(batch, dtype=torch.long, device=device)
         self._draft = Draft(self._root.new_zeros(0), torch.zeros(0, device=device))
@@ -168,6 +170,8 @@ class Stepper:
         """Position embeddings looked up, where they depend on the position alone."""
         if self._angles is None:
             return None
+        if self._last_angle is not None:
+            positions = positions.clamp(max=self._last_angle)
         looked_up = embedding(positions, self._angles[0]).view(*positions.shape, *self._angle_shape[:-1], -1)
         return list(looked_up.chunk(2, dim=-1))
 

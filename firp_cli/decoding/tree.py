@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -80,17 +80,17 @@ def parse_tree(spec: str, steps: int) -> TreeSpec:
     """
     shape, separator, budget = spec.rpartition("@")
     if separator and not Path(spec).is_file():
-        if not budget.isdigit() or int(budget) < 1:
+        if not _is_number(budget) or int(budget) < 1 or "@" in shape:
             raise UsageError(f"tree {spec!r}: behind @ stands the number of nodes with pseudo rows, at least 1")
         return replace(parse_tree(shape, steps), budget=int(budget))
     if spec == "chain":
         return _static([(0,) * depth for depth in range(1, steps + 1)], steps, "chain")
     kind, _, rest = spec.partition(":")
-    if kind == "dynamic" and rest.isdigit() and 2 <= int(rest) <= MAX_NODES:
+    if kind == "dynamic" and _is_number(rest) and 2 <= int(rest) <= MAX_NODES:
         return TreeSpec("dynamic", int(rest))
     if kind == "static" and rest:
         widths = rest.split("x")
-        if all(width.isdigit() and int(width) > 0 for width in widths):
+        if all(_is_number(width) and int(width) > 0 for width in widths):
             levels = [range(int(width)) for width in widths]
             paths = [path for depth in range(1, len(levels) + 1) for path in itertools.product(*levels[:depth])]
             return _static(paths, steps, spec)
@@ -100,6 +100,10 @@ def parse_tree(spec: str, steps: int) -> TreeSpec:
         f"no tree {spec!r}: give dynamic:N (2 <= N <= {MAX_NODES}), chain, static:4x2x1 (each may end in @B: pseudo "
         "rows for B nodes), or a tree.json file"
     )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def default_tree(folder: Path | None, predictor: Predictor) -> TreeSpec:
@@ -141,7 +145,7 @@ def root_tree(root: Tensor) -> Tree:
     return Tree(root[:, None], zeros, zeros, itself, zeros[:, None])
 
 
-@lru_cache(maxsize=64)
+@cache  # graphs hold their addresses
 def _root_shape(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     zeros = torch.zeros(batch, 1, dtype=torch.long, device=device)
     return zeros, torch.ones(batch, 1, 1, dtype=torch.bool, device=device)
@@ -158,7 +162,7 @@ def build(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> T
     return build_by_level(spec.nodes, predictor, draft, root)
 
 
-@lru_cache(maxsize=64)
+@cache  # graphs hold their addresses
 def _static_shape(spec: TreeSpec, device: torch.device) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
     """parents (N,), depth (N,), ancestors (N, N), paths (N, P), and per depth the (parent node, rank) of its nodes."""
     index = {path: number for number, path in enumerate(((), *spec.paths))}
@@ -179,7 +183,7 @@ def _static_shape(spec: TreeSpec, device: torch.device) -> tuple[list[Tensor], l
     return [part.to(device) for part in shape], levels
 
 
-@lru_cache(maxsize=64)
+@cache  # graphs hold their addresses
 def _static_places(spec: TreeSpec, breadth: int, device: torch.device) -> Tensor:
     """(N - 1,) where the tokens of the nodes below the root stand among the k * s candidates of a draft."""
     return torch.tensor([(len(path) - 1) * breadth + path[-1] for path in spec.paths], device=device)
@@ -216,7 +220,7 @@ class _Candidates:
     facts: Tensor
 
 
-@lru_cache(maxsize=16)
+@cache  # graphs hold their addresses
 def _candidates(nodes: int, steps: int, breadth: int, device: torch.device) -> _Candidates | None:
     """The prefixes whose ranks r_1.. have (r_1 + 1)(r_2 + 1).. < `nodes`; None where they are too many to be worth it.
 
@@ -271,7 +275,7 @@ def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, ro
     )
 
 
-@lru_cache(maxsize=64)
+@cache  # graphs hold their addresses
 def numbers(count: int, device: torch.device) -> Tensor:
     """(count,) 0, 1, ..., made once."""
     return torch.arange(count, device=device)
@@ -330,7 +334,7 @@ def _paths(parents: Tensor, depth: Tensor, own: Tensor, steps: int) -> Tensor:
     return torch.stack(climb, dim=2).gather(2, ahead.clamp(min=0))
 
 
-@lru_cache(maxsize=64)
+@cache  # graphs hold their addresses
 def _dynamic_shape(widths: tuple[int, ...], nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Constants of a tree: the level of every candidate, node numbers (N,), and the identity (N, N) bool."""
     levels = [level for level, width in enumerate(widths) for _ in range(width)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import torch
@@ -71,7 +71,7 @@ def step_rows(
     return rows, positions_BN.gather(1, source) + offsets
 
 
-@lru_cache(maxsize=64)
+@cache  # graphs hold their addresses
 def _step_constants(nodes: int, anchors: int, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Distance of each row from its node (M,), and who sees which pseudo state (M, kA)."""
     offsets = torch.arange(1, steps + 1, device=device).repeat_interleave(anchors)
@@ -79,7 +79,7 @@ def _step_constants(nodes: int, anchors: int, steps: int, device: torch.device) 
     return torch.cat([offsets.new_zeros(nodes), offsets]), torch.cat([nothing, own_pseudo(steps, anchors, device)])
 
 
-@lru_cache(maxsize=64)
+@cache  # graphs hold their addresses
 def _step_numbers(nodes: int, steps: int, device: torch.device) -> Tensor:
     """(N(1 + k),) the node of every row where all nodes have pseudo states."""
     return torch.arange(nodes, device=device).repeat(1 + steps)
@@ -100,7 +100,7 @@ def pseudo_positions(positions_BR: Tensor, anchors_BA: Tensor | None, steps: int
     return (anchor_positions[:, None, :] + offsets[None, :, None]).flatten(1)
 
 
-@lru_cache(maxsize=8)
+@cache  # graphs hold their addresses
 def _levels(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """What a mask adds where attention is allowed, and where it is not."""
     return torch.zeros((), dtype=dtype, device=device), torch.full(
@@ -222,7 +222,7 @@ class StepMask:
             return torch.where(allowed, *_levels(self.dtype, allowed.device))[:, None]
         committed = (self.slots < self.lengths[:, None])[:, None]
         if window is not None:
-            committed = committed & (self.positions[:, :, None] - self.slots < window)
+            committed = committed & (self.slots > self.positions[:, :, None] - window)
         allowed = torch.cat([self._own(window), committed.expand(batch, count, -1)], dim=2)
         return torch.where(allowed, *_levels(self.dtype, allowed.device))[:, None]
 

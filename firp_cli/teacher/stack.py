@@ -29,6 +29,7 @@ CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-
 FUSED_TOLERANCE = {torch.float32: 1e-5}  # of the logits' size; other dtypes round each operation: CHECK_TOLERANCE
 CHECK_TOKENS = 24
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # position embeddings that depend on the position alone
+BOUNDED_ROPE = ("dynamic", "longrope")  # the same, as long as a sequence stays within the (original) context
 
 
 class Teacher:
@@ -73,6 +74,8 @@ class Teacher:
         self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         self.vocab_size: int = self._head.weight.shape[0]
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
+        if getattr(self._rotary, "rope_type", None) == "longrope":  # other factors for all positions beyond
+            self.max_positions = min(self.max_positions, _original_positions(config, self.max_positions))
         self.windows = _windows(config, self.num_layers, self.looped)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self._fingerprint: str | None = None
@@ -130,9 +133,15 @@ class Teacher:
 
     def rotary_table(self, count: int) -> list[Tensor] | None:
         """Position embeddings of positions 0..count-1, (count, ..., D) each, for callers that look them up; None where
-        they depend on how long a sequence has become.
+        they depend on more than the position.
+
+        Where they change once a sequence passes the context, the table ends there: drafts may look past it, answers do
+        not.
         """
-        if getattr(self._rotary, "rope_type", None) not in STATIC_ROPE:
+        kind = getattr(self._rotary, "rope_type", None)
+        if kind in BOUNDED_ROPE:
+            count = min(count, self.max_positions)
+        elif kind not in STATIC_ROPE:
             return None
         like = torch.empty(1, 1, self.hidden_size, device=self.device, dtype=self.dtype)
         return [part[0].contiguous() for part in self.rotary(like, torch.arange(count, device=self.device)[None])]
@@ -349,6 +358,13 @@ def _part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
     raise TeacherError(
         f"{teacher}: {type(base).__name__} has no {' or '.join(names)}; supported: Llama, Mistral, Qwen2, Qwen3"
     )
+
+
+def _original_positions(config: Any, default: int) -> int:
+    """Positions that a model with `longrope` was first trained on."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return int(found or default)
 
 
 def _windows(config: Any, layers: int, looped: LoopedSection | None) -> list[int | None]:
