@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from conftest import (
 from firp_cli.collecting.capture import collect_store
 from firp_cli.commands.bench import bench
 from firp_cli.commands.eval import evaluate
+from firp_cli.decoding.graphs import Step, StepGraphs
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.baselines import HuggingFaceGenerate
@@ -34,12 +36,14 @@ from firp_cli.evaluation.bench import (
     LoadedPredictor,
     Method,
     choose_methods,
+    eager_reasons,
     first_divergence,
     fit_prompts,
     fold,
     make_batches,
     make_methods,
     measure,
+    memory_line,
     predictor_names,
     run_bench,
     spread,
@@ -163,6 +167,49 @@ def test_long_prompts_are_refused_or_counted() -> None:
     assert len(fitting) == 1 and skipped == 1
     with pytest.raises(CapacityError, match="no prompt fits"):
         fit_prompts(prompts[1:], 40, 10, skip_long=True)
+
+
+def all_kinds(settings: BenchSettings) -> list[Method]:
+    """The baselines, draft trees and a pipeline, of one teacher."""
+    teacher = tiny_teacher("llama")
+    drafting = make_predictor(teacher, kind="firp", layer=2, steps=3)
+    predictors = {
+        "firp": LoadedPredictor(drafting, parse_tree("dynamic:9", 3), Path("firp")),
+        "speed": LoadedPredictor(make_predictor(teacher, kind="speed", loops=2), None, Path("speed")),
+    }
+    return make_methods(teacher, predictors, ["ar", "hf", "firp", "speed"], settings)
+
+
+def test_memory_is_said_for_the_largest_batch_that_fits() -> None:
+    """By hand: a sequence's slot takes 4 layers x 2 x 2 heads x 12 x 4 = 768 bytes; 500 positions need 1 + 1 slots
+    more to decode plainly, 9 x 4 + 4 for nine nodes with three pseudo rows each, 2 + 1 for two loops.
+    """
+    prompts = [BenchPrompt([1] * length, "set") for length in (40, 100, 113, 7)]  # 113 + 400 exceed 512
+    settings = BenchSettings(max_new_tokens=400, batch_size=2)
+    methods = all_kinds(settings)
+    slots = {"ar": 502, "firp": 540, "speed": 503}
+    for size, batch in ((2, 2), (3, 3), (8, 3)):
+        sizes = ", ".join(f"{name} {768 * batch * count / 2**20:.1f} MiB" for name, count in slots.items())
+        line = memory_line(methods, prompts, replace(settings, batch_size=size), 512)
+        assert line == f"K/V cache for {batch} x 500 positions: {sizes}"
+    none = memory_line(methods[1:2], prompts, settings, 512)
+    assert none == "K/V cache for 2 x 500 positions: none of ours"
+    assert memory_line(methods, prompts, settings, 400).startswith("K/V cache for 1 x 400 positions: ar 0.3 MiB")
+
+
+def test_steps_that_were_not_captured_are_said() -> None:
+    def failing(step: Step) -> Step:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    ar, *others = all_kinds(BenchSettings())
+    assert eager_reasons([ar, *others]) == []
+    for capture, expected in (
+        (lambda step: step, []),
+        (failing, ["ar: steps run without CUDA graphs: operation not permitted"]),
+    ):
+        ar.engine.graphs = StepGraphs(capture)  # type: ignore[union-attr]
+        ar.generate([[5, 9, 33]], 6)
+        assert eager_reasons([ar, *others]) == expected
 
 
 @torch.no_grad()

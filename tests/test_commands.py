@@ -77,6 +77,11 @@ BAD = [
     (["generate", "firp", "--method", "medusa", "--prompt", "x"], 2, "known: ar, firp"),
     (["generate", "frip", "--prompt", "x"], 2, "did you mean 'firp'"),
     (["generate", "--tree", "spiral", "--prompt", "x"], 2, "dynamic:N"),
+    (["generate", "--tree", "dynamic:8@0", "--prompt", "x"], 2, "at least 1"),
+    (["generate", "--layers", "leam", "--prompt", "x"], 2, "did you mean 'lean'"),
+    (["generate", "--layers", "library", "--compile", "--prompt", "x"], 2, "leave --layers library out"),
+    (["generate", "--attention", "tritn", "--prompt", "x"], 2, "choose from auto, sdpa, triton"),
+    (["generate", "--attention", "triton", "--prompt", "x"], 2, "on CUDA devices, the teacher is on cpu: use sdpa"),
     (["generate", "--prompt", "x " * 3000], 2, "context holds 2048"),
     (["generate", "--teacher", "/nowhere", "--method", "ar", "--prompt", "x"], 2, "teacher.model"),
     (["train", "dem"], 2, "did you mean 'demo'"),
@@ -94,7 +99,7 @@ BAD = [
     ("arguments", "status", "expected"), BAD, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else ""
 )
 def test_bad_input_is_one_or_two_lines(arguments: list[str], status: int, expected: str, tmp_path: Path) -> None:
-    done = firp(*arguments, cwd=tmp_path)
+    done = firp(*arguments, cwd=tmp_path, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
     assert done.returncode == status, done.stderr
     assert expected in done.stderr
     assert "Traceback" not in done.stderr

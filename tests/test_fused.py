@@ -100,7 +100,7 @@ def test_states_and_logits_are_the_librarys(name: str) -> None:
     """Of every layer, past any sliding window."""
     teacher, ids = new_teacher(name), some_ids()
     expected = states_of(teacher, ids)
-    assert (teacher.stack.name, teacher.fuse(), teacher.stack.name) == ("library", None, "fused")
+    assert (teacher.stack.name, teacher.fuse(), teacher.stack.name) == ("library", None, "lean")
     assert_equal(states_of(teacher, ids), expected, tolerance_of(teacher))
 
 
@@ -400,7 +400,7 @@ def test_released_layers_raise_only_when_run(name: str, before: bool) -> None:
     if before:
         assert teacher.fuse() is None
     teacher.release(range(2))
-    assert (teacher.fuse(), teacher.stack.name, teacher.fingerprint) == (None, "fused", fingerprint)
+    assert (teacher.fuse(), teacher.stack.name, teacher.fingerprint) == (None, "lean", fingerprint)
     assert_equal(states_of(teacher, ids, stop=2), expected[:3])
     with pytest.raises(AssertionError, match="layer 2 was released"):
         states_of(teacher, ids)
@@ -419,7 +419,7 @@ def test_a_looped_teacher_keeps_its_shared_layers() -> None:
 def test_compiled_layers_give_the_same_numbers() -> None:
     teacher, ids = new_teacher("qwen3"), some_ids(1, 20)
     expected, prompt = states_of(teacher, ids), random_prompts(1, seed=9)[0]
-    assert (teacher.fuse(compiled=True), teacher.stack.name) == (None, "fused")
+    assert (teacher.fuse(compiled=True), teacher.stack.name) == (None, "lean")
     assert_equal(states_of(teacher, ids), expected)
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
     assert Engine(teacher, predictor).generate([prompt], 6)[0].token_ids == generate_reference(teacher.model, prompt, 6)

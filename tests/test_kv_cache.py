@@ -200,4 +200,4 @@ def test_bytes_are_known_beforehand(dtype: torch.dtype) -> None:
     cache = KVCache(**shape, device=torch.device("cpu"))
     assert cache.bytes() == KVCache.bytes_needed(**shape) == 3 * 2 * 2 * 2 * (5 + 11 + 1) * 8 * dtype.itemsize
     wider = KVCache(**shape, device=torch.device("cpu"), spread=4)
-    assert wider.bytes() - cache.bytes() == 3 * 2 * 2 * 2 * 3 * 8 * dtype.itemsize
+    assert wider.bytes() == KVCache.bytes_needed(**shape, spread=4) == 3 * 2 * 2 * 2 * (5 + 11 + 4) * 8 * dtype.itemsize

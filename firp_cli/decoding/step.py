@@ -50,10 +50,9 @@ class Stepper:
         self._constant: dict[int, tuple[Tensor, Tensor]] = {}
         self._windowed = any(window is not None for window in teacher.windows)
         device, steps = teacher.device, predictor.steps if predictor else 0
-        self._depth = tree.depth(steps) if tree and predictor else 0
         self._breadth = tree.breadth(teacher.vocab_size) if tree else 1
-        self.width = self._depth + 1  # tokens that a step may emit
-        self.cache = KVCache(**cache_shape(teacher, predictor, tree, batch, capacity), device=device, spread=self.width)
+        self.width = step_width(predictor, tree)
+        self.cache = KVCache(**cache_shape(teacher, predictor, tree, batch, capacity), device=device)
         positions = capacity + self.width + steps
         self._angles = teacher.rotary_table(positions)
         if self._angles is not None:
@@ -122,7 +121,7 @@ class Stepper:
         normed = self.teacher.norm(real)
         targets = self.sampler(self.teacher.head(normed))
         single = tree.tokens.shape[1] == 1
-        accepted = accept_root(targets) if single else accept(tree, targets, self._depth)
+        accepted = accept_root(targets) if single else accept(tree, targets, self.width - 1)
         self.cache.commit(accepted.path, accepted.count + 1)
         root.copy_(accepted.bonus)
         self.ring.push(accepted.count, accepted.tokens)
@@ -226,4 +225,10 @@ def cache_shape(
         "heads": teacher.kv_heads,
         "head_size": teacher.head_size,
         "dtype": teacher.dtype,
+        "spread": step_width(predictor, tree),
     }
+
+
+def step_width(predictor: Predictor | None, tree: TreeSpec | None) -> int:
+    """Tokens that a step may emit: a path of the tree, the bonus token included."""
+    return tree.depth(predictor.steps) + 1 if predictor and tree else 1

@@ -119,7 +119,7 @@ class FusedStack:
     Raises UnfusableError for layers of another kind.
     """
 
-    name = "fused"
+    name = "lean"
 
     def __init__(
         self,

@@ -47,10 +47,17 @@ class KVCache:
 
     @staticmethod
     def bytes_needed(
-        layers: int, batch: int, scratch: int, capacity: int, heads: int, head_size: int, dtype: torch.dtype
+        layers: int,
+        batch: int,
+        scratch: int,
+        capacity: int,
+        heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        spread: int = 1,
     ) -> int:
         """Memory of such a cache."""
-        return layers * 2 * batch * heads * (scratch + capacity + 1) * head_size * dtype.itemsize
+        return layers * 2 * batch * heads * (scratch + capacity + spread) * head_size * dtype.itemsize
 
     def use(self, batch: int) -> None:
         """Start over with the first `batch` sequences, all empty."""
@@ -117,6 +124,12 @@ class KVCache:
     def set_lengths(self, lengths_B: Tensor) -> None:
         """Commit what stands in the slots up to these lengths (B,)."""
         torch.clamp(lengths_B, max=self.capacity, out=self.lengths)
+
+    @torch.no_grad()
+    def fill(self, length: int) -> None:
+        """Commit `length` random positions of every sequence, for measuring: no time depends on their values."""
+        self._store.narrow(4, self.scratch, length).normal_()
+        self.lengths.fill_(length)
 
     def select(self, sequences: Tensor) -> None:
         """Keep only these sequences (ascending places in the batch), moved to the front: others have left."""

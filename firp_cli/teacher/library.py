@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -91,27 +91,18 @@ class LibraryStack:
         mask: Tensor | TreeRows | None,
         cache: Cache | None,
     ) -> Tensor:
-        options: dict[str, Any] = {self._cache_name: cache, "attention_mask": mask}
-        if isinstance(mask, TreeRows):
-            options |= {"attention_mask": None, "tree_rows": mask}
-            with self._kernel():
-                output = self._call(index, hidden, rotary, positions, cache, options)
-        else:
-            output = self._call(index, hidden, rotary, positions, cache, options)
+        kernel = isinstance(mask, TreeRows)
+        attending = {"attention_mask": None, "tree_rows": mask} if kernel else {"attention_mask": mask}
+        with self._kernel() if kernel else nullcontext():
+            output = self.layers[index](
+                hidden,
+                position_ids=positions,
+                use_cache=cache is not None,
+                position_embeddings=tuple(rotary),
+                **{self._cache_name: cache},
+                **attending,
+            )
         return output[0] if isinstance(output, tuple) else output
-
-    def _call(
-        self,
-        index: int,
-        hidden: Tensor,
-        rotary: Sequence[Tensor],
-        positions: Tensor,
-        cache: Cache | None,
-        options: dict[str, Any],
-    ) -> Any:
-        return self.layers[index](
-            hidden, position_ids=positions, use_cache=cache is not None, position_embeddings=tuple(rotary), **options
-        )
 
     @contextmanager
     def _kernel(self) -> Iterator[None]:
