@@ -11,6 +11,8 @@ from typing import Any
 
 BENCH_SCHEMA = "firp.bench/1"
 EVAL_SCHEMA = "firp.eval/1"
+TREES_SCHEMA = "firp.trees/1"
+TUNE_SCHEMA = "firp.tune/1"
 
 Interval = tuple[float, float]
 
@@ -79,6 +81,7 @@ class Generation:
     finish_reason: str  # "eos", "stop" or "length"
     text: str = ""
     pipeline: PipelineTrace | None = None  # for SPEED: a step is a tick, which emits one token or none
+    plain: int = 0  # steps that did not draft, since drafting did not pay
 
 
 @dataclass
@@ -171,6 +174,19 @@ class PipelineReport:
 
 
 @dataclass
+class Prediction:
+    """What a tree is expected to bring on one machine, at one batch size and context.
+
+    `ar_milliseconds`, `step_milliseconds`: a plain step and a step of this tree. `speedup`: over plain decoding.
+    """
+
+    accepted_length: float
+    step_milliseconds: float
+    ar_milliseconds: float
+    speedup: float
+
+
+@dataclass
 class BenchRow:
     """One method on one data set (or one category of it). Field names are DESIGN section 5's."""
 
@@ -198,6 +214,7 @@ class BenchRow:
     tree: str | None = None
     speedup_with_prefill: float | None = None  # Spec-Bench's definition: wall time including prefill
     pipeline: PipelineReport | None = None  # SPEED: a step is a tick; accepted length counts tokens in r ticks
+    predicted: Prediction | None = None  # what `firp tune` foretold for this tree, batch size and machine
     teacher: str | None = None  # label of its teacher; set only where the report has several
 
 
@@ -222,11 +239,14 @@ class BenchReport:
         for row in value["rows"]:
             row = dict(row)
             lossless, pipeline = row.pop("lossless"), row.pop("pipeline", None)
+            foretold = row.pop("predicted", None)
             marks = [Divergence(**mark) for mark in lossless["divergences"]]
             record = Lossless(lossless["compared"], lossless["identical"], marks)
             known = {item.name for item in fields(BenchRow)}
             kept = {key: item for key, item in row.items() if key in known}
-            rows.append(BenchRow(**kept, lossless=record, pipeline=PipelineReport.from_plain(pipeline)))
+            prediction = Prediction(**foretold) if foretold else None
+            traced = PipelineReport.from_plain(pipeline)
+            rows.append(BenchRow(**kept, lossless=record, pipeline=traced, predicted=prediction))
         keys = ("environment", "teacher", "settings", "skipped_long", "schema")
         return BenchReport(rows=rows, teachers=value.get("teachers", []), **{key: value[key] for key in keys})
 
@@ -257,3 +277,149 @@ class EvalReport:
     similarity: dict[int, list[float | None]]
     pipeline: PipelineReport | None = None  # SPEED: `steps` are its exits, by loop
     schema: str = EVAL_SCHEMA
+
+
+@dataclass
+class CostCurve:
+    """Time of a pass of `rows` rows per sequence, by part, in milliseconds: layers below the first transfer layer,
+    layers from there on, final norm with head. Between two row counts the time is taken as linear.
+    """
+
+    batch_size: int
+    context: int
+    rows: list[int]
+    lower: list[float]
+    upper: list[float]
+    head: list[float]
+
+
+@dataclass
+class CostCheck:
+    """A point that the curves were not made from: the whole pass in milliseconds, and what the curves say of it."""
+
+    batch_size: int
+    context: int
+    rows: int
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Relative to what was measured."""
+        return self.predicted / self.measured - 1
+
+
+@dataclass
+class CostReport:
+    """The cost of passes on one machine. `split`: layers of the lower part, of `layers`; `seconds`: what it took."""
+
+    environment: dict[str, Any]
+    machine: dict[str, Any]
+    teacher: dict[str, Any]
+    split: int
+    layers: int
+    curves: list[CostCurve]
+    checks: list[CostCheck]
+    seconds: float
+
+    @property
+    def residual(self) -> float:
+        """Largest relative error of the checks."""
+        return max((abs(check.error) for check in self.checks), default=0.0)
+
+    @staticmethod
+    def from_plain(value: dict[str, Any]) -> CostReport:
+        """The report read back from its JSON form."""
+        curves = [CostCurve(**curve) for curve in value["curves"]]
+        checks = [CostCheck(**check) for check in value["checks"]]
+        return CostReport(**{**value, "curves": curves, "checks": checks})
+
+
+@dataclass
+class TunedTree:
+    """The best tree found for one batch size: an entry of tree.json.
+
+    Attributes:
+        machine: what must be the same for the entry to be used. teacher: weight fingerprint.
+        tree: its specification, `none` where no tree pays. paths: nodes of a static tree, as ranks from the root; of a
+            dynamic one those that it most likely has.
+        steps, budget: draft steps that are run, nodes with pseudo rows; None: all.
+        nodes, rows: real rows of a step, and all of its rows, per sequence.
+        probabilities: by node, the root first, how likely it is accepted.
+    """
+
+    machine: dict[str, Any]
+    teacher: str
+    batch_size: int
+    context: int
+    temperature: float
+    tree: str
+    predicted: Prediction
+    paths: list[list[int]] | None = None
+    steps: int | None = None
+    budget: int | None = None
+    nodes: int = 1
+    rows: int = 1
+    probabilities: list[float] | None = None
+
+    @staticmethod
+    def from_plain(value: dict[str, Any]) -> TunedTree:
+        """The entry read back from its JSON form."""
+        return TunedTree(**{**value, "predicted": Prediction(**value["predicted"])})
+
+
+@dataclass
+class Trial:
+    """A tree that was tried. `measured`: decoded for real, on calibration prompts that did not choose the tree."""
+
+    tree: str
+    batch_size: int
+    nodes: int
+    rows: int
+    predicted: Prediction
+    measured: Prediction | None = None
+
+
+@dataclass
+class RankRate:
+    """Of `count` accepted parents, the share whose successor was the candidate of `rank` (0: the most probable)."""
+
+    step: int
+    rank: int
+    count: int
+    rate: float
+
+
+@dataclass
+class Reliability:
+    """Candidates of step `step` by the draft's own probability: the mean of a bin, and the share that was right."""
+
+    step: int
+    count: int
+    drafted: float
+    accepted: float
+
+
+@dataclass
+class TuneReport:
+    """What `firp tune` measured and chose.
+
+    Attributes:
+        calibration: data set, prompts, tokens, anchors. acceptance: by step and rank. reliability: by step and bin.
+        entries: the choice for each batch size. ladder: the best tree of each number of nodes, at the first batch
+            size. batches: the chosen tree at each batch size. break_even: smallest batch size at which no tree pays.
+    """
+
+    environment: dict[str, Any]
+    teacher: dict[str, Any]
+    predictor: dict[str, Any]
+    settings: dict[str, Any]
+    calibration: dict[str, Any]
+    acceptance: list[RankRate]
+    reliability: list[Reliability]
+    cost: CostReport
+    entries: list[TunedTree]
+    ladder: list[Trial]
+    batches: list[Trial]
+    break_even: int | None = None
+    schema: str = TUNE_SCHEMA

@@ -28,6 +28,7 @@ from firp_cli.decoding import step as step_module
 from firp_cli.decoding.accept import Sampler
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.ring import Ring
+from firp_cli.decoding.run import StepRun
 from firp_cli.decoding.step import Stepper, cache_shape
 from firp_cli.decoding.tree import default_tree, parse_tree
 from firp_cli.errors import FirpError
@@ -120,7 +121,7 @@ class StepClock:
 @contextmanager
 def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
     """Wrap what a step calls. Everything is as it was afterwards."""
-    predictor, teacher = engine.predictor, engine.teacher
+    predictor, teacher = engine.plan(1, 1, 1).predictor, engine.teacher
     wrapped: list[tuple[Any, str, str]] = [
         (teacher.stack, "layer", LAYERS),
         (teacher, "embed", EMBED),
@@ -147,7 +148,7 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
         for name in ("norm", "head"):
             timed = clock.wrap(getattr(teacher, name), HEAD, {OWN: DRAFT_HEAD})
             stack.enter_context(patch.object(teacher, name, timed))
-        stack.enter_context(patch.object(Engine, "_write", closing(clock, Engine._write)))
+        stack.enter_context(patch.object(StepRun, "_write", closing(clock, StepRun._write)))
         stack.enter_context(patch.object(Stepper, "__init__", spawning(clock, Stepper.__init__)))
         yield
 
@@ -163,12 +164,13 @@ def spawning(clock: StepClock, make: Callable[..., None]) -> Callable[..., None]
     return made
 
 
-def closing(clock: StepClock, write: Callable[..., None]) -> Callable[..., None]:
-    """`Engine._write`, behind which a step ends: on the CPU the host reads every step by itself."""
+def closing(clock: StepClock, write: Callable[..., Any]) -> Callable[..., Any]:
+    """`StepRun._write`, behind which a step ends: on the CPU the host reads every step by itself."""
 
-    def timed(engine: Engine, held: Any, rows: Any, writer: Any, prefill: bool = False) -> None:
-        write(engine, held, rows, writer, prefill=prefill)
+    def timed(run: StepRun, held: Any, rows: Any, prefill: bool = False) -> Any:
+        rates = write(run, held, rows, prefill=prefill)
         clock.close(keep=not prefill)
+        return rates
 
     return timed
 
@@ -292,6 +294,7 @@ def summarise(subject: Subject, wrapper: float) -> Profile:
     add up to a step. The faster half of the steps is taken whole instead.
     """
     clock, engine = subject.clock, subject.engine
+    plan = engine.plan(1, 1, 1)
     if not clock.steps:
         raise FirpError(f"{subject.method} made no step: the answers have one token")
     ordered = sorted(clock.steps, key=sum)
@@ -306,7 +309,7 @@ def summarise(subject: Subject, wrapper: float) -> Profile:
     return Profile(
         method=subject.method,
         tree=str(engine.tree) if engine.tree else "-",
-        rows=cache_shape(engine.teacher, engine.predictor, engine.tree, 1, 1)["scratch"],
+        rows=cache_shape(engine.teacher, plan.predictor, plan.tree, 1, 1)["scratch"],
         steps=count,
         tokens_per_step=subject.emitted / count,
         plain=median(subject.plain) * 1e6,

@@ -327,6 +327,9 @@ class FakePredictor(Predictor):
     def conditional(self) -> bool:
         return False
 
+    def _keep(self, steps: int) -> None:
+        pass
+
     def draft_states(self, *_: Any, **__: Any) -> Tensor:
         raise NotImplementedError
 

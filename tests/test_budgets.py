@@ -200,7 +200,7 @@ def test_the_nearest_anchor_is_found_going_up(spec: str) -> None:
 def prefilled(teacher: Teacher, predictor: Predictor, spec: TreeSpec, prompts: list[list[int]]) -> Stepper:
     stepper = Stepper(teacher, predictor, spec, Sampler(0.0, 1.0, 0, torch.device("cpu")), len(prompts), 100)
     stepper.prefill(prompts, 512)
-    stepper.step(max(map(len, prompts)) - 1, drafted=False)
+    stepper.step(max(map(len, prompts)) - 1, "start")
     stepper.ring.launched(None, drain=True)
     return stepper
 
@@ -248,7 +248,7 @@ def test_a_node_without_pseudo_rows_drafts_from_the_anchor_above_it(kind: str, t
             assert torch.equal(stepper._root, roots)
             stepper._draft.tokens.copy_(draft.tokens)
             stepper._draft.log_probs.copy_(draft.log_probs)
-            stepper.step(80, drafted=True)
+            stepper.step(80, "drafted")
             read.append(stepper.ring.launched(None)[0][1][0])
         assert read[0] == read[1]
         for row, (count, *tokens) in enumerate(read[0]):

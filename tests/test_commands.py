@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from firp_cli.commands.terminal import say
 
 PROMPT = "Mia has 12 shells. She finds 7 more. How many shells does Mia have?"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,7 +29,7 @@ def firp(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.Co
 
 
 def test_generate_streams_the_same_text_as_plain_decoding() -> None:
-    drafted = firp("generate", "--prompt", PROMPT)
+    drafted = firp("generate", "--no-guard", "--prompt", PROMPT)
     plain = firp("generate", "--method", "ar", "--prompt", PROMPT)
     assert drafted.returncode == plain.returncode == 0, drafted.stderr
     assert drafted.stdout == plain.stdout
@@ -81,6 +82,8 @@ BAD = [
     (["generate", "--layers", "leam", "--prompt", "x"], 2, "did you mean 'lean'"),
     (["generate", "--layers", "library", "--compile", "--prompt", "x"], 2, "leave --layers library out"),
     (["generate", "--attention", "tritn", "--prompt", "x"], 2, "choose from auto, sdpa, triton"),
+    (["generate", "speed", "--attention", "tritn", "--prompt", "x"], 2, "choose from auto, sdpa, triton"),
+    (["generate", "--method", "ar", "--tree", "chain", "--prompt", "x"], 2, "leave --tree"),
     (["generate", "--attention", "triton", "--prompt", "x"], 2, "on CUDA devices, the teacher is on cpu: use sdpa"),
     (["generate", "--prompt", "x " * 3000], 2, "context holds 2048"),
     (["generate", "--teacher", "/nowhere", "--method", "ar", "--prompt", "x"], 2, "teacher.model"),
@@ -92,6 +95,15 @@ BAD = [
     (["bench", "--dataset", "gsm8k"], 2, "--data-dir"),
     (["bench", "--dataset", "arithmetic", "--methods", "arr"], 2, "did you mean 'ar'"),
     (["eval", "frip"], 2, "did you mean 'firp'"),
+    (["tune", "frip"], 2, "did you mean 'firp'"),
+    (["tune", "--batch-sizes", "1;2"], 2, "numbers with commas"),
+    (["tune", "--batch-sizes", "0,2"], 2, "at least 1"),
+    (["tune", "--dataset", "mt_bench"], 2, "test prompts only"),
+    (["tune", "--split", "test"], 2, "proves nothing"),
+    (["tune", "--dataset", "gsm8k"], 2, "--data-dir"),
+    (["tune", "speed"], 2, "no tree to tune"),
+    (["tune", "--limit", "3"], 2, "raise --limit"),
+    (["tune", "--tree-file", "/proc/trees/tree.json"], 2, "--tree-file"),
 ]
 
 
@@ -106,6 +118,11 @@ def test_bad_input_is_one_or_two_lines(arguments: list[str], status: int, expect
     message = done.stderr[done.stderr.index("firp: ") :]
     assert len(message.strip().splitlines()) <= 3
     assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    say("folder [bold]x[/bold] [/tmp/x] [cuda]")
+    assert capsys.readouterr().err.strip() == "folder [bold]x[/bold] [/tmp/x] [cuda]"
 
 
 def test_verbose_shows_the_traceback() -> None:

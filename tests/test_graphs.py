@@ -186,7 +186,7 @@ class Tapes:
 
 
 class NotedGraphs(StepGraphs):
-    """Step graphs that note their keys: drafted, batch, bucket."""
+    """Step graphs that note their keys: mode, batch, bucket."""
 
     def __init__(self, capture: Callable[[Step], Step]) -> None:
         super().__init__(capture)
@@ -255,7 +255,7 @@ def test_replayed_steps_write_the_same_tokens(method: str, batch: int) -> None:
     assert tapes.replayed - replayed == len(graphs.keys) - keys > 0
     sizes = [size for _, size, _ in graphs.keys[keys:]]
     assert sizes == sorted(sizes, reverse=True)
-    assert {drafted for drafted, _, _ in graphs.keys} == {METHODS[method][0] is not None}
+    assert {mode for mode, _, _ in graphs.keys} == {"drafted" if METHODS[method][0] else "plain"}
 
 
 def test_finished_sequences_wait_until_half_of_the_batch_has() -> None:
@@ -297,8 +297,8 @@ def test_buffers_are_kept_while_requests_fit(monkeypatch: pytest.MonkeyPatch) ->
         prompts = random_prompts(count, seed=count * length + tokens, low=length, high=length)
         expected = [generate_reference(tiny_model("qwen3"), prompt, tokens) for prompt in prompts]
         assert [item.token_ids for item in engine.generate(prompts, tokens)] == expected
-        assert engine._kept is not None
-        return engine._kept
+        assert engine.kept is not None
+        return engine.kept
 
     first = check(3, 20, 12)
     assert (first.most, first.capacity) == (3, 32)
@@ -316,7 +316,7 @@ def test_buffers_are_kept_while_requests_fit(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_graphs_no_buffers_stay() -> None:
     engine = embedded_engine("firp")
     engine.generate(embedded_prompts(1), 4)
-    assert (engine.graphs, engine._kept) == (None, None)
+    assert (engine.graphs, engine.kept) == (None, None)
 
 
 def test_replayed_steps_draw_anew() -> None:

@@ -27,7 +27,7 @@ from conftest import (
     random_prompts,
     tiny_teacher,
 )
-from firp_cli.decoding.guard import CALIBRATION, FIRST_REST, LONGEST_REST, Guard
+from firp_cli.decoding.guard import CALIBRATION, FIRST_REST, LONGEST_REST, Guard, pipeline_guard
 from firp_cli.decoding.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.trace import total
@@ -292,7 +292,7 @@ def test_the_guard_leaves_a_full_pipe_alone(name: str) -> None:
 def rest_of(guard: Guard, seconds: float = 1.0) -> int:
     """Plain steps of `seconds` until the guard pipelines again."""
     steps = 0
-    while not guard.pipelining:
+    while not guard.speculating:
         guard.decoded(seconds)
         steps += 1
     return steps
@@ -301,13 +301,13 @@ def rest_of(guard: Guard, seconds: float = 1.0) -> int:
 def tick_window(guard: Guard, rate: float, seconds: float) -> None:
     """A window of ticks, unless the guard ends it."""
     for _ in range(guard.window):
-        if guard.pipelining:
-            guard.ticked(rate, seconds)
+        if guard.speculating:
+            guard.speculated(rate, seconds)
 
 
 def test_a_guards_rests_grow_until_it_pays_again() -> None:
     """A tick takes half a plain step: half a token per tick breaks even."""
-    guard = Guard(4)
+    guard = pipeline_guard(4)
     rests = []
     for _ in range(8):
         tick_window(guard, 0.25, 0.5)
@@ -316,7 +316,7 @@ def test_a_guards_rests_grow_until_it_pays_again() -> None:
     assert guard.needed == 0.5
     tick_window(guard, 0.5, 0.5)
     tick_window(guard, 0.55, 0.5)
-    assert guard.pipelining
+    assert guard.speculating
     tick_window(guard, 0.0, 0.5)
     assert rest_of(guard) == FIRST_REST, "after it paid, the first rest is the shortest again"
 
@@ -324,14 +324,14 @@ def test_a_guards_rests_grow_until_it_pays_again() -> None:
 def test_a_guard_doubts_an_empty_pipe_and_measures() -> None:
     """The same half token per tick pays where a tick is cheap, and does not where it is dear."""
     for seconds, rest in ((0.3, CALIBRATION), (0.9, CALIBRATION + FIRST_REST)):
-        guard = Guard(4)
+        guard = pipeline_guard(4)
         tick_window(guard, 0.5, seconds)
         assert rest_of(guard) == rest
-    full = Guard(4)
+    full = pipeline_guard(4)
     for _ in range(5):
         tick_window(full, 0.95, 0.9)
-    assert full.pipelining and full.needed is None, "a full pipe is not doubted"
-    unshared = Guard(4, shared=False)
+    assert full.speculating and full.needed is None, "a full pipe is not doubted"
+    unshared = pipeline_guard(4, shared=False)
     tick_window(unshared, 0.95, 1.1)
     assert rest_of(unshared) == CALIBRATION + FIRST_REST
 

@@ -200,8 +200,8 @@ def new_stepper(teacher: Teacher, section: str, batch: int, capacity: int, tree:
     spec = parse_tree(tree, predictor.steps) if predictor else None
     stepper = Stepper(teacher, predictor, spec, Sampler(0.0, 1.0, 0, CPU), batch, capacity)
     stepper.prefill(random_prompts(batch, seed=5, low=5, high=5), 512)
-    stepper.step(4, drafted=False)
-    stepper.step(8, drafted=True)
+    stepper.step(4, "start")
+    stepper.step(8, "drafted")
     return stepper
 
 
@@ -229,7 +229,7 @@ def test_a_step_copies_no_cache(any_stack: str, section: str, family: str, batch
     """Nothing that a step makes grows with what the cache could hold."""
     stepper = new_stepper(tiny_teacher(family, any_stack == "lean"), section, batch, capacity=4000)
     layer = stepper.cache.bytes() // (2 * stepper.teacher.num_layers)
-    assert largest_allocation(lambda: stepper.step(12, drafted=True)) < layer // 10
+    assert largest_allocation(lambda: stepper.step(12, "drafted")) < layer // 10
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -241,7 +241,7 @@ def test_a_lean_step_copies_no_prefix(section: str, family: str, batch: int) -> 
     stepper = new_stepper(tiny_teacher(family, lean=True), section, batch, capacity=4000, tree="dynamic:2")
     keys = 4 * 3900 * batch * stepper.teacher.kv_heads * stepper.teacher.head_size
     stepper.cache.set_lengths(torch.full((batch,), 3900))
-    assert largest_allocation(lambda: stepper.step(3900, drafted=True)) < keys
+    assert largest_allocation(lambda: stepper.step(3900, "drafted")) < keys
 
 
 @torch.inference_mode()
@@ -268,13 +268,13 @@ def test_a_batchs_tensors_keep_their_place(section: str) -> None:
         return addresses(stepper)
 
     first = places()
-    stepper.step(12, drafted=True)
+    stepper.step(12, "drafted")
     assert places() == first
     stepper.select(torch.tensor([0, 2]))
-    stepper.step(16, drafted=True)
+    stepper.step(16, "drafted")
     assert places() == first
     stepper.prefill(random_prompts(2, seed=6), 7)
-    stepper.step(29, drafted=False)
+    stepper.step(29, "start")
     assert places() == first
 
 
@@ -291,7 +291,7 @@ def test_sequences_that_stay_go_on_as_they_were(section: str) -> None:
     left.select(kept)
     for _ in range(6):
         for rows, stepper in zip(emitted, (whole, left), strict=True):
-            stepper.step(100, drafted=True)
+            stepper.step(100, "drafted")
             ((_, read),) = stepper.ring.launched(None)
             rows += read
     assert [[step[1], step[3]] for step in emitted[0]] == [step[:2] for step in emitted[1]]
@@ -308,8 +308,8 @@ def test_an_exact_length_needs_no_mask(section: str) -> None:
         stepper.ring.launched(None, drain=True)
     for _ in range(8):
         length = int(masked.cache.lengths)
-        masked.step(length + 5, drafted=True)
-        exact.step(length, drafted=True, exact=True)
+        masked.step(length + 5, "drafted")
+        exact.step(length, "drafted", exact=True)
         assert masked.ring.launched(None) == exact.ring.launched(None)
         assert torch.equal(masked.cache.lengths, exact.cache.lengths)
 

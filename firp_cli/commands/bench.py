@@ -76,7 +76,7 @@ def bench(
     graphs: Graphs = True,
     compiled: Compiled = False,
     gpus: Gpus = 1,
-    guard: Guarded = True,
+    guard: Guarded = None,
     force: Force = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -159,8 +159,7 @@ def _load(
     choice: LayerChoice,
 ) -> tuple[Teacher, dict[str, LoadedPredictor]]:
     """The teacher of a group, and the predictors that its methods need."""
-    from firp_cli.commands.loading import load_teacher, share_teacher
-    from firp_cli.decoding.tree import default_tree, parse_tree
+    from firp_cli.commands.loading import load_teacher, load_trees, share_teacher
     from firp_cli.evaluation.bench import LoadedPredictor
     from firp_cli.predictors.registry import load_predictor
 
@@ -174,10 +173,8 @@ def _load(
         if name in group.folders:
             folder = group.folders[name]
             predictor = load_predictor(folder, teacher, force)
-            spec = None
-            if not predictor.pipeline:
-                spec = parse_tree(tree, predictor.steps) if tree else default_tree(folder, predictor)
-            loaded[name] = LoadedPredictor(predictor, spec, folder)
+            trees = load_trees(tree, folder, predictor, teacher, settings.temperature, settings.engine)
+            loaded[name] = LoadedPredictor(predictor, trees, folder)
     return teacher, loaded
 
 

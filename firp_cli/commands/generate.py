@@ -67,7 +67,7 @@ def generate(
     graphs: Graphs = True,
     compiled: Compiled = False,
     gpus: Gpus = 1,
-    guard: Guarded = True,
+    guard: Guarded = None,
     force: Force = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -84,7 +84,9 @@ def generate(
     choice, running = LayerChoice(layers, compiled), EngineOptions(attention=attention, graphs=graphs)
     if launch(gpus, None, command_line(context)):
         return
-    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "guard": guard, "options": running}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "options": running}
+    # steps with a tree draw other numbers than plain ones: a guard's choice would change what a seed stands for
+    sampling["guard"] = True if guard is None and temperature == 0 else guard
     with relayed_errors():
         engine = _engine(predictor, method, teacher, force, tree, choice, **sampling)
         _run(engine, prompt, prompts, raw, max_new_tokens, stop or [], batch_size, limit, skip_long, output, as_json)
@@ -138,13 +140,14 @@ def _engine(
     **options: Any,
 ) -> Engine | PipelineEngine:
     """The decoding engine that the options ask for. Method `ar` needs no predictor. A rank keeps its part of it."""
-    from firp_cli.commands.loading import load_pair, load_teacher
+    from firp_cli.commands.loading import load_pair, load_teacher, load_trees
     from firp_cli.decoding.choose import make_engine
-    from firp_cli.decoding.tree import default_tree, parse_tree
     from firp_cli.distributed.launch import rank, start, world_size
     from firp_cli.predictors.registry import predictor_folder
 
     if method == "ar":
+        if tree:
+            raise UsageError("plain decoding has no tree: leave --tree or --method ar out")
         folder = predictor_folder(predictor) if predictor else None
         return make_engine(load_teacher(teacher, folder, choice=choice), **options)
     if predictor is None and teacher is not None:
@@ -157,12 +160,10 @@ def _engine(
         raise UsageError(
             f"{folder} holds a {loaded.kind} predictor, not {method!r}{nearest(str(method), ['ar', loaded.kind])}"
         )
-    spec = None
     if loaded.pipeline and tree:
         raise UsageError(f"{folder} feeds a pipeline, which has no tree: leave --tree out")
-    if not loaded.pipeline:
-        spec = parse_tree(tree, loaded.steps) if tree else default_tree(folder, loaded)
-    return make_engine(model, loaded, spec, rank(), world_size(), **options)
+    trees = load_trees(tree, folder, loaded, model, options["temperature"], options["options"])
+    return make_engine(model, loaded, trees, rank(), world_size(), **options)
 
 
 def _encode(messages: list[dict[str, str]], raw: str | None, engine: Engine | PipelineEngine) -> list[int]:
@@ -246,6 +247,8 @@ def _summary(results: list[Generation]) -> str:
     speed = f"{decoded / seconds:.1f} tokens/s" if seconds and decoded else "no decoding step"
     pipelines = [result.pipeline for result in results if result.pipeline]
     name, length = "steps", f"accepted length {decoded / steps:.2f}" if steps else "accepted length -"
+    if plain := sum(result.plain for result in results):
+        length += f" ({plain} steps plain, since drafting did not pay)"
     if pipelines and steps:
         plain = sum(trace.plain for trace in pipelines)
         name, length = "ticks", f"{decoded / steps:.2f} tokens per tick"

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 
 from firp_cli.commands.terminal import say
+from firp_cli.decoding.engine import EngineOptions
 from firp_cli.decoding.ranks import Ranks
+from firp_cli.decoding.tree import TreeSpec, default_tree, parse_tree
+from firp_cli.decoding.tuned import TunedTrees, read_trees
 from firp_cli.errors import FingerprintError, TeacherError, UsageError
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder, read_config
@@ -95,6 +98,31 @@ def load_pair(
     if not alone:
         share_teacher(teacher, folder, *ranks, choice)
     return teacher, load_predictor(folder, teacher, force), folder
+
+
+def load_trees(
+    tree: str | None, folder: Path, predictor: Predictor, teacher: Teacher, temperature: float, options: EngineOptions
+) -> TreeSpec | TunedTrees | None:
+    """The tree that `--tree` names, else those of the predictor's tree.json; of tuned ones those of this machine, and
+    a line where there are none. None for predictors that feed a pipeline. Raises UsageError.
+    """
+    if predictor.pipeline:
+        return None
+    path = Path(tree) if tree else folder / "tree.json"
+    if not path.is_file():
+        return parse_tree(tree, predictor.steps) if tree else default_tree(None, predictor)
+    from firp_cli.evaluation.cost import machine_key
+
+    trees = read_trees(path, predictor.steps)
+    key = machine_key(teacher, options.attention, options.graphs)
+    own = trees.fitting(key, teacher.fingerprint, temperature)
+    if trees.entries and not own.entries:
+        here = any((entry.machine, entry.teacher) == (key, teacher.fingerprint) for entry in trees.entries)
+        say(
+            f"{path} was tuned {'for another temperature' if here else 'on another machine'}, {trees.default} is used: "
+            f"`firp tune {folder}` measures this one"
+        )
+    return own if own.entries else trees.default
 
 
 def set_threads(threads: int | None) -> None:

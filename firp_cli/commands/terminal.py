@@ -19,10 +19,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Gpus = Annotated[
     int, typer.Option(min=1, help="Devices that share a speed predictor's pipeline; on a CPU ranks share the cores.")
 ]
-Guarded = Annotated[bool, typer.Option(help="Decode plainly for a while where a pipeline does not pay.")]
+Guarded = Annotated[
+    bool | None,
+    typer.Option(
+        "--guard/--no-guard",
+        help="Decode plainly for a while where drafting does not pay. Default: bench guards pipelines alone; generate "
+        "also trees, unless it samples: the text would follow from times as well as from the seed.",
+    ),
+]
 Tree = Annotated[
     str | None,
-    typer.Option(help="dynamic:N, chain or static:4x2x1, each with @B for pseudo rows of B nodes; or a tree.json."),
+    typer.Option(
+        help="dynamic:N, chain or static:4x2x1, each with /K for K draft steps and @B for pseudo rows of B nodes; none "
+        "for plain decoding; or a tree.json. Default: the predictor's tree.json."
+    ),
 ]
 Layers = Annotated[
     str, typer.Option(help="lean: joined matrices, where their logits are the library's; library: its own modules.")
@@ -44,7 +54,7 @@ def say(text: str) -> None:
     if main_process():
         from rich.console import Console
 
-        Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 @contextmanager

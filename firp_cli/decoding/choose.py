@@ -8,6 +8,7 @@ from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.pipeline import PipelineEngine
 from firp_cli.decoding.ranks import Ranks
 from firp_cli.decoding.tree import TreeSpec
+from firp_cli.decoding.tuned import TunedTrees
 from firp_cli.errors import UsageError
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.early_exit import EarlyExitPredictor
@@ -17,10 +18,10 @@ from firp_cli.teacher.stack import Teacher
 def make_engine(
     teacher: Teacher,
     predictor: Predictor | None = None,
-    tree: TreeSpec | None = None,
+    tree: TreeSpec | TunedTrees | None = None,
     rank: int = 0,
     ranks: int = 1,
-    guard: bool = True,
+    guard: bool | None = None,
     options: EngineOptions | None = None,
     **sampling: Any,
 ) -> Engine | PipelineEngine:
@@ -28,14 +29,17 @@ def make_engine(
 
     Args:
         rank, ranks: this process's place among those that share a pipeline. Raises UsageError for other predictors.
+        guard: decode plainly for a while where drafting does not pay; None: pipelines do, trees do not.
     """
     if isinstance(predictor, EarlyExitPredictor):
         chunk = (options or EngineOptions()).prefill_chunk
         parts = Ranks(predictor.loops, rank, ranks)
-        return PipelineEngine(teacher, predictor, prefill_chunk=chunk, guard=guard, ranks=parts, **sampling)
+        return PipelineEngine(
+            teacher, predictor, prefill_chunk=chunk, guard=guard is not False, ranks=parts, **sampling
+        )
     if ranks > 1 and predictor is not None:
         raise UsageError(
             f"several ranks share the pipeline of a speed predictor; {predictor.kind} decodes on one device: leave "
             "--gpus out"
         )
-    return Engine(teacher, predictor, tree, options=options, **sampling)
+    return Engine(teacher, predictor, tree, options=options, guard=bool(guard), **sampling)

@@ -7,22 +7,24 @@ what the device does). On CUDA devices steps are captured as graphs.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from firp_cli.decoding.accept import Sampler
-from firp_cli.decoding.graphs import CudaCapture, StepGraphs, bucket
+from firp_cli.decoding.graphs import CudaCapture, StepGraphs
+from firp_cli.decoding.guard import Guard, tree_guard
 from firp_cli.decoding.memory import check_fits
-from firp_cli.decoding.ring import Rows
+from firp_cli.decoding.run import StepRun
 from firp_cli.decoding.sequences import OnTokens, Writer, Written, check_prompts
-from firp_cli.decoding.step import Stepper, cache_shape
+from firp_cli.decoding.step import Stepper, cache_shape, step_width
 from firp_cli.decoding.tree import TreeSpec, default_tree
+from firp_cli.decoding.tuned import TunedTrees
 from firp_cli.errors import UsageError
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import Predictor, Spawn
 from firp_cli.records import Generation
-from firp_cli.teacher.attention import choose_backend
+from firp_cli.teacher.attention import BACKENDS, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
 
@@ -49,17 +51,36 @@ class EngineOptions:
     prefill_chunk: int = 512
 
     def __post_init__(self) -> None:
+        if self.attention not in BACKENDS:
+            raise UsageError(f"unknown attention {self.attention!r}: choose from {', '.join(BACKENDS)}")
         for name in ("read_every", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a batch's steps are made with; without a predictor they decode plainly.
+
+    Attributes:
+        predictor: of the draft steps that the tree needs. spawn: its maps, made ready for decoding.
+        ratio: what a drafted step was foretold to cost in plain ones.
+    """
+
+    predictor: Predictor | None = None
+    tree: TreeSpec | None = None
+    spawn: Spawn | None = None
+    ratio: float | None = None
+
+
 class Engine:
     """Decodes prompts with a teacher and, if given, a predictor's draft trees.
 
     Args:
-        tree: None takes the default. temperature: 0 is greedy. top_p: applied after temperature, as transformers does.
+        tree: None takes the default. Of tuned trees every batch takes its own.
+        temperature: 0 is greedy. top_p: applied after temperature, as transformers does.
+        guard: decode plainly for a while where drafting does not pay. What it learns it keeps from call to call.
 
     Raises UsageError, TeacherError on options that cannot be.
     """
@@ -68,18 +89,19 @@ class Engine:
         self,
         teacher: Teacher,
         predictor: Predictor | None = None,
-        tree: TreeSpec | None = None,
+        tree: TreeSpec | TunedTrees | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         options: EngineOptions | None = None,
+        guard: bool = False,
     ) -> None:
         self.teacher = teacher
         self.predictor = predictor
         self.tree = tree or (default_tree(None, predictor) if predictor else None)
-        self._spawn = predictor.spawner() if predictor else None
         self.options = options = options or EngineOptions()
         self.sampler = Sampler(temperature, top_p, seed, teacher.device)
+        self.clock: Callable[[], float] = time.perf_counter  # seconds; what a guard goes by
         device = teacher.device
         self._kernel = choose_backend(options.attention, device) == "triton"
         on_cuda = device.type == "cuda"
@@ -87,7 +109,10 @@ class Engine:
         self.graphs: StepGraphs | None = None
         if on_cuda and options.graphs:
             self.graphs = StepGraphs(CudaCapture(device, [] if self.sampler.greedy else [self.sampler.generator]))
-        self._kept: Stepper | None = None  # graphs hold the addresses of its tensors
+        self.kept: Stepper | None = None  # graphs hold the addresses of its tensors
+        self._limited: dict[int, tuple[Predictor, Spawn]] = {}  # by draft steps
+        self._guarded = guard
+        self._guards: dict[tuple[TreeSpec, int], Guard] = {}
 
     @torch.inference_mode()
     def generate(
@@ -107,92 +132,95 @@ class Engine:
         """
         check_prompts(self.teacher, prompts, max_new_tokens)
         writer = Writer(self.teacher, max_new_tokens, stop, on_tokens)
-        began = time.perf_counter()
+        began = self.clock()
         sequences = [Written(number, len(prompt), len(prompt) - 1) for number, prompt in enumerate(prompts)]
-        stepper = self._stepper(len(prompts), max(map(len, prompts)) + max_new_tokens)
-        stepper.prefill([list(prompt) for prompt in prompts], self.options.prefill_chunk)
-        stepper.step(max(map(len, prompts)) - 1, drafted=False)
-        live = list(sequences)
-        for _, rows in stepper.ring.launched(live, drain=True):
-            self._write(live, rows, writer, prefill=True)
-        prefilled = time.perf_counter()
-        while live := self._leave(stepper, live):
-            self._launch(stepper, live)
-            for held, rows in stepper.ring.launched(live):
-                unfinished = [item for item in held if not item.finish_reason]
-                self._write(held, rows, writer)
-                now = time.perf_counter()
-                for item in unfinished:
-                    item.decode_seconds = now - prefilled
-        return [writer.generation(item, prefilled - began) for item in sequences]
+        longest = max(map(len, prompts))
+        plan = self.plan(len(prompts), longest, max_new_tokens)
+        stepper = self.stepper(plan, len(prompts), longest + max_new_tokens)
+        run = StepRun(stepper, sequences, writer, self.graphs, self._guards_of(plan), self.clock)
+        run.prefill(prompts, self.options.prefill_chunk)
+        while run.leave():
+            run.advance()
+        return [writer.generation(item, run.prefilled - began) for item in sequences]
+
+    def plan(self, batch: int, longest_prompt: int, max_new_tokens: int) -> Plan:
+        """What a batch's steps are made with: of tuned trees the one for its size and its middle length."""
+        if not isinstance(self.tree, TunedTrees):
+            return self.plan_of(self.tree)
+        context = longest_prompt + max_new_tokens // 2
+        entry = self.tree.entry(batch, context)
+        foretold = entry.predicted if entry and entry.batch_size.bit_length() == batch.bit_length() else None
+        ratio = foretold.step_milliseconds / foretold.ar_milliseconds if foretold else None
+        return self.plan_of(self.tree.at(batch, context), ratio)
+
+    def plan_of(self, tree: TreeSpec | None, ratio: float | None = None) -> Plan:
+        """What steps with this tree are made with."""
+        if self.predictor is None or tree is None or tree.kind == "none":
+            return Plan()
+        steps = tree.drafting(self.predictor.steps)
+        if steps not in self._limited:
+            predictor = self.predictor.first(steps)
+            self._limited[steps] = predictor, predictor.spawner()
+        predictor, spawn = self._limited[steps]
+        return Plan(predictor, tree, spawn, ratio)
 
     def cache_bytes(self, batch: int, longest_prompt: int, max_new_tokens: int) -> int:
         """Memory of the K/V cache that such a batch allocates beforehand."""
+        plan = self.plan(batch, longest_prompt, max_new_tokens)
         capacity = self._capacity(longest_prompt + max_new_tokens)
-        return KVCache.bytes_needed(**cache_shape(self.teacher, self.predictor, self.tree, batch, capacity))
+        return KVCache.bytes_needed(**cache_shape(self.teacher, plan.predictor, plan.tree, batch, capacity))
+
+    def ahead(self, plan: Plan) -> int:
+        """Positions that the device may write before the host has read any: two groups of steps, and one."""
+        return (2 * self._every + 1) * step_width(plan.predictor, plan.tree)
 
     def _capacity(self, positions: int) -> int:
         """Positions to allocate: with graphs somewhat more, so that the next batches fit as well."""
         return positions if self.graphs is None else -(-positions // CAPACITY_STEP) * CAPACITY_STEP
 
-    def _stepper(self, batch: int, positions: int) -> Stepper:
-        """The device's side for a batch: the last one's, whose graphs are captured, where it is large enough."""
-        if self._kept is not None and batch <= self._kept.most and positions <= self._kept.capacity:
-            return self._kept
-        if self._kept is not None:
-            batch, positions = max(batch, self._kept.most), max(positions, self._kept.capacity)
-            self._kept = None
-            if self.graphs is not None:
-                self.graphs.forget()
+    def stepper(self, plan: Plan, batch: int, positions: int) -> Stepper:
+        """The device's side for a batch: the last one's, whose graphs are captured, where it has the same tree and is
+        large enough. Raises CapacityError.
+        """
+        kept, self.kept = self.kept, None
+        if kept is not None and kept.tree == plan.tree:
+            if batch <= kept.most and positions <= kept.capacity:
+                self.kept = kept
+                return kept
+            batch, positions = max(batch, kept.most), max(positions, kept.capacity)
+        if kept is not None and self.graphs is not None:
+            self.graphs.forget()
+        del kept  # its memory is free for the new one
         capacity = self._capacity(positions)
-        shape = cache_shape(self.teacher, self.predictor, self.tree, batch, capacity)
+        shape = cache_shape(self.teacher, plan.predictor, plan.tree, batch, capacity)
         check_fits(KVCache.bytes_needed(**shape), batch, capacity, self.teacher.device)
         stepper = Stepper(
             self.teacher,
-            self.predictor,
-            self.tree,
+            plan.predictor,
+            plan.tree,
             self.sampler,
             batch,
             capacity,
             self._every,
             self._kernel,
-            self._spawn,
+            plan.spawn,
         )
         if self.graphs is not None:
-            self._kept = stepper
+            self.kept = stepper
         return stepper
 
-    def _launch(self, stepper: Stepper, live: list[Written]) -> None:
-        """Start the next step of all sequences, behind those that the host has not read yet."""
-        ahead = stepper.ring.unread * stepper.width
-        longest = min(max(item.committed for item in live) + ahead, stepper.capacity)
-        drafted = self.predictor is not None
-        if self.graphs is None:
-            stepper.step(longest, drafted, exact=not ahead and len(live) == 1)
-            return
-        longest = min(bucket(longest), stepper.capacity)
-        self.graphs.run((drafted, stepper.batch, longest), lambda: stepper.step(longest, drafted))
-
-    def _leave(self, stepper: Stepper, live: list[Written]) -> list[Written]:
-        """The sequences that are still decoded. Graphs are captured per batch size, so with them the finished ones
-        leave when half of the batch has.
+    def _guards_of(self, plan: Plan) -> Callable[[int], Guard] | None:
+        """The guards of a plan's tree, by batch size: one for sizes up to twice as large, since what a step costs
+        differs from one to the other.
         """
-        keep = [place for place, item in enumerate(live) if not item.finish_reason]
-        if not keep:
-            return []
-        if len(keep) == len(live) or (self.graphs is not None and 2 * len(keep) > len(live)):
-            return live
-        stepper.select(torch.tensor(keep, device=self.teacher.device))
-        return [live[place] for place in keep]
+        tree = plan.tree
+        if not self._guarded or tree is None:
+            return None
 
-    def _write(self, held: list[Written], rows: Rows, writer: Writer, prefill: bool = False) -> None:
-        """What steps emitted, for the sequences that the batch held then: cut, count, hand on."""
-        for step in rows:
-            for item, (count, *emitted) in zip(held, step, strict=False):  # a ring's row has room for more
-                item.committed += count + 1
-                if item.finish_reason:
-                    continue  # decoded on until it left
-                kept = writer.write(item, emitted[: count + 1], count)
-                if not prefill:
-                    item.accepted_lengths.append(count + 1)
-                    item.emitted.append(kept)
+        def guard(batch: int) -> Guard:
+            size = batch.bit_length()
+            if (tree, size) not in self._guards:
+                self._guards[tree, size] = tree_guard(plan.ratio)
+            return self._guards[tree, size]
+
+        return guard

@@ -48,6 +48,10 @@ class StepGraphs:
         self._seen.add(key)
         (replay or step)()
 
+    def settled(self, key: Hashable) -> bool:
+        """True where running this key costs what it will cost again: it is neither new nor about to be captured."""
+        return key in self._replays or (key in self._seen and self.reason is not None)
+
     def forget(self) -> None:
         """Drop all graphs: the tensors that they work on are going."""
         self._replays.clear()

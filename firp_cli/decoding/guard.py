@@ -1,76 +1,180 @@
-"""Whether pipelining pays on the text and machine at hand: where it does not, plain decoding takes over for a while."""
+"""Whether speculation pays on the text and machine at hand: where it does not, plain decoding takes over for a time."""
 
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
+from dataclasses import dataclass
+from math import sqrt
+from statistics import median, median_low
 
 # Before anything was measured a tick is taken to cost at most this many loops of one token, and a pipe fuller than this
 # many tokens per tick to pay.
 DOUBTED_TICK = 2.5
 UNDOUBTED_RATE = 0.75
+# A drafted step is taken to cost at most this many plain ones; rates above are checked all the same, but later.
+DOUBTED_STEP = 4.0
 CALIBRATION = 8  # plain steps that tell what they cost
-FIRST_REST = 32  # tokens decoded one by one before the pipeline is tried again; doubled each time it fails again
+FIRST_REST = 32  # tokens decoded one by one before speculation is tried again; doubled each time it fails again
 LONGEST_REST = 1024
+MOST_TRIES = 3  # at timing plain steps, where something else takes time beside them
+CLEARLY = 2.0  # standard errors of a mean rate
+SURE = 1.5  # times the needed tokens: then one timed plain step is enough
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a guard looks before it decides, in speculative steps.
+
+    Attributes:
+        window: are judged together. trial: are enough before speculation has paid. early: of them, behind which it may
+            be given up, if it clearly loses.
+        doubted: tokens per step below which plain steps are timed as soon as that.
+        slack: share of the needed tokens that may lack once speculation has paid.
+        quick: plain steps that are timed to go on speculating, one more unless it surely pays; giving it up takes
+            CALIBRATION.
+        untimed: steps behind which plain ones are timed for the first time; None: only if doubted.
+        retime: steps behind which plain ones are timed again; None: never.
+    """
+
+    window: int
+    trial: int
+    early: int
+    doubted: float
+    slack: float = 0.0
+    quick: int = CALIBRATION
+    untimed: int | None = None
+    retime: int | None = None
+
+
+TREES = Patience(window=48, trial=12, early=6, doubted=DOUBTED_STEP, slack=0.05, quick=1, untimed=48, retime=256)
+
+
+def tree_guard(ratio: float | None = None) -> Guard:
+    """For draft trees. `ratio`: what a drafted step was foretold to cost in plain ones."""
+    return Guard(TREES, ratio)
+
+
+def pipeline_guard(loops: int, shared: bool = True) -> Guard:
+    """For pipelines of r `loops`: plain steps are timed the first time that the pipe is emptier than DOUBTED_TICK / r
+    (at most UNDOUBTED_RATE) tokens per tick, or at once where the loops are not `shared`.
+    """
+    doubted = min(DOUBTED_TICK / loops, UNDOUBTED_RATE) if shared else float("inf")
+    return Guard(Patience(window=4 * loops, trial=4 * loops, early=4 * loops, doubted=doubted))
 
 
 class Guard:
-    """Compares tokens per tick with what a tick costs in plain steps, both measured while decoding. Tokens never
-    change, only who makes them.
-
-    Plain steps are timed the first time that the pipe is emptier than DOUBTED_TICK / r (at most UNDOUBTED_RATE) tokens
-    per tick, or at once where the loops share nothing.
+    """Compares tokens per speculative step (a tick, a step with a draft tree) with what it costs in plain steps, both
+    measured while decoding. Tokens never change, only who makes them.
 
     Args:
-        loops: r. shared: the loops share their parameters.
+        ratio: what a speculative step costs in plain ones, as long as nothing was measured.
     """
 
-    def __init__(self, loops: int, shared: bool = True) -> None:
-        self.doubted = min(DOUBTED_TICK / loops, UNDOUBTED_RATE) if shared else float("inf")
-        self.window = 4 * loops  # ticks that are judged together
-        self._rates: deque[float] = deque(maxlen=self.window)
-        self._ticks: deque[float] = deque(maxlen=self.window)
-        self._steps: deque[float] = deque(maxlen=2 * CALIBRATION)
-        self._rate = 0.0
+    def __init__(self, patience: Patience, ratio: float | None = None) -> None:
+        self.patience, self._ratio = patience, ratio
+        self._rates: deque[float] = deque(maxlen=patience.window)
+        self._speculative: deque[float] = deque(maxlen=patience.window)  # seconds
+        self._plain: deque[float] = deque(maxlen=2 * CALIBRATION)  # seconds
+        self._since = 0  # speculative steps since plain ones were timed
+        self._paid = False
         self._rest = 0
         self._next_rest = FIRST_REST
+        self._tries = 0  # at timing, that are left; 0: this is a rest
+        self._wanted = 0  # plain steps to time
+        self._stale = False  # their times so far are of another context
 
     @property
-    def pipelining(self) -> bool:
-        """True while tokens should go through the pipeline."""
+    def window(self) -> int:
+        """Speculative steps that are judged together."""
+        return self.patience.window
+
+    @property
+    def speculating(self) -> bool:
+        """True while steps should be speculative."""
         return self._rest <= 0
 
     @property
-    def needed(self) -> float | None:
-        """Tokens per tick at which pipelining breaks even; None before plain steps were timed."""
-        return median(self._ticks) / median(self._steps) if self._ticks and len(self._steps) >= CALIBRATION else None
+    def rest(self) -> int:
+        """Plain steps until the next decision."""
+        return self._rest
 
-    def ticked(self, rate: float, seconds: float) -> None:
-        """Note a tick that emitted `rate` tokens per sequence."""
+    @property
+    def needed(self) -> float | None:
+        """Tokens per speculative step that break even; None before plain steps were timed."""
+        if self._speculative and len(self._plain) >= self.patience.quick:
+            return median(self._speculative) / median_low(self._plain)  # of two the one that nothing interrupted
+        return self._ratio
+
+    def speculated(self, rate: float, seconds: float | None) -> None:
+        """Note a step that emitted `rate` tokens per sequence. `seconds`: None where its time says nothing."""
+        if seconds is not None:
+            self._speculative.append(seconds)
+        if not self.speculating:
+            return  # launched before that was decided
+        patience = self.patience
         self._rates.append(rate)
-        self._ticks.append(seconds)
-        if len(self._rates) < self.window:
+        self._since += 1
+        if len(self._rates) < patience.early:
             return
-        self._rate = sum(self._rates) / len(self._rates)
-        needed = self.needed
-        if needed is None and self._rate < self.doubted:
-            self._rest = CALIBRATION
-            self._rates.clear()
+        due, needed = patience.retime if self._plain else patience.untimed, self.needed
+        if due is not None and self._since >= due:
+            self._stale = bool(self._plain)
+            self._time(patience.quick)
         elif needed is not None:
             self._judge(needed)
+        elif self._rate < patience.doubted:
+            self._time(patience.quick)
 
-    def decoded(self, seconds: float) -> None:
-        """Note a token per sequence that was decoded without the pipeline."""
-        calibrating = self.needed is None
-        self._steps.append(seconds)
+    def decoded(self, seconds: float | None) -> None:
+        """Note a plain step. `seconds`: None where its time says nothing."""
+        if seconds is not None:
+            if self._stale:
+                self._plain.clear()
+                self._stale = False
+            self._plain.append(seconds)
         self._rest -= 1
-        if calibrating and self._rest <= 0 and (needed := self.needed) is not None:
-            self._judge(needed)
-
-    def _judge(self, needed: float) -> None:
-        """Rest where the last window did not pay; else start again from the shortest rest."""
-        if self._rate >= needed:
-            self._next_rest = FIRST_REST
+        if self._rest > 0 or not self._tries:
             return
-        self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
-        self._rates.clear()
+        self._tries -= 1
+        missing = self._wanted if self._stale else self._wanted - len(self._plain)
+        if missing > 0 and self._tries:
+            self._rest = missing
+            return
+        self._tries, self._since = 0, 0
+        needed = self.needed
+        if needed is not None:
+            self._judge(needed, final=missing > 0)
+        if self.speculating:
+            self._rates.clear()  # a pipe has to fill again
+
+    @property
+    def _rate(self) -> float:
+        return sum(self._rates) / len(self._rates)
+
+    def _time(self, steps: int) -> None:
+        """Time plain steps until there are so many."""
+        self._wanted, self._tries = steps, MOST_TRIES
+        self._rest = max(1, steps if self._stale else steps - len(self._plain))
+
+    def _judge(self, needed: float, final: bool = False) -> None:
+        """Go on, time more plain steps, or rest. `final`: nothing more will be known of what they cost."""
+        loses, timed = self._loses(needed), len(self._plain)
+        if loses and (final or timed >= CALIBRATION):
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
+            self._tries, self._since, self._paid = 0, 0, False
+            self._rates.clear()
+        elif loses:
+            self._time(CALIBRATION)
+        elif timed == 1 and not final and self._rate < SURE * needed:
+            self._time(timed + 1)
+        elif self._rate >= needed and len(self._rates) >= self.patience.trial:
+            self._paid = True
+            if len(self._rates) == self.patience.window:
+                self._next_rest = FIRST_REST
+
+    def _loses(self, needed: float) -> bool:
+        rate, count = self._rate, len(self._rates)
+        if count < (self.patience.window if self._paid else self.patience.trial):
+            error = sqrt(sum((one - rate) ** 2 for one in self._rates)) / count
+            return rate + CLEARLY * error < needed
+        return rate < needed * (1 - self.patience.slack if self._paid else 1.0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from firp_cli.decoding.accept import Sampler
-from firp_cli.decoding.guard import Guard
+from firp_cli.decoding.guard import pipeline_guard
 from firp_cli.decoding.memory import check_fits
 from firp_cli.decoding.ranks import Ranks
 from firp_cli.decoding.sequences import OnTokens, Writer, Written, check_prompts
@@ -62,7 +62,7 @@ class PipelineEngine:
         groups = layer_groups(self.boundaries, teacher.num_layers, teacher.looped)
         self.groups = [part for group in groups if (part := group.within(self.ranks.stages))]
         guarded = guard and self.ranks.size == 1 and self.loops > 1
-        self.guard = Guard(self.loops, shared=teacher.looped is not None) if guarded else None
+        self.guard = pipeline_guard(self.loops, shared=teacher.looped is not None) if guarded else None
         device, mine, looped = teacher.device, self.ranks.stages, teacher.looped
         exits = list(enumerate(predictor.exits)) if predictor else []
         self.places = [place for place, loop in exits if loop - 1 in mine]  # exits of this process
@@ -196,12 +196,12 @@ class PipelineRun:
     def advance(self, writer: Writer) -> None:
         """One tick, or one plain step where the guard says so."""
         guard, began = self.engine.guard, time.perf_counter()
-        if guard is None or guard.pipelining:
+        if guard is None or guard.speculating:
             if not self.filled:
                 self.fill()
             rate = self.tick(writer)
             if guard is not None:
-                guard.ticked(rate, time.perf_counter() - began)
+                guard.speculated(rate, time.perf_counter() - began)
         else:
             self.filled = False  # what was in flight is dropped
             self.step(writer)

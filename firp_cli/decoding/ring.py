@@ -36,6 +36,11 @@ class Ring:
         copied = sum(part.stop - part.start for _, part, _ in self._copies)
         return self._written + copied
 
+    @property
+    def late(self) -> bool:
+        """True where the host reads a group while the device works on the next one."""
+        return self._asynchronous
+
     def push(self, count: Tensor, tokens: Tensor) -> None:
         """Part of a step: note counts (B,) and tokens (B, P) in the next row."""
         row = torch.cat([count[:, None], tokens], dim=1)
@@ -51,18 +56,24 @@ class Ring:
             drain: wait for everything.
         """
         self._written += 1
-        if self._written < self.every and not drain:
-            return []
+        return self._read(tag, drain) if drain or self._written == self.every else []
+
+    def drain(self, tag: Any) -> list[tuple[Any, Rows]]:
+        """Everything that was launched and not read, oldest first. `tag`: comes back with the last group's rows."""
+        return self._read(tag, drain=True) if self.unread else []
+
+    def _read(self, tag: Any, drain: bool) -> list[tuple[Any, Rows]]:
         part = slice(self._first, self._first + self._written)
         self._written, self._first = 0, 0 if drain else (part.stop % len(self._rows))
         ready = []
         if not self._asynchronous:
             ready.append((tag, self._rows[part].tolist()))
         else:
-            self._host[part].copy_(self._rows[part], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._copies.append((tag, part, event))
+            if part.stop > part.start:
+                self._host[part].copy_(self._rows[part], non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+                self._copies.append((tag, part, event))
             while len(self._copies) > (0 if drain else 1):
                 ready.append(self._arrived())
         if drain:

@@ -14,7 +14,9 @@ OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this st
 
 @dataclass
 class Written:
-    """One prompt's output so far. `committed`: its tokens in the K/V cache."""
+    """One prompt's output so far. `committed`: its tokens in the K/V cache; `plain`: steps that did not draft where
+    others did.
+    """
 
     number: int
     prompt_tokens: int
@@ -25,6 +27,7 @@ class Written:
     finish_reason: str = ""
     decode_seconds: float = 0.0
     trace: PipelineTrace | None = None
+    plain: int = 0
 
 
 class Writer:
@@ -75,6 +78,7 @@ class Writer:
             finish_reason=item.finish_reason,
             text=tokenizer.decode(item.tokens, skip_special_tokens=True) if tokenizer else "",
             pipeline=item.trace,
+            plain=item.plain,
         )
 
 

@@ -7,19 +7,23 @@ Shapes: B sequences, N nodes, k steps, A nodes with pseudo rows, M = N + kA rows
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
+from firp_cli.decoding.dynamic import numbers
 from firp_cli.decoding.ring import Ring
-from firp_cli.decoding.tree import Tree, TreeSpec, anchor_nodes, build, nearest_anchor, numbers, root_tree
+from firp_cli.decoding.tree import Tree, TreeSpec, anchor_nodes, build, nearest_anchor, root_tree
 from firp_cli.predictors.base import Draft, Predictor, Spawn, forward_rows
 from firp_cli.teacher.attention import AttentionMask, StepMask, step_rows
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
 
 PREFILL_ENTRIES = 1 << 26  # of a prefill chunk's mask, at most
+Mode = Literal["drafted", "start", "plain"]  # a tree; the root alone, with its draft; the root alone, without one
 
 
 class Stepper:
@@ -102,22 +106,30 @@ class Stepper:
                 state[:count] = state[sequences]
         self.cache.select(sequences)
 
-    def step(self, longest: int, drafted: bool, exact: bool = False) -> None:
-        """Emit tokens of all sequences and draft the next ones.
+    def state(self) -> list[Tensor]:
+        """What the next step starts from: lengths, roots and drafts of the batch. Their memory stays in place."""
+        batch, draft = self.batch, self._draft
+        state = [self.cache.lengths, self._root[:batch]]
+        return state if self.predictor is None else [*state, draft.tokens[:batch], draft.log_probs[:batch]]
+
+    def step(self, longest: int, mode: Mode, exact: bool = False) -> None:
+        """Emit tokens of all sequences; but for a `plain` step draft the next ones.
 
         Args:
-            longest: bound of the committed lengths. drafted: there is a draft to build a tree from.
-            exact: every sequence has this length.
+            longest: bound of the committed lengths. exact: every sequence has this length.
+            mode: `drafted` builds a tree from the last step's draft, so that step was not a plain one. Without a
+                predictor all steps are plain.
         """
         batch = self.batch
         root = self._root[:batch]
-        if drafted and self.tree is not None and self.predictor is not None:
+        drafting = self.predictor is not None and mode != "plain"
+        if mode == "drafted" and self.tree is not None and self.predictor is not None:
             draft = Draft(self._draft.tokens[:batch], self._draft.log_probs[:batch])
             tree = build(self.tree, self.predictor, draft, root)
             anchors = anchor_nodes(tree, self.tree.budget or 1) if self.tree.limited and self._transfer else None
         else:
             tree, anchors = root_tree(root), None
-        real, pseudo = self._forward(tree, anchors, longest, exact)
+        real, pseudo = self._forward(tree, anchors, longest, drafting, exact)
         normed = self.teacher.norm(real)
         targets = self.sampler(self.teacher.head(normed))
         single = tree.tokens.shape[1] == 1
@@ -125,13 +137,16 @@ class Stepper:
         self.cache.commit(accepted.path, accepted.count + 1)
         root.copy_(accepted.bonus)
         self.ring.push(accepted.count, accepted.tokens)
-        if self.predictor is not None:
+        if drafting:
             self._draft_next(tree, accepted, anchors, normed, pseudo)
 
-    def _forward(self, tree: Tree, anchors: Tensor | None, longest: int, exact: bool) -> tuple[Tensor, Tensor | None]:
+    def _forward(
+        self, tree: Tree, anchors: Tensor | None, longest: int, drafting: bool, exact: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """All rows of a step through all layers: real rows (B, N, d) and pseudo states (B, k, A, d) or None."""
         teacher, cache = self.teacher, self.cache
-        rows, offsets = self._rows(tree, anchors)
+        transfer = self._transfer if drafting else ()
+        rows, offsets = self._rows(tree, anchors) if transfer else (tree.ancestors, tree.depth)
         positions = cache.lengths[:, None] + offsets
         cache.begin(rows.shape[1], longest)
         mask = None
@@ -143,7 +158,7 @@ class Stepper:
             teacher.embed(tree.tokens),
             positions,
             mask,
-            transfer_layers=self._transfer,
+            transfer_layers=transfer,
             spawn=self.spawn,
             anchors=anchors,
             cache=cache,
@@ -151,13 +166,11 @@ class Stepper:
         )
 
     def _rows(self, tree: Tree, anchors: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Who sees whom among all rows (B, M, M), and their distances from the root (B, M): made once where they do not
-        change from step to step.
+        """Who sees whom among real and pseudo rows (B, M, M), and their distances from the root (B, M): made once
+        where they do not change from step to step.
         """
         steps = len(self._transfer)
         batch, nodes = tree.tokens.shape
-        if not steps:
-            return tree.ancestors, tree.depth
         if anchors is not None or (nodes > 1 and (self.tree is None or self.tree.kind != "static")):
             return step_rows(tree.ancestors, tree.depth, anchors, steps)
         if nodes not in self._constant:

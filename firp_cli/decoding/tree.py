@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from firp_cli.decoding.dynamic import Tree, build_best
 from firp_cli.errors import UsageError
 from firp_cli.predictors.base import Draft, Predictor
 
 DEFAULT_NODES = 8
 MAX_NODES = 1024
-MAX_CANDIDATES = 4096  # prefixes that are scored at once
+KINDS = ("dynamic", "static", "chain", "none")  # what specifications begin with
+NEEDED = "it needs `tree` (a spec), `paths`, or `entries`"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class TreeSpec:
 
     `static`: `paths` lists nodes as candidate ranks from the root, e.g. (0,), (1,), (0, 0); closed under prefixes.
     `dynamic`: the `nodes - 1` prefixes of highest joint draft probability, chosen anew each step.
+    `none`: no draft, plain decoding.
     `budget`: nodes that get pseudo rows, those where the accepted path most likely ends; None: all of them.
+    `steps`: draft steps that are run; None: all that the predictor has.
     """
 
     kind: str
@@ -39,9 +43,15 @@ class TreeSpec:
     paths: tuple[tuple[int, ...], ...] = ()
     name: str = ""
     budget: int | None = None
+    steps: int | None = None
 
     def __str__(self) -> str:
-        return (self.name or f"{self.kind}:{self.nodes}") + (f"@{self.budget}" if self.limited else "")
+        if self.kind == "none":
+            return "none"
+        shape, run = self.name or f"{self.kind}:{self.nodes}", "" if self.steps is None else f"/{self.steps}"
+        if run and self.name == _widths([1] * self.depth(0)) and self.depth(0) == self.steps:
+            shape = "chain"
+        return shape + run + (f"@{self.budget}" if self.limited else "")
 
     @property
     def limited(self) -> bool:
@@ -50,7 +60,20 @@ class TreeSpec:
 
     def depth(self, steps: int) -> int:
         """Longest path below the root."""
-        return max(map(len, self.paths), default=0) if self.kind == "static" else steps
+        if self.kind == "dynamic":
+            return min(self.steps or steps, steps)
+        return max(map(len, self.paths), default=0)
+
+    def drafting(self, steps: int) -> int:
+        """How many of a predictor's `steps` need to run. Where every node has pseudo rows, steps that no path of the
+        tree reaches would be thrown away.
+        """
+        if self.kind == "none":
+            return 0
+        run = min(self.steps or steps, steps)
+        if self.limited:
+            return run
+        return min(run, self.depth(run) if self.kind == "static" else self.nodes - 1)
 
     def breadth(self, vocabulary: int) -> int:
         """Candidates that a node may need."""
@@ -59,32 +82,28 @@ class TreeSpec:
         return max(1, min(self.nodes - 1, vocabulary))
 
 
-@dataclass
-class Tree:
-    """`tokens`, `parents`, `depth`: (B, N) long; `ancestors`: (B, N, N) bool, a row is a node's path with itself;
-    `paths`: (B, N, P) long, the nodes from the root to each node, filled up with that node; `scores`: (B, N) joint
-    draft log-probability of each node given the root, None where nobody asks.
-    """
-
-    tokens: Tensor
-    parents: Tensor
-    depth: Tensor
-    ancestors: Tensor
-    paths: Tensor
-    scores: Tensor | None = None
-
-
 def parse_tree(spec: str, steps: int) -> TreeSpec:
-    """`dynamic:N`, `chain`, `static:4x2x1` (children per node by depth), each with `@B` behind it where only B nodes
-    shall have pseudo rows, or a tree.json file. Raises UsageError.
+    """`dynamic:N`, `chain`, `static:4x2x1` (children per node by depth) or a tree.json file, each with `/K` behind it
+    where only K of the predictor's `steps` shall run (a chain is then K deep), and `@B` where only B nodes shall have
+    pseudo rows; or `none`. Raises UsageError.
     """
-    shape, separator, budget = spec.rpartition("@")
-    if separator and not Path(spec).is_file():
+    if Path(spec).is_file():
+        return _from_file(Path(spec), steps)
+    if spec == "none":
+        return TreeSpec("none", 1)
+    shape, at, budget = spec.rpartition("@")
+    if at:
         if not _is_number(budget) or int(budget) < 1 or "@" in shape:
             raise UsageError(f"tree {spec!r}: behind @ stands the number of nodes with pseudo rows, at least 1")
-        return replace(parse_tree(shape, steps), budget=int(budget))
+        return _with(parse_tree(shape, steps), spec, budget=int(budget))
+    shape, slash, run = spec.rpartition("/")
+    if slash and (shape.partition(":")[0] in KINDS or Path(shape).is_file()):
+        if not _is_number(run) or not 1 <= int(run) <= steps:
+            raise UsageError(f"tree {spec!r}: behind / stands the number of draft steps, 1 to {steps}")
+        inner = parse_tree(_widths([1] * int(run)) if shape == "chain" else shape, steps)
+        return _with(inner, spec, steps=int(run))
     if spec == "chain":
-        return _static([(0,) * depth for depth in range(1, steps + 1)], steps, "chain")
+        return static_tree([(0,) * depth for depth in range(1, steps + 1)], steps, "chain")
     kind, _, rest = spec.partition(":")
     if kind == "dynamic" and _is_number(rest) and 2 <= int(rest) <= MAX_NODES:
         return TreeSpec("dynamic", int(rest))
@@ -93,13 +112,29 @@ def parse_tree(spec: str, steps: int) -> TreeSpec:
         if all(_is_number(width) and int(width) > 0 for width in widths):
             levels = [range(int(width)) for width in widths]
             paths = [path for depth in range(1, len(levels) + 1) for path in itertools.product(*levels[:depth])]
-            return _static(paths, steps, spec)
-    if Path(spec).is_file():
-        return _from_file(Path(spec), steps)
+            return static_tree(paths, steps, spec)
     raise UsageError(
-        f"no tree {spec!r}: give dynamic:N (2 <= N <= {MAX_NODES}), chain, static:4x2x1 (each may end in @B: pseudo "
-        "rows for B nodes), or a tree.json file"
+        f"no tree {spec!r}: give dynamic:N (2 <= N <= {MAX_NODES}), chain, static:4x2x1 (each may end in /K: K draft "
+        "steps, and @B: pseudo rows for B nodes), none, or a tree.json file"
     )
+
+
+def _with(spec: TreeSpec, text: str, **changes: int) -> TreeSpec:
+    """The tree under a limit that stands behind it in `text`."""
+    changed = replace(spec, **changes)  # type: ignore[arg-type]
+    if spec.kind == "none":
+        raise UsageError(f"tree {text!r}: none has no draft to limit")
+    _check_steps(changed, text)
+    return changed
+
+
+def _check_steps(spec: TreeSpec, text: str) -> None:
+    if spec.kind == "static" and spec.steps is not None and spec.steps < spec.depth(0):
+        raise UsageError(f"tree {text!r} is {spec.depth(0)} deep, it needs at least as many draft steps")
+
+
+def _widths(widths: Sequence[int]) -> str:
+    return "static:" + "x".join(map(str, widths))
 
 
 def _is_number(text: str) -> bool:
@@ -107,26 +142,53 @@ def _is_number(text: str) -> bool:
 
 
 def default_tree(folder: Path | None, predictor: Predictor) -> TreeSpec:
-    """The predictor folder's tree.json if it has one, else `dynamic:8`."""
+    """The default of the predictor folder's tree.json if it has one, else `dynamic:8`."""
     if folder is not None and (folder / "tree.json").is_file():
         return _from_file(folder / "tree.json", predictor.steps)
     return TreeSpec("dynamic", DEFAULT_NODES)
 
 
 def _from_file(path: Path, steps: int) -> TreeSpec:
+    return tree_of(path, read_tree_file(path), steps)
+
+
+def read_tree_file(path: Path) -> dict[str, Any]:
+    """What a tree.json holds. Raises UsageError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        if "paths" in value:
-            return _static([tuple(int(rank) for rank in item) for item in value["paths"]], steps, value.get("name", ""))
-        spec = value["tree"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a tree file ({error}): it needs `tree` (a spec) or `paths`") from None
-    if Path(spec).is_file():
-        raise UsageError(f"{path}: `tree` must be a spec such as dynamic:8, not a file")
-    return parse_tree(spec, steps)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a tree file ({error}): {NEEDED}") from None
+    if not isinstance(value, dict) or not {"tree", "paths", "entries"} & set(value):
+        raise UsageError(f"{path} is not a tree file: {NEEDED}")
+    return value
 
 
-def _static(paths: Sequence[tuple[int, ...]], steps: int, name: str) -> TreeSpec:
+def tree_of(path: Path | str, value: dict[str, Any], steps: int) -> TreeSpec:
+    """The tree that a tree.json's value, or one of its entries, stands for: of `paths`, with `name`, `steps` and
+    `budget` if they are there, else of the specification `tree`, else `dynamic:8`. Raises UsageError.
+    """
+    spec = value.get("tree", f"dynamic:{DEFAULT_NODES}")
+    if not isinstance(spec, str) or Path(spec).is_file():
+        raise UsageError(f"{path}: `tree` must be a spec such as dynamic:8, not {spec!r}")
+    if value.get("paths") is None:
+        try:
+            return parse_tree(spec, steps)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+    try:
+        paths = [tuple(int(rank) for rank in item) for item in value["paths"]]
+        limits = {name: None if value.get(name) is None else int(value[name]) for name in ("steps", "budget")}
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path}: `paths` are lists of ranks, `steps` and `budget` numbers ({error})") from None
+    if any(limit is not None and limit < 1 for limit in limits.values()) or (limits["steps"] or 1) > steps:
+        raise UsageError(f"{path}: `steps` is 1 to {steps}, `budget` at least 1, got {limits}")
+    tree = replace(static_tree(paths, steps, str(value.get("name") or "")), **limits)  # type: ignore[arg-type]
+    _check_steps(tree, str(path))
+    return tree
+
+
+def static_tree(paths: Sequence[tuple[int, ...]], steps: int, name: str = "") -> TreeSpec:
+    """The tree of these nodes, ranks from the root. Raises UsageError where a parent lacks, or it is too deep."""
     ordered = tuple(sorted(set(paths), key=lambda path: (len(path), path)))
     known = {(), *ordered}
     for path in ordered:
@@ -134,6 +196,8 @@ def _static(paths: Sequence[tuple[int, ...]], steps: int, name: str) -> TreeSpec
             raise UsageError(f"tree {name or list(path)} is {len(path)} deep, the predictor drafts {steps} steps")
         if not path or min(path) < 0 or path[:-1] not in known:
             raise UsageError(f"tree path {list(path)} lacks its parent or has a negative rank")
+    if not ordered:
+        raise UsageError("a tree without paths drafts nothing: `none` says so")
     if len(ordered) + 1 > MAX_NODES:
         raise UsageError(f"tree {name} has {len(ordered) + 1} nodes, at most {MAX_NODES} are allowed")
     return TreeSpec("static", len(ordered) + 1, ordered, name)
@@ -153,13 +217,12 @@ def _root_shape(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def build(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
     """The tree of one step: root tokens (B,) and below them candidates that `predictor.child_candidates` scores."""
+    if spec.kind == "none":
+        return root_tree(root)
     if spec.kind == "static":
         return _build_static(spec, predictor, draft, root)
-    if not predictor.conditional:
-        candidates = _candidates(spec.nodes, predictor.steps, draft.tokens.shape[2], root.device)
-        if candidates is not None:
-            return _build_from_candidates(candidates, spec.nodes, draft, root)
-    return build_by_level(spec.nodes, predictor, draft, root)
+    run = spec.depth(draft.tokens.shape[1])
+    return build_best(spec.nodes, predictor, Draft(draft.tokens[:, :run], draft.log_probs[:, :run]), root)
 
 
 @cache  # graphs hold their addresses
@@ -205,151 +268,6 @@ def _build_static(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tens
             scores = torch.cat([scores, scores[:, nodes] + log_probs.gather(2, picks)[:, :, 0]], dim=1)
         tokens = torch.cat([tokens, candidates.gather(2, picks)[:, :, 0]], dim=1)
     return Tree(tokens, parents, depth, ancestors, paths, scores if spec.limited else None)
-
-
-@dataclass
-class _Candidates:
-    """All prefixes that may be among the best, the root first and parents before children.
-
-    `tokens` (C, k): places of a prefix's tokens among the k * s candidates of a draft, filled up with place k * s.
-    `facts` (C, P + 3): the candidates from the root to it, filled up with itself (P = k + 1); its parent; its depth;
-    the place of its own token, 0 the root's and 1 the draft's first.
-    """
-
-    tokens: Tensor
-    facts: Tensor
-
-
-@cache  # graphs hold their addresses
-def _candidates(nodes: int, steps: int, breadth: int, device: torch.device) -> _Candidates | None:
-    """The prefixes whose ranks r_1.. have (r_1 + 1)(r_2 + 1).. < `nodes`; None where they are too many to be worth it.
-
-    Where steps do not depend on the parent's token, every prefix of ranks no greater is as probable as a prefix at
-    least: one with a larger product cannot be among the `nodes - 1` best.
-    """
-    level: list[tuple[int, ...]] = [()]
-    every: list[tuple[int, ...]] = []
-    for _ in range(steps):
-        level = [
-            (*path, rank)
-            for path in level
-            for rank in range(breadth)
-            if math.prod(one + 1 for one in path) * (rank + 1) < nodes
-        ]
-        every += level
-        if len(every) > MAX_CANDIDATES:
-            return None
-    number = {path: place for place, path in enumerate([(), *every])}
-    tokens, facts = [], []
-    for path in number:
-        places = [depth * breadth + rank for depth, rank in enumerate(path)]
-        way = [number[path[:depth]] for depth in range(len(path) + 1)]
-        tokens.append(places + [steps * breadth] * (steps - len(path)))
-        way_and_parent = [*way, *way[-1:] * (steps - len(path)), number[path[:-1]]]
-        facts.append([*way_and_parent, len(path), places[-1] + 1 if path else 0])
-    return _Candidates(torch.tensor(tokens, device=device), torch.tensor(facts, device=device))
-
-
-def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, root: Tensor) -> Tree:
-    """`build_by_level` for steps that do not depend on the parent's token: all prefixes are scored at once."""
-    batch, (count, steps) = root.shape[0], candidates.tokens.shape
-    probable = torch.nn.functional.pad(draft.log_probs.flatten(1), (0, 1))
-    scores = probable.index_select(1, candidates.tokens.flatten()).view(batch, count, steps).sum(-1)
-    order = scores.sort(dim=1, descending=True, stable=True).indices  # of equals the parent comes first
-    places = order[:, :nodes].sort(dim=1).values  # candidate number of every node
-    nodes = places.shape[1]
-    facts = candidates.facts[places]
-    node_of = torch.zeros(batch, count, dtype=torch.long, device=root.device)
-    node_of.scatter_(1, places, numbers(nodes, root.device).expand(batch, nodes))
-    ways = node_of.gather(1, facts[:, :, : steps + 2].flatten(1)).view(batch, nodes, steps + 2)
-    paths = ways[:, :, : steps + 1]
-    ancestors = torch.zeros(batch, nodes, nodes, dtype=torch.bool, device=root.device)
-    every = torch.cat([root[:, None], draft.tokens.flatten(1)], dim=1)
-    return Tree(
-        tokens=every.gather(1, facts[:, :, -1]),
-        parents=ways[:, :, -1],
-        depth=facts[:, :, -2],
-        ancestors=ancestors.scatter_(2, paths, True),
-        paths=paths,
-        scores=scores.gather(1, places),
-    )
-
-
-@cache  # graphs hold their addresses
-def numbers(count: int, device: torch.device) -> Tensor:
-    """(count,) 0, 1, ..., made once."""
-    return torch.arange(count, device=device)
-
-
-def build_by_level(nodes: int, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
-    """A dynamic tree of any predictor: each level keeps its `nodes - 1` best prefixes, then the best over all levels
-    are chosen.
-
-    A child's joint probability never exceeds its parent's and the sort is stable with parents first, so the choice is
-    closed under ancestors.
-    """
-    batch, limit = root.shape[0], nodes - 1
-    # Candidate 0 is the root; the candidates of each level follow. `parents` holds candidate numbers.
-    tokens, scores, parents, widths = [root[:, None]], [draft.log_probs.new_zeros(batch, 1)], [], [1]
-    frontier_tokens, frontier_scores = tokens[0], scores[0]
-    for depth in range(1, predictor.steps + 1):
-        child_tokens, log_probs = predictor.child_candidates(draft, depth, frontier_tokens)
-        breadth = child_tokens.shape[2]
-        if depth == 1 and breadth <= limit:  # the root's candidates come in order
-            frontier_scores, frontier_tokens = log_probs[:, 0], child_tokens[:, 0]
-            parents.append(torch.zeros_like(frontier_tokens))
-        else:
-            joint = (frontier_scores[:, :, None] + log_probs).flatten(1)
-            frontier_scores, picks = joint.topk(min(limit, joint.shape[1]), dim=1)
-            frontier_tokens = child_tokens.flatten(1).gather(1, picks)
-            parents.append((picks // breadth).add_(sum(widths[:-1])))
-        tokens.append(frontier_tokens)
-        scores.append(frontier_scores)
-        widths.append(frontier_tokens.shape[1])
-    levels, own, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
-    every = torch.cat(scores, dim=1)
-    order = every[:, 1:].sort(dim=1, descending=True, stable=True).indices
-    chosen = order[:, :limit].sort(dim=1).values
-    places = torch.nn.functional.pad(chosen + 1, (1, 0))  # candidate number of every node, the root first
-    node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, own.expand(batch, -1))
-    above = torch.cat(parents, dim=1).gather(1, chosen)
-    parent = torch.nn.functional.pad(node_of.gather(1, above), (1, 0))
-    level = levels[places]
-    return Tree(
-        tokens=torch.cat(tokens, dim=1).gather(1, places),
-        parents=parent,
-        depth=level,
-        ancestors=_ancestors(parent, itself, predictor.steps),
-        paths=_paths(parent, level, own, predictor.steps),
-        scores=every.gather(1, places),
-    )
-
-
-def _paths(parents: Tensor, depth: Tensor, own: Tensor, steps: int) -> Tensor:
-    """(B, N, k + 1) `Tree.paths` from parents and depth (B, N): climb from every node, then turn the climb round."""
-    climb = [own.expand_as(parents)]
-    for _ in range(steps):
-        climb.append(parents.gather(1, climb[-1]))
-    ahead = depth[:, :, None] - numbers(steps + 1, parents.device)
-    return torch.stack(climb, dim=2).gather(2, ahead.clamp(min=0))
-
-
-@cache  # graphs hold their addresses
-def _dynamic_shape(widths: tuple[int, ...], nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Constants of a tree: the level of every candidate, node numbers (N,), and the identity (N, N) bool."""
-    levels = [level for level, width in enumerate(widths) for _ in range(width)]
-    itself = torch.eye(nodes, dtype=torch.bool, device=device)
-    return torch.tensor(levels, device=device), torch.arange(nodes, device=device), itself
-
-
-def _ancestors(parents: Tensor, itself: Tensor, depth: int) -> Tensor:
-    """(B, N, N) bool from parents (B, N): each round doubles how far up a node sees. `itself`: the identity (N, N)."""
-    seen = itself.expand(parents.shape[0], -1, -1).scatter(2, parents[:, :, None], True).float()
-    reach = 1
-    while reach < depth:
-        seen = seen @ seen
-        reach *= 2
-    return seen > 0
 
 
 def anchor_nodes(tree: Tree, count: int) -> Tensor:

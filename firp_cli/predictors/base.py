@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,25 @@ class Predictor(nn.Module, ABC):
     def conditional(self) -> bool:
         """True unless a predictor says that the candidates of a depth are the same below all its nodes."""
         return True
+
+    def first(self, steps: int) -> Predictor:
+        """The predictor of the first `steps` steps alone, on the same weights: it drafts what this one drafts for them.
+
+        Raises PredictorError where `steps` is not in 1..k, or where later steps cannot be left out.
+        """
+        if not 1 <= steps <= self.steps:
+            raise PredictorError(f"this {self.kind} predictor has 1 to {self.steps} steps, not {steps}")
+        if steps == self.steps:
+            return self
+        limited = copy(self)
+        limited._modules = dict(self._modules)  # a module's copy shares it
+        limited._keep(steps)
+        limited.steps = steps
+        return limited
+
+    def _keep(self, steps: int) -> None:
+        """Drop the modules and the configuration of the steps behind the first `steps`."""
+        raise PredictorError(f"{self.kind} runs all of its steps")
 
     def loss_weights(self, decay: float) -> list[float]:
         """w_1..w_k of the training loss, not normalised: 1, decay, decay^2, ..."""

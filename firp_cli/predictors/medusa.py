@@ -33,6 +33,10 @@ class MedusaPredictor(Predictor):
     def conditional(self) -> bool:
         return False
 
+    def _keep(self, steps: int) -> None:
+        self.blocks, self.heads = self.blocks[:steps], self.heads[:steps]
+        self.config = self.config.model_copy(update={"steps": steps})
+
     def _states(self, final: Tensor) -> Tensor:
         """(..., d) normed final states to (..., k, d)."""
         states = []

@@ -32,6 +32,12 @@ class TransferPredictor(MapPredictor):
     def conditional(self) -> bool:
         return False
 
+    def _keep(self, steps: int) -> None:
+        self.maps = self.maps[:steps]
+        firp = isinstance(self.config, FirpConfig)
+        kept = {"steps": steps} if firp else {"layers": list(self.transfer_layers[:steps])}
+        self.config = self.config.model_copy(update=kept)
+
     def spawn(self, first: int, last: int, hidden: Tensor) -> Tensor:
         maps = [self.maps[step - 1] for step in range(first, last + 1)]
         # As one matrix: a slice of three dimensions would go through a batched product, several times slower.
