@@ -51,6 +51,12 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept: $FIRP_CACHE_DIR, else `firp` in the user's cache folder."""
+    own = os.environ.get("FIRP_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firp"
+
+
 def git_commit() -> str | None:
     """Commit of the source tree that runs, with `+changes` when it differs; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent

@@ -37,7 +37,6 @@ from firp_cli.evaluation.bench import (
     Method,
     choose_methods,
     eager_reasons,
-    first_divergence,
     fit_prompts,
     fold,
     make_batches,
@@ -48,6 +47,7 @@ from firp_cli.evaluation.bench import (
     run_bench,
     spread,
 )
+from firp_cli.evaluation.lossless import first_divergence
 from firp_cli.evaluation.rows import BatchRun, bench_rows
 from firp_cli.predictors.registry import save_predictor
 from firp_cli.recipe import DataConfig, TeacherConfig

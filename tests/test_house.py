@@ -67,7 +67,9 @@ def test_imports_follow_the_table(path: object) -> None:
             assert room not in NO_TORCH, f"{room} imports torch"
 
 
-@pytest.mark.parametrize("command", [[], ["collect"], ["train"], ["eval"], ["bench"], ["generate"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["collect"], ["train"], ["eval"], ["tune"], ["bench"], ["generate"], ["doctor"]]
+)
 def test_help_answers_at_once(command: list[str]) -> None:
     """Half a second is the promise on an idle machine; the heavy imports are what would break it."""
     code = (

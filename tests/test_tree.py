@@ -12,7 +12,8 @@ from torch import Tensor
 
 from conftest import make_predictor
 from firp_cli.decoding.accept import Sampler, accept
-from firp_cli.decoding.tree import Tree, build, build_by_level, default_tree, parse_tree, root_tree
+from firp_cli.decoding.dynamic import build_by_level
+from firp_cli.decoding.tree import Tree, build, default_tree, parse_tree, root_tree
 from firp_cli.errors import UsageError
 from firp_cli.predictors.base import Draft, Predictor
 from firp_cli.teacher.stack import Teacher

@@ -13,6 +13,7 @@ from firp_cli.commands.doctor import doctor
 from firp_cli.commands.eval import evaluate
 from firp_cli.commands.generate import generate
 from firp_cli.commands.train import train
+from firp_cli.commands.tune import tune
 from firp_cli.errors import FirpError
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ def _main(
 app.command("collect")(collect)
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("tune")(tune)
 app.command("bench")(bench)
 app.command("generate")(generate)
 app.command("doctor")(doctor)

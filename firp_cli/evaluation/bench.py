@@ -19,8 +19,10 @@ from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.memory import readable_bytes
 from firp_cli.decoding.pipeline import PipelineEngine
 from firp_cli.decoding.tree import TreeSpec
+from firp_cli.decoding.tuned import TunedTrees
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.baselines import HuggingFaceGenerate
+from firp_cli.evaluation.lossless import compare_tokens
 from firp_cli.evaluation.pipeline import measure_tick, pipeline_report
 from firp_cli.evaluation.rows import ALL, BatchRun, Runs, bench_rows
 from firp_cli.predictors.base import Predictor
@@ -28,7 +30,6 @@ from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.provenance import environment
 from firp_cli.recipe import nearest
 from firp_cli.records import BenchReport, BenchRow, Divergence, Generation
-from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.stack import Teacher
 
 BASELINES = ("ar", "hf")
@@ -61,8 +62,8 @@ class Method:
 class BenchSettings:
     """What every method is measured under. `warmup`: times that each method decodes the first batch, uncounted.
 
-    `ranks`: processes that share a pipeline's stages, of which this is `rank`. `guard`: a pipeline may fall back to
-    plain decoding. `engine`: how our engine runs its steps.
+    `ranks`: processes that share a pipeline's stages, of which this is `rank`. `guard`: predictors may fall back to
+    plain decoding; None: those that feed a pipeline. `engine`: how our engine runs its steps.
     """
 
     max_new_tokens: int = 128
@@ -74,16 +75,16 @@ class BenchSettings:
     seed: int = 0
     rank: int = 0
     ranks: int = 1
-    guard: bool = True
+    guard: bool | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass
 class LoadedPredictor:
-    """A predictor with the tree it is measured with (None: it feeds a pipeline) and the folder it came from."""
+    """A predictor with the trees it is measured with (None: it feeds a pipeline) and the folder it came from."""
 
     predictor: Predictor
-    tree: TreeSpec | None
+    tree: TreeSpec | TunedTrees | None
     folder: Path
 
 
@@ -134,7 +135,7 @@ def make_methods(
             loaded = predictors[name]
             shared: dict[str, Any] = {"rank": settings.rank, "ranks": settings.ranks, "guard": settings.guard}
             engine = make_engine(teacher, loaded.predictor, loaded.tree, options=settings.engine, **shared, **options)
-            tree = None if loaded.tree is None else str(loaded.tree)
+            tree = str(loaded.tree) if isinstance(loaded.tree, TreeSpec) else None
             exits = loaded.predictor if isinstance(loaded.predictor, EarlyExitPredictor) else None
             methods.append(Method(name, engine.generate, str(loaded.folder), tree, exits, engine))
     return methods
@@ -293,47 +294,6 @@ def reference_method(names: Sequence[str], temperature: float) -> str | None:
     return next((name for name in ("hf", "ar") if name in names), None)
 
 
-def compare_tokens(
-    teacher: Teacher, prompts: Sequence[BenchPrompt], reference: Sequence[BatchRun], other: Sequence[BatchRun]
-) -> dict[int, Divergence | None]:
-    """Prompt number to its first divergence from the reference, None where the tokens are identical."""
-    found: dict[int, Divergence | None] = {}
-    for expected_run, got_run in zip(reference, other, strict=True):
-        for number, one, two in zip(expected_run.numbers, expected_run.generations, got_run.generations, strict=True):
-            found[number] = first_divergence(teacher, number, prompts[number].token_ids, one.token_ids, two.token_ids)
-    return found
-
-
-def first_divergence(
-    teacher: Teacher, number: int, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]
-) -> Divergence | None:
-    """Where `got` leaves `expected`, and how far apart the teacher's logits of the two tokens are there.
-
-    A side that ended earlier has token -1 and no gap (NaN).
-    """
-    if list(expected) == list(got):
-        return None
-    pairs = list(zip(expected, got, strict=False))
-    position = next((place for place, (one, two) in enumerate(pairs) if one != two), len(pairs))
-    if position == len(pairs):
-        longer = [expected[position] if len(expected) > position else -1, got[position] if len(got) > position else -1]
-        return Divergence(number, position, longer[0], longer[1], float("nan"))
-    logits = next_token_logits(teacher, [*prompt, *expected[:position]])
-    gap = (logits[expected[position]] - logits[got[position]]).item()
-    return Divergence(number, position, expected[position], got[position], gap)
-
-
-@torch.inference_mode()
-def next_token_logits(teacher: Teacher, token_ids: Sequence[int]) -> torch.Tensor:
-    """The teacher's float32 logits (V,) behind `token_ids`, from one whole forward."""
-    ids = torch.tensor([list(token_ids)], device=teacher.device)
-    count = ids.shape[1]
-    positions = torch.arange(count, device=teacher.device)[None]
-    mask = teacher.sequence_mask(causal_allowed(torch.full((1,), count, device=teacher.device), count), positions)
-    hidden = teacher.run(teacher.embed(ids), positions, mask)
-    return teacher.head(teacher.norm(hidden[0, -1]))
-
-
 def run_bench(
     teacher: Teacher,
     prompts: Sequence[BenchPrompt],
@@ -351,16 +311,18 @@ def run_bench(
     runs = measure(methods, fitting, batches, settings, progress)
     names = [method.name for method in methods]
     reference = reference_method(names, settings.temperature)
+    token_ids = [prompt.token_ids for prompt in fitting]
     divergences: dict[str, dict[int, Divergence | None]] = {}
     if reference:
         for name in names:
             if name != reference:
-                divergences[name] = compare_tokens(teacher, fitting, runs[reference], runs[name])
+                divergences[name] = compare_tokens(teacher, token_ids, runs[reference], runs[name])
     rows = []
     for method in methods:
         own = bench_rows(method.name, runs, divergences.get(method.name, {}), settings.temperature)
         for row in own:
             row.predictor, row.tree, row.batch_size = method.predictor, method.tree, settings.batch_size
+        _add_tuned(own, method, fitting, batches, settings)
         if method.exits is not None:
             _add_pipeline(own, method.exits, runs[method.name], teacher, settings)
         rows += own
@@ -405,6 +367,25 @@ def teacher_labels(names: Sequence[str]) -> list[str]:
     """What reports call teachers: their names, of folders the last part where no other teacher's is the same."""
     short = [Path(name).name if Path(name).is_absolute() else name for name in names]
     return [label if short.count(label) == 1 else name for name, label in zip(names, short, strict=True)]
+
+
+def _add_tuned(
+    rows: Sequence[BenchRow],
+    method: Method,
+    prompts: Sequence[BenchPrompt],
+    batches: Sequence[Batch],
+    settings: BenchSettings,
+) -> None:
+    """Give the rows of tuned trees the one that a typical batch took, and what was foretold of it."""
+    trees = method.engine.tree if isinstance(method.engine, Engine) else None
+    if not isinstance(trees, TunedTrees):
+        return
+    longest = median(max(map(len, _tokens(prompts, batch))) for batch in batches)
+    context = int(longest) + settings.max_new_tokens // 2
+    entry = trees.entry(settings.batch_size, context)
+    for row in rows:
+        row.tree = str(trees.at(settings.batch_size, context))
+        row.predicted = entry.predicted if entry else None
 
 
 def _add_pipeline(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -10,6 +9,7 @@ import torch
 
 from firp_cli.decoding.probe import TickProbe
 from firp_cli.decoding.trace import total
+from firp_cli.evaluation.timing import milliseconds
 from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.records import Generation, PipelineReport, TickCost
 from firp_cli.teacher.stack import Teacher
@@ -69,7 +69,7 @@ def measure_tick(teacher: Teacher, predictor: EarlyExitPredictor, context: int) 
     measured: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(ROUNDS):
         for name, run in parts.items():
-            measured[name].append(_milliseconds(run, TICKS, teacher.device))
+            measured[name].append(milliseconds(run, TICKS, teacher.device, warm=1))
     found = {name: median(times) for name, times in measured.items()}
     rows = [found[f"rows {count}"] for count in range(1, predictor.loops + 1)]
     return TickCost(
@@ -82,16 +82,3 @@ def measure_tick(teacher: Teacher, predictor: EarlyExitPredictor, context: int) 
         decision=max(0.0, found["tick"] - rows[-1] - found["heads"]),
         rows=rows,
     )
-
-
-def _milliseconds(run: Callable[[], object], times: int, device: torch.device) -> float:
-    """Milliseconds of one call, averaged over `times` of them."""
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(times):
-        run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - began) / times

@@ -17,19 +17,17 @@ from torch.nn import functional
 from firp_cli.decoding.accept import accept
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.pipeline import PipelineEngine
-from firp_cli.decoding.step import draft_behind
-from firp_cli.decoding.tree import TreeSpec, anchor_nodes, build, default_tree, nearest_anchor, parse_tree
+from firp_cli.decoding.tree import TreeSpec, build, default_tree, parse_tree
 from firp_cli.errors import StoreError
+from firp_cli.evaluation.acceptance import ANCHOR_CHUNK, trace, walk
+from firp_cli.evaluation.states import LOGIT_ELEMENTS, sequence_states
 from firp_cli.metrics import accepted_length, chain_length, ticks_per_token
 from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate, compare_rows, target_states
-from firp_cli.predictors.base import Predictor, SequenceBatch
+from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.records import StepQuality
-from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.stack import Teacher
 
-ANCHOR_CHUNK = 128  # anchors per sequence and forward
-LOGIT_ELEMENTS = 1 << 24  # logits held at once
 GATE_TOLERANCE = {torch.float32: 0.02}  # relative; elsewhere rounding flips near-ties between the two forwards
 GATE_TOLERANCE_ROUNDED = 0.1
 
@@ -214,78 +212,16 @@ def _quality(sums: _Sums, sequences: int, anchors: int, pipeline: tuple[int, ...
     )
 
 
-@torch.inference_mode()
-def sequence_states(teacher: Teacher, predictor: Predictor, token_ids: Sequence[int]) -> SequenceBatch:
-    """One sequence with the states that the predictor reads, as a store would give them."""
-    ids = torch.tensor([list(token_ids)], device=teacher.device)
-    length = ids.shape[1]
-    lengths = torch.full((1,), length, device=teacher.device)
-    positions = torch.arange(length, device=teacher.device)[None]
-    mask = teacher.sequence_mask(causal_allowed(lengths, length), positions)
-    hidden: dict[int, Tensor] = {}
-
-    def keep(layer: int, states: Tensor) -> None:
-        if layer in predictor.required_layers:
-            hidden[layer] = states
-
-    last = teacher.run(teacher.embed(ids), positions, mask, on_layer=keep)
-    return SequenceBatch(ids, lengths, torch.ones_like(ids, dtype=torch.bool), teacher.norm(last), hidden)
-
-
-@torch.inference_mode()
 def simulate(
     teacher: Teacher, predictor: Predictor, token_ids: Sequence[int], prompt_length: int, tree: TreeSpec
 ) -> list[int]:
     """Tokens that each decoding step would emit while writing `token_ids[prompt_length:]`, without decoding.
 
     Training's forward drafts at every anchor; the walk then goes from accepted node to accepted node as the decoder
-    does, the last step cut at the sequence's end. The first new token is prefill's and belongs to no step.
+    does.
     """
-    length = len(token_ids)
-    first = prompt_length - 1
-    if length - prompt_length < 2:
-        return []
-    batch = sequence_states(teacher, predictor, token_ids)
-    if tree.limited and predictor.transfer_layers:
-        return _walk(teacher, predictor, batch, first, tree)
-    ids = batch.input_ids[0]
-    padded = torch.cat([ids, ids.new_full((predictor.steps + 1,), -1)])
-    counts: list[int] = []
-    for anchors in torch.arange(first, length - 2, device=ids.device).split(ANCHOR_CHUNK):
-        states = predictor.draft_states(teacher, batch, anchors[None])[0]
-        ahead = anchors[:, None] + torch.arange(2, predictor.steps + 3, device=ids.device)
-        rows = (states, ids[anchors + 1], padded[ahead])
-        for part, roots, following in _row_chunks(rows, predictor.steps * teacher.vocab_size):
-            counts += accepted_counts(teacher, predictor, part, roots, following, tree).tolist()
-    emitted = []
-    anchor = first
-    while anchor < length - 2:
-        accepted = counts[anchor - first] + 1
-        emitted.append(min(accepted, length - 2 - anchor))
-        anchor += accepted
-    return emitted
-
-
-def _walk(teacher: Teacher, predictor: Predictor, batch: SequenceBatch, first: int, tree: TreeSpec) -> list[int]:
-    """`simulate` where some nodes have no pseudo rows: what is drafted depends on where the last steps ended."""
-    ids, length = batch.input_ids[0], batch.input_ids.shape[1]
-    padded = torch.cat([ids, ids.new_full((predictor.steps + 2,), -1)])
-    depth, breadth = tree.depth(predictor.steps), tree.breadth(teacher.vocab_size)
-    anchor, behind, emitted = first, torch.zeros(1, dtype=torch.long, device=ids.device), []
-    while anchor < length - 2:
-        source = (anchor - behind)[None]
-        states = predictor.draft_states(teacher, batch, source)[0]
-        draft = draft_behind(teacher, predictor, states, behind, breadth)
-        root = ids[anchor + 1][None]
-        built = build(tree, predictor, draft, root)
-        targets = padded[anchor + 2 + built.depth]
-        accepted = accept(built, targets, depth)
-        anchors = anchor_nodes(built, tree.budget or 1)
-        _, behind = nearest_anchor(built, anchors, accepted.path, accepted.count)
-        count = int(accepted.count) + 1
-        emitted.append(min(count, length - 2 - anchor))
-        anchor += count
-    return emitted
+    written = trace(teacher, predictor, token_ids, prompt_length, tree.breadth(teacher.vocab_size))
+    return walk(predictor, [written], tree)[0] if written else []
 
 
 def gate(
