@@ -1,68 +1,20 @@
-"""Figures as PNG bytes. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
+"""Figures of `firp bench` and `firp eval` as PNG bytes."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from firp_cli.records import BenchReport, BenchRow, EvalReport, PipelineReport
+from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend
+from firp_cli.reports.canvas import png as _png
 from firp_cli.reports.pipeline import pipeline_rows
 from firp_cli.reports.tables import group_name, main_rows
 from firp_cli.reports.teachers import row_label
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE: dict[Any, Any] = {
-    "font.size": 9.0,
-    "axes.titlesize": 10.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
-DOTS_PER_INCH = 160
-LEGEND_MARK, LEGEND_LETTER = 0.56, 0.061  # inches
 LABELLED_BARS = 16  # more have no room for their figures
-
-
-@contextmanager
-def _canvas(width: float, height: float) -> Iterator[Figure]:
-    """An empty figure in inches, drawn without a display and without touching pyplot's global state."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-
-
-def _legend(figure: Figure, most: int) -> None:
-    """The lines' legend above the figure, in as many columns as have room, but no more than `most`."""
-    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
-    widths = sorted((LEGEND_MARK + LEGEND_LETTER * len(label) for label in labels), reverse=True)
-    columns = next((count for count in range(most, 1, -1) if sum(widths[:count]) <= figure.get_figwidth()), 1)
-    figure.legend(loc="outside upper left", ncols=min(columns, len(labels)))
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DOTS_PER_INCH)
-    return stream.getvalue()
 
 
 def bench_figures(report: BenchReport) -> dict[str, bytes]:
@@ -93,7 +45,7 @@ def _errors(row: BenchRow) -> tuple[float, float]:
 
 def _speedup(rows: Sequence[BenchRow]) -> bytes:
     """Speedup of each method over both baselines, with the interval over `ar`."""
-    with _canvas(6.4, 0.9 + 0.55 * len(rows)) as figure:
+    with canvas(6.4, 0.9 + 0.55 * len(rows)) as figure:
         axes = figure.subplots()
         places = list(range(len(rows)))
         bars = 0.36
@@ -133,7 +85,7 @@ def _speedup(rows: Sequence[BenchRow]) -> bytes:
 
 def _acceptance(rows: Sequence[BenchRow]) -> bytes:
     """Left: share of steps that accepted at least i drafts. Right: how many tokens steps emitted."""
-    with _canvas(8.4, 3.2) as figure:
+    with canvas(8.4, 3.2) as figure:
         left, right = figure.subplots(1, 2)
         deepest = max(len(row.accepted_histogram) for row in rows)
         width = 0.8 / len(rows)
@@ -157,7 +109,7 @@ def _acceptance(rows: Sequence[BenchRow]) -> bytes:
         right.grid(visible=False, axis="x")
         right.set_xlabel("tokens emitted by a step (bonus included)")
         right.set_ylabel("share of steps")
-        _legend(figure, 3)
+        legend(figure, 3)
         return _png(figure)
 
 
@@ -166,7 +118,7 @@ def _speedup_by_group(rows: Sequence[BenchRow]) -> bytes:
     groups = list(dict.fromkeys(group_name(row) for row in rows))
     drafting = [row for row in rows if row.speedup and row.method not in ("ar", "hf")]
     methods = list(dict.fromkeys(row_label(row) for row in drafting or rows if row.speedup))
-    with _canvas(6.8, 1.1 + 0.38 * len(groups)) as figure:
+    with canvas(6.8, 1.1 + 0.38 * len(groups)) as figure:
         axes = figure.subplots()
         for number, method in enumerate(methods):
             own = [row for row in rows if row_label(row) == method and row.speedup]
@@ -187,7 +139,7 @@ def _speedup_by_group(rows: Sequence[BenchRow]) -> bytes:
         axes.invert_yaxis()
         whose = "its own teacher's ar" if any(row.teacher for row in rows) else "ar"
         axes.set_xlabel(f"decoding speed relative to {whose} (ratio, 95% interval; 1 = as fast)")
-        _legend(figure, 4)
+        legend(figure, 4)
         return _png(figure)
 
 
@@ -198,7 +150,7 @@ def _occupancy(pipelines: Mapping[str, PipelineReport]) -> bytes:
     apart = len(exits) + 0.4  # the place of the corrected share, beside the exits
     width = 0.8 / len(pipelines)
     bars_in_all = sum(len(pipeline.exits) + 1 for pipeline in pipelines.values())
-    with _canvas(8.4, 3.2) as figure:
+    with canvas(8.4, 3.2) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
         for place, (method, pipeline) in enumerate(pipelines.items()):
             colour, offset = COLOURS[place % len(COLOURS)], (place - (len(pipelines) - 1) / 2) * width
@@ -224,7 +176,7 @@ def _occupancy(pipelines: Mapping[str, PipelineReport]) -> bytes:
         right.grid(visible=False, axis="x")
         right.set_xlabel("exit loop: share that the last loop confirmed")
         right.set_ylabel("share of tokens")
-        _legend(figure, 3)
+        legend(figure, 3)
         return _png(figure)
 
 
@@ -244,7 +196,7 @@ def _quality(report: EvalReport) -> bytes:
     """Left: top-1 and top-5 by step, or by exit loop of a pipeline. Right: the distance from the teacher."""
     drafter = "exit" if report.pipeline else "draft"
     steps_are = "exit loop g (predicts the next token)" if report.pipeline else "step i (drafts the token i + 1 ahead)"
-    with _canvas(8.0, 3.1) as figure:
+    with canvas(8.0, 3.1) as figure:
         left, right = figure.subplots(1, 2)
         steps = [item.step for item in report.steps]
         for name, values, place, above in (
@@ -278,7 +230,7 @@ def _similarity(report: EvalReport) -> bytes:
     grid = [[_cell(report.similarity[layer], step) for step in range(steps)] for layer in layers]
     finite = [value for line in grid for value in line if not math.isnan(value)]
     low = min([0.0, *finite])
-    with _canvas(2.2 + 0.75 * steps, 1.5 + 0.36 * len(layers)) as figure:
+    with canvas(2.2 + 0.75 * steps, 1.5 + 0.36 * len(layers)) as figure:
         axes = figure.subplots()
         image = axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=1.0)
         for place, line in enumerate(grid):

@@ -82,7 +82,11 @@ def _main_cells(row: BenchRow, reference: str | None) -> list[str]:
 
 
 def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
-    """Headers and cells of the second table of the written reports: what the main figures are made of."""
+    """Headers and cells of the second table of the written reports: what the main figures are made of, and what was
+    predicted where something was.
+    """
+    from firp_cli.reports.predicted import predicted_cells
+
     headers = ["prompts", "method", "tree", "n", "new tokens", "prefill s", "decode s", "steps", "ms/step"]
     headers += ["speedup with prefill", "steps accepting at least 1, 2, ... drafts"]
     cells = [
@@ -101,19 +105,24 @@ def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
         ]
         for row in report.rows
     ]
-    return teacher_column(report.rows, headers, cells)
+    foretold, more = predicted_cells(report.rows)
+    cells = [[*line, *own] for line, own in zip(cells, more, strict=True)]
+    return teacher_column(report.rows, [*headers, *foretold], cells)
 
 
 def bench_tables(report: BenchReport) -> Group:
     """The main table for the terminal, one for each teacher and data set, narrow enough for 80 columns: headers on two
-    lines, accepted lengths without their interval. Categories and pipelines follow in tables of their own.
+    lines, accepted lengths without their interval. Predictions follow in lines, categories and pipelines in tables of
+    their own.
     """
     from rich.console import Group
+    from rich.text import Text
 
     from firp_cli.reports.pipeline import pipeline_tables
+    from firp_cli.reports.predicted import predicted_lines
 
     drawn = [table for part in by_teacher(report) for table in _teacher_tables(part)]
-    return Group(*drawn, *pipeline_tables(report))
+    return Group(*drawn, *map(Text, predicted_lines(report)), *pipeline_tables(report))
 
 
 def _teacher_tables(report: BenchReport) -> list[Table]:
@@ -222,6 +231,7 @@ def settings_line(report: BenchReport) -> str:
 
 def reading_notes(report: BenchReport) -> list[str]:
     """How the columns are defined, for the written reports."""
+    from firp_cli.reports import predicted
     from firp_cli.reports.pipeline import NOTES, pipeline_rows
 
     warmup = report.settings.get("warmup")
@@ -237,6 +247,7 @@ def reading_notes(report: BenchReport) -> list[str]:
         f"Before measuring, each method decoded the first batch {times}, uncounted; methods then took turns batch by "
         "batch.",
         *([f"{NOTE}."] if report.teachers else []),
+        *([predicted.NOTE] if any(row.predicted for row in report.rows) else []),
         *(NOTES if pipeline_rows(report.rows) else ()),
     ]
 
@@ -274,25 +285,34 @@ def _lossless_note(report: BenchReport) -> str | None:
 def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
     """bench.md: tables, definitions, environment and command line; `figures` are names of PNGs beside it."""
     from firp_cli.reports.pipeline import FIGURE, pipeline_markdown
+    from firp_cli.reports.predicted import predicted_lines
 
-    note = lossless_note(report)
+    note, foretold = lossless_note(report), predicted_lines(report)
     parts = [
         "# firp bench\n",
         settings_line(report) + ".\n",
         markdown_table(*bench_cells(report)),
+        *(["\n".join(f"- {line}" for line in foretold) + "\n"] if foretold else []),
         *([note + ".\n"] if note else []),
         *(f"![{name}]({name}.png)\n" for name in figures if name != FIGURE),
         *pipeline_markdown(report, figures),
         "## Details\n",
         markdown_table(*detail_cells(report)),
-        "## How to read this\n",
-        "\n".join(f"- {line}" for line in reading_notes(report)) + "\n",
-        "## Environment\n",
-        "\n".join(f"- {key}: {value}" for key, value in environment_items(report.environment)) + "\n",
-        "## Reproduce\n",
-        f"```\n{command_line(report.environment)}\n```\n",
+        *closing_markdown(reading_notes(report), report.environment),
     ]
     return "\n".join(parts)
+
+
+def closing_markdown(notes: Sequence[str], environment: dict[str, Any]) -> list[str]:
+    """The last sections of every Markdown report: definitions, environment, command line."""
+    return [
+        "## How to read this\n",
+        "\n".join(f"- {line}" for line in notes) + "\n",
+        "## Environment\n",
+        "\n".join(f"- {key}: {value}" for key, value in environment_items(environment)) + "\n",
+        "## Reproduce\n",
+        f"```\n{command_line(environment)}\n```\n",
+    ]
 
 
 def environment_items(environment: dict[str, Any]) -> list[tuple[str, str]]:
@@ -316,8 +336,8 @@ def command_line(environment: dict[str, Any]) -> str:
 
 
 def bench_csv(report: BenchReport) -> str:
-    """bench.csv: one line per row, every field; intervals as two columns, lists joined by spaces. `pipeline_` columns
-    only where a row has a pipeline, a leading `teacher` only where there are several.
+    """bench.csv: one line per row, every field; intervals as two columns, lists joined by spaces. `pipeline_` and
+    `predicted_` columns only where a row has such, a leading `teacher` only where there are several.
     """
     stream = io.StringIO()
     lines = [_flat(row) for row in report.rows]
@@ -339,6 +359,8 @@ def _flat(row: BenchRow) -> dict[str, Any]:
             flat[item.name.replace("_interval", "_low")], flat[item.name.replace("_interval", "_high")] = low, high
         elif item.name == "lossless":
             flat["lossless_compared"], flat["lossless_identical"] = value.compared, value.identical
+        elif item.name == "predicted":
+            flat.update({f"predicted_{name}": _csv_value(part) for name, part in vars(value).items()} if value else {})
         elif item.name == "pipeline":
             flat.update(_flat_pipeline(value) if value else {})
         else:

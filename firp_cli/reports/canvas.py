@@ -1,0 +1,60 @@
+"""What all figures share: canvas, style, legend, PNG bytes. Colours are Okabe and Ito's, which colour-blind readers can
+tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE: dict[Any, Any] = {
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+DOTS_PER_INCH = 160
+LEGEND_MARK, LEGEND_LETTER = 0.56, 0.061  # inches
+
+
+@contextmanager
+def canvas(width: float, height: float) -> Iterator[Figure]:
+    """An empty figure in inches, drawn without a display and without touching pyplot's global state."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def legend(figure: Figure, most: int) -> None:
+    """The lines' legend above the figure, in as many columns as have room, but no more than `most`."""
+    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+    widths = sorted((LEGEND_MARK + LEGEND_LETTER * len(label) for label in labels), reverse=True)
+    columns = next((count for count in range(most, 1, -1) if sum(widths[:count]) <= figure.get_figwidth()), 1)
+    figure.legend(loc="outside upper left", ncols=min(columns, len(labels)))
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DOTS_PER_INCH)
+    return stream.getvalue()
