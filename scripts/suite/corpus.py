@@ -1,0 +1,153 @@
+"""Text that is there on any machine: arithmetic problems, GSM8K where it is given, Python sources of the installed
+packages. The same machine and limits give the same text, in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from build_embedded import CHAT_TEMPLATE, SPECIAL_TOKENS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from arithmetic_corpus import generate
+from firp_cli.data.prompts import load_conversations, load_prompts
+from firp_cli.data.rows import Message
+from firp_cli.errors import DatasetError
+
+PAD, USER, ASSISTANT, END = SPECIAL_TOKENS
+SEED = 11
+PIECE = 1800  # characters of a source file in one conversation
+SHOWN = 0.4  # of a piece, what is asked to be continued
+FILE_BYTES = (500, 200_000)  # files smaller or larger are left out
+HELD_OUT = 20  # every so many source files, none of which is trained on
+CODE = "python"
+
+
+@dataclass
+class Corpus:
+    """Conversations to train on, by source, and questions that no training text answers, by source."""
+
+    conversations: dict[str, list[list[Message]]] = field(default_factory=dict)
+    questions: dict[str, list[list[Message]]] = field(default_factory=dict)
+
+    def mixed(self, most: int | None = None) -> list[list[Message]]:
+        """The conversations of all sources, shuffled; of each at most so many."""
+        every = [item for source in self.conversations.values() for item in source[:most]]
+        random.Random(SEED).shuffle(every)
+        return every
+
+
+def gather(
+    problems: int, code_bytes: int, questions: int, data_dir: str | None, packages: Path | None = None
+) -> Corpus:
+    """All text. `problems` and `questions`: how many, of a source. `packages`: a folder in place of the installed ones.
+
+    Raises DatasetError where a given data folder has no GSM8K.
+    """
+    corpus = Corpus()
+    made = (item for item in generate(SEED) if not item.held_out)
+    corpus.conversations["arithmetic"] = [turn(item.question, item.answer) for item in islice(made, problems)]
+    corpus.questions["arithmetic"] = [prompt.messages for prompt in load_prompts("arithmetic", None, questions)]
+    if data_dir:
+        corpus.conversations["gsm8k"] = load_conversations("gsm8k", "train", data_dir)
+        try:
+            corpus.questions["gsm8k"] = [prompt.messages for prompt in load_prompts("gsm8k", data_dir, questions)]
+        except DatasetError:  # the training questions alone were given
+            kept = corpus.conversations["gsm8k"]
+            corpus.questions["gsm8k"] = [item[:1] for item in kept[:questions]]
+            corpus.conversations["gsm8k"] = kept[questions:]
+    folder = packages or Path(sysconfig.get_paths()["purelib"])
+    pieces = {False: code_bytes, True: questions * 4 * PIECE}
+    for held_out, limit in pieces.items():
+        found = [item for text in sources(folder, limit, held_out) for item in code_turns(text)]
+        if held_out:
+            corpus.questions[CODE] = [item[:1] for item in found[:: max(1, len(found) // questions)][:questions]]
+        else:
+            corpus.conversations[CODE] = found
+    return corpus
+
+
+def turn(question: str, answer: str) -> list[Message]:
+    """A conversation of one question."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def sources(folder: Path, limit: int, held_out: bool) -> Iterator[str]:
+    """Texts of the Python files below a folder, `limit` bytes in all; in an order that mixes the packages."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.py")]
+    ranked = sorted((hashlib.sha256(name.encode()).digest(), name) for name in names)
+    for rank, name in ranked:
+        if limit <= 0:
+            return
+        if (rank[0] % HELD_OUT == 0) != held_out:
+            continue
+        try:
+            text = (folder / name).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            continue
+        if FILE_BYTES[0] <= len(text) <= FILE_BYTES[1]:
+            yield text[:limit]
+            limit -= len(text)
+
+
+def code_turns(text: str) -> Iterator[list[Message]]:
+    """A file as conversations: some lines, and the lines that follow."""
+    lines = text.splitlines(keepends=True)
+    while lines:
+        size, count = 0, 0
+        while count < len(lines) and size < PIECE:
+            size += len(lines[count])
+            count += 1
+        piece, lines = lines[:count], lines[count:]
+        shown = max(1, int(count * SHOWN))
+        if count >= 3 and size <= 3 * PIECE:
+            yield turn("Continue:\n" + "".join(piece[:shown]), "".join(piece[shown:]))
+
+
+def render(conversation: Sequence[Message]) -> str:
+    """What the tokenizer's chat template makes of a conversation."""
+    tags = {"user": USER, "assistant": ASSISTANT}
+    return "".join(f"{tags[message['role']]}\n{message['content']}{END}\n" for message in conversation)
+
+
+def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which every digit is a token, with the embedded teacher's chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    options: dict[str, Any] = {"bos_token": PAD, "pad_token": PAD, "eos_token": END}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=2048,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **options,
+    )
+
+
+def sample(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The first texts, `limit` characters in all."""
+    for text in texts:
+        if limit <= 0:
+            return
+        yield text
+        limit -= len(text)

@@ -1,0 +1,91 @@
+"""The tests marked `gpu`, in a process of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from suite.work import Failed, Shared, Skipped, Table, Work
+
+MARK = "mark.gpu"
+OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
+SUMMARY = "short test summary info"
+TAIL = 25  # lines of the output that are kept
+SPARE = 2.0  # seconds of the part's time that the tests do not get
+VERBOSE = re.compile(
+    rf"^(?:\[gw\d+\] +\[ *\d+%\] )?(?:(\S+::.*?) )?({'|'.join(OUTCOMES)})\b(?: (\S+::\S.*))?", re.MULTILINE
+)
+
+
+def marked_files(root: Path) -> list[str]:
+    """Test files that have tests marked so: others may import what this machine lacks."""
+    own = "test_gpu_suite.py"
+    return sorted(
+        str(path.relative_to(root))
+        for path in (root / "tests").glob("test_*.py")
+        if path.name != own and MARK in path.read_text(encoding="utf-8")
+    )
+
+
+def counts(output: str) -> dict[str, int]:
+    """Outcomes of a verbose run, also of one that was stopped."""
+    progress = output.partition(SUMMARY)[0]
+    found = Counter(match.group(2) for match in VERBOSE.finditer(progress) if match.group(1) or match.group(3))
+    return {outcome.lower(): found[outcome] for outcome in OUTCOMES}
+
+
+def command(files: list[str], workers: int) -> list[str]:
+    """pytest's command line; in several processes where pytest-xdist is installed."""
+    several = workers > 1 and importlib.util.find_spec("xdist") is not None
+    spread = ["-n", str(workers)] if several else []
+    options = ["-p", "no:cacheprovider", "--no-header", "--tb=short"]
+    return [sys.executable, "-m", "pytest", "-v", "-m", "gpu", *options, *spread, *files]
+
+
+def tests(shared: Shared, work: Work) -> None:
+    """Run them within the part's time. Raises Failed if any fails, Skipped where there is no CUDA device."""
+    if importlib.util.find_spec("pytest") is None:
+        raise Skipped("pytest is not installed")
+    files = marked_files(shared.root)
+    paths = [str(shared.root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    run = command(files, min(shared.sizes.workers, os.cpu_count() or 1))
+    process = subprocess.Popen(
+        run,
+        cwd=shared.root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that its workers can be ended with it
+    )
+    try:
+        output, _ = process.communicate(timeout=max(1.0, work.clock.left() - SPARE))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        work.clock.cuts.append("the tests were stopped: --parts tests runs them alone")
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    work.values |= {"command": ["python", *run[1:]], "status": process.returncode, "counts": counts(output)}
+    report(work, output, shared.device.type == "cuda")
+
+
+def report(work: Work, output: str, cuda: bool) -> None:
+    """What came out. Raises Failed, Skipped."""
+    found: dict[str, Any] = work.values["counts"]
+    work.values["tail"] = output.splitlines()[-TAIL:]
+    work.key = ", ".join(f"{count} {outcome}" for outcome, count in found.items() if count) or "no test ran"
+    work.tables.append(Table("Tests marked `gpu`", list(found), [[str(count) for count in found.values()]]))
+    if found["failed"] or found["error"] or (not work.clock.cuts and work.values["status"] not in (0, 5)):
+        raise Failed(f"{work.key}; pytest's exit status is {work.values['status']}")
+    if not cuda:
+        raise Skipped("no CUDA device")

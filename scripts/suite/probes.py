@@ -1,0 +1,40 @@
+"""Whole decoding steps, timed as the engine makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.probe import StepProbe
+from suite.timing import Run, milliseconds
+from suite.work import Shared
+
+UNTIMED = 3  # steps: with graphs the first is run, the second captured
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A step's time, and whether it was a graph."""
+
+    milliseconds: float
+    graphed: bool
+
+
+def probe(engine: Engine, batch: int, context: int, plain: bool = False) -> Run:
+    """A step of a batch with so many tokens in the cache, ready to be run again and again."""
+    held = StepProbe(engine, batch, context)
+    run = held.plain if plain else held.step
+    for _ in range(UNTIMED):
+        run()
+    return run
+
+
+def time_step(shared: Shared, engine: Engine, batch: int, context: int, plain: bool = False) -> Timed:
+    """A step with the engine's tree, or a plain one."""
+    spent = milliseconds(probe(engine, batch, context, plain), shared.device, shared.sizes.repeats)
+    return Timed(spent, engine.graphs is not None and engine.graphs.reason is None)
+
+
+def time_plain(shared: Shared, engine: Engine, batch: int, context: int) -> Timed:
+    """A plain step."""
+    return time_step(shared, engine, batch, context, plain=True)

@@ -1,0 +1,174 @@
+"""Plain decoding of random teachers against what the device can read, with transformers' `generate` beside it; prompts
+and batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from firp_cli.decoding.engine import Engine, EngineOptions
+from firp_cli.decoding.tree import parse_tree
+from firp_cli.evaluation.baselines import HuggingFaceGenerate
+from firp_cli.teacher.stack import Teacher
+from suite.probes import Timed, time_plain, time_step
+from suite.shapes import cache_bytes, random_predictor, sections, shaped, weight_bytes
+from suite.work import Shared, Table, Work
+
+REPEATS = 3
+TREES = ("chain", "dynamic:8@3", "dynamic:16@4")  # of the batches
+PROMPT_SEED = 5
+HF_SECONDS = 6.0  # that `generate` takes for REPEATS + 1 answers, about
+COMPILE_SECONDS = 10.0, 1.2  # of a static cache's forward, and of each of its layers, about
+
+
+def random_prompts(teacher: Teacher, count: int, length: int) -> list[list[int]]:
+    """Token ids of no meaning."""
+    generator = torch.Generator().manual_seed(PROMPT_SEED)
+    return torch.randint(3, teacher.vocab_size, (count, length), generator=generator).tolist()
+
+
+def decoding(engine: Engine | HuggingFaceGenerate, prompts: list[list[int]], tokens: int) -> float:
+    """Milliseconds a step of an answer of so many tokens, prefill left out: the median behind an uncounted answer."""
+    engine.generate(prompts, tokens)
+    made = [engine.generate(prompts, tokens)[0] for _ in range(REPEATS)]
+    return 1e3 * median(item.decode_seconds / (len(item.token_ids) - 1) for item in made)
+
+
+def ar(shared: Shared, work: Work, name: str) -> None:
+    """A plain step with graphs and without, and within `Engine.generate`; its bytes over the copy's rate."""
+    teacher, sizes = shaped(shared, name), shared.sizes
+    engine, without = Engine(teacher), Engine(teacher, options=EngineOptions(graphs=False))
+    step = time_plain(shared, engine, 1, sizes.context)
+    weights, cached = weight_bytes(teacher), cache_bytes(teacher, sizes.context)
+    rate = shared.found.get("bytes_per_second")
+    floor = 1e3 * (weights + cached) / rate if rate else None
+    work.values |= {
+        "teacher": teacher.describe(),
+        "context": sizes.context,
+        "weight_bytes": weights,
+        "cache_bytes": cached,
+        "step_milliseconds": step.milliseconds,
+        "graphed": step.graphed,
+        "eager_step_milliseconds": time_plain(shared, without, 1, sizes.context).milliseconds,
+        "floor_milliseconds": floor,
+        "share_of_bandwidth": floor / step.milliseconds if floor else None,
+    }
+    work.key = f"{step.milliseconds:.3f} ms a token"
+    if floor:
+        work.key += f", {100 * floor / step.milliseconds:.0f}% of the copy's bandwidth"
+    prompts = random_prompts(teacher, 1, sizes.context)
+    work.values["generate_milliseconds"] = decoding(engine, prompts, sizes.new_tokens)
+    work.values["without_graphs_because"] = engine.graphs.reason if engine.graphs else None
+    work.tables.append(_ar_table(name, work.values))
+
+
+def _ar_table(name: str, values: dict[str, Any]) -> Table:
+    floor, share = values["floor_milliseconds"], values["share_of_bandwidth"]
+    step = "step (graph)" if values["graphed"] else "step"
+    headers = ["read a token", "at the copy's rate", step, "of bandwidth", "step (no graph)", "in `generate`"]
+    line = [
+        f"{(values['weight_bytes'] + values['cache_bytes']) / 2**20:.1f} MiB",
+        f"{floor:.3f} ms" if floor else "not measured",
+        f"{values['step_milliseconds']:.3f} ms",
+        f"{100 * share:.1f}%" if share else "not measured",
+        f"{values['eager_step_milliseconds']:.3f} ms",
+        f"{values['generate_milliseconds']:.3f} ms",
+    ]
+    return Table(f"{name}: plain decoding, {values['context']} tokens of context", headers, [line])
+
+
+class StaticGenerate(HuggingFaceGenerate):
+    """transformers' `generate` with its static cache, which it compiles on CUDA devices."""
+
+    def _config(self, max_new_tokens: int) -> Any:
+        config = super()._config(max_new_tokens)
+        config.cache_implementation = "static"
+        return config
+
+
+def hf(shared: Shared, work: Work, name: str) -> None:
+    """transformers' `generate`, batch 1: dynamic cache, then static cache compiled."""
+    teacher, sizes = shaped(shared, name), shared.sizes
+    cuda = shared.device.type == "cuda"
+    prompts = random_prompts(teacher, 1, sizes.context)
+    table = Table(f"{name}: transformers' `generate`", ["", "ms a token"])
+    work.tables.append(table)
+    compiling = HF_SECONDS + COMPILE_SECONDS[0] + COMPILE_SECONDS[1] * teacher.num_layers
+    label = "static cache, compiled" if cuda else "static cache"
+    wanted = {"dynamic cache": (HuggingFaceGenerate, HF_SECONDS), label: (StaticGenerate, compiling)}
+    for cache, (method, seconds) in wanted.items():
+        if cuda and not work.clock.allows(seconds, cache):
+            continue
+        try:
+            found = decoding(method(teacher), prompts, sizes.new_tokens)
+        except Exception as error:  # the library's own compiler may fail where we do not
+            if method is not StaticGenerate:
+                raise
+            work.clock.cuts.append(f"{cache}: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+            continue
+        finally:
+            if method is StaticGenerate and cuda:
+                torch._dynamo.reset()  # its graphs hold memory
+        work.values[cache] = {"milliseconds": found}
+        table.cells.append([cache, f"{found:.3f}"])
+        work.key = ", ".join(f"{cache} {value} ms a token" for cache, value in table.cells)
+
+
+def prefill(shared: Shared, work: Work, name: str) -> None:
+    """Tokens of a prompt per second, its first new token chosen."""
+    teacher = shaped(shared, name)
+    engine = Engine(teacher)
+    table = Table(f"{name}: prefill", ["prompt", "ms", "tokens/s"])
+    work.tables.append(table)
+    for length in shared.sizes.prompts:
+        if not work.clock.allows(1.0, f"prompts of {length}"):
+            break
+        prompts = random_prompts(teacher, 1, length)
+        engine.generate(prompts, 1)
+        seconds = median(engine.generate(prompts, 1)[0].prefill_seconds for _ in range(REPEATS))
+        work.values[str(length)] = {"milliseconds": 1e3 * seconds, "tokens_per_second": length / seconds}
+        table.cells.append([str(length), f"{1e3 * seconds:.2f}", f"{length / seconds:.0f}"])
+        work.key = f"{length / seconds:.0f} tokens/s at {length}"
+
+
+def batches(shared: Shared, work: Work, name: str) -> None:
+    """Plain steps and tree steps of FIRP over the batch size; the accepted length at which a tree breaks even."""
+    teacher, sizes = shaped(shared, name), shared.sizes
+    predictor = random_predictor(teacher, sections(teacher.num_layers)["firp"])
+    headers = ["batch", "ar ms", "ar tokens/s", *(f"{spec}: ms, over ar" for spec in TREES)]
+    title = f"{name}: batches at {sizes.context} tokens of context (a tree pays above that accepted length)"
+    table = Table(title, headers)
+    work.tables.append(table)
+    for batch in sizes.batches:
+        if not work.clock.allows(2.0, f"batch {batch}"):
+            break
+        plain = time_plain(shared, Engine(teacher), batch, sizes.context)
+        trees = {}
+        for spec in TREES:  # no engine keeps its name: its cache would stay beside the next one's
+            tree = parse_tree(spec, predictor.steps)
+            trees[spec] = time_step(shared, Engine(teacher, predictor, tree), batch, sizes.context)
+        work.values[str(batch)] = _batch_values(batch, plain, trees)
+        table.cells.append(_batch_cells(batch, plain, list(trees.values())))
+        work.key = f"batch {batch}: {1e3 * batch / plain.milliseconds:.0f} tokens/s plain"
+        shared.free()
+
+
+def _batch_values(batch: int, plain: Timed, trees: dict[str, Timed]) -> dict[str, Any]:
+    return {
+        "ar_milliseconds": plain.milliseconds,
+        "ar_tokens_per_second": 1e3 * batch / plain.milliseconds,
+        "graphed": plain.graphed and all(step.graphed for step in trees.values()),
+        "trees": {
+            spec: {"milliseconds": step.milliseconds, "over_ar": step.milliseconds / plain.milliseconds}
+            for spec, step in trees.items()
+        },
+    }
+
+
+def _batch_cells(batch: int, plain: Timed, trees: Sequence[Timed]) -> list[str]:
+    ratios = [f"{step.milliseconds:.3f}, {step.milliseconds / plain.milliseconds:.2f}" for step in trees]
+    return [str(batch), f"{plain.milliseconds:.3f}", f"{1e3 * batch / plain.milliseconds:.0f}", *ratios]

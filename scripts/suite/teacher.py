@@ -1,0 +1,159 @@
+"""A teacher trained on the spot: a Llama of about 100 million parameters, by the clock."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from firp_cli.teacher.stack import Teacher
+from firp_cli.training.engine import ADAM_BETAS, learning_rate_factor
+from suite.corpus import Corpus, build_tokenizer, gather, render, sample
+from suite.shapes import empty_model
+from suite.work import Clock, Shared, Table, Work
+
+PEAK_RATE = 1.5e-3
+DECAY = 0.1
+WARMUP = 0.05
+HELD_OUT = 0.01  # share of the tokens that the loss is reported on
+HELD_OUT_BATCHES = 8
+LEFT_OVER = 0.06  # share of the part's time behind training
+SCHEDULE = 10_000  # places of the learning rate's schedule
+LOGGED = 20  # losses that are kept
+
+
+def train_teacher(shared: Shared, work: Work) -> None:
+    """Text, tokenizer, training, held-out loss; later parts find `state` (the weights in the suite's dtype), `config`,
+    `tokenizer` and `corpus`.
+    """
+    sizes, clock = shared.sizes, work.clock
+    questions = max(sizes.bench_prompts, sizes.exact_prompts, sizes.tune_prompts)
+    corpus = gather(sizes.problems, sizes.code_bytes, 2 * questions, shared.data_dir)
+    texts = [render(conversation) for conversation in corpus.mixed()]
+    tokenizer = build_tokenizer(sample(texts, sizes.tokenizer_bytes), sizes.vocabulary)
+    stream = encode_all(tokenizer, texts)
+    work.values["corpus"] = {
+        "conversations": {source: len(found) for source, found in corpus.conversations.items()},
+        "tokens": len(stream),
+        "vocabulary": len(tokenizer),
+        "seconds": clock.spent(),
+    }
+    shape = sizes.trained | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    shape |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    with torch.inference_mode(False):
+        model = empty_model(shape, shared.device, torch.float32)
+        work.values |= fit(model, stream, shared, clock)
+    work.values["parameters"] = sum(value.numel() for value in model.parameters())
+    state = {name: value.detach().to(shared.dtype) for name, value in model.state_dict().items()}
+    shared.found |= {"state": state, "shape": shape, "tokenizer": tokenizer, "corpus": corpus}
+    work.key = (
+        f"{work.values['parameters'] / 1e6:.1f} M parameters, {work.values['tokens'] / 1e6:.2f} M tokens, "
+        f"held-out loss {work.values['held_out_loss']:.2f}"
+    )
+    work.tables.append(_table(work.values, corpus))
+    del model
+    shared.free()
+
+
+def _table(values: dict[str, Any], corpus: Corpus) -> Table:
+    headers = ["parameters", "text", "tokens seen", "tokens/s", "steps", "loss", "held-out loss"]
+    sources = ", ".join(f"{len(found)} {source}" for source, found in corpus.conversations.items())
+    cells = [
+        f"{values['parameters'] / 1e6:.1f} M",
+        f"{values['corpus']['tokens'] / 1e6:.2f} M tokens: {sources}",
+        f"{values['tokens'] / 1e6:.2f} M",
+        f"{values['tokens_per_second']:.0f}",
+        str(values["steps"]),
+        f"{values['losses'][-1]['loss']:.2f}",
+        f"{values['held_out_loss']:.2f}",
+    ]
+    return Table("The teacher trained on the spot", headers, [cells])
+
+
+def encode_all(tokenizer: Any, texts: list[str]) -> Tensor:
+    """All texts one behind the other (tokens,)."""
+    encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return torch.tensor([token for item in encoded for token in item.ids], dtype=torch.int32)
+
+
+def windows(stream: Tensor, batch: int, length: int, device: torch.device) -> Iterator[Tensor]:
+    """Endless batches (batch, length + 1) from random places of the stream, which lies on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    numbers = torch.arange(length + 1, device=device)
+    while True:
+        places = torch.randint(0, len(stream) - length - 1, (batch, 1), device=device, generator=generator)
+        yield stream[places + numbers].long()
+
+
+def fit(model: Any, stream: Tensor, shared: Shared, clock: Clock) -> dict[str, Any]:
+    """Train until the part's time is nearly over, in bf16 autocast on CUDA devices."""
+    sizes, device = shared.sizes, shared.device
+    cut = len(stream) - max(sizes.window + 2, int(HELD_OUT * len(stream)))
+    stream = stream.to(device)
+    optimizer = make_optimizer(model)
+    batches = windows(stream[:cut], sizes.train_batch, sizes.window, device)
+    model.train()
+    began, seconds = time.perf_counter(), clock.left() * (1 - LEFT_OVER)
+    losses: list[dict[str, float]] = []
+    step = 0
+    while step < sizes.train_steps and (spent := time.perf_counter() - began) < seconds:
+        place = max(spent / seconds, step / sizes.train_steps)
+        rate = learning_rate_factor(int(SCHEDULE * place), SCHEDULE, WARMUP)
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_RATE * rate
+        loss = next_token_loss(model, next(batches), device)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if place * LOGGED >= len(losses):
+            losses.append({"step": step, "loss": loss.item()})  # waits, so that the clock is the device's
+    losses.append({"step": step, "loss": loss.item()})
+    spent, tokens = time.perf_counter() - began, step * sizes.train_batch * sizes.window
+    model.eval()
+    held_out = windows(stream[cut:], sizes.train_batch, sizes.window, device)
+    with torch.no_grad():
+        measured = [next_token_loss(model, next(held_out), device).item() for _ in range(HELD_OUT_BATCHES)]
+    return {
+        "steps": step,
+        "tokens": tokens,
+        "seconds": spent,
+        "tokens_per_second": tokens / spent,
+        "losses": losses,
+        "held_out_loss": math.fsum(measured) / len(measured),
+    }
+
+
+def make_optimizer(model: Any) -> torch.optim.AdamW:
+    """AdamW that decays the matrices but not the norms' scales."""
+    groups = [
+        {"params": [value for value in model.parameters() if value.dim() > 1], "weight_decay": DECAY},
+        {"params": [value for value in model.parameters() if value.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=ADAM_BETAS, fused=True)
+
+
+def next_token_loss(model: Any, ids: Tensor, device: torch.device) -> Tensor:
+    """Mean cross-entropy of (B, T + 1) tokens."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden)
+    return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def trained(shared: Shared, dtype: torch.dtype | None = None) -> Teacher:
+    """The teacher that was trained, on lean layers, its weights as they were kept, computing in `dtype`."""
+    with torch.inference_mode(False):
+        model = empty_model(shared.found["shape"], shared.device, dtype or shared.dtype)
+        model.load_state_dict(shared.found["state"])
+        teacher = Teacher(model, shared.found["tokenizer"], name="trained on the spot")
+    reason = teacher.fuse()
+    if reason:
+        raise RuntimeError(reason)
+    return teacher

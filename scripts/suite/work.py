@@ -1,0 +1,188 @@
+"""What a part of the suite is: its time, what it found, and what all parts share."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from suite.sizes import Sizes
+
+TRACEBACK_LINES = 12
+GRACE = 5.0  # seconds that a part may take beyond its time before it is stopped
+
+
+class OutOfTime(BaseException):
+    """A part took longer than it may. No Exception: nothing that a part calls may swallow it."""
+
+
+class Skipped(Exception):
+    """A part cannot run here; the text says why."""
+
+
+class Failed(Exception):
+    """A part ran and found what must not be; the text says what."""
+
+
+@dataclass
+class Table:
+    """A table of the Markdown report."""
+
+    title: str
+    headers: list[str]
+    cells: list[list[str]] = field(default_factory=list)
+
+
+class Clock:
+    """The time of a part, and what was left out for want of it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.began, self.seconds = time.perf_counter(), seconds
+        self.cuts: list[str] = []
+
+    def spent(self) -> float:
+        return time.perf_counter() - self.began
+
+    def left(self) -> float:
+        return self.seconds - self.spent()
+
+    def allows(self, seconds: float, what: str) -> bool:
+        """Whether there is time for something that takes about so long; if not, that is noted."""
+        left = self.left()
+        if left >= seconds:
+            return True
+        self.cuts.append(f"{what}: needs about {seconds:.0f} s, {max(0.0, left):.0f} s left")
+        return False
+
+
+@dataclass
+class Work:
+    """A part at work. What it has found when it is stopped or fails is kept.
+
+    Attributes:
+        values: for the JSON. key: its figure in one line. tables: for the Markdown.
+    """
+
+    clock: Clock
+    values: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
+    tables: list[Table] = field(default_factory=list)
+
+
+@dataclass
+class Shared:
+    """What parts hand on to later ones."""
+
+    device: torch.device
+    dtype: torch.dtype
+    sizes: Sizes
+    root: Path
+    data_dir: str | None = None
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def free(self, *names: str) -> None:
+        """Forget what was handed on, and give its memory back."""
+        for name in names:
+            self.found.pop(name, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def held_bytes(self) -> int | None:
+        """What tensors take of a GPU's memory: behind a part, what was handed on and a random teacher. CPUs: None."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the suite.
+
+    Attributes:
+        share: of the time, relative to the other parts. least: seconds below which it is not begun at full size.
+        needs: parts that must have handed on what they give. gives: its name in `Shared.found`.
+    """
+
+    name: str
+    run: Callable[[Shared, Work], None]
+    share: float
+    least: float = 5.0
+    needs: tuple[str, ...] = ()
+    gives: str = ""
+
+
+def select(parts: Sequence[Part], wanted: Sequence[str] | None) -> list[Part]:
+    """The parts named, those that they need before them; a name ahead of a dot takes all parts behind it. None: all.
+
+    Raises ValueError naming what there is.
+    """
+    names = {part.name for part in parts}
+    groups = {name.split(".")[0] for name in names}
+    unknown = [name for name in wanted or () if name not in names | groups]
+    if unknown:
+        raise ValueError(f"no part {', '.join(unknown)}; there are {', '.join(part.name for part in parts)}")
+    chosen = {name for name in names if wanted is None or {name, name.split(".")[0]} & set(wanted)}
+    while more := {need for part in parts if part.name in chosen for need in part.needs} - chosen:
+        chosen |= more
+    return [part for part in parts if part.name in chosen]
+
+
+def allowed(part: Part, later: Sequence[Part], left: float) -> float:
+    """Seconds for a part: its share of what is left for it and the later ones. What it does not use falls to them."""
+    return max(0.0, left) * part.share / (part.share + sum(other.share for other in later))
+
+
+def run_part(part: Part, shared: Shared, seconds: float, least: float, missing: Sequence[str]) -> tuple[Work, dict]:
+    """Run a part within its seconds. Whatever happens in it is in the record that comes back."""
+    work = Work(Clock(seconds))
+    record: dict[str, Any] = {"status": "done", "allowed_seconds": round(seconds, 1)}
+    try:
+        if missing:
+            raise Skipped(f"{', '.join(missing)} brought nothing")
+        if seconds < least:
+            raise Skipped(f"needs at least {least:.0f} s, {seconds:.0f} s left")
+        with stopped_after(seconds + GRACE):
+            part.run(shared, work)
+    except Skipped as reason:
+        record |= {"status": "skipped", "reason": str(reason)}
+    except OutOfTime:
+        work.clock.cuts.append(f"stopped after {work.clock.spent():.0f} s")
+    except Exception as error:  # the other parts go on
+        lines = traceback.format_exc().strip().splitlines()
+        record |= {
+            "status": "failed",
+            "error": f"{type(error).__name__}: {error}",
+            "traceback": lines[-TRACEBACK_LINES:],
+        }
+    if record["status"] == "done" and work.clock.cuts:
+        record["status"] = "cut"
+    record |= {"seconds": round(work.clock.spent(), 1), "key": work.key, "cuts": work.clock.cuts, "result": work.values}
+    return work, record
+
+
+@contextlib.contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in what runs here once the seconds are over. Outside the main thread nothing is stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime
+
+    former = signal.signal(signal.SIGALRM, stop)
+    before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+        signal.setitimer(signal.ITIMER_REAL, *before)
