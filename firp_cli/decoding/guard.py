@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import sqrt
-from statistics import median, median_low
+from statistics import fmean, median_low
 
 # Before anything was measured a tick is taken to cost at most this many loops of one token, and a pipe fuller than this
 # many tokens per tick to pay.
@@ -17,6 +18,8 @@ CALIBRATION = 8  # plain steps that tell what they cost
 FIRST_REST = 32  # tokens decoded one by one before speculation is tried again; doubled each time it fails again
 LONGEST_REST = 1024
 MOST_TRIES = 3  # at timing plain steps, where something else takes time beside them
+KEPT = 64  # times of plain steps
+MANY, TRIMMED = 12, 0.1  # times whose mean is taken, without this share of them at either end
 CLEARLY = 2.0  # standard errors of a mean rate
 SURE = 1.5  # times the needed tokens: then one timed plain step is enough
 
@@ -74,7 +77,7 @@ class Guard:
         self.patience, self._ratio = patience, ratio
         self._rates: deque[float] = deque(maxlen=patience.window)
         self._speculative: deque[float] = deque(maxlen=patience.window)  # seconds
-        self._plain: deque[float] = deque(maxlen=2 * CALIBRATION)  # seconds
+        self._plain: deque[float] = deque(maxlen=KEPT)  # seconds
         self._since = 0  # speculative steps since plain ones were timed
         self._paid = False
         self._rest = 0
@@ -102,7 +105,7 @@ class Guard:
     def needed(self) -> float | None:
         """Tokens per speculative step that break even; None before plain steps were timed."""
         if self._speculative and len(self._plain) >= self.patience.quick:
-            return median(self._speculative) / median_low(self._plain)  # of two the one that nothing interrupted
+            return _typical(self._speculative) / _typical(self._plain)
         return self._ratio
 
     def speculated(self, rate: float, seconds: float | None) -> None:
@@ -178,3 +181,13 @@ class Guard:
             error = sqrt(sum((one - rate) ** 2 for one in self._rates)) / count
             return rate + CLEARLY * error < needed
         return rate < needed * (1 - self.patience.slack if self._paid else 1.0)
+
+
+def _typical(times: Collection[float]) -> float:
+    """What a step takes: of many times the mean without the outermost ones, since a machine that is often interrupted
+    decodes at its mean, not at its median; of few the one in the middle.
+    """
+    if len(times) < MANY:
+        return median_low(times)
+    cut = int(TRIMMED * len(times))
+    return fmean(sorted(times)[cut : len(times) - cut])
