@@ -28,12 +28,10 @@ import torch
 
 from firp_cli.commands.loading import set_threads
 from firp_cli.evaluation.bench import machine
-from firp_cli.predictors.base import forward_rows
+from firp_cli.evaluation.cost import Passes
 from firp_cli.provenance import write_json
 from firp_cli.recipe import DEFAULT_TEACHER, TeacherConfig
 from firp_cli.reports.tables import markdown_table
-from firp_cli.teacher.attention import AttentionMask, StepMask
-from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
 
 RANDOM = "random"
@@ -52,7 +50,6 @@ QUICK = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hi
 QUICK |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 BLOCK_SECONDS = 0.1  # of one row's iterations in a round, where their number is not given
 LEAST_ITERATIONS = 3
-TREES = ("chain", "star")
 Forward = Callable[[], tuple[float, float]]  # seconds in the layers, and in norm and head
 Times = list[tuple[float, float, float]]  # by round: seconds of the two parts, interruptions of a forward
 
@@ -114,56 +111,15 @@ def stacks(teacher: Teacher, library: bool) -> list[Teacher]:
     return [teacher, Teacher(teacher.model, name=teacher.name, check=False)] if library else [teacher]
 
 
-def tree_rows(tree: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ancestors (1, M, M) bool and depth (1, M) of a chain of M nodes, or of a root with M - 1 children."""
-    if tree == "chain":
-        return torch.ones(rows, rows, dtype=torch.bool).tril()[None], torch.arange(rows)[None]
-    ancestors = torch.eye(rows, dtype=torch.bool)
-    ancestors[:, 0] = True
-    return ancestors[None], (torch.arange(rows) > 0).long()[None]
-
-
-@torch.inference_mode()
-def committed(teacher: Teacher, context: int, scratch: int) -> KVCache:
-    """A K/V cache of one sequence with `context` random tokens, and room for steps of `scratch` rows."""
-    cache = KVCache(
-        layers=teacher.num_layers,
-        batch=1,
-        scratch=scratch,
-        capacity=context,
-        heads=teacher.kv_heads,
-        head_size=teacher.head_size,
-        dtype=teacher.dtype,
-        device=teacher.device,
-        spread=scratch,
-    )
-    ids = torch.randint(0, teacher.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(context)[None]
-    cache.begin_chunk(0, context)
-    mask = AttentionMask(positions[:, None] <= positions[:, :, None], teacher.dtype, positions, positions)
-    forward_rows(teacher, teacher.embed(ids), positions, mask, cache=cache)
-    cache.set_lengths(torch.tensor([context]))
-    return cache
-
-
-def make_forward(teacher: Teacher, cache: KVCache, tree: str, rows: int) -> Forward:
+def make_forward(passes: Passes, rows: int) -> Forward:
     """A step's forward of `rows` rows behind the cache's prefix, which it leaves as it is."""
-    context = cache.capacity
-    ancestors, depth = tree_rows(tree, rows)
-    positions = cache.lengths[:, None] + depth
-    hidden = teacher.embed(torch.arange(rows)[None] % teacher.vocab_size)
-    rotary = teacher.rotary(hidden, positions)
-    mask = None  # as decoding/step.py does for plain decoding: one row sees every slot
-    if rows > 1 or any(window is not None for window in teacher.windows):
-        mask = StepMask(ancestors, positions, cache.lengths, cache.prefix_slots(context), teacher.dtype)
+    parts = passes.parts(rows)
 
-    @torch.inference_mode()
     def forward() -> tuple[float, float]:
-        cache.begin(rows, context)
         began = time.perf_counter()
-        states, _ = forward_rows(teacher, hidden, positions, mask, cache=cache, rotary=rotary)
+        parts["lower"]()
         between = time.perf_counter()
-        teacher.head(teacher.norm(states))
+        parts["head"]()
         return between - began, time.perf_counter() - between
 
     return forward
@@ -184,13 +140,13 @@ def enough_iterations(forward: Forward) -> int:
 
 
 def measure(
-    teachers: Sequence[Teacher], tree: str, rows: Sequence[int], context: int, repeats: int, iterations: int | None
+    teachers: Sequence[Teacher], rows: Sequence[int], context: int, repeats: int, iterations: int | None
 ) -> list[RowCost]:
     """Time every row count on every stack, in turns, `repeats` rounds."""
-    cache = committed(teachers[0], context, max(rows))
-    forwards = {
-        (teacher.stack.name, count): make_forward(teacher, cache, tree, count) for teacher in teachers for count in rows
-    }
+    forwards = {}
+    for teacher in teachers:
+        passes = Passes(teacher, teacher.num_layers, 1, context, max(rows))
+        forwards |= {(teacher.stack.name, count): make_forward(passes, count) for count in rows}
     iterations = iterations or enough_iterations(next(iter(forwards.values())))
     times: dict[tuple[str, int], Times] = {key: [] for key in forwards}
     keys = list(forwards)
@@ -292,7 +248,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; `--quick` makes everything tiny that was not given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", type=names, default=[DEFAULT_TEACHER, RANDOM], help=f"names, or {RANDOM}")
-    parser.add_argument("--tree", choices=TREES, default="chain")
     parser.add_argument("--rows", type=row_counts, help="row counts, with commas (1,4,8,16,32)")
     parser.add_argument("--context", type=int, help="committed positions (160)")
     parser.add_argument("--repeats", type=int, help="rounds (9)")
@@ -320,12 +275,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for name in known.teachers:
         teachers = stacks(load(name, known.quick), known.library)
-        costs = measure(teachers, known.tree, known.rows, known.context, known.repeats, known.iterations)
+        costs = measure(teachers, known.rows, known.context, known.repeats, known.iterations)
         weights = size(teachers[0])
         results.append({"teacher": teachers[0].describe(), **weights, "rows": [asdict(cost) for cost in costs]})
         print(
             f"{name}: {weights['parameters']:,} parameters, {weights['mebibytes']:.1f} MiB, of which a forward reads "
-            f"{weights['mebibytes_read']:.1f}; {known.tree}, {known.context} positions committed, "
+            f"{weights['mebibytes_read']:.1f}; {known.context} positions committed, "
             f"threads: {torch.get_num_threads()}, caches: {json.dumps(cache_sizes())}\n\n{table(costs)}",
             flush=True,
         )
