@@ -253,12 +253,12 @@ class Tuner:
 
     def predict(self, spec: TreeSpec, batch: int, costs: StepCosts, step: float, plain: float) -> Prediction:
         """What a tree brings whose step takes `step` milliseconds, and a plain one `plain`, with all sequences of the
-        batch; those that are left when some have ended take less, by the cost model.
+        batch; those that are left when some have ended take less by what the cost model says of their passes.
         """
 
         def of(tree: TreeSpec, whole: float) -> Callable[[int], float]:
             full = costs.passes(tree, batch)
-            return lambda live: whole * (1.0 if live == batch else costs.passes(tree, live) / full)
+            return lambda live: whole if live == batch else max(0.1 * whole, whole + costs.passes(tree, live) - full)
 
         speedup = replay_speedup(self.walked(spec), batch, of(spec, step), of(PLAIN, plain), self.halving)
         return Prediction(self.length(spec), step, plain, speedup)
