@@ -102,6 +102,7 @@ BAD = [
     (["tune", "--split", "test"], 2, "proves nothing"),
     (["tune", "--dataset", "gsm8k"], 2, "--data-dir"),
     (["tune", "speed"], 2, "no tree to tune"),
+    (["tune", "--context", "2000"], 2, "context holds 2048"),
     (["tune", "--limit", "3"], 2, "raise --limit"),
     (["tune", "--tree-file", "/proc/trees/tree.json"], 2, "--tree-file"),
 ]

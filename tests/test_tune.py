@@ -134,6 +134,8 @@ def test_sampled_text_is_what_sampling_is_tuned_on() -> None:
     [
         ({}, random_prompts(3), "tuning needs at least"),
         ({"max_new_tokens": 4000}, random_prompts(9), "0 of 9 prompts leave room"),
+        ({"context": 500}, random_prompts(9), "leaves no room for 24 new tokens"),
+        ({"most_rows": 3}, random_prompts(9), "raise --max-rows"),
         ({"batches": (0,)}, random_prompts(9), "at least 1"),
         ({"batches": ()}, random_prompts(9), "none"),
     ],

@@ -125,6 +125,8 @@ class Tuner:
         found, self.probable = ranks(self.predictor, self.calibration.traces)
         self.acceptance = Acceptance(found, self.breadth)
         self.candidates = shapes(self.acceptance, self.predictor, self.most_rows)
+        if not any(self.fits(one.spec) for one in self.candidates):
+            raise UsageError(f"no tree has steps of at most {self.most_rows} rows: raise --max-rows")
         self.batches = self._batches()
         return self.calibration
 
@@ -343,6 +345,11 @@ def tune(
     if predictor.pipeline:
         raise UsageError(f"a {predictor.kind} predictor feeds a pipeline, which has no tree to tune")
     room = teacher.max_positions - settings.max_new_tokens
+    if settings.context is not None and not 1 <= settings.context <= room:
+        raise UsageError(
+            f"--context {settings.context} leaves no room for {settings.max_new_tokens} new tokens: the teacher's "
+            f"context holds {teacher.max_positions}"
+        )
     fitting = [ids for ids in prompts if len(ids) <= room]
     held = max(1, round(KEPT_BACK * len(fitting))) if settings.trial else 0
     if len(fitting) - held < LEAST_PROMPTS:
