@@ -35,6 +35,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("firp_cli.evaluation.cost.ROUNDS", 3)
     monkeypatch.setattr(module, "ROUNDS", 3)
     monkeypatch.setattr(module, "SITTINGS", 1)
+    monkeypatch.setattr(module, "LEAST_SITTINGS", 1)
     monkeypatch.setattr(module, "LADDER", (2, 8))
 
 

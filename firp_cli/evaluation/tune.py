@@ -29,7 +29,7 @@ KEPT_BACK = 0.25  # share of the prompts that only try what was chosen
 LEAST_PROMPTS = 4
 FINALISTS = 6  # trees whose whole steps are timed
 ROUNDS, PROBED_ROUNDS, LEAST_ROUNDS = 6, 8, 3
-SITTINGS = 4
+SITTINGS, LEAST_SITTINGS = 16, 4  # of all batch sizes, and of each
 PAYS = 1.03  # predicted speedup; what is nearer to 1 may be a loss
 STEP_SECONDS = 8.0  # of timing steps at one sitting
 LADDER = (2, 4, 8, 16, 32)  # nodes of the trees that are tried for real, beside the chosen ones
@@ -212,10 +212,11 @@ class Tuner:
         return [spec for spec in dict.fromkeys(specs) if self.fits(spec)]
 
     def contest(self, batch: int) -> Contest:
-        """The trees that look best at a batch size, and the one that was used so far."""
+        """The trees that look best at a batch size, the best of each kind among them, and the one used so far."""
         costs = self.costs(batch)
         found = search(self.candidates, self.predictor, costs, self.length, FINALISTS, self.fits)
-        finalists = {scored.spec: scored.candidate for scored in found[:FINALISTS]}
+        of_kind = {(scored.spec.kind, scored.spec.limited): scored for scored in reversed(found)}
+        finalists = {scored.spec: scored.candidate for scored in (*found[:FINALISTS], *of_kind.values())}
         if self.default is not None and self.default.kind != "none" and self.fits(self.default):
             finalists.setdefault(self.default, Candidate(self.default))
         return Contest(batch, costs, finalists, {})
@@ -248,7 +249,8 @@ class Tuner:
         minute.
         """
         contests = [self.contest(batch) for batch in self.batches]
-        for _ in range(1 if self.teacher.device.type == "cuda" else SITTINGS):
+        sittings = 1 if self.teacher.device.type == "cuda" else max(LEAST_SITTINGS, SITTINGS // len(contests))
+        for _ in range(sittings):
             for contest in contests:
                 self.sit(contest)
         return [self.choose(contest) for contest in contests]
