@@ -56,7 +56,7 @@ def of_shape(name: str, ar: int, passes: int, breakdown: int, prefill: int, batc
     ]
 
 
-PARTS = [  # shares: about the seconds that they take on an H200 at full size
+PARTS = [  # shares of the time: estimates, until a GPU has run them
     Part("bandwidth", machine.bandwidth, 4, least=2),
     Part("tests", gpu_tests.tests, 60, least=15),
     *of_shape("7b", ar=8, passes=28, breakdown=10, prefill=7, batches=18, hf=66),
