@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,13 @@ def split_stream(seed: int, held_out: bool) -> Iterator[Problem]:
             yield problem
 
 
-def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+def tokenizer_texts(seed: int) -> Iterator[str]:
+    """What the embedded tokenizer is trained on."""
+    for problem in islice(split_stream(seed, held_out=False), TOKENIZER_PROBLEMS):
+        yield f"{problem.question}\n{problem.answer}\n"
+
+
+def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE in which every digit is a token of its own and any text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -79,13 +85,12 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=vocabulary,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    problems = islice(split_stream(seed, held_out=False), TOKENIZER_PROBLEMS)
-    tokenizer.train_from_iterator((f"{problem.question}\n{problem.answer}\n" for problem in problems), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=PAD,
@@ -316,7 +321,7 @@ def run_teacher(arguments: argparse.Namespace) -> None:
     """Train the teacher from scratch, write it and evaluate what was written."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    tokenizer = build_tokenizer(arguments.seed)
+    tokenizer = build_tokenizer(tokenizer_texts(arguments.seed), VOCABULARY_SIZE)
     model = build_teacher(tokenizer, arguments).to(arguments.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters} parameters, {len(tokenizer)} tokens in the vocabulary", flush=True)

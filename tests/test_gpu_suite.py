@@ -16,6 +16,7 @@ from conftest import ROOT, tiny_teacher
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_suite
+from build_embedded import build_tokenizer
 from suite import corpus, gpu_tests, replay, report, shapes, sizes, steps
 from suite.benches import Traced, tune_settings
 from suite.predictors import Written, share, stored
@@ -192,7 +193,7 @@ def test_the_same_packages_give_the_same_text(tmp_path: Path) -> None:
 
 def test_text_is_rendered_as_the_template_does(tmp_path: Path) -> None:
     found = corpus.gather(50, 30_000, 4, None, sources(tmp_path))
-    tokenizer = corpus.build_tokenizer(map(corpus.render, found.mixed()), 400)
+    tokenizer = build_tokenizer(map(corpus.render, found.mixed()), 400)
     assert 300 < len(tokenizer) <= 400
     for conversation in found.mixed()[:20]:
         text = corpus.render(conversation)

@@ -74,10 +74,10 @@ def walk(predictor: Predictor, traces: Sequence[Trace], spec: TreeSpec) -> list[
     All answers are walked at once, each from accepted node to accepted node, the last step cut at the answer's end. The
     first new token is prefill's and belongs to no step.
     """
-    predictor = predictor.first(spec.drafting(predictor.steps)) if spec.drafting(predictor.steps) else predictor
     if spec.kind == "none":
         return [[1] * (trace.last - trace.first) for trace in traces]
-    steps = predictor.steps
+    steps = spec.drafting(predictor.steps)
+    predictor = predictor.first(steps)
     depth, device = spec.depth(steps), traces[0].ids.device
     breadth = min(spec.breadth(1 << 30), traces[0].draft.tokens.shape[2])
     tokens = torch.cat([trace.draft.tokens[:, :steps, :breadth] for trace in traces])
@@ -92,8 +92,8 @@ def walk(predictor: Predictor, traces: Sequence[Trace], spec: TreeSpec) -> list[
     budgeted = spec.limited and bool(predictor.transfer_layers)
     while bool((anchor < lasts).any()):
         here = torch.minimum(anchor, lasts - 1)
-        place = (torch.maximum(here - behind, firsts) + offset)[:, None]
-        draft = Draft(tokens[place[:, 0]], log_probs[place[:, 0]])
+        place = torch.maximum(here - behind, firsts) + offset  # an answer that has ended stays within its own drafts
+        draft = Draft(tokens[place], log_probs[place])
         if budgeted:
             draft = _shifted(draft, behind)
         tree = build(spec, predictor, draft, ids.gather(1, here[:, None] + 1)[:, 0])

@@ -138,15 +138,14 @@ class StepCosts:
         dynamic, limited, nodes = float(spec.kind == "dynamic"), float(spec.limited), spec.nodes * float(drafted)
         return [float(drafted), dynamic, limited, float(steps), nodes, nodes * limited, float(anchors * steps)]
 
-    def fit(self, measured: dict[TreeSpec, float]) -> float:
-        """Learn from whole steps in milliseconds, a plain one among them; returns the largest relative error left."""
+    def fit(self, measured: dict[TreeSpec, float]) -> None:
+        """Learn from whole steps in milliseconds, a plain one among them."""
         self.plain = measured[PLAIN]
         specs = [spec for spec in measured if spec != PLAIN]
         beyond = np.array([measured[spec] - self.passes(spec) for spec in specs])
         weights = np.array([1 / measured[spec] for spec in specs])
         features = np.array([self._features(spec) for spec in specs])
         self._weights = np.linalg.lstsq(features * weights[:, None], beyond * weights, rcond=1e-6)[0]
-        return max((abs(self(spec) / measured[spec] - 1) for spec in specs), default=0.0)
 
     def settle(self, measured: dict[TreeSpec, float]) -> None:
         """Learn what steps take on the machine as it is, from some that were timed closely, a plain one among them."""

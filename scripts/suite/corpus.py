@@ -11,11 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from build_embedded import CHAT_TEMPLATE, SPECIAL_TOKENS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from build_embedded import SPECIAL_TOKENS
 
 from arithmetic_corpus import generate
 from firp_cli.data.prompts import load_conversations, load_prompts
@@ -116,32 +113,6 @@ def render(conversation: Sequence[Message]) -> str:
     """What the tokenizer's chat template makes of a conversation."""
     tags = {"user": USER, "assistant": ASSISTANT}
     return "".join(f"{tags[message['role']]}\n{message['content']}{END}\n" for message in conversation)
-
-
-def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every digit is a token, with the embedded teacher's chat template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    options: dict[str, Any] = {"bos_token": PAD, "pad_token": PAD, "eos_token": END}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        additional_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=2048,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        **options,
-    )
 
 
 def sample(texts: Iterable[str], limit: int) -> Iterator[str]:

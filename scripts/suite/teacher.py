@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from build_embedded import build_tokenizer
 from torch import Tensor
 from torch.nn import functional
 
 from firp_cli.teacher.stack import Teacher
 from firp_cli.training.engine import ADAM_BETAS, learning_rate_factor
-from suite.corpus import Corpus, build_tokenizer, gather, render, sample
+from suite.corpus import Corpus, gather, render, sample
 from suite.shapes import empty_model
 from suite.work import Clock, Shared, Table, Work
 
