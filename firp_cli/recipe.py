@@ -68,6 +68,7 @@ class TeacherConfig(Section):
     revision: str | None = None  # hub revision
     dtype: Precision = "auto"  # auto: the dtype in the model's own config
     device_map: str | None = None  # transformers' device_map; null: one device
+    sharding: Literal["none", "zero3"] = "none"  # zero3: each rank keeps a part of every matrix (DeepSpeed ZeRO-3)
     trust_remote_code: bool = False  # run code that comes with the model
     looped: LoopedSection | None = None  # which layers run several times; null: as the model's config says
 
@@ -80,13 +81,20 @@ class DataConfig(Section):
     data_dir: str | None = None  # where NAME/SPLIT.jsonl lies; default: $FIRP_DATA_DIR
     limit: PositiveInt | None = None  # conversations at most
     max_length: PositiveInt = 2048  # tokens per conversation; longer ones are cut
-    mode: Literal["cached"] = "cached"  # states are read from the store
+    mode: Literal["cached", "online", "hybrid"] = "cached"  # states from the store, made on the fly, or kept once made
     regenerate: bool = False  # the teacher writes its own answers to the prompts
     max_new_tokens: PositiveInt = 512  # length of a regenerated answer at most
     batch_size: PositiveInt = 32  # prompts answered at once when regenerating
     pack_tokens: PositiveInt = 2048  # tokens packed into one teacher forward while collecting
     shard_tokens: PositiveInt = 65536  # tokens per shard file
     store_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = "auto"  # auto: the teacher's
+
+
+class CollectConfig(Section):
+    """How a store is filled, where that decides nothing of what stands in it."""
+
+    responder: Literal["engine", "vllm"] = "engine"  # who writes regenerated answers: firp's engine, or vLLM
+    vllm: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of vllm.LLM, as tensor_parallel_size
 
 
 class Looping(Protocol):
@@ -207,7 +215,14 @@ class TrainingConfig(Section):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     validate_every: PositiveInt | None = None  # optimizer steps; null: ten times a run
     save_every: PositiveInt | None = None  # optimizer steps between resumable checkpoints; null: with validation
+    keep_last: PositiveInt = 2  # resumable checkpoints kept
+    keep_best: PositiveInt = 1  # weights of the validations with the longest accepted length kept
+    patience: PositiveInt | None = None  # validations without a longer accepted length that end the run; null: none do
+    min_improvement: Annotated[float, Field(ge=0)] = 0.0  # tokens by which a longer accepted length must be longer
+    balance: bool = True  # micro-batches of like lengths, so that ranks take equally long
+    readers: PositiveInt = 1  # threads that read ahead
     log_every: PositiveInt = 10
+    wandb: str | None = None  # Weights & Biases project; null: TensorBoard and metrics.jsonl alone
     gate_prompts: Annotated[int, Field(ge=0)] = 8  # prompts decoded after training; 0: no gate
     seed: int = 0
 
@@ -217,6 +232,7 @@ class Recipe(Section):
 
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    collect: CollectConfig = Field(default_factory=CollectConfig)
     predictor: Annotated[PredictorConfig, Field(discriminator="kind")] | None = None
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     store: str | None = None
