@@ -26,7 +26,7 @@ from firp_cli.training.engine import learning_rate_factor
 from firp_cli.training.journal import Listener
 from firp_cli.training.trainer import Outcome, train
 
-TIMED = ("tokens_per_second", "data_wait")
+TIMED = ("tokens_per_second", "step_seconds", "data_wait", "memory_bytes")
 FIRP = {"kind": "firp", "layer": 2, "steps": 3}
 MEDUSA = {"kind": "medusa", "steps": 2}
 
@@ -235,10 +235,14 @@ def test_a_damaged_checkpoint_is_named(whole: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
     newest = copy / "checkpoints" / "step-14"
-    for path in newest.glob("*.pt"):
-        path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(FirpError, match=r"step-14 cannot be read .*; remove it to resume from the one before"):
-        run(copy, recipe(), resume=True)
+    damaged = newest / "maps.1.weight.safetensors"
+    whole_bytes = damaged.read_bytes()
+    flipped = bytearray(whole_bytes)
+    flipped[-5] ^= 1
+    for content in (whole_bytes[:100], bytes(flipped), None):
+        damaged.unlink() if content is None else damaged.write_bytes(content)
+        with pytest.raises(FirpError, match=r"step-14 cannot be read .*; remove it to resume from the one before"):
+            run(copy, recipe(), resume=True)
     shutil.rmtree(newest)
     assert run(copy, recipe(), resume=True).step == 14
     assert rows(copy) == rows(whole)

@@ -1,19 +1,19 @@
 """Which conversations a run learns from, in which order, and the thread that reads them ahead of the training step.
 
-Everything here is a pure function of the seed, the epoch and the number of a micro-batch: a resumed run and a run on
-more ranks see the same data. Micro-batch m * R + r of the epoch goes to rank r of R at its micro-step m, so R ranks
-equal one rank with R times the gradient accumulation.
+Everything here is a pure function of the seed, the epoch and the number of an optimizer step: a resumed run, a run on
+more ranks and one with more readers see the same data. The micro-batches of a step are dealt out to the ranks, so R
+ranks equal one rank with R times the gradient accumulation.
 """
 
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,9 +21,8 @@ import torch
 from firp_cli.predictors.anchors import Anchors, Sequenced, choose_anchors, collate
 from firp_cli.predictors.base import SequenceBatch
 
-PREFETCH = 4  # micro-batches read ahead
+PREFETCH = 4  # micro-batches read ahead by the first reader; each further one has one more
 VALIDATION_EPOCH = 1 << 31  # stands for the epoch in the anchors' seeds of validation
-POLL_SECONDS = 0.1
 
 
 @dataclass
@@ -53,20 +52,31 @@ def anchor_seed(seed: int, epoch: int, index: int) -> int:
 
 
 class Order:
-    """The training conversations as an endless row of micro-batches.
+    """The training conversations as an endless row of optimizer steps, each of `per_step` micro-batches.
 
-    An epoch is a fresh shuffle cut into micro-batches; the remainder that fills no optimizer step is left out, and a
-    store too small for one step is gone round more than once within it.
+    An epoch is a fresh shuffle cut into steps; the remainder that fills no step is left out, and a store too small for
+    one step is gone round more than once within it. With `lengths` (tokens by conversation number) the conversations
+    of a step are sorted, the longest first, before they are cut into micro-batches: what shares a forward needs little
+    padding, and what ranks do at the same time takes equally long.
     """
 
-    def __init__(self, indices: Sequence[int], micro_batch_size: int, per_step: int, seed: int) -> None:
+    def __init__(
+        self,
+        indices: Sequence[int],
+        micro_batch_size: int,
+        per_step: int,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         self.indices = list(indices)
         self.size = min(micro_batch_size, len(self.indices))
         self.per_step = per_step  # micro-batches of one optimizer step, over all ranks
         self.seed = seed
+        self.lengths = lengths
         self.micro_batches = len(self.indices) // self.size
         self.steps_per_epoch = max(1, self.micro_batches // per_step)
         self._shuffled: tuple[int, list[int]] = (-1, [])
+        self._step: tuple[int, list[list[int]]] = (-1, [])
 
     def epoch(self, number: int) -> list[int]:
         """The conversations in the order of an epoch."""
@@ -78,8 +88,26 @@ class Order:
     def conversations(self, step: int, place: int) -> tuple[list[int], int]:
         """Conversations and epoch of micro-batch `place` (0..per_step-1) of optimizer step `step` (from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = (step_in_epoch * self.per_step + place) % self.micro_batches * self.size
-        return self.epoch(epoch)[start : start + self.size], epoch
+        if self._step[0] != step:
+            self._step = (step, self._micro_batches(self.epoch(epoch), step_in_epoch))
+        return self._step[1][place], epoch
+
+    def _micro_batches(self, order: list[int], step_in_epoch: int) -> list[list[int]]:
+        starts = [
+            (step_in_epoch * self.per_step + place) % self.micro_batches * self.size for place in range(self.per_step)
+        ]
+        chosen = [index for start in starts for index in order[start : start + self.size]]
+        if self.lengths is not None:
+            lengths = self.lengths
+            chosen.sort(key=lambda index: (-lengths[index], index))
+        return [chosen[start : start + self.size] for start in range(0, len(chosen), self.size)]
+
+    def place(self, micro: int, rank: int, ranks: int) -> int:
+        """The micro-batch of a step that `rank` of `ranks` takes at its micro-step `micro`.
+
+        Every second round is dealt out backwards, so that no rank always gets the longer ones.
+        """
+        return micro * ranks + (ranks - 1 - rank if micro % 2 else rank)
 
 
 class Reader:
@@ -98,55 +126,45 @@ class Reader:
         self.device, self.dtype = device, dtype
 
     def read(self, indices: list[int], epoch: int) -> MicroBatch:
-        batch = collate([self.store[index] for index in indices])
+        batch = collate(fetch(self.store, indices))
         seeds = [anchor_seed(self.seed, epoch, index) for index in indices]
         anchors = choose_anchors(batch, self.steps, self.limit, seeds)
         on_device = Anchors(anchors.index.to(self.device), anchors.valid.to(self.device))
         return MicroBatch(batch.to(self.device, self.dtype), on_device, indices)
 
 
+def fetch(store: Sequence[Sequenced], indices: Sequence[int]) -> list[Sequenced]:
+    """Conversations of a store; all at once where it can do that (one that computes states runs one forward)."""
+    together: Callable[[Sequence[int]], list[Sequenced]] | None = getattr(store, "fetch", None)
+    return [store[index] for index in indices] if together is None else together(indices)
+
+
 class Prefetcher:
-    """Reads micro-batches in a thread; iterate to get them in order. `waited` sums the seconds spent waiting."""
+    """Reads micro-batches in `readers` threads; iterate to get them in order. `waited` sums the seconds of waiting."""
 
-    def __init__(self, reader: Reader, wanted: Iterator[tuple[list[int], int]]) -> None:
+    def __init__(self, reader: Reader, wanted: Iterator[tuple[list[int], int]], readers: int = 1) -> None:
         self.waited = 0.0
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=PREFETCH)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(reader, wanted), name="prefetch", daemon=True)
-        self._thread.start()
+        self._reader, self._wanted = reader, wanted
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")
+        self._ahead: deque[Future[MicroBatch]] = deque()
+        self._submit(PREFETCH + readers - 1)
 
-    def _work(self, reader: Reader, wanted: Iterator[tuple[list[int], int]]) -> None:
-        try:
-            for indices, epoch in wanted:
-                if not self._put(reader.read(indices, epoch)):
-                    return
-            self._put(None)
-        except BaseException as error:  # raised again where the micro-batch is asked for
-            self._put(error)
-
-    def _put(self, item: Any) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=POLL_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def _submit(self, count: int) -> None:
+        for indices, epoch in islice(self._wanted, count):
+            self._ahead.append(self._pool.submit(self._reader.read, indices, epoch))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
 
     def __next__(self) -> MicroBatch:
-        began = time.perf_counter()
-        item = self._queue.get()
-        self.waited += time.perf_counter() - began
-        if item is None:
+        if not self._ahead:
             raise StopIteration
-        if isinstance(item, BaseException):
-            raise item
+        began = time.perf_counter()
+        item = self._ahead.popleft().result()
+        self.waited += time.perf_counter() - began
+        self._submit(1)
         return item
 
     def close(self) -> None:
         """Stop reading; what was read ahead is dropped."""
-        self._stopped.set()
-        self._thread.join()
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,11 +1,12 @@
 """What a run leaves on disk: resumable checkpoints, the best weights, and at the end the predictor folder.
 
-    output/checkpoints/step-N/        DeepSpeed's files and state.json; the last two are kept
+    output/checkpoints/step-N/        state.json, and one safetensors file per parameter: weights and AdamW's moments
     output/checkpoints/latest         name of the newest one
-    output/checkpoints/best-N.safetensors   weights with the best validation so far
+    output/checkpoints/best-N.safetensors   weights of the best validations so far
     output/predictor.safetensors, config.json, recipe.yaml, training.json   the trained predictor
 
-Everything is written under another name and renamed when whole.
+Everything is written under another name and renamed when whole. A checkpoint holds whole float32 tensors and no
+pickle: any number of ranks and any ZeRO stage can take it up, and at the number that wrote it, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,23 +14,40 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from firp_cli.distributed.launch import barrier, is_main, world_size
+from firp_cli.distributed.launch import barrier, is_main, rank, world_size
 from firp_cli.errors import FirpError, RecipeError, UsageError
 from firp_cli.predictors.registry import write_predictor
-from firp_cli.provenance import write_atomically, write_json
+from firp_cli.provenance import file_sha256, write_atomically, write_json
 from firp_cli.recipe import PredictorSection, Recipe, dump_recipe
+from firp_cli.training.random_state import random_state, restore_random_state, seed_rank
+from firp_cli.training.states import Whole, adam_steps, learning_rates, restore_states, whole_states
 
 FOLDER = "checkpoints"
-KEPT = 2
 STATE_FILE = "state.json"
-FREE_TO_CHANGE = {"log_every", "save_every", "gate_prompts"}  # training fields that leave the losses as they are
+FREE_TO_CHANGE = {  # training fields that leave the losses as they are, to float error
+    "log_every",
+    "save_every",
+    "gate_prompts",
+    "keep_last",
+    "keep_best",
+    "patience",
+    "min_improvement",
+    "readers",
+    "wandb",
+    "zero_stage",
+}
+TEACHER_FREE = {"sharding", "device_map"}  # where the teacher's weights lie decides no loss
 EXPORTED = (
     "predictor.safetensors",
     "recipe.yaml",
@@ -42,13 +60,16 @@ EXPORTED = (
 class RunState:
     """How far a run is. `seconds`, `waited` and `tokens` count training steps only, `waited` is per rank.
 
-    `first`, `best` and `last` are rows of validations: the start values', the best so far, the latest.
+    `first`, `best` and `last` are rows of validations: the start values', the best so far, the latest. `kept` are the
+    steps whose weights are kept, the best first; `stale` counts the validations since the last one that was better.
     """
 
     step: int = 0
     first: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
+    kept: list[tuple[float, int]] = field(default_factory=list)
+    stale: int = 0
     seconds: float = 0.0
     waited: float = 0.0
     tokens: int = 0
@@ -81,29 +102,49 @@ def _checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def save_checkpoint(engine: Any, output: Path, state: RunState, recipe: Recipe, conversations: int) -> None:
-    """Write a resumable checkpoint; every rank calls it. Raises FirpError when it cannot be written."""
+def save_checkpoint(
+    engine: Any, output: Path, state: RunState, recipe: Recipe, conversations: int, per_step: int
+) -> None:
+    """Write a resumable checkpoint; every rank calls it. Raises FirpError when it cannot be written.
+
+    Args:
+        per_step: micro-batches of an optimizer step, over all ranks.
+    """
     folder = output / FOLDER
-    tag, partial = f"step-{state.step}", f"saving-step-{state.step}"
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("saving-*"):
-            shutil.rmtree(leftover)
-    barrier()
+    tag, partial = f"step-{state.step}", folder / f"saving-step-{state.step}"
+    states: list[Any] = [random_state()]
+    if world_size() > 1:
+        states = [None] * world_size()
+        torch.distributed.all_gather_object(states, random_state())
     try:
-        engine.save_checkpoint(str(folder), tag=partial, save_latest=False)
-        barrier()
         if is_main():
-            values = {
+            for leftover in folder.glob("saving-*"):
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+        sums: dict[str, str] = {}
+        for name, values in whole_states(engine):
+            if is_main():
+                path = partial / f"{name}.safetensors"
+                save_file({key: value.to("cpu").contiguous() for key, value in values.items()}, path)
+                sums[name] = file_sha256(path)
+        if is_main():
+            saved = {
                 "state": asdict(state),
                 "recipe": recipe.model_dump(),
                 "conversations": conversations,
                 "world_size": world_size(),
+                "micro_batches_per_step": per_step,
+                "adam_steps": adam_steps(engine),
+                "schedule": {key: engine.lr_scheduler.state_dict()[key] for key in ("last_epoch", "_last_lr")},
+                "parameters": sums,
+                "random_states": states,
             }
-            write_json(folder / partial / STATE_FILE, values)
-            _publish(folder, partial, tag)
-            _prune(output)
-    except (OSError, RuntimeError) as error:
+            write_json(partial / STATE_FILE, saved)
+            _publish(folder, partial.name, tag)
+            _prune(output, recipe.training.keep_last)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
         raise FirpError(
             f"the checkpoint of step {state.step} cannot be written ({error}); the one before it is whole: "
             "make room, then --resume goes on from there"
@@ -112,39 +153,57 @@ def save_checkpoint(engine: Any, output: Path, state: RunState, recipe: Recipe, 
 
 
 def _publish(folder: Path, partial: str, tag: str) -> None:
+    """Sync every file, then rename: until then the folder is no checkpoint."""
     for path in (folder / partial).iterdir():
         with path.open("rb+") as stream:
             os.fsync(stream.fileno())
-    if (folder / tag).exists():
-        shutil.rmtree(folder / tag)
+    if (folder / tag).exists():  # damaged, or it would have been taken up
+        _discard(folder / tag)
     (folder / partial).rename(folder / tag)
     write_atomically(folder / "latest", lambda temporary: temporary.write_text(tag, encoding="utf-8"))
 
 
-def _prune(output: Path) -> None:
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint: first what makes it one, so that a kill leaves none that lacks files."""
+    (checkpoint / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def _prune(output: Path, keep_last: int) -> None:
     """Keep the last checkpoints and the best weights that they refer to."""
     whole = _checkpoints(output)
-    for path in whole[:-KEPT]:
-        shutil.rmtree(path)
-    best = [_read_state(path)["state"]["best"] for path in whole[-KEPT:]]
-    wanted = {row["step"] for row in best if row}
+    for path in whole[:-keep_last]:
+        _discard(path)
+    wanted = {step for path in whole[-keep_last:] for _, step in _read_state(path)["state"]["kept"]}
     for path in (output / FOLDER).glob("best-*.safetensors"):
         if int(path.stem.removeprefix("best-")) not in wanted:
             path.unlink()
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    """state.json of a checkpoint. Raises FirpError when it is damaged."""
+    try:
+        saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        if "parameters" not in saved:
+            raise KeyError("written by another version of firp")
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(checkpoint, str(error)) from error
+    return saved
 
 
-def check_resumable(checkpoint: Path, recipe: Recipe, conversations: int) -> None:
-    """Refuse to go on with another recipe, store or number of ranks: losses would differ. Raises RecipeError."""
+def check_resumable(checkpoint: Path, recipe: Recipe, conversations: int) -> int:
+    """Refuse to go on with another recipe or store, or with ranks that cannot share out the run's optimizer steps.
+
+    Returns the micro-batches of an optimizer step, over all ranks: however many ranks there are now, they take the same
+    ones. Raises RecipeError, UsageError, FirpError.
+    """
     saved = _read_state(checkpoint)
     now, then = recipe.model_dump(), saved["recipe"]
     for section in ("teacher", "predictor", "training"):
+        free = TEACHER_FREE if section == "teacher" else FREE_TO_CHANGE
         for key in sorted(set(now[section]) | set(then[section])):
             before, after = then[section].get(key), now[section].get(key)
-            if before != after and key not in FREE_TO_CHANGE:
+            if before != after and key not in free:
                 raise RecipeError(
                     f"{checkpoint.parent.parent} was trained with {section}.{key}={before}, now it is {after}; "
                     f"--resume goes on exactly: give the same recipe, or another --output"
@@ -154,23 +213,57 @@ def check_resumable(checkpoint: Path, recipe: Recipe, conversations: int) -> Non
             f"the store had {saved['conversations']} conversations when this run began, now it has {conversations}; "
             "--resume needs the same store"
         )
-    if saved["world_size"] != world_size():
+    per_step = int(saved["micro_batches_per_step"])
+    if per_step % world_size():
+        allowed = ", ".join(str(count) for count in range(1, per_step + 1) if per_step % count == 0)
         raise UsageError(
-            f"this run was started with --gpus {saved['world_size']}, now there are {world_size()} ranks; "
-            f"resume with --gpus {saved['world_size']}"
+            f"an optimizer step of this run has {per_step} micro-batches, which {world_size()} ranks cannot share out "
+            f"evenly; resume with --gpus {allowed}"
         )
+    return per_step
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> RunState:
-    """Restore weights, optimizer and schedule; every rank calls it. Raises FirpError when it cannot be read."""
-    try:
-        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        state = RunState(**_read_state(checkpoint)["state"])
-    except Exception as error:  # torch, pickle and DeepSpeed each fail in their own way on a damaged file
-        raise _unreadable(checkpoint, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-    if loaded is None or engine.global_steps != state.step:
-        raise _unreadable(checkpoint, "DeepSpeed found nothing to load")
+def load_weights(checkpoint: Path, predictor: torch.nn.Module) -> None:
+    """Put a checkpoint's weights into a predictor that no engine has taken yet. Raises FirpError when damaged."""
+    read = _reader(checkpoint)
+    with torch.no_grad():
+        for name, parameter in predictor.named_parameters():
+            parameter.copy_(read(name)["weight"])
+
+
+def load_checkpoint(engine: Any, checkpoint: Path, recipe: Recipe) -> RunState:
+    """Restore weights, optimizer, schedule and random states; every rank calls it. Raises FirpError when damaged."""
+    saved = _read_state(checkpoint)
+    restore_states(engine, _reader(checkpoint), saved["adam_steps"])
+    engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict() | saved["schedule"])
+    for group, rate in zip(learning_rates(engine), saved["schedule"]["_last_lr"], strict=True):
+        group["lr"] = rate
+    state = RunState(**saved["state"])
+    state.kept = [(length, step) for length, step in state.kept]
+    engine.global_steps = state.step
+    engine.micro_steps = state.step * engine.gradient_accumulation_steps()
+    engine.global_samples = state.step * engine.train_batch_size()
+    if saved["world_size"] == world_size():
+        restore_random_state(saved["random_states"][rank()])
+    else:
+        seed_rank(recipe.training.seed, state.step, rank())
     return state
+
+
+def _reader(checkpoint: Path) -> Callable[[str], Whole]:
+    """Reads a parameter's states once its file's checksum is right."""
+    sums = _read_state(checkpoint)["parameters"]
+
+    def read(name: str) -> Whole:
+        path = checkpoint / f"{name}.safetensors"
+        try:
+            if file_sha256(path) != sums[name]:
+                raise _unreadable(checkpoint, f"the checksum of {path.name} differs")
+            return load_file(path)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise _unreadable(checkpoint, f"{path.name}: {error}") from error
+
+    return read
 
 
 def _unreadable(checkpoint: Path, reason: str) -> FirpError:

@@ -33,11 +33,11 @@ def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
     return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def deepspeed_config(settings: TrainingConfig) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe's training section."""
+def deepspeed_config(settings: TrainingConfig, accumulation: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a training section, with `accumulation` micro-batches per rank and step."""
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": settings.max_grad_norm,
         "steps_per_print": 1 << 30,
         "bf16": {"enabled": settings.precision == "bf16"},
@@ -47,7 +47,9 @@ def deepspeed_config(settings: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def build_engine(predictor: Predictor, teacher: Teacher, settings: TrainingConfig, total_steps: int) -> Any:
+def build_engine(
+    predictor: Predictor, teacher: Teacher, settings: TrainingConfig, total_steps: int, accumulation: int
+) -> Any:
     """A DeepSpeed engine over the objective; joins the ranks first. `engine(batch, anchors)` gives loss and sums."""
     start()
     deepspeed = load_deepspeed()
@@ -62,7 +64,7 @@ def build_engine(predictor: Predictor, teacher: Teacher, settings: TrainingConfi
         model_parameters=parameters,
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        config=deepspeed_config(settings),
+        config=deepspeed_config(settings, accumulation),
     )
     return engine
 

@@ -1,18 +1,24 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, and whoever listens (the terminal)."""
+"""Where a run's figures go: metrics.jsonl, TensorBoard, Weights & Biases if asked for, and whoever listens."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firp_cli.provenance import write_atomically
+from firp_cli.errors import FirpError, UsageError
+from firp_cli.provenance import write_atomically, write_json
+from firp_cli.recipe import Recipe
 from firp_cli.records import plain
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+WANDB_FILE = "wandb.json"  # the run's id there, so that a resumed run goes on with it
 
 
 def _ignore(*_: Any) -> None:
@@ -42,44 +48,112 @@ class Listener:
     stop: Callable[[int], bool] = _never
 
 
+def check_trackers(recipe: Recipe) -> None:
+    """Raise UsageError where the recipe asks for a tracker that is not installed."""
+    if recipe.training.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UsageError(
+            "training.wandb asks for Weights & Biases, which is not installed: pip install 'firp[wandb]', or leave it "
+            "out (TensorBoard and metrics.jsonl are always written)"
+        )
+
+
 class Journal:
-    """Writes one JSON line per optimizer step and per validation (`split` says which), and TensorBoard scalars.
+    """Writes one JSON line per optimizer step and per validation (`split` says which), and scalars to the trackers.
 
     A resumed run drops the lines behind its checkpoint first, so the file reads as if the run had never stopped.
     """
 
-    def __init__(self, output: Path, log_every: int, resumed_at: int | None = None, validated_at: int = -1) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        output.mkdir(parents=True, exist_ok=True)
-        path = output / METRICS_FILE
-        kept = "" if resumed_at is None or not path.is_file() else _lines_until(path, resumed_at, validated_at)
-        write_atomically(path, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
-        self._stream = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(output / TENSORBOARD_FOLDER), purge_step=None if resumed_at is None else resumed_at + 1
-        )
-        self._log_every = log_every
+    def __init__(self, output: Path, recipe: Recipe, resumed_at: int | None = None, validated_at: int = -1) -> None:
+        self._path = output / METRICS_FILE
+        self._log_every = recipe.training.log_every
+        with self._writing():
+            output.mkdir(parents=True, exist_ok=True)
+            resuming = resumed_at is not None and self._path.is_file()
+            kept = _lines_until(self._path, resumed_at or 0, validated_at) if resuming else ""
+            write_atomically(self._path, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
+            self._stream = self._path.open("a", encoding="utf-8")
+            self._trackers: list[Any] = [_TensorBoard(output, resumed_at)]
+            if recipe.training.wandb is not None:
+                self._trackers.append(_Wandb(output, recipe))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add a row; training rows reach TensorBoard every `training.log_every` steps."""
-        self._stream.write(json.dumps(plain(row), allow_nan=False) + "\n")
-        self._stream.flush()
-        if row["split"] != "train" or row["step"] % self._log_every == 0:
-            for name, value in row.items():
-                self._scalar(f"{row['split']}/{name}", value, row["step"])
-            self._board.flush()
-
-    def _scalar(self, name: str, value: Any, step: int) -> None:
-        if isinstance(value, list):
-            for number, item in enumerate(value, start=1):
-                self._board.add_scalar(f"{name}/step_{number}", item, step)
-        elif isinstance(value, (int, float)) and not name.endswith("/step"):
-            self._board.add_scalar(name, value, step)
+        """Add a row; training rows reach the trackers every `training.log_every` steps. Raises FirpError."""
+        with self._writing():
+            self._stream.write(json.dumps(plain(row), allow_nan=False) + "\n")
+            self._stream.flush()
+            if row["split"] != "train" or row["step"] % self._log_every == 0:
+                scalars = dict(_scalars(row))
+                for tracker in self._trackers:
+                    tracker.write(scalars, row["step"])
 
     def close(self) -> None:
-        self._stream.close()
+        """Finish all files. Raises FirpError."""
+        with self._writing():
+            self._stream.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise FirpError(
+                f"{self._path} cannot be written ({error}); the last checkpoint is whole: make room, then --resume "
+                "goes on from there"
+            ) from error
+
+
+class _TensorBoard:
+    """Event files under output/tensorboard; a resumed run hides what lies behind its checkpoint."""
+
+    def __init__(self, output: Path, resumed_at: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if resumed_at is None else resumed_at + 1
+        self._board = SummaryWriter(str(output / TENSORBOARD_FOLDER), purge_step=purge)
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def close(self) -> None:
         self._board.close()
+
+
+class _Wandb:
+    """A run of the project `training.wandb`, the same one after a resume. Mode and key are wandb's own affair."""
+
+    def __init__(self, output: Path, recipe: Recipe) -> None:
+        wandb = importlib.import_module("wandb")
+        path = output / WANDB_FILE
+        known = json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else None
+        self._run = wandb.init(
+            project=recipe.training.wandb,
+            name=output.name,
+            dir=str(output),
+            id=known,
+            resume="allow" if known else None,
+            config=recipe.model_dump(),
+        )
+        write_json(path, {"project": recipe.training.wandb, "id": self._run.id})
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        # no `step=`: it refuses rows that lie behind what a killed run has sent already
+        self._run.log({**scalars, "optimizer_step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a row by tracker name: `train/loss`, `validation/top1/step_2`."""
+    for name, value in row.items():
+        if isinstance(value, list):
+            yield from ((f"{row['split']}/{name}/step_{number}", item) for number, item in enumerate(value, start=1))
+        elif isinstance(value, (int, float)) and name != "step":
+            yield f"{row['split']}/{name}", value
 
 
 def _lines_until(path: Path, step: int, validated: int) -> str:

@@ -23,7 +23,7 @@ from firp_cli.training.batches import VALIDATION_EPOCH, Order, Prefetcher, Reade
 from firp_cli.training.engine import ADAM_BETAS, learning_rate_factor
 from firp_cli.training.objective import ObjectiveModule, StepRecord
 from firp_cli.training.ridge import ridge_start
-from firp_cli.training.trainer import EVENTS_PER_RUN, data_order, planned_steps
+from firp_cli.training.trainer import EVENTS_PER_RUN, data_order, planned_steps, sequence_lengths
 
 Row = dict[str, Any]
 Progress = Callable[[int, int | None], None]
@@ -56,7 +56,8 @@ def train_plain(
     predictor.initialise(settings.init, teacher)
     if settings.init == "ridge":
         ridge_start(predictor, teacher, sequences, training, settings.ridge_lambda, settings.micro_batch_size)
-    run = _Run(predictor, teacher, sequences, settings, data_order(settings, training, 1), validation)
+    order = data_order(settings, training, 1, sequence_lengths(sequences))
+    run = _Run(predictor, teacher, sequences, settings, order, validation)
     return run.loop(pace, progress)
 
 
@@ -108,7 +109,7 @@ class _Run:
     def loop(self, pace: _Pace, progress: Progress) -> list[Row]:
         """All steps, with validations between them."""
         every = self.settings.validate_every or max(1, math.ceil(self.total / EVENTS_PER_RUN))
-        prefetcher = Prefetcher(self.reader, self._wanted())
+        prefetcher = Prefetcher(self.reader, self._wanted(), self.settings.readers)
         step, validated = 0, -1
         try:
             while (place := pace.place(step, self.total)) < self.total:

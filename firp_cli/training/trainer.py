@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -42,7 +44,9 @@ EVENTS_PER_RUN = 10  # validations, and checkpoints, of a run that names no inte
 
 @dataclass
 class Outcome:
-    """How a run ended. `training` is what training.json holds; None when the run was stopped before its end."""
+    """How a run ended. `training` is what training.json holds; None when the run was stopped before its end. A run that
+    ended early because validations got no better is not `stopped`: its `step` is below `total_steps`.
+    """
 
     step: int
     total_steps: int
@@ -56,9 +60,27 @@ def planned_steps(settings: TrainingConfig, order: Order) -> int:
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
-def data_order(settings: TrainingConfig, indices: Sequence[int], ranks: int) -> Order:
-    """The order in which a group of `ranks` goes through the training conversations."""
-    return Order(indices, settings.micro_batch_size, settings.gradient_accumulation * ranks, settings.seed)
+def data_order(
+    settings: TrainingConfig,
+    indices: Sequence[int],
+    ranks: int,
+    lengths: Sequence[int] | None = None,
+    per_step: int | None = None,
+) -> Order:
+    """The order in which a group of `ranks` goes through the training conversations.
+
+    Args:
+        lengths: in tokens, by conversation number.
+        per_step: micro-batches of an optimizer step as a run began, on however many ranks; None: as the settings say.
+    """
+    per_step = per_step or settings.gradient_accumulation * ranks
+    return Order(indices, settings.micro_batch_size, per_step, settings.seed, lengths if settings.balance else None)
+
+
+def sequence_lengths(store: Sequence[Sequenced]) -> Sequence[int]:
+    """Tokens of every conversation, without reading states where the store knows them."""
+    known: Sequence[int] | None = getattr(store, "lengths", None)
+    return [len(item.input_ids) for item in store] if known is None else known
 
 
 def train(
@@ -83,9 +105,8 @@ def train(
     if not len(store):
         raise StoreError("the store has no conversation; fill it with `firp collect`")
     found = checkpoints.latest_checkpoint(output) if resume else None
-    if found is not None:
-        checkpoints.check_resumable(found, recipe, len(store))
-    run = _Run(recipe, teacher, store, output, listener or Listener(), store_summary or {})
+    per_step = None if found is None else checkpoints.check_resumable(found, recipe, len(store))
+    run = _Run(recipe, teacher, store, output, listener or Listener(), store_summary or {}, per_step)
     run.prepare(found)
     with _until_signal(run):
         return run.loop()
@@ -102,6 +123,7 @@ class _Run:
         output: Path,
         listener: Listener,
         store_summary: dict[str, Any],
+        per_step: int | None,
     ) -> None:
         self.recipe, self.settings, self.teacher, self.store = recipe, recipe.training, teacher, store
         self.output, self.listener, self.store_summary = output, listener, store_summary
@@ -109,7 +131,9 @@ class _Run:
         self.training, self.validation = split_validation(
             len(store), self.settings.validation_fraction, self.settings.seed
         )
-        self.order = data_order(self.settings, self.training, self.ranks)
+        self.lengths = sequence_lengths(store)
+        self.order = data_order(self.settings, self.training, self.ranks, self.lengths, per_step)
+        self.accumulation = self.order.per_step // self.ranks
         self.total = planned_steps(self.settings, self.order)
         usual = max(1, math.ceil(self.total / EVENTS_PER_RUN))
         self.validate_every = self.settings.validate_every or usual
@@ -140,15 +164,17 @@ class _Run:
         )
         if found is None:
             self._initialise(predictor)
-        self.engine = build_engine(predictor, self.teacher, self.settings, self.total)
+        else:
+            checkpoints.load_weights(found, predictor)
+        self.engine = build_engine(predictor, self.teacher, self.settings, self.total, self.accumulation)
         if found is not None:
-            self.state = checkpoints.load_checkpoint(self.engine, found)
+            self.state = checkpoints.load_checkpoint(self.engine, found, self.recipe)
             self.saved_at = self.state.step
             self.listener.note(f"resuming after step {self.state.step} of {self.total}")
         if is_main():
             resumed = None if found is None else self.state.step
             validated = self.state.last["step"] if self.state.last else -1
-            self.journal = Journal(self.output, self.settings.log_every, resumed, validated)
+            self.journal = Journal(self.output, self.recipe, resumed, validated)
 
     def _initialise(self, predictor: Predictor) -> None:
         torch.manual_seed(self.settings.seed)
@@ -167,14 +193,15 @@ class _Run:
     def loop(self) -> Outcome:
         """Train to the end, or until somebody stops the run; then save or export."""
         state = self.state
-        prefetcher = Prefetcher(self.reader, self._wanted())
+        prefetcher = Prefetcher(self.reader, self._wanted(), self.settings.readers)
         try:
             while True:
                 if self.validation and self._due(self.validate_every) and (state.last or {}).get("step") != state.step:
                     self._validate()
-                if self._due(self.save_every) and state.step > self.saved_at:
+                ended = state.step == self.total or self._stale()
+                if (ended or self._due(self.save_every)) and state.step > self.saved_at:
                     self._save()
-                if state.step == self.total:
+                if ended:
                     return Outcome(state.step, self.total, False, self._export())
                 if self._step(prefetcher) and state.step < self.total:
                     self._save()
@@ -187,18 +214,24 @@ class _Run:
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.total
 
+    def _stale(self) -> bool:
+        """Whether so many validations brought nothing that the run ends."""
+        return self.settings.patience is not None and self.state.stale >= self.settings.patience
+
     def _save(self) -> None:
-        checkpoints.save_checkpoint(self.engine, self.output, self.state, self.recipe, len(self.store))
+        checkpoints.save_checkpoint(
+            self.engine, self.output, self.state, self.recipe, len(self.store), self.order.per_step
+        )
         self.saved_at = self.state.step
 
     def _wanted(self) -> Iterator[tuple[list[int], int]]:
         for step in range(self.state.step, self.total):
-            for micro in range(self.settings.gradient_accumulation):
-                yield self.order.conversations(step, micro * self.ranks + self.rank)
+            for micro in range(self.accumulation):
+                yield self.order.conversations(step, self.order.place(micro, self.rank, self.ranks))
 
     def _step(self, prefetcher: Prefetcher) -> bool:
         """One optimizer step over all micro-batches of all ranks; returns whether to stop."""
-        state, accumulation = self.state, self.settings.gradient_accumulation
+        state = self.state
         began, waited = time.perf_counter(), prefetcher.waited
         losses, sums, items = self._accumulate(prefetcher)
         loss = torch.stack(losses).double().sum().item()
@@ -221,12 +254,14 @@ class _Run:
             "split": "train",
             "step": state.step,
             "epoch": (state.step - 1) // self.order.steps_per_epoch,
-            "loss": loss / (accumulation * self.ranks),
+            "loss": loss / self.order.per_step,
             **StepRecord(sums).averages(self.pipeline),
             "learning_rate": rate,
             "gradient_norm": norm,
             "tokens_per_second": all_tokens / seconds,
+            "step_seconds": seconds,
             "data_wait": wait / self.ranks / seconds,
+            "memory_bytes": peak_memory(self.teacher.device),
         }
         self._tell(row)
         self.listener.step(state.step, self.total, row)
@@ -236,11 +271,11 @@ class _Run:
         """Forward and backward of this rank's micro-batches of a step: losses, record sums, what was read."""
         sums = StepRecord.empty(self.steps, self.teacher.device).sums
         losses, items = [], []
-        for micro in range(self.settings.gradient_accumulation):
+        for micro in range(self.accumulation):
             item = next(prefetcher)
             loss, micro_sums = self.engine(item.batch, item.anchors)
             self.engine.backward(loss)
-            if micro < self.settings.gradient_accumulation - 1:
+            if micro < self.accumulation - 1:
                 self.engine.step()  # counts the micro-batch; the last one takes the optimizer step
             losses.append(loss.detach())
             sums += micro_sums
@@ -277,12 +312,14 @@ class _Run:
         if not self.validation:
             return
         size = self.settings.micro_batch_size
-        groups = [self.validation[place : place + size] for place in range(0, len(self.validation), size)]
+        held_out = sorted(self.validation, key=lambda index: -self.lengths[index])
+        groups = [held_out[place : place + size] for place in range(0, len(held_out), size)]
         rounds = math.ceil(len(groups) / self.ranks)
         # ranks without a group of their own repeat the first one, uncounted: ZeRO-3 needs all of them in each forward
         mine = [index if (index := number * self.ranks + self.rank) < len(groups) else 0 for number in range(rounds)]
         sums = StepRecord.empty(self.steps, self.teacher.device).sums
-        prefetcher = Prefetcher(self.reader, ((groups[index], VALIDATION_EPOCH) for index in mine))
+        wanted = ((groups[index], VALIDATION_EPOCH) for index in mine)
+        prefetcher = Prefetcher(self.reader, wanted, self.settings.readers)
         self.engine.eval()
         with torch.no_grad():
             for number, item in enumerate(prefetcher):
@@ -295,15 +332,25 @@ class _Run:
         row = {"split": "validation", "step": self.state.step, **self._mean_loss(sums), **averages}
         if not math.isfinite(row["loss"]):
             raise NumericsError(self._broken("the validation loss", ""))
-        state = self.state
+        self._judge(row)
+        self._tell(row)
+        self.listener.validation(row)
+
+    def _judge(self, row: dict[str, Any]) -> None:
+        """Take a validation into account: the best so far, the weights to keep, how long there was nothing better."""
+        state, length = self.state, row["expected_accepted_length"]
         state.first, state.last = state.first or row, row
-        if state.best is None or row["expected_accepted_length"] > state.best["expected_accepted_length"]:
+        best = state.best["expected_accepted_length"] if state.best else -math.inf
+        state.stale = 0 if length > best + self.settings.min_improvement else state.stale + 1
+        if length > best:
             state.best = row
+        # of equals the earlier one is better: it is the one that `best` names
+        kept = sorted([*state.kept, (length, state.step)], key=lambda item: (-item[0], item[1]))
+        state.kept = kept[: self.settings.keep_best]
+        if (length, state.step) in state.kept:
             weights = predictor_weights(self.engine, self.settings)
             if is_main():
                 checkpoints.save_best(self.output, state.step, weights)
-        self._tell(row)
-        self.listener.validation(row)
 
     def _mean_loss(self, sums: Tensor) -> dict[str, Any]:
         """The objective over all anchors of a record."""
@@ -323,6 +370,7 @@ class _Run:
         training = plain(
             {
                 "steps": state.step,
+                "planned_steps": self.total,
                 "best_step": state.best["step"] if state.best else state.step,
                 "expected_accepted_length": state.best["expected_accepted_length"] if state.best else None,
                 "validation": {"first": state.first, "best": state.best, "last": state.last},
@@ -344,6 +392,13 @@ class _Run:
             config, teacher = self.engine.module.predictor.config, self.teacher.describe()
             checkpoints.export_predictor(self.output, weights, config, teacher, self.recipe, training)
         return training
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held at once so far: of the device's memory, on a CPU of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager
