@@ -177,15 +177,16 @@ from pathlib import Path
 from test_collect import config, make_teacher
 from firp_cli.collecting.capture import collect_store
 from firp_cli.data import store_writer
-count, save = 0, store_writer.save_file
+count, save = 0, store_writer.save_hashed
 def save_half(tensors, path):
     global count
     count += 1
-    save(tensors, path)
+    digest = save(tensors, path)
     if count == 3:
         os.truncate(path, path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-store_writer.save_file = save_half
+    return digest
+store_writer.save_hashed = save_half
 collect_store(make_teacher(), config(Path({dataset!r})), [1, 2], Path({folder!r}))
 """
 
@@ -260,7 +261,7 @@ def test_a_full_disk_is_said_before_and_while_writing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_writer, "save_file", no_space)
+        patch.setattr(store_writer, "save_hashed", no_space)
         with pytest.raises(StoreError, match=r"No space left on device\n.*--resume"):
             collect_store(byte_teacher, config(dataset), [2], tmp_path / "full")
     collect_store(byte_teacher, config(dataset), [2], tmp_path / "full", resume=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from firp_cli.collecting.corpus import Corpus, build_corpus, load_messages, long
 from firp_cli.collecting.forward import capture, plan_batches
 from firp_cli.collecting.respond import greedy, plan_prompts
 from firp_cli.data.store import bytes_per_token
+from firp_cli.data.store_file import free_bytes
 from firp_cli.errors import CapacityError
 from firp_cli.recipe import DataConfig
 from firp_cli.teacher.stack import Teacher
@@ -68,14 +68,6 @@ def check_space(folder: Path, hidden_size: int, layers: int, dtype: str, tokens:
             f"the store needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free\n"
             "lower data.limit, collect fewer layers, store in int8 (data.store_dtype=int8), or give another --output"
         )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space of the disk that `folder` is, or will be, on."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def _forward_rate(teacher: Teacher, sample: Corpus, layers: Sequence[int], pack_tokens: int) -> float:

@@ -3,7 +3,7 @@
 `manifest.json` says which teacher, tokenizer, template, layers, dtype and settings made it, and names every shard with
 its size and sha256. A shard holds whole conversations one behind the other: `input_ids` (T,), `loss_mask` (T,),
 `sequence_offsets` (n+1,), `hidden.<layer>` (T, d) for each cached layer, `hidden.final` (T, d: the normed final state),
-and for int8 and float8 `<name>.scale` (T, 1). Writing is in `store_writer.py`.
+and for int8 and float8 `<name>.scale` (T, 1) in bfloat16 (float32 in older stores). Writing is in `store_writer.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, overload
@@ -29,11 +30,15 @@ FINAL = "hidden.final"
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCALED = {"int8": (torch.int8, 127.0), "float8": (torch.float8_e4m3fn, 448.0)}  # type, largest value
 TOKEN_BYTES = 4 + 1  # an int32 id and a bool of the mask
+SCALE = torch.bfloat16  # of a scaled row: two bytes matter where rows are short
 
 
 @dataclass
 class StoredSequence:
-    """One conversation: input_ids (T,) long, loss_mask (T,) bool, final (T, d), hidden layer -> (T, d)."""
+    """One conversation: input_ids (T,) long, loss_mask (T,) bool, final (T, d), hidden layer -> (T, d).
+
+    The mask, and states that are stored as they are, lie in the shard's memory map: read them, do not write to them.
+    """
 
     input_ids: Tensor
     loss_mask: Tensor
@@ -48,35 +53,63 @@ def state_names(layers: Sequence[int]) -> dict[str, int | None]:
 
 def bytes_per_token(hidden_size: int, layers: int, dtype: str) -> int:
     """Bytes that a token takes in a store of `layers` layers beside the final state."""
-    each = hidden_size + 4 if dtype in SCALED else hidden_size * FLOATS[dtype].itemsize
+    each = hidden_size + SCALE.itemsize if dtype in SCALED else hidden_size * FLOATS[dtype].itemsize
     return TOKEN_BYTES + (layers + 1) * each
 
 
 def compress(states: Tensor, dtype: str) -> dict[str, Tensor]:
-    """States (T, d) as stored, by name suffix. int8 and float8 rows are scaled so that their largest entry fits."""
+    """States (T, d) as stored, by name suffix. int8 and float8 rows are scaled so that their largest entry fits.
+
+    NaN and infinities stay visible: in the states, or, where those are scaled, in the row's scale.
+    """
     if dtype in FLOATS:
         return {"": states.to(FLOATS[dtype])}
     kind, largest = SCALED[dtype]
     states = states.float()
-    scale = (states.abs().amax(dim=-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = states / scale
-    return {"": (scaled.round() if kind == torch.int8 else scaled).to(kind), ".scale": scale}
+    scale = _round_up(states.abs().amax(dim=-1, keepdim=True) / largest)
+    scaled = states / scale.float()
+    return {"": (scaled.round_() if kind == torch.int8 else scaled).to(kind), ".scale": scale}
+
+
+def _round_up(scale: Tensor) -> Tensor:
+    """The next bfloat16 at or above each float32 >= 0, at least its smallest normal number.
+
+    To the nearest would be below every other scale, and the largest entry of such a row would be cut off.
+    """
+    scale = scale.clamp_min(torch.finfo(SCALE).tiny)
+    above = (scale.view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
+    return torch.where(scale.isfinite(), above, scale).to(SCALE)
 
 
 def expand(stored: Tensor, scale: Tensor | None) -> Tensor:
     """Stored rows (T, d) as floats: float32 where they were scaled, else as they are."""
-    return stored if scale is None else stored.float() * scale
+    if scale is None:
+        return stored
+    if stored.dtype == torch.float8_e4m3fn:  # a table of its 256 values is five times as fast as torch's conversion
+        codes = stored.view(torch.uint8).reshape(-1).int()
+        return _float8_values().index_select(0, codes).view(stored.shape).mul_(scale)
+    return stored.float().mul_(scale)
+
+
+@cache
+def _float8_values() -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 class Store(Sequence[StoredSequence]):
-    """A complete store, open for reading. `store[i]` reads the rows of conversation i in the layers asked for."""
+    """A complete store, open for reading. `store[i]` reads the rows of conversation i in the layers asked for.
+
+    Only those rows' pages are read from disk. Threads may share a store; another process opens the shards anew.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], layers: Sequence[int]) -> None:
         self.folder, self.manifest, self.layers = folder, manifest, tuple(layers)
         self._names = state_names(self.layers)
         self._scaled = manifest["dtype"] in SCALED
+        names = (name for state in self._names for name in ((state, f"{state}.scale") if self._scaled else (state,)))
+        self._read = ("input_ids", "loss_mask", *names)
         self._starts = [0, *accumulate(shard["sequences"] for shard in manifest["shards"])]
-        self._files: dict[int, tuple[Any, list[int]]] = {}
+        self._files: dict[int, tuple[dict[str, Tensor], list[int]]] = {}
 
     @classmethod
     def open(cls, folder: Path | str, layers: Sequence[int] | None = None, verify: bool = False) -> Store:
@@ -90,7 +123,7 @@ class Store(Sequence[StoredSequence]):
             planned = manifest["shards_planned"] or "?"
             raise StoreError(
                 f"the store {folder} is unfinished ({len(manifest['shards'])} of {planned} shards); "
-                "run the same `firp collect` with --resume"
+                f"run the same `{maker(manifest)}` with --resume"
             )
         absent = [layer for layer in layers or () if layer not in manifest["layers"]]
         if absent:
@@ -114,24 +147,26 @@ class Store(Sequence[StoredSequence]):
             return [self[place] for place in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"conversation {index} of {len(self)}")
-        index %= len(self)
+        rows = self.stored(index % len(self))
+        states = {
+            layer: expand(rows[name], rows[f"{name}.scale"] if self._scaled else None)
+            for name, layer in self._names.items()
+        }
+        final = states.pop(None)
+        hidden = {layer: rows for layer, rows in states.items() if layer is not None}
+        return StoredSequence(rows["input_ids"].long(), rows["loss_mask"], final, hidden)
+
+    def stored(self, index: int) -> dict[str, Tensor]:
+        """The rows of conversation `index` (from 0) as they lie in the shard, by tensor name; nothing is copied."""
         number = bisect_right(self._starts, index) - 1
-        shard, offsets = self._shard(number)
+        tensors, offsets = self._shard(number)
         place = index - self._starts[number]
         start, end = offsets[place], offsets[place + 1]
+        return {name: tensor[start:end] for name, tensor in tensors.items()}
 
-        def rows(name: str) -> Tensor:
-            return shard.get_slice(name)[start:end]
-
-        hidden: dict[int, Tensor] = {}
-        final = torch.empty(0)
-        for name, layer in self._names.items():
-            states = expand(rows(name), rows(f"{name}.scale") if self._scaled else None)
-            if layer is None:
-                final = states
-            else:
-                hidden[layer] = states
-        return StoredSequence(rows("input_ids").long(), rows("loss_mask"), final, hidden)
+    def shard_of(self, index: int) -> int:
+        """Number of the shard that holds conversation `index`."""
+        return bisect_right(self._starts, index) - 1
 
     @property
     def lengths(self) -> list[int]:
@@ -173,27 +208,38 @@ class Store(Sequence[StoredSequence]):
         if faults:
             listed = ", ".join(f"{file} ({fault})" for file, fault in list(faults.items())[:4])
             more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-            raise StoreError(
-                f"the store {self.folder} is damaged: {listed}{more}\n"
-                f"run the same `firp collect` with --resume: it rebuilds just {'that' if len(faults) == 1 else 'those'}"
-            )
+            raise self._damaged(listed + more, "that" if len(faults) == 1 else "those")
 
-    def _shard(self, number: int) -> tuple[Any, list[int]]:
-        """A shard's memory map and its sequence offsets, opened on first use."""
-        if number not in self._files:
+    def _damaged(self, what: str, rebuilt: str = "that") -> StoreError:
+        return StoreError(
+            f"the store {self.folder} is damaged: {what}\n"
+            f"run the same `{maker(self.manifest)}` with --resume: it rebuilds just {rebuilt}"
+        )
+
+    def _shard(self, number: int) -> tuple[dict[str, Tensor], list[int]]:
+        """A shard's tensors, memory-mapped, and its sequence offsets. Opened on first use.
+
+        Threads that come first together both open it; either result serves.
+        """
+        found = self._files.get(number)
+        if found is None:
             file = self.manifest["shards"][number]["file"]
             try:
-                handle = safe_open(self.folder / file, framework="pt")
-                self._files[number] = (handle, handle.get_tensor("sequence_offsets").tolist())
+                with safe_open(self.folder / file, framework="pt") as handle:
+                    tensors = {name: handle.get_tensor(name) for name in self._read}
+                    found = tensors, handle.get_tensor("sequence_offsets").tolist()
             except (OSError, SafetensorError) as error:
-                raise StoreError(
-                    f"the store {self.folder} is damaged: {file} ({error})\n"
-                    "run the same `firp collect` with --resume: it rebuilds just that"
-                ) from error
-        return self._files[number]
+                raise self._damaged(f"{file} ({error})") from error
+            self._files[number] = found
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # memory maps do not travel to other processes
+
+
+def maker(manifest: dict[str, Any]) -> str:
+    """The command that made a store, and that repairs it with --resume."""
+    return f"firp {manifest['settings'].get('made_by', 'collect')}"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

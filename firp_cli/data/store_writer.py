@@ -15,12 +15,12 @@ from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from firp_cli.data.store import MANIFEST, SCALED, SCHEMA, read_manifest, shard_fault, state_names
+from firp_cli.data.store_file import save_hashed
 from firp_cli.errors import FingerprintError, NumericsError, StoreError
-from firp_cli.provenance import environment, file_sha256, write_atomically, write_json
+from firp_cli.provenance import environment, write_atomically, write_json
 
 LOCK = ".lock"
 
@@ -152,7 +152,8 @@ class StoreWriter:
         self._check_finite(plan, tensors)
         path = self.folder / plan.file
         try:
-            write_atomically(path, lambda temporary: save_file(tensors, temporary))
+            digests: list[str] = []
+            write_atomically(path, lambda temporary: digests.append(save_hashed(tensors, temporary)))
             entry = {
                 "file": plan.file,
                 "first": plan.first,
@@ -160,7 +161,7 @@ class StoreWriter:
                 "sequences": plan.next - plan.first,
                 "tokens": tensors["input_ids"].shape[0],
                 "bytes": path.stat().st_size,
-                "sha256": file_sha256(path),
+                "sha256": digests[0],
             }
             with self._guard:
                 others = [shard for shard in self.manifest["shards"] if shard["file"] != plan.file]
