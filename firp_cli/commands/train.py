@@ -23,6 +23,7 @@ from firp_cli.errors import StoreError, UsageError
 from firp_cli.recipe import Recipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
+    from firp_cli.collecting.online import OnlineStates
     from firp_cli.data.store import Store
     from firp_cli.teacher.stack import Teacher
     from firp_cli.training.plan import Plan
@@ -56,10 +57,17 @@ def train(
         return
     from firp_cli.distributed.launch import launch, relayed_errors
     from firp_cli.training.checkpoint import guard_output
+    from firp_cli.training.journal import check_trackers
     from firp_cli.training.plan import check_predictor
 
     check_predictor(wanted)
-    _need_store(wanted, [*([name] if name else []), *overrides])
+    check_trackers(wanted)
+    if wanted.data.mode == "cached":
+        _need_store(wanted, [*([name] if name else []), *overrides])
+    else:
+        from firp_cli.collecting.corpus import check_dataset
+
+        check_dataset(wanted.data)
     guard_output(Path(str(wanted.output)), resume)
     flags = {"--resume": resume, "--no-verify": not verify, "--json": as_json, "--verbose": verbose}
     argv = ["train", *(recipe or []), f"--store={wanted.store}", f"--output={wanted.output}"]
@@ -110,7 +118,9 @@ def _train(recipe: Recipe, resume: bool, verify: bool, as_json: bool) -> None:
 
     start()
     teacher = Teacher.load(recipe.teacher)
-    store = _open(recipe, teacher, verify and main_process())
+    store = (
+        _open(recipe, teacher, verify and main_process()) if recipe.data.mode == "cached" else _make(recipe, teacher)
+    )
     output = Path(str(recipe.output))
     terminal = _Terminal()
     with terminal:
@@ -145,6 +155,28 @@ def _open(recipe: Recipe, teacher: Teacher, verify: bool) -> Store:
     tokenizer = teacher.tokenizer
     store.check_teacher(teacher.fingerprint, tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
     return store
+
+
+def _make(recipe: Recipe, teacher: Teacher) -> OnlineStates:
+    """The recipe's conversations with states that the teacher makes as they are asked for."""
+    from firp_cli.collecting.capture import check_layers, stored_dtype
+    from firp_cli.collecting.corpus import build_corpus, load_messages, longest_sequence
+    from firp_cli.collecting.online import HybridStates, OnlineStates
+    from firp_cli.collecting.respond import respond
+    from firp_cli.distributed.launch import rank
+
+    assert recipe.predictor is not None
+    data, folder = recipe.data, Path(str(recipe.store))
+    with progress_bar("tokenizing") as bar:
+        corpus = build_corpus(load_messages(data), teacher, data, bar)
+    if data.regenerate:
+        folder.mkdir(parents=True, exist_ok=True)
+        with progress_bar("answering") as bar:
+            corpus = respond(teacher, corpus, data, longest_sequence(teacher, data), folder, bar)
+    layers, dtype = check_layers(recipe.predictor.required_layers(teacher), teacher), stored_dtype(teacher, data)
+    if data.mode == "online":
+        return OnlineStates(teacher, corpus, layers, dtype, data.pack_tokens)
+    return HybridStates(teacher, corpus, layers, dtype, data.pack_tokens, folder, data.shard_tokens, rank())
 
 
 class _Terminal:
@@ -198,7 +230,7 @@ class _Terminal:
         say("  ".join(columns.values()))
 
 
-def _gate(recipe: Recipe, teacher: Teacher, store: Store, output: Path) -> dict[str, Any] | None:
+def _gate(recipe: Recipe, teacher: Teacher, store: Store | OnlineStates, output: Path) -> dict[str, Any] | None:
     """Decode a few held-out prompts with the folder just written; adds the figures to training.json."""
     import json
 

@@ -19,6 +19,7 @@ from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate
 from firp_cli.predictors.base import Predictor, SequenceBatch
 from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.stack import Teacher
+from firp_cli.training.batches import fetch
 
 Progress = Callable[[int, int | None], None]
 
@@ -90,7 +91,7 @@ def ridge_start(
     mine = list(indices[rank::ranks])
     for start in range(0, len(mine), batch_size):
         picks = mine[start : start + batch_size]
-        batch = collate([store[index] for index in picks]).to(teacher.device, teacher.dtype)
+        batch = collate(fetch(store, picks)).to(teacher.device, teacher.dtype)
         _add_batch(sums, predictor, teacher, batch, picks)
         if progress:
             progress(min(len(indices), (start + len(picks)) * ranks), len(indices))

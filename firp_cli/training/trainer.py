@@ -219,6 +219,9 @@ class _Run:
         return self.settings.patience is not None and self.state.stale >= self.settings.patience
 
     def _save(self) -> None:
+        keep_states = getattr(self.store, "flush", None)
+        if keep_states is not None:  # a store that is filled while it is read: what a checkpoint saw is not lost
+            keep_states()
         checkpoints.save_checkpoint(
             self.engine, self.output, self.state, self.recipe, len(self.store), self.order.per_step
         )

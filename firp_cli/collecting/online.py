@@ -1,0 +1,223 @@
+"""States made while training runs: by the teacher each time they are asked for, or kept on disk once they are made.
+
+Both look like a store to whoever reads them. A state passes through the store's dtype either way, so the three modes of
+`data.mode` train on the same numbers, to the rounding of forwards that have other batches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from firp_cli.collecting.corpus import Corpus
+from firp_cli.collecting.forward import capture
+from firp_cli.data.store import StoredSequence, compress, expand, state_names
+from firp_cli.data.store_file import save_hashed
+from firp_cli.errors import NumericsError, StoreError
+from firp_cli.provenance import file_sha256, fingerprint, write_atomically
+from firp_cli.teacher.stack import Teacher
+
+OFFSETS, NUMBERS = "sequence_offsets", "conversations"
+HASH_DIGITS = 16  # of a cache file's sha256, in its name
+
+States = dict[str, Tensor]  # as stored, by tensor name: (T, d), and (T, 1) for scales
+
+
+class OnlineStates(Sequence[StoredSequence]):
+    """The conversations of a corpus, with states that the teacher makes when they are asked for.
+
+    Safe to read from several threads; the forwards come one after the other.
+
+    Args:
+        layers: those whose states are wanted beside the final one. dtype: that of the store which this stands for.
+        pack_tokens: positions of a forward at most.
+    """
+
+    def __init__(self, teacher: Teacher, corpus: Corpus, layers: Sequence[int], dtype: str, pack_tokens: int) -> None:
+        self.teacher, self.corpus, self.layers, self.dtype = teacher, corpus, tuple(layers), dtype
+        self.lengths = corpus.lengths
+        self._pack_tokens = pack_tokens
+        self._forward = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> StoredSequence: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[StoredSequence]: ...
+    def __getitem__(self, index: int | slice) -> StoredSequence | list[StoredSequence]:
+        if isinstance(index, slice):
+            return self.fetch(range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"conversation {index} of {len(self)}")
+        return self.fetch([index % len(self)])[0]
+
+    def fetch(self, indices: Sequence[int]) -> list[StoredSequence]:
+        """Several conversations, from as few forwards as `pack_tokens` allows. Raises NumericsError naming the one
+        whose states are not finite.
+        """
+        return [self._sequence(index, states) for index, states in zip(indices, self._make(indices), strict=True)]
+
+    def describe(self) -> dict[str, Any]:
+        """What training.json says about the data."""
+        counts = {"conversations": len(self), "tokens": sum(self.lengths)}
+        return {"mode": "online", "layers": list(self.layers), "dtype": self.dtype, "counts": counts}
+
+    def flush(self) -> None:
+        """Nothing waits here to be written."""
+
+    def _make(self, indices: Sequence[int]) -> list[States]:
+        """The states of conversations as a store would hold them."""
+        made: dict[int, States] = {}
+
+        def sink(batch: list[int], states: dict[str, Tensor]) -> None:
+            for name, rows in states.items():
+                place = 0
+                stored = compress(rows, self.dtype)
+                for number in batch:
+                    length = self.lengths[indices[number]]
+                    for suffix, values in stored.items():
+                        part = values[place : place + length]
+                        made.setdefault(number, {})[name + suffix] = part.to("cpu", copy=True)
+                    place += length
+
+        with self._forward:
+            sequences = [self.corpus.input_ids[index] for index in indices]
+            capture(self.teacher, sequences, list(self.layers), self._pack_tokens, sink)
+        for number, index in enumerate(indices):
+            for name, values in made[number].items():
+                if values.dtype.is_floating_point and not torch.isfinite(values.float()).all():
+                    raise NumericsError(
+                        f"NaN or infinity in {name} of conversation {index}\n"
+                        "load the teacher in another dtype (teacher.dtype), or leave that conversation out"
+                    )
+        return [made[number] for number in range(len(indices))]
+
+    def _sequence(self, index: int, states: States) -> StoredSequence:
+        hidden: dict[int, Tensor] = {}
+        for name, layer in state_names(self.layers).items():
+            # a clone outside of the forward's inference mode: training saves it for its backward pass
+            values = expand(states[name].clone(), states.get(f"{name}.scale"))
+            if layer is None:
+                final = values
+            else:
+                hidden[layer] = values
+        return StoredSequence(self.corpus.input_ids[index].long(), self.corpus.loss_mask[index], final, hidden)
+
+
+class HybridStates(OnlineStates):
+    """The same, but states that were made once are kept: the first epoch fills files that later ones read.
+
+    Every rank writes files of its own, `cache-<rank>-<number>-<hash>.safetensors`, and reads those of all ranks. A
+    file's name holds the hash of its bytes: what a kill, a full disk or a flipped bit left damaged is found when the
+    folder is opened, and made again.
+
+    Args:
+        folder: for one teacher, corpus, set of layers and dtype; another one's files have another name and stay unread.
+        shard_tokens: tokens of a file at least. rank: this process's number.
+
+    Raises StoreError where the disk refuses; what was kept before stays.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        corpus: Corpus,
+        layers: Sequence[int],
+        dtype: str,
+        pack_tokens: int,
+        folder: Path,
+        shard_tokens: int,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(teacher, corpus, layers, dtype, pack_tokens)
+        self.folder, self.rank, self._shard_tokens = folder, rank, shard_tokens
+        identity = [teacher.fingerprint, corpus.fingerprint(), sorted(self.layers), dtype]
+        self._stem = f"cache-{fingerprint(identity)[:8]}"
+        self._guard = threading.RLock()
+        self._places: dict[int, tuple[Any, int, int]] = {}  # open file, first row, end
+        self._known: set[str] = set()
+        self._waiting: dict[int, States] = {}
+        self.made = 0  # conversations that this process had to make
+        folder.mkdir(parents=True, exist_ok=True)
+        self._scan(check=True)
+
+    def fetch(self, indices: Sequence[int]) -> list[StoredSequence]:
+        with self._guard:
+            absent = [index for index in dict.fromkeys(indices) if not self._has(index)]
+            if absent and self._scan(check=False):  # another rank may have made them by now
+                absent = [index for index in absent if not self._has(index)]
+        fresh = dict(zip(absent, self._make(absent), strict=True)) if absent else {}
+        with self._guard:
+            self.made += len(fresh)
+            self._waiting |= {index: states for index, states in fresh.items() if not self._has(index)}
+            if sum(self.lengths[index] for index in self._waiting) >= self._shard_tokens:
+                self.flush()
+            found = [fresh.get(index) or self._read(index) for index in indices]
+        return [self._sequence(index, states) for index, states in zip(indices, found, strict=True)]
+
+    def flush(self) -> None:
+        """Write what has been made and waits. Raises StoreError."""
+        with self._guard:
+            if not self._waiting:
+                return
+            numbers = sorted(self._waiting)
+            names = list(self._waiting[numbers[0]])
+            tensors = {name: torch.cat([self._waiting[number][name] for number in numbers]) for name in names}
+            lengths = torch.tensor([0, *(self.lengths[number] for number in numbers)])
+            tensors |= {NUMBERS: torch.tensor(numbers), OFFSETS: lengths.cumsum(0)}
+            mine = sum(1 for name in self._known if name.startswith(f"{self._stem}-{self.rank:05d}-"))
+            draft = self.folder / f"{self._stem}-{self.rank:05d}-{mine:05d}.draft"
+            sums: list[str] = []
+            try:
+                write_atomically(draft, lambda temporary: sums.append(save_hashed(tensors, temporary)))
+                path = draft.with_name(f"{draft.stem}-{sums[0][:HASH_DIGITS]}.safetensors")
+                draft.replace(path)
+            except (OSError, SafetensorError) as error:
+                raise StoreError(
+                    f"cannot keep states in {self.folder}: {error}\n"
+                    "make room and go on with --resume, or keep none: data.mode=online"
+                ) from error
+            self._enter(path)
+            self._waiting.clear()
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"mode": "hybrid", "folder": str(self.folder)}
+
+    def _has(self, index: int) -> bool:
+        return index in self._places or index in self._waiting
+
+    def _read(self, index: int) -> States:
+        if index in self._waiting:
+            return self._waiting[index]
+        handle, start, end = self._places[index]
+        names = [name for name in handle.keys() if name not in (NUMBERS, OFFSETS)]  # noqa: SIM118 (a file, no dict)
+        return {name: handle.get_slice(name)[start:end] for name in names}
+
+    def _scan(self, check: bool) -> bool:
+        """Enter files that are not known yet; whether there were any. `check`: compare bytes with the hash first."""
+        found = False
+        for path in sorted(self.folder.glob(f"{self._stem}-*.safetensors")):
+            if path.name in self._known:
+                continue
+            digits = path.stem.rsplit("-", 1)[1]
+            if check and file_sha256(path)[:HASH_DIGITS] != digits:
+                path.unlink(missing_ok=True)
+                continue
+            self._enter(path)
+            found = True
+        return found
+
+    def _enter(self, path: Path) -> None:
+        handle = safe_open(path, framework="pt")
+        offsets = handle.get_tensor(OFFSETS).tolist()
+        for place, number in enumerate(handle.get_tensor(NUMBERS).tolist()):
+            self._places[number] = (handle, offsets[place], offsets[place + 1])
+        self._known.add(path.name)
