@@ -395,7 +395,7 @@ def test_the_estimate_is_right_and_writes_nothing(byte_teacher: Teacher, dataset
     assert (figures["conversations"], figures["tokens"]) == (summary["conversations"], summary["tokens"])
     assert figures["total_bytes"] == pytest.approx(summary["bytes"], rel=0.1)
     bound = estimate(byte_teacher, config(dataset, regenerate=True, max_new_tokens=5), [2], "int8", tmp_path)
-    assert bound["upper_bound"] and bound["answering_seconds"] > 0 and bound["bytes_per_token"] == 5 + 2 * (32 + 4)
+    assert bound["upper_bound"] and bound["answering_seconds"] > 0 and bound["bytes_per_token"] == 5 + 2 * (32 + 2)
 
 
 def test_an_estimate_from_a_sample_comes_near(

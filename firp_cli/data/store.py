@@ -158,7 +158,7 @@ class Store(Sequence[StoredSequence]):
 
     def stored(self, index: int) -> dict[str, Tensor]:
         """The rows of conversation `index` (from 0) as they lie in the shard, by tensor name; nothing is copied."""
-        number = bisect_right(self._starts, index) - 1
+        number = self.shard_of(index)
         tensors, offsets = self._shard(number)
         place = index - self._starts[number]
         start, end = offsets[place], offsets[place + 1]
@@ -180,6 +180,12 @@ class Store(Sequence[StoredSequence]):
     def verify(self) -> None:
         """Compare every shard's sha256 with the manifest's. Raises StoreError naming the damaged or missing ones."""
         self._check_shards(checksums=True)
+
+    def check_shard(self, number: int) -> None:
+        """The same for one shard."""
+        shard = self.manifest["shards"][number]
+        if fault := shard_fault(self.folder, shard, checksum=True):
+            raise self._damaged(f"{shard['file']} ({fault})")
 
     def check_teacher(self, teacher: str, tokenizer: str, template: str) -> None:
         """Compare fingerprints. Raises FingerprintError with both of each that differs."""

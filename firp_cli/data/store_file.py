@@ -20,6 +20,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from firp_cli.errors import CapacityError
 from firp_cli.provenance import write_atomically
 
 # In the order of the format: tensors of a later type come first in a file.
@@ -102,41 +103,45 @@ def _write(stream: FileIO, part: memoryview) -> None:
         part = part[stream.write(part) :]
 
 
-def copy_hashed(source: Path, target: Path) -> str:
-    """Copy a file, whole or not at all; returns the sha256 of what was copied."""
-    digest = hashlib.sha256()
+def copy_hashed(source: Path, target: Path, sha256: str) -> None:
+    """Copy a file, whole or not at all. Raises ValueError, and leaves no copy, when its sha256 is another."""
 
     def copy(temporary: Path) -> None:
+        digest = hashlib.sha256()
         with source.open("rb") as reading, temporary.open("wb") as writing:
             while piece := reading.read(PIECE):
                 digest.update(piece)
                 writing.write(piece)
+        if digest.hexdigest() != sha256:
+            raise ValueError(f"the checksum of {source} differs")
 
     write_atomically(target, copy)
-    return digest.hexdigest()
 
 
 def read_header(stream: BinaryIO) -> tuple[dict[str, Entry], bytes]:
     """A file's tensors in the order of their bytes, and the bytes read. Raises ValueError that says what is wrong."""
+    size = os.fstat(stream.fileno()).st_size
     prefix = stream.read(8)
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > MAX_HEADER:
+    if len(prefix) < 8 or length > min(MAX_HEADER, size):
         raise ValueError("it is no safetensors file")
     text = stream.read(length)
-    place = first = len(prefix) + len(text)
+    place = first = 8 + length
     try:
         listed = {name: value for name, value in json.loads(text).items() if name != "__metadata__"}
         entries = {
             name: Entry(DTYPES[value["dtype"]], tuple(value["shape"]), *(first + at for at in value["data_offsets"]))
             for name, value in sorted(listed.items(), key=lambda item: item[1]["data_offsets"])
         }
+        sizes = {name: torch.Size(entry.shape).numel() * entry.dtype.itemsize for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError("its header cannot be read") from None
     for name, entry in entries.items():
-        size = torch.Size(entry.shape).numel() * entry.dtype.itemsize
-        if entry.start != place or entry.end - entry.start != size:
+        if (entry.start, entry.end) != (place, place + sizes[name]):
             raise ValueError(f"the bytes of {name} lie elsewhere than its shape says")
         place = entry.end
+    if place != size:
+        raise ValueError(f"its tensors end at byte {place} of {size}")
     return entries, prefix + text
 
 
@@ -164,7 +169,24 @@ def read_rows(stream: BinaryIO, entry: Entry) -> Iterator[Tensor]:
 
 def free_bytes(folder: Path) -> int:
     """Free space of the disk that `folder` is, or will be, on."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
+
+
+def check_room(needed: dict[Path, int]) -> None:
+    """Raises CapacityError when folders that are to be filled with so many bytes do not fit their disks."""
+    disks: dict[int, int] = {}
+    for folder, count in needed.items():
+        device = _existing(folder).stat().st_dev
+        disks[device] = disks.get(device, 0) + count
+        if disks[device] > (free := free_bytes(folder)):
+            raise CapacityError(
+                f"{disks[device] / 1e9:.1f} GB are needed and {folder} has {free / 1e9:.1f} GB free\n"
+                "make room, give another output, or convert to fewer layers or to int8"
+            )
