@@ -8,6 +8,7 @@ class FirpError(Exception):
     """Base of every error meant for the user: its text says what is wrong and what to do about it."""
 
     exit_code = 1
+    agreed = False  # True where every rank of a run raises it
 
 
 class UsageError(FirpError):

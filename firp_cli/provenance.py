@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TextIO
 
+LOCK = ".lock"
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy", "triton")
 
 
 def environment() -> dict[str, Any]:
     """Machine, versions, git commit and argv, as plain JSON values. Imports no heavy package."""
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": _now(),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -123,3 +128,69 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON with two spaces of indent, atomically. NaN is refused by the encoder."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+class FolderLock:
+    """The right to write into a folder, until `close` or the end of the process, however it ends."""
+
+    def __init__(self, stream: TextIO, leads: bool) -> None:
+        self._stream, self._leads = stream, leads
+
+    def share(self) -> None:
+        """Let the members of this process's group in (`lock_folder(..., member=True)`); nobody else yet.
+
+        Raises OSError when another process took the folder in between.
+        """
+        fcntl.flock(self._stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        """Let go. Safe to call again."""
+        if self._leads and not self._stream.closed:
+            self._stream.truncate(0)  # the file stays: removing it would let two processes lock two files
+        self._stream.close()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def lock_folder(folder: Path, member: bool = False) -> FolderLock:
+    """Take an existing folder for this process, or as a member of a group whose leader has shared it.
+
+    The leader writes who it is into `.lock`. A folder is free when the last process of the group that held it is gone.
+
+    Raises:
+        BlockingIOError: others hold it; `strerror` says who: process, machine, since when.
+        OSError: the file cannot be written, or its file system knows no locks.
+    """
+    stream = (folder / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, (fcntl.LOCK_SH if member else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        with stream:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise BlockingIOError(errno.EWOULDBLOCK, _holder(stream)) from None
+    if not member:
+        stream.truncate(0)
+        stream.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}) + "\n")
+        stream.flush()
+    return FolderLock(stream, leads=not member)
+
+
+def _holder(stream: TextIO) -> str:
+    """Who a lock file says holds it; its leader may be gone while members of its group still run."""
+    stream.seek(0)
+    try:
+        told = json.loads(stream.read())
+        return f"process {told['pid']} on {told['host']} since {told['since']}, or another rank of its run"
+    except (ValueError, KeyError, TypeError):
+        return "a process that did not say who it is"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -14,11 +16,13 @@ from torch import Tensor
 from firp_cli.data.conversations import EncodedConversation, check_masks, encode, encode_prompt
 from firp_cli.data.prompts import load_conversations, load_prompts
 from firp_cli.data.rows import Message
+from firp_cli.distributed.control import Control
 from firp_cli.errors import DatasetError, TeacherError
 from firp_cli.recipe import DataConfig
 from firp_cli.teacher.stack import Teacher
 
 Progress = Callable[[int, int | None], None]
+REFUSED = "refused by the chat template"
 
 
 def no_progress(done: int, total: int | None = None) -> None:
@@ -49,6 +53,17 @@ class Corpus:
     def response_tokens(self) -> int:
         return sum(int(mask.sum()) for mask in self.loss_mask)
 
+    def gathered(self, group: Control) -> Corpus:
+        """The parts of all ranks one behind the other, by rank; on every rank. They travel as a few large tensors."""
+        if group.size == 1:
+            return self
+        whole = Corpus(cut=sum(group.gather(self.cut)))
+        for part in group.gather(self.skipped):
+            whole.skipped.update(part)
+        whole.input_ids = _gathered(self.input_ids, torch.int32, group)
+        whole.loss_mask = _gathered(self.loss_mask, torch.bool, group)
+        return whole
+
     def fingerprint(self) -> str:
         """16 hex digits over every token and mask."""
         digest = hashlib.sha256()
@@ -57,6 +72,12 @@ class Corpus:
                 digest.update(len(tensor).to_bytes(8, "little"))
                 digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _gathered(tensors: list[Tensor], dtype: torch.dtype, group: Control) -> list[Tensor]:
+    lengths = group.rows(torch.tensor([len(tensor) for tensor in tensors], dtype=torch.long)).tolist()
+    flat = group.rows(torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype))
+    return list(flat.split(lengths)) if lengths else []
 
 
 def longest_sequence(teacher: Teacher, data: DataConfig) -> int:
@@ -90,21 +111,51 @@ def check_dataset(data: DataConfig) -> None:
 
 
 def build_corpus(
-    rows: Sequence[Sequence[Message]], teacher: Teacher, data: DataConfig, progress: Progress = no_progress
+    rows: Sequence[Sequence[Message]],
+    teacher: Teacher,
+    data: DataConfig,
+    progress: Progress = no_progress,
+    group: Control | None = None,
 ) -> Corpus:
-    """Encode every row.
+    """Encode every row; the ranks of `group` share the work, and each gets the whole.
 
     Rows that the template refuses, without an answer, or whose answer (for prompts: whose prompt) does not begin within
     the longest sequence are skipped and counted. Raises LossMaskError when no token or every token is an answer's,
     DatasetError when nothing is left.
     """
-    tokenizer = _tokenizer(teacher)
+    group = group or Control()
+    tokenizer = group.everywhere(lambda: _tokenizer(teacher))
     limit = longest_sequence(teacher, data)
+    first, end = share_rows(rows, group.size)[group.rank]
+
+    def bar(done: int) -> None:
+        progress(done * len(rows) // (end - first), len(rows))
+
+    mine, refusal = group.everywhere(lambda: _encode_rows(rows[first:end], tokenizer, data.regenerate, limit, bar))
+    corpus = mine.gathered(group)
+    refusals = [text for text in group.gather(refusal) if text]
+    group.first(lambda: _check_corpus(rows, corpus, refusals, tokenizer, data, limit))
+    return corpus
+
+
+def share_rows(rows: Sequence[Sequence[Message]], ranks: int) -> list[tuple[int, int]]:
+    """The rows `first .. end-1` that each rank encodes: neighbours, of about as many characters for each."""
+    if ranks == 1:
+        return [(0, len(rows))]
+    sizes = list(accumulate(1 + sum(len(item["content"]) for item in messages) for messages in rows))
+    cuts = [bisect_left(sizes, sizes[-1] * part / ranks) if rows else 0 for part in range(1, ranks)]
+    return list(pairwise([0, *cuts, len(rows)]))
+
+
+def _encode_rows(
+    rows: Sequence[Sequence[Message]], tokenizer: Any, prompts: bool, limit: int, bar: Callable[[int], None]
+) -> tuple[Corpus, str]:
+    """The rows' tokens, and why the template refused the first that it did."""
     corpus = Corpus()
     refusal = ""
     for number, messages in enumerate(rows, 1):
         try:
-            if data.regenerate:
+            if prompts:
                 ids = encode_prompt(messages, tokenizer)
                 conversation = EncodedConversation(ids, [])
                 reason = "" if len(ids) < limit else "prompt longer than max_length"
@@ -113,19 +164,29 @@ def build_corpus(
                 reason = "" if any(conversation.loss_mask) else _why_unmasked(messages)
         except DatasetError as error:
             refusal = refusal or str(error)
-            reason = "refused by the chat template"
+            reason = REFUSED
         if reason:
             corpus.skipped[reason] += 1
         else:
             corpus.add(conversation)
-        progress(number, len(rows))
-    if refusal and corpus.skipped["refused by the chat template"] == len(rows):
-        raise DatasetError(f"{data.dataset}: {refusal} (all {len(rows)} of them)")
+        bar(number)
+    return corpus, refusal
+
+
+def _check_corpus(
+    rows: Sequence[Sequence[Message]],
+    corpus: Corpus,
+    refusals: Sequence[str],
+    tokenizer: Any,
+    data: DataConfig,
+    limit: int,
+) -> None:
+    if refusals and corpus.skipped[REFUSED] == len(rows):
+        raise DatasetError(f"{data.dataset}: {refusals[0]} (all {len(rows)} of them)")
     if not data.regenerate:
         _check_masks(rows, corpus, tokenizer, limit)
     elif not corpus.input_ids:
         raise DatasetError(f"{data.dataset}: no prompt is shorter than {limit} tokens; raise data.max_length")
-    return corpus
 
 
 def _why_unmasked(messages: Sequence[Message]) -> str:

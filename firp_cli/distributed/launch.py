@@ -1,7 +1,7 @@
 """Ranks: one process per device, started through the DeepSpeed launcher, talking over NCCL or, on a CPU, gloo.
 
-`launch` starts the ranks of a command; inside a rank `start` joins them. A single process is a group of one and needs
-neither launcher nor port nor MPI.
+`launch` starts the ranks of a command; inside a rank `start` joins them. Ranks that torchrun, srun or DeepSpeed started
+join in the same way. A single process is a group of one and needs neither launcher nor port nor MPI.
 """
 
 from __future__ import annotations
@@ -13,18 +13,25 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from firp_cli.distributed.cluster import ranks_by_host, slurm_ranks
 from firp_cli.errors import FirpError, LaunchError
 
+INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
+SAME_INTERRUPTION = 2.0  # seconds: a terminal and a launcher may both pass one Ctrl-C on
+SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGTERM)
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 FAILURE_FILE = "FIRP_FAILURE_FILE"  # where the first rank that fails leaves its message for the launching process
 
 
@@ -67,17 +74,34 @@ def load_deepspeed() -> Any:
     return deepspeed
 
 
+def adopt_scheduler() -> None:
+    """Take rank and size from Slurm where `srun` started this process beside others; else nothing changes."""
+    os.environ.update(slurm_ranks(os.environ))
+
+
 def start() -> None:
-    """Join the ranks that `launch` (or torchrun, or SLURM) started, or form a group of one. Safe to call again."""
+    """Join the ranks that `launch`, torchrun, srun or DeepSpeed started, or form a group of one. Safe to call again.
+
+    Raises LaunchError when the others cannot be reached.
+    """
     import torch
     import torch.distributed
 
     if torch.distributed.is_initialized():
         return
+    adopt_scheduler()
     if world_size() > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        load_deepspeed().init_distributed(verbose=False)
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+                load_deepspeed().init_distributed(verbose=False)
+            else:
+                torch.distributed.init_process_group("gloo")  # deepspeed joins it where it is needed at all
+        except (RuntimeError, ValueError) as error:  # the store's own errors are RuntimeErrors
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise LaunchError(
+                f"rank {rank()} of {world_size()} did not reach the others at {where}: {error}"
+            ) from error
         atexit.register(_leave)
         return
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed reads it
@@ -102,14 +126,10 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
         LaunchError: there are fewer devices than ranks, or a rank failed; its message and exit code are passed on.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the ranks were told and have ended.
     """
+    adopt_scheduler()
     if "RANK" in os.environ or (hostfile is None and (gpus is None or gpus == 1)):
         return False
-    if gpus is not None and gpus < 1:
-        raise LaunchError(f"--gpus {gpus}: at least one device is needed")
-    if hostfile is not None and not Path(hostfile).is_file():
-        raise LaunchError(f"no hostfile {hostfile}: it has a line `HOST slots=N` for each machine")
-    environment = dict(os.environ)
-    command = _local_command(gpus, environment) if hostfile is None else _cluster_command(gpus, hostfile)
+    command, environment = launch_command(gpus, hostfile)
     with tempfile.TemporaryDirectory(prefix="firp-launch-") as folder:
         failure = Path(folder) / "failure.json"
         environment[FAILURE_FILE] = str(failure)
@@ -121,25 +141,89 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
     return True
 
 
+def launch_command(gpus: int | None, hostfile: str | None) -> tuple[list[str], dict[str, str]]:
+    """The launcher's command line, up to the module to run, and its environment. Starts nothing.
+
+    A hostfile that names this machine alone needs no ssh. Raises LaunchError as `launch` does.
+    """
+    if gpus is not None and gpus < 1:
+        raise LaunchError(f"--gpus {gpus}: at least one device is needed")
+    environment = dict(os.environ)
+    if hostfile is None:
+        return _local_command(gpus or 1, environment), environment
+    ranks = ranks_by_host(hostfile, gpus)
+    host, count = next(iter(ranks.items()))
+    if len(ranks) == 1 and host in (*LOCAL_NAMES, socket.gethostname()):
+        return _local_command(count, environment), environment
+    if shutil.which("pdsh") is None:
+        raise LaunchError(
+            f"the machines of {hostfile} are started through pdsh, and there is none here: "
+            "install it, or start firp on every machine with torchrun or srun"
+        )
+    return _cluster_command(gpus, hostfile), environment
+
+
 @contextlib.contextmanager
 def relayed_errors() -> Iterator[None]:
-    """Inside a launched rank: leave a user error for the launching process, which prints it once for all ranks.
+    """Inside a launched rank: let one rank, or the launching process, tell the user what went wrong.
 
-    What other ranks raise afterwards (their peer is gone) is noise and stays silent.
+    A rank that fails leaves its message for the launching process. Where there is none (torchrun, srun, other machines)
+    the first rank to fail prints it. What other ranks raise afterwards (their peer is gone) is noise and stays silent;
+    so are those that were interrupted.
     """
-    path = Path(os.environ.get(FAILURE_FILE) or os.devnull)
+    if world_size() == 1:
+        yield
+        return
     try:
         yield
-    except FirpError as error:
-        if not path.parent.is_dir() or path == Path(os.devnull):  # no launcher, or one on another machine
-            raise
-        with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as stream:
-            json.dump({"rank": rank(), "message": str(error), "exit_code": error.exit_code}, stream)
-        _exit(error.exit_code)
-    except Exception:
-        if path.is_file():
-            _exit(1)
+    except KeyboardInterrupt:
+        if _launched_here() or not is_main():
+            _exit(INTERRUPTED)
+        atexit.unregister(_leave)
         raise
+    except FirpError as error:
+        if not _speaks(error):
+            _exit(error.exit_code)
+        atexit.unregister(_leave)  # it would wait for the others
+        raise
+    except Exception as error:
+        if hasattr(error, "exit_code"):  # a command that ends early
+            raise
+        if not _speaks(error):
+            _exit(1)
+        atexit.unregister(_leave)
+        raise
+
+
+def _launched_here() -> bool:
+    """Whether the process that launched this rank runs on this machine and waits for a message."""
+    path = os.environ.get(FAILURE_FILE)
+    return path is not None and Path(path).parent.is_dir()
+
+
+def _speaks(error: Exception) -> bool:
+    """Whether this rank tells the user about its error; a user error is left for the launching process, if any."""
+    if _launched_here():
+        told = {
+            "rank": None if getattr(error, "agreed", False) else rank(),
+            "message": str(error),
+            "exit_code": getattr(error, "exit_code", 1),
+        }
+        if not isinstance(error, FirpError):
+            return not Path(os.environ[FAILURE_FILE]).is_file()
+        with contextlib.suppress(FileExistsError), Path(os.environ[FAILURE_FILE]).open("x", encoding="utf-8") as stream:
+            json.dump(told, stream)
+        return False
+    if getattr(error, "agreed", False):
+        return is_main()
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        return True
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add("firp/failed", 1) == 1
+    except RuntimeError:  # rank 0 keeps the store and is gone: the peers' loss is no news
+        return not isinstance(error, LaunchError)
 
 
 def _exit(code: int) -> None:
@@ -151,19 +235,22 @@ def _exit(code: int) -> None:
 
 def _failure(path: Path, code: int) -> LaunchError:
     if not path.is_file():
-        reason = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return LaunchError(f"a rank failed ({reason}); what it printed stands above, the last checkpoint is kept")
+        number = -code if code < 0 else 256 - code  # the launcher's exit code for a rank that a signal ended
+        if number == signal.SIGKILL:
+            reason = "a rank was killed (SIGKILL; the system does that when memory runs out)"
+            return LaunchError(f"{reason}; what was finished is kept: run again with --resume")
+        reason = f"signal {number}" if number in SIGNALS else f"exit code {code}"
+        return LaunchError(f"a rank failed ({reason}); what it printed stands above, what was finished is kept")
     told = json.loads(path.read_text(encoding="utf-8"))
-    error = LaunchError(f"rank {told['rank']}: {told['message']}")
+    error = LaunchError(told["message"] if told["rank"] is None else f"rank {told['rank']}: {told['message']}")
     error.exit_code = told["exit_code"]
     return error
 
 
-def _local_command(gpus: int | None, environment: dict[str, str]) -> list[str]:
+def _local_command(gpus: int, environment: dict[str, str]) -> list[str]:
     """The per-machine DeepSpeed launcher over this machine's devices; sets OMP_NUM_THREADS where ranks share cores."""
     import torch
 
-    assert gpus is not None
     devices: list[int | str] = list(range(gpus))
     if torch.cuda.is_available():
         visible = [item for item in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if item]
@@ -186,7 +273,7 @@ def _local_command(gpus: int | None, environment: dict[str, str]) -> list[str]:
 
 def _cluster_command(gpus: int | None, hostfile: str) -> list[str]:
     """DeepSpeed's runner over the machines of a hostfile (pdsh and ssh without password)."""
-    options = [f"--hostfile={hostfile}", f"--master_port={free_port()}"]
+    options = [f"--hostfile={hostfile}", "--force_multi", f"--master_port={free_port()}"]
     if gpus is not None:
         options.append(f"--num_gpus={gpus}")
     return [
@@ -226,6 +313,25 @@ def handling_signals(handler: Callable[..., None]) -> Iterator[None]:
     finally:
         for number, former in previous.items():
             signal.signal(number, former)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal end the work within by KeyboardInterrupt; what comes again while it is
+    tidied up ends the process.
+    """
+    came: list[float] = []
+
+    def interrupt(*_: Any) -> None:
+        now = time.monotonic()
+        if came and now - came[0] > SAME_INTERRUPTION:
+            _exit(INTERRUPTED)
+        came.append(now)
+        if len(came) == 1:
+            raise KeyboardInterrupt
+
+    with handling_signals(interrupt):
+        yield
 
 
 def free_port() -> int:

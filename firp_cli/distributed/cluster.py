@@ -1,0 +1,107 @@
+"""What schedulers and hostfiles say about a group of ranks: plain text in, plain values out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from firp_cli.errors import LaunchError
+
+FIRST_PORT, PORTS = 12000, 20000  # below the ports that Linux hands out by itself
+INTERACTIVE_STEP = 0xFFFF_FFF0  # Slurm numbers its batch and interactive steps from here on; they are one shell each
+
+
+def read_hostfile(path: Path | str) -> dict[str, int]:
+    """Ranks that each machine of a hostfile takes, in the order of its lines `HOST slots=N`; `#` begins a comment.
+
+    Raises LaunchError naming file and line: no such form, no slot, or a machine that stands twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
+        raise LaunchError(f"no hostfile {path}{reason}: it has a line `HOST slots=N` for each machine") from None
+    slots: dict[str, int] = {}
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        content = line.partition("#")[0].strip()
+        if not content:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", content)
+        if not found:
+            raise LaunchError(f"{path}:{number}: {content!r} is not of the form `HOST slots=N`")
+        host, count = found[1], int(found[2])
+        if not count:
+            raise LaunchError(f"{path}:{number}: {host} has no slot; leave its line out")
+        if host in slots:
+            raise LaunchError(f"{path}:{number}: {host} stands twice (first on line {lines[host]}); add its slots up")
+        slots[host], lines[host] = count, number
+    if not slots:
+        raise LaunchError(f"{path} names no machine: it has a line `HOST slots=N` for each")
+    return slots
+
+
+def ranks_by_host(path: Path | str, each: int | None) -> dict[str, int]:
+    """Ranks to start on each machine of a hostfile: `each`, or all its slots. Raises LaunchError as `read_hostfile`
+    does, and where a machine has fewer slots than `each`.
+    """
+    slots = read_hostfile(path)
+    for host, count in slots.items():
+        if each is not None and each > count:
+            raise LaunchError(f"--gpus {each}: {host} has {count} slots in {path}")
+    return slots if each is None else dict.fromkeys(slots, each)
+
+
+def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a task that `srun` started beside others.
+
+    Empty where there is nothing to join: RANK is set already (torchrun, DeepSpeed), no Slurm step, a step of one task,
+    the script of `sbatch`, the shell of `salloc`, or a step that gives somebody a terminal.
+    """
+    step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", ""))
+    size = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", ""))
+    if "RANK" in environment or "SLURM_PROCID" not in environment or "SLURM_PTY_PORT" in environment:
+        return {}
+    if not step.isdigit() or int(step) >= INTERACTIVE_STEP or not size.isdigit() or int(size) < 2:
+        return {}
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or ""
+    nodes = nodes or environment.get("SLURM_JOB_NODELIST", "")
+    job = re.sub(r"\D", "", environment.get("SLURM_JOB_ID", environment.get("SLURM_JOBID", ""))) or "0"
+    found = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": expand_nodes(nodes)[0],
+        # Steps of one job may run side by side: each its own port.
+        "MASTER_PORT": str(FIRST_PORT + (int(job) * 7 + int(step)) % PORTS),
+    }
+    return {name: environment.get(name, value) for name, value in found.items()}
+
+
+def expand_nodes(text: str) -> list[str]:
+    """The machines of a Slurm node list: `gpu[01-03,7],head` is gpu01, gpu02, gpu03, gpu7 and head.
+
+    Raises LaunchError for a text that is no node list.
+    """
+    # Commas within brackets belong to one entry.
+    found = [node for entry in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text) for node in _expand_entry(entry)]
+    if not found:
+        raise LaunchError(f"the node list {text!r} names no machine; set MASTER_ADDR to the first one")
+    return found
+
+
+def _expand_entry(entry: str) -> list[str]:
+    head, bracket, rest = entry.partition("[")
+    if not bracket:
+        return [entry]
+    inside, closing, tail = rest.partition("]")
+    found: list[str] = []
+    for part in inside.split(","):
+        first, dash, last = part.partition("-")
+        if not closing or not first.isdigit() or (dash and not last.isdigit()):
+            raise LaunchError(f"the node list entry {entry!r} is not understood; set MASTER_ADDR to the first machine")
+        for number in range(int(first), int(last if dash else first) + 1):
+            found += [f"{head}{number:0{len(first)}d}{after}" for after in _expand_entry(tail)]
+    return found
