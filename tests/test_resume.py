@@ -201,5 +201,21 @@ def test_rows_tell_speed_memory_and_gradients(tmp_path: Path):
     assert 50e6 < row["memory_bytes"] < 24e9
 
 
+def test_two_runs_do_not_write_one_folder(tmp_path: Path):
+    def begin_another(*_: Any) -> None:
+        before = sorted(path.name for path in tmp_path.rglob("*"))
+        with pytest.raises(
+            UsageError, match=rf"another `firp train` is writing .*process {os.getpid()} on .* --output"
+        ):
+            run(tmp_path, recipe(), resume=True)
+        assert sorted(path.name for path in tmp_path.rglob("*")) == before
+        seen.append(True)
+
+    seen: list[bool] = []
+    run(tmp_path, recipe(max_steps=1), listener=Listener(step=begin_another))
+    assert seen
+    assert run(tmp_path, recipe(max_steps=1), resume=True).step == 1
+
+
 if __name__ == "__main__":
     worker(*sys.argv[1:])

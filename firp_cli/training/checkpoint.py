@@ -11,10 +11,11 @@ pickle: any number of ranks and any ZeRO stage can take it up, and at the number
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 from firp_cli.distributed.launch import barrier, is_main, rank, world_size
 from firp_cli.errors import FirpError, RecipeError, UsageError
 from firp_cli.predictors.registry import write_predictor
-from firp_cli.provenance import file_sha256, write_atomically, write_json
+from firp_cli.provenance import file_sha256, lock_folder, write_atomically, write_json
 from firp_cli.recipe import PredictorSection, Recipe, dump_recipe
 from firp_cli.training.random_state import random_state, restore_random_state, seed_rank
 from firp_cli.training.states import Whole, adam_steps, learning_rates, restore_states, whole_states
@@ -73,6 +74,26 @@ class RunState:
     seconds: float = 0.0
     waited: float = 0.0
     tokens: int = 0
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold a run's folder while it is written; rank 0 does. Raises UsageError where another process holds it."""
+    if not is_main():
+        yield
+        return
+    folder = output / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"another `firp train` is writing {output}: {error.strerror}; wait for it, or give another --output"
+        ) from None
+    except OSError as error:
+        raise FirpError(f"cannot lock {output}: {error}; give an --output that can be written") from error
+    with lock:
+        yield
 
 
 def guard_output(output: Path, resume: bool) -> None:

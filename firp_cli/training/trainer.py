@@ -95,18 +95,31 @@ def train(
 ) -> Outcome:
     """Train the recipe's predictor on a store; every rank calls it. Rank 0 writes the predictor folder `output`.
 
-    Raises UsageError when `output` holds a run already, StoreError for a store too small, PredictorError,
-    NumericsError naming the optimizer step; whatever is raised, the last checkpoint is whole.
+    Raises UsageError when `output` holds a run already or another process writes it, StoreError for a store too small,
+    PredictorError, NumericsError naming the optimizer step; whatever is raised, the last checkpoint is whole.
     """
     if recipe.predictor is None:
         raise PredictorError("the recipe has no predictor section: give predictor.kind and its fields")
-    start()
-    checkpoints.guard_output(output, resume)
     if not len(store):
         raise StoreError("the store has no conversation; fill it with `firp collect`")
+    start()
+    with checkpoints.locked(output):
+        return _train(recipe, teacher, store, output, resume, listener or Listener(), store_summary or {})
+
+
+def _train(
+    recipe: Recipe,
+    teacher: Teacher,
+    store: Sequence[Sequenced],
+    output: Path,
+    resume: bool,
+    listener: Listener,
+    store_summary: dict[str, Any],
+) -> Outcome:
+    checkpoints.guard_output(output, resume)
     found = checkpoints.latest_checkpoint(output) if resume else None
     per_step = None if found is None else checkpoints.check_resumable(found, recipe, len(store))
-    run = _Run(recipe, teacher, store, output, listener or Listener(), store_summary or {}, per_step)
+    run = _Run(recipe, teacher, store, output, listener, store_summary, per_step)
     run.prepare(found)
     with _until_signal(run):
         return run.loop()

@@ -1,0 +1,173 @@
+"""Ranks that start in no time: a process that has imported everything forks them, and ends a group of which one died.
+
+Started as a program it reads one JSON request per line (`argv`, `ranks`), answers with the ranks' process ids, and
+once all have ended with their exit codes. It does what the launcher of a machine does, without its ten seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conftest import ROOT
+
+GRACE_SECONDS = 10.0
+
+
+class Group:
+    """The ranks of one command."""
+
+    def __init__(self, nursery: Nursery, pids: list[int]) -> None:
+        self.pids, self._nursery = pids, nursery
+
+    def wait(self) -> list[int]:
+        """Exit codes by rank; negative: the signal that ended it."""
+        return self._nursery.read()["codes"]
+
+    def wait_unless_killed_after(self, seconds: float, victim: int, number: int = signal.SIGKILL) -> list[int]:
+        """Exit codes, where rank `victim` got a signal once `seconds` were over, unless the group ended before."""
+        timer = threading.Timer(seconds, self._signal, [victim, number])
+        timer.start()
+        try:
+            return self.wait()
+        finally:
+            timer.cancel()
+
+    def _signal(self, victim: int, number: int) -> None:
+        try:
+            os.kill(self.pids[victim], number)
+        except ProcessLookupError:  # it has ended: the nursery reaps at once
+            pass
+
+
+class Nursery:
+    """Talks to the forking process."""
+
+    def __init__(self) -> None:
+        values = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], env=values, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.read() == {"ready": True}
+
+    def start(self, argv: list[str], ranks: int, log: Path) -> Group:
+        """Run `firp argv` on `ranks` ranks; what they print goes to `log`."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"argv": argv, "ranks": ranks, "log": str(log)}) + "\n")
+        self._process.stdin.flush()
+        return Group(self, self.read()["pids"])
+
+    def run(self, argv: list[str], ranks: int, log: Path) -> list[int]:
+        return self.start(argv, ranks, log).wait()
+
+    def read(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        assert line, "the nursery has ended"
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@contextmanager
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _rank(argv: list[str], rank: int, ranks: int, port: int, log: str) -> None:
+    """What a forked rank does; never returns."""
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    sys.argv = ["firp", *argv]
+    code = 1
+    try:
+        from firp_cli.commands.app import main
+
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(bool(end.code))
+    except BaseException as error:
+        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _tend(pids: list[int]) -> list[int]:
+    """Wait for all; once one has failed tell the others to end, and make them after a while."""
+    codes: dict[int, int] = {}
+    deadline = float("inf")
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+                    if codes[pid] and deadline == float("inf"):
+                        deadline = time.monotonic() + GRACE_SECONDS
+                        _send([other for other in pids if other not in codes], signal.SIGTERM)
+        if time.monotonic() > deadline:
+            _send([other for other in pids if other not in codes], signal.SIGKILL)
+            deadline = time.monotonic() + GRACE_SECONDS
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]
+
+
+def _send(pids: list[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def _serve() -> None:
+    """Import what commands import, then fork on request. Nothing is computed here: no thread may run at a fork."""
+    import torch
+
+    torch.set_num_threads(1)
+    import firp_cli.collecting.capture
+    import firp_cli.collecting.online
+    import firp_cli.commands.app
+    import firp_cli.commands.loading
+    import firp_cli.evaluation.quality
+    import firp_cli.training.trainer
+    from firp_cli.distributed.launch import free_port, load_deepspeed
+
+    load_deepspeed()
+    import torch.utils.tensorboard
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        request, port, pids = json.loads(line), free_port(), []
+        for rank in range(request["ranks"]):
+            pid = os.fork()
+            if not pid:
+                _rank(request["argv"], rank, request["ranks"], port, request["log"])
+            pids.append(pid)
+        print(json.dumps({"pids": pids}), flush=True)
+        print(json.dumps({"codes": _tend(pids)}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
