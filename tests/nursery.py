@@ -6,14 +6,16 @@ once all have ended with their exit codes. It does what the launcher of a machin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,8 @@ class Group:
             timer.cancel()
 
     def _signal(self, victim: int, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it has ended: the nursery reaps at once
             os.kill(self.pids[victim], number)
-        except ProcessLookupError:  # it has ended: the nursery reaps at once
-            pass
 
 
 class Nursery:
@@ -59,15 +59,21 @@ class Nursery:
         )
         assert self.read() == {"ready": True}
 
-    def start(self, argv: list[str], ranks: int, log: Path) -> Group:
-        """Run `firp argv` on `ranks` ranks; what they print goes to `log`."""
+    def start(self, argv: list[str], ranks: int, log: Path, **faults: int) -> Group:
+        """Run `firp argv` on `ranks` ranks; what they print goes to `log`.
+
+        Args:
+            faults: `file_bytes`: no file may grow beyond it, as on a full disk. `renames`: rank 0 is killed at the
+                rename of that number (from 1), before it, or with `renamed=1` right after it.
+        """
         assert self._process.stdin
-        self._process.stdin.write(json.dumps({"argv": argv, "ranks": ranks, "log": str(log)}) + "\n")
+        request = {"argv": argv, "ranks": ranks, "log": str(log), "faults": faults}
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Group(self, self.read()["pids"])
 
-    def run(self, argv: list[str], ranks: int, log: Path) -> list[int]:
-        return self.start(argv, ranks, log).wait()
+    def run(self, argv: list[str], ranks: int, log: Path, **faults: int) -> list[int]:
+        return self.start(argv, ranks, log, **faults).wait()
 
     def read(self) -> dict[str, Any]:
         assert self._process.stdout
@@ -90,8 +96,32 @@ def nursery() -> Iterator[Nursery]:
         made.close()
 
 
-def _rank(argv: list[str], rank: int, ranks: int, port: int, log: str) -> None:
+def _die_at_rename(number: int, renamed: bool) -> None:
+    """Be killed at the rename of that number."""
+    counted = 0
+
+    def wrap(move: Callable[..., Any]) -> Callable[..., Any]:
+        def moving(*arguments: Any, **options: Any) -> Any:
+            nonlocal counted
+            counted += 1
+            if counted == number and not renamed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = move(*arguments, **options)
+            if counted == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return moving
+
+    Path.replace, Path.rename = wrap(Path.replace), wrap(Path.rename)  # type: ignore[method-assign]
+
+
+def _rank(argv: list[str], rank: int, ranks: int, port: int, log: str, faults: dict[str, int]) -> None:
     """What a forked rank does; never returns."""
+    if "renames" in faults and rank == 0:
+        _die_at_rename(faults["renames"], bool(faults.get("renamed")))
+    if "file_bytes" in faults:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (faults["file_bytes"], faults["file_bytes"]))
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -145,12 +175,6 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import firp_cli.collecting.capture
-    import firp_cli.collecting.online
-    import firp_cli.commands.app
-    import firp_cli.commands.loading
-    import firp_cli.evaluation.quality
-    import firp_cli.training.trainer
     from firp_cli.distributed.launch import free_port, load_deepspeed
 
     load_deepspeed()
@@ -163,7 +187,7 @@ def _serve() -> None:
         for rank in range(request["ranks"]):
             pid = os.fork()
             if not pid:
-                _rank(request["argv"], rank, request["ranks"], port, request["log"])
+                _rank(request["argv"], rank, request["ranks"], port, request["log"], request["faults"])
             pids.append(pid)
         print(json.dumps({"pids": pids}), flush=True)
         print(json.dumps({"codes": _tend(pids)}), flush=True)
