@@ -6,6 +6,7 @@ not kept is never read, but for the few values that the fingerprint looks at.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -179,10 +180,8 @@ def empty_model(config: TeacherConfig, **options: Any) -> Any:
             model = AutoModelForCausalLM.from_config(found, dtype=dtype, trust_remote_code=config.trust_remote_code)
     except PROBLEMS as error:
         raise _unloadable(config, error) from error
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(source, revision=config.revision)
-    except OSError:  # the model's config says when it stops
-        pass
+    with contextlib.suppress(OSError):  # then the model's config says when it stops
+        model.generation_config = GenerationConfig.from_pretrained(source, revision=config.revision or "main")
     return model
 
 

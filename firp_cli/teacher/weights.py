@@ -122,8 +122,7 @@ class WeightFiles:
                     (length,) = struct.unpack("<Q", stream.read(8))
                     header = json.loads(stream.read(length))
                 total = path.stat().st_size
-                storage = torch.UntypedStorage.from_file(str(path), False, total)
-                data = torch.empty(0, dtype=torch.uint8).set_(storage)[8 + length :]  # type: ignore[call-overload]
+                data = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)[8 + length :]
                 ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
                 if len(data) != max(ends, default=0):
                     raise ValueError(f"{len(data):,} bytes of {max(ends, default=0):,}")
@@ -171,4 +170,3 @@ class Residence:
         """For manifests and training.json."""
         told = {"kind": self.kind, "layers": self.layers, "of": self.of, "bytes": self.held, "saved_bytes": self.saved}
         return told | ({"ranks": self.ranks} if self.ranks > 1 else {}) | ({"note": self.note} if self.note else {})
-
