@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firp_cli.commands.terminal import Json, Verbose, print_json, progress_bar, quiet_libraries, split_recipe
+from firp_cli.commands.terminal import (
+    Json,
+    Verbose,
+    main_process,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    split_recipe,
+)
 from firp_cli.errors import UsageError
 from firp_cli.recipe import Recipe, load_recipe
 
@@ -93,7 +101,7 @@ def _check_before_loading(recipe: Recipe, folder: Path, resume: bool, estimate: 
     from firp_cli.collecting.corpus import check_dataset
     from firp_cli.data.store_writer import check_target
 
-    if not estimate:
+    if not estimate and main_process():  # the others would find the lock that the first may hold by now
         check_target(folder, resume)
     check_dataset(recipe.data)
 
