@@ -47,8 +47,7 @@ def upper_states(teacher: Teacher, states: torch.Tensor, first: int) -> torch.Te
         return teacher.head(teacher.norm(teacher.run(states, positions, mask, first)))
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(("family", "dtype"), [*((family, "auto") for family in FAMILIES), ("llama-tied", "bfloat16")])
 def test_a_part_gives_the_whole_ones_states_and_reads_nothing_below(
     folders: dict[str, Path], family: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -58,7 +57,7 @@ def test_a_part_gives_the_whole_ones_states_and_reads_nothing_below(
     own = WeightFiles.read
     monkeypatch.setattr(WeightFiles, "read", lambda files, key: (read.append(key), own(files, key))[1])
     tied = FAMILIES[family][1].get("tie_word_embeddings", False)
-    for first in (1, 3, LAYERS):
+    for first in (1, LAYERS - 1, LAYERS):
         read.clear()
         part = load_upper(config, first)
         assert part.describe() == whole.describe() and part.fingerprint == whole.fingerprint
