@@ -398,6 +398,7 @@ class _Run:
                 "world_size": self.ranks,
                 "predictor": self.described,
                 "teacher": self.teacher.describe(),
+                "teacher_memory": self.teacher.residence.describe(),
                 "store": self.store_summary,
                 "environment": provenance.environment(),
             }
