@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from firp_cli.errors import CapacityError, LaunchError, StoreError, TeacherError
 
 
@@ -83,8 +81,7 @@ class Steady:
             missing = list(left)
             if memory and self.width > 1:
                 self.width //= 2
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                _empty_device_cache()
                 parts.appendleft(missing)
                 continue
             suspects, others = missing[: self.width], missing[self.width :]
@@ -92,6 +89,13 @@ class Steady:
                 yield Reply(suspects[0], [], failure)
             half = len(suspects) // 2
             parts.extendleft(some for some in (others, suspects[half:] if half else [], suspects[:half]) if some)
+
+
+def _empty_device_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def first_line(error: BaseException) -> str:
@@ -102,7 +106,7 @@ def first_line(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether fewer prompts at once might do."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError, CapacityError)):
+    if isinstance(error, (MemoryError, CapacityError)):
         return True
-    words = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory")
+    words = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory")  # torch's own
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

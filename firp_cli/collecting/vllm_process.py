@@ -23,11 +23,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from firp_cli.collecting.responders import Reply, Steady, first_line, out_of_memory
 from firp_cli.errors import TeacherError, UsageError
-from firp_cli.recipe import TeacherConfig, teacher_source
+from firp_cli.recipe import Recipe, TeacherConfig, teacher_source
 
 if TYPE_CHECKING:
-    from firp_cli.collecting.responders import Reply
     from firp_cli.teacher.stack import Teacher
 
 AT_ONCE = 512  # prompts per batch: vLLM schedules them itself, and so many are lost by a kill at most
@@ -36,8 +36,14 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTE
 END_SECONDS = 10.0  # to end by itself, before it is made to
 
 
+def check_responder(recipe: Recipe) -> None:
+    """What of a recipe's responder can be refused before a teacher is loaded. Raises UsageError."""
+    if recipe.data.regenerate and recipe.collect.responder == "vllm":
+        check_vllm(recipe.teacher, recipe.collect.vllm)
+
+
 def check_vllm(teacher: TeacherConfig, options: dict[str, Any]) -> None:
-    """Before a teacher is loaded: whether vLLM is there and may be asked for this. Raises UsageError."""
+    """Whether vLLM is there and may be asked for this. Raises UsageError."""
     if importlib.util.find_spec("vllm") is None:
         raise UsageError(
             "collect.responder=vllm needs the package vllm: pip install 'firp[vllm]', or set collect.responder=engine"
@@ -66,8 +72,6 @@ class VllmResponder:
     name = "vllm"
 
     def __init__(self, config: TeacherConfig, teacher: Teacher, options: dict[str, Any], longest: int) -> None:
-        from firp_cli.collecting.responders import Steady
-
         check_vllm(config, options)
         if teacher.looped is not None:
             raise UsageError(f"vLLM does not run {teacher.name}, whose layers loop: set collect.responder=engine")
@@ -112,8 +116,6 @@ class VllmResponder:
             self._log.close()
 
     def _decode(self, prompts: list[Sequence[int]], limits: list[int], width: int) -> Iterator[Reply]:
-        from firp_cli.collecting.responders import Reply
-
         for start in range(0, len(prompts), width):
             part = slice(start, start + width)
             request = {"prompts": [list(prompt) for prompt in prompts[part]], "limits": limits[part]}
@@ -270,8 +272,6 @@ def main() -> None:
             else:
                 answer = {"token_ids": answerer.answer(request["prompts"], request["limits"])}
         except Exception as error:
-            from firp_cli.collecting.responders import first_line, out_of_memory
-
             answer = {"error": f"{type(error).__name__}: {first_line(error)}", "memory": out_of_memory(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -102,13 +102,13 @@ def parse_layers(text: str | None) -> list[int] | None:
 def _check_before_loading(recipe: Recipe, folder: Path, resume: bool, estimate: bool) -> None:
     """What can be refused before a large teacher is read from disk."""
     from firp_cli.collecting.corpus import check_dataset
-    from firp_cli.commands.responders import check_responder
+    from firp_cli.collecting.vllm_process import check_responder
     from firp_cli.data.store_writer import check_target
 
     if not estimate and main_process():  # the others would find the lock that the first may hold by now
         check_target(folder, resume)
-    check_dataset(recipe.data)
     check_responder(recipe)
+    check_dataset(recipe.data)
 
 
 def _estimate(teacher: Teacher, recipe: Recipe, layers: list[int], folder: Path) -> dict[str, Any]:

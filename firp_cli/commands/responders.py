@@ -7,7 +7,7 @@ from typing import Any
 
 from firp_cli.collecting.corpus import longest_sequence
 from firp_cli.collecting.responders import Reply, Responder, Steady
-from firp_cli.collecting.vllm_process import VllmResponder, check_vllm
+from firp_cli.collecting.vllm_process import VllmResponder
 from firp_cli.decoding.refill import Refiller
 from firp_cli.recipe import Recipe
 from firp_cli.teacher.stack import Teacher
@@ -20,14 +20,6 @@ ACCOUNT = {  # of the prompts of --regenerate
     "too_long": "not asked for, the prompt is too long",
     "skipped": "skipped before answering",
 }
-
-
-def check_responder(recipe: Recipe) -> None:
-    """What of the recipe's responder can be refused before a teacher is loaded. Raises UsageError."""
-    if not recipe.data.regenerate:
-        return
-    if recipe.collect.responder == "vllm":
-        check_vllm(recipe.teacher, recipe.collect.vllm)
 
 
 def make_responder(recipe: Recipe, teacher: Teacher) -> Responder | None:

@@ -68,10 +68,10 @@ def train(
         _need_store(wanted, [*([name] if name else []), *overrides])
     else:
         from firp_cli.collecting.corpus import check_dataset
-        from firp_cli.commands.responders import check_responder
+        from firp_cli.collecting.vllm_process import check_responder
 
-        check_dataset(wanted.data)
         check_responder(wanted)
+        check_dataset(wanted.data)
     guard_output(Path(str(wanted.output)), resume)
     flags = {"--resume": resume, "--no-verify": not verify, "--json": as_json, "--verbose": verbose}
     argv = ["train", *(recipe or []), f"--store={wanted.store}", f"--output={wanted.output}"]
