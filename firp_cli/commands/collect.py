@@ -64,9 +64,11 @@ def collect(
     chosen = _parse_layers(layers)
     folder = Path(recipe.store or default_store(recipe.data.dataset))
     _check_before_loading(recipe, folder, resume, estimate)
-    from firp_cli.teacher.stack import Teacher
+    from firp_cli.commands.loading import teacher_line
+    from firp_cli.distributed.sharding import load_teacher
 
-    model = Teacher.load(recipe.teacher)
+    model = load_teacher(recipe.teacher)
+    say(teacher_line(model.residence))
     model.fuse()  # answers and states come faster; where it does not fit the library's layers stay
     wanted = chosen if chosen is not None else default_layers(recipe, model)
     if estimate:
