@@ -61,7 +61,7 @@ def collect(
     if gpus > 1:
         raise UsageError(f"collect runs on one device for now, not {gpus}; leave --gpus out")
     quiet_libraries(verbose)
-    chosen = _parse_layers(layers)
+    chosen = parse_layers(layers)
     folder = Path(recipe.store or default_store(recipe.data.dataset))
     _check_before_loading(recipe, folder, resume, estimate)
     from firp_cli.commands.loading import teacher_line
@@ -91,7 +91,10 @@ def default_layers(recipe: Recipe, teacher: Teacher) -> list[int]:
     return list(recipe.predictor.required_layers(teacher))
 
 
-def _parse_layers(text: str | None) -> list[int] | None:
+def parse_layers(text: str | None) -> list[int] | None:
+    """`2,4` or `none` as typed; None where nothing was. Raises UsageError."""
+    if text == "none":
+        return []
     try:
         return None if text is None else [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
