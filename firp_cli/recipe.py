@@ -75,7 +75,9 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _one_way(self) -> TeacherConfig:
         if self.sharding == "zero3" and self.device_map is not None:
-            raise ValueError("sharding=zero3 shares layers out over ranks, device_map over one process's devices: drop one")
+            raise ValueError(
+                "sharding=zero3 shares layers out over ranks, device_map over one process's devices: drop one"
+            )
         if self.sharding == "zero3" and self.looped is not None:
             raise ValueError("sharding=zero3 does not know looped layers, which every loop needs: leave sharding out")
         return self

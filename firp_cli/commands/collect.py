@@ -15,6 +15,7 @@ from firp_cli.commands.terminal import (
     print_json,
     progress_bar,
     quiet_libraries,
+    say,
     split_recipe,
 )
 from firp_cli.errors import UsageError

@@ -110,7 +110,9 @@ def teacher_line(held: Residence) -> str:
     if held.kind == "whole":
         return f"teacher: all {held.of} layers loaded, {size(held.held)}{why}"
     shared = f", shared over {held.ranks} ranks" if held.ranks > 1 else ""
-    return f"teacher: {held.layers} of {held.of} layers loaded{shared}, {size(held.held)}, {size(held.saved)} saved{why}"
+    return (
+        f"teacher: {held.layers} of {held.of} layers loaded{shared}, {size(held.held)}, {size(held.saved)} saved{why}"
+    )
 
 
 def complete_teacher(config: TeacherConfig, held: Residence) -> Teacher | str:

@@ -162,7 +162,7 @@ class ShardedStack:
     def head_weight(self) -> Tensor:
         """(V, d), whole until another module runs. A collective."""
         self._gather.hold(self._head)
-        return self._head.weight.detach()  # type: ignore[union-attr, operator]
+        return self._head.weight.detach()  # type: ignore[operator]
 
     def layer(
         self,

@@ -102,7 +102,8 @@ class Vacant:
 
     def drop_lower(self, first: int) -> None:
         """Take the layers below `first` out, and the embedding where nothing else shares its matrix."""
-        self.teacher.release(range(first, self.teacher.num_layers))
+        count = self.teacher.num_layers
+        self.teacher.release(range(min(first, count), count))
 
     def fill(self, device: torch.device, make: Callable[[str, nn.Parameter], nn.Parameter] | None = None) -> None:
         """Put the parameters that are left in place, one after the other. `make(name, empty)` gives each, of the shape

@@ -214,8 +214,8 @@ class Teacher:
         self._library = self.stack = wrap(self._library)
 
     def together(self, work: bool) -> bool:
-        """Whether a forward is to be run: where several processes hold the teacher together each asks before each of its
-        forwards, and those without work (False) run along with one of a single token until nobody has any left.
+        """Whether a forward is to be run: where several processes hold the teacher together each asks before each of
+        its forwards; those without work (False) run along with one of a single token until nobody has any left.
         """
         return work if self.peers is None else self.peers(work)
 
