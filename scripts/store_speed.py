@@ -104,9 +104,10 @@ def write_plain(tensors: dict[str, Tensor], shards: int, folder: Path) -> None:
 def read_store(folder: Path, order: Sequence[int]) -> None:
     """Every conversation of `order` with all its states, in memory of its own."""
     store = Store.open(folder)
+    mapped = store.manifest["dtype"] in FLOATS
     for index in order:
         item = store[index]
-        for states in (*item.hidden.values(), item.final):
+        for states in (*item.hidden.values(), item.final) if mapped else ():  # floats from int8 are new already
             _keep(states)
         _keep(item.loss_mask)
 
@@ -222,8 +223,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write, on the disk to be measured; default: here")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", *SCALED], choices=[*FLOATS, *SCALED])
     parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens per shard")
-    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per shard")
+    parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print JSON with every repeat instead of the table")
     arguments = parser.parse_args()
