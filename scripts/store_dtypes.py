@@ -60,9 +60,7 @@ def state_error(exact: Store, rounded: Store) -> dict[str, float]:
     return {"mean": total / count, "largest": worst}
 
 
-def measure(
-    recipe: Recipe, teacher: Teacher, dtypes: Sequence[str], folder: Path, prompts: int
-) -> list[dict[str, Any]]:
+def measure(recipe: Recipe, dtypes: Sequence[str], folder: Path, prompts: int) -> list[dict[str, Any]]:
     """A row for each dtype; losses are relative to the predictor that was trained on float32 states."""
     from firp_cli.data.store import Store
     from firp_cli.data.store_verify import describe_store

@@ -196,10 +196,10 @@ def measure(dtype: str, tokens: int, shards: int, hidden_size: int, repeats: int
         "megabytes": size / 1e6,
         "from_disk": min(from_disk) if from_disk else None,
     }
-    for job, sides in found.items():
-        ratios = [mine / theirs for mine, theirs in zip(sides["store"], sides["plain"], strict=True)]
-        row[job] = {side: statistics.median(speeds) for side, speeds in sides.items()}
-        row[job] |= {"ratio": statistics.median(ratios), "ratios": ratios}
+    for job, speeds in found.items():
+        ratios = [mine / theirs for mine, theirs in zip(speeds["store"], speeds["plain"], strict=True)]
+        medians = {side: statistics.median(values) for side, values in speeds.items()}
+        row[job] = medians | {"ratio": statistics.median(ratios), "ratios": ratios}
     return row
 
 
