@@ -54,7 +54,7 @@ class Corpus:
 def make_corpus(tokens: int, shards: int, hidden_size: int, dtype: torch.dtype) -> Corpus:
     """One shard's worth of states, written `shards` times; conversations of 50 to 600 tokens."""
     generator = random.Random(0)
-    lengths = []
+    lengths: list[int] = []
     while sum(lengths) < tokens:
         lengths.append(min(generator.randint(50, 600), tokens - sum(lengths)))
     torch.manual_seed(0)
