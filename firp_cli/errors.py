@@ -55,3 +55,7 @@ class CapacityError(UsageError):
 
 class LaunchError(FirpError):
     """Ranks could not be started, or one of them failed."""
+
+
+class PeerLostError(LaunchError):
+    """Another rank of the run ended before its time."""

@@ -21,11 +21,14 @@ TIMED_TOKENS = 8192  # positions of the timed forwards at most
 TIMED_STEPS = 16  # tokens of the timed answers
 
 
-def estimate(teacher: Teacher, data: DataConfig, layers: Sequence[int], dtype: str, folder: Path) -> dict[str, Any]:
-    """Figures for collecting `data` into `folder`; writes nothing.
+def estimate(
+    teacher: Teacher, data: DataConfig, layers: Sequence[int], dtype: str, folder: Path, ranks: int = 1
+) -> dict[str, Any]:
+    """Figures for collecting `data` into `folder` with `ranks` ranks; writes and starts nothing.
 
     Tokens are counted in an evenly spaced sample and extrapolated; for answers that the teacher will write itself
-    `max_new_tokens` each is taken, an upper bound. Times come from short forwards on this machine.
+    `max_new_tokens` each is taken, an upper bound. Times come from short forwards of this process; more ranks are
+    taken to be as many times faster.
     """
     rows = load_messages(data)
     step = max(1, len(rows) // SAMPLE_CONVERSATIONS)
@@ -54,9 +57,11 @@ def estimate(teacher: Teacher, data: DataConfig, layers: Sequence[int], dtype: s
         "bytes_per_token": each,
         "total_bytes": tokens * each,
         "free_bytes": free_bytes(folder),
-        "tokens_per_second": rate,
-        "answering_seconds": answering,
-        "seconds": tokens / rate + answering,
+        "ranks": ranks,
+        "rank_tokens_per_second": rate,
+        "tokens_per_second": rate * ranks,
+        "answering_seconds": answering / ranks,
+        "seconds": (tokens / rate + answering) / ranks,
     }
 
 

@@ -85,11 +85,10 @@ def expand_nodes(text: str) -> list[str]:
 
     Raises LaunchError for a text that is no node list.
     """
-    # Commas within brackets belong to one entry.
-    found = [node for entry in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text) for node in _expand_entry(entry)]
-    if not found:
-        raise LaunchError(f"the node list {text!r} names no machine; set MASTER_ADDR to the first one")
-    return found
+    entries = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text)  # commas within brackets belong to one entry
+    if not entries or ",".join(entries) != text:
+        raise LaunchError(f"the node list {text!r} is not understood; set MASTER_ADDR to the first machine")
+    return [node for entry in entries for node in _expand_entry(entry)]
 
 
 def _expand_entry(entry: str) -> list[str]:

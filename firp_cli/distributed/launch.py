@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.distributed.cluster import ranks_by_host, slurm_ranks
-from firp_cli.errors import FirpError, LaunchError
+from firp_cli.errors import FirpError, LaunchError, PeerLostError
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
 SAME_INTERRUPTION = 2.0  # seconds: a terminal and a launcher may both pass one Ctrl-C on
 SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGTERM)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+RANK_MARK = "running-"
 FAILURE_FILE = "FIRP_FAILURE_FILE"  # where the first rank that fails leaves its message for the launching process
 
 
@@ -116,6 +117,22 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
+def ranks_wanted(gpus: int | None, hostfile: Path | str | None) -> tuple[int, int]:
+    """Ranks that `launch` would start, or that this process is one of; and those on one machine at most.
+
+    Raises LaunchError as `ranks_by_host` does.
+    """
+    if "RANK" in os.environ:
+        return world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    counts = [gpus or 1] if hostfile is None else list(ranks_by_host(hostfile, gpus).values())
+    return sum(counts), max(counts)
+
+
+def cores_of_rank(ranks: int) -> int:
+    """CPU threads of each of `ranks` ranks that share the cores this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str = "firp_cli") -> bool:
     """Run `python -m module argv` (by default: `firp argv`) as a group of ranks, if one is asked for.
 
@@ -134,7 +151,7 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
         failure = Path(folder) / "failure.json"
         environment[FAILURE_FILE] = str(failure)
         code, interrupted = _wait([*command, module, *argv], environment)
-        if interrupted:
+        if interrupted or code == INTERRUPTED:  # the signal may have been sent to a rank alone
             raise KeyboardInterrupt
         if code:
             raise _failure(failure, code)
@@ -169,15 +186,18 @@ def relayed_errors() -> Iterator[None]:
 
     A rank that fails leaves its message for the launching process. Where there is none (torchrun, srun, other machines)
     the first rank to fail prints it. What other ranks raise afterwards (their peer is gone) is noise and stays silent;
-    so are those that were interrupted.
+    so are those that were interrupted. A rank that is killed says nothing: its mark tells the launching process.
     """
     if world_size() == 1:
         yield
         return
+    mark = _mark(rank())
+    if mark:
+        mark.touch()
     try:
         yield
     except KeyboardInterrupt:
-        if _launched_here() or not is_main():
+        if mark or not is_main():
             _exit(INTERRUPTED)
         atexit.unregister(_leave)
         raise
@@ -193,6 +213,18 @@ def relayed_errors() -> Iterator[None]:
             _exit(1)
         atexit.unregister(_leave)
         raise
+    finally:
+        _clear_mark()
+
+
+def _mark(number: int) -> Path | None:
+    """The file that is there while rank `number` runs, where the launching process sees it."""
+    return Path(os.environ[FAILURE_FILE]).with_name(f"{RANK_MARK}{number}") if _launched_here() else None
+
+
+def _clear_mark() -> None:
+    if mark := _mark(rank()):
+        mark.unlink(missing_ok=True)
 
 
 def _launched_here() -> bool:
@@ -208,6 +240,7 @@ def _speaks(error: Exception) -> bool:
             "rank": None if getattr(error, "agreed", False) else rank(),
             "message": str(error),
             "exit_code": getattr(error, "exit_code", 1),
+            "peer_lost": isinstance(error, PeerLostError),
         }
         if not isinstance(error, FirpError):
             return not Path(os.environ[FAILURE_FILE]).is_file()
@@ -223,25 +256,32 @@ def _speaks(error: Exception) -> bool:
     try:
         return torch.distributed.distributed_c10d._get_default_store().add("firp/failed", 1) == 1
     except RuntimeError:  # rank 0 keeps the store and is gone: the peers' loss is no news
-        return not isinstance(error, LaunchError)
+        return not isinstance(error, PeerLostError)
 
 
 def _exit(code: int) -> None:
     """Leave without the goodbyes of the process group: other ranks may still wait in a collective."""
+    _clear_mark()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _failure(path: Path, code: int) -> LaunchError:
-    if not path.is_file():
-        number = -code if code < 0 else 256 - code  # the launcher's exit code for a rank that a signal ended
+    """What ended a launched group: the message of the first rank that failed, or which rank ended without one."""
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    silent = [item.name.removeprefix(RANK_MARK) for item in path.parent.glob(f"{RANK_MARK}*")]
+    who = f"rank {silent[0]}" if len(silent) == 1 else "a rank"  # several: the others were made to end
+    number = -code if code < 0 else 256 - code  # the launcher's exit code for a rank that a signal ended
+    if told is None or (told["peer_lost"] and silent):
         if number == signal.SIGKILL:
-            reason = "a rank was killed (SIGKILL; the system does that when memory runs out)"
-            return LaunchError(f"{reason}; what was finished is kept: run again with --resume")
-        reason = f"signal {number}" if number in SIGNALS else f"exit code {code}"
-        return LaunchError(f"a rank failed ({reason}); what it printed stands above, what was finished is kept")
-    told = json.loads(path.read_text(encoding="utf-8"))
+            reason = "was killed (SIGKILL; the system does that when memory runs out)"
+        elif told is not None:  # the launcher saw first the rank that noticed
+            reason = "ended without a word (killed, out of memory, or crashed)"
+        else:
+            named = f"signal {number}" if number in SIGNALS else f"exit code {code}"
+            return LaunchError(f"{who} failed ({named}); what it printed stands above, what was finished is kept")
+        return LaunchError(f"{who} {reason}; what was finished is kept: run again with --resume")
     error = LaunchError(told["message"] if told["rank"] is None else f"rank {told['rank']}: {told['message']}")
     error.exit_code = told["exit_code"]
     return error
@@ -260,7 +300,7 @@ def _local_command(gpus: int, environment: dict[str, str]) -> list[str]:
         if visible:
             devices = [int(item) if item.isdigit() else item for item in visible[:gpus]]
     else:
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // gpus))
+        environment["OMP_NUM_THREADS"] = str(cores_of_rank(gpus))
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
