@@ -68,7 +68,7 @@ def collect(
     with resumable(), relayed_errors():
         recipe = agreed(lambda: load_recipe(name, overrides))
         quiet_libraries(verbose)
-        chosen = agreed(lambda: _parse_layers(layers))
+        chosen = agreed(lambda: parse_layers(layers))
         folder = Path(recipe.store or default_store(recipe.data.dataset))
         agreed(lambda: _check_before_loading(recipe, folder, resume, estimate))
         if estimate:
@@ -95,7 +95,10 @@ def default_layers(recipe: Recipe, teacher: Teacher) -> list[int]:
     return list(recipe.predictor.required_layers(teacher))
 
 
-def _parse_layers(text: str | None) -> list[int] | None:
+def parse_layers(text: str | None) -> list[int] | None:
+    """`2,4` or `none` as typed; None where nothing was. Raises UsageError."""
+    if text == "none":
+        return []
     try:
         return None if text is None else [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
