@@ -12,7 +12,7 @@ import pytest
 
 from firp_cli.distributed.cluster import expand_nodes, ranks_by_host, read_hostfile, slurm_ranks
 from firp_cli.distributed.launch import launch_command, ranks_wanted
-from firp_cli.errors import LaunchError
+from firp_cli.errors import ClusterError
 
 STEP = {
     "SLURM_PROCID": "5",
@@ -43,7 +43,7 @@ def test_a_hostfile_says_machines_in_order(hostfile: Path) -> None:
     assert ranks_by_host(hostfile, 3) == {"node-2": 3, "node-1": 3}
     assert ranks_wanted(None, hostfile) == (12, 8) and ranks_wanted(3, hostfile) == (6, 3)
     assert ranks_wanted(4, None) == (4, 4) and ranks_wanted(None, None) == (1, 1)
-    with pytest.raises(LaunchError, match="--gpus 5: node-1 has 4 slots"):
+    with pytest.raises(ClusterError, match="--gpus 5: node-1 has 4 slots"):
         ranks_by_host(hostfile, 5)
 
 
@@ -60,15 +60,15 @@ def test_a_hostfile_says_machines_in_order(hostfile: Path) -> None:
 )
 def test_a_wrong_hostfile_is_told_by_line(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "hosts").write_text(text)
-    with pytest.raises(LaunchError, match=words):
+    with pytest.raises(ClusterError, match=words):
         read_hostfile(tmp_path / "hosts")
 
 
 def test_a_missing_hostfile_is_told(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"no hostfile .*hosts: it has a line"):
+    with pytest.raises(ClusterError, match=r"no hostfile .*hosts: it has a line"):
         read_hostfile(tmp_path / "hosts")
     (tmp_path / "hosts").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(LaunchError, match=r"no hostfile .*decode"):
+    with pytest.raises(ClusterError, match=r"no hostfile .*decode"):
         read_hostfile(tmp_path / "hosts")
 
 
@@ -116,7 +116,7 @@ def test_node_lists(text: str, nodes: list[str]) -> None:
 
 @pytest.mark.parametrize("text", ["", "gpu[", "gpu[1-", "gpu[a-b]", ","])
 def test_what_is_no_node_list_is_refused(text: str) -> None:
-    with pytest.raises(LaunchError, match="set MASTER_ADDR to the first"):
+    with pytest.raises(ClusterError, match="set MASTER_ADDR to the first"):
         expand_nodes(text)
 
 
@@ -135,21 +135,21 @@ def test_what_a_launch_would_run(hostfile: Path, tmp_path: Path, monkeypatch: py
     assert devices(launch_command(None, str(tmp_path / "here"))[0]) == {"localhost": [0, 1]}  # no ssh to ourselves
     assert devices(launch_command(1, str(tmp_path / "here"))[0]) == {"localhost": [0]}
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LaunchError, match=r"pdsh.*torchrun or srun"):
+    with pytest.raises(ClusterError, match=r"pdsh.*torchrun or srun"):
         launch_command(None, str(hostfile))
     (tmp_path / "pdsh").write_text("#!/bin/sh\n")
     (tmp_path / "pdsh").chmod(0o755)
     command, _ = launch_command(4, str(hostfile))
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert {f"--hostfile={hostfile}", "--num_gpus=4", "--force_multi"} <= set(command)
-    with pytest.raises(LaunchError, match="at least one device"):
+    with pytest.raises(ClusterError, match="at least one device"):
         launch_command(0, None)
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(LaunchError, match="--gpus 3: this machine shows 2 CUDA devices"):
+    with pytest.raises(ClusterError, match="--gpus 3: this machine shows 2 CUDA devices"):
         launch_command(3, None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert devices(launch_command(2, None)[0]) == {"localhost": [4, 6]}

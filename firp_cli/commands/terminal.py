@@ -64,12 +64,12 @@ def resumable() -> Iterator[None]:
     """Ctrl-C, SIGTERM and a closed terminal end the work within, and the user is told that it can go on."""
     from firp_cli.distributed.launch import INTERRUPTED, interruptible
 
-    try:
-        with interruptible():
+    with interruptible():
+        try:
             yield
-    except KeyboardInterrupt:
-        say("firp: interrupted; what was finished is kept, --resume goes on")
-        raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt:
+            say("firp: interrupted; what was finished is kept, --resume goes on")
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def say(text: str) -> None:

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.distributed.cluster import ranks_by_host, slurm_ranks
-from firp_cli.errors import FirpError, LaunchError, PeerLostError
+from firp_cli.errors import ClusterError, FirpError, LaunchError, PeerLostError
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
-SAME_INTERRUPTION = 2.0  # seconds: a terminal and a launcher may both pass one Ctrl-C on
+SAME_INTERRUPTION = 2.0  # seconds within which two signals are one
 SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGTERM)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 RANK_MARK = "running-"
@@ -120,7 +120,7 @@ def _leave() -> None:
 def ranks_wanted(gpus: int | None, hostfile: Path | str | None) -> tuple[int, int]:
     """Ranks that `launch` would start, or that this process is one of; and those on one machine at most.
 
-    Raises LaunchError as `ranks_by_host` does.
+    Raises ClusterError as `ranks_by_host` does.
     """
     if "RANK" in os.environ:
         return world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
@@ -140,7 +140,8 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
     ranks and returns True. A CPU serves any number of ranks, which share its cores.
 
     Raises:
-        LaunchError: there are fewer devices than ranks, or a rank failed; its message and exit code are passed on.
+        ClusterError: there are fewer devices than ranks, or the hostfile is wrong.
+        LaunchError: a rank failed; its message and exit code are passed on.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the ranks were told and have ended.
     """
     adopt_scheduler()
@@ -161,10 +162,10 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
 def launch_command(gpus: int | None, hostfile: str | None) -> tuple[list[str], dict[str, str]]:
     """The launcher's command line, up to the module to run, and its environment. Starts nothing.
 
-    A hostfile that names this machine alone needs no ssh. Raises LaunchError as `launch` does.
+    A hostfile that names this machine alone needs no ssh. Raises ClusterError.
     """
     if gpus is not None and gpus < 1:
-        raise LaunchError(f"--gpus {gpus}: at least one device is needed")
+        raise ClusterError(f"--gpus {gpus}: at least one device is needed")
     environment = dict(os.environ)
     if hostfile is None:
         return _local_command(gpus or 1, environment), environment
@@ -173,7 +174,7 @@ def launch_command(gpus: int | None, hostfile: str | None) -> tuple[list[str], d
     if len(ranks) == 1 and host in (*LOCAL_NAMES, socket.gethostname()):
         return _local_command(count, environment), environment
     if shutil.which("pdsh") is None:
-        raise LaunchError(
+        raise ClusterError(
             f"the machines of {hostfile} are started through pdsh, and there is none here: "
             "install it, or start firp on every machine with torchrun or srun"
         )
@@ -296,7 +297,7 @@ def _local_command(gpus: int, environment: dict[str, str]) -> list[str]:
         visible = [item for item in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if item]
         count = torch.cuda.device_count()
         if gpus > count:
-            raise LaunchError(f"--gpus {gpus}: this machine shows {count} CUDA devices")
+            raise ClusterError(f"--gpus {gpus}: this machine shows {count} CUDA devices")
         if visible:
             devices = [int(item) if item.isdigit() else item for item in visible[:gpus]]
     else:
@@ -344,21 +345,29 @@ def _wait(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
 @contextlib.contextmanager
 def handling_signals(handler: Callable[..., None]) -> Iterator[None]:
     """Call `handler(number, frame)` on Ctrl-C, SIGTERM and a closed terminal (unless nohup ignores it)."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    previous = _handle_signals(handler)
     try:
         yield
     finally:
-        for number, former in previous.items():
-            signal.signal(number, former)
+        _restore_signals(previous)
+
+
+def _handle_signals(handler: Callable[..., None]) -> dict[int, Any]:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _restore_signals(previous: dict[int, Any]) -> None:
+    for number, former in previous.items():
+        signal.signal(number, former)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Ctrl-C, SIGTERM and a closed terminal end the work within by KeyboardInterrupt; what comes again while it is
-    tidied up ends the process.
+    tidied up ends the process, but not what comes at once: a terminal and a launcher may both pass one signal on.
     """
     came: list[float] = []
 
@@ -370,8 +379,12 @@ def interruptible() -> Iterator[None]:
         if len(came) == 1:
             raise KeyboardInterrupt
 
-    with handling_signals(interrupt):
+    previous = _handle_signals(interrupt)
+    try:
         yield
+    finally:
+        if not came:  # else the process is to end, and the same signal may still come from elsewhere
+            _restore_signals(previous)
 
 
 def free_port() -> int:
