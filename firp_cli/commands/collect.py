@@ -108,10 +108,12 @@ def parse_layers(text: str | None) -> list[int] | None:
 def _check_before_loading(recipe: Recipe, folder: Path, resume: bool, estimate: bool) -> None:
     """What can be refused before a large teacher is read from disk."""
     from firp_cli.collecting.corpus import check_dataset
+    from firp_cli.collecting.vllm_process import check_responder
     from firp_cli.data.store_writer import check_target
 
     if not estimate and main_process():  # the others would find the lock that the first may hold by now
         check_target(folder, resume)
+    check_responder(recipe)
     check_dataset(recipe.data)
 
 
@@ -129,20 +131,30 @@ def _estimate(recipe: Recipe, chosen: list[int] | None, folder: Path, ranks: int
     from firp_cli.collecting.capture import check_layers, stored_dtype
     from firp_cli.collecting.estimate import estimate
     from firp_cli.commands.loading import set_threads
+    from firp_cli.commands.responders import make_responder
     from firp_cli.distributed.launch import cores_of_rank
 
     set_threads(cores_of_rank(neighbours) if neighbours > 1 else None)
     teacher, layers = _load(recipe, chosen)
     kept = check_layers(layers, teacher)
-    return estimate(teacher, recipe.data, kept, stored_dtype(teacher, recipe.data), folder, ranks)
+    dtype, responder = stored_dtype(teacher, recipe.data), make_responder(recipe, teacher)
+    return estimate(teacher, recipe.data, kept, dtype, folder, responder, ranks)
 
 
 def _collect(recipe: Recipe, chosen: list[int] | None, folder: Path, resume: bool) -> dict[str, Any]:
     from firp_cli.collecting.capture import collect_store
+    from firp_cli.commands.responders import make_responder
 
     teacher, layers = agreed(lambda: _load(recipe, chosen))
     return collect_store(
-        teacher, recipe.data, layers, folder, resume=resume, progress=progress_bar, recipe=recipe.model_dump()
+        teacher,
+        recipe.data,
+        layers,
+        folder,
+        resume=resume,
+        progress=progress_bar,
+        recipe=recipe.model_dump(),
+        responder=agreed(lambda: make_responder(recipe, teacher)),
     )
 
 
@@ -190,10 +202,10 @@ def _print_summary(summary: dict[str, Any], recipe: str | None) -> None:
             typer.echo("tokens by rank: " + ", ".join(f"{count:,}" for count in summary["rank_tokens"]))
     for reason, count in summary["skipped"].items():
         typer.echo(f"skipped {count:,}: {reason}")
-    if summary["answers_cut"]:
-        typer.echo(
-            f"{summary['answers_cut']:,} answers were cut at the length limit (data.max_new_tokens, data.max_length)"
-        )
+    if "answers" in summary:
+        from firp_cli.commands.responders import account_line
+
+        typer.echo(account_line(summary["answers"]))
     typer.echo(f"next: firp train {recipe or 'RECIPE'} --store {summary['store']}")
 
 

@@ -70,7 +70,9 @@ def train(
         _need_store(wanted, [*([name] if name else []), *overrides])
     else:
         from firp_cli.collecting.corpus import check_dataset
+        from firp_cli.collecting.vllm_process import check_responder
 
+        check_responder(wanted)
         check_dataset(wanted.data)
     guard_output(Path(str(wanted.output)), resume)
     flags = {"--resume": resume, "--no-verify": not verify, "--json": as_json, "--verbose": verbose}
@@ -172,16 +174,21 @@ def _make(recipe: Recipe, teacher: Teacher) -> OnlineStates:
     from firp_cli.collecting.corpus import build_corpus, load_messages, longest_sequence
     from firp_cli.collecting.online import HybridStates, OnlineStates
     from firp_cli.collecting.respond import respond
+    from firp_cli.commands.responders import account_line, make_responder
+    from firp_cli.distributed.control import Control
     from firp_cli.distributed.launch import rank
 
     assert recipe.predictor is not None
     data, folder = recipe.data, Path(str(recipe.store))
     with progress_bar("tokenizing") as bar:
         corpus = build_corpus(load_messages(data), teacher, data, bar)
-    if data.regenerate:
+    responder = make_responder(recipe, teacher)
+    if responder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        longest = longest_sequence(teacher, data)
         with progress_bar("answering") as bar:
-            corpus = respond(teacher, corpus, data, longest_sequence(teacher, data), folder, bar)
+            corpus, account = respond(teacher, corpus, data, longest, folder, responder, bar, Control.join())
+        say(account_line(account))
     layers, dtype = check_layers(recipe.predictor.required_layers(teacher), teacher), stored_dtype(teacher, data)
     if data.mode == "online":
         return OnlineStates(teacher, corpus, layers, dtype, data.pack_tokens)

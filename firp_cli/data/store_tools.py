@@ -231,11 +231,17 @@ class _Joined:
         """The sums of what the stores count."""
         total: Counter[str] = Counter()
         skipped: Counter[str] = Counter()
+        answers: Counter[str] = Counter()
+        failures: list[str] = []
         for store in self.stores:
             counts = dict(store.manifest["counts"])
             skipped.update(counts.pop("skipped", {}))
+            account = dict(counts.pop("answers", {}))
+            failures += filter(None, [account.pop("failure", None)])
+            answers.update(account)
             total.update(counts)
-        return {**total, "skipped": dict(sorted(skipped.items()))}
+        found = {**total, "skipped": dict(sorted(skipped.items()))}
+        return found | ({"answers": {**answers, "failure": next(iter(failures), None)}} if answers else {})
 
 
 def _origin(store: Store) -> dict[str, Any]:

@@ -45,6 +45,12 @@ class Refiller:
         self.teacher = teacher
         self.engine = Engine(teacher, options=options)
 
+    def forget(self) -> None:
+        """Let go of the cache and the graphs that are kept for the next call."""
+        self.engine.kept = None
+        if self.engine.graphs is not None:
+            self.engine.graphs.forget()
+
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], batch_size: int) -> Iterator[Decoded]:
         """Each prompt's greedy continuation (EOS included) of at most its own limit, in the order in which they end.
