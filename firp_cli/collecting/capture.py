@@ -101,6 +101,7 @@ def collect_store(
         seconds = time.perf_counter() - start
         run = {
             "ranks": group.size,
+            "teacher_memory": teacher.residence.describe(),
             "shards_written": len(pending),
             "tokens_written": sum(sizes),
             "rank_tokens": group.gather(sum(entry["tokens"] for entry in entries)),

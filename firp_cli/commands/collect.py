@@ -18,6 +18,7 @@ from firp_cli.commands.terminal import (
     progress_bar,
     quiet_libraries,
     resumable,
+    say,
     split_recipe,
 )
 from firp_cli.errors import UsageError
@@ -119,9 +120,11 @@ def _check_before_loading(recipe: Recipe, folder: Path, resume: bool, estimate: 
 
 def _load(recipe: Recipe, chosen: list[int] | None) -> tuple[Teacher, list[int]]:
     """The teacher, and the layers to be kept."""
-    from firp_cli.teacher.stack import Teacher
+    from firp_cli.commands.loading import teacher_line
+    from firp_cli.distributed.sharding import load_teacher
 
-    teacher = Teacher.load(recipe.teacher)
+    teacher = load_teacher(recipe.teacher)
+    say(teacher_line(teacher.residence))
     teacher.fuse()  # answers and states come faster; where it does not fit the library's layers stay
     return teacher, chosen if chosen is not None else default_layers(recipe, teacher)
 
@@ -135,7 +138,8 @@ def _estimate(recipe: Recipe, chosen: list[int] | None, folder: Path, ranks: int
     from firp_cli.distributed.launch import cores_of_rank
 
     set_threads(cores_of_rank(neighbours) if neighbours > 1 else None)
-    teacher, layers = _load(recipe, chosen)
+    alone = recipe.teacher.model_copy(update={"sharding": "none"})  # no other rank takes part
+    teacher, layers = _load(recipe.model_copy(update={"teacher": alone}), chosen)
     kept = check_layers(layers, teacher)
     dtype, responder = stored_dtype(teacher, recipe.data), make_responder(recipe, teacher)
     return estimate(teacher, recipe.data, kept, dtype, folder, responder, ranks)

@@ -44,7 +44,7 @@ class Control:
         if world_size() > 1:
             start()
             joined.rank, joined.size = rank(), world_size()
-            with _talking():
+            with talking():
                 joined._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         return joined
 
@@ -59,7 +59,7 @@ class Control:
             return [value]
         found: list[Any] = [None] * self.size
         self.wait()
-        with _talking():
+        with talking():
             torch.distributed.all_gather_object(found, value, group=self._group)
         return found
 
@@ -74,7 +74,7 @@ class Control:
         outcome: list[Any] = list(_attempt(work)) if self.main else [None, None]
         if self._group is not None:
             self.wait()
-            with _talking():
+            with talking():
                 torch.distributed.broadcast_object_list(outcome, src=0, group=self._group)
         _raise_first([outcome[1]])
         return outcome[0]
@@ -90,7 +90,7 @@ class Control:
             part = found[place : place + count]
             if source == self.rank:
                 part.copy_(mine)
-            with _talking():
+            with talking():
                 for piece in part.view(torch.uint8).split(PIECE) if count else ():
                     torch.distributed.broadcast(piece, src=source, group=self._group)
             place += count
@@ -102,7 +102,7 @@ class Control:
         """
         if self._group is None:
             return
-        with _talking():
+        with talking():
             work = torch.distributed.barrier(group=self._group, async_op=True)
             pause, most = POLL_SECONDS
             while not work.is_completed():
@@ -127,7 +127,7 @@ def _raise_first(errors: list[FirpError | None]) -> None:
 
 
 @contextlib.contextmanager
-def _talking() -> Iterator[None]:
+def talking() -> Iterator[None]:
     """Turn what the backend says about a lost peer into a line for the user."""
     try:
         yield

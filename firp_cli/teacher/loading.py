@@ -102,10 +102,13 @@ class Vacant:
 
     def drop_lower(self, first: int) -> None:
         """Take the layers below `first` out, and the embedding where nothing else shares its matrix."""
-        self.teacher.release(range(first, self.teacher.num_layers))
+        count = self.teacher.num_layers
+        self.teacher.release(range(min(first, count), count))
 
-    def fill(self, device: torch.device, place: Callable[[nn.Parameter], None] | None = None) -> None:
-        """Read what is left, parameter by parameter. `place(parameter)` is called with each as it arrives."""
+    def fill(self, device: torch.device, make: Callable[[str, nn.Parameter], nn.Parameter] | None = None) -> None:
+        """Put the parameters that are left in place, one after the other. `make(name, empty)` gives each, of the shape
+        and dtype of `empty`; None: as the files have them.
+        """
         model = self.teacher.model
         embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
         needed = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
@@ -116,15 +119,11 @@ class Vacant:
         for module in model.modules():
             for leaf, parameter in module.named_parameters(recurse=False):
                 owners.setdefault(id(parameter), []).append((module, leaf))
-        for name, parameter in list(model.named_parameters()):
-            if id(parameter) in skipped:
+        for name, empty in list(model.named_parameters()):
+            if id(empty) in skipped:
                 continue
-            value = self.read(name).to(device, parameter.dtype)
-            made = nn.Parameter(value, requires_grad=False)
-            del value
-            if place is not None:
-                place(made)
-            for module, leaf in owners[id(parameter)]:
+            made = make(name, empty) if make else nn.Parameter(self.read(name).to(device, empty.dtype), False)
+            for module, leaf in owners[id(empty)]:
                 setattr(module, leaf, made)
         _fill_buffers(model, device)
 

@@ -75,7 +75,7 @@ class Teacher:
         self.looped = self.layers.shape if isinstance(self.layers, LoopedLayers) else None
         self._rotary: nn.Module = _part(base, ("rotary_emb",), name)
         self._head: nn.Module = model.get_output_embeddings()
-        self._library = LibraryStack(name, self.layers, self._norm, self._rotary, self._head, config)
+        self._library: Stack = LibraryStack(name, self.layers, self._norm, self._rotary, self._head, config)
         self.stack: Stack = self._library
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.num_layers = len(self.layers)
@@ -91,6 +91,7 @@ class Teacher:
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self._fingerprint: str | None = None
         self.first = 0
+        self.peers: Callable[[bool], bool] | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.residence = Residence("whole", self.num_layers, self.num_layers, self.weight_bytes)
         if check:
@@ -208,6 +209,21 @@ class Teacher:
                     self.layers[index] = Absent()
             self.first = kept.start
 
+    def wrap_library(self, wrap: Callable[[Any], Stack]) -> None:
+        """Run the library's layers through what `wrap` makes of their stack, from now on."""
+        self._library = self.stack = wrap(self._library)
+
+    def together(self, work: bool) -> bool:
+        """Whether a forward is to be run: where several processes hold the teacher together each asks before each of
+        its forwards; those without work (False) run along with one of a single token until nobody has any left.
+        """
+        return work if self.peers is None else self.peers(work)
+
+    def head_weight(self) -> Tensor:
+        """The head's matrix (V, d). A collective where several processes hold the teacher together."""
+        gathered = getattr(self.stack, "head_weight", None)
+        return self._head.weight if gathered is None else gathered()  # type: ignore[return-value]
+
     def drop_embedding(self) -> None:
         """Hold no embedding: whoever has states of a layer needs none."""
         self._embed = Absent()
@@ -250,6 +266,8 @@ class Teacher:
 
         The library's parameters become views into joined matrices. Call it again after moving the model.
         """
+        if self.peers is not None:
+            return f"{type(self.model).__name__} keeps the library's layers: its weights are shared over ranks"
         tolerance = FUSED_TOLERANCE.get(self.dtype, CHECK_TOLERANCE.get(self.dtype, 2e-1))
         self.stack = self._library
         difference = 0.0
