@@ -383,7 +383,7 @@ def test_a_recipe_says_layers_and_folder(teacher_folder: Path, dataset: Path, tm
         (["--hostfile", "absent"], "no hostfile absent", 1),
         (["--layers", "two"], "--layers takes numbers", 1),
         (["data.limt=3"], "did you mean 'limit'", 1),
-        (["--layers", "99"], "can be collected", 1),
+        (["--layers", "99"], "can be collected", 2),  # the first says what of the teacher is loaded
         (["--dataset", "absent.jsonl"], "no such file: absent.jsonl", 1),
     ],
 )
