@@ -54,10 +54,12 @@ def train(
     name, overrides = split_recipe(recipe or [])
     wanted = _resolve(name, overrides, store, output)
     quiet_libraries(verbose)
+    from firp_cli.distributed.launch import adopt_scheduler, launch, ranks_wanted, relayed_errors
+
+    adopt_scheduler()
     if plan:
-        _plan(wanted, _ranks(gpus, hostfile), as_json)
+        _plan(wanted, ranks_wanted(gpus, hostfile)[0], as_json)
         return
-    from firp_cli.distributed.launch import launch, relayed_errors
     from firp_cli.training.checkpoint import guard_output
     from firp_cli.training.journal import check_trackers
     from firp_cli.training.plan import check_predictor
@@ -102,16 +104,6 @@ def _need_store(recipe: Recipe, typed: list[str]) -> None:
     if not (Path(str(recipe.store)) / "manifest.json").is_file():
         command = " ".join(["firp collect", *typed, f"--output {recipe.store}"])
         raise StoreError(f"no hidden-state store at {recipe.store}; fill it first:\n  {command}")
-
-
-def _ranks(gpus: int | None, hostfile: Path | None) -> int:
-    """Ranks that --gpus and --hostfile ask for: N of each machine, or all its slots."""
-    if hostfile is None:
-        return gpus or 1
-    if not hostfile.is_file():
-        raise UsageError(f"no hostfile {hostfile}")
-    slots = [line.split("slots=")[1].split()[0] for line in hostfile.read_text().splitlines() if "slots=" in line]
-    return sum(gpus or int(count) for count in slots)
 
 
 def _train(recipe: Recipe, resume: bool, verify: bool, as_json: bool) -> None:

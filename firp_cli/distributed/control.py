@@ -17,19 +17,19 @@ import torch.distributed
 from torch import Tensor
 
 from firp_cli.distributed.launch import rank, start, world_size
-from firp_cli.errors import FirpError, LaunchError
+from firp_cli.errors import FirpError, PeerLostError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=365)
 PIECE = 1 << 26  # entries of a tensor that travel at once
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.001, 0.2  # between two looks whether all are here: at first, and after a while
 
 
 class Control:
     """The ranks of a run as one rank sees them: itself is number `rank` of `size`. Alone, nothing is sent.
 
-    Every method but the constructor is collective: all ranks call it, in the same order. All raise LaunchError when a
-    rank has died.
+    Every method but the constructor is collective: all ranks call it, in the same order. All raise PeerLostError when
+    a rank has died.
     """
 
     def __init__(self) -> None:
@@ -58,6 +58,7 @@ class Control:
         if self._group is None:
             return [value]
         found: list[Any] = [None] * self.size
+        self.wait()
         with talking():
             torch.distributed.all_gather_object(found, value, group=self._group)
         return found
@@ -72,6 +73,7 @@ class Control:
         """What `work()` returns on rank 0, the only one to call it. Its FirpError is raised by all."""
         outcome: list[Any] = list(_attempt(work)) if self.main else [None, None]
         if self._group is not None:
+            self.wait()
             with talking():
                 torch.distributed.broadcast_object_list(outcome, src=0, group=self._group)
         _raise_first([outcome[1]])
@@ -95,14 +97,18 @@ class Control:
         return found
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Until every rank is here; `meanwhile()` is called now and then, and signals are heard."""
+        """Until every rank is here; `meanwhile()` is called now and then, and signals are heard, which a collective
+        alone would keep until it is done.
+        """
         if self._group is None:
             return
         with talking():
             work = torch.distributed.barrier(group=self._group, async_op=True)
+            pause, most = POLL_SECONDS
             while not work.is_completed():
                 meanwhile()
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(2 * pause, most)
             work.wait()
 
 
@@ -126,7 +132,7 @@ def talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LaunchError(
+        raise PeerLostError(
             "another rank ended before its time (killed, out of memory, or its machine failed); "
             "what was finished is kept: run again with --resume"
         ) from error
