@@ -42,6 +42,7 @@ class Scripted:
     """A responder that answers by rule."""
 
     name = "scripted"
+    devices = 1
     active = True
 
     def __init__(self, rule: Answer) -> None:
@@ -338,7 +339,7 @@ def test_recipes_choose_their_responder() -> None:
 def test_the_engine_needs_a_whole_teacher() -> None:
     teacher, recipe = make_teacher(), Recipe(data=DataConfig(regenerate=True))
     teacher.residence = replace(teacher.residence, kind="zero3")
-    with pytest.raises(UsageError, match="shared out over ranks: set .*responder=vllm"):
+    with pytest.raises(UsageError, match=r"shared out over ranks: set collect\.responder=vllm"):
         make_responder(recipe, teacher)
     teacher = make_teacher()
     teacher.model.lm_head.to("meta")

@@ -60,6 +60,7 @@ class EngineResponder:
     """
 
     name = "engine"
+    devices = 1
     active = True
 
     def __init__(self, teacher: Teacher, batch_size: int) -> None:
