@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Collecting against the bare teacher forward, or with --ranks N ranks against one: interleaved, medians.
 
-Against the forward: collecting is all of `collect_store`: template, tokenizing, forward, copying the states out, checksums, synced files.
-Bare is the decoder's own forward over the same conversations in the same batches: no head, no cache.
+Against the forward: collecting is all of `collect_store`: template, tokenizing, forward, copying the states out,
+checksums, synced files. Bare is the decoder's own forward over the same conversations in the same batches: no head, no
+cache.
 
 With --ranks N: `firp collect --gpus N`, a core and a thread for each rank, against one rank of one thread on one core
 and against one rank of N threads on N cores. Collecting is forwards and writing; the whole has tokenizing too. Start-up
