@@ -50,6 +50,7 @@ def estimate(
     if data.regenerate:
         assert responder is not None
         answering = conversations * data.max_new_tokens / _answering_rate(sample, data, responder)
+        answering /= max(1, ranks // responder.devices)
     each = bytes_per_token(teacher.hidden_size, len(layers), dtype)
     return {
         "dataset": data.dataset,
@@ -67,8 +68,8 @@ def estimate(
         "ranks": ranks,
         "rank_tokens_per_second": rate,
         "tokens_per_second": rate * ranks,
-        "answering_seconds": answering / ranks,
-        "seconds": (tokens / rate + answering) / ranks,
+        "answering_seconds": answering,
+        "seconds": tokens / rate / ranks + answering,
     }
 
 
