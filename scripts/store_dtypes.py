@@ -32,13 +32,16 @@ MOST_LOST, MOST_BYTES = 0.02, 0.52  # of accepted length, and of the bytes of bf
 def prepare(recipe: Recipe, teacher: Teacher, dtypes: Sequence[str], folder: Path) -> dict[str, Path]:
     """Stores by dtype, all of the same conversations, and `held out`: float32 states of others."""
     from firp_cli.collecting.capture import collect_store
+    from firp_cli.commands.responders import make_responder
     from firp_cli.data.store_tools import convert_store, split_store
 
     assert recipe.predictor is not None
     stores = {REFERENCE: folder / "stores" / REFERENCE, "held out": folder / "stores" / "held-out"}
     layers = recipe.predictor.required_layers(teacher)
-    collect_store(teacher, recipe.data, layers, folder / "stores" / "all", progress=progress_bar)
-    split_store(folder / "stores" / "all", list(stores.values()), [1 - HELD_OUT, HELD_OUT])
+    responder = make_responder(recipe, teacher)
+    whole = folder / "stores" / "all"
+    collect_store(teacher, recipe.data, layers, whole, progress=progress_bar, responder=responder)
+    split_store(whole, list(stores.values()), [1 - HELD_OUT, HELD_OUT])
     for dtype in dtypes:
         if dtype != REFERENCE:
             stores[dtype] = folder / "stores" / dtype
