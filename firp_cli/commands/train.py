@@ -54,10 +54,12 @@ def train(
     name, overrides = split_recipe(recipe or [])
     wanted = _resolve(name, overrides, store, output)
     quiet_libraries(verbose)
+    from firp_cli.distributed.launch import adopt_scheduler, launch, ranks_wanted, relayed_errors
+
+    adopt_scheduler()
     if plan:
-        _plan(wanted, _ranks(gpus, hostfile), as_json)
+        _plan(wanted, ranks_wanted(gpus, hostfile)[0], as_json)
         return
-    from firp_cli.distributed.launch import launch, relayed_errors
     from firp_cli.training.checkpoint import guard_output
     from firp_cli.training.journal import check_trackers
     from firp_cli.training.plan import check_predictor
@@ -104,16 +106,6 @@ def _need_store(recipe: Recipe, typed: list[str]) -> None:
         raise StoreError(f"no hidden-state store at {recipe.store}; fill it first:\n  {command}")
 
 
-def _ranks(gpus: int | None, hostfile: Path | None) -> int:
-    """Ranks that --gpus and --hostfile ask for: N of each machine, or all its slots."""
-    if hostfile is None:
-        return gpus or 1
-    if not hostfile.is_file():
-        raise UsageError(f"no hostfile {hostfile}")
-    slots = [line.split("slots=")[1].split()[0] for line in hostfile.read_text().splitlines() if "slots=" in line]
-    return sum(gpus or int(count) for count in slots)
-
-
 def _train(recipe: Recipe, resume: bool, verify: bool, as_json: bool) -> None:
     """What every rank does."""
     from firp_cli.distributed.launch import start
@@ -155,12 +147,13 @@ def _train(recipe: Recipe, resume: bool, verify: bool, as_json: bool) -> None:
 def _teacher(recipe: Recipe) -> Teacher:
     """As much of the teacher as the run goes through."""
     from firp_cli.commands.loading import teacher_line
-    from firp_cli.teacher.loading import load_upper
+    from firp_cli.distributed.sharding import load_teacher
 
     assert recipe.predictor is not None
     cached = recipe.data.mode == "cached"
     # predictors of the final state run no layer at all
-    teacher = load_upper(recipe.teacher, min(recipe.predictor.transfer_layers, default=sys.maxsize) if cached else 0)
+    lowest = min(recipe.predictor.transfer_layers, default=sys.maxsize) if cached else 0
+    teacher = load_teacher(recipe.teacher, lowest)
     say(teacher_line(teacher.residence))
     return teacher
 

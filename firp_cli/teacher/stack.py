@@ -75,7 +75,7 @@ class Teacher:
         self.looped = self.layers.shape if isinstance(self.layers, LoopedLayers) else None
         self._rotary: nn.Module = _part(base, ("rotary_emb",), name)
         self._head: nn.Module = model.get_output_embeddings()
-        self._library = LibraryStack(name, self.layers, self._norm, self._rotary, self._head, config)
+        self._library: Stack = LibraryStack(name, self.layers, self._norm, self._rotary, self._head, config)
         self.stack: Stack = self._library
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.num_layers = len(self.layers)
@@ -91,6 +91,7 @@ class Teacher:
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self._fingerprint: str | None = None
         self.first = 0
+        self.peers: Callable[[bool], bool] | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.residence = Residence("whole", self.num_layers, self.num_layers, self.weight_bytes)
         if check:
@@ -191,7 +192,7 @@ class Teacher:
         Raises TeacherError where the final norm is not an RMS or layer norm with a plain weight.
         """
         weight, bias = getattr(self._norm, "weight", None), getattr(self._norm, "bias", None)
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor) or weight.is_meta:
             raise TeacherError(f"{self.name}: its final norm has no weight to undo: set training.init=identity")
         state = (normed if bias is None else normed - bias) / torch.where(weight.abs() < 1e-6, 1e-6, weight)
         difference = (self.norm(state[..., :1, :]) - normed[..., :1, :]).abs().max().item()
@@ -207,6 +208,31 @@ class Teacher:
                 if index not in kept:
                     self.layers[index] = Absent()
             self.first = kept.start
+
+    def wrap_library(self, wrap: Callable[[Any], Stack]) -> None:
+        """Run the library's layers through what `wrap` makes of their stack, from now on."""
+        self._library = self.stack = wrap(self._library)
+
+    def together(self, work: bool) -> bool:
+        """Whether a forward is to be run: where several processes hold the teacher together each asks before each of
+        its forwards; those without work (False) run along with one of a single token until nobody has any left.
+        """
+        return work if self.peers is None else self.peers(work)
+
+    def head_weight(self) -> Tensor:
+        """The head's matrix (V, d). A collective where several processes hold the teacher together."""
+        gathered = getattr(self.stack, "head_weight", None)
+        weight: Any = self._head.weight if gathered is None else gathered()
+        if weight.is_meta:
+            raise TeacherError(f"{self.name}: teacher.device_map leaves its head on the disk; give it a device")
+        return weight
+
+    def need_whole(self, work: str) -> None:
+        """Raise TeacherError where this process does not hold the whole teacher on one device, as `work` needs it."""
+        if self.residence.kind != "whole":
+            raise TeacherError(
+                f"{work} needs all of {self.name} on one device: leave teacher.device_map and teacher.sharding out"
+            )
 
     def drop_embedding(self) -> None:
         """Hold no embedding: whoever has states of a layer needs none."""
@@ -250,6 +276,8 @@ class Teacher:
 
         The library's parameters become views into joined matrices. Call it again after moving the model.
         """
+        if self.peers is not None:
+            return f"{type(self.model).__name__} keeps the library's layers: its weights are shared over ranks"
         tolerance = FUSED_TOLERANCE.get(self.dtype, CHECK_TOLERANCE.get(self.dtype, 2e-1))
         self.stack = self._library
         difference = 0.0
