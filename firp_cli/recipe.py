@@ -258,8 +258,7 @@ class Recipe(Section):
             )
         if self.teacher.sharding == "zero3" and self.data.regenerate and self.collect.responder == "engine":
             raise ValueError(
-                "a teacher of teacher.sharding=zero3 writes no answers (data.regenerate): "
-                "set collect.responder=vllm, or teacher.device_map=auto in place of sharding"
+                "a teacher of teacher.sharding=zero3 writes no answers (data.regenerate): set collect.responder=vllm"
             )
         return self
 

@@ -192,7 +192,7 @@ class Teacher:
         Raises TeacherError where the final norm is not an RMS or layer norm with a plain weight.
         """
         weight, bias = getattr(self._norm, "weight", None), getattr(self._norm, "bias", None)
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor) or weight.is_meta:
             raise TeacherError(f"{self.name}: its final norm has no weight to undo: set training.init=identity")
         state = (normed if bias is None else normed - bias) / torch.where(weight.abs() < 1e-6, 1e-6, weight)
         difference = (self.norm(state[..., :1, :]) - normed[..., :1, :]).abs().max().item()
@@ -222,7 +222,17 @@ class Teacher:
     def head_weight(self) -> Tensor:
         """The head's matrix (V, d). A collective where several processes hold the teacher together."""
         gathered = getattr(self.stack, "head_weight", None)
-        return self._head.weight if gathered is None else gathered()  # type: ignore[return-value]
+        weight: Any = self._head.weight if gathered is None else gathered()
+        if weight.is_meta:
+            raise TeacherError(f"{self.name}: teacher.device_map leaves its head on the disk; give it a device")
+        return weight
+
+    def need_whole(self, work: str) -> None:
+        """Raise TeacherError where this process does not hold the whole teacher on one device, as `work` needs it."""
+        if self.residence.kind != "whole":
+            raise TeacherError(
+                f"{work} needs all of {self.name} on one device: leave teacher.device_map and teacher.sharding out"
+            )
 
     def drop_embedding(self) -> None:
         """Hold no embedding: whoever has states of a layer needs none."""
