@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
 from firp_cli.recipe import LoopedSection, TeacherConfig, teacher_source
-from firp_cli.teacher.attention import AttentionMask, TreeRows, causal_allowed
+from firp_cli.teacher.attention import AttentionMask, LayerMask, causal_allowed
 from firp_cli.teacher.fused import FusedStack, UnfusableError
 from firp_cli.teacher.library import Cache, LibraryStack, Stack
 from firp_cli.teacher.looped import LoopedLayers, loop_layers
+from firp_cli.teacher.sequence_attention import AnchoredMask, CausalMask, CausalRows, DenseAnchoredMask
 
 LayerHook = Callable[[int, Tensor], None]
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -79,6 +80,7 @@ class Teacher:
         self.windows = _windows(config, self.num_layers, self.looped)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self._fingerprint: str | None = None
+        self._plain_attention: bool | None = None
         if check:
             self.check()
 
@@ -152,11 +154,11 @@ class Teacher:
         hidden: Tensor,
         rotary: Sequence[Tensor],
         positions: Tensor,
-        mask: Tensor | TreeRows | None,
+        mask: LayerMask,
         cache: Cache | None,
     ) -> Tensor:
-        """h^index (B, R, d) to h^(index+1). `mask` is additive (B, 1, R, S), or what the attention kernel reads; None
-        is right only for one row that sees every slot.
+        """h^index (B, R, d) to h^(index+1). `mask` is additive (B, 1, R, S), or attends by itself; None is right only
+        for one row that sees every slot.
         """
         return self.stack.layer(index, hidden, rotary, positions, mask, cache)
 
@@ -164,7 +166,7 @@ class Teacher:
         self,
         hidden: Tensor,
         positions: Tensor,
-        mask: AttentionMask,
+        mask: AttentionMask | CausalMask,
         start: int = 0,
         stop: int | None = None,
         cache: Cache | None = None,
@@ -235,6 +237,47 @@ class Teacher:
     def sequence_mask(self, allowed: Tensor, positions: Tensor) -> AttentionMask:
         """Mask of a forward without cached prefix: `allowed` (B, M, M), `positions` (B, M)."""
         return AttentionMask(allowed, self.dtype, positions, positions)
+
+    def causal_mask(self, rows: int) -> AttentionMask | CausalMask:
+        """Mask of right-padded sequences of up to `rows` tokens, from position 0 on."""
+        if self.plain_attention:
+            return CausalMask()
+        positions = torch.arange(rows, device=self.device)[None]
+        return self.sequence_mask(causal_allowed(positions.new_full((1,), rows), rows), positions)
+
+    def anchored_mask(self, lengths: Tensor, positions: Tensor, anchors: Tensor, steps: int) -> AnchoredMask:
+        """Masks of sequences of `lengths` (B,) with pseudo states at `anchors` (B, A); `positions` (B, T + k*A)."""
+        rows = positions.shape[1] - steps * anchors.shape[1]
+        if self.plain_attention:
+            return AnchoredMask(anchors, rows, steps)
+        return DenseAnchoredMask(causal_allowed(lengths, rows), positions, anchors, steps, self.dtype)
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether the layers do to their scores what `attend` does: then no mask need be written out. Found by trying
+        one layer of each window.
+        """
+        if self._plain_attention is None:
+            present = [index for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]
+            tried = {self.windows[index]: index for index in reversed(present)}
+            self._plain_attention = all(self._attends_plainly(index) for index in tried.values())
+        return self._plain_attention
+
+    @torch.no_grad()
+    def _attends_plainly(self, index: int) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(1, CHECK_TOKENS, self.hidden_size, generator=generator).to(self.device, self.dtype)
+        positions = torch.arange(CHECK_TOKENS, device=self.device)[None]
+        allowed = causal_allowed(positions.new_full((1,), CHECK_TOKENS), CHECK_TOKENS)
+        dense = self.sequence_mask(allowed, positions).additive(self.windows[index])
+        rotary = self.rotary(states, positions)
+        try:
+            own = self.layer(index, states, rotary, positions, dense, None)
+            found = self.layer(index, states, rotary, positions, CausalRows(self.windows[index]), None)
+        except (TypeError, ValueError, AttributeError, RuntimeError, KeyError):
+            return False
+        difference = (own.float() - found.float()).abs().max()
+        return bool(difference <= CHECK_TOLERANCE.get(self.dtype, 2e-1) * own.float().abs().max().clamp(min=1.0))
 
     def fuse(self, compiled: bool = False) -> str | None:
         """Run the lean layers from now on if they give the library's logits; returns why not, or None.

@@ -17,10 +17,9 @@ from firp_cli.predictors.registry import build_predictor
 from firp_cli.recipe import PredictorSection, Recipe, TeacherConfig, TrainingConfig, teacher_source
 from firp_cli.teacher.stack import Teacher
 from firp_cli.training.batches import PREFETCH, split_validation
-from firp_cli.training.objective import LOGIT_BUDGET
+from firp_cli.training.objective import LIVE_LOGITS, logit_budget
 from firp_cli.training.trainer import data_order, planned_steps
 
-LOGIT_MATRICES = 6  # logits, log-probabilities and probabilities of draft and teacher
 SAVED_PER_ROW = (8, 4)  # elements a decoder layer keeps for the backward pass: times d, times the feed-forward size
 HUB_SECONDS = 2.0
 
@@ -162,8 +161,9 @@ def memory_per_rank(recipe: Recipe, teacher: Teacher, parameters: int, ranks: in
         memory["attention masks"] = batch * seen * seen * (width + 1)
     else:
         memory["drafts"] = 4 * steps * batch * anchors * size * width
-    logits = min(LOGIT_BUDGET, max(teacher.vocab_size, steps * batch * anchors * teacher.vocab_size))
-    memory["logits, one piece"] = logits * 4 * LOGIT_MATRICES
+    budget = logit_budget(steps, batch * anchors, size)
+    logits = min(budget, max(teacher.vocab_size, steps * batch * anchors * teacher.vocab_size))
+    memory["logits, one piece"] = logits * 4 * LIVE_LOGITS
     memory["total"] = sum(memory.values())
     return memory
 
