@@ -34,6 +34,7 @@ LOGIT_BUDGET = (1 << 21, 1 << 25)  # elements of one piece's logits, least and m
 LOGITS_PER_ELEMENT = 2  # of the drafts' states, between these bounds: logits then grow with what stands beside them
 LIVE_LOGITS = 7  # logits and log-probabilities of draft and teacher, and what a divergence makes of them
 Compared = tuple[Tensor, Tensor, Tensor]  # loss sum, top-1 hits (M,), top-5 hits sum
+Compare = Callable[[Tensor, Tensor], Compared]  # of drafts (M, d) and the teacher's states (M, d)
 FIELDS = ("loss", "top1", "top5", "joint", "count")
 
 
@@ -112,23 +113,14 @@ def objective(
     hits_BAk = torch.zeros_like(anchors.valid)
     for step in range(1, steps + 1):
         counted_BA = anchors.valid[:, :, step - 1]
-        drafts = draft[:, :, step - 1][counted_BA].tensor_split(pieces)
-        targets = target[:, :, step - 1][counted_BA].tensor_split(pieces)
         compare = partial(_compare, predictor, teacher, settings, step)
-        hits_of_pieces = []
-        for draft_piece, target_piece in zip(drafts, targets, strict=True):
-            if predictor.own_vocabulary:
-                loss, top1, top5 = (
-                    compare(draft_piece, target_piece) if small else _later(compare, draft_piece, target_piece)
-                )
-            else:
-                loss, top1, top5 = _at_once(compare, draft_piece, target_piece)
-            total = total + weights[step - 1] * loss
-            record.sums[0, step - 1] += loss.detach()
-            record.sums[2, step - 1] += top5
-            hits_of_pieces.append(top1)
-        hits_BAk[:, :, step - 1][counted_BA] = torch.cat(hits_of_pieces)
+        run = _at_once if not predictor.own_vocabulary else _kept if small else _later
+        loss, top1, top5 = run(compare, draft[:, :, step - 1][counted_BA], target[:, :, step - 1][counted_BA], pieces)
+        total = total + weights[step - 1] * loss
         weight = weight + weights[step - 1] * counted_BA.sum()
+        record.sums[0, step - 1] += loss.detach()
+        record.sums[2, step - 1] += top5
+        hits_BAk[:, :, step - 1][counted_BA] = top1
     chain = predictor.accepted(hits_BAk)  # valid is cumulative in the steps: a chain ends where a step does not count
     record.sums[1] += hits_BAk.sum(dim=(0, 1))
     record.sums[3] += chain.sum(dim=(0, 1))
@@ -153,20 +145,39 @@ def _compare(
     return loss, top1, top5.sum()
 
 
-def _later(compare: Callable[[Tensor, Tensor], Compared], draft: Tensor, target: Tensor) -> Compared:
-    """`compare`, whose logits are made again in the backward pass."""
-    # ZeRO-3 hands the same weights out in other storage the second time: no check for equal metadata
-    return checkpoint(compare, draft, target, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+def _at_once(compare: Compare, draft: Tensor, target: Tensor, pieces: int) -> Compared:
+    """`compare` in pieces whose gradients by the drafts are taken as they come, so that no logits are left behind."""
+    wanted = torch.is_grad_enabled() and draft.requires_grad
+    # All that outlives a piece is made before the first one: what is left among freed logits splits up a CPU's heap.
+    gradient, top1 = torch.empty_like(draft, requires_grad=False), draft.new_empty(len(draft), dtype=torch.bool)
+    loss, top5 = draft.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.long, device=draft.device)
+    parts = (part.tensor_split(pieces) for part in (draft.detach(), target, gradient, top1))
+    for draft_part, target_part, gradient_part, top1_part in zip(*parts, strict=True):
+        leaf = draft_part.detach().requires_grad_(wanted)
+        found = compare(leaf, target_part)
+        if wanted:
+            gradient_part.copy_(torch.autograd.grad(found[0], leaf)[0])
+        loss += found[0].detach()
+        top1_part.copy_(found[1])
+        top5 += found[2]
+        del found
+    return (_Graded.apply(draft, loss, gradient) if wanted else loss), top1, top5
 
 
-def _at_once(compare: Callable[[Tensor, Tensor], Compared], draft: Tensor, target: Tensor) -> Compared:
-    """`compare`, whose gradient by the drafts is taken now, so that its logits are gone when it returns."""
-    if not (torch.is_grad_enabled() and draft.requires_grad):
-        return compare(draft, target)
-    leaf = draft.detach().requires_grad_()
-    loss, top1, top5 = compare(leaf, target)
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return _Graded.apply(draft, loss.detach(), gradient), top1, top5
+def _later(compare: Compare, draft: Tensor, target: Tensor, pieces: int) -> Compared:
+    """`compare` in pieces whose logits are made again in the backward pass."""
+    found = [
+        # ZeRO-3 hands the same weights out in other storage the second time: no check for equal metadata
+        checkpoint(compare, *pair, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        for pair in zip(draft.tensor_split(pieces), target.tensor_split(pieces), strict=True)
+    ]
+    losses, top1, top5 = zip(*found, strict=True)
+    return torch.stack(losses).sum(), torch.cat(top1), torch.stack(top5).sum()
+
+
+def _kept(compare: Compare, draft: Tensor, target: Tensor, pieces: int) -> Compared:
+    """`compare` with all logits kept for the backward pass."""
+    return compare(draft, target)
 
 
 class _Graded(torch.autograd.Function):
