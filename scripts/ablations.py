@@ -156,6 +156,7 @@ def main() -> None:
         arguments.conversations, arguments.prompts, arguments.repeats = 40, 2, 1
     quiet_libraries(verbose=False)
     from firp_cli.collecting.capture import collect_store
+    from firp_cli.commands.responders import make_responder
     from firp_cli.teacher.stack import Teacher
 
     overrides = [
@@ -167,7 +168,15 @@ def main() -> None:
     teacher = Teacher.load(base.teacher)
     rows = variants(teacher.num_layers)
     store = arguments.output / "store"
-    collect_store(teacher, base.data, range(1, teacher.num_layers), store, resume=store.exists(), progress=progress_bar)
+    collect_store(
+        teacher,
+        base.data,
+        range(1, teacher.num_layers),
+        store,
+        resume=store.exists(),
+        progress=progress_bar,
+        responder=make_responder(base, teacher),
+    )
     train_all(rows, base, teacher, arguments.output)
     table = measure(rows, teacher, arguments.output, arguments.prompts, arguments.repeats)
     (arguments.output / "ablations.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")

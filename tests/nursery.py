@@ -23,6 +23,7 @@ from typing import Any
 from conftest import ROOT
 
 GRACE_SECONDS = 10.0
+POLL_SECONDS = 0.002
 
 
 class Group:
@@ -35,18 +36,25 @@ class Group:
         """Exit codes by rank; negative: the signal that ended it."""
         return self._nursery.read()["codes"]
 
-    def wait_unless_killed_after(self, seconds: float, victim: int, number: int = signal.SIGKILL) -> list[int]:
-        """Exit codes, where rank `victim` got a signal once `seconds` were over, unless the group ended before."""
-        timer = threading.Timer(seconds, self._signal, [victim, number])
-        timer.start()
+    def wait_unless_killed(self, victim: int, seconds: float, reached: Callable[[], bool] = lambda: True) -> list[int]:
+        """Exit codes, where rank `victim` was killed `seconds` after `reached` came true, unless all ended before."""
+        ended = threading.Event()
+
+        def kill() -> None:
+            while not reached():
+                if ended.wait(POLL_SECONDS):
+                    return
+            if not ended.wait(seconds):
+                with contextlib.suppress(ProcessLookupError):  # it has ended: the nursery reaps at once
+                    os.kill(self.pids[victim], signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
         try:
             return self.wait()
         finally:
-            timer.cancel()
-
-    def _signal(self, victim: int, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended: the nursery reaps at once
-            os.kill(self.pids[victim], number)
+            ended.set()
+            killer.join()
 
 
 class Nursery:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from torch import Tensor
 from conftest import FAMILIES, VOCABULARY, generate_reference, tiny_model, tiny_teacher
 from firp_cli.collecting import capture as capture_module
 from firp_cli.collecting.capture import collect_store
-from firp_cli.collecting.corpus import Corpus
 from firp_cli.collecting.estimate import estimate
 from firp_cli.collecting.forward import capture, plan_batches
-from firp_cli.collecting.respond import greedy, respond
-from firp_cli.data.conversations import EncodedConversation, encode, encode_prompt
+from firp_cli.commands.responders import EngineResponder
+from firp_cli.data.conversations import encode, encode_prompt
 from firp_cli.data.store import Store
 from firp_cli.errors import (
     CapacityError,
@@ -307,35 +305,9 @@ def test_layers_and_tokenizers_that_do_not_fit(byte_teacher: Teacher, dataset: P
         collect_store(tiny_teacher(), config(dataset), [2], tmp_path / "store")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3"])
-def test_batched_answers_are_those_of_generate_alone(family: str) -> None:
-    teacher = tiny_teacher(family)
-    prompts = random_ids([3, 17, 8, 8, 1], seed=4)
-    written = greedy(teacher, prompts, 20)
-    for prompt, answer in zip(prompts, written, strict=True):
-        assert answer == generate_reference(tiny_model(family), prompt.tolist(), 20)
-
-
-def test_answers_keep_their_order_ids_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts as they are, answers as generated, EOS kept; empty answers left out, cut ones counted."""
-    teacher = tiny_teacher()
-    stop = teacher.eos_token_ids[0]
-    prompts = Corpus(skipped=Counter({"before": 1}))
-    for ids in ([5, 6, 7], [8], [9, 10], [11, 12]):
-        prompts.add(EncodedConversation(ids, []))
-    replies = {5: [20, 21, stop], 8: [stop], 9: [22], 11: [23, stop]}
-    monkeypatch.setattr(
-        "firp_cli.collecting.respond.greedy", lambda _, rows, __: [replies[int(row[0])] for row in rows]
-    )
-    answered = respond(teacher, prompts, DataConfig(batch_size=2, max_new_tokens=3), 100, tmp_path)
-    assert [ids.tolist() for ids in answered.input_ids] == [[5, 6, 7, 20, 21, stop], [9, 10, 22], [11, 12, 23, stop]]
-    assert answered.loss_mask[0].tolist() == [False] * 3 + [True] * 3
-    assert answered.skipped == {"before": 1, "empty answer": 1} and answered.cut == 1
-
-
 def test_regenerated_stores_hold_the_teachers_own_text(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     data = config(dataset, regenerate=True, max_new_tokens=12, batch_size=7)
-    collect_store(byte_teacher, data, [2], tmp_path / "store")
+    collect_store(byte_teacher, data, [2], tmp_path / "store", responder=EngineResponder(byte_teacher, 7))
     store = Store.open(tmp_path / "store")
     assert len(store) == 24
     for number in (0, 9, 23):
@@ -347,45 +319,6 @@ def test_regenerated_stores_hold_the_teachers_own_text(byte_teacher: Teacher, da
         assert store[number].loss_mask.tolist() == [place >= len(prompt) for place in range(len(expected))]
 
 
-KILL_IN_ANSWERS = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_collect import config, make_teacher
-from firp_cli.collecting import capture, respond
-count, greedy = 0, respond.greedy
-def greedy_twice(*arguments):
-    global count
-    count += 1
-    if count == 3:
-        with open(Path({folder!r}) / "responses.jsonl", "a") as stream:
-            stream.write('{{"prompt": 3, "token_i')
-        os.kill(os.getpid(), signal.SIGKILL)
-    return greedy(*arguments)
-respond.greedy = greedy_twice
-data = config(Path({dataset!r}), regenerate=True, max_new_tokens=9, batch_size=6)
-capture.collect_store(make_teacher(), data, [2], Path({folder!r}))
-"""
-
-
-def test_kill_while_answering_and_resume_end_with_the_same_bytes(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from firp_cli.collecting import respond as respond_module
-
-    folder = tmp_path / "store"
-    code = KILL_IN_ANSWERS.format(tests=str(Path(__file__).parent), dataset=str(dataset), folder=str(folder))
-    assert run_script(code) == -signal.SIGKILL
-    data = config(dataset, regenerate=True, max_new_tokens=9, batch_size=6)
-    collect_store(make_teacher(), data, [2], tmp_path / "uninterrupted")
-    batches = []
-    original = respond_module.greedy
-    monkeypatch.setattr(respond_module, "greedy", lambda *given: batches.append(1) or original(*given))
-    collect_store(make_teacher(), data, [2], folder, resume=True)
-    assert len(batches) == 2  # of four
-    assert contents(folder) == contents(tmp_path / "uninterrupted")
-
-
 def test_the_estimate_is_right_and_writes_nothing(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     figures = estimate(byte_teacher, config(dataset), [1, 2], "float32", tmp_path / "deep" / "store")
@@ -394,7 +327,8 @@ def test_the_estimate_is_right_and_writes_nothing(byte_teacher: Teacher, dataset
     summary = collect_store(byte_teacher, config(dataset), [1, 2], tmp_path / "store")
     assert (figures["conversations"], figures["tokens"]) == (summary["conversations"], summary["tokens"])
     assert figures["total_bytes"] == pytest.approx(summary["bytes"], rel=0.1)
-    bound = estimate(byte_teacher, config(dataset, regenerate=True, max_new_tokens=5), [2], "int8", tmp_path)
+    data = config(dataset, regenerate=True, max_new_tokens=5)
+    bound = estimate(byte_teacher, data, [2], "int8", tmp_path, responder=EngineResponder(byte_teacher, 32))
     assert bound["upper_bound"] and bound["answering_seconds"] > 0 and bound["bytes_per_token"] == 5 + 2 * (32 + 2)
 
 

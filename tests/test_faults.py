@@ -92,8 +92,13 @@ def test_collect_loses_nothing_when_a_rank_is_killed(ranks: Nursery, place: Path
     kills = middles = 0
     while kills < KILLS:
         count = chance.choice([2, 2, 3])
+        wanted = chance.choice([0, min(kept + chance.randint(1, 6), len(reference))])
         group = ranks.start([*collecting(place, folder), "--resume"], count, tmp_path / "log")
-        codes = group.wait_unless_killed_after(chance.uniform(0.1, 1.1) * usual, chance.randrange(count))
+        codes = group.wait_unless_killed(  # by the clock, or when so many shards are there
+            chance.randrange(count),
+            0.0 if wanted else chance.uniform(0.0, 1.1) * usual,
+            lambda wanted=wanted: len(list(folder.glob("shard-*.safetensors"))) >= wanted,
+        )
         if KILLED in codes:
             kills += 1
             now = check_store(folder, reference)
@@ -139,6 +144,11 @@ def check_run(output: Path, reference: list[dict[str, Any]]) -> int:
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 
+def rows_written(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
 def test_train_loses_nothing_when_a_rank_is_killed(ranks: Nursery, place: Path, tmp_path: Path) -> None:
     if not (place / "store").is_dir():
         assert ranks.run(collecting(place, place / "store"), 1, tmp_path / "log") == [0]
@@ -151,8 +161,13 @@ def test_train_loses_nothing_when_a_rank_is_killed(ranks: Nursery, place: Path, 
     chance, output, step = random.Random(6), tmp_path / "run", 0
     kills = middles = 0
     while kills < KILLS:
+        wanted = chance.choice([0, chance.randint(min(step + 1, len(reference)), len(reference))])
         group = ranks.start([*training(place, output), "--resume"], 2, tmp_path / "log")
-        codes = group.wait_unless_killed_after(chance.uniform(0.2, 1.0) * usual, chance.randrange(2))
+        codes = group.wait_unless_killed(  # by the clock, or when so many rows are written
+            chance.randrange(2),
+            chance.uniform(0.0, 0.05 if wanted else 1.0) * usual,
+            lambda wanted=wanted: rows_written(output) >= wanted,
+        )
         if KILLED in codes:
             kills += 1
             now = check_run(output, reference)

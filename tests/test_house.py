@@ -68,7 +68,19 @@ def test_imports_follow_the_table(path: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["collect"], ["train"], ["eval"], ["tune"], ["bench"], ["generate"], ["doctor"]]
+    "command",
+    [
+        [],
+        ["collect"],
+        ["store"],
+        ["store", "verify"],
+        ["train"],
+        ["eval"],
+        ["tune"],
+        ["bench"],
+        ["generate"],
+        ["doctor"],
+    ],
 )
 def test_help_answers_at_once(command: list[str]) -> None:
     """Half a second is the promise on an idle machine; the heavy imports are what would break it."""

@@ -175,10 +175,13 @@ def test_the_command_trains_without_a_store(mode: str, tmp_path: Path, monkeypat
     from firp_cli.commands.app import app
 
     monkeypatch.chdir(tmp_path)
-    arguments = ["train", "demo", f"data.mode={mode}", "data.regenerate=false", "data.limit=24", "training.max_steps=2"]
+    answered = str(mode == "hybrid").lower()
+    arguments = ["train", "demo", f"data.mode={mode}", f"data.regenerate={answered}", "data.limit=24"]
+    arguments += ["training.max_steps=2"]
     arguments += ["training.gate_prompts=1", "data.max_new_tokens=8", "--store=cache", "--output=run", "--json"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     training = json.loads(result.stdout)
     assert training["steps"] == 2 and training["store"]["mode"] == mode
     assert bool(list(tmp_path.glob("cache/cache-*"))) == (mode == "hybrid")
+    assert (tmp_path / "cache" / "answers-00000.jsonl").exists() == (mode == "hybrid")

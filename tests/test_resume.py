@@ -193,6 +193,35 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
         check_trackers(load_recipe("demo", ["training.wandb=drafts"]))
 
 
+def test_weights_and_biases_gets_the_rows_and_the_same_run_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wanted = recipe(FIRP, wandb="drafts", log_every=1, max_steps=4)
+    assert run(tmp_path, wanted, listener=Listener(stop=lambda done: done == 2)).stopped
+    assert not run(tmp_path, wanted, resume=True).stopped
+    known = json.loads((tmp_path / "wandb.json").read_text())
+    sent = [path.read_bytes() for path in (tmp_path / "wandb").glob(f"offline-run-*-{known['id']}/run-*.wandb")]
+    assert known["project"] == "drafts" and len(sent) == 2
+    assert all(b"train/gradient_norm" in told for told in sent)
+    assert b"validation/expected_accepted_length" in b"".join(sent)
+
+
+def test_weights_and_biases_that_does_not_start_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UsageError, match=r"No API key.*\n.*WANDB_MODE=offline"):
+        run(tmp_path, recipe(wandb="drafts", max_steps=1))
+
+
 def test_rows_tell_speed_memory_and_gradients(tmp_path: Path):
     train(recipe(max_steps=2), tiny_teacher(), store(), tmp_path)
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])

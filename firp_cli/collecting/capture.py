@@ -11,6 +11,7 @@ from typing import Any
 from firp_cli.collecting.corpus import Corpus, Progress, build_corpus, load_messages, longest_sequence, no_progress
 from firp_cli.collecting.estimate import check_space
 from firp_cli.collecting.respond import respond
+from firp_cli.collecting.responders import Responder
 from firp_cli.collecting.shards import (
     assign,
     check_alike,
@@ -44,16 +45,19 @@ def collect_store(
     resume: bool = False,
     progress: OpenProgress = silent,
     recipe: dict[str, Any] | None = None,
+    responder: Responder | None = None,
 ) -> dict[str, Any]:
     """Fill the store `folder` with the states of `layers` and the final state. Returns a summary of plain values.
 
     `progress("collecting")` opens a bar. With `resume` an unfinished store is finished and damaged shards are rebuilt;
-    the bytes are those of an uninterrupted run. `recipe` is kept in the manifest. Where this process is one of several
+    the bytes are those of an uninterrupted run. `recipe` is kept in the manifest. `responder`
+    writes the answers where `data.regenerate` asks for them. Where this process is one of several
     ranks all of them call this; they share the work, and the bytes are those of one rank.
 
     Raises UsageError (layers), DatasetError, LossMaskError, CapacityError (disk), StoreError, FingerprintError,
     NumericsError and LaunchError (ranks); what was finished before is kept.
     """
+    assert (responder is not None) == data.regenerate
     began = time.perf_counter()
     group = Control.join()
     folder = Path(folder)
@@ -73,16 +77,19 @@ def collect_store(
             fingerprints=fingerprints(teacher),
             layers=layers,
             dtype=dtype,
-            settings=_settings(data, corpus),
+            settings=_settings(data, corpus, responder),
             recipe=recipe,
             resume=resume,
         )
 
     with open_writer(lead, folder, layers, dtype, group) as writer:
-        if data.regenerate:
+        account: dict[str, Any] = {}
+        if responder is not None:
             with progress("answering") as bar:
-                corpus = respond(teacher, corpus, data, longest_sequence(teacher, data), folder, bar)
-        counts = _counts(corpus)
+                longest = longest_sequence(teacher, data)
+                corpus, answers = respond(teacher, corpus, data, longest, folder, responder, bar, group)
+                account = {"answers": answers}
+        counts = _counts(corpus) | account
         pending = plan_pending(writer, folder, corpus, counts, group)
         sizes = [sum(corpus.lengths[plan.first : plan.next]) for plan in pending]
         group.first(lambda: check_space(folder, teacher.hidden_size, len(layers), dtype, sum(sizes)))
@@ -144,12 +151,13 @@ def stored_dtype(teacher: Teacher, data: DataConfig) -> str:
     return str(teacher.dtype).removeprefix("torch.") if data.store_dtype == "auto" else data.store_dtype
 
 
-def _settings(data: DataConfig, corpus: Corpus) -> dict[str, Any]:
+def _settings(data: DataConfig, corpus: Corpus, responder: Responder | None) -> dict[str, Any]:
     """Everything in the recipe that a byte of the store depends on, and a fingerprint of the text itself."""
     names = ["dataset", "split", "limit", "max_length", "regenerate", "pack_tokens", "shard_tokens"]
-    if data.regenerate:
-        names += ["max_new_tokens", "batch_size"]
-    return {**{name: getattr(data, name) for name in names}, "data_fingerprint": corpus.fingerprint()}
+    settings = {name: getattr(data, name) for name in names}
+    if responder is not None:
+        settings |= {"max_new_tokens": data.max_new_tokens, "responder": responder.name}
+    return {**settings, "data_fingerprint": corpus.fingerprint()}
 
 
 def _counts(corpus: Corpus) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from firp_cli.teacher.stack import Teacher
 
 Progress = Callable[[int, int | None], None]
 REFUSED = "refused by the chat template"
+TOO_LONG = "prompt longer than max_length"
 
 
 def no_progress(done: int, total: int | None = None) -> None:
@@ -158,7 +159,7 @@ def _encode_rows(
             if prompts:
                 ids = encode_prompt(messages, tokenizer)
                 conversation = EncodedConversation(ids, [])
-                reason = "" if len(ids) < limit else "prompt longer than max_length"
+                reason = "" if len(ids) < limit else TOO_LONG
             else:
                 conversation = encode(messages, tokenizer, limit)
                 reason = "" if any(conversation.loss_mask) else _why_unmasked(messages)

@@ -9,10 +9,10 @@ from typing import Any
 
 from firp_cli.collecting.corpus import Corpus, build_corpus, load_messages, longest_sequence
 from firp_cli.collecting.forward import capture, plan_batches
-from firp_cli.collecting.respond import greedy, plan_prompts
+from firp_cli.collecting.responders import Responder
 from firp_cli.data.store import bytes_per_token
 from firp_cli.data.store_file import free_bytes
-from firp_cli.errors import CapacityError
+from firp_cli.errors import CapacityError, TeacherError
 from firp_cli.recipe import DataConfig
 from firp_cli.teacher.stack import Teacher
 
@@ -21,11 +21,19 @@ TIMED_TOKENS = 8192  # positions of the timed forwards at most
 TIMED_STEPS = 16  # tokens of the timed answers
 
 
-def estimate(teacher: Teacher, data: DataConfig, layers: Sequence[int], dtype: str, folder: Path) -> dict[str, Any]:
+def estimate(
+    teacher: Teacher,
+    data: DataConfig,
+    layers: Sequence[int],
+    dtype: str,
+    folder: Path,
+    responder: Responder | None = None,
+) -> dict[str, Any]:
     """Figures for collecting `data` into `folder`; writes nothing.
 
     Tokens are counted in an evenly spaced sample and extrapolated; for answers that the teacher will write itself
-    `max_new_tokens` each is taken, an upper bound. Times come from short forwards on this machine.
+    `max_new_tokens` each is taken, an upper bound. Times come from short forwards on this machine, and from some short
+    answers of the `responder`, which `data.regenerate` needs.
     """
     rows = load_messages(data)
     step = max(1, len(rows) // SAMPLE_CONVERSATIONS)
@@ -37,9 +45,10 @@ def estimate(teacher: Teacher, data: DataConfig, layers: Sequence[int], dtype: s
     room = data.max_new_tokens if data.regenerate else 0
     tokens = round(sum(min(longest, length + room) for length in sample.lengths) * scale)
     rate = _forward_rate(teacher, sample, layers, data.pack_tokens)
-    answering = (
-        _answering_seconds(teacher, sample, data) * conversations / len(sample.input_ids) if data.regenerate else 0.0
-    )
+    answering = 0.0
+    if data.regenerate:
+        assert responder is not None
+        answering = conversations * data.max_new_tokens / _answering_rate(sample, data, responder)
     each = bytes_per_token(teacher.hidden_size, len(layers), dtype)
     return {
         "dataset": data.dataset,
@@ -82,12 +91,23 @@ def _forward_rate(teacher: Teacher, sample: Corpus, layers: Sequence[int], pack_
     return sum(map(len, picks)) / (time.perf_counter() - began)
 
 
-def _answering_seconds(teacher: Teacher, sample: Corpus, data: DataConfig) -> float:
-    """Seconds to answer the sample's prompts with `max_new_tokens` each, from a few steps of one batch."""
-    batches = plan_prompts(sample.lengths, data.batch_size)
-    prompts = [sample.input_ids[index] for index in batches[len(batches) // 2]]
-    steps = min(TIMED_STEPS, data.max_new_tokens)
-    greedy(teacher, prompts, 1)
-    began = time.perf_counter()
-    greedy(teacher, prompts, steps)
-    return (time.perf_counter() - began) / steps * data.max_new_tokens * len(batches)
+def _answering_rate(sample: Corpus, data: DataConfig, responder: Responder) -> float:
+    """Tokens per second of the responder, from the first tokens of a batch of answers to prompts of middle lengths."""
+    order = sorted(range(len(sample.input_ids)), key=sample.lengths.__getitem__)
+    start = max(0, (len(order) - data.batch_size) // 2)
+    prompts = [sample.input_ids[index].tolist() for index in order[start : start + data.batch_size]]
+
+    def answer(limit: int) -> int:
+        replies = list(responder.reply(prompts, [limit] * len(prompts)))
+        for reply in replies:
+            if reply.failure:
+                raise TeacherError(f"{responder.name} cannot answer: {reply.failure}")
+        return sum(len(reply.token_ids) for reply in replies)
+
+    try:
+        answer(1)  # warm-up
+        began = time.perf_counter()
+        written = answer(min(TIMED_STEPS, data.max_new_tokens))
+        return written / (time.perf_counter() - began)
+    finally:
+        responder.close()

@@ -1,138 +1,155 @@
 """`--regenerate`: the teacher answers the prompts itself, greedily, for a predictor must match the teacher's own text.
 
-Prompts of similar length are answered together, padded on the left. Every finished batch is appended to
-`responses.jsonl` in the store's folder, so a resumed run does not answer again; the batches are the same in both cases,
-and so are the answers.
+The ranks share the prompts; each answer is kept on the disk as soon as its batch is there (collecting/answers.py). A
+prompt that cannot be answered is left out, counted, and tried again by the next `--resume`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from firp_cli.collecting.corpus import Corpus, Progress, no_progress
+from firp_cli.collecting.answers import AnswerLog, prompt_keys, read_answers
+from firp_cli.collecting.corpus import TOO_LONG, Corpus, Progress, no_progress
+from firp_cli.collecting.responders import Responder
 from firp_cli.data.conversations import EncodedConversation
-from firp_cli.errors import DatasetError, StoreError
+from firp_cli.distributed.control import Control
+from firp_cli.errors import DatasetError, TeacherError
 from firp_cli.recipe import DataConfig
 from firp_cli.teacher.stack import Teacher
 
-RESPONSES = "responses.jsonl"
+EMPTY, FAILED = "empty answer", "answer failed"  # reasons for leaving a prompt out
+HOPELESS = 32  # failures in a row after which the prompts are not what is wrong
 
 
 def respond(
-    teacher: Teacher, prompts: Corpus, data: DataConfig, longest: int, folder: Path, progress: Progress = no_progress
-) -> Corpus:
-    """Prompts with the teacher's greedy answers behind them, in the order of the prompts; the mask is on the answers.
+    teacher: Teacher,
+    prompts: Corpus,
+    data: DataConfig,
+    longest: int,
+    folder: Path,
+    responder: Responder,
+    progress: Progress = no_progress,
+    group: Control | None = None,
+) -> tuple[Corpus, dict[str, Any]]:
+    """Prompts with the teacher's greedy answers behind them, in the order of the prompts, and an account.
 
-    The ids are the prompt's followed by those generated, never tokenized again; EOS is kept, what follows it is not.
-    Answers that are EOS at once are left out and counted as skipped; those cut by `max_new_tokens`, or by `longest`
-    tokens of prompt and answer together, are kept and counted as `cut`.
+    The ids are the prompt's followed by those written, never tokenized again; the mask is on the answer; EOS is kept,
+    what follows it is not. An answer has at most `max_new_tokens` tokens, and with its prompt at most `longest`. Every
+    rank of `group` calls this and gets the whole. Equal prompts are answered once.
 
-    Raises DatasetError when every answer is empty, StoreError when the answers cannot be kept.
+    The account counts prompts: `written` (of these `cut` at a length limit), `empty` (EOS at once), `failed` (with the
+    first `failure`), `too_long` and `skipped` (before answering).
+
+    Raises DatasetError when every answer is empty, TeacherError when prompt after prompt fails, StoreError when answers
+    cannot be kept, LaunchError.
     """
-    answers = _Answers(folder / RESPONSES)
-    batches = plan_prompts(prompts.lengths, data.batch_size)
-    done = 0
-    try:
-        for batch in batches:
-            if not all(index in answers.tokens for index in batch):
-                rows = [prompts.input_ids[index] for index in batch]
-                written = greedy(teacher, rows, min(data.max_new_tokens, longest - max(map(len, rows))))
-                answers.append(batch, written)
-            done += len(batch)
-            progress(done, len(prompts.input_ids))
-    except OSError as error:
-        raise StoreError(f"cannot write {answers.path}: {error}; make room and run again with --resume") from error
-    return _join(teacher, prompts, answers.tokens)
+    group = group or Control()
+    limits = [min(data.max_new_tokens, longest - length) for length in prompts.lengths]
+    keys = prompt_keys(f"{teacher.fingerprint} {responder.name}", prompts.input_ids, limits)
+    first: dict[str, int] = {}
+    for index, key in enumerate(keys):
+        first.setdefault(key, index)
+    kept = group.everywhere(lambda: read_answers(folder) if group.main else {})
+    held = {first[key]: tokens for key, tokens in kept.items() if key in first}  # rank 0's
+    there = set(group.rows(torch.tensor(sorted(held), dtype=torch.long)).tolist())
+    missing = sorted(set(first.values()) - there, key=lambda index: (-prompts.lengths[index], index))
+    workers = [rank for rank, active in enumerate(group.gather(responder.active)) if active]
+    mine = missing[workers.index(group.rank) :: len(workers)] if group.rank in workers else []
+
+    def bar(done: int) -> None:
+        progress(len(there) + min(done * len(workers), len(missing)), len(there) + len(missing))
+
+    def answer() -> dict[int, str]:
+        try:
+            with AnswerLog(folder, group.rank) as log:
+                return _answer(prompts, limits, keys, mine, responder, log, held, bar)
+        finally:
+            responder.close()
+
+    failures: dict[int, str] = {}
+    for part in group.gather(group.everywhere(answer)):
+        failures |= part
+    answers = _exchange(held, group)
+    return group.everywhere(lambda: _join(teacher, prompts, [answers.get(first[key]) for key in keys], failures))
 
 
-def plan_prompts(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices of the prompts of each batch, by length."""
-    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def _answer(
+    prompts: Corpus,
+    limits: Sequence[int],
+    keys: Sequence[str],
+    mine: Sequence[int],
+    responder: Responder,
+    log: AnswerLog,
+    held: dict[int, list[int]],
+    bar: Callable[[int], None],
+) -> dict[int, str]:
+    """Answer the prompts `mine`: keep the answers in `log` and `held`, return the failures by prompt."""
+    failures: dict[int, str] = {}
+    in_a_row = 0
+    if not mine:
+        return failures
+    texts = [prompts.input_ids[index].tolist() for index in mine]
+    for done, reply in enumerate(responder.reply(texts, [limits[index] for index in mine]), 1):
+        index = mine[reply.number]
+        if reply.failure:
+            failures[index] = reply.failure
+            in_a_row += 1
+            if in_a_row >= HOPELESS:
+                raise TeacherError(
+                    f"{in_a_row} prompts in a row could not be answered: {reply.failure}\n"
+                    "what was answered before is kept; mend this and run again with --resume"
+                )
+        else:
+            held[index] = reply.token_ids
+            log.add(keys[index], reply.token_ids)
+            in_a_row = 0
+        bar(done)
+    return failures
 
 
-@torch.inference_mode()
-def greedy(teacher: Teacher, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
-    """What transformers' own greedy `generate` writes after each prompt (T,), EOS included."""
-    width = max(map(len, prompts))
-    stops = list(teacher.eos_token_ids)
-    padding = stops[0] if stops else 0
-    ids = torch.full((len(prompts), width), padding, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
-    out = teacher.model.generate(
-        ids.to(teacher.device),
-        attention_mask=mask.to(teacher.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=stops or None,
-        pad_token_id=padding,
-    )
-    return [_until_stop(row, stops) for row in out[:, width:].tolist()]
+def _exchange(held: dict[int, list[int]], group: Control) -> dict[int, Tensor]:
+    """All ranks' answers (n,) int32 by prompt, on every rank. They travel as a few large tensors."""
+    numbers = group.rows(torch.tensor(list(held), dtype=torch.long)).tolist()
+    lengths = group.rows(torch.tensor([len(tokens) for tokens in held.values()], dtype=torch.long)).tolist()
+    flat = torch.tensor([token for tokens in held.values() for token in tokens], dtype=torch.int32)
+    parts = group.rows(flat).split(lengths) if lengths else ()
+    return dict(zip(numbers, parts, strict=True))
 
 
-def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
-    for place, token in enumerate(tokens):
-        if token in stops:
-            return tokens[: place + 1]
-    return tokens
-
-
-def _join(teacher: Teacher, prompts: Corpus, answers: dict[int, list[int]]) -> Corpus:
+def _join(
+    teacher: Teacher, prompts: Corpus, answers: Sequence[Tensor | None], failures: dict[int, str]
+) -> tuple[Corpus, dict[str, Any]]:
     corpus = Corpus(skipped=prompts.skipped.copy())
-    for index, prompt in enumerate(prompts.input_ids):
-        answer = answers[index]
-        stopped = bool(answer) and answer[-1] in teacher.eos_token_ids
+    stops = set(teacher.eos_token_ids)
+    for prompt, tokens in zip(prompts.input_ids, answers, strict=True):
+        if tokens is None:
+            corpus.skipped[FAILED] += 1
+            continue
+        answer = tokens.tolist()
+        stopped = bool(answer) and answer[-1] in stops
         if len(answer) - stopped == 0:
-            corpus.skipped["empty answer"] += 1
+            corpus.skipped[EMPTY] += 1
             continue
         corpus.cut += not stopped
         ids = prompt.tolist() + answer
         corpus.add(EncodedConversation(ids, [False] * len(prompt) + [True] * len(answer)))
+    failure = failures[min(failures)] if failures else None
+    if not corpus.input_ids and failure:
+        raise TeacherError(f"no prompt was answered: {failure}\nmend this and run again with --resume")
     if not corpus.input_ids:
         raise DatasetError(f"{teacher.name} ended every answer at once; check its chat template and EOS tokens")
-    return corpus
-
-
-class _Answers:
-    """Answers kept on disk, one JSON object per line: prompt number and token ids. A torn last line is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tokens: dict[int, list[int]] = {}
-        whole = 0
-        if path.is_file():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    entry = None
-                if entry is None:
-                    break
-                self.tokens[entry["prompt"]] = entry["token_ids"]
-                whole += len(line)
-            with path.open("rb+") as stream:
-                stream.truncate(whole)
-
-    def append(self, batch: list[int], written: list[list[int]]) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            for index, tokens in zip(batch, written, strict=True):
-                if index not in self.tokens:
-                    stream.write(json.dumps({"prompt": index, "token_ids": tokens}) + "\n")
-                    self.tokens[index] = tokens
-            stream.flush()
-            os.fsync(stream.fileno())
+    account = {
+        "written": len(corpus.input_ids),
+        "cut": corpus.cut,
+        "empty": corpus.skipped[EMPTY],  # a Counter: asking for a reason does not enter it
+        "failed": corpus.skipped[FAILED],
+        "failure": failure,
+        "too_long": prompts.skipped[TOO_LONG],
+        "skipped": sum(prompts.skipped.values()) - prompts.skipped[TOO_LONG],
+    }
+    return corpus, account

@@ -12,6 +12,7 @@ from firp_cli.commands.collect import collect
 from firp_cli.commands.doctor import doctor
 from firp_cli.commands.eval import evaluate
 from firp_cli.commands.generate import generate
+from firp_cli.commands.store import store
 from firp_cli.commands.train import train
 from firp_cli.commands.tune import tune
 from firp_cli.errors import FirpError
@@ -39,6 +40,7 @@ def _main(
 
 
 app.command("collect")(collect)
+app.add_typer(store, name="store")
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("tune")(tune)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firp_cli.commands.terminal import Json, Verbose, print_json, progress_bar, quiet_libraries, split_recipe
+from firp_cli.commands.terminal import (
+    Json,
+    Verbose,
+    main_process,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    split_recipe,
+)
 from firp_cli.errors import UsageError
 from firp_cli.recipe import Recipe, load_recipe
 
@@ -53,7 +61,7 @@ def collect(
     if gpus > 1:
         raise UsageError(f"collect runs on one device for now, not {gpus}; leave --gpus out")
     quiet_libraries(verbose)
-    chosen = _parse_layers(layers)
+    chosen = parse_layers(layers)
     folder = Path(recipe.store or default_store(recipe.data.dataset))
     _check_before_loading(recipe, folder, resume, estimate)
     from firp_cli.teacher.stack import Teacher
@@ -81,7 +89,10 @@ def default_layers(recipe: Recipe, teacher: Teacher) -> list[int]:
     return list(recipe.predictor.required_layers(teacher))
 
 
-def _parse_layers(text: str | None) -> list[int] | None:
+def parse_layers(text: str | None) -> list[int] | None:
+    """`2,4` or `none` as typed; None where nothing was. Raises UsageError."""
+    if text == "none":
+        return []
     try:
         return None if text is None else [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -91,26 +102,38 @@ def _parse_layers(text: str | None) -> list[int] | None:
 def _check_before_loading(recipe: Recipe, folder: Path, resume: bool, estimate: bool) -> None:
     """What can be refused before a large teacher is read from disk."""
     from firp_cli.collecting.corpus import check_dataset
+    from firp_cli.collecting.vllm_process import check_responder
     from firp_cli.data.store_writer import check_target
 
-    if not estimate:
+    if not estimate and main_process():  # the others would find the lock that the first may hold by now
         check_target(folder, resume)
+    check_responder(recipe)
     check_dataset(recipe.data)
 
 
 def _estimate(teacher: Teacher, recipe: Recipe, layers: list[int], folder: Path) -> dict[str, Any]:
     from firp_cli.collecting.capture import check_layers, stored_dtype
     from firp_cli.collecting.estimate import estimate
+    from firp_cli.commands.responders import make_responder
 
     kept = check_layers(layers, teacher)
-    return estimate(teacher, recipe.data, kept, stored_dtype(teacher, recipe.data), folder)
+    dtype, responder = stored_dtype(teacher, recipe.data), make_responder(recipe, teacher)
+    return estimate(teacher, recipe.data, kept, dtype, folder, responder=responder)
 
 
 def _collect(teacher: Teacher, recipe: Recipe, layers: list[int], folder: Path, resume: bool) -> dict[str, Any]:
     from firp_cli.collecting.capture import collect_store
+    from firp_cli.commands.responders import make_responder
 
     return collect_store(
-        teacher, recipe.data, layers, folder, resume=resume, progress=progress_bar, recipe=recipe.model_dump()
+        teacher,
+        recipe.data,
+        layers,
+        folder,
+        resume=resume,
+        progress=progress_bar,
+        recipe=recipe.model_dump(),
+        responder=make_responder(recipe, teacher),
     )
 
 
@@ -153,10 +176,10 @@ def _print_summary(summary: dict[str, Any], recipe: str | None) -> None:
         )
     for reason, count in summary["skipped"].items():
         typer.echo(f"skipped {count:,}: {reason}")
-    if summary["answers_cut"]:
-        typer.echo(
-            f"{summary['answers_cut']:,} answers were cut at the length limit (data.max_new_tokens, data.max_length)"
-        )
+    if "answers" in summary:
+        from firp_cli.commands.responders import account_line
+
+        typer.echo(account_line(summary["answers"]))
     typer.echo(f"next: firp train {recipe or 'RECIPE'} --store {summary['store']}")
 
 

@@ -93,6 +93,9 @@ def _software() -> list[Check]:
         _package("transformers", "loads teachers", essential=True),
         _package("deepspeed", "firp train", essential=True),
         _package("datasets", "data sets from the Hugging Face hub; local .jsonl files work without"),
+        _package(
+            "vllm", "answers of large teachers (collect.responder=vllm); firp's engine works without", optional=True
+        ),
         _package("triton", "fused kernels on CUDA; not needed on a CPU", optional=True),
         Check(
             "other packages",

@@ -173,8 +173,10 @@ def _sequences(
 def _collect(teacher: Teacher, config: DataConfig, predictor: Predictor, folder: Path) -> None:
     """The teacher's own answers with their states, in a temporary store."""
     from firp_cli.collecting.capture import collect_store
+    from firp_cli.commands.responders import EngineResponder
 
-    collect_store(teacher, config, predictor.required_layers, folder, progress=progress_bar)
+    responder = EngineResponder(teacher, config.batch_size)
+    collect_store(teacher, config, predictor.required_layers, folder, progress=progress_bar, responder=responder)
 
 
 def _from_store(

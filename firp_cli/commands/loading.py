@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from firp_cli.commands.collect import size
 from firp_cli.commands.terminal import say
 from firp_cli.decoding.engine import EngineOptions
+from firp_cli.decoding.memory import free_bytes
 from firp_cli.decoding.ranks import Ranks
 from firp_cli.decoding.tree import TreeSpec, default_tree, parse_tree
 from firp_cli.decoding.tuned import TunedTrees, read_trees
@@ -19,6 +22,7 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder, read_config
 from firp_cli.recipe import DEFAULT_TEACHER, TeacherConfig, nearest
 from firp_cli.teacher.stack import Teacher, default_device
+from firp_cli.teacher.weights import Residence
 
 STACKS = ("lean", "library")
 
@@ -98,6 +102,32 @@ def load_pair(
     if not alone:
         share_teacher(teacher, folder, *ranks, choice)
     return teacher, load_predictor(folder, teacher, force), folder
+
+
+def teacher_line(held: Residence) -> str:
+    """What of the teacher this process has loaded, for the user."""
+    if held.kind == "whole":
+        why = f" ({held.note})" if held.note else ""
+        return f"teacher: all {held.of} layers loaded, {size(held.held)}{why}"
+    shared = f", shared over {held.ranks} ranks" if held.ranks > 1 else ""
+    return f"teacher: {held.layers} of {held.of} layers loaded{shared}, {size(held.held)}, {size(held.saved)} saved"
+
+
+def complete_teacher(config: TeacherConfig, held: Residence) -> Teacher | str:
+    """The whole teacher on one device, where there was a part of it; or why it does not fit there.
+
+    The caller lets go of the part first.
+    """
+    gc.collect()
+    device = default_device()
+    needed, free = held.held + held.saved, free_bytes(device)
+    if free is not None and needed > free:
+        return f"decoding needs the whole teacher, {size(needed)}, and {device} has {size(free)} free"
+    config = config.model_copy(update={"device_map": None, "sharding": "none"})
+    try:
+        return Teacher.load(config, device)
+    except (torch.OutOfMemoryError, MemoryError):
+        return f"decoding needs the whole teacher, and {device} has no room for its {size(needed)}"
 
 
 def load_trees(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from firp_cli.collecting.online import OnlineStates
     from firp_cli.data.store import Store
     from firp_cli.teacher.stack import Teacher
+    from firp_cli.teacher.weights import Residence
     from firp_cli.training.plan import Plan
 
 GATE_TOKENS = 128  # new tokens per prompt of the gate
@@ -66,7 +68,9 @@ def train(
         _need_store(wanted, [*([name] if name else []), *overrides])
     else:
         from firp_cli.collecting.corpus import check_dataset
+        from firp_cli.collecting.vllm_process import check_responder
 
+        check_responder(wanted)
         check_dataset(wanted.data)
     guard_output(Path(str(wanted.output)), resume)
     flags = {"--resume": resume, "--no-verify": not verify, "--json": as_json, "--verbose": verbose}
@@ -113,11 +117,10 @@ def _ranks(gpus: int | None, hostfile: Path | None) -> int:
 def _train(recipe: Recipe, resume: bool, verify: bool, as_json: bool) -> None:
     """What every rank does."""
     from firp_cli.distributed.launch import start
-    from firp_cli.teacher.stack import Teacher
     from firp_cli.training.trainer import train as run
 
     start()
-    teacher = Teacher.load(recipe.teacher)
+    teacher = _teacher(recipe)
     store = (
         _open(recipe, teacher, verify and main_process()) if recipe.data.mode == "cached" else _make(recipe, teacher)
     )
@@ -139,11 +142,27 @@ def _train(recipe: Recipe, resume: bool, verify: bool, as_json: bool) -> None:
     if not main_process():
         return
     assert outcome.training is not None
-    training = _gate(recipe, teacher, store, output) or outcome.training
+    held = teacher.residence
+    whole = None if held.kind != "whole" else teacher
+    del teacher  # its memory may be needed for the whole one
+    training = _gate(recipe, held, whole, store, output) or outcome.training
     if as_json:
         print_json(training)
     else:
         _report(training, output)
+
+
+def _teacher(recipe: Recipe) -> Teacher:
+    """As much of the teacher as the run goes through."""
+    from firp_cli.commands.loading import teacher_line
+    from firp_cli.teacher.loading import load_upper
+
+    assert recipe.predictor is not None
+    cached = recipe.data.mode == "cached"
+    # predictors of the final state run no layer at all
+    teacher = load_upper(recipe.teacher, min(recipe.predictor.transfer_layers, default=sys.maxsize) if cached else 0)
+    say(teacher_line(teacher.residence))
+    return teacher
 
 
 def _open(recipe: Recipe, teacher: Teacher, verify: bool) -> Store:
@@ -163,16 +182,21 @@ def _make(recipe: Recipe, teacher: Teacher) -> OnlineStates:
     from firp_cli.collecting.corpus import build_corpus, load_messages, longest_sequence
     from firp_cli.collecting.online import HybridStates, OnlineStates
     from firp_cli.collecting.respond import respond
+    from firp_cli.commands.responders import account_line, make_responder
+    from firp_cli.distributed.control import Control
     from firp_cli.distributed.launch import rank
 
     assert recipe.predictor is not None
     data, folder = recipe.data, Path(str(recipe.store))
     with progress_bar("tokenizing") as bar:
         corpus = build_corpus(load_messages(data), teacher, data, bar)
-    if data.regenerate:
+    responder = make_responder(recipe, teacher)
+    if responder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        longest = longest_sequence(teacher, data)
         with progress_bar("answering") as bar:
-            corpus = respond(teacher, corpus, data, longest_sequence(teacher, data), folder, bar)
+            corpus, account = respond(teacher, corpus, data, longest, folder, responder, bar, Control.join())
+        say(account_line(account))
     layers, dtype = check_layers(recipe.predictor.required_layers(teacher), teacher), stored_dtype(teacher, data)
     if data.mode == "online":
         return OnlineStates(teacher, corpus, layers, dtype, data.pack_tokens)
@@ -230,14 +254,15 @@ class _Terminal:
         say("  ".join(columns.values()))
 
 
-def _gate(recipe: Recipe, teacher: Teacher, store: Store | OnlineStates, output: Path) -> dict[str, Any] | None:
-    """Decode a few held-out prompts with the folder just written; adds the figures to training.json."""
-    import json
-
+def _gate(
+    recipe: Recipe, held: Residence, teacher: Teacher | None, store: Store | OnlineStates, output: Path
+) -> dict[str, Any] | None:
+    """Decode a few held-out prompts with the folder just written; adds the figures to training.json. `teacher` None:
+    training held a part of it, the whole one is loaded now.
+    """
+    from firp_cli.commands.loading import complete_teacher
     from firp_cli.evaluation.quality import gate
     from firp_cli.predictors.registry import load_predictor
-    from firp_cli.provenance import write_json
-    from firp_cli.records import plain
     from firp_cli.training.batches import split_validation
 
     settings = recipe.training
@@ -252,11 +277,25 @@ def _gate(recipe: Recipe, teacher: Teacher, store: Store | OnlineStates, output:
         if start:
             prompts.append(item.input_ids[:start].tolist())
     began = time.monotonic()
+    whole = complete_teacher(recipe.teacher, held) if teacher is None else teacher
+    if isinstance(whole, str):
+        say(f"no gate: {whole}")
+        return _note_gate(output, {"skipped": whole})
     limit = min(GATE_TOKENS, recipe.data.max_new_tokens)
-    found = gate(teacher, load_predictor(output, teacher), prompts, None, limit)
+    found = gate(whole, load_predictor(output, whole), prompts, None, limit)
+    return _note_gate(output, {**found, "max_new_tokens": limit, "seconds": time.monotonic() - began})
+
+
+def _note_gate(output: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Add what the gate found to training.json; returns all that stands there."""
+    import json
+
+    from firp_cli.provenance import write_json
+    from firp_cli.records import plain
+
     path = output / "training.json"
     record = json.loads(path.read_text(encoding="utf-8"))
-    record["gate"] = plain({**found, "max_new_tokens": limit, "seconds": time.monotonic() - began})
+    record["gate"] = plain(found)
     write_json(path, record)
     return record
 
@@ -273,7 +312,7 @@ def _report(training: dict[str, Any], output: Path) -> None:
     if training["data_wait_share"] is not None:
         typer.echo(f"waiting for data: {training['data_wait_share']:.1%} of step time")
     gate = training.get("gate")
-    if gate:
+    if gate and "skipped" not in gate:
         typer.echo(
             f"gate: simulated {gate['simulated']:.3f}, decoded {gate['real']:.3f} tokens per {per} "
             f"({gate['prompts']} prompts)"

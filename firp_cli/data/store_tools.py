@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from firp_cli.data.store import (
+    FLOATS,
     MANIFEST,
+    SCALED,
     Store,
     bytes_per_token,
     compress,
@@ -32,7 +34,7 @@ from firp_cli.data.store_file import check_room, copy_hashed
 from firp_cli.data.store_writer import ShardPlan, StoreWriter, check_target
 from firp_cli.errors import FingerprintError, StoreError, UsageError
 from firp_cli.provenance import fingerprint, write_json
-from firp_cli.recipe import DataConfig
+from firp_cli.recipe import DataConfig, nearest
 
 Progress = Callable[[int, int | None], None]
 
@@ -52,9 +54,11 @@ def convert_store(
 ) -> dict[str, Any]:
     """The same conversations in another dtype, with fewer layers, or both. Returns a summary of plain values.
 
-    Raises UsageError when nothing would change, StoreError (a layer that is not there, damage), NumericsError when a
-    state does not fit the dtype, CapacityError.
+    Raises UsageError (an unknown dtype, nothing to change), StoreError (a layer that is not there, damage),
+    NumericsError when a state does not fit the dtype, CapacityError.
     """
+    if dtype is not None and dtype not in (*FLOATS, *SCALED):
+        raise UsageError(f"unknown dtype {dtype!r}{nearest(dtype, (*FLOATS, *SCALED))}")
     store = Store.open(source, layers=layers)
     dtype = dtype or store.manifest["dtype"]
     if dtype == store.manifest["dtype"] and list(store.layers) == store.manifest["layers"]:
@@ -227,11 +231,17 @@ class _Joined:
         """The sums of what the stores count."""
         total: Counter[str] = Counter()
         skipped: Counter[str] = Counter()
+        answers: Counter[str] = Counter()
+        failures: list[str] = []
         for store in self.stores:
             counts = dict(store.manifest["counts"])
             skipped.update(counts.pop("skipped", {}))
+            account = dict(counts.pop("answers", {}))
+            failures += filter(None, [account.pop("failure", None)])
+            answers.update(account)
             total.update(counts)
-        return {**total, "skipped": dict(sorted(skipped.items()))}
+        found = {**total, "skipped": dict(sorted(skipped.items()))}
+        return found | ({"answers": {**answers, "failure": next(iter(failures), None)}} if answers else {})
 
 
 def _origin(store: Store) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +28,7 @@ SHARES = {"shortest": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "longest": 1.0
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one file of a store, and what to do about it."""
+    """One thing that is wrong with a file of a store, and what to do about it."""
 
     file: str
     fault: str
@@ -117,8 +118,8 @@ def verify_store(folder: Path, progress: Progress = lambda done, total: None) ->
 
     pool = ThreadPoolExecutor(max(1, min(THREADS, os.cpu_count() or 1, len(shards))), thread_name_prefix="verify")
     try:
-        found = pool.map(lambda shard: _Shard(folder, manifest, shard, on_bytes).fault(), shards)
-        return [*_manifest_faults(manifest), *(fault for fault in found if fault)]
+        found = pool.map(lambda shard: _Shard(folder, manifest, shard, on_bytes).faults(), shards)
+        return [*_manifest_faults(manifest), *chain.from_iterable(found)]
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -150,9 +151,10 @@ class _Shard:
         self.damage: list[str] = []
         self.content: list[str] = []
         self.offsets: list[int] = []
+        self.infinite: dict[str, list[int]] = {}  # rows with NaN or infinities, by tensor
 
-    def fault(self) -> Fault | None:
-        """All that is wrong with this shard, or None."""
+    def faults(self) -> list[Fault]:
+        """All that is wrong with this shard."""
         size = shard_fault(self.path.parent, self.shard, checksum=False)
         if size:
             self.damage.append(size)
@@ -162,11 +164,11 @@ class _Shard:
                     self._read(stream)
             except (OSError, ValueError) as error:
                 self.damage.append(str(error))
-        if not (self.damage or self.content):
-            return None
         again = f"run the same `{maker(self.manifest)}` with --resume"
-        remedy = f"{again}: it rebuilds just that" if self.damage else f"delete the file and {again}"
-        return Fault(self.shard["file"], "; ".join(self.damage + self.content), remedy)
+        rebuild = f"{again}: it rebuilds just that shard"
+        content = rebuild if self.damage else f"delete the file and {again}"
+        found = [(text, rebuild) for text in self.damage] + [(text, content) for text in self.content]
+        return [Fault(self.shard["file"], text, remedy) for text, remedy in found]
 
     def _read(self, stream: BinaryIO) -> None:
         digest = hashlib.sha256()
@@ -192,6 +194,8 @@ class _Shard:
                 self._check_offsets(torch.cat(kept).tolist() if kept else [])
             elif name == "loss_mask" and kept:
                 self._check_mask(torch.cat(kept))
+        for name, rows in self.infinite.items():
+            self.content.append(f"NaN or infinity in {name}, {self._places(rows)}")
         if digest.hexdigest() != self.shard["sha256"]:
             self.damage.insert(0, "its checksum differs")
 
@@ -234,15 +238,18 @@ class _Shard:
             return
         else:
             bad = ~torch.isfinite(block)
-        rows = bad.reshape(len(bad), -1).any(dim=-1).nonzero()
-        if len(rows) and not any(text.startswith(f"NaN or infinity in {name},") for text in self.content):
-            self.content.append(f"NaN or infinity in {name}, {self._place(first + int(rows[0, 0]))}")
+        rows = bad.reshape(len(bad), -1).any(dim=-1).nonzero().flatten()
+        if len(rows):
+            self.infinite.setdefault(name, []).extend((rows + first).tolist())
 
-    def _place(self, row: int) -> str:
-        for index, (start, end) in enumerate(pairwise(self.offsets)):
-            if start <= row < end:
-                return f"token {row - start} of conversation {self.shard['first'] + index}"
-        return f"row {row}"
+    def _places(self, rows: Sequence[int]) -> str:
+        """The token of the first of some ascending rows, and how many conversations they are of."""
+        if not self.offsets:
+            return f"row {rows[0]}"
+        places = dict.fromkeys(bisect_right(self.offsets, row) - 1 for row in rows)
+        first = next(iter(places))
+        others = f" and in {len(places) - 1} more" if len(places) > 1 else ""
+        return f"token {rows[0] - self.offsets[first]} of conversation {self.shard['first'] + first}{others}"
 
     def _check_mask(self, mask: Tensor) -> None:
         empty = [

@@ -15,7 +15,7 @@ OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this st
 @dataclass
 class Written:
     """One prompt's output so far. `committed`: its tokens in the K/V cache; `plain`: steps that did not draft where
-    others did.
+    others did; `limit`: tokens at most, where it is not the writer's.
     """
 
     number: int
@@ -28,6 +28,7 @@ class Written:
     decode_seconds: float = 0.0
     trace: PipelineTrace | None = None
     plain: int = 0
+    limit: int | None = None
 
 
 class Writer:
@@ -52,7 +53,7 @@ class Writer:
                 item.finish_reason = "eos"
             elif self.stop and self._stopped(item.tokens):
                 item.finish_reason = "stop"
-            elif len(item.tokens) >= self.max_new_tokens:
+            elif len(item.tokens) >= (item.limit or self.max_new_tokens):
                 item.finish_reason = "length"
             if item.finish_reason:
                 return kept

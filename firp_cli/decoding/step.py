@@ -106,6 +106,14 @@ class Stepper:
                 state[:count] = state[sequences]
         self.cache.select(sequences)
 
+    def adopt(self, places: Tensor, other: Stepper, length: int) -> None:
+        """Let the sequences that `other` has prefilled, of `length` positions at most, start at `places` (n,) of this
+        batch, which decodes plainly.
+        """
+        assert self.predictor is None
+        self._root[: self.batch].index_copy_(0, places, other._root[: other.batch])
+        self.cache.adopt(places, other.cache, length)
+
     def state(self) -> list[Tensor]:
         """What the next step starts from: lengths, roots and drafts of the batch. Their memory stays in place."""
         batch, draft = self.batch, self._draft

@@ -140,6 +140,23 @@ class KVCache:
         self._lengths[:count] = self._lengths[sequences]
         self._narrow(count)
 
+    def adopt(self, places: Tensor, other: KVCache, length: int) -> None:
+        """Let the sequences of `other` go on at `places` (n,) of this cache, with its first `length` positions.
+
+        Nothing of what stood there is left: a NaN behind the new sequences' end would reach them, masked or not.
+        """
+        assert places.shape[0] == other.batch and length <= self.capacity
+        for (keys, values), (own_keys, own_values) in zip(other._layers, self._layers, strict=True):
+            for own, new in ((own_keys, keys), (own_values, values)):
+                own.index_fill_(0, places, 0)
+                own.narrow(2, self.scratch, length).index_copy_(0, places, new.narrow(2, other.scratch, length))
+        self.lengths.index_copy_(0, places, other.lengths)
+
+    def finite(self, sequence: int, length: int) -> bool:
+        """Whether the last layer's keys of the first `length` positions are finite: NaN in a state spreads to them."""
+        keys = self._layers[-1][0][sequence].narrow(1, self.scratch, min(length, self.capacity))
+        return bool(keys.float().sum().isfinite())
+
     def bytes(self) -> int:
         """Memory held."""
         return self._store.numel() * self._store.element_size()

@@ -7,23 +7,22 @@ instead of being wrong; the lean layers are taken when their logits equal the li
 
 from __future__ import annotations
 
-import hashlib
 import os
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
-from firp_cli.recipe import LoopedSection, TeacherConfig, teacher_source
+from firp_cli.recipe import LoopedSection, TeacherConfig
 from firp_cli.teacher.attention import AttentionMask, LayerMask, causal_allowed
 from firp_cli.teacher.fused import FusedStack, UnfusableError
 from firp_cli.teacher.library import Cache, LibraryStack, Stack
 from firp_cli.teacher.looped import LoopedLayers, loop_layers
-from firp_cli.teacher.sequence_attention import AnchoredMask, CausalMask, CausalRows, DenseAnchoredMask
+from firp_cli.teacher.sequence_attention import AnchoredMask, CausalMask, DenseAnchoredMask, attends_plainly
+from firp_cli.teacher.weights import Residence, weights_fingerprint
 
 LayerHook = Callable[[int, Tensor], None]
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -31,6 +30,17 @@ FUSED_TOLERANCE = {torch.float32: 1e-5}  # of the logits' size; other dtypes rou
 CHECK_TOKENS = 24
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # position embeddings that depend on the position alone
 BOUNDED_ROPE = ("dynamic", "longrope")  # the same, as long as a sequence stays within the (original) context
+
+
+class Absent(nn.Identity):
+    """Stands for a layer that this process does not hold. Raises TeacherError when it is run."""
+
+    passing = False  # while the model's own forward is compared, states go through
+
+    def forward(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
+        if not Absent.passing:
+            raise TeacherError("this process does not hold all of the teacher's layers; load the whole teacher")
+        return input
 
 
 class Teacher:
@@ -41,7 +51,8 @@ class Teacher:
 
     Attributes: `num_layers` L, `hidden_size` d, `vocab_size` V, `kv_heads`, `head_size`, `max_positions`,
     `eos_token_ids`, `device`, `dtype`, `windows` (per layer: sliding window in positions, or None), `looped` (None:
-    every layer runs once), `stack` (the layers that run: the library's, or their lean twins after `fuse`).
+    every layer runs once), `stack` (the layers that run: the library's, or their lean twins after `fuse`), `first` (the
+    lowest layer that this process can run on from), `residence` (what of the weights it holds).
     """
 
     def __init__(
@@ -81,49 +92,32 @@ class Teacher:
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self._fingerprint: str | None = None
         self._plain_attention: bool | None = None
+        self.first = 0
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.residence = Residence("whole", self.num_layers, self.num_layers, self.weight_bytes)
         if check:
             self.check()
 
     @classmethod
     def load(cls, config: TeacherConfig, device: torch.device | str | None = None, check: bool = True) -> Teacher:
         """Load by folder, embedded name or hub id. Raises TeacherError when it cannot be had or is not supported."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+        from firp_cli.teacher.loading import load_whole
 
-        from firp_cli.teacher.looped_llama import register
-
-        register()
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
-        source = teacher_source(config.model)
-        options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-        if config.device_map:
-            options["device_map"] = config.device_map
-        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-            tokenizer = AutoTokenizer.from_pretrained(
-                source, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TeacherError(
-                f"cannot load the teacher {config.model!r}: {first}\n"
-                "give a local model folder or a reachable hub id as teacher.model"
-            ) from error
-        if not config.device_map:
-            nn.Module.to(model, torch.device(device or default_device()))
-        # predictors remember the name: a relative folder would only be found from here
-        name = str(Path(source).resolve()) if source == config.model and Path(source).is_dir() else config.model
-        return cls(model, tokenizer, name=name, check=check, looped=config.looped)
+        return load_whole(config, device, check)
 
     @property
     def device(self) -> torch.device:
-        return self._embed.weight.device  # type: ignore[return-value]
+        """Where callers put their rows; layers elsewhere fetch them and send them back."""
+        placed = getattr(getattr(self._embed, "_hf_hook", None), "execution_device", None)
+        return self._weights.weight.device if placed is None else torch.device(placed)  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._embed.weight.dtype  # type: ignore[return-value]
+        return self._weights.weight.dtype  # type: ignore[return-value]
+
+    @property
+    def _weights(self) -> nn.Module:
+        return self._head if isinstance(self._embed, Absent) else self._embed
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, R) token ids to h^0 (B, R, d)."""
@@ -213,7 +207,22 @@ class Teacher:
         if self.looped is None:
             for index in range(self.num_layers):
                 if index not in kept:
-                    self.layers[index] = nn.Identity()
+                    self.layers[index] = Absent()
+            self.first = kept.start
+
+    def drop_embedding(self) -> None:
+        """Hold no embedding: whoever has states of a layer needs none."""
+        self._embed = Absent()
+
+    def keep_fingerprint(self, fingerprint: str) -> None:
+        """Take the whole teacher's fingerprint, where this process does not hold all values that it looks at."""
+        self._fingerprint = fingerprint
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters, without those that have no memory behind them."""
+        held = [parameter for parameter in self.model.parameters() if not parameter.is_meta]
+        return sum(parameter.numel() * parameter.element_size() for parameter in held)
 
     def boundaries(self, loops: int | None = None) -> tuple[int, ...]:
         """Layers that have run at the end of each loop, the last being all but the coda.
@@ -254,30 +263,12 @@ class Teacher:
 
     @property
     def plain_attention(self) -> bool:
-        """Whether the layers do to their scores what `attend` does: then no mask need be written out. Found by trying
-        one layer of each window.
-        """
+        """Whether layers do to scores what `attend` does, found by trying one of each window."""
         if self._plain_attention is None:
-            present = [index for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]
+            present = [i for i, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]
             tried = {self.windows[index]: index for index in reversed(present)}
-            self._plain_attention = all(self._attends_plainly(index) for index in tried.values())
+            self._plain_attention = all(attends_plainly(self, index) for index in tried.values())
         return self._plain_attention
-
-    @torch.no_grad()
-    def _attends_plainly(self, index: int) -> bool:
-        generator = torch.Generator().manual_seed(0)
-        states = torch.randn(1, CHECK_TOKENS, self.hidden_size, generator=generator).to(self.device, self.dtype)
-        positions = torch.arange(CHECK_TOKENS, device=self.device)[None]
-        allowed = causal_allowed(positions.new_full((1,), CHECK_TOKENS), CHECK_TOKENS)
-        dense = self.sequence_mask(allowed, positions).additive(self.windows[index])
-        rotary = self.rotary(states, positions)
-        try:
-            own = self.layer(index, states, rotary, positions, dense, None)
-            found = self.layer(index, states, rotary, positions, CausalRows(self.windows[index]), None)
-        except (TypeError, ValueError, AttributeError, RuntimeError, KeyError):
-            return False
-        difference = (own.float() - found.float()).abs().max()
-        return bool(difference <= CHECK_TOLERANCE.get(self.dtype, 2e-1) * own.float().abs().max().clamp(min=1.0))
 
     def fuse(self, compiled: bool = False) -> str | None:
         """Run the lean layers from now on if they give the library's logits; returns why not, or None.
@@ -322,18 +313,30 @@ class Teacher:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, self.vocab_size, (1, tokens), generator=generator).to(self.device)
 
+    def _check_inputs(self) -> tuple[dict[str, Tensor], Tensor]:
+        """What the model's own forward takes, and the states (1, T, d) that it makes of it for the first layer held."""
+        ids = self._check_ids()
+        if not isinstance(self._embed, Absent) and self.first == 0:
+            return {"input_ids": ids}, self.embed(ids)
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(1, ids.shape[1], self.hidden_size, generator=generator).to(self.device, self.dtype)
+        return {"inputs_embeds": states}, states
+
     @torch.no_grad()
     def check(self) -> None:
-        """Compare h^1..h^L and the logits with the model's own forward. Raises TeacherError on a difference."""
-        ids = self._check_ids()
-        tokens = ids.shape[1]
+        """Compare the states behind each layer held and the logits with the model's own forward. Raises TeacherError on
+        a difference.
+        """
+        inputs, start = self._check_inputs()
+        tokens = start.shape[1]
         try:
-            own = self.model(ids, output_hidden_states=True, use_cache=False)
+            with _passing():
+                own = self.model(**inputs, output_hidden_states=True, use_cache=False)
             mine: list[Tensor] = []
             positions = torch.arange(tokens, device=self.device)[None]
             allowed = causal_allowed(torch.full((1,), tokens, device=self.device), tokens)
             mask = self.sequence_mask(allowed, positions)
-            last = self.run(self.embed(ids), positions, mask, on_layer=lambda _, hidden: mine.append(hidden))
+            last = self.run(start, positions, mask, self.first, on_layer=lambda _, hidden: mine.append(hidden))
             logits = self.head(self.norm(last))
         except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
             raise TeacherError(
@@ -360,15 +363,15 @@ class Teacher:
     def fingerprint(self) -> str:
         """16 hex digits over parameter names, shapes and sampled values: same weights, same fingerprint."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for name, parameter in sorted(self.model.named_parameters()):
-                flat = parameter.detach().flatten()
-                picks = torch.linspace(0, flat.numel() - 1, min(flat.numel(), 257), dtype=torch.float64).long()
-                digest.update(f"{name}{tuple(parameter.shape)}".encode())
-                digest.update(flat[picks.to(flat.device)].float().cpu().numpy().tobytes())
-            if self.looped is not None:
-                digest.update(self.looped.model_dump_json().encode())
-            self._fingerprint = digest.hexdigest()[:16]
+            parameters = dict(self.model.named_parameters())
+            shapes = [(name, parameter.shape) for name, parameter in parameters.items()]
+            extra = "" if self.looped is None else self.looped.model_dump_json()
+
+            def sample(name: str, places: Tensor) -> Tensor:
+                flat = parameters[name].detach().flatten()
+                return flat[places.to(flat.device)]
+
+            self._fingerprint = weights_fingerprint(shapes, sample, extra)
         return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
@@ -381,10 +384,20 @@ class Teacher:
             **({"looped": self.looped.model_dump()} if self.looped else {}),
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "parameters": self.parameters,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
         }
+
+
+@contextmanager
+def _passing() -> Iterator[None]:
+    """Let states through the layers that are not held, as if these did nothing."""
+    Absent.passing = True
+    try:
+        yield
+    finally:
+        Absent.passing = False
 
 
 def default_device() -> torch.device:

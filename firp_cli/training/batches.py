@@ -109,6 +109,12 @@ class Order:
         """
         return micro * ranks + (ranks - 1 - rank if micro % 2 else rank)
 
+    def of_rank(self, first: int, last: int, rank: int, ranks: int) -> Iterator[tuple[list[int], int]]:
+        """Conversations and epoch of all micro-batches that a rank takes in optimizer steps first..last-1, in order."""
+        for step in range(first, last):
+            for micro in range(self.per_step // ranks):
+                yield self.conversations(step, self.place(micro, rank, ranks))
+
 
 class Reader:
     """Makes micro-batches: reads conversations, pads them, draws their anchors, moves them to the teacher's device."""

@@ -294,7 +294,8 @@ def _unreadable(checkpoint: Path, reason: str) -> FirpError:
 def save_best(output: Path, step: int, weights: dict[str, Tensor]) -> None:
     """Keep the weights of the best validation so far; older ones go when no checkpoint refers to them any more."""
     path = output / FOLDER / f"best-{step}.safetensors"
-    write_atomically(path, lambda temporary: save_file(weights, temporary))
+    with _writing(f"the best weights of step {step}"):
+        write_atomically(path, lambda temporary: save_file(weights, temporary))
 
 
 def load_best(output: Path, step: int) -> dict[str, Tensor]:
@@ -316,19 +317,32 @@ def export_predictor(
     recipe: Recipe,
     training: dict[str, Any],
 ) -> None:
-    """Write the predictor folder: it has no config.json, and so is none, until all of it is in place."""
+    """Write the predictor folder: it has no config.json, and so is none, until all of it is in place.
+
+    Raises FirpError when it cannot be written; the checkpoints stay.
+    """
     temporary = output / f".export-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write_predictor(weights, config, temporary, teacher)
-        (temporary / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        write_json(temporary / "training.json", training)
-        for name in EXPORTED:
-            with (temporary / name).open("rb+") as stream:
-                os.fsync(stream.fileno())
-        for stale in ("config.json", "tree.json"):  # a tree was tuned for the weights that go
-            (output / stale).unlink(missing_ok=True)
-        for name in EXPORTED:
-            (temporary / name).replace(output / name)
+        with _writing("the predictor"):
+            write_predictor(weights, config, temporary, teacher)
+            (temporary / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+            write_json(temporary / "training.json", training)
+            for name in EXPORTED:
+                with (temporary / name).open("rb+") as stream:
+                    os.fsync(stream.fileno())
+            for stale in ("config.json", "tree.json"):  # a tree was tuned for the weights that go
+                (output / stale).unlink(missing_ok=True)
+            for name in EXPORTED:
+                (temporary / name).replace(output / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(what: str) -> Iterator[None]:
+    """What fails to be written beside checkpoints is made again from the last of them."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise FirpError(f"{what} cannot be written ({error}); make room, then --resume goes on") from error

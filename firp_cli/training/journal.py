@@ -123,20 +123,29 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run of the project `training.wandb`, the same one after a resume. Mode and key are wandb's own affair."""
+    """A run of the project `training.wandb`, the same one after a resume. Mode and key are wandb's own affair.
+
+    Raises UsageError where wandb refuses to start.
+    """
 
     def __init__(self, output: Path, recipe: Recipe) -> None:
         wandb = importlib.import_module("wandb")
         path = output / WANDB_FILE
         known = json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else None
-        self._run = wandb.init(
-            project=recipe.training.wandb,
-            name=output.name,
-            dir=str(output),
-            id=known,
-            resume="allow" if known else None,
-            config=recipe.model_dump(),
-        )
+        try:
+            self._run = wandb.init(
+                project=recipe.training.wandb,
+                name=output.name,
+                dir=str(output),
+                id=known,
+                resume="allow" if known else None,
+                config=recipe.model_dump(),
+            )
+        except wandb.errors.Error as error:
+            raise UsageError(
+                f"Weights & Biases does not start: {error}\n"
+                "log in with `wandb login`, keep the figures here with WANDB_MODE=offline, or leave training.wandb out"
+            ) from error
         write_json(path, {"project": recipe.training.wandb, "id": self._run.id})
 
     def write(self, scalars: dict[str, float], step: int) -> None:

@@ -206,7 +206,8 @@ class _Run:
     def loop(self) -> Outcome:
         """Train to the end, or until somebody stops the run; then save or export."""
         state = self.state
-        prefetcher = Prefetcher(self.reader, self._wanted(), self.settings.readers)
+        wanted = self.order.of_rank(state.step, self.total, self.rank, self.ranks)
+        prefetcher = Prefetcher(self.reader, wanted, self.settings.readers)
         try:
             while True:
                 if self.validation and self._due(self.validate_every) and (state.last or {}).get("step") != state.step:
@@ -239,11 +240,6 @@ class _Run:
             self.engine, self.output, self.state, self.recipe, len(self.store), self.order.per_step
         )
         self.saved_at = self.state.step
-
-    def _wanted(self) -> Iterator[tuple[list[int], int]]:
-        for step in range(self.state.step, self.total):
-            for micro in range(self.accumulation):
-                yield self.order.conversations(step, self.order.place(micro, self.rank, self.ranks))
 
     def _step(self, prefetcher: Prefetcher) -> bool:
         """One optimizer step over all micro-batches of all ranks; returns whether to stop."""
@@ -398,6 +394,7 @@ class _Run:
                 "world_size": self.ranks,
                 "predictor": self.described,
                 "teacher": self.teacher.describe(),
+                "teacher_memory": self.teacher.residence.describe(),
                 "store": self.store_summary,
                 "environment": provenance.environment(),
             }

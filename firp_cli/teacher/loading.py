@@ -1,0 +1,242 @@
+"""Getting teachers: whole, spread over devices, or only the layers that a run goes through.
+
+A part is filled into a model without memory, parameter by parameter, from the checkpoint's safetensors files: what is
+not kept is never read, but for the few values that the fingerprint looks at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from firp_cli.errors import TeacherError
+from firp_cli.recipe import TeacherConfig, teacher_source
+from firp_cli.teacher.looped_llama import register
+from firp_cli.teacher.stack import Absent, Teacher, default_device
+from firp_cli.teacher.weights import Residence, WeightFiles, weights_fingerprint
+
+PROBLEMS = (OSError, ValueError, ImportError, KeyError)  # what the library raises for a model that cannot be had
+
+
+def load_whole(config: TeacherConfig, device: torch.device | str | None = None, check: bool = True) -> Teacher:
+    """A teacher by folder, embedded name or hub id, on one device or, by its `device_map`, on several.
+
+    Raises TeacherError when it cannot be had or is not supported.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    register()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    options = _options(config)
+    if config.device_map is not None:
+        options["device_map"] = config.device_map
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(teacher_source(config.model), dtype=dtype, **options)
+        tokenizer = _tokenizer(config)
+    except PROBLEMS as error:
+        raise _unloadable(config, error) from error
+    if config.device_map is None:
+        nn.Module.to(model, torch.device(device or default_device()))
+    return Teacher(model, tokenizer, name=teacher_name(config), check=check, looped=config.looped)
+
+
+def load_upper(config: TeacherConfig, first: int, device: torch.device | str | None = None) -> Teacher:
+    """A teacher without its layers below `first` (L or more: without any) and, unless the head shares its matrix,
+    without its embedding: enough to train on states of layer `first`. Its fingerprint is the whole teacher's.
+
+    Loads the whole one where a part would not do (looped layers, spread devices, weights under other names);
+    `teacher.residence` tells. Raises TeacherError as `load_whole`.
+    """
+    if first < 1 or config.device_map is not None:
+        return load_whole(config, device)
+    try:
+        teacher = Vacant(config)
+        teacher.drop_lower(first)
+        teacher.fill(torch.device(device or default_device()))
+        return teacher.finished("upper")
+    except PartError as error:
+        whole = load_whole(config, device)
+        whole.residence = Residence("whole", whole.num_layers, whole.num_layers, whole.weight_bytes, note=str(error))
+        return whole
+
+
+class PartError(Exception):
+    """Why a teacher is not loaded in part."""
+
+
+class Vacant:
+    """A teacher whose parameters have no memory yet, and the files that hold them.
+
+    Raises PartError where the files do not give every parameter as it is; TeacherError where there is no model.
+    """
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        tokenizer = _try_tokenizer(config)
+        try:
+            model = empty_model(config)
+            self.teacher = Teacher(model, tokenizer, teacher_name(config), check=False, looped=config.looped)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise PartError(f"its model cannot be made without memory: {error}") from error
+        if self.teacher.looped is not None:
+            raise PartError("every loop needs its layers")
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise PartError("its weights are quantised")
+        try:
+            self.files = WeightFiles(teacher_source(config.model), config.revision, model.base_model_prefix)
+            self._check_names(model)
+        except TeacherError as error:
+            raise PartError(str(error).splitlines()[0]) from error
+        self.whole_bytes = weight_bytes(model.parameters())
+        shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
+        self.teacher.keep_fingerprint(weights_fingerprint(shapes, self._sample))
+
+    def drop_lower(self, first: int) -> None:
+        """Take the layers below `first` out, and the embedding where nothing else shares its matrix."""
+        self.teacher.release(range(first, self.teacher.num_layers))
+
+    def fill(self, device: torch.device, place: Callable[[nn.Parameter], None] | None = None) -> None:
+        """Read what is left, parameter by parameter. `place(parameter)` is called with each as it arrives."""
+        model = self.teacher.model
+        embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+        needed = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+        skipped = embedding - needed if self.teacher.first else set()
+        if skipped:
+            self.teacher.drop_embedding()
+        owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                owners.setdefault(id(parameter), []).append((module, leaf))
+        for name, parameter in list(model.named_parameters()):
+            if id(parameter) in skipped:
+                continue
+            value = self.read(name).to(device, parameter.dtype)
+            made = nn.Parameter(value, requires_grad=False)
+            del value
+            if place is not None:
+                place(made)
+            for module, leaf in owners[id(parameter)]:
+                setattr(module, leaf, made)
+        _fill_buffers(model, device)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter's values, on the CPU, in the file's dtype."""
+        key = self.files.key(name)
+        assert key is not None
+        return self.files.read(key)
+
+    def finished(self, kind: str, held: int | None = None, ranks: int = 1) -> Teacher:
+        """The teacher, compared with its model's own forward. Raises PartError where they differ."""
+        teacher = self.teacher
+        held = teacher.weight_bytes if held is None else held
+        teacher.residence = Residence(
+            kind, teacher.num_layers - teacher.first, teacher.num_layers, held, self.whole_bytes - held, ranks=ranks
+        )
+        try:
+            teacher.check()
+        except TeacherError as error:
+            raise PartError(str(error).splitlines()[0]) from error
+        return teacher
+
+    def _sample(self, name: str, places: Tensor) -> Tensor:
+        key = self.files.key(name)
+        assert key is not None
+        return self.files.sample(key, places).to(self.teacher.dtype)
+
+    def _check_names(self, model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            key = self.files.key(name)
+            if key is None or self.files.shape(key) != tuple(parameter.shape):
+                raise PartError(f"its files do not hold {name} as the library does")
+            self.files.dtype(key)
+            if parameter.dtype != self.teacher.dtype:
+                raise PartError(f"{name} is of another dtype than the rest")
+        held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        if set(model.state_dict()) - held:
+            raise PartError("it has buffers with values of their own")
+
+
+def empty_model(config: TeacherConfig, **options: Any) -> Any:
+    """The library's model in the dtype that it would be loaded in, all parameters without memory. Its config comes from
+    the folder, the hub's cache or the hub. Raises TeacherError.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    register()
+    source = teacher_source(config.model)
+    try:
+        found = AutoConfig.from_pretrained(source, **_options(config), **options)
+        dtype = _dtype(config, found)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    except PROBLEMS as error:
+        raise _unloadable(config, error) from error
+    with contextlib.suppress(OSError):  # then the model's config says when it stops
+        model.generation_config = GenerationConfig.from_pretrained(source, revision=config.revision or "main")
+    return model
+
+
+def teacher_name(config: TeacherConfig) -> str:
+    """What predictors remember a teacher by: a relative folder would only be found from here."""
+    source = teacher_source(config.model)
+    return str(Path(source).resolve()) if source == config.model and Path(source).is_dir() else config.model
+
+
+def _dtype(config: TeacherConfig, found: Any) -> torch.dtype:
+    """As asked, as the model's config says, or that of its weights."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    text = found.get_text_config()
+    return getattr(found, "dtype", None) or getattr(text, "dtype", None) or torch.float32
+
+
+def _options(config: TeacherConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _tokenizer(config: TeacherConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(teacher_source(config.model), **_options(config))
+
+
+def _try_tokenizer(config: TeacherConfig) -> Any:
+    try:
+        return _tokenizer(config)
+    except PROBLEMS as error:
+        raise _unloadable(config, error) from error
+
+
+def _unloadable(config: TeacherConfig, error: Exception) -> TeacherError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return TeacherError(
+        f"cannot load the teacher {config.model!r}: {first}\n"
+        "give a local model folder or a reachable hub id as teacher.model"
+    )
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Compute the rotary frequencies, which no file holds. Raises PartError for buffers of another kind."""
+    for name, module in model.named_modules():
+        buffers = [buffer for buffer in module.buffers(recurse=False) if buffer.is_meta]
+        if not buffers or isinstance(module, Absent):
+            continue
+        if "RotaryEmbedding" not in type(module).__name__ or not hasattr(module, "original_inv_freq"):
+            raise PartError(f"{name} has buffers that no file holds")
+        module.to_empty(device=device)
+        with torch.no_grad():
+            model._init_weights(module)
+
+
+def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of parameters, also of those without memory."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
