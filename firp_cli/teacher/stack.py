@@ -84,6 +84,7 @@ class Teacher:
         heads = int(getattr(config, "num_attention_heads", 1))
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        self.query_size = heads * self.head_size
         self.vocab_size: int = self._head.weight.shape[0]
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
         if getattr(self._rotary, "rope_type", None) == "longrope":  # other factors for all positions beyond
