@@ -55,3 +55,13 @@ class CapacityError(UsageError):
 
 class LaunchError(FirpError):
     """Ranks could not be started, or one of them failed."""
+
+
+class ClusterError(LaunchError):
+    """The machines or devices that ranks were to be started on do not exist or are not understood."""
+
+    exit_code = 2
+
+
+class PeerLostError(LaunchError):
+    """Another rank of the run ended before its time."""

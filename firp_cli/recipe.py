@@ -67,10 +67,20 @@ class TeacherConfig(Section):
     model: str = DEFAULT_TEACHER  # folder, hub id, or the name of an embedded teacher
     revision: str | None = None  # hub revision
     dtype: Precision = "auto"  # auto: the dtype in the model's own config
-    device_map: str | None = None  # transformers' device_map; null: one device
+    device_map: str | dict[str, str | int] | None = None  # transformers' device_map; null: one device
     sharding: Literal["none", "zero3"] = "none"  # zero3: each rank keeps a part of every matrix (DeepSpeed ZeRO-3)
     trust_remote_code: bool = False  # run code that comes with the model
     looped: LoopedSection | None = None  # which layers run several times; null: as the model's config says
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TeacherConfig:
+        if self.sharding == "zero3" and self.device_map is not None:
+            raise ValueError(
+                "sharding=zero3 shares layers out over ranks, device_map over one process's devices: drop one"
+            )
+        if self.sharding == "zero3" and self.looped is not None:
+            raise ValueError("sharding=zero3 does not know looped layers, which every loop needs: leave sharding out")
+        return self
 
 
 class DataConfig(Section):
@@ -239,6 +249,20 @@ class Recipe(Section):
     store: str | None = None
     output: str | None = None
 
+    @model_validator(mode="after")
+    def _in_step(self) -> Recipe:
+        """Ranks that hold one teacher together run it at the same time."""
+        if self.teacher.sharding == "zero3" and self.data.mode != "cached":
+            raise ValueError(
+                f"teacher.sharding=zero3 makes no states while training reads (data.mode={self.data.mode}): "
+                "collect a store first and set data.mode=cached"
+            )
+        if self.teacher.sharding == "zero3" and self.data.regenerate and self.collect.responder == "engine":
+            raise ValueError(
+                "a teacher of teacher.sharding=zero3 writes no answers (data.regenerate): set collect.responder=vllm"
+            )
+        return self
+
 
 def embedded_folder(name: str) -> Path:
     """`data` or `recipes`: beside the package in a checkout, inside it in an installed wheel."""
@@ -348,6 +372,8 @@ def _explain(error: ValidationError, origin: str, lines: dict[tuple[str, ...], i
         return f"{where}: unknown key{nearest(key[-1], section.model_fields)}"
     if fault["type"] == "missing":
         return f"{where}: required{' for this predictor kind' if key[0] == 'predictor' else ''}"
+    if isinstance(fault["input"], dict) and fault["type"] == "value_error":  # the fields of a section do not fit
+        return f"{where.removesuffix(': key ')}: {fault['msg'].removeprefix('Value error, ')}"
     return f"{where}: {fault['msg']} (got {fault['input']!r})"
 
 

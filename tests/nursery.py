@@ -72,7 +72,8 @@ class Nursery:
 
         Args:
             faults: `file_bytes`: no file may grow beyond it, as on a full disk. `renames`: rank 0 is killed at the
-                rename of that number (from 1), before it, or with `renamed=1` right after it.
+                rename of that number (from 1), before it, or with `renamed=1` right after it. `slurm=1` is no fault:
+                the ranks are told who they are as `srun` tells it.
         """
         assert self._process.stdin
         request = {"argv": argv, "ranks": ranks, "log": str(log), "faults": faults}
@@ -133,7 +134,11 @@ def _rank(argv: list[str], rank: int, ranks: int, port: int, log: str, faults: d
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    if ranks > 1:
+    if ranks > 1 and faults.get("slurm"):
+        os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": str(ranks)}
+        os.environ |= {"SLURM_JOB_ID": str(port), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
+        os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
+    elif ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     sys.argv = ["firp", *argv]

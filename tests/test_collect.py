@@ -380,10 +380,10 @@ def test_a_recipe_says_layers_and_folder(teacher_folder: Path, dataset: Path, tm
     ("arguments", "words", "lines"),
     [
         (["--dataset", "gsm8k"], "--data-dir DIR", 2),
-        (["--gpus", "2"], "one device for now", 1),
+        (["--hostfile", "absent"], "no hostfile absent", 1),
         (["--layers", "two"], "--layers takes numbers", 1),
         (["data.limt=3"], "did you mean 'limit'", 1),
-        (["--layers", "99"], "can be collected", 1),
+        (["--layers", "99"], "can be collected", 2),  # the first says what of the teacher is loaded
         (["--dataset", "absent.jsonl"], "no such file: absent.jsonl", 1),
     ],
 )

@@ -38,11 +38,17 @@ def ranks() -> Iterator[Nursery]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("faults"), 160)
+
+
+def make_place(folder: Path, conversations: int) -> Path:
     """A folder with a teacher and a data set."""
-    folder = tmp_path_factory.mktemp("faults")
     make_teacher().model.save_pretrained(folder / "teacher")
     byte_tokenizer().save_pretrained(folder / "teacher")
-    lines = [{"question": f"What is {n} + {n * 7}?", "answer": f"It is {n * 8}. " * (1 + n % 7)} for n in range(160)]
+    lines = [
+        {"question": f"What is {n} + {n * 7}?", "answer": f"It is {n * 8}. " * (1 + n % 7)}
+        for n in range(conversations)
+    ]
     (folder / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from firp_cli.collecting.responders import Reply, Steady
 from firp_cli.commands.responders import EngineResponder, account_line, make_responder
 from firp_cli.data.conversations import EncodedConversation, encode_prompt
 from firp_cli.data.store import Store
-from firp_cli.errors import CapacityError, DatasetError, StoreError, TeacherError
+from firp_cli.errors import CapacityError, DatasetError, StoreError, TeacherError, UsageError
 from firp_cli.recipe import DataConfig, Recipe
 
 PROMPTS = 160
@@ -41,6 +42,7 @@ class Scripted:
     """A responder that answers by rule."""
 
     name = "scripted"
+    devices = 1
     active = True
 
     def __init__(self, rule: Answer) -> None:
@@ -332,6 +334,17 @@ def test_recipes_choose_their_responder() -> None:
     assert make_responder(Recipe(), teacher) is None
     found = make_responder(Recipe(data=DataConfig(regenerate=True)), teacher)
     assert isinstance(found, EngineResponder) and found.name == "engine"
+
+
+def test_the_engine_needs_a_whole_teacher() -> None:
+    teacher, recipe = make_teacher(), Recipe(data=DataConfig(regenerate=True))
+    teacher.residence = replace(teacher.residence, kind="zero3")
+    with pytest.raises(UsageError, match=r"shared out over ranks: set collect\.responder=vllm"):
+        make_responder(recipe, teacher)
+    teacher = make_teacher()
+    teacher.model.lm_head.to("meta")
+    with pytest.raises(UsageError, match="spread over devices"):
+        make_responder(recipe, teacher)
 
 
 @pytest.fixture(scope="module")

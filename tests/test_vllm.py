@@ -177,12 +177,12 @@ def test_ranks_share_the_devices(
     for rank in range(6):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         responder = responder_of(teacher, tmp_path, tensor_parallel_size=2)
-        found.append((responder.active, responder._devices))
+        found.append((responder.active, responder._visible))
     assert [active for active, _ in found] == [True, False] * 3
     assert [devices for active, devices in found if active] == [["0", "1"], ["2", "3"], ["4", "5"]]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3,2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert responder_of(teacher, tmp_path, tensor_parallel_size=4)._devices == ["7", "6", "5", "4"]
+    assert responder_of(teacher, tmp_path, tensor_parallel_size=4)._visible == ["7", "6", "5", "4"]
     monkeypatch.setenv("LOCAL_RANK", "4")
     assert not responder_of(teacher, tmp_path, tensor_parallel_size=4).active  # two devices are too few
     with pytest.raises(UsageError, match="asks for 8 devices, and this machine has 6 ranks"):
@@ -196,7 +196,7 @@ def test_the_process_ends_with_the_one_that_asked(script: Script, teacher: Teach
     teacher.tokenizer.save_pretrained(tmp_path / "teacher")
     code = (
         "import sys; from firp_cli.collecting.vllm_process import VllmResponder as R; r = R.__new__(R)\n"
-        f"r.options, r.stops, r._devices, r._process = {{'model': {str(tmp_path)!r}}}, [7], None, None\n"
+        f"r.options, r.stops, r._visible, r._process = {{'model': {str(tmp_path)!r}}}, [7], None, None\n"
         "list(r._decode([[5, 6]], [4], 1))\n"
     )
     asking = subprocess.Popen([sys.executable, "-c", code])

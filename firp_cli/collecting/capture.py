@@ -50,9 +50,8 @@ def collect_store(
     """Fill the store `folder` with the states of `layers` and the final state. Returns a summary of plain values.
 
     `progress("collecting")` opens a bar. With `resume` an unfinished store is finished and damaged shards are rebuilt;
-    the bytes are those of an uninterrupted run. `recipe` is kept in the manifest. `responder`
-    writes the answers where `data.regenerate` asks for them. Where this process is one of several
-    ranks all of them call this; they share the work, and the bytes are those of one rank.
+    the bytes are those of an uninterrupted run. `recipe` is kept in the manifest. `responder` writes the answers where
+    `data.regenerate` asks for them. All ranks of a run call this and share the work; the bytes are those of one rank.
 
     Raises UsageError (layers), DatasetError, LossMaskError, CapacityError (disk), StoreError, FingerprintError,
     NumericsError and LaunchError (ranks); what was finished before is kept.
@@ -101,6 +100,7 @@ def collect_store(
         seconds = time.perf_counter() - start
         run = {
             "ranks": group.size,
+            "teacher_memory": teacher.residence.describe(),
             "shards_written": len(pending),
             "tokens_written": sum(sizes),
             "rank_tokens": group.gather(sum(entry["tokens"] for entry in entries)),

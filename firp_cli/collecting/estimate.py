@@ -28,12 +28,13 @@ def estimate(
     dtype: str,
     folder: Path,
     responder: Responder | None = None,
+    ranks: int = 1,
 ) -> dict[str, Any]:
-    """Figures for collecting `data` into `folder`; writes nothing.
+    """Figures for collecting `data` into `folder` with `ranks` ranks; writes and starts nothing.
 
     Tokens are counted in an evenly spaced sample and extrapolated; for answers that the teacher will write itself
-    `max_new_tokens` each is taken, an upper bound. Times come from short forwards on this machine, and from some short
-    answers of the `responder`, which `data.regenerate` needs.
+    `max_new_tokens` each is taken, an upper bound. Times come from short forwards of this process, and from some short
+    answers of the `responder`, which `data.regenerate` needs; more ranks are taken to be as many times faster.
     """
     rows = load_messages(data)
     step = max(1, len(rows) // SAMPLE_CONVERSATIONS)
@@ -49,6 +50,7 @@ def estimate(
     if data.regenerate:
         assert responder is not None
         answering = conversations * data.max_new_tokens / _answering_rate(sample, data, responder)
+        answering /= max(1, ranks // responder.devices)
     each = bytes_per_token(teacher.hidden_size, len(layers), dtype)
     return {
         "dataset": data.dataset,
@@ -63,9 +65,11 @@ def estimate(
         "bytes_per_token": each,
         "total_bytes": tokens * each,
         "free_bytes": free_bytes(folder),
-        "tokens_per_second": rate,
+        "ranks": ranks,
+        "rank_tokens_per_second": rate,
+        "tokens_per_second": rate * ranks,
         "answering_seconds": answering,
-        "seconds": tokens / rate + answering,
+        "seconds": tokens / rate / ranks + answering,
     }
 
 

@@ -52,26 +52,40 @@ def capture(
     teacher's device. `on_tokens(n)` is told how many real tokens a forward had.
     """
     lengths = [len(ids) for ids in sequences]
-    wanted = set(layers)
     for batch in plan_batches(lengths, pack_tokens):
         width = lengths[batch[0]]
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         for row, index in enumerate(batch):
             ids[row, : lengths[index]] = sequences[index]
-        positions = torch.arange(width, device=teacher.device)[None]
-        mask = teacher.causal_mask(width)
-        kept: dict[int, Tensor] = {}
-
-        def keep(layer: int, hidden: Tensor, kept: dict[int, Tensor] = kept) -> None:
-            if layer in wanted:
-                kept[layer] = hidden
-
-        last = teacher.run(teacher.embed(ids.to(teacher.device)), positions, mask, on_layer=keep)
+        teacher.together(True)
+        kept, final = _forward(teacher, ids, set(layers))
         real = [lengths[index] for index in batch]
         states = {f"hidden.{layer}": _real_rows(kept[layer], real) for layer in layers}
-        states[FINAL] = _real_rows(teacher.norm(last), real)
+        states[FINAL] = _real_rows(final, real)
         sink(batch, states)
         on_tokens(sum(real))
+
+
+@torch.inference_mode()
+def accompany(teacher: Teacher) -> None:
+    """Run along with the other processes that hold the teacher, until none of them captures any more."""
+    while teacher.together(False):
+        _forward(teacher, torch.zeros(1, 1, dtype=torch.long), set())
+
+
+def _forward(teacher: Teacher, ids: Tensor, wanted: set[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """Token ids (B, T) to the states (B, T, d) of the layers wanted, and the normed final state."""
+    width = ids.shape[1]
+    positions = torch.arange(width, device=teacher.device)[None]
+    mask = teacher.causal_mask(width)
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int, hidden: Tensor) -> None:
+        if layer in wanted:
+            kept[layer] = hidden
+
+    last = teacher.run(teacher.embed(ids.to(teacher.device)), positions, mask, on_layer=keep)
+    return kept, teacher.norm(last)
 
 
 def _real_rows(states: Tensor, lengths: list[int]) -> Tensor:

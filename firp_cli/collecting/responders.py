@@ -27,10 +27,11 @@ class Responder(Protocol):
 
     Attributes:
         name: what the recipe calls it; its answers and another's are never mixed.
-        active: False on a rank that leaves its prompts to others.
+        devices: ranks of a machine that share one of it. active: False on a rank that leaves its prompts to others.
     """
 
     name: str
+    devices: int
     active: bool
 
     def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Reply]:

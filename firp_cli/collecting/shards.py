@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from firp_cli.collecting.corpus import Corpus, Progress
-from firp_cli.collecting.forward import capture
+from firp_cli.collecting.forward import accompany, capture
 from firp_cli.data.rows import Message
 from firp_cli.data.store import compress, state_names
 from firp_cli.data.store_writer import FOLD_SECONDS, ShardPlan, ShardWriter, StoreWriter, is_whole, text_fingerprint
@@ -183,6 +183,7 @@ def write_shards(
                 entries.append(writing.result())
             writing = pool.submit(writer.write, plan, tensors)
             del tensors
+        accompany(teacher)
         if writing:
             entries.append(writing.result())
     return entries

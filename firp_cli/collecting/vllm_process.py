@@ -86,8 +86,8 @@ class VllmResponder:
             "generation_config": "vllm",  # no penalties from the model's own file
             **options,
         }
-        needed = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
-        self._devices, self.active = _share(needed)
+        self.devices = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
+        self._visible, self.active = _share(self.devices)
         self._steady = Steady(self._decode, AT_ONCE)
         self._process: subprocess.Popen[str] | None = None
         self._log: Any = None
@@ -126,8 +126,8 @@ class VllmResponder:
 
     def _start(self) -> None:
         values = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-        if self._devices is not None:
-            values["CUDA_VISIBLE_DEVICES"] = ",".join(self._devices)
+        if self._visible is not None:
+            values["CUDA_VISIBLE_DEVICES"] = ",".join(self._visible)
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "firp_cli.collecting.vllm_process"],
@@ -138,7 +138,7 @@ class VllmResponder:
             text=True,
             start_new_session=True,  # to be ended as a group; Ctrl-C reaches this process, which ends the other
         )
-        options = {"gpu_memory_utilization": _free_share(self._devices), **self.options}
+        options = {"gpu_memory_utilization": _free_share(self._visible), **self.options}
         options = {name: value for name, value in options.items() if value is not None}
         try:
             self._ask({"options": options, "stops": self.stops})

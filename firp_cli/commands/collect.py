@@ -11,10 +11,14 @@ import typer
 from firp_cli.commands.terminal import (
     Json,
     Verbose,
+    agreed,
+    command_line,
     main_process,
     print_json,
     progress_bar,
     quiet_libraries,
+    resumable,
+    say,
     split_recipe,
 )
 from firp_cli.errors import UsageError
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def collect(
+    context: typer.Context,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe, and overrides of its fields."),
@@ -42,7 +47,8 @@ def collect(
         bool, typer.Option("--resume", help="Finish an unfinished store, rebuild damaged shards.")
     ] = False,
     estimate: Annotated[bool, typer.Option("--estimate", help="Print disk and time needed; start nothing.")] = False,
-    gpus: Annotated[int, typer.Option(min=1, help="Devices. One, for now.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Ranks to start; on a CPU they share the cores.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Machines to start on, in DeepSpeed's format.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -57,24 +63,25 @@ def collect(
     }
     name, overrides = split_recipe(arguments or [])
     overrides += [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    recipe = load_recipe(name, overrides)
-    if gpus > 1:
-        raise UsageError(f"collect runs on one device for now, not {gpus}; leave --gpus out")
-    quiet_libraries(verbose)
-    chosen = parse_layers(layers)
-    folder = Path(recipe.store or default_store(recipe.data.dataset))
-    _check_before_loading(recipe, folder, resume, estimate)
-    from firp_cli.teacher.stack import Teacher
+    from firp_cli.distributed.launch import adopt_scheduler, launch, ranks_wanted, relayed_errors
 
-    model = Teacher.load(recipe.teacher)
-    model.fuse()  # answers and states come faster; where it does not fit the library's layers stay
-    wanted = chosen if chosen is not None else default_layers(recipe, model)
-    if estimate:
-        figures = _estimate(model, recipe, wanted, folder)
-        print_json(figures) if as_json else _print_estimate(figures, folder)
-        return
-    summary = _collect(model, recipe, wanted, folder, resume)
-    print_json(summary) if as_json else _print_summary(summary, name)
+    adopt_scheduler()
+    with resumable(), relayed_errors():
+        recipe = agreed(lambda: load_recipe(name, overrides))
+        quiet_libraries(verbose)
+        chosen = agreed(lambda: parse_layers(layers))
+        folder = Path(recipe.store or default_store(recipe.data.dataset))
+        agreed(lambda: _check_before_loading(recipe, folder, resume, estimate))
+        if estimate:
+            if main_process():
+                figures = _estimate(recipe, chosen, folder, *ranks_wanted(gpus, hostfile))
+                print_json(figures) if as_json else _print_estimate(figures, folder)
+            return
+        if launch(gpus, str(hostfile) if hostfile else None, command_line(context)):
+            return
+        summary = _collect(recipe, chosen, folder, resume)
+        if main_process():
+            print_json(summary) if as_json else _print_summary(summary, name)
 
 
 def default_store(dataset: str) -> str:
@@ -111,20 +118,38 @@ def _check_before_loading(recipe: Recipe, folder: Path, resume: bool, estimate: 
     check_dataset(recipe.data)
 
 
-def _estimate(teacher: Teacher, recipe: Recipe, layers: list[int], folder: Path) -> dict[str, Any]:
+def _load(recipe: Recipe, chosen: list[int] | None) -> tuple[Teacher, list[int]]:
+    """The teacher, and the layers to be kept."""
+    from firp_cli.commands.loading import teacher_line
+    from firp_cli.distributed.sharding import load_teacher
+
+    teacher = load_teacher(recipe.teacher)
+    say(teacher_line(teacher.residence))
+    teacher.fuse()  # answers and states come faster; where it does not fit the library's layers stay
+    return teacher, chosen if chosen is not None else default_layers(recipe, teacher)
+
+
+def _estimate(recipe: Recipe, chosen: list[int] | None, folder: Path, ranks: int, neighbours: int) -> dict[str, Any]:
+    """Figures for `ranks` ranks, `neighbours` on each machine: measured with the threads that one of them will have."""
     from firp_cli.collecting.capture import check_layers, stored_dtype
     from firp_cli.collecting.estimate import estimate
+    from firp_cli.commands.loading import set_threads
     from firp_cli.commands.responders import make_responder
+    from firp_cli.distributed.launch import cores_of_rank
 
+    set_threads(cores_of_rank(neighbours) if neighbours > 1 else None)
+    alone = recipe.teacher.model_copy(update={"sharding": "none"})  # no other rank takes part
+    teacher, layers = _load(recipe.model_copy(update={"teacher": alone}), chosen)
     kept = check_layers(layers, teacher)
     dtype, responder = stored_dtype(teacher, recipe.data), make_responder(recipe, teacher)
-    return estimate(teacher, recipe.data, kept, dtype, folder, responder=responder)
+    return estimate(teacher, recipe.data, kept, dtype, folder, responder, ranks)
 
 
-def _collect(teacher: Teacher, recipe: Recipe, layers: list[int], folder: Path, resume: bool) -> dict[str, Any]:
+def _collect(recipe: Recipe, chosen: list[int] | None, folder: Path, resume: bool) -> dict[str, Any]:
     from firp_cli.collecting.capture import collect_store
     from firp_cli.commands.responders import make_responder
 
+    teacher, layers = agreed(lambda: _load(recipe, chosen))
     return collect_store(
         teacher,
         recipe.data,
@@ -133,7 +158,7 @@ def _collect(teacher: Teacher, recipe: Recipe, layers: list[int], folder: Path, 
         resume=resume,
         progress=progress_bar,
         recipe=recipe.model_dump(),
-        responder=make_responder(recipe, teacher),
+        responder=agreed(lambda: make_responder(recipe, teacher)),
     )
 
 
@@ -153,7 +178,9 @@ def _print_estimate(figures: dict[str, Any], folder: Path) -> None:
         f"disk             {size(figures['total_bytes'])} needed, {size(figures['free_bytes'])} free at {folder}"
     )
     answering = f", {duration(figures['answering_seconds'])} of it answering" if figures["answering_seconds"] else ""
-    rate = f"{figures['tokens_per_second']:,.0f} tokens/s measured on a sample"
+    rate = f"{figures['rank_tokens_per_second']:,.0f} tokens/s measured on a sample"
+    if figures["ranks"] > 1:
+        rate += f", times {figures['ranks']} ranks: an estimate"
     typer.echo(f"time             {duration(figures['seconds'])}{answering} ({rate})")
     if figures["total_bytes"] > figures["free_bytes"]:
         typer.echo("this does not fit: lower data.limit, collect fewer layers, or set data.store_dtype=int8")
@@ -170,10 +197,13 @@ def _print_summary(summary: dict[str, Any], recipe: str | None) -> None:
     if summary["tokens_per_second"] is None:
         typer.echo("nothing was missing: every shard is there and its checksum is right")
     else:
+        by = f" by {summary['ranks']} ranks" if summary["ranks"] > 1 else ""
         typer.echo(
-            f"{summary['shards_written']} shards written, {summary['tokens_per_second']:,.0f} tokens/s, "
+            f"{summary['shards_written']} shards written{by}, {summary['tokens_per_second']:,.0f} tokens/s, "
             f"{duration(summary['seconds'])} in all"
         )
+        if by:
+            typer.echo("tokens by rank: " + ", ".join(f"{count:,}" for count in summary["rank_tokens"]))
     for reason, count in summary["skipped"].items():
         typer.echo(f"skipped {count:,}: {reason}")
     if "answers" in summary:

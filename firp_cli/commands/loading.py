@@ -106,11 +106,13 @@ def load_pair(
 
 def teacher_line(held: Residence) -> str:
     """What of the teacher this process has loaded, for the user."""
+    why = f" ({held.note})" if held.note else ""
     if held.kind == "whole":
-        why = f" ({held.note})" if held.note else ""
         return f"teacher: all {held.of} layers loaded, {size(held.held)}{why}"
     shared = f", shared over {held.ranks} ranks" if held.ranks > 1 else ""
-    return f"teacher: {held.layers} of {held.of} layers loaded{shared}, {size(held.held)}, {size(held.saved)} saved"
+    return (
+        f"teacher: {held.layers} of {held.of} layers loaded{shared}, {size(held.held)}, {size(held.saved)} saved{why}"
+    )
 
 
 def complete_teacher(config: TeacherConfig, held: Residence) -> Teacher | str:

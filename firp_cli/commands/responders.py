@@ -9,6 +9,7 @@ from firp_cli.collecting.corpus import longest_sequence
 from firp_cli.collecting.responders import Reply, Responder, Steady
 from firp_cli.collecting.vllm_process import VllmResponder
 from firp_cli.decoding.refill import Refiller
+from firp_cli.errors import UsageError
 from firp_cli.recipe import Recipe
 from firp_cli.teacher.stack import Teacher
 
@@ -23,12 +24,22 @@ ACCOUNT = {  # of the prompts of --regenerate
 
 
 def make_responder(recipe: Recipe, teacher: Teacher) -> Responder | None:
-    """Who writes the recipe's answers; None where it has none written. Raises UsageError."""
+    """Who writes the recipe's answers; None where it has none written.
+
+    Raises UsageError where the engine cannot decode with this teacher, or vLLM is missing.
+    """
     data = recipe.data
     if not data.regenerate:
         return None
     if recipe.collect.responder == "vllm":
         return VllmResponder(recipe.teacher, teacher, recipe.collect.vllm, longest_sequence(teacher, data))
+    devices = {parameter.device for parameter in teacher.model.parameters()}
+    if teacher.residence.kind == "zero3" or len(devices) > 1:
+        how = "shared out over ranks" if teacher.residence.kind == "zero3" else "spread over devices"
+        raise UsageError(
+            f"firp's engine answers with a whole teacher on one device, and this one is {how}: set "
+            "collect.responder=vllm with collect.vllm.tensor_parallel_size=N"
+        )
     return EngineResponder(teacher, data.batch_size)
 
 
@@ -49,6 +60,7 @@ class EngineResponder:
     """
 
     name = "engine"
+    devices = 1
     active = True
 
     def __init__(self, teacher: Teacher, batch_size: int) -> None:

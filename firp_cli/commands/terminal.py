@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+T = TypeVar("T")
 Progress = Callable[[int, int | None], None]  # (done, total)
 
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library warnings.")]
@@ -47,6 +48,28 @@ Force = Annotated[bool, typer.Option("--force", help="Use artefacts of another t
 def main_process() -> bool:
     """True in the process that talks to the user (rank 0)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """Every rank's `work()`; a user error of one is raised by all, so that it is told once."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return work()
+    from firp_cli.distributed.control import Control
+
+    return Control.join().everywhere(work)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal end the work within, and the user is told that it can go on."""
+    from firp_cli.distributed.launch import INTERRUPTED, interruptible
+
+    with interruptible():
+        try:
+            yield
+        except KeyboardInterrupt:
+            say("firp: interrupted; what was finished is kept, --resume goes on")
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def say(text: str) -> None:

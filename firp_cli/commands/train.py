@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -69,12 +68,13 @@ def train(
     name, overrides = split_recipe(recipe or [])
     wanted = _resolve(name, overrides, store, output)
     quiet_libraries(verbose)
+    from firp_cli.distributed.launch import adopt_scheduler, launch, ranks_wanted, relayed_errors
+
+    adopt_scheduler()
     if plan:
-        ranks = _ranks(gpus, hostfile)
+        ranks, _ = ranks_wanted(gpus, hostfile)
         print_plan(wanted, ranks, as_json, device_memory, tokens, device_tflops, utilisation)
         return
-    from firp_cli.distributed.cluster import ranks_by_host
-    from firp_cli.distributed.launch import launch, relayed_errors, world_size
     from firp_cli.training.checkpoint import guard_output
     from firp_cli.training.journal import check_trackers
     from firp_cli.training.plan import check_predictor
@@ -90,8 +90,7 @@ def train(
         check_responder(wanted)
         check_dataset(wanted.data)
     guard_output(Path(str(wanted.output)), resume)
-    local = gpus or (max(ranks_by_host(hostfile, None).values()) if hostfile else _local_ranks())
-    check_devices(wanted, max(_ranks(gpus, hostfile), world_size()), local)
+    check_devices(wanted, *ranks_wanted(gpus, hostfile))
     flags = {"--resume": resume, "--no-verify": not verify, "--json": as_json, "--verbose": verbose}
     argv = ["train", *(recipe or []), f"--store={wanted.store}", f"--output={wanted.output}"]
     if launch(gpus, str(hostfile) if hostfile else None, [*argv, *(flag for flag, given in flags.items() if given)]):
@@ -121,21 +120,6 @@ def _need_store(recipe: Recipe, typed: list[str]) -> None:
     if not (Path(str(recipe.store)) / "manifest.json").is_file():
         command = " ".join(["firp collect", *typed, f"--output {recipe.store}"])
         raise StoreError(f"no hidden-state store at {recipe.store}; fill it first:\n  {command}")
-
-
-def _ranks(gpus: int | None, hostfile: Path | None) -> int:
-    """Ranks that --gpus and --hostfile ask for: N of each machine, or all its slots."""
-    if hostfile is None:
-        return gpus or 1
-    if not hostfile.is_file():
-        raise UsageError(f"no hostfile {hostfile}")
-    slots = [line.split("slots=")[1].split()[0] for line in hostfile.read_text().splitlines() if "slots=" in line]
-    return sum(gpus or int(count) for count in slots)
-
-
-def _local_ranks() -> int:
-    """Ranks of this machine in a group that somebody else started."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _train(recipe: Recipe, resume: bool, verify: bool, as_json: bool) -> None:
@@ -179,12 +163,13 @@ def _train(recipe: Recipe, resume: bool, verify: bool, as_json: bool) -> None:
 def _teacher(recipe: Recipe) -> Teacher:
     """As much of the teacher as the run goes through."""
     from firp_cli.commands.loading import teacher_line
-    from firp_cli.teacher.loading import load_upper
+    from firp_cli.distributed.sharding import load_teacher
 
     assert recipe.predictor is not None
     cached = recipe.data.mode == "cached"
     # predictors of the final state run no layer at all
-    teacher = load_upper(recipe.teacher, min(recipe.predictor.transfer_layers, default=sys.maxsize) if cached else 0)
+    lowest = min(recipe.predictor.transfer_layers, default=sys.maxsize) if cached else 0
+    teacher = load_teacher(recipe.teacher, lowest)
     say(teacher_line(teacher.residence))
     return teacher
 

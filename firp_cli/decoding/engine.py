@@ -96,6 +96,7 @@ class Engine:
         options: EngineOptions | None = None,
         guard: bool = False,
     ) -> None:
+        teacher.need_whole("decoding")
         self.teacher = teacher
         self.predictor = predictor
         self.tree = tree or (default_tree(None, predictor) if predictor else None)

@@ -54,6 +54,7 @@ class PipelineEngine:
         guard: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
+        teacher.need_whole("decoding")
         self.teacher, self.predictor, self.prefill_chunk = teacher, predictor, prefill_chunk
         self.boundaries = teacher.boundaries(predictor.grouping if predictor else loops)
         self.loops = len(self.boundaries)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from firp_cli.errors import LaunchError
+from firp_cli.errors import ClusterError
 
 FIRST_PORT, PORTS = 12000, 20000  # below the ports that Linux hands out by itself
 INTERACTIVE_STEP = 0xFFFF_FFF0  # Slurm numbers its batch and interactive steps from here on; they are one shell each
@@ -15,14 +15,14 @@ INTERACTIVE_STEP = 0xFFFF_FFF0  # Slurm numbers its batch and interactive steps 
 def read_hostfile(path: Path | str) -> dict[str, int]:
     """Ranks that each machine of a hostfile takes, in the order of its lines `HOST slots=N`; `#` begins a comment.
 
-    Raises LaunchError naming file and line: no such form, no slot, or a machine that stands twice.
+    Raises ClusterError naming file and line: no such form, no slot, or a machine that stands twice.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
-        raise LaunchError(f"no hostfile {path}{reason}: it has a line `HOST slots=N` for each machine") from None
+        raise ClusterError(f"no hostfile {path}{reason}: it has a line `HOST slots=N` for each machine") from None
     slots: dict[str, int] = {}
     lines: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -31,26 +31,26 @@ def read_hostfile(path: Path | str) -> dict[str, int]:
             continue
         found = re.fullmatch(r"(\S+)\s+slots=(\d+)", content)
         if not found:
-            raise LaunchError(f"{path}:{number}: {content!r} is not of the form `HOST slots=N`")
+            raise ClusterError(f"{path}:{number}: {content!r} is not of the form `HOST slots=N`")
         host, count = found[1], int(found[2])
         if not count:
-            raise LaunchError(f"{path}:{number}: {host} has no slot; leave its line out")
+            raise ClusterError(f"{path}:{number}: {host} has no slot; leave its line out")
         if host in slots:
-            raise LaunchError(f"{path}:{number}: {host} stands twice (first on line {lines[host]}); add its slots up")
+            raise ClusterError(f"{path}:{number}: {host} stands twice (first on line {lines[host]}); add its slots up")
         slots[host], lines[host] = count, number
     if not slots:
-        raise LaunchError(f"{path} names no machine: it has a line `HOST slots=N` for each")
+        raise ClusterError(f"{path} names no machine: it has a line `HOST slots=N` for each")
     return slots
 
 
 def ranks_by_host(path: Path | str, each: int | None) -> dict[str, int]:
-    """Ranks to start on each machine of a hostfile: `each`, or all its slots. Raises LaunchError as `read_hostfile`
+    """Ranks to start on each machine of a hostfile: `each`, or all its slots. Raises ClusterError as `read_hostfile`
     does, and where a machine has fewer slots than `each`.
     """
     slots = read_hostfile(path)
     for host, count in slots.items():
         if each is not None and each > count:
-            raise LaunchError(f"--gpus {each}: {host} has {count} slots in {path}")
+            raise ClusterError(f"--gpus {each}: {host} has {count} slots in {path}")
     return slots if each is None else dict.fromkeys(slots, each)
 
 
@@ -83,13 +83,12 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
 def expand_nodes(text: str) -> list[str]:
     """The machines of a Slurm node list: `gpu[01-03,7],head` is gpu01, gpu02, gpu03, gpu7 and head.
 
-    Raises LaunchError for a text that is no node list.
+    Raises ClusterError for a text that is no node list.
     """
-    # Commas within brackets belong to one entry.
-    found = [node for entry in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text) for node in _expand_entry(entry)]
-    if not found:
-        raise LaunchError(f"the node list {text!r} names no machine; set MASTER_ADDR to the first one")
-    return found
+    entries = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text)  # commas within brackets belong to one entry
+    if not entries or ",".join(entries) != text:
+        raise ClusterError(f"the node list {text!r} is not understood; set MASTER_ADDR to the first machine")
+    return [node for entry in entries for node in _expand_entry(entry)]
 
 
 def _expand_entry(entry: str) -> list[str]:
@@ -101,7 +100,7 @@ def _expand_entry(entry: str) -> list[str]:
     for part in inside.split(","):
         first, dash, last = part.partition("-")
         if not closing or not first.isdigit() or (dash and not last.isdigit()):
-            raise LaunchError(f"the node list entry {entry!r} is not understood; set MASTER_ADDR to the first machine")
+            raise ClusterError(f"the node list entry {entry!r} is not understood; set MASTER_ADDR to the first machine")
         for number in range(int(first), int(last if dash else first) + 1):
             found += [f"{head}{number:0{len(first)}d}{after}" for after in _expand_entry(tail)]
     return found

@@ -17,19 +17,19 @@ import torch.distributed
 from torch import Tensor
 
 from firp_cli.distributed.launch import rank, start, world_size
-from firp_cli.errors import FirpError, LaunchError
+from firp_cli.errors import FirpError, PeerLostError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=365)
 PIECE = 1 << 26  # entries of a tensor that travel at once
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.001, 0.2  # between two looks whether all are here: at first, and after a while
 
 
 class Control:
     """The ranks of a run as one rank sees them: itself is number `rank` of `size`. Alone, nothing is sent.
 
-    Every method but the constructor is collective: all ranks call it, in the same order. All raise LaunchError when a
-    rank has died.
+    Every method but the constructor is collective: all ranks call it, in the same order. All raise PeerLostError when
+    a rank has died.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Control:
         if world_size() > 1:
             start()
             joined.rank, joined.size = rank(), world_size()
-            with _talking():
+            with talking():
                 joined._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         return joined
 
@@ -58,7 +58,8 @@ class Control:
         if self._group is None:
             return [value]
         found: list[Any] = [None] * self.size
-        with _talking():
+        self.wait()
+        with talking():
             torch.distributed.all_gather_object(found, value, group=self._group)
         return found
 
@@ -72,7 +73,8 @@ class Control:
         """What `work()` returns on rank 0, the only one to call it. Its FirpError is raised by all."""
         outcome: list[Any] = list(_attempt(work)) if self.main else [None, None]
         if self._group is not None:
-            with _talking():
+            self.wait()
+            with talking():
                 torch.distributed.broadcast_object_list(outcome, src=0, group=self._group)
         _raise_first([outcome[1]])
         return outcome[0]
@@ -88,21 +90,25 @@ class Control:
             part = found[place : place + count]
             if source == self.rank:
                 part.copy_(mine)
-            with _talking():
+            with talking():
                 for piece in part.view(torch.uint8).split(PIECE) if count else ():
                     torch.distributed.broadcast(piece, src=source, group=self._group)
             place += count
         return found
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Until every rank is here; `meanwhile()` is called now and then, and signals are heard."""
+        """Until every rank is here; `meanwhile()` is called now and then, and signals are heard, which a collective
+        alone would keep until it is done.
+        """
         if self._group is None:
             return
-        with _talking():
+        with talking():
             work = torch.distributed.barrier(group=self._group, async_op=True)
+            pause, most = POLL_SECONDS
             while not work.is_completed():
                 meanwhile()
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(2 * pause, most)
             work.wait()
 
 
@@ -121,12 +127,12 @@ def _raise_first(errors: list[FirpError | None]) -> None:
 
 
 @contextlib.contextmanager
-def _talking() -> Iterator[None]:
+def talking() -> Iterator[None]:
     """Turn what the backend says about a lost peer into a line for the user."""
     try:
         yield
     except RuntimeError as error:
-        raise LaunchError(
+        raise PeerLostError(
             "another rank ended before its time (killed, out of memory, or its machine failed); "
             "what was finished is kept: run again with --resume"
         ) from error

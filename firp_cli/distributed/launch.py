@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.distributed.cluster import ranks_by_host, slurm_ranks
-from firp_cli.errors import FirpError, LaunchError
+from firp_cli.errors import ClusterError, FirpError, LaunchError, PeerLostError
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
-SAME_INTERRUPTION = 2.0  # seconds: a terminal and a launcher may both pass one Ctrl-C on
+SAME_INTERRUPTION = 2.0  # seconds within which two signals are one
 SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGTERM)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+RANK_MARK = "running-"
 FAILURE_FILE = "FIRP_FAILURE_FILE"  # where the first rank that fails leaves its message for the launching process
 
 
@@ -116,6 +117,22 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
+def ranks_wanted(gpus: int | None, hostfile: Path | str | None) -> tuple[int, int]:
+    """Ranks that `launch` would start, or that this process is one of; and those on one machine at most.
+
+    Raises ClusterError as `ranks_by_host` does.
+    """
+    if "RANK" in os.environ:
+        return world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    counts = [gpus or 1] if hostfile is None else list(ranks_by_host(hostfile, gpus).values())
+    return sum(counts), max(counts)
+
+
+def cores_of_rank(ranks: int) -> int:
+    """CPU threads of each of `ranks` ranks that share the cores this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str = "firp_cli") -> bool:
     """Run `python -m module argv` (by default: `firp argv`) as a group of ranks, if one is asked for.
 
@@ -123,7 +140,8 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
     ranks and returns True. A CPU serves any number of ranks, which share its cores.
 
     Raises:
-        LaunchError: there are fewer devices than ranks, or a rank failed; its message and exit code are passed on.
+        ClusterError: there are fewer devices than ranks, or the hostfile is wrong.
+        LaunchError: a rank failed; its message and exit code are passed on.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the ranks were told and have ended.
     """
     adopt_scheduler()
@@ -134,7 +152,7 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
         failure = Path(folder) / "failure.json"
         environment[FAILURE_FILE] = str(failure)
         code, interrupted = _wait([*command, module, *argv], environment)
-        if interrupted:
+        if interrupted or code == INTERRUPTED:  # the signal may have been sent to a rank alone
             raise KeyboardInterrupt
         if code:
             raise _failure(failure, code)
@@ -144,10 +162,10 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
 def launch_command(gpus: int | None, hostfile: str | None) -> tuple[list[str], dict[str, str]]:
     """The launcher's command line, up to the module to run, and its environment. Starts nothing.
 
-    A hostfile that names this machine alone needs no ssh. Raises LaunchError as `launch` does.
+    A hostfile that names this machine alone needs no ssh. Raises ClusterError.
     """
     if gpus is not None and gpus < 1:
-        raise LaunchError(f"--gpus {gpus}: at least one device is needed")
+        raise ClusterError(f"--gpus {gpus}: at least one device is needed")
     environment = dict(os.environ)
     if hostfile is None:
         return _local_command(gpus or 1, environment), environment
@@ -156,7 +174,7 @@ def launch_command(gpus: int | None, hostfile: str | None) -> tuple[list[str], d
     if len(ranks) == 1 and host in (*LOCAL_NAMES, socket.gethostname()):
         return _local_command(count, environment), environment
     if shutil.which("pdsh") is None:
-        raise LaunchError(
+        raise ClusterError(
             f"the machines of {hostfile} are started through pdsh, and there is none here: "
             "install it, or start firp on every machine with torchrun or srun"
         )
@@ -169,15 +187,18 @@ def relayed_errors() -> Iterator[None]:
 
     A rank that fails leaves its message for the launching process. Where there is none (torchrun, srun, other machines)
     the first rank to fail prints it. What other ranks raise afterwards (their peer is gone) is noise and stays silent;
-    so are those that were interrupted.
+    so are those that were interrupted. A rank that is killed says nothing: its mark tells the launching process.
     """
     if world_size() == 1:
         yield
         return
+    mark = _mark(rank())
+    if mark:
+        mark.touch()
     try:
         yield
     except KeyboardInterrupt:
-        if _launched_here() or not is_main():
+        if mark or not is_main():
             _exit(INTERRUPTED)
         atexit.unregister(_leave)
         raise
@@ -193,6 +214,18 @@ def relayed_errors() -> Iterator[None]:
             _exit(1)
         atexit.unregister(_leave)
         raise
+    finally:
+        _clear_mark()
+
+
+def _mark(number: int) -> Path | None:
+    """The file that is there while rank `number` runs, where the launching process sees it."""
+    return Path(os.environ[FAILURE_FILE]).with_name(f"{RANK_MARK}{number}") if _launched_here() else None
+
+
+def _clear_mark() -> None:
+    if mark := _mark(rank()):
+        mark.unlink(missing_ok=True)
 
 
 def _launched_here() -> bool:
@@ -208,6 +241,7 @@ def _speaks(error: Exception) -> bool:
             "rank": None if getattr(error, "agreed", False) else rank(),
             "message": str(error),
             "exit_code": getattr(error, "exit_code", 1),
+            "peer_lost": isinstance(error, PeerLostError),
         }
         if not isinstance(error, FirpError):
             return not Path(os.environ[FAILURE_FILE]).is_file()
@@ -223,25 +257,32 @@ def _speaks(error: Exception) -> bool:
     try:
         return torch.distributed.distributed_c10d._get_default_store().add("firp/failed", 1) == 1
     except RuntimeError:  # rank 0 keeps the store and is gone: the peers' loss is no news
-        return not isinstance(error, LaunchError)
+        return not isinstance(error, PeerLostError)
 
 
 def _exit(code: int) -> None:
     """Leave without the goodbyes of the process group: other ranks may still wait in a collective."""
+    _clear_mark()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _failure(path: Path, code: int) -> LaunchError:
-    if not path.is_file():
-        number = -code if code < 0 else 256 - code  # the launcher's exit code for a rank that a signal ended
+    """What ended a launched group: the message of the first rank that failed, or which rank ended without one."""
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    silent = [item.name.removeprefix(RANK_MARK) for item in path.parent.glob(f"{RANK_MARK}*")]
+    who = f"rank {silent[0]}" if len(silent) == 1 else "a rank"  # several: the others were made to end
+    number = -code if code < 0 else 256 - code  # the launcher's exit code for a rank that a signal ended
+    if told is None or (told["peer_lost"] and silent):
         if number == signal.SIGKILL:
-            reason = "a rank was killed (SIGKILL; the system does that when memory runs out)"
-            return LaunchError(f"{reason}; what was finished is kept: run again with --resume")
-        reason = f"signal {number}" if number in SIGNALS else f"exit code {code}"
-        return LaunchError(f"a rank failed ({reason}); what it printed stands above, what was finished is kept")
-    told = json.loads(path.read_text(encoding="utf-8"))
+            reason = "was killed (SIGKILL; the system does that when memory runs out)"
+        elif told is not None:  # the launcher saw first the rank that noticed
+            reason = "ended without a word (killed, out of memory, or crashed)"
+        else:
+            named = f"signal {number}" if number in SIGNALS else f"exit code {code}"
+            return LaunchError(f"{who} failed ({named}); what it printed stands above, what was finished is kept")
+        return LaunchError(f"{who} {reason}; what was finished is kept: run again with --resume")
     error = LaunchError(told["message"] if told["rank"] is None else f"rank {told['rank']}: {told['message']}")
     error.exit_code = told["exit_code"]
     return error
@@ -256,11 +297,11 @@ def _local_command(gpus: int, environment: dict[str, str]) -> list[str]:
         visible = [item for item in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if item]
         count = torch.cuda.device_count()
         if gpus > count:
-            raise LaunchError(f"--gpus {gpus}: this machine shows {count} CUDA devices")
+            raise ClusterError(f"--gpus {gpus}: this machine shows {count} CUDA devices")
         if visible:
             devices = [int(item) if item.isdigit() else item for item in visible[:gpus]]
     else:
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // gpus))
+        environment["OMP_NUM_THREADS"] = str(cores_of_rank(gpus))
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
@@ -304,21 +345,29 @@ def _wait(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
 @contextlib.contextmanager
 def handling_signals(handler: Callable[..., None]) -> Iterator[None]:
     """Call `handler(number, frame)` on Ctrl-C, SIGTERM and a closed terminal (unless nohup ignores it)."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    previous = _handle_signals(handler)
     try:
         yield
     finally:
-        for number, former in previous.items():
-            signal.signal(number, former)
+        _restore_signals(previous)
+
+
+def _handle_signals(handler: Callable[..., None]) -> dict[int, Any]:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _restore_signals(previous: dict[int, Any]) -> None:
+    for number, former in previous.items():
+        signal.signal(number, former)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Ctrl-C, SIGTERM and a closed terminal end the work within by KeyboardInterrupt; what comes again while it is
-    tidied up ends the process.
+    tidied up ends the process, but not what comes at once: a terminal and a launcher may both pass one signal on.
     """
     came: list[float] = []
 
@@ -330,8 +379,12 @@ def interruptible() -> Iterator[None]:
         if len(came) == 1:
             raise KeyboardInterrupt
 
-    with handling_signals(interrupt):
+    previous = _handle_signals(interrupt)
+    try:
         yield
+    finally:
+        if not came:  # else the process is to end, and the same signal may still come from elsewhere
+            _restore_signals(previous)
 
 
 def free_port() -> int:

@@ -79,7 +79,7 @@ class MedusaPredictor(Predictor):
                 nn.init.zeros_(linear.bias)
         for head in self.heads:
             assert isinstance(head, nn.Linear)
-            head.weight.copy_(teacher.model.get_output_embeddings().weight)
+            head.weight.copy_(teacher.head_weight())
 
 
 def _linears(blocks: nn.Module) -> list[nn.Linear]:

@@ -177,5 +177,5 @@ class SequenceCache:
         if self.recording:
             self._kept[layer_index] = (keys, values)
             return keys, values
-        kept_keys, kept_values = self._kept.pop(layer_index)
+        kept_keys, kept_values = self._kept[layer_index]  # read again where a backward pass runs the layer again
         return torch.cat([kept_keys, keys], dim=2), torch.cat([kept_values, values], dim=2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
 from firp_cli.recipe import TeacherConfig, teacher_source
+from firp_cli.teacher.attention import LayerMask
+from firp_cli.teacher.library import Cache, Stack
 from firp_cli.teacher.looped_llama import register
 from firp_cli.teacher.stack import Absent, Teacher, default_device
 from firp_cli.teacher.weights import Residence, WeightFiles, weights_fingerprint
@@ -46,7 +48,51 @@ def load_whole(config: TeacherConfig, device: torch.device | str | None = None, 
         raise _unloadable(config, error) from error
     if config.device_map is None:
         nn.Module.to(model, torch.device(device or default_device()))
-    return Teacher(model, tokenizer, name=teacher_name(config), check=check, looped=config.looped)
+    teacher = Teacher(model, tokenizer, name=teacher_name(config), check=check, looped=config.looped)
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        _spread(teacher, config, sorted(devices))
+    return teacher
+
+
+def _spread(teacher: Teacher, config: TeacherConfig, devices: list[str]) -> None:
+    """Run layers where they lie, and say what is in memory. Raises TeacherError."""
+    held, whole = teacher.weight_bytes, weight_bytes(teacher.model.parameters())
+    note = f"spread over {', '.join(devices)}"
+    teacher.residence = Residence("device_map", teacher.num_layers, teacher.num_layers, held, whole - held, note)
+    teacher.wrap_library(PlacedStack)
+    if held < whole:  # what lies on the disk is read when it runs
+        files = WeightFiles(teacher_source(config.model), config.revision, teacher.model.base_model_prefix)
+        teacher.keep_fingerprint(files_fingerprint(teacher, files))
+
+
+class PlacedStack:
+    """The library's layers wherever the library put them: rows go there and come back to where they were."""
+
+    name = "placed"
+
+    def __init__(self, library: Stack) -> None:
+        self._library = library
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
+        return [part.to(hidden.device) for part in self._library.rotary(hidden, positions)]
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        return self._library.norm(hidden).to(hidden.device)
+
+    def head(self, normed: Tensor) -> Tensor:
+        return self._library.head(normed).to(normed.device)
+
+    def layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        rotary: Sequence[Tensor],
+        positions: Tensor,
+        mask: LayerMask,
+        cache: Cache | None,
+    ) -> Tensor:
+        return self._library.layer(index, hidden, rotary, positions, mask, cache).to(hidden.device)
 
 
 def load_upper(config: TeacherConfig, first: int, device: torch.device | str | None = None) -> Teacher:
@@ -56,7 +102,7 @@ def load_upper(config: TeacherConfig, first: int, device: torch.device | str | N
     Loads the whole one where a part would not do (looped layers, spread devices, weights under other names);
     `teacher.residence` tells. Raises TeacherError as `load_whole`.
     """
-    if first < 1 or config.device_map is not None:
+    if first < 1 or config.device_map is not None:  # accelerate places whole models only
         return load_whole(config, device)
     try:
         teacher = Vacant(config)
@@ -97,15 +143,17 @@ class Vacant:
         except TeacherError as error:
             raise PartError(str(error).splitlines()[0]) from error
         self.whole_bytes = weight_bytes(model.parameters())
-        shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
-        self.teacher.keep_fingerprint(weights_fingerprint(shapes, self._sample))
+        self.teacher.keep_fingerprint(files_fingerprint(self.teacher, self.files))
 
     def drop_lower(self, first: int) -> None:
         """Take the layers below `first` out, and the embedding where nothing else shares its matrix."""
-        self.teacher.release(range(first, self.teacher.num_layers))
+        count = self.teacher.num_layers
+        self.teacher.release(range(min(first, count), count))
 
-    def fill(self, device: torch.device, place: Callable[[nn.Parameter], None] | None = None) -> None:
-        """Read what is left, parameter by parameter. `place(parameter)` is called with each as it arrives."""
+    def fill(self, device: torch.device, make: Callable[[str, nn.Parameter], nn.Parameter] | None = None) -> None:
+        """Put the parameters that are left in place, one after the other. `make(name, empty)` gives each, of the shape
+        and dtype of `empty`; None: as the files have them.
+        """
         model = self.teacher.model
         embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
         needed = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
@@ -116,15 +164,11 @@ class Vacant:
         for module in model.modules():
             for leaf, parameter in module.named_parameters(recurse=False):
                 owners.setdefault(id(parameter), []).append((module, leaf))
-        for name, parameter in list(model.named_parameters()):
-            if id(parameter) in skipped:
+        for name, empty in list(model.named_parameters()):
+            if id(empty) in skipped:
                 continue
-            value = self.read(name).to(device, parameter.dtype)
-            made = nn.Parameter(value, requires_grad=False)
-            del value
-            if place is not None:
-                place(made)
-            for module, leaf in owners[id(parameter)]:
+            made = make(name, empty) if make else nn.Parameter(self.read(name).to(device, empty.dtype), False)
+            for module, leaf in owners[id(empty)]:
                 setattr(module, leaf, made)
         _fill_buffers(model, device)
 
@@ -146,11 +190,6 @@ class Vacant:
         except TeacherError as error:
             raise PartError(str(error).splitlines()[0]) from error
         return teacher
-
-    def _sample(self, name: str, places: Tensor) -> Tensor:
-        key = self.files.key(name)
-        assert key is not None
-        return self.files.sample(key, places).to(self.teacher.dtype)
 
     def _check_names(self, model: Any) -> None:
         for name, parameter in model.named_parameters():
@@ -183,6 +222,19 @@ def empty_model(config: TeacherConfig, **options: Any) -> Any:
     with contextlib.suppress(OSError):  # then the model's config says when it stops
         model.generation_config = GenerationConfig.from_pretrained(source, revision=config.revision or "main")
     return model
+
+
+def files_fingerprint(teacher: Teacher, files: WeightFiles) -> str:
+    """A whole teacher's fingerprint, of values that its files hold. Raises TeacherError where they lack a parameter."""
+
+    def sample(name: str, places: Tensor) -> Tensor:
+        key = files.key(name)
+        if key is None:
+            raise TeacherError(f"{teacher.name}: its files do not hold {name} as the library does; load it whole")
+        return files.sample(key, places).to(teacher.dtype)
+
+    shapes = [(name, parameter.shape) for name, parameter in teacher.model.named_parameters()]
+    return weights_fingerprint(shapes, sample, "" if teacher.looped is None else teacher.looped.model_dump_json())
 
 
 def teacher_name(config: TeacherConfig) -> str:

@@ -21,6 +21,7 @@ from firp_cli.teacher.attention import AttentionMask, LayerMask, causal_allowed
 from firp_cli.teacher.fused import FusedStack, UnfusableError
 from firp_cli.teacher.library import Cache, LibraryStack, Stack
 from firp_cli.teacher.looped import LoopedLayers, loop_layers
+from firp_cli.teacher.model_parts import eos_token_ids, original_positions, part, windows
 from firp_cli.teacher.sequence_attention import AnchoredMask, CausalMask, DenseAnchoredMask, attends_plainly
 from firp_cli.teacher.weights import Residence, weights_fingerprint
 
@@ -68,15 +69,15 @@ class Teacher:
         self.name = name
         config = model.config.get_text_config()
         base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-        self.layers: nn.ModuleList = _part(base, ("layers", "h"), name)
+        self.layers: nn.ModuleList = part(base, ("layers", "h"), name)
         self._embed: nn.Module = model.get_input_embeddings()
-        self._norm: nn.Module = _part(base, ("norm", "final_layernorm", "final_layer_norm", "ln_f"), name)
+        self._norm: nn.Module = part(base, ("norm", "final_layernorm", "final_layer_norm", "ln_f"), name)
         if looped is not None and not (isinstance(self.layers, LoopedLayers) and self.layers.shape == looped):
             self.layers = loop_layers(model, base, self.layers, self._norm, looped)
         self.looped = self.layers.shape if isinstance(self.layers, LoopedLayers) else None
-        self._rotary: nn.Module = _part(base, ("rotary_emb",), name)
+        self._rotary: nn.Module = part(base, ("rotary_emb",), name)
         self._head: nn.Module = model.get_output_embeddings()
-        self._library = LibraryStack(name, self.layers, self._norm, self._rotary, self._head, config)
+        self._library: Stack = LibraryStack(name, self.layers, self._norm, self._rotary, self._head, config)
         self.stack: Stack = self._library
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.num_layers = len(self.layers)
@@ -88,12 +89,13 @@ class Teacher:
         self.vocab_size: int = self._head.weight.shape[0]
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
         if getattr(self._rotary, "rope_type", None) == "longrope":  # other factors for all positions beyond
-            self.max_positions = min(self.max_positions, _original_positions(config, self.max_positions))
-        self.windows = _windows(config, self.num_layers, self.looped)
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+            self.max_positions = min(self.max_positions, original_positions(config, self.max_positions))
+        self.windows = windows(config, self.num_layers, self.looped)
+        self.eos_token_ids = eos_token_ids(model, tokenizer)
         self._fingerprint: str | None = None
         self._plain_attention: bool | None = None
         self.first = 0
+        self.peers: Callable[[bool], bool] | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.residence = Residence("whole", self.num_layers, self.num_layers, self.weight_bytes)
         if check:
@@ -194,7 +196,7 @@ class Teacher:
         Raises TeacherError where the final norm is not an RMS or layer norm with a plain weight.
         """
         weight, bias = getattr(self._norm, "weight", None), getattr(self._norm, "bias", None)
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor) or weight.is_meta:
             raise TeacherError(f"{self.name}: its final norm has no weight to undo: set training.init=identity")
         state = (normed if bias is None else normed - bias) / torch.where(weight.abs() < 1e-6, 1e-6, weight)
         difference = (self.norm(state[..., :1, :]) - normed[..., :1, :]).abs().max().item()
@@ -210,6 +212,31 @@ class Teacher:
                 if index not in kept:
                     self.layers[index] = Absent()
             self.first = kept.start
+
+    def wrap_library(self, wrap: Callable[[Any], Stack]) -> None:
+        """Run the library's layers through what `wrap` makes of their stack, from now on."""
+        self._library = self.stack = wrap(self._library)
+
+    def together(self, work: bool) -> bool:
+        """Whether a forward is to be run: where several processes hold the teacher together each asks before each of
+        its forwards; those without work (False) run along with one of a single token until nobody has any left.
+        """
+        return work if self.peers is None else self.peers(work)
+
+    def head_weight(self) -> Tensor:
+        """The head's matrix (V, d). A collective where several processes hold the teacher together."""
+        gathered = getattr(self.stack, "head_weight", None)
+        weight: Any = self._head.weight if gathered is None else gathered()
+        if weight.is_meta:
+            raise TeacherError(f"{self.name}: teacher.device_map leaves its head on the disk; give it a device")
+        return weight
+
+    def need_whole(self, work: str) -> None:
+        """Raise TeacherError where this process does not hold the whole teacher on one device, as `work` needs it."""
+        if self.residence.kind != "whole":
+            raise TeacherError(
+                f"{work} needs all of {self.name} on one device: leave teacher.device_map and teacher.sharding out"
+            )
 
     def drop_embedding(self) -> None:
         """Hold no embedding: whoever has states of a layer needs none."""
@@ -276,6 +303,8 @@ class Teacher:
 
         The library's parameters become views into joined matrices. Call it again after moving the model.
         """
+        if self.peers is not None:
+            return f"{type(self.model).__name__} keeps the library's layers: its weights are shared over ranks"
         tolerance = FUSED_TOLERANCE.get(self.dtype, CHECK_TOLERANCE.get(self.dtype, 2e-1))
         self.stack = self._library
         difference = 0.0
@@ -406,39 +435,3 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
-
-
-def _part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
-    for name in names:
-        if getattr(base, name, None) is not None:
-            return getattr(base, name)
-    raise TeacherError(
-        f"{teacher}: {type(base).__name__} has no {' or '.join(names)}; supported: Llama, Mistral, Qwen2, Qwen3"
-    )
-
-
-def _original_positions(config: Any, default: int) -> int:
-    """Positions that a model with `longrope` was first trained on."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    found = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
-    return int(found or default)
-
-
-def _windows(config: Any, layers: int, looped: LoopedSection | None) -> list[int | None]:
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return [window] * layers
-    if looped is not None and len(kinds) == looped.unique:
-        kinds = [kinds[number] for number in looped.order]
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    generation = getattr(model, "generation_config", None) or model.config  # models that cannot `generate` have none
-    found = getattr(generation, "eos_token_id", None)
-    if found is None:
-        found = getattr(tokenizer, "eos_token_id", None)
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)

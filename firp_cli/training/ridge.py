@@ -7,6 +7,7 @@ Shapes: B sequences, T positions, M anchors, d hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -88,9 +89,10 @@ def ridge_start(
     rank = torch.distributed.get_rank() if grouped else 0
     ranks = torch.distributed.get_world_size() if grouped else 1
     mine = list(indices[rank::ranks])
-    for start in range(0, len(mine), batch_size):
+    # a rank without conversations repeats the first, uncounted: a teacher shared over ranks needs all in each forward
+    for start in range(0, math.ceil(len(indices) / ranks), batch_size):
         picks = mine[start : start + batch_size]
-        batch = collate(fetch(store, picks)).to(teacher.device, teacher.dtype)
+        batch = collate(fetch(store, picks or indices[:1])).to(teacher.device, teacher.dtype)
         _add_batch(sums, predictor, teacher, batch, picks)
         if progress:
             progress(min(len(indices), (start + len(picks)) * ranks), len(indices))
@@ -108,6 +110,8 @@ def _add_batch(
     layers = predictor.ridge_layers()
     anchors = choose_anchors(batch, predictor.offsets)
     states = states_at(teacher, batch, sorted(set(layers)))
+    if not picks:
+        return
     for step, layer in enumerate(layers, start=1):
         counted = anchors.valid[:, :, step - 1]
         row = torch.arange(len(picks), device=counted.device)[:, None].expand_as(counted)[counted]
