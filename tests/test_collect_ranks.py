@@ -110,6 +110,22 @@ def test_an_error_of_all_ranks_is_told_once(
     assert not (tmp_path / "store").exists()
 
 
+def test_an_estimate_counts_the_ranks_and_starts_none(ranks: Nursery, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("one slots=4\ntwo slots=2\n")
+    for asked, count in ((["--gpus", "2"], 2), (["--hostfile", str(tmp_path / "hosts")], 6)):
+        log = tmp_path / f"log-{count}"
+        command = [*collecting(place, tmp_path / "store"), *asked, "--estimate"]
+        assert ranks.run([*command, "--json"], 1, log) == [0], log.read_text()
+        found = json.loads(re.sub(r"^teacher: .*\n", "", log.read_text()))
+        assert found["ranks"] == count
+        assert found["tokens_per_second"] == pytest.approx(count * found["rank_tokens_per_second"])
+        assert found["seconds"] == pytest.approx(found["tokens"] / found["tokens_per_second"])
+    assert ranks.run(command, 1, tmp_path / "log") == [0]
+    told = " ".join((tmp_path / "log").read_text().split())
+    assert "measured on a sample, times 6 ranks: an estimate" in told and "nothing was started" in told
+    assert not (tmp_path / "store").exists()
+
+
 def environment() -> dict[str, str]:
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RANK", "WORLD"))}
     return outside | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
