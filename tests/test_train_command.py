@@ -21,7 +21,8 @@ from firp_cli.errors import FingerprintError, FirpError, PredictorError, StoreEr
 from firp_cli.predictors.registry import load_predictor
 from firp_cli.recipe import TeacherConfig, TrainingConfig, load_recipe, shipped_recipes
 from firp_cli.teacher.stack import Teacher
-from firp_cli.training.plan import make_plan, optimizer_memory
+from firp_cli.training.memory import optimizer_memory
+from firp_cli.training.plan import make_plan
 
 APP = typer.Typer()
 APP.command()(train)

@@ -169,7 +169,7 @@ def remedies(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int, room
             found.append(f"training.zero_stage={stage}")
             break
     sharded = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"sharding": "zero3"})})
-    shardable = ranks > 1 and recipe.teacher.sharding == "none" and recipe.teacher.device_map is None
+    shardable = ranks > 1 and recipe.teacher.sharding == "none" and _allowed(sharded)
     if shardable and fits(sharded):
         found.append("teacher.sharding=zero3")
     if found:
@@ -202,6 +202,15 @@ def _fewer(recipe: Recipe, fits: Callable[[Recipe], bool]) -> list[str]:
         if low:
             found.append(f"training.{field}={low}")
     return found
+
+
+def _allowed(changed: Recipe) -> bool:
+    """Whether a recipe may say so: what shares a teacher out rules some things out."""
+    try:
+        Recipe.model_validate(changed.model_dump())
+    except ValueError:
+        return False
+    return True
 
 
 def _with(recipe: Recipe, **changes: int) -> Recipe:
