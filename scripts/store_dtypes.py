@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a store's dtype costs: bytes, error of the states, and accepted length of predictors trained on it.
 
-One float32 store of the teacher's own answers is split; the larger part is converted to each dtype and trained on, with
+One float32 store is split; the larger part is converted to each dtype and trained on, with
 the same seed and steps. All predictors are judged on the float32 states of the smaller part, and decode its prompts.
 Takes about five minutes with the embedded teacher on two threads; --quick is a functional check.
 """
@@ -32,13 +32,16 @@ MOST_LOST, MOST_BYTES = 0.02, 0.52  # of accepted length, and of the bytes of bf
 def prepare(recipe: Recipe, teacher: Teacher, dtypes: Sequence[str], folder: Path) -> dict[str, Path]:
     """Stores by dtype, all of the same conversations, and `held out`: float32 states of others."""
     from firp_cli.collecting.capture import collect_store
+    from firp_cli.commands.responders import make_responder
     from firp_cli.data.store_tools import convert_store, split_store
 
     assert recipe.predictor is not None
     stores = {REFERENCE: folder / "stores" / REFERENCE, "held out": folder / "stores" / "held-out"}
     layers = recipe.predictor.required_layers(teacher)
-    collect_store(teacher, recipe.data, layers, folder / "stores" / "all", progress=progress_bar)
-    split_store(folder / "stores" / "all", list(stores.values()), [1 - HELD_OUT, HELD_OUT])
+    responder = make_responder(recipe, teacher)
+    whole = folder / "stores" / "all"
+    collect_store(teacher, recipe.data, layers, whole, progress=progress_bar, responder=responder)
+    split_store(whole, list(stores.values()), [1 - HELD_OUT, HELD_OUT])
     for dtype in dtypes:
         if dtype != REFERENCE:
             stores[dtype] = folder / "stores" / dtype
@@ -139,10 +142,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/store-dtypes"), help="a new folder")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="float32 is always measured")
-    parser.add_argument("--conversations", type=int, default=480, help="answers of the teacher")
+    parser.add_argument("--conversations", type=int, default=480, help="of the arithmetic data set")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
     parser.add_argument("--prompts", type=int, default=40, help="held-out prompts that are decoded")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--regenerate", action="store_true", help="let the teacher answer; else the data set's answers")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--quick", action="store_true", help="a few of everything; the figures mean nothing")
     arguments = parser.parse_args()
@@ -156,6 +160,7 @@ def main() -> None:
     settings = {
         "data.limit": arguments.conversations,
         "data.store_dtype": REFERENCE,
+        "data.regenerate": arguments.regenerate,
         "training.max_steps": arguments.steps,
         "training.epochs": 1000,  # as many as the steps take
         "training.validation_fraction": 0.0,

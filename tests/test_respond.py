@@ -30,6 +30,7 @@ from firp_cli.collecting.responders import Reply, Steady
 from firp_cli.commands.responders import EngineResponder, account_line, make_responder
 from firp_cli.data.conversations import EncodedConversation, encode_prompt
 from firp_cli.data.store import Store
+from firp_cli.data.store_tools import merge_stores
 from firp_cli.errors import CapacityError, DatasetError, StoreError, TeacherError, UsageError
 from firp_cli.recipe import DataConfig, Recipe
 
@@ -324,6 +325,11 @@ def test_a_failed_prompt_is_tried_again_and_the_store_is_whole(dataset: Path, tm
     collect_store(teacher, data, [2], tmp_path / "reference", responder=engine)
     assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "reference")
     assert contents(tmp_path / "store")["manifest.json"] == contents(tmp_path / "reference")["manifest.json"]
+    made = collect_store(teacher, data, [2], tmp_path / "other", responder=Moody(teacher, 6))
+    assert made["answers"]["failed"] == 1
+    merge_stores(tmp_path / "both", [tmp_path / "store", tmp_path / "other"])
+    both = Store.open(tmp_path / "both").manifest["counts"]["answers"]
+    assert (both["written"], both["failed"], both["failure"]) == (47, 1, "a bad day")
     stranger = Scripted(lambda _: [3])
     with pytest.raises(StoreError, match=r"responder \(store: engine, now: scripted\)"):
         collect_store(teacher, data, [2], tmp_path / "store", responder=stranger, resume=True)

@@ -104,6 +104,15 @@ def test_rows_are_scaled_one_by_one(dtype: str) -> None:
     assert (error < 0.05).all()
 
 
+def test_every_float8_comes_back_as_what_it_is() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = codes[~codes.float().isnan()].view(127, 2)
+    for factor in (1.0, 0.0123, 3.7e-38, 7.5e35):
+        for kind in (torch.bfloat16, torch.float32):  # of the scales of stores today and of older ones
+            scale = torch.full((127, 1), factor, dtype=kind)
+            assert torch.equal(expand(numbers, scale), numbers.float() * scale.float())
+
+
 def test_only_the_layers_asked_for_are_read(tmp_path: Path) -> None:
     fill(tmp_path / "store")
     assert set(Store.open(tmp_path / "store", layers=[3])[0].hidden) == {3}

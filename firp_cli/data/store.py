@@ -12,7 +12,6 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, overload
@@ -99,19 +98,16 @@ def expand(stored: Tensor, scale: Tensor | None) -> Tensor:
         return stored
     rows = _rows_at_once(stored)
     values = torch.empty(stored.shape, device=stored.device)
-    for source, target, factor in zip(stored.split(rows), values.split(rows), scale.split(rows), strict=True):
-        if stored.dtype == torch.float8_e4m3fn:  # a table of its 256 values is faster than torch's conversion
-            codes = source.view(torch.uint8).reshape(-1).int()
-            torch.index_select(_float8_values(), 0, codes, out=target.view(-1))
+    float8 = stored.dtype == torch.float8_e4m3fn
+    scratch = torch.empty(stored[:rows].shape if float8 else 0, dtype=torch.int16, device=stored.device)
+    for source, target, factor in zip(stored.split(rows), values.split(rows), scale.float().split(rows), strict=True):
+        if float8:
+            # Its bits in the places of a float16's are its value / 256: faster than torch's conversion.
+            bits = scratch[: len(source)].copy_(source.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+            target.copy_(bits.view(torch.float16)).mul_(factor * 256)
         else:
-            target.copy_(source)
-        target.mul_(factor)
+            target.copy_(source).mul_(factor)
     return values
-
-
-@cache
-def _float8_values() -> Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 class Store(Sequence[StoredSequence]):
