@@ -231,6 +231,7 @@ class TrainingConfig(Section):
     min_improvement: Annotated[float, Field(ge=0)] = 0.0  # tokens by which a longer accepted length must be longer
     balance: bool = True  # micro-batches of like lengths, so that ranks take equally long
     readers: PositiveInt = 1  # threads that read ahead
+    preflight: Literal["refuse", "warn", "ignore"] = "refuse"  # what a run does that will not fit its devices
     log_every: PositiveInt = 10
     wandb: str | None = None  # Weights & Biases project; null: TensorBoard and metrics.jsonl alone
     gate_prompts: Annotated[int, Field(ge=0)] = 8  # prompts decoded after training; 0: no gate

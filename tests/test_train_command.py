@@ -21,7 +21,8 @@ from firp_cli.errors import FingerprintError, FirpError, PredictorError, StoreEr
 from firp_cli.predictors.registry import load_predictor
 from firp_cli.recipe import TeacherConfig, TrainingConfig, load_recipe, shipped_recipes
 from firp_cli.teacher.stack import Teacher
-from firp_cli.training.plan import make_plan, optimizer_memory
+from firp_cli.training.memory import optimizer_memory
+from firp_cli.training.plan import make_plan
 
 APP = typer.Typer()
 APP.command()(train)
@@ -174,8 +175,11 @@ def test_plan_figures_of_a_large_teacher(tmp_path: Path):
     ).save_pretrained(tmp_path)
     plan = make_plan(load_recipe("llama-3.1-8b-firp", [f"teacher.model={tmp_path}"]), ranks=8, tokens=None)
     assert plan.predictor_parameters == 4 * 4096**2 and plan.teacher_parameters == 8_030_261_248
-    assert plan.memory is not None and plan.memory["teacher weights"] == 2 * 8_030_261_248
-    assert 17e9 < plan.memory["total"] < 40e9
+    upper = 8 * (8_030_261_248 - 2 * 128256 * 4096 - 4096) // 32 + 128256 * 4096
+    assert plan.memory is not None and plan.memory["teacher weights"] == 2 * upper, "layers 24.. and the head"
+    assert 2 * upper + 4e9 < plan.memory["total"] < 2 * upper + 10e9
+    online = make_plan(load_recipe("llama-3.1-8b-firp", [f"teacher.model={tmp_path}", "data.mode=online"]), ranks=8)
+    assert online.memory is not None and online.memory["teacher weights"] == 2 * 8_030_261_248
     own_heads = load_recipe("llama-3.1-8b-firp", [f"teacher.model={tmp_path}"]).model_copy(
         update={"predictor": load_recipe("demo-medusa").predictor}
     )

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from firp_cli.data.store import FINAL
-from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.stack import Teacher
 
 Sink = Callable[[list[int], dict[str, Tensor]], None]
@@ -78,8 +77,7 @@ def _forward(teacher: Teacher, ids: Tensor, wanted: set[int]) -> tuple[dict[int,
     """Token ids (B, T) to the states (B, T, d) of the layers wanted, and the normed final state."""
     width = ids.shape[1]
     positions = torch.arange(width, device=teacher.device)[None]
-    # One causal mask for all rows; it broadcasts over the batch.
-    mask = teacher.sequence_mask(causal_allowed(positions.new_full((1,), width), width), positions)
+    mask = teacher.causal_mask(width)
     kept: dict[int, Tensor] = {}
 
     def keep(layer: int, hidden: Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from firp_cli.commands.plan import check_devices, print_plan
 from firp_cli.commands.terminal import (
     Json,
     Verbose,
@@ -21,14 +22,13 @@ from firp_cli.commands.terminal import (
     split_recipe,
 )
 from firp_cli.errors import StoreError, UsageError
-from firp_cli.recipe import Recipe, dump_recipe, load_recipe
+from firp_cli.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from firp_cli.collecting.online import OnlineStates
     from firp_cli.data.store import Store
     from firp_cli.teacher.stack import Teacher
     from firp_cli.teacher.weights import Residence
-    from firp_cli.training.plan import Plan
 
 GATE_TOKENS = 128  # new tokens per prompt of the gate
 INTERRUPTED = 130
@@ -45,7 +45,21 @@ def train(
     gpus: Annotated[int | None, typer.Option(min=1, help="Ranks to start; on a CPU they share the cores.")] = None,
     hostfile: Annotated[Path | None, typer.Option(help="Machines to start on, in DeepSpeed's format.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print recipe, parameters and memory; start nothing.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print recipe, sizes, memory, disk and hours; start nothing.")
+    ] = False,
+    device_memory: Annotated[
+        str | None, typer.Option(help="For --plan: memory of one device, as 80GB. Says whether a rank fits.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="For --plan: tokens of a conversation, where there is no store yet.")
+    ] = None,
+    device_tflops: Annotated[
+        float | None, typer.Option(min=0, help="For --plan: a device's peak, in 1e12 operations per second.")
+    ] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(min=0, max=1, help="For --plan: share of that peak that is reached.")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the store's checksums before training.")] = True,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -58,7 +72,8 @@ def train(
 
     adopt_scheduler()
     if plan:
-        _plan(wanted, ranks_wanted(gpus, hostfile)[0], as_json)
+        ranks, _ = ranks_wanted(gpus, hostfile)
+        print_plan(wanted, ranks, as_json, device_memory, tokens, device_tflops, utilisation)
         return
     from firp_cli.training.checkpoint import guard_output
     from firp_cli.training.journal import check_trackers
@@ -75,6 +90,7 @@ def train(
         check_responder(wanted)
         check_dataset(wanted.data)
     guard_output(Path(str(wanted.output)), resume)
+    check_devices(wanted, *ranks_wanted(gpus, hostfile))
     flags = {"--resume": resume, "--no-verify": not verify, "--json": as_json, "--verbose": verbose}
     argv = ["train", *(recipe or []), f"--store={wanted.store}", f"--output={wanted.output}"]
     if launch(gpus, str(hostfile) if hostfile else None, [*argv, *(flag for flag, given in flags.items() if given)]):
@@ -313,59 +329,3 @@ def _report(training: dict[str, Any], output: Path) -> None:
         if not gate.get("agree", True):
             typer.echo("gate: they differ by more than rounding explains; do not trust this predictor", err=True)
     typer.echo(f"predictor: {output}")
-
-
-def _plan(recipe: Recipe, ranks: int, as_json: bool) -> None:
-    from firp_cli.records import plain
-    from firp_cli.training.plan import make_plan
-
-    conversations, tokens = _stored(recipe)
-    found = make_plan(recipe, ranks, conversations, tokens)
-    if as_json:
-        print_json({"recipe": recipe.model_dump(), "plan": plain(found)})
-        return
-    from rich.console import Console
-
-    from firp_cli.reports.tables import rich_table
-
-    typer.echo(dump_recipe(recipe))
-    console = Console(highlight=False)
-    console.print(rich_table(["plan", ""], _plan_cells(found, recipe, conversations is not None), left=2))
-    if found.missing:
-        typer.echo(f"{found.missing}; parameter and memory figures need it")
-
-
-def _stored(recipe: Recipe) -> tuple[int | None, int | None]:
-    """Conversations and tokens of the recipe's store, if it is there."""
-    folder = Path(str(recipe.store))
-    if not (folder / "manifest.json").is_file():
-        return None, None
-    from firp_cli.data.store import Store
-
-    try:
-        store = Store.open(folder)
-    except StoreError as error:
-        say(f"{error}\nthe plan counts what the recipe asks for instead")
-        return None, None
-    return len(store), sum(store.lengths)
-
-
-def _plan_cells(plan: Plan, recipe: Recipe, stored: bool) -> list[list[str]]:
-    def count(value: int | None, unit: str = "") -> str:
-        return "needs the teacher's config" if value is None else f"{value:,}{unit}"
-
-    source = "in the store" if stored else "at most (data.limit; no store yet)"
-    rows = [
-        ["predictor parameters", count(plan.predictor_parameters)],
-        ["  per step", count(plan.parameters_per_step)],
-        ["frozen teacher parameters", count(plan.teacher_parameters)],
-        ["  run through by a step", count(plan.teacher_parameters_used)],
-        ["ranks, ZeRO stage", f"{plan.ranks}, stage {recipe.training.zero_stage}"],
-        ["conversations", f"{plan.conversations:,} {source}" if plan.conversations else "needs the store"],
-        ["optimizer steps", f"{plan.steps:,}" if plan.steps is not None else "needs the store"],
-    ]
-    if plan.tokens is not None:
-        rows.append(["tokens read, all epochs", f"{plan.tokens:,}"])
-    for name, size in (plan.memory or {}).items():
-        rows.append([f"memory per rank: {name}", f"{size / 2**20:,.1f} MiB"])
-    return rows

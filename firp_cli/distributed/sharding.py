@@ -22,7 +22,7 @@ from firp_cli.distributed.control import talking
 from firp_cli.distributed.launch import is_main, load_deepspeed, start, world_size
 from firp_cli.errors import TeacherError
 from firp_cli.recipe import TeacherConfig
-from firp_cli.teacher.attention import TreeRows
+from firp_cli.teacher.attention import LayerMask
 from firp_cli.teacher.library import Cache, LibraryStack
 from firp_cli.teacher.loading import PartError, Vacant, load_upper
 from firp_cli.teacher.stack import Absent, Teacher, default_device
@@ -170,7 +170,7 @@ class ShardedStack:
         hidden: Tensor,
         rotary: Sequence[Tensor],
         positions: Tensor,
-        mask: Tensor | TreeRows | None,
+        mask: LayerMask,
         cache: Cache | None,
     ) -> Tensor:
         arguments = (index, hidden, rotary, positions, mask, cache)

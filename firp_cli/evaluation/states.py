@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from firp_cli.predictors.base import Predictor, SequenceBatch
-from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.stack import Teacher
 
 LOGIT_ELEMENTS = 1 << 24  # logits held at once
@@ -21,7 +20,7 @@ def sequence_states(teacher: Teacher, predictor: Predictor, token_ids: Sequence[
     length = ids.shape[1]
     lengths = torch.full((1,), length, device=teacher.device)
     positions = torch.arange(length, device=teacher.device)[None]
-    mask = teacher.sequence_mask(causal_allowed(lengths, length), positions)
+    mask = teacher.causal_mask(length)
     hidden: dict[int, Tensor] = {}
 
     def keep(layer: int, states: Tensor) -> None:

@@ -7,7 +7,7 @@ Shapes: B sequences, T positions, A anchors, k steps, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,14 +115,33 @@ def compare_rows(draft_logits: Tensor, teacher_logits: Tensor) -> Agreement:
     """Compare float32 logits (M, V) of draft and teacher row by row. Differentiable in the draft logits."""
     draft = draft_logits.log_softmax(-1)
     teacher = teacher_logits.log_softmax(-1)
-    probability = teacher.exp()
-    best = teacher_logits.argmax(-1)
-    with torch.no_grad():
-        likeliest = draft_logits.topk(min(5, draft_logits.shape[-1]), dim=-1).indices
-    return Agreement(
-        kl=(probability * (teacher - draft)).sum(-1),
-        cross_entropy=-draft.gather(-1, best[:, None])[:, 0],
-        total_variation=0.5 * (probability - draft.exp()).abs().sum(-1),
-        top1=likeliest[:, 0] == best,
-        top5=(likeliest == best[:, None]).any(-1),
-    )
+    measured = {name: divergence(draft, teacher) for name, divergence in DIVERGENCES.items()}
+    top1, top5 = hits(draft_logits, teacher_logits.argmax(-1))
+    return Agreement(**measured, top1=top1, top5=top5)
+
+
+@torch.no_grad()
+def hits(draft_logits: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the teacher's token `best` (M,) is the draft's first choice, and among its first five: (M,) bool each."""
+    likeliest = draft_logits.topk(min(5, draft_logits.shape[-1]), dim=-1).indices
+    return likeliest[:, 0] == best, (likeliest == best[:, None]).any(-1)
+
+
+def _kl(draft: Tensor, teacher: Tensor) -> Tensor:
+    return (teacher.exp() * (teacher - draft)).sum(-1)
+
+
+def _cross_entropy(draft: Tensor, teacher: Tensor) -> Tensor:
+    return -draft.gather(-1, teacher.argmax(-1, keepdim=True))[:, 0]
+
+
+def _total_variation(draft: Tensor, teacher: Tensor) -> Tensor:
+    return 0.5 * (teacher.exp() - draft.exp()).abs().sum(-1)
+
+
+# of the log-probabilities (M, V) of draft and teacher: (M,), differentiable in the draft's
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": _kl,
+    "cross_entropy": _cross_entropy,
+    "total_variation": _total_variation,
+}

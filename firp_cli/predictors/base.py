@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from firp_cli.errors import PredictorError
 from firp_cli.recipe import PredictorSection
-from firp_cli.teacher.attention import AttentionMask, Mask, pseudo_positions
+from firp_cli.teacher.attention import Mask, pseudo_positions
 from firp_cli.teacher.kv_cache import SequenceCache
 from firp_cli.teacher.library import Cache
+from firp_cli.teacher.sequence_attention import AnchoredMask
 from firp_cli.teacher.stack import Teacher
 
 RowsHook = Callable[[int, Tensor, Tensor], None]
@@ -106,6 +107,11 @@ class Predictor(nn.Module, ABC):
     def _keep(self, steps: int) -> None:
         """Drop the modules and the configuration of the steps behind the first `steps`."""
         raise PredictorError(f"{self.kind} runs all of its steps")
+
+    @property
+    def own_vocabulary(self) -> bool:
+        """Whether `step_logits` runs parameters of the predictor, and not the teacher's head alone."""
+        return False
 
     def loss_weights(self, decay: float) -> list[float]:
         """w_1..w_k of the training loss, not normalised: 1, decay, decay^2, ..."""
@@ -251,7 +257,7 @@ def forward_anchors(
     teacher: Teacher,
     real: Tensor,
     positions: Tensor,
-    mask: AttentionMask,
+    mask: AnchoredMask,
     anchors: Tensor,
     *,
     start: int,
@@ -280,15 +286,15 @@ def forward_anchors(
         if on_layer and started:
             on_layer(index, real, pseudo.view(batch, started, width, size).transpose(1, 2))
         end = count + pseudo.shape[1]
-        additive = mask.additive(teacher.windows[index])
+        window = teacher.windows[index]
         kept = SequenceCache()
         with torch.no_grad():
             real_rotary = (cosine[:, :count], sine[:, :count])
-            real = teacher.layer(index, real, real_rotary, positions, additive[:, :, :count, :count], kept)
+            real = teacher.layer(index, real, real_rotary, positions, mask.real(window), kept)
         kept.recording = False
         if started:
             own = (cosine[:, count:end], sine[:, count:end])
-            rows_mask = additive[:, :, count:end, :end]
+            rows_mask = mask.pseudo(window, started)
             pseudo = teacher.layer(index, pseudo, own, all_positions[:, count:end], rows_mask, kept)
     pseudo = pseudo.view(batch, steps, width, size)
     if on_layer:

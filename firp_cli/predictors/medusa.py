@@ -33,6 +33,10 @@ class MedusaPredictor(Predictor):
     def conditional(self) -> bool:
         return False
 
+    @property
+    def own_vocabulary(self) -> bool:
+        return len(self.heads) > 0
+
     def _keep(self, steps: int) -> None:
         self.blocks, self.heads = self.blocks[:steps], self.heads[:steps]
         self.config = self.config.model_copy(update={"steps": steps})

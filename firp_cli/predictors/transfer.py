@@ -11,7 +11,7 @@ from firp_cli.errors import PredictorError
 from firp_cli.predictors.base import RowsHook, SequenceBatch, Spawn, forward_anchors
 from firp_cli.predictors.maps import MapPredictor
 from firp_cli.recipe import FirpConfig, HiddenTransferConfig
-from firp_cli.teacher.attention import causal_allowed, pseudo_positions, rows_allowed
+from firp_cli.teacher.attention import pseudo_positions
 from firp_cli.teacher.products import Product
 from firp_cli.teacher.stack import Teacher
 
@@ -70,9 +70,8 @@ class TransferPredictor(MapPredictor):
         real = batch.hidden[start]
         rows = real.shape[1]
         positions = torch.arange(rows, device=real.device).expand(real.shape[0], rows)
-        allowed = rows_allowed(causal_allowed(batch.lengths, rows), anchors, self.steps)
         mask_positions = torch.cat([positions, pseudo_positions(positions, anchors, self.steps)], dim=1)
-        mask = teacher.sequence_mask(allowed, mask_positions)
+        mask = teacher.anchored_mask(batch.lengths, mask_positions, anchors, self.steps)
         pseudo = forward_anchors(
             teacher,
             real,

@@ -101,11 +101,19 @@ def pseudo_positions(positions_BR: Tensor, anchors_BA: Tensor | None, steps: int
 
 
 @cache  # graphs hold their addresses
-def _levels(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def mask_levels(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """What a mask adds where attention is allowed, and where it is not."""
     return torch.zeros((), dtype=dtype, device=device), torch.full(
         (), torch.finfo(dtype).min, dtype=dtype, device=device
     )
+
+
+class StructuredRows(Protocol):
+    """A mask that does its own attention."""
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+        """As the function `attend`."""
+        ...
 
 
 class Mask(Protocol):
@@ -147,7 +155,7 @@ class AttentionMask:
             if window is not None:
                 assert self.query_positions is not None and self.key_positions is not None
                 allowed = allowed & (self.query_positions[:, :, None] - self.key_positions[:, None, :] < window)
-            self._additive[window] = torch.where(allowed, *_levels(self.dtype, allowed.device))[:, None]
+            self._additive[window] = torch.where(allowed, *mask_levels(self.dtype, allowed.device))[:, None]
         return self._additive[window]
 
     def at(self, window: int | None, rows: int) -> Tensor:
@@ -174,6 +182,9 @@ class TreeRows:
         return TreeRows(
             self.lengths, self.bits[:, :rows], self.positions[:, :rows], self.scratch, self.longest, self.window
         )
+
+
+LayerMask = Tensor | TreeRows | StructuredRows | None  # what a layer may get; None: every row sees every slot
 
 
 class StepMask:
@@ -219,12 +230,12 @@ class StepMask:
         batch, count = self.positions.shape
         if self.exact and window is None:
             allowed = torch.nn.functional.pad(self.rows, (0, self.slots.shape[0]), value=True)
-            return torch.where(allowed, *_levels(self.dtype, allowed.device))[:, None]
+            return torch.where(allowed, *mask_levels(self.dtype, allowed.device))[:, None]
         committed = (self.slots < self.lengths[:, None])[:, None]
         if window is not None:
             committed = committed & (self.slots > self.positions[:, :, None] - window)
         allowed = torch.cat([self._own(window), committed.expand(batch, count, -1)], dim=2)
-        return torch.where(allowed, *_levels(self.dtype, allowed.device))[:, None]
+        return torch.where(allowed, *mask_levels(self.dtype, allowed.device))[:, None]
 
     def _tree_rows(self, window: int | None) -> TreeRows:
         from firp_cli.teacher.tree_attention import row_bits
@@ -234,13 +245,12 @@ class StepMask:
         return TreeRows(self.lengths, bits, self.positions, scratch, self.slots.shape[0], window)
 
 
-def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | TreeRows | None, scaling: float | None = None
-) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: LayerMask, scaling: float | None = None) -> Tensor:
     """Attention of queries (B, Hq, M, D) over keys and values (B, Hk, S, D), Hq a multiple of Hk: (B, Hq, M, D).
 
     Args:
-        mask: additive (B, 1, M, S), the kernel's arguments, or None where every row sees everything.
+        mask: additive (B, 1, M, S), the kernel's arguments, one that does it all, or None where every row sees
+            everything.
         scaling: of the scores; None: 1 / sqrt(D).
     """
     if isinstance(mask, TreeRows):
@@ -258,6 +268,8 @@ def attend(
             window=mask.window,
             positions=None if mask.window is None else mask.positions,
         )
+    if not (mask is None or isinstance(mask, Tensor)):
+        return mask.attend(queries, keys, values, scaling)
     grouped = queries.shape[1] != keys.shape[1]
     if grouped and mask is not None and queries.is_cuda:
         # with a mask and grouped heads CUDA has the plain kernel only, which holds all scores

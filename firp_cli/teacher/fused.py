@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from firp_cli.teacher.attention import TreeRows, attend
+from firp_cli.teacher.attention import LayerMask, attend
 from firp_cli.teacher.library import Cache
 from firp_cli.teacher.looped import LayerPass
 from firp_cli.teacher.products import Product
@@ -167,7 +167,7 @@ class FusedStack:
         hidden: Tensor,
         rotary: Sequence[Tensor],
         positions: Tensor,
-        mask: Tensor | TreeRows | None,
+        mask: LayerMask,
         cache: Cache | None,
     ) -> Tensor:
         layer = self._layers[index]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
-from firp_cli.teacher.attention import TreeRows, attend
+from firp_cli.teacher.attention import LayerMask, attend
 from firp_cli.teacher.looped import CACHE_NAMES
 
 KERNEL = "firp_tree"  # what the library's attention interface knows our kernel as
@@ -47,7 +47,7 @@ class Stack(Protocol):
         hidden: Tensor,
         rotary: Sequence[Tensor],
         positions: Tensor,
-        mask: Tensor | TreeRows | None,
+        mask: LayerMask,
         cache: Cache | None,
     ) -> Tensor:
         """h^index (B, R, d) to h^(index+1)."""
@@ -88,11 +88,11 @@ class LibraryStack:
         hidden: Tensor,
         rotary: Sequence[Tensor],
         positions: Tensor,
-        mask: Tensor | TreeRows | None,
+        mask: LayerMask,
         cache: Cache | None,
     ) -> Tensor:
-        kernel = isinstance(mask, TreeRows)
-        attending = {"attention_mask": None, "tree_rows": mask} if kernel else {"attention_mask": mask}
+        kernel = not (mask is None or isinstance(mask, Tensor))
+        attending = {"attention_mask": None, "structured_mask": mask} if kernel else {"attention_mask": mask}
         with self._kernel() if kernel else nullcontext():
             output = self.layers[index](
                 hidden,
@@ -130,9 +130,9 @@ def _library_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    tree_rows: TreeRows | None = None,
+    structured_mask: LayerMask = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The library's contract: heads behind rows in what comes back, and no weights."""
-    output = attend(query, key, value, attention_mask if tree_rows is None else tree_rows, scaling)
+    output = attend(query, key, value, attention_mask if structured_mask is None else structured_mask, scaling)
     return output.transpose(1, 2), None

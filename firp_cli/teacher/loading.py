@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
 from firp_cli.recipe import TeacherConfig, teacher_source
-from firp_cli.teacher.attention import TreeRows
+from firp_cli.teacher.attention import LayerMask
 from firp_cli.teacher.library import Cache, Stack
 from firp_cli.teacher.looped_llama import register
 from firp_cli.teacher.stack import Absent, Teacher, default_device
@@ -89,7 +89,7 @@ class PlacedStack:
         hidden: Tensor,
         rotary: Sequence[Tensor],
         positions: Tensor,
-        mask: Tensor | TreeRows | None,
+        mask: LayerMask,
         cache: Cache | None,
     ) -> Tensor:
         return self._library.layer(index, hidden, rotary, positions, mask, cache).to(hidden.device)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
 from firp_cli.recipe import LoopedSection, TeacherConfig
-from firp_cli.teacher.attention import AttentionMask, TreeRows, causal_allowed
+from firp_cli.teacher.attention import AttentionMask, LayerMask, causal_allowed
 from firp_cli.teacher.fused import FusedStack, UnfusableError
 from firp_cli.teacher.library import Cache, LibraryStack, Stack
 from firp_cli.teacher.looped import LoopedLayers, loop_layers
+from firp_cli.teacher.model_parts import eos_token_ids, original_positions, part, windows
+from firp_cli.teacher.sequence_attention import AnchoredMask, CausalMask, DenseAnchoredMask, attends_plainly
 from firp_cli.teacher.weights import Residence, weights_fingerprint
 
 LayerHook = Callable[[int, Tensor], None]
@@ -67,13 +69,13 @@ class Teacher:
         self.name = name
         config = model.config.get_text_config()
         base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-        self.layers: nn.ModuleList = _part(base, ("layers", "h"), name)
+        self.layers: nn.ModuleList = part(base, ("layers", "h"), name)
         self._embed: nn.Module = model.get_input_embeddings()
-        self._norm: nn.Module = _part(base, ("norm", "final_layernorm", "final_layer_norm", "ln_f"), name)
+        self._norm: nn.Module = part(base, ("norm", "final_layernorm", "final_layer_norm", "ln_f"), name)
         if looped is not None and not (isinstance(self.layers, LoopedLayers) and self.layers.shape == looped):
             self.layers = loop_layers(model, base, self.layers, self._norm, looped)
         self.looped = self.layers.shape if isinstance(self.layers, LoopedLayers) else None
-        self._rotary: nn.Module = _part(base, ("rotary_emb",), name)
+        self._rotary: nn.Module = part(base, ("rotary_emb",), name)
         self._head: nn.Module = model.get_output_embeddings()
         self._library: Stack = LibraryStack(name, self.layers, self._norm, self._rotary, self._head, config)
         self.stack: Stack = self._library
@@ -83,13 +85,15 @@ class Teacher:
         heads = int(getattr(config, "num_attention_heads", 1))
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        self.query_size = heads * self.head_size
         self.vocab_size: int = self._head.weight.shape[0]
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
         if getattr(self._rotary, "rope_type", None) == "longrope":  # other factors for all positions beyond
-            self.max_positions = min(self.max_positions, _original_positions(config, self.max_positions))
-        self.windows = _windows(config, self.num_layers, self.looped)
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+            self.max_positions = min(self.max_positions, original_positions(config, self.max_positions))
+        self.windows = windows(config, self.num_layers, self.looped)
+        self.eos_token_ids = eos_token_ids(model, tokenizer)
         self._fingerprint: str | None = None
+        self._plain_attention: bool | None = None
         self.first = 0
         self.peers: Callable[[bool], bool] | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -147,11 +151,11 @@ class Teacher:
         hidden: Tensor,
         rotary: Sequence[Tensor],
         positions: Tensor,
-        mask: Tensor | TreeRows | None,
+        mask: LayerMask,
         cache: Cache | None,
     ) -> Tensor:
-        """h^index (B, R, d) to h^(index+1). `mask` is additive (B, 1, R, S), or what the attention kernel reads; None
-        is right only for one row that sees every slot.
+        """h^index (B, R, d) to h^(index+1). `mask` is additive (B, 1, R, S), or attends by itself; None is right only
+        for one row that sees every slot.
         """
         return self.stack.layer(index, hidden, rotary, positions, mask, cache)
 
@@ -159,7 +163,7 @@ class Teacher:
         self,
         hidden: Tensor,
         positions: Tensor,
-        mask: AttentionMask,
+        mask: AttentionMask | CausalMask,
         start: int = 0,
         stop: int | None = None,
         cache: Cache | None = None,
@@ -270,6 +274,29 @@ class Teacher:
     def sequence_mask(self, allowed: Tensor, positions: Tensor) -> AttentionMask:
         """Mask of a forward without cached prefix: `allowed` (B, M, M), `positions` (B, M)."""
         return AttentionMask(allowed, self.dtype, positions, positions)
+
+    def causal_mask(self, rows: int) -> AttentionMask | CausalMask:
+        """Mask of right-padded sequences of up to `rows` tokens, from position 0 on."""
+        if self.plain_attention:
+            return CausalMask()
+        positions = torch.arange(rows, device=self.device)[None]
+        return self.sequence_mask(causal_allowed(positions.new_full((1,), rows), rows), positions)
+
+    def anchored_mask(self, lengths: Tensor, positions: Tensor, anchors: Tensor, steps: int) -> AnchoredMask:
+        """Masks of sequences of `lengths` (B,) with pseudo states at `anchors` (B, A); `positions` (B, T + k*A)."""
+        rows = positions.shape[1] - steps * anchors.shape[1]
+        if self.plain_attention:
+            return AnchoredMask(anchors, rows, steps)
+        return DenseAnchoredMask(causal_allowed(lengths, rows), positions, anchors, steps, self.dtype)
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether layers do to scores what `attend` does, found by trying one of each window."""
+        if self._plain_attention is None:
+            present = [i for i, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]
+            tried = {self.windows[index]: index for index in reversed(present)}
+            self._plain_attention = all(attends_plainly(self, index) for index in tried.values())
+        return self._plain_attention
 
     def fuse(self, compiled: bool = False) -> str | None:
         """Run the lean layers from now on if they give the library's logits; returns why not, or None.
@@ -408,39 +435,3 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
-
-
-def _part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
-    for name in names:
-        if getattr(base, name, None) is not None:
-            return getattr(base, name)
-    raise TeacherError(
-        f"{teacher}: {type(base).__name__} has no {' or '.join(names)}; supported: Llama, Mistral, Qwen2, Qwen3"
-    )
-
-
-def _original_positions(config: Any, default: int) -> int:
-    """Positions that a model with `longrope` was first trained on."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    found = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
-    return int(found or default)
-
-
-def _windows(config: Any, layers: int, looped: LoopedSection | None) -> list[int | None]:
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return [window] * layers
-    if looped is not None and len(kinds) == looped.unique:
-        kinds = [kinds[number] for number in looped.order]
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    generation = getattr(model, "generation_config", None) or model.config  # models that cannot `generate` have none
-    found = getattr(generation, "eos_token_id", None)
-    if found is None:
-        found = getattr(tokenizer, "eos_token_id", None)
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)

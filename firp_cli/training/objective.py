@@ -4,8 +4,9 @@
 
 over the anchors n at which step i counts (N_i of them): a mean over drafts in which later steps weigh less. D is the KL
 divergence, the cross-entropy with the teacher's argmax, or the total variation; a smooth-L1 term between draft and
-teacher final states can be added. The logits are made piece by piece and made again in the backward pass, so that a
-large vocabulary never stands in memory for all drafts at once.
+teacher final states can be added. The logits are made piece by piece, and each piece gives its gradient before the
+next is made: a large vocabulary never stands in memory for all drafts at once. Where the vocabulary matrix is the
+predictor's own (Medusa), and has a gradient to gather too, pieces are made again in the backward pass.
 
 Shapes: B sequences, A anchors, k steps, d hidden size, V vocabulary.
 """
@@ -13,8 +14,10 @@ Shapes: B sequences, A anchors, k steps, d hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +25,16 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from firp_cli.metrics import accepted_length
-from firp_cli.predictors.anchors import Anchors, compare_rows, target_states
+from firp_cli.predictors.anchors import DIVERGENCES, Anchors, hits, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch
 from firp_cli.recipe import TrainingConfig
 from firp_cli.teacher.stack import Teacher
 
-LOGIT_BUDGET = 1 << 25  # elements (drafts x vocabulary) of one logit matrix; a handful of such matrices live at once
+LOGIT_BUDGET = (1 << 21, 1 << 25)  # elements of one piece's logits, least and most; LIVE_LOGITS such matrices at once
+LOGITS_PER_ELEMENT = 2  # of the drafts' states, between these bounds: logits then grow with what stands beside them
+LIVE_LOGITS = 7  # logits and log-probabilities of draft and teacher, and what a divergence makes of them
+Compared = tuple[Tensor, Tensor, Tensor]  # loss sum, top-1 hits (M,), top-5 hits sum
+Compare = Callable[[Tensor, Tensor], Compared]  # of drafts (M, d) and the teacher's states (M, d)
 FIELDS = ("loss", "top1", "top5", "joint", "count")
 
 
@@ -63,9 +70,17 @@ class StepRecord:
         return means
 
 
-def count_pieces(rows: int, vocabulary: int, budget: int = LOGIT_BUDGET) -> int:
+def count_pieces(rows: int, vocabulary: int, budget: int) -> int:
     """Pieces that `rows` drafts of one step are cut into so that a piece has at most `budget` logits."""
     return max(1, math.ceil(rows / max(1, budget // vocabulary)))
+
+
+def logit_budget(steps: int, rows: int, size: int) -> int:
+    """Logits that a piece may have, of `rows` drafts (d,) of each of k steps: in proportion to the drafts' own states,
+    so that neither a large vocabulary nor a small model lets them outweigh the rest.
+    """
+    least, most = LOGIT_BUDGET
+    return min(most, max(least, LOGITS_PER_ELEMENT * steps * rows * size))
 
 
 def objective(
@@ -75,21 +90,22 @@ def objective(
     anchors: Anchors,
     settings: TrainingConfig,
     rows: int | None = None,
-    budget: int = LOGIT_BUDGET,
+    budget: int | None = None,
 ) -> tuple[Tensor, StepRecord]:
     """Loss (scalar float32) and step record of one micro-batch. Gradients reach the predictor alone.
 
     Args:
         rows: drafts per step that the pieces are sized for, at least B * A. Ranks that share their parameters (ZeRO-3)
             must all use one number: a piece that runs a head of the predictor gathers its weights on every rank.
-        budget: logits of one piece at most.
+        budget: logits of one piece at most; None: `logit_budget`.
     """
     steps = predictor.steps
     draft = predictor.draft_states(teacher, batch, anchors.index)
     target = target_states(batch, anchors, predictor.offsets)
     rows = rows or anchors.index.numel()
+    budget = budget or logit_budget(steps, rows, draft.shape[-1])
     pieces = count_pieces(rows, teacher.vocab_size, budget)
-    keep_logits = steps * rows * teacher.vocab_size <= budget
+    small = steps * rows * teacher.vocab_size <= budget
     weights = predictor.loss_weights(settings.step_decay)
     total = draft.new_zeros((), dtype=torch.float32)
     weight = torch.zeros((), dtype=torch.float32, device=draft.device)
@@ -97,25 +113,14 @@ def objective(
     hits_BAk = torch.zeros_like(anchors.valid)
     for step in range(1, steps + 1):
         counted_BA = anchors.valid[:, :, step - 1]
-        drafts = draft[:, :, step - 1][counted_BA].tensor_split(pieces)
-        targets = target[:, :, step - 1][counted_BA].tensor_split(pieces)
-        hits = []
-        for draft_piece, target_piece in zip(drafts, targets, strict=True):
-            arguments = (predictor, teacher, draft_piece, target_piece, step, settings)
-            loss, top1, top5 = (
-                _compare(*arguments)
-                if keep_logits
-                # ZeRO-3 hands the same weights out in other storage the second time: no check for equal metadata
-                else checkpoint(
-                    _compare, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-                )
-            )
-            total = total + weights[step - 1] * loss
-            record.sums[0, step - 1] += loss.detach()
-            record.sums[2, step - 1] += top5
-            hits.append(top1)
-        hits_BAk[:, :, step - 1][counted_BA] = torch.cat(hits)
+        compare = partial(_compare, predictor, teacher, settings, step)
+        run = _at_once if not predictor.own_vocabulary else _kept if small else _later
+        loss, top1, top5 = run(compare, draft[:, :, step - 1][counted_BA], target[:, :, step - 1][counted_BA], pieces)
+        total = total + weights[step - 1] * loss
         weight = weight + weights[step - 1] * counted_BA.sum()
+        record.sums[0, step - 1] += loss.detach()
+        record.sums[2, step - 1] += top5
+        hits_BAk[:, :, step - 1][counted_BA] = top1
     chain = predictor.accepted(hits_BAk)  # valid is cumulative in the steps: a chain ends where a step does not count
     record.sums[1] += hits_BAk.sum(dim=(0, 1))
     record.sums[3] += chain.sum(dim=(0, 1))
@@ -124,17 +129,69 @@ def objective(
 
 
 def _compare(
-    predictor: Predictor, teacher: Teacher, draft: Tensor, target: Tensor, step: int, settings: TrainingConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+    predictor: Predictor, teacher: Teacher, settings: TrainingConfig, step: int, draft: Tensor, target: Tensor
+) -> Compared:
     """Drafts (M, d) of one step against the teacher's states (M, d): loss sum, top-1 hits (M,), top-5 hits sum."""
+    draft_logits = predictor.step_logits(teacher, draft, step)
     with torch.no_grad():
         teacher_logits = teacher.head(target)
-    agreement = compare_rows(predictor.step_logits(teacher, draft, step), teacher_logits)
-    loss = getattr(agreement, settings.loss).sum()
+        top1, top5 = hits(draft_logits, teacher_logits.argmax(-1))
+        likely = teacher_logits.log_softmax(-1)
+        del teacher_logits
+    loss = DIVERGENCES[settings.loss](draft_logits.log_softmax(-1), likely).sum()
     if settings.hidden_weight:
         distance = functional.smooth_l1_loss(draft.float(), target.float(), reduction="none").mean(dim=-1)
         loss = loss + settings.hidden_weight * distance.sum()
-    return loss, agreement.top1, agreement.top5.sum()
+    return loss, top1, top5.sum()
+
+
+def _at_once(compare: Compare, draft: Tensor, target: Tensor, pieces: int) -> Compared:
+    """`compare` in pieces whose gradients by the drafts are taken as they come, so that no logits are left behind."""
+    wanted = torch.is_grad_enabled() and draft.requires_grad
+    # All that outlives a piece is made before the first one: what is left among freed logits splits up a CPU's heap.
+    gradient, top1 = torch.empty_like(draft, requires_grad=False), draft.new_empty(len(draft), dtype=torch.bool)
+    loss, top5 = draft.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.long, device=draft.device)
+    parts = (part.tensor_split(pieces) for part in (draft.detach(), target, gradient, top1))
+    for draft_part, target_part, gradient_part, top1_part in zip(*parts, strict=True):
+        leaf = draft_part.detach().requires_grad_(wanted)
+        found = compare(leaf, target_part)
+        if wanted:
+            gradient_part.copy_(torch.autograd.grad(found[0], leaf)[0])
+        loss += found[0].detach()
+        top1_part.copy_(found[1])
+        top5 += found[2]
+        del found
+    return (_Graded.apply(draft, loss, gradient) if wanted else loss), top1, top5
+
+
+def _later(compare: Compare, draft: Tensor, target: Tensor, pieces: int) -> Compared:
+    """`compare` in pieces whose logits are made again in the backward pass."""
+    found = [
+        # ZeRO-3 hands the same weights out in other storage the second time: no check for equal metadata
+        checkpoint(compare, *pair, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        for pair in zip(draft.tensor_split(pieces), target.tensor_split(pieces), strict=True)
+    ]
+    losses, top1, top5 = zip(*found, strict=True)
+    return torch.stack(losses).sum(), torch.cat(top1), torch.stack(top5).sum()
+
+
+def _kept(compare: Compare, draft: Tensor, target: Tensor, pieces: int) -> Compared:
+    """`compare` with all logits kept for the backward pass."""
+    return compare(draft, target)
+
+
+class _Graded(torch.autograd.Function):
+    """A scalar whose gradient by a tensor is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (upstream[0] * gradient).to(gradient.dtype), None, None
 
 
 class ObjectiveModule(nn.Module):

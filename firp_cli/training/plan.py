@@ -1,27 +1,26 @@
 """What a run would take, from its recipe alone: parameters, memory per rank, steps. Loads no weights, starts nothing.
 
-Memory figures are estimates by the rules written beside them; the allocator's slack and the process itself come on top.
+Memory figures follow the rules of training/memory.py, hours those of training/chain.py.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from firp_cli.predictors.registry import build_predictor
-from firp_cli.recipe import PredictorSection, Recipe, TeacherConfig, TrainingConfig, teacher_source
+from firp_cli.recipe import Recipe, TeacherConfig, embedded_folder, teacher_source
 from firp_cli.teacher.stack import Teacher
-from firp_cli.training.batches import PREFETCH, split_validation
-from firp_cli.training.objective import LOGIT_BUDGET
+from firp_cli.training.batches import split_validation
+from firp_cli.training.chain import Chain, Speed, plan_chain
+from firp_cli.training.memory import Line, count_parameters, first_layer, memory_lines, total_bytes
 from firp_cli.training.trainer import data_order, planned_steps
 
-LOGIT_MATRICES = 6  # logits, log-probabilities and probabilities of draft and teacher
-SAVED_PER_ROW = (8, 4)  # elements a decoder layer keeps for the backward pass: times d, times the feed-forward size
 HUB_SECONDS = 2.0
 
 
@@ -29,7 +28,8 @@ HUB_SECONDS = 2.0
 class Plan:
     """Figures of a run; None where they need the teacher's config (`missing` says why) or the store.
 
-    Memory is bytes per rank by name. `trained` counts optimizer steps, `tokens` those of all epochs, all ranks.
+    Memory is bytes per rank by name, `lines` say how. `steps` are the optimizer's, `tokens` those of
+    all epochs, all ranks.
     """
 
     ranks: int
@@ -42,10 +42,20 @@ class Plan:
     conversations: int | None = None
     steps: int | None = None
     tokens: int | None = None
+    lines: list[Line] = field(default_factory=list)
+    chain: Chain | None = None
 
 
-def make_plan(recipe: Recipe, ranks: int, conversations: int | None = None, tokens: int | None = None) -> Plan:
-    """Plan a run over a store of `conversations` and `tokens`; without a store `data.limit` stands for the count.
+def make_plan(
+    recipe: Recipe,
+    ranks: int,
+    conversations: int | None = None,
+    tokens: int | None = None,
+    mean_tokens: int | None = None,
+    speed: Speed | None = None,
+) -> Plan:
+    """Plan a run over a store of `conversations` and `tokens`; without a store `data.limit` stands for the count, and
+    `mean_tokens` (default: `data.max_length`, an upper bound) for the length of each.
 
     Raises PredictorError when a transfer layer is out of the teacher's range.
     """
@@ -57,11 +67,17 @@ def make_plan(recipe: Recipe, ranks: int, conversations: int | None = None, toke
             predictor = build_predictor(recipe.predictor, teacher)
         count = sum(parameter.numel() for parameter in predictor.parameters())
         plan.predictor_parameters, plan.parameters_per_step = count, count // predictor.steps
-        plan.teacher_parameters = _count(teacher.model)
-        plan.teacher_parameters_used = teacher_parameters_used(teacher, recipe.predictor)
-        plan.memory = memory_per_rank(recipe, teacher, count, ranks)
+        plan.teacher_parameters = count_parameters(teacher.model)
+        plan.teacher_parameters_used = teacher_parameters_used(teacher, recipe)
+        plan.lines = memory_lines(recipe, teacher, count, ranks)
+        plan.memory = {line.name: line.bytes for line in plan.lines} | {"total": total_bytes(plan.lines)}
     plan.conversations = conversations if conversations is not None else recipe.data.limit
     settings = recipe.training
+    if plan.conversations and teacher is not None and plan.predictor_parameters is not None:
+        read = plan.conversations * (mean_tokens or recipe.data.max_length) if tokens is None else tokens
+        plan.chain = plan_chain(
+            recipe, teacher, plan.predictor_parameters, ranks, plan.conversations, read, speed or Speed()
+        )
     if plan.conversations:
         training, _ = split_validation(plan.conversations, settings.validation_fraction, settings.seed)
         order = data_order(settings, training, ranks)
@@ -89,7 +105,7 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
     from firp_cli.teacher.looped_llama import register
 
     register()
-    source = teacher_source(config.model)
+    source = _shape(config.model) or teacher_source(config.model)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         try:
@@ -109,6 +125,12 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
         return None, f"the config of {config.model} cannot be read: {first}"
 
 
+def _shape(model: str) -> str | None:
+    """The folder of an embedded config without weights, of a large model that is planned for and not held."""
+    folder = embedded_folder("data") / "shapes" / model
+    return str(folder) if (folder / "config.json").is_file() and not Path(model).is_dir() else None
+
+
 def _hub_reachable() -> bool:
     """Ask once and briefly: the hub's client retries for half a minute where there is no network."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
@@ -122,65 +144,25 @@ def _hub_reachable() -> bool:
     return True
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def planned_memory(recipe: Recipe, ranks: int) -> tuple[Teacher, int, list[Line]] | None:
+    """The teacher without weights, the predictor's parameters and a rank's memory; None without the teacher's config.
+
+    Raises PredictorError for a transfer layer that the teacher does not have.
+    """
+    assert recipe.predictor is not None
+    teacher, _ = skeleton(recipe.teacher)
+    if teacher is None:
+        return None
+    with torch.device("meta"):
+        predictor = build_predictor(recipe.predictor, teacher)
+    parameters = count_parameters(predictor)
+    return teacher, parameters, memory_lines(recipe, teacher, parameters, ranks)
 
 
-def _first_layer(config: PredictorSection, teacher: Teacher) -> int:
-    """The lowest layer that training runs; L for predictors that read the final state only."""
-    return min(config.transfer_layers, default=teacher.num_layers)
-
-
-def teacher_parameters_used(teacher: Teacher, config: PredictorSection) -> int:
+def teacher_parameters_used(teacher: Teacher, recipe: Recipe) -> int:
     """Frozen parameters that a training step runs through: layers from the first transfer layer on, and the head."""
-    first = _first_layer(config, teacher)
+    first = first_layer(recipe, teacher)
     unique = list(teacher.layers.children())
     order = teacher.looped.order if teacher.looped else range(teacher.num_layers)
-    upper = sum(_count(unique[number]) for number in sorted(set(order[first:])))
-    return upper + _count(teacher.model.get_output_embeddings())
-
-
-def memory_per_rank(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int) -> dict[str, int]:
-    """Bytes on one rank's device by what holds them, at the longest conversations that `data.max_length` allows."""
-    assert recipe.predictor is not None
-    settings, config = recipe.training, teacher.model.config.get_text_config()
-    width = torch.finfo(teacher.dtype).bits // 8
-    size, layers = teacher.hidden_size, teacher.num_layers
-    batch, anchors, length = settings.micro_batch_size, settings.anchors_per_sequence, recipe.data.max_length
-    transfers = recipe.predictor.transfer_layers
-    steps = int(getattr(recipe.predictor, "steps", 1))
-    memory = {"teacher weights": _count(teacher.model) * width}
-    memory |= optimizer_memory(settings, parameters, ranks)
-    states = batch * length * size * width * (1 + len(recipe.predictor.required_layers(teacher)))
-    memory["hidden states, read ahead"] = states * (PREFETCH + 1)
-    if transfers:
-        per_row = SAVED_PER_ROW[0] * size + SAVED_PER_ROW[1] * int(getattr(config, "intermediate_size", 4 * size))
-        rows = sum((layers - layer) * batch * anchors for layer in transfers)
-        seen = length + steps * anchors
-        keys = 2 * batch * seen * size * (layers - transfers[0])
-        memory["pseudo rows, kept for the backward pass"] = (rows * per_row + keys) * width
-        memory["attention masks"] = batch * seen * seen * (width + 1)
-    else:
-        memory["drafts"] = 4 * steps * batch * anchors * size * width
-    logits = min(LOGIT_BUDGET, max(teacher.vocab_size, steps * batch * anchors * teacher.vocab_size))
-    memory["logits, one piece"] = logits * 4 * LOGIT_MATRICES
-    memory["total"] = sum(memory.values())
-    return memory
-
-
-def optimizer_memory(settings: TrainingConfig, parameters: int, ranks: int) -> dict[str, int]:
-    """Bytes per rank of the predictor's weights, gradients and AdamW states: ZeRO 1 shards the states over the ranks,
-    2 the gradients too, 3 the weights too. bf16, and every stage above 0, keeps a float32 copy with the states.
-    """
-    stage = settings.zero_stage
-    width = 2 if settings.precision == "bf16" else 4
-    copy = 4 if settings.precision == "bf16" or stage else 0
-
-    def shard(count: int, sharded: bool) -> int:
-        return math.ceil(count / ranks) if sharded else count
-
-    return {
-        "predictor weights": shard(parameters * width, stage >= 3),
-        "predictor gradients": shard(parameters * (4 if stage == 0 else width), stage >= 2),
-        "optimizer states": shard(parameters * (8 + copy), stage >= 1),
-    }
+    upper = sum(count_parameters(unique[number]) for number in sorted(set(order[first:])))
+    return upper + count_parameters(teacher.model.get_output_embeddings())

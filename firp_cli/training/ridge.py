@@ -18,7 +18,6 @@ from torch import Tensor
 from firp_cli.errors import NumericsError
 from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate
 from firp_cli.predictors.base import Predictor, SequenceBatch
-from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.stack import Teacher
 from firp_cli.training.batches import fetch
 
@@ -133,8 +132,12 @@ def states_at(teacher: Teacher, batch: SequenceBatch, layers: list[int]) -> dict
     if last > first:
         rows = batch.input_ids.shape[1]
         positions = torch.arange(rows, device=batch.input_ids.device).expand(batch.input_ids.shape)
-        mask = teacher.sequence_mask(causal_allowed(batch.lengths, rows), positions)
         teacher.run(
-            states[first], positions, mask, first, last, on_layer=lambda layer, hidden: states.update({layer: hidden})
+            states[first],
+            positions,
+            teacher.causal_mask(rows),
+            first,
+            last,
+            on_layer=lambda layer, hidden: states.update({layer: hidden}),
         )
     return {layer: states[layer] for layer in layers}
