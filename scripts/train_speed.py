@@ -98,7 +98,7 @@ def main() -> None:
     never = {"validate_every": 10**9, "save_every": 10**9, "validation_fraction": 0.0}
     alone = recipe.model_copy(update={"training": recipe.training.model_copy(update=never)})
     rates: dict[str, list[float]] = {"bare loop": [], "firp train, steps": [], "firp train, whole": []}
-    with tempfile.TemporaryDirectory(dir=".") as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         collect_store(teacher, recipe.data, list(recipe.predictor.required_layers(teacher)), folder / "store")
         store = Store.open(folder / "store", layers=recipe.predictor.required_layers(teacher))
