@@ -62,6 +62,10 @@ def test_the_chain_of_a_large_teacher_is_its_arithmetic(name: str):
     assert plan.memory["optimizer states"] == 12 * 4 * size * size // ranks
     assert plan.memory["pseudo rows, for backward"] == 2 * batch * 64 * 4 * upper * (8 * size + 4 * feed)
     assert plan.memory["total"] < 80e9
+    collecting = {line.name: line.bytes for line in plan.collecting}
+    assert collecting["teacher weights"] == -(-plan.teacher_parameters // shared) * 2
+    assert collecting["states kept"] == 4096 * 2 * size * 2
+    assert sum(collecting.values()) < 80e9
 
 
 @pytest.mark.parametrize("name", list(SHAPES))

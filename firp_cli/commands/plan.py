@@ -61,9 +61,14 @@ def print_plan(
     if found.lines and found.memory:
         rows = [[line.name, readable(line.bytes), line.rule] for line in found.lines]
         rows.append(["total", readable(found.memory["total"]), "ridge start and training come one after the other"])
-        console.print(rich_table(["memory per rank", "", "arithmetic"], rows, left=1))
+        console.print(rich_table(["memory per rank", "", "arithmetic"], rows, left=1, remark=True))
+        rows = [[line.name, readable(line.bytes), line.rule] for line in found.collecting]
+        rows.append(["total", readable(sum(line.bytes for line in found.collecting)), ""])
+        console.print(rich_table(["while collecting", "", "arithmetic"], rows, left=1, remark=True))
     if found.chain:
-        console.print(rich_table(["chain", "", ""], _chain_cells(found.chain, speed, tokens is not None), left=1))
+        console.print(
+            rich_table(["chain", "", ""], _chain_cells(found.chain, speed, tokens is not None), left=1, remark=True)
+        )
     if found.missing:
         typer.echo(f"{found.missing}; parameter and memory figures need it")
     if verdict:

@@ -8,7 +8,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from firp_cli.records import BenchReport, BenchRow, EvalReport, Interval, PipelineReport, TickCost
 from firp_cli.reports.teachers import NOTE, by_teacher, row_label, teacher_column
@@ -184,14 +184,18 @@ def eval_table(report: EvalReport) -> Table:
     return rich_table(eval_headers(report), eval_cells(report))
 
 
-def rich_table(headers: Sequence[str], cells: Cells, left: int = 0, fixed: bool = True) -> Table:
-    """A plain table; the first `left` columns flush left, the others right. `fixed`: cells never wrap."""
+def rich_table(headers: Sequence[str], cells: Cells, left: int = 0, fixed: bool = True, remark: bool = False) -> Table:
+    """A plain table; the first `left` columns flush left, the others right. `fixed`: cells never wrap. `remark`: the
+    last column is text, flush left, and makes room for the others by wrapping.
+    """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for place, header in enumerate(headers):
-        table.add_column(header, justify="left" if place < left else "right", no_wrap=fixed, overflow="fold")
+        text = remark and place == len(headers) - 1
+        justify: Literal["left", "right"] = "left" if text or place < left else "right"
+        table.add_column(header, justify=justify, no_wrap=fixed and not text, overflow="fold")
     for line in cells:
         table.add_row(*map(_literal, line))
     return table

@@ -77,6 +77,24 @@ def memory_lines(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int) 
     return lines
 
 
+def collecting_lines(recipe: Recipe, teacher: Teacher, ranks: int) -> list[Line]:
+    """A rank's device memory while states are collected: the whole teacher, or its share of it, and one forward."""
+    assert recipe.predictor is not None
+    width, tokens = torch.finfo(teacher.dtype).bits // 8, max(recipe.data.pack_tokens, recipe.data.max_length)
+    size, feed = teacher.hidden_size, _feed_forward(teacher)
+    kept = 1 + len(recipe.predictor.required_layers(teacher))
+    return [
+        Line("process", PROCESS_BYTES, "libraries, context, allocator"),
+        *_weight_lines(recipe, teacher, ranks, count_parameters(teacher.model), "all layers"),
+        Line(
+            "rows in one layer",
+            tokens * (PASSING_PER_ROW[0] * size + PASSING_PER_ROW[1] * feed) * width,
+            "N*(4d + 3f)*w",
+        ),
+        Line("states kept", tokens * size * width * kept, f"N*d*w*{kept}, N tokens of a forward"),
+    ]
+
+
 def first_layer(recipe: Recipe, teacher: Teacher) -> int:
     """The lowest layer that training runs; L for predictors that read the final state only."""
     assert recipe.predictor is not None
@@ -100,8 +118,11 @@ def count_parameters(module: torch.nn.Module) -> int:
 
 
 def _teacher_lines(recipe: Recipe, teacher: Teacher, ranks: int) -> list[Line]:
+    return _weight_lines(recipe, teacher, ranks, *held_parameters(recipe, teacher))
+
+
+def _weight_lines(recipe: Recipe, teacher: Teacher, ranks: int, held: int, which: str) -> list[Line]:
     width = torch.finfo(teacher.dtype).bits // 8
-    held, which = held_parameters(recipe, teacher)
     if recipe.teacher.sharding != "zero3":
         return [Line("teacher weights", held * width, f"{held:,} ({which}) * w")]
     parts = [*teacher.layers.children(), teacher.model.get_output_embeddings()]
@@ -118,7 +139,7 @@ def _row_lines(recipe: Recipe, teacher: Teacher, width: int) -> list[Line]:
     settings, size, layers = recipe.training, teacher.hidden_size, teacher.num_layers
     batch, anchors, length = settings.micro_batch_size, settings.anchors_per_sequence, recipe.data.max_length
     transfers = recipe.predictor.transfer_layers
-    feed = int(getattr(teacher.model.config.get_text_config(), "intermediate_size", 0) or 4 * size)
+    feed = _feed_forward(teacher)
     per_row = SAVED_PER_ROW[0] * size + SAVED_PER_ROW[1] * feed
     runs = sum(layers - layer for layer in transfers)
     seen, pseudo = length + len(transfers) * anchors, len(transfers) * anchors
@@ -132,6 +153,10 @@ def _row_lines(recipe: Recipe, teacher: Teacher, width: int) -> list[Line]:
         Line("real rows in one layer", passing, "B*T*(4d + 3f)*w"),
         Line("attention mask", mask, f"min(B*P*(T + P)*w, {MASK_BUDGET >> 20} MiB)"),
     ]
+
+
+def _feed_forward(teacher: Teacher) -> int:
+    return int(getattr(teacher.model.config.get_text_config(), "intermediate_size", 0) or 4 * teacher.hidden_size)
 
 
 def optimizer_memory(settings: TrainingConfig, parameters: int, ranks: int) -> dict[str, int]:

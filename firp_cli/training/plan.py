@@ -18,7 +18,14 @@ from firp_cli.recipe import Recipe, TeacherConfig, embedded_folder, teacher_sour
 from firp_cli.teacher.stack import Teacher
 from firp_cli.training.batches import split_validation
 from firp_cli.training.chain import Chain, Speed, plan_chain
-from firp_cli.training.memory import Line, count_parameters, first_layer, memory_lines, total_bytes
+from firp_cli.training.memory import (
+    Line,
+    collecting_lines,
+    count_parameters,
+    first_layer,
+    memory_lines,
+    total_bytes,
+)
 from firp_cli.training.trainer import data_order, planned_steps
 
 HUB_SECONDS = 2.0
@@ -28,8 +35,8 @@ HUB_SECONDS = 2.0
 class Plan:
     """Figures of a run; None where they need the teacher's config (`missing` says why) or the store.
 
-    Memory is bytes per rank by name, `lines` say how. `steps` are the optimizer's, `tokens` those of
-    all epochs, all ranks.
+    `memory` is bytes per rank of training by name, `lines` say how, `collecting` the same of collecting. `steps` are the
+    optimizer's, `tokens` those of all epochs, all ranks.
     """
 
     ranks: int
@@ -43,6 +50,7 @@ class Plan:
     steps: int | None = None
     tokens: int | None = None
     lines: list[Line] = field(default_factory=list)
+    collecting: list[Line] = field(default_factory=list)
     chain: Chain | None = None
 
 
@@ -69,6 +77,7 @@ def make_plan(
         plan.predictor_parameters, plan.parameters_per_step = count, count // predictor.steps
         plan.teacher_parameters = count_parameters(teacher.model)
         plan.teacher_parameters_used = teacher_parameters_used(teacher, recipe)
+        plan.collecting = collecting_lines(recipe, teacher, ranks)
         plan.lines = memory_lines(recipe, teacher, count, ranks)
         plan.memory = {line.name: line.bytes for line in plan.lines} | {"total": total_bytes(plan.lines)}
     plan.conversations = conversations if conversations is not None else recipe.data.limit
