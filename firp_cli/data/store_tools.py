@@ -307,6 +307,7 @@ def _fill(
         writer.write(plan, joined.shard(indices[plan.first : plan.next], dtype))
         done += sum(lengths[plan.first : plan.next])
         progress(done, total)
+    writer.fold()
     return _summary(writer, len(pending))
 
 

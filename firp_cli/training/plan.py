@@ -35,7 +35,7 @@ HUB_SECONDS = 2.0
 class Plan:
     """Figures of a run; None where they need the teacher's config (`missing` says why) or the store.
 
-    `memory` is bytes per rank of training by name, `lines` say how, `collecting` the same of collecting. `steps` are the
+    `memory` is bytes per rank of training by name, `lines` say how; `collecting` is that of collecting. `steps` are the
     optimizer's, `tokens` those of all epochs, all ranks.
     """
 
