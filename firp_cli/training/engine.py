@@ -6,6 +6,7 @@ The frozen teacher stays outside. AdamW is torch's: DeepSpeed's own compiles an 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from firp_cli.training.objective import ObjectiveModule
 
 ADAM_BETAS = (0.9, 0.95)
 FINAL_RATE = 0.1  # of the peak learning rate, where the cosine ends
+MMAP_THRESHOLD, GIVEN_BACK = -3, 4 << 20  # mallopt's parameter; bytes of a block from which on it is given back
 
 
 def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
@@ -67,6 +69,16 @@ def build_engine(
         config=deepspeed_config(settings, accumulation),
     )
     return engine
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library give large freed blocks of a CPU run back at once, where it is glibc.
+
+    Its own threshold rises to the largest block freed so far; pieces of logits then come from the heap and leave holes
+    in it, and a run with a large vocabulary holds more than it uses (`scripts/memory_growth.py`).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, GIVEN_BACK)
 
 
 def optimizer_step(engine: Any, settings: TrainingConfig) -> float | None:

@@ -34,7 +34,7 @@ from firp_cli.teacher.stack import Teacher
 from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training.batches import VALIDATION_EPOCH, MicroBatch, Order, Prefetcher, Reader, split_validation
 from firp_cli.training.checkpoint import RunState
-from firp_cli.training.engine import build_engine, optimizer_step, predictor_weights
+from firp_cli.training.engine import build_engine, give_back_freed_memory, optimizer_step, predictor_weights
 from firp_cli.training.journal import Journal, Listener
 from firp_cli.training.objective import FIELDS, StepRecord
 from firp_cli.training.ridge import ridge_start
@@ -103,6 +103,8 @@ def train(
     if not len(store):
         raise StoreError("the store has no conversation; fill it with `firp collect`")
     start()
+    if teacher.device.type == "cpu":
+        give_back_freed_memory()
     with checkpoints.locked(output):
         return _train(recipe, teacher, store, output, resume, listener or Listener(), store_summary or {})
 
