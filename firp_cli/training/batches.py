@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from threading import Barrier
 
 import numpy as np
 import torch
@@ -145,13 +146,31 @@ def fetch(store: Sequence[Sequenced], indices: Sequence[int]) -> list[Sequenced]
     return [store[index] for index in indices] if together is None else together(indices)
 
 
+def _single_threaded_pool(readers: int) -> ThreadPoolExecutor:
+    """A pool whose threads compute on one core each: a second team of workers would take cores from the training step,
+    for longer than reading lasts, since idle workers spin.
+    """
+    pool, together = ThreadPoolExecutor(readers, thread_name_prefix="reader"), Barrier(readers)
+
+    def calm(_: int) -> None:
+        torch.get_num_threads()  # the first call in a thread takes over the number of all others
+        torch.set_num_threads(1)
+        together.wait()  # so that every thread of the pool comes here
+
+    before = torch.get_num_threads()
+    list(pool.map(calm, range(readers)))
+    torch.set_num_threads(before)  # the number is kept by thread, but the matrix library's is everybody's
+    return pool
+
+
 class Prefetcher:
     """Reads micro-batches in `readers` threads; iterate to get them in order. `waited` sums the seconds of waiting."""
 
     def __init__(self, reader: Reader, wanted: Iterator[tuple[list[int], int]], readers: int = 1) -> None:
         self.waited = 0.0
         self._reader, self._wanted = reader, wanted
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")
+        computes = hasattr(reader.store, "fetch")  # states made on the fly want all cores
+        self._pool = ThreadPoolExecutor(readers) if computes else _single_threaded_pool(readers)
         self._ahead: deque[Future[MicroBatch]] = deque()
         self._submit(PREFETCH + readers - 1)
 
