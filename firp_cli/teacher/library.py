@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from threading import Lock
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -72,6 +73,7 @@ class LibraryStack:
                 f"{teacher}: {type(first).__name__} takes no cache that is known ({', '.join(CACHE_NAMES)})"
             )
         self._cache_name = named[0]
+        self._within, self._guard, self._own = 0, Lock(), ""
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
         return list(self._rotary(hidden, positions))
@@ -106,14 +108,23 @@ class LibraryStack:
 
     @contextmanager
     def _kernel(self) -> Iterator[None]:
-        """The library's layers look up their attention by name at every call; `generate` must not find ours."""
+        """The library's layers look up their attention by name at every call; `generate` must not find ours.
+
+        Threads may run layers side by side (states made on the fly, while a step trains): the last one out restores.
+        """
         register_kernel()
-        own = self._config._attn_implementation
-        self._config._attn_implementation = KERNEL
+        with self._guard:
+            if not self._within:
+                self._own = self._config._attn_implementation
+                self._config._attn_implementation = KERNEL
+            self._within += 1
         try:
             yield
         finally:
-            self._config._attn_implementation = own
+            with self._guard:
+                self._within -= 1
+                if not self._within:
+                    self._config._attn_implementation = self._own
 
 
 def register_kernel() -> None:
