@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +14,7 @@ from conftest import make_predictor, random_prompts, sequence_batch, tiny_teache
 from firp_cli.predictors.anchors import choose_anchors
 from firp_cli.teacher import sequence_attention
 from firp_cli.teacher.attention import AttentionMask, attend, causal_allowed, pseudo_positions
-from firp_cli.teacher.sequence_attention import AnchoredMask, CausalRows, DenseAnchoredMask
+from firp_cli.teacher.sequence_attention import AnchoredMask, CausalMask, CausalRows, DenseAnchoredMask
 from firp_cli.teacher.stack import Teacher
 
 WINDOWS = [None, 1, 5, 100]
@@ -53,6 +57,41 @@ def test_pseudo_states_attend_as_under_the_dense_mask(window: int | None, budget
             results.append((output.detach(), queries.grad, keys.grad, values.grad))
         for expected, found in zip(*results, strict=True):
             torch.testing.assert_close(found, expected)
+
+
+class HeldMask(CausalMask):
+    """A causal mask whose first layer waits until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.inside, self.go = Event(), Event()
+
+    def additive(self, window: int | None) -> CausalRows:
+        held = self
+
+        class Held(CausalRows):
+            def attend(self, *arguments: Any) -> Tensor:
+                held.inside.set()
+                assert held.go.wait(30)
+                return super().attend(*arguments)
+
+        return Held(window)
+
+
+def test_threads_within_the_librarys_layers_do_not_take_each_others_attention_away(teacher: Teacher):
+    """The one that came first leaves first; the other's further layers, and later ones, still find the right one."""
+    config, positions = teacher.model.config, torch.arange(9)[None]
+    own, ids = config._attn_implementation, torch.arange(3, 12)[None]
+    expected = teacher.run(teacher.embed(ids), positions, CausalMask())
+    first, second = HeldMask(), HeldMask()
+    with ThreadPoolExecutor(2) as pool:
+        results = []
+        for mask in (first, second):
+            results.append(pool.submit(teacher.run, teacher.embed(ids), positions, mask))
+            assert mask.inside.wait(30)
+        for mask, result in zip((first, second), results, strict=True):
+            mask.go.set()
+            torch.testing.assert_close(result.result(), expected)
+    assert config._attn_implementation == own
 
 
 @pytest.mark.parametrize("section", [{"kind": "firp", "layer": 1}, {"kind": "hidden_transfer", "layers": [1, 2, 3]}])
