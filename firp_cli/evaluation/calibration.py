@@ -25,6 +25,7 @@ class TuneSettings:
         most_rows: rows of a step and sequence at most; None: MOST_ROWS, on CUDA devices MOST_ROWS_CUDA.
         trial: decode the prompts kept back with the chosen trees. repeats: of that.
         again: measure the machine's costs anew. seconds: of that; None: 50, on CUDA devices 15.
+        sittings: at which whole steps are timed, of each batch size; None: one on CUDA devices, elsewhere several.
         engine: how steps are run.
 
     Raises UsageError.
@@ -41,6 +42,7 @@ class TuneSettings:
     repeats: int = 2
     again: bool = False
     seconds: float | None = None
+    sittings: int | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:

@@ -250,7 +250,7 @@ class Tuner:
         """
         contests = [self.contest(batch) for batch in self.batches]
         sittings = 1 if self.teacher.device.type == "cuda" else max(LEAST_SITTINGS, SITTINGS // len(contests))
-        for _ in range(sittings):
+        for _ in range(self.settings.sittings or sittings):
             for contest in contests:
                 self.sit(contest)
         return [self.choose(contest) for contest in contests]

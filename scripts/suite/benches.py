@@ -109,6 +109,7 @@ def tune_settings(sizes: Sizes, seconds: float, brief: bool) -> TuneSettings:
         repeats=1,
         again=True,
         seconds=min(sizes.tune_seconds, PASSES_SHARE * seconds),
+        sittings=sizes.tune_sittings,
     )
 
 

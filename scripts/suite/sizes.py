@@ -76,6 +76,7 @@ class Sizes:
         bench_prompts, bench_tokens, bench_repeats: of the bench, prompts of each data set at most.
         exact_prompts: of the fp32 comparison. tune_prompts: of `tune`, of each data set. tuned, tune_rows: predictors,
             and rows of a step, at most. tune_batches: that get a tree. tune_seconds: of measuring passes, at most.
+            tune_sittings: at which whole steps are timed; None: as many as the device asks for.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Sizes:
     tune_rows: int
     tune_batches: tuple[int, ...]
     tune_seconds: float
+    tune_sittings: int | None
 
 
 FULL = Sizes(
@@ -149,6 +151,7 @@ FULL = Sizes(
     tune_rows=256,
     tune_batches=(1, 8),
     tune_seconds=6.0,
+    tune_sittings=None,
 )
 QUICK = replace(
     FULL,
@@ -202,4 +205,5 @@ TOY = Sizes(
     tune_rows=6,
     tune_batches=(1,),
     tune_seconds=1.0,
+    tune_sittings=3,
 )
