@@ -2,9 +2,10 @@
 """Writing and reading a store against plain safetensors on the same disk: MB/s, interleaved, medians.
 
 Both write the same tensors into as many files and sync them. The store also scales states to its dtype, looks for NaN,
-hashes, renames, and keeps its manifest. Both read the files from end to end one conversation at a time, in order and
-shuffled, into memory of their own; a store of int8 or float8 gives floats back. Files are synced and dropped from the
-page cache before each reading; the last column says how much of what was read came from the disk.
+hashes, renames, and keeps its manifest; as in `firp collect`, a thread writes one shard while the next one is scaled.
+Both read the files from end to end one conversation at a time, in order and shuffled, into one piece of memory, as the
+training's reader fills a batch; a store of int8 or float8 gives floats back. Files are synced and dropped from the page
+cache before each reading; the last column says how much of what was read came from the disk.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -29,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from firp_cli.data.store import FLOATS, SCALED, Store, compress
+from firp_cli.data.store import FLOATS, SCALED, Store, compress, expand
 from firp_cli.data.store_writer import LEAST_SHARDS, ShardPlan, StoreWriter
 from firp_cli.provenance import environment
 
@@ -87,8 +89,15 @@ def write_store(corpus: Corpus, dtype: str, folder: Path) -> None:
         plans = writer.plan(corpus.lengths * corpus.shards, {})
         if [plan.next for plan in plans] != [count * number for number in range(1, corpus.shards + 1)]:
             raise SystemExit(f"shards of {corpus.shard_tokens} tokens are cut otherwise: give {LEAST_SHARDS} or fewer")
-        for plan in plans:
-            writer.write(plan, tensors_of(corpus, dtype))
+        with ThreadPoolExecutor(1) as pool:
+            writing: Future[Any] | None = None
+            for plan in plans:
+                tensors = tensors_of(corpus, dtype)
+                if writing:
+                    writing.result()
+                writing = pool.submit(writer.write, plan, tensors)
+            if writing:
+                writing.result()
 
 
 def write_plain(tensors: dict[str, Tensor], shards: int, folder: Path) -> None:
@@ -102,32 +111,40 @@ def write_plain(tensors: dict[str, Tensor], shards: int, folder: Path) -> None:
 
 
 def read_store(folder: Path, order: Sequence[int]) -> None:
-    """Every conversation of `order` with all its states, in memory of its own."""
-    store = Store.open(folder)
-    mapped = store.manifest["dtype"] in FLOATS
+    """Every conversation of `order` with all its states."""
+    store, memory = Store.open(folder), Memory()
     for index in order:
-        item = store[index]
-        for states in (*item.hidden.values(), item.final) if mapped else ():  # floats from int8 are new already
-            _keep(states)
-        _keep(item.loss_mask)
+        rows = store.stored(index)
+        for name, stored in rows.items():
+            scale = rows.get(f"{name}.scale")
+            expand(stored, scale, out=memory.like(stored, stored.dtype if scale is None else torch.float32))
 
 
 def read_plain(folder: Path, order: Sequence[int], lengths: Sequence[int]) -> None:
     """The same rows by name and place from open safetensors files, as they are stored."""
     files = [safe_open(path, framework="pt") for path in sorted(folder.glob("shard-*"))]
     tensors = [{name: file.get_tensor(name) for name in file.keys()} for file in files]  # noqa: SIM118
-    bounds = list(pairwise([0, *accumulate(lengths)]))
+    bounds, memory = list(pairwise([0, *accumulate(lengths)])), Memory()
     for index in order:
         shard, place = divmod(index, len(bounds))
         start, end = bounds[place]
         for name, tensor in tensors[shard].items():
             if name != "sequence_offsets":
-                _keep(tensor[start:end])
+                memory.like(tensor[start:end], tensor.dtype).copy_(tensor[start:end])
 
 
-def _keep(rows: Tensor) -> Tensor:
-    """A copy: what lies in a memory map is read from the disk only when it is touched."""
-    return rows.clone()
+class Memory:
+    """Memory that is used again: what lies in a map is read from the disk only when it is copied."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.zeros(1 << 24, dtype=torch.uint8)
+
+    def like(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Room for as many numbers of a type."""
+        size = rows.numel() * dtype.itemsize
+        if size > len(self._bytes):
+            self._bytes = torch.zeros(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(rows.shape)
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -224,7 +241,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", *SCALED], choices=[*FLOATS, *SCALED])
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per shard")
-    parser.add_argument("--shards", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print JSON with every repeat instead of the table")
     arguments = parser.parse_args()

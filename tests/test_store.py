@@ -14,6 +14,8 @@ from torch import Tensor
 from firp_cli.data.store import Store, bytes_per_token, compress, expand
 from firp_cli.data.store_writer import ShardPlan, StoreWriter, plan_shards
 from firp_cli.errors import FingerprintError, NumericsError, StoreError
+from firp_cli.predictors.anchors import collate
+from firp_cli.training.batches import read_batch
 
 HIDDEN, LAYERS = 8, (1, 3)
 LENGTHS = [5, 3, 9, 4, 7, 2]
@@ -119,6 +121,19 @@ def test_only_the_layers_asked_for_are_read(tmp_path: Path) -> None:
     assert Store.open(tmp_path / "store", layers=[])[0].hidden == {}
     with pytest.raises(StoreError, match=r"holds layers \[1, 3\], not \[2\]; collect another with --layers 1,2,3"):
         Store.open(tmp_path / "store", layers=[2, 3])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8"])
+def test_a_batch_is_what_collating_its_conversations_gives(tmp_path: Path, dtype: str) -> None:
+    fill(tmp_path / "store", dtype)
+    opened = Store.open(tmp_path / "store", layers=[3])
+    for indices in ([4, 0, 5], [2], [1, 1]):
+        batch, expected = read_batch(opened, indices), collate([opened[index] for index in indices])
+        assert list(batch.hidden) == list(expected.hidden) == [3]
+        for name in ("input_ids", "lengths", "loss_mask", "final"):
+            got, wanted = getattr(batch, name), getattr(expected, name)
+            assert got.dtype == wanted.dtype and torch.equal(got, wanted), name
+        assert batch.hidden[3].dtype == expected.hidden[3].dtype and torch.equal(batch.hidden[3], expected.hidden[3])
 
 
 def test_indices_slices_and_copies(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from firp_cli.collecting.corpus import Corpus, Progress
 from firp_cli.collecting.forward import accompany, capture
 from firp_cli.data.rows import Message
-from firp_cli.data.store import compress, state_names
+from firp_cli.data.store import compress, room, state_names
 from firp_cli.data.store_writer import FOLD_SECONDS, ShardPlan, ShardWriter, StoreWriter, is_whole, text_fingerprint
 from firp_cli.distributed.control import Control
 from firp_cli.errors import LaunchError, StoreError
@@ -227,7 +227,7 @@ def _shard_tensors(
     }
     for name in state_names(layers):
         for suffix, sample in compress(torch.zeros(1, teacher.hidden_size), dtype).items():
-            tensors[name + suffix] = torch.empty(starts[-1], sample.shape[1], dtype=sample.dtype)
+            tensors[name + suffix] = room((starts[-1], sample.shape[1]), sample.dtype)
 
     def sink(batch: list[int], states: dict[str, Tensor]) -> None:
         for name, rows in states.items():

@@ -13,9 +13,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,7 +31,7 @@ FINAL = "hidden.final"
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCALED = {"int8": (torch.int8, 127.0), "float8": (torch.float8_e4m3fn, 448.0)}  # type, largest value
 TOKEN_BYTES = 4 + 1  # an int32 id and a bool of the mask
-CACHED = 1 << 18  # numbers that are scaled at once: passes over main memory would take five times as long
+CACHED = 1 << 19  # numbers that are scaled at once: passes over main memory would take five times as long
 SCALE = torch.bfloat16  # of a scaled row: two bytes matter where rows are short
 
 
@@ -57,6 +59,14 @@ def bytes_per_token(hidden_size: int, layers: int, dtype: str) -> int:
     return TOKEN_BYTES + (layers + 1) * each
 
 
+def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Uninitialised memory. On a CPU numpy's: it asks for huge pages, and new small ones take longer than scaling."""
+    if torch.device(device).type != "cpu":
+        return torch.empty(*shape, dtype=dtype, device=device)
+    memory: Tensor = torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, np.uint8))
+    return memory.view(dtype).view(*shape)
+
+
 def compress(states: Tensor, dtype: str) -> dict[str, Tensor]:
     """States (T, d) as stored, by name suffix. int8 and float8 rows are scaled so that their largest entry fits.
 
@@ -65,7 +75,7 @@ def compress(states: Tensor, dtype: str) -> dict[str, Tensor]:
     if dtype in FLOATS:
         return {"": states.to(FLOATS[dtype])}
     kind, largest = SCALED[dtype]
-    stored = torch.empty(states.shape, dtype=kind, device=states.device)
+    stored = room(states.shape, kind, states.device)
     scales = torch.empty((*states.shape[:-1], 1), dtype=SCALE, device=states.device)
     rows = _rows_at_once(states)
     scratch = torch.empty(states[:rows].shape, device=states.device)
@@ -92,12 +102,12 @@ def _round_up(scale: Tensor) -> Tensor:
     return torch.where(scale.isfinite(), above, scale).to(SCALE)
 
 
-def expand(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """Stored rows (T, d) as floats: float32 where they were scaled, else as they are."""
+def expand(stored: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Stored rows (T, d) as floats: float32 where they were scaled, else as they are. `out`: memory (T, d) for them."""
     if scale is None:
-        return stored
+        return stored if out is None else out.copy_(stored)
     rows = _rows_at_once(stored)
-    values = torch.empty(stored.shape, device=stored.device)
+    values = room(stored.shape, torch.float32, stored.device) if out is None else out
     float8 = stored.dtype == torch.float8_e4m3fn
     scratch = torch.empty(stored[:rows].shape if float8 else 0, dtype=torch.int16, device=stored.device)
     for source, target, factor in zip(stored.split(rows), values.split(rows), scale.float().split(rows), strict=True):

@@ -18,7 +18,9 @@ from threading import Barrier
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from firp_cli.data.store import FINAL, Store, expand, state_names
 from firp_cli.predictors.anchors import Anchors, Sequenced, choose_anchors, collate
 from firp_cli.predictors.base import SequenceBatch
 
@@ -133,17 +135,48 @@ class Reader:
         self.device, self.dtype = device, dtype
 
     def read(self, indices: list[int], epoch: int) -> MicroBatch:
-        batch = collate(fetch(self.store, indices))
+        batch = read_batch(self.store, indices)
         seeds = [anchor_seed(self.seed, epoch, index) for index in indices]
         anchors = choose_anchors(batch, self.steps, self.limit, seeds)
         on_device = Anchors(anchors.index.to(self.device), anchors.valid.to(self.device))
         return MicroBatch(batch.to(self.device, self.dtype), on_device, indices)
 
 
-def fetch(store: Sequence[Sequenced], indices: Sequence[int]) -> list[Sequenced]:
-    """Conversations of a store; all at once where it can do that (one that computes states runs one forward)."""
+def read_batch(store: Sequence[Sequenced], indices: Sequence[int]) -> SequenceBatch:
+    """Conversations of a store, right-padded; all at once where it can do that (one that computes states runs one
+    forward).
+    """
+    if isinstance(store, Store):
+        return _read_mapped(store, indices)
     together: Callable[[Sequence[int]], list[Sequenced]] | None = getattr(store, "fetch", None)
-    return [store[index] for index in indices] if together is None else together(indices)
+    return collate([store[index] for index in indices] if together is None else together(indices))
+
+
+def _read_mapped(store: Store, indices: Sequence[int]) -> SequenceBatch:
+    """What `collate` would make of these conversations, without new memory for each: its pages would cost more than
+    reading.
+    """
+    found = [store.stored(index) for index in indices]
+    lengths = [len(rows["input_ids"]) for rows in found]
+
+    def padded(name: str) -> Tensor:
+        scale = f"{name}.scale"
+        first = found[0][name]
+        dtype = torch.float32 if scale in found[0] else first.dtype
+        batch = torch.empty(len(found), max(lengths), *first.shape[1:], dtype=dtype)
+        for rows, length, target in zip(found, lengths, batch, strict=True):
+            expand(rows[name], rows.get(scale), out=target[:length])
+            target[length:] = 0
+        return batch
+
+    hidden = {layer: padded(name) for name, layer in state_names(store.layers).items() if layer is not None}
+    return SequenceBatch(
+        input_ids=padded("input_ids").long(),
+        lengths=torch.tensor(lengths),
+        loss_mask=padded("loss_mask"),
+        final=padded(FINAL),
+        hidden=hidden,
+    )
 
 
 def _single_threaded_pool(readers: int) -> ThreadPoolExecutor:

@@ -16,10 +16,10 @@ import torch.distributed
 from torch import Tensor
 
 from firp_cli.errors import NumericsError
-from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate
+from firp_cli.predictors.anchors import Sequenced, choose_anchors
 from firp_cli.predictors.base import Predictor, SequenceBatch
 from firp_cli.teacher.stack import Teacher
-from firp_cli.training.batches import fetch
+from firp_cli.training.batches import read_batch
 
 Progress = Callable[[int, int | None], None]
 
@@ -92,7 +92,7 @@ def ridge_start(
     # a rank without conversations repeats the first, uncounted: a teacher shared over ranks needs all in each forward
     for start in range(0, math.ceil(len(indices) / ranks), batch_size):
         picks = mine[start : start + batch_size]
-        batch = collate(fetch(store, picks or indices[:1])).to(teacher.device, teacher.dtype)
+        batch = read_batch(store, picks or indices[:1]).to(teacher.device, teacher.dtype)
         _add_batch(sums, predictor, teacher, batch, picks)
         if progress:
             progress(min(len(indices), (start + len(picks)) * ranks), len(indices))
