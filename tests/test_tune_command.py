@@ -9,6 +9,7 @@ import pytest
 from test_commands import PROMPT, firp
 
 SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "16", "--repeats", "1"]
+SHORT += ["--sittings", "2"]
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,10 @@ def tune(
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     trial: Annotated[bool, typer.Option(help="Decode a quarter of the prompts to try what was foretold.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Times that the trial decodes.")] = 2,
+    sittings: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rounds of timing whole steps, for each batch size. Default: on a CPU several."),
+    ] = None,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure this machine's costs anew.")] = False,
     tree_file: Annotated[Path | None, typer.Option(help="Default: tree.json in the predictor's folder.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/tune-...")] = None,
@@ -97,6 +101,7 @@ def tune(
         trial=trial,
         repeats=repeats,
         again=remeasure,
+        sittings=sittings,
         engine=EngineOptions(attention=attention, graphs=graphs),
     )
     folder = predictor_folder(predictor)
