@@ -2,6 +2,7 @@
 PYTHON ?= python3
 FIRP := .venv/bin/firp
 RUN ?= runs/demo
+WORKERS ?= 2
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -9,7 +10,7 @@ STAMP := .venv/.installed
 
 help:
 	@echo "make demo       install, then collect, train, eval and bench on the embedded teachers (about 9 minutes on 2 cores)"
-	@echo "make test       install, then run the tests"
+	@echo "make test       install, then run the tests in WORKERS=2 processes (about 20 minutes on 2 cores)"
 	@echo "make lint       ruff (format and check) and mypy"
 	@echo "make ablations  the ablation table of scripts/NOTES.md"
 
@@ -25,7 +26,7 @@ demo: install
 	.venv/bin/python scripts/demo.py --output $(RUN)
 
 test: install
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	.venv/bin/ruff format --check .

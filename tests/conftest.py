@@ -11,6 +11,8 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that run side by side would wait for each other's threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps

@@ -9,6 +9,7 @@ import random
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -79,9 +80,7 @@ def turn(question: str, answer: str) -> list[Message]:
 
 def sources(folder: Path, limit: int, held_out: bool) -> Iterator[str]:
     """Texts of the Python files below a folder, `limit` bytes in all; in an order that mixes the packages."""
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.py")]
-    ranked = sorted((hashlib.sha256(name.encode()).digest(), name) for name in names)
-    for rank, name in ranked:
+    for rank, name in _ranked(folder):
         if limit <= 0:
             return
         if (rank[0] % HELD_OUT == 0) != held_out:
@@ -93,6 +92,13 @@ def sources(folder: Path, limit: int, held_out: bool) -> Iterator[str]:
         if FILE_BYTES[0] <= len(text) <= FILE_BYTES[1]:
             yield text[:limit]
             limit -= len(text)
+
+
+@lru_cache
+def _ranked(folder: Path) -> list[tuple[bytes, str]]:
+    """The Python files below a folder, with the hashes that they are ordered by."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.py")]
+    return sorted((hashlib.sha256(name.encode()).digest(), name) for name in names)
 
 
 def code_turns(text: str) -> Iterator[list[Message]]:

@@ -93,8 +93,8 @@ class Shared:
         """Forget what was handed on, and give its memory back."""
         for name in names:
             self.found.pop(name, None)
-        gc.collect()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # on a CPU models are toys, and looking for cycles takes longer than many a part
+            gc.collect()
             torch.cuda.empty_cache()
 
     def held_bytes(self) -> int | None:
