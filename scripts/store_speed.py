@@ -243,8 +243,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per shard")
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of torch: the training's readers have one each")
     parser.add_argument("--json", action="store_true", help="print JSON with every repeat instead of the table")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     rows = []
     for dtype in arguments.dtypes:
         with tempfile.TemporaryDirectory(prefix=".store-speed-", dir=arguments.folder or Path.cwd()) as scratch:
