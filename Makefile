@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 .PHONY: help install demo test lint ablations clean
 
 help:
-	@echo "make demo       install, then collect, train, eval and bench on the embedded teachers (about 9 minutes on 2 cores)"
+	@echo "make demo       install, then collect, train, eval and bench on the embedded teachers (about 11 minutes on 2 cores)"
 	@echo "make test       install, then run the tests in WORKERS=2 processes (about 20 minutes on 2 cores)"
 	@echo "make lint       ruff (format and check) and mypy"
 	@echo "make ablations  the ablation table of scripts/NOTES.md"
