@@ -59,9 +59,12 @@ def test_a_predictor_that_is_often_right_gets_a_tree() -> None:
     assert json.dumps(plain(report), allow_nan=False)
 
 
-def test_a_predictor_that_is_never_right_is_not_used() -> None:
+@pytest.mark.quiet
+def test_a_predictor_that_is_never_right_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher(lean=True)
     predictor = make_predictor(teacher, kind="firp", layer=1, steps=3)
+    logits = predictor.step_logits
+    monkeypatch.setattr(predictor, "step_logits", lambda *arguments: -logits(*arguments))  # the least likely first
     report = tune(teacher, predictor, random_prompts(8, seed=1), settings(trial=False))
     assert [entry.tree for entry in report.entries] == ["none", "none"]
     assert report.entries[0].predicted.speedup == 1.0 and report.entries[0].rows == 1
