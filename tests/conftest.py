@@ -16,10 +16,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that run side by side would wait for each other's threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -36,6 +36,9 @@ from firp_cli.recipe import KINDS, LoopedSection, PredictorSection, SpeedConfig,
 from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.looped_llama import LoopedLlamaConfig, LoopedLlamaForCausalLM
 from firp_cli.teacher.stack import Teacher
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 VOCABULARY, HIDDEN, LAYERS = 97, 48, 4
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,6 +273,15 @@ def embedded_prompts(count: int) -> list[list[int]]:
     chats = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
     tokenizer = embedded_teacher().tokenizer
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Nursery]:
+    """Starts commands on any number of ranks, without the seconds of importing."""
+    from nursery import nursery  # it imports this module
+
+    with nursery() as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Ranks that start in no time: a process that has imported everything forks them, and ends a group of which one died.
 
-Started as a program it reads one JSON request per line (`argv`, `ranks`), answers with the ranks' process ids, and
+Started as a program it reads one JSON request per line (see `Nursery.start`), answers with the ranks' process ids, and
 once all have ended with their exit codes. It does what the launcher of a machine does, without its ten seconds.
 """
 
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,28 +61,41 @@ class Nursery:
     """Talks to the forking process."""
 
     def __init__(self) -> None:
-        values = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        values = {key: value for key, value in os.environ.items() if key != "FIRP_DATA_DIR"}
+        values |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        values |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
         self._process = subprocess.Popen(
             [sys.executable, __file__], env=values, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self.read() == {"ready": True}
 
-    def start(self, argv: list[str], ranks: int, log: Path, **faults: int) -> Group:
+    def start(
+        self,
+        argv: list[str],
+        ranks: int,
+        log: Path,
+        *,
+        cwd: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
+        **faults: int,
+    ) -> Group:
         """Run `firp argv` on `ranks` ranks; what they print goes to `log`.
 
         Args:
+            environment: variables beside those of the test run.
             faults: `file_bytes`: no file may grow beyond it, as on a full disk. `renames`: rank 0 is killed at the
                 rename of that number (from 1), before it, or with `renamed=1` right after it. `slurm=1` is no fault:
                 the ranks are told who they are as `srun` tells it.
         """
         assert self._process.stdin
         request = {"argv": argv, "ranks": ranks, "log": str(log), "faults": faults}
+        request |= {"cwd": str(cwd), "environment": dict(environment or {})}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Group(self, self.read()["pids"])
 
-    def run(self, argv: list[str], ranks: int, log: Path, **faults: int) -> list[int]:
-        return self.start(argv, ranks, log, **faults).wait()
+    def run(self, argv: list[str], ranks: int, log: Path, **options: Any) -> list[int]:
+        return self.start(argv, ranks, log, **options).wait()
 
     def read(self) -> dict[str, Any]:
         assert self._process.stdout
@@ -125,13 +138,16 @@ def _die_at_rename(number: int, renamed: bool) -> None:
     Path.replace, Path.rename = wrap(Path.replace), wrap(Path.rename)  # type: ignore[method-assign]
 
 
-def _rank(argv: list[str], rank: int, ranks: int, port: int, log: str, faults: dict[str, int]) -> None:
+def _rank(request: dict[str, Any], rank: int, port: int) -> None:
     """What a forked rank does; never returns."""
+    ranks, faults = request["ranks"], request["faults"]
+    os.chdir(request["cwd"])
+    os.environ |= request["environment"]
     if "renames" in faults and rank == 0:
         _die_at_rename(faults["renames"], bool(faults.get("renamed")))
     if "file_bytes" in faults:
         resource.setrlimit(resource.RLIMIT_FSIZE, (faults["file_bytes"], faults["file_bytes"]))
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    stream = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     if ranks > 1 and faults.get("slurm"):
@@ -141,7 +157,7 @@ def _rank(argv: list[str], rank: int, ranks: int, port: int, log: str, faults: d
     elif ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    sys.argv = ["firp", *argv]
+    sys.argv = ["firp", *request["argv"]]
     code = 1
     try:
         from firp_cli.commands.app import main
@@ -200,7 +216,7 @@ def _serve() -> None:
         for rank in range(request["ranks"]):
             pid = os.fork()
             if not pid:
-                _rank(request["argv"], rank, request["ranks"], port, request["log"], request["faults"])
+                _rank(request, rank, port)
             pids.append(pid)
         print(json.dumps({"pids": pids}), flush=True)
         print(json.dumps({"codes": _tend(pids)}), flush=True)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from nursery import Nursery
 from test_conversations import CHATML, byte_tokenizer, with_template
 from torch import Tensor
 
@@ -388,9 +389,12 @@ def test_a_recipe_says_layers_and_folder(teacher_folder: Path, dataset: Path, tm
     ],
 )
 def test_bad_input_is_answered_in_a_line_or_two(
-    teacher_folder: Path, tmp_path: Path, arguments: list[str], words: str, lines: int
+    ranks: Nursery, teacher_folder: Path, tmp_path: Path, arguments: list[str], words: str, lines: int
 ) -> None:
-    done = firp("--teacher", str(teacher_folder), *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and words in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == lines and not done.stdout
-    assert not (tmp_path / "stores").exists()
+    place, log = tmp_path / "place", tmp_path / "log"
+    place.mkdir()
+    codes = ranks.run(["collect", "--teacher", str(teacher_folder), *arguments], 1, log, cwd=place)
+    told = log.read_text()
+    assert codes == [2] and words in told, told
+    assert len(told.splitlines()) == lines
+    assert not list(place.iterdir())

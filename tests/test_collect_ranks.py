@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from nursery import Nursery, nursery
+from nursery import Nursery
 from test_faults import check_store, collecting, make_place, shard_bytes
 
 from conftest import ROOT
@@ -24,12 +24,6 @@ from firp_cli.data.store import Store
 CONVERSATIONS = 500
 INTERRUPTED = 130
 PROMPT_SECONDS = 20.0  # also where the machine is busy
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Nursery]:
-    with nursery() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from nursery import Nursery
 
 from conftest import ROOT
 from firp_cli.commands.terminal import say
@@ -111,14 +112,20 @@ BAD = [
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"), BAD, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else ""
 )
-def test_bad_input_is_one_or_two_lines(arguments: list[str], status: int, expected: str, tmp_path: Path) -> None:
-    done = firp(*arguments, cwd=tmp_path, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
-    assert done.returncode == status, done.stderr
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
-    message = done.stderr[done.stderr.index("firp: ") :]
+def test_bad_input_is_one_or_two_lines(
+    ranks: Nursery, arguments: list[str], status: int, expected: str, tmp_path: Path
+) -> None:
+    place, log = tmp_path / "place", tmp_path / "log"
+    place.mkdir()
+    settings = {"COLUMNS": "200", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    codes = ranks.run(arguments, 1, log, cwd=place, environment=settings)
+    told = log.read_text()
+    assert codes == [status], told
+    assert expected in told
+    assert "Traceback" not in told
+    message = told[told.index("firp: ") :]
     assert len(message.strip().splitlines()) <= 3
-    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+    assert not list(place.iterdir()), "a refused command leaves nothing behind"
 
 
 def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,12 +11,11 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nursery import Nursery, nursery
+from nursery import Nursery
 from safetensors.torch import load_file
 from test_collect import byte_tokenizer, make_teacher
 from test_training import rows
@@ -28,12 +27,6 @@ from firp_cli.training import checkpoint as checkpoints
 
 KILLS = 20
 KILLED = -9
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Nursery]:
-    with nursery() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

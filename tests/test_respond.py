@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from nursery import Nursery, nursery
+from nursery import Nursery
 from test_collect import byte_tokenizer, config, contents, make_teacher
 from test_faults import KILLED, shard_bytes
 
@@ -351,12 +351,6 @@ def test_the_engine_needs_a_whole_teacher() -> None:
     teacher.model.lm_head.to("meta")
     with pytest.raises(UsageError, match="spread over devices"):
         make_responder(recipe, teacher)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Nursery]:
-    with nursery() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from nursery import Nursery, nursery
+from nursery import Nursery
 from safetensors.torch import load_file
 from test_collect import byte_tokenizer, make_teacher
 from test_faults import KILLED, shard_bytes
@@ -22,12 +21,6 @@ from firp_cli.errors import RecipeError
 from firp_cli.recipe import TeacherConfig, load_recipe
 
 SHARED = ["teacher.sharding=zero3"]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Nursery]:
-    with nursery() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
