@@ -5,10 +5,8 @@ right.
 from __future__ import annotations
 
 import copy
-import fcntl
 import json
 import os
-import tempfile
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,7 +14,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that run side by side would wait for each other's threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,37 +40,6 @@ if TYPE_CHECKING:
 
 VOCABULARY, HIDDEN, LAYERS = 97, 48, 4
 ROOT = Path(__file__).resolve().parent.parent
-
-
-GATE, ROOM = 0, 1  # bytes of the file that worker processes lock
-
-
-def lock_file(config: pytest.Config) -> Path | None:
-    """What the worker processes of one run share; none where there are no workers."""
-    worker = getattr(config, "workerinput", None)
-    return worker and Path(tempfile.gettempdir(), f"firp-tests-{os.getuid()}-{worker['testrunuid']}")
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # before the clock of the test's timeout starts
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """A test marked `quiet` runs while other workers wait: it times what it runs.
-
-    Every test holds the room, a quiet one for itself alone; who asks for the room holds the gate meanwhile, so that a
-    quiet test waits for no more than the tests that have begun.
-    """
-    path = lock_file(item.config)
-    if path is None:
-        return (yield)
-    with path.open("a+b") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX, 1, GATE)
-        fcntl.lockf(file, fcntl.LOCK_EX if item.get_closest_marker("quiet") else fcntl.LOCK_SH, 1, ROOM)
-        fcntl.lockf(file, fcntl.LOCK_UN, 1, GATE)
-        return (yield)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if path := lock_file(session.config):
-        path.unlink(missing_ok=True)
 
 
 def made_once(make: Callable[..., Any]) -> Callable[..., Any]:

@@ -99,19 +99,18 @@ def test_parts_of_a_pass_are_what_decoding_runs(family: str) -> None:
         assert torch.equal(logits, teacher.head(teacher.norm(states)))
 
 
-@pytest.mark.quiet
 def test_measuring_a_small_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("firp_cli.evaluation.timing.BLOCK_SECONDS", 0.002)
     teacher = tiny_teacher("llama")
-    measured = measure_cost(teacher, 2, [1, 4], [16, 32], most_rows=64, seconds=3)
+    measured = measure_cost(teacher, 2, [1, 4], [16, 32], most_rows=256, seconds=3)
     places = {(one.batch_size, one.context) for one in measured.curves}
     assert {(1, 16), (1, 32), (4, 16), (4, 32)} <= places
     for one in measured.curves:
-        assert one.rows[0] == 1 and one.rows[-1] == 64
+        assert one.rows[0] == 1 and one.rows[-1] == 256
         assert min(*one.lower, *one.upper, *one.head) > 0
     assert CostReport.from_plain(plain(measured)) == measured
     model = CostModel(measured)
-    assert sum(model.parts(64, 4, 32)) > sum(model.parts(1, 1, 16))
+    assert sum(model.parts(256, 4, 32)) > sum(model.parts(1, 1, 16))
 
 
 def test_costs_are_kept_by_machine_and_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -59,12 +59,21 @@ def test_a_predictor_that_is_often_right_gets_a_tree() -> None:
     assert json.dumps(plain(report), allow_nan=False)
 
 
-@pytest.mark.quiet
-def test_a_predictor_that_is_never_right_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def whole_steps_take(times: dict[str, float], others: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let whole steps take so many milliseconds, by their tree."""
+
+    def timed(*arguments: Any) -> dict[Any, list[float]]:
+        return {spec: [times.get(str(spec), others)] * 3 for spec in arguments[2]}
+
+    monkeypatch.setattr(module, "time_steps", timed)
+
+
+def test_a_predictor_that_is_hardly_ever_right_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher(lean=True)
     predictor = make_predictor(teacher, kind="firp", layer=1, steps=3)
-    logits = predictor.step_logits
-    monkeypatch.setattr(predictor, "step_logits", lambda *arguments: -logits(*arguments))  # the least likely first
+    logits = predictor.logits
+    monkeypatch.setattr(predictor, "logits", lambda *arguments: -logits(*arguments))  # the least likely first
+    whole_steps_take({"none": 1.0}, 1.5, monkeypatch)
     report = tune(teacher, predictor, random_prompts(8, seed=1), settings(trial=False))
     assert [entry.tree for entry in report.entries] == ["none", "none"]
     assert report.entries[0].predicted.speedup == 1.0 and report.entries[0].rows == 1
@@ -87,10 +96,7 @@ def tuner_of(lengths: dict[str, float], times: dict[str, float], monkeypatch: py
 
     monkeypatch.setattr(tuner, "walked", walked)
 
-    def timed(*arguments: Any) -> dict[Any, list[float]]:
-        return {spec: [times.get(str(spec), 5.0)] * 3 for spec in arguments[2]}
-
-    monkeypatch.setattr(module, "time_steps", timed)
+    whole_steps_take(times, 5.0, monkeypatch)
     names = [name for name in lengths if parse_tree(name, 4) != tuner.default]
     found = [Scored(Candidate(parse_tree(name, 4)), lengths[name], 1.0) for name in names]
     monkeypatch.setattr(module, "search", lambda *_: found)
