@@ -112,14 +112,18 @@ def tune(
     loaded, drafting, _ = load_pair(predictor, teacher, force, dtype, choice=choice)
     report = _tuned(loaded, drafting, folder, prompts, f"{name}, {split}", settings)
     _write_trees(target, report, folder)
-    reported = output or Path("runs") / f"tune-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    write_report(report, reported)
+    _publish(report, target, output or Path("runs") / f"tune-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}", as_json)
+
+
+def _publish(report: TuneReport, target: Path, output: Path, as_json: bool) -> None:
+    """Write the report's files and print it."""
+    write_report(report, output)
     if as_json:
         from firp_cli.records import plain
 
         print_json(plain(report))
     else:
-        _print(report, target, reported)
+        _print(report, target, output)
 
 
 def _tuned(
