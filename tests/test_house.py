@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "metrics": {"errors", "records"},
     "reports": {"errors", "records", "metrics"},
     "data": {"recipe", *BASE},
-    "teacher": {"recipe", "errors"},
+    "teacher": {"recipe", "provenance", "errors"},
     "predictors": {"teacher", "recipe", "errors"},
     "distributed": {"teacher", "recipe", "errors"},
     "collecting": {"distributed", "teacher", "data", "recipe", *BASE},

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from firp_cli.collecting.responders import Reply, Steady, first_line, out_of_memory
 from firp_cli.errors import TeacherError, UsageError
-from firp_cli.recipe import Recipe, TeacherConfig, teacher_source
+from firp_cli.recipe import Recipe, TeacherConfig
+from firp_cli.teacher.source import locate
 
 if TYPE_CHECKING:
     from firp_cli.teacher.stack import Teacher
@@ -76,9 +77,10 @@ class VllmResponder:
         if teacher.looped is not None:
             raise UsageError(f"vLLM does not run {teacher.name}, whose layers loop: set collect.responder=engine")
         self.stops = list(teacher.eos_token_ids)
+        located = locate(config)
         self.options = {
-            "model": teacher_source(config.model),
-            "revision": config.revision,
+            "model": located.model,
+            "revision": located.revision,
             "trust_remote_code": config.trust_remote_code,
             "dtype": str(teacher.dtype).removeprefix("torch."),
             "max_model_len": longest,

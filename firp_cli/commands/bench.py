@@ -21,6 +21,7 @@ from firp_cli.commands.terminal import (
     Guarded,
     Json,
     Layers,
+    Model,
     Threads,
     Tree,
     Verbose,
@@ -55,7 +56,7 @@ def bench(
     methods: Annotated[
         str | None, typer.Option(help="Of ar, hf and the predictors; with commas. Default: all.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Model folder or hub id. Default: each predictor's own.")] = None,
+    teacher: Model = None,
     dtype: Annotated[Precision, typer.Option(help="The teacher's numbers. auto: as its config says.")] = "auto",
     data_dir: Annotated[str | None, typer.Option(help="Where NAME/test.jsonl lies. Default: $FIRP_DATA_DIR.")] = None,
     limit: Annotated[
@@ -219,12 +220,12 @@ def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, t
 
 def _find_prompts(datasets: str, data_dir: str | None, limit: int | None) -> list[tuple[str, Prompt]]:
     """(data set, prompt) pairs: the first ones, or, where they have categories, as many of each category."""
-    from firp_cli.data.prompts import load_prompts
+    from firp_cli.data.prompts import dataset_names, load_prompts
     from firp_cli.evaluation.bench import spread
 
     count = limit or DEFAULT_LIMIT
     prompts = []
-    for name in dict.fromkeys(part.strip() for part in datasets.split(",") if part.strip()):
+    for name in dataset_names(datasets):
         found = load_prompts(name, data_dir, count)
         if any(prompt.category for prompt in found):
             everything = load_prompts(name, data_dir, None)

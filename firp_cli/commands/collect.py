@@ -34,7 +34,7 @@ def collect(
         list[str] | None,
         typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe, and overrides of its fields."),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Model folder, hub id or embedded teacher.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Model folder, hub id, .gguf file or known name.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Data set name, hub id or .jsonl file.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with NAME/SPLIT.jsonl (or FIRP_DATA_DIR).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Conversations at most.")] = None,
@@ -86,7 +86,11 @@ def collect(
 
 def default_store(dataset: str) -> str:
     """`stores/NAME` for a data set's name, hub id or file."""
-    return f"stores/{Path(dataset).stem if dataset.endswith(('.jsonl', '.json')) else dataset.replace('/', '--')}"
+    names = [
+        Path(name).stem if name.endswith((".jsonl", ".json")) else name.replace("/", "--")
+        for name in dataset.split(",")
+    ]
+    return f"stores/{'-'.join(names)}"
 
 
 def default_layers(recipe: Recipe, teacher: Teacher) -> list[int]:

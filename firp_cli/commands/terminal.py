@@ -17,6 +17,9 @@ Progress = Callable[[int, int | None], None]  # (done, total)
 
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library warnings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Model = Annotated[
+    str | None, typer.Option(help="Model folder, hub id, .gguf file or known name. Default: each predictor's own.")
+]
 Gpus = Annotated[
     int, typer.Option(min=1, help="Devices that share a speed predictor's pipeline; on a CPU ranks share the cores.")
 ]
@@ -130,7 +133,8 @@ def print_json(value: Any) -> None:
 
 
 def quiet_libraries(verbose: bool) -> None:
-    """Keep the libraries' own bars and advice off the terminal unless `-v`."""
+    """Keep the libraries' own bars and advice off the terminal unless `-v`, and show firp's own notes."""
+    _show_notes()
     if verbose:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -139,6 +143,20 @@ def quiet_libraries(verbose: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _show_notes() -> None:
+    """Print what the library logs under `firp`: work that takes long and was not asked for, such as unpacking."""
+    log = logging.getLogger("firp")
+    if not log.handlers:
+        log.addHandler(_Notes())
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 def _has_cuda() -> bool:

@@ -17,6 +17,7 @@ from firp_cli.commands.terminal import (
     Graphs,
     Json,
     Layers,
+    Model,
     Threads,
     Verbose,
     print_json,
@@ -42,14 +43,14 @@ def tune(
     *,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Calibration prompts: known name, hub id or .jsonl file. Default: what it was trained on."),
+        typer.Option(help="Calibration prompts: known name, hub id, .jsonl file. Default: what it was trained on."),
     ] = None,
     split: Annotated[str, typer.Option(help="Its last prompts are taken; never the split that bench decodes.")] = (
         "train"
     ),
     data_dir: Annotated[str | None, typer.Option(help="Where NAME/SPLIT.jsonl lies. Default: $FIRP_DATA_DIR.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Calibration prompts.")] = DEFAULT_LIMIT,
-    teacher: Annotated[str | None, typer.Option(help="Model folder or hub id. Default: the predictor's.")] = None,
+    teacher: Model = None,
     dtype: Annotated[Precision, typer.Option(help="The teacher's numbers. auto: as its config says.")] = "auto",
     batch_sizes: Annotated[str, typer.Option(help="Each gets a tree of its own.")] = DEFAULT_BATCHES,
     context: Annotated[
@@ -190,16 +191,18 @@ def _prompts(name: str, split: str, data_dir: str | None, limit: int) -> list[li
 
     Raises UsageError for sets that have nothing but what bench decodes, DatasetError.
     """
-    from firp_cli.data.prompts import KNOWN, load_prompts
+    from firp_cli.data.prompts import KNOWN, dataset_names, load_prompts
 
-    known = KNOWN.get(name)
-    if split == "test" or (known and "train" not in known.splits):
-        have = f"{name} has test prompts only" if known and "train" not in known.splits else "--split test"
-        raise UsageError(
-            f"{have}: a tree that is tuned on what bench decodes proves nothing; take other prompts (--dataset)"
-        )
-    found = load_prompts(name, data_dir, None, split)
-    return [prompt.messages for prompt in found[-limit:]]
+    names = dataset_names(name)
+    for one in names:
+        testing = one in KNOWN and "train" not in KNOWN[one].splits
+        if split == "test" or testing:
+            have = f"{one} has test prompts only" if testing else "--split test"
+            raise UsageError(
+                f"{have}: a tree that is tuned on what bench decodes proves nothing; take other prompts (--dataset)"
+            )
+    share = -(-limit // len(names))
+    return [prompt.messages for one in names for prompt in load_prompts(one, data_dir, None, split)[-share:]]
 
 
 def _write_trees(path: Path, report: TuneReport, folder: Path) -> None:

@@ -40,8 +40,19 @@ class Known:
 
 KNOWN: dict[str, Known] = {
     "arithmetic": Known(None, {"train": "train", "test": "test"}),
+    "chat": Known(None, {"train": "train", "test": "test"}),
     "gsm8k": Known("openai/gsm8k", {"train": "train", "test": "test"}, config="main"),
     "humaneval": Known("openai/openai_humaneval", {"test": "test"}),
+    "mbpp": Known(
+        "google-research-datasets/mbpp",
+        {"train": "train", "validation": "validation", "test": "test"},
+        config="full",
+    ),
+    "self_instruct": Known(
+        None,
+        {"train": "train"},
+        source="seed_tasks.jsonl and user_oriented_instructions.jsonl of https://github.com/yizhongw/self-instruct",
+    ),
     "mt_bench": Known("HuggingFaceH4/mt_bench_prompts", {"test": "train"}, files=("question",)),
     "spec_bench": Known(
         None,
@@ -79,7 +90,7 @@ class Prompt:
 def load_records(
     name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """Raw rows of one split, at most `limit`.
+    """Raw rows of one split of one data set, at most `limit`.
 
     Raises DatasetError when the set is nowhere to be found, the split does not exist or a line is not a JSON object.
     """
@@ -87,27 +98,41 @@ def load_records(
 
 
 def load_prompts(name: str, data_dir: str | None = None, limit: int | None = None, split: str = "test") -> list[Prompt]:
-    """Prompts for decoding. Of multi-turn sets (MT-Bench, Spec-Bench) only the first turn is asked.
+    """Prompts for decoding, of one data set or several named with commas, at most `limit` of each. Of multi-turn sets
+    (MT-Bench, Spec-Bench) only the first turn is asked.
 
     A known set that is published as one split alone serves that one. Raises DatasetError as `load_records` does.
     """
     prompts = []
-    for number, row in enumerate(_load(name, split, data_dir, limit, any_single=True), 1):
-        messages = to_messages(row, f"{name} row {number}")
-        asked = prompt_of(messages)
-        if not any(item["role"] == "user" for item in asked):
-            raise DatasetError(f"{name} row {number}: no user turn to answer")
-        reference = messages[len(asked)]["content"] if len(messages) > len(asked) else None
-        prompts.append(Prompt(asked, str(row.get("category") or ""), reference))
+    for one in dataset_names(name):
+        for number, row in enumerate(_load(one, split, data_dir, limit, any_single=True), 1):
+            messages = to_messages(row, f"{one} row {number}")
+            asked = prompt_of(messages)
+            if not any(item["role"] == "user" for item in asked):
+                raise DatasetError(f"{one} row {number}: no user turn to answer")
+            reference = messages[len(asked)]["content"] if len(messages) > len(asked) else None
+            prompts.append(Prompt(asked, str(row.get("category") or ""), reference))
     return prompts
 
 
 def load_conversations(
     name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
 ) -> list[list[Message]]:
-    """Conversations of one split in the order of its rows; empty ones stay in, so that numbers are row numbers."""
-    rows = load_records(name, split, data_dir, limit)
-    return [to_messages(row, f"{name} row {number}") for number, row in enumerate(rows, 1)]
+    """Conversations of one split in the order of its rows, of one data set or of several named with commas, at most
+    `limit` of each; empty ones stay in, so that numbers are row numbers.
+    """
+    return [
+        to_messages(row, f"{one} row {number}")
+        for one in dataset_names(name)
+        for number, row in enumerate(load_records(one, split, data_dir, limit), 1)
+    ]
+
+
+def dataset_names(text: str) -> list[str]:
+    """The data sets that a text with commas names, each once; a file's path may hold commas."""
+    if Path(text).is_file():
+        return [text]
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def _load(name: str, split: str, data_dir: str | None, limit: int | None, any_single: bool) -> list[dict[str, Any]]:

@@ -33,7 +33,8 @@ ANSWER_FIELDS = ("answer", "response", "output", "completion")
 SYSTEM_FIELDS = ("system", "system_prompt")
 ACCEPTED = (
     "messages (role/content), conversations (from/value), turns, question|prompt|instruction [+ input] with "
-    "answer|response|output|completion, prompt + canonical_solution, article + highlights, document + summary"
+    "answer|response|output|completion, prompt + canonical_solution, text + code, article + highlights, "
+    "document + summary"
 )
 SUMMARIZE = "Summarize the following article in a few sentences.\n\n{}"
 COMPLETE_CODE = "Complete the following Python function. Answer with the whole function.\n\n```python\n{}```"
@@ -128,6 +129,14 @@ def _wrapped(question: str, answer: str, wording: str) -> Callable[[Row, str], l
     return read
 
 
+def _tested(row: Row, where: str) -> list[Message]:
+    """MBPP: the task and the tests that the code must pass, and the code."""
+    tests = "".join(f"\n{_text(test, f'{where}, test_list')}" for test in row.get("test_list") or ())
+    asked = _text(row["text"], f"{where}, text") + (f"\nYour code should satisfy these tests:{tests}" if tests else "")
+    answer = f"```python\n{_text(row['code'], f'{where}, code')}\n```"
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
 def _solution(row: Row, where: str) -> list[Message]:
     """HumanEval: the function's head is the question, head and body in a code block the answer."""
     head = _text(row["prompt"], f"{where}, prompt")
@@ -156,6 +165,7 @@ _LAYOUTS: tuple[tuple[Callable[[Row], bool], Callable[[Row, str], list[Message]]
     (_is_list("turns"), _first_turn("turns")),
     (_is_list("prompt"), _first_turn("prompt")),
     (_has("prompt", "canonical_solution"), _solution),
+    (_has("text", "code"), _tested),
     (_has("article", "highlights"), _wrapped("article", "highlights", SUMMARIZE)),
     (_has("document", "summary"), _wrapped("document", "summary", SUMMARIZE)),
     (lambda row: _first_of(row, QUESTION_FIELDS) is not None, _pair),

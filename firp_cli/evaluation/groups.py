@@ -9,7 +9,7 @@ from typing import Any
 
 from firp_cli.evaluation.bench import BASELINES, choose_methods, predictor_names, teacher_labels
 from firp_cli.predictors.registry import read_config
-from firp_cli.recipe import DEFAULT_TEACHER, embedded_predictors
+from firp_cli.recipe import DEFAULT_TEACHER, embedded_predictors, embedded_teachers
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def choose_groups(wanted: Sequence[str] | None, groups: Sequence[Group]) -> list
 
 
 def embedded_folders(teacher: str | None, wanted: Sequence[str] | None) -> list[Path]:
-    """The embedded predictors of `teacher`; without one of all embedded teachers, or of the default one where `wanted`
-    names baselines alone.
+    """The shipped predictors of `teacher`; without one of all embedded teachers, or of the default one where `wanted`
+    names baselines alone. Those of a teacher that is not embedded are for whoever names it or them.
     """
-    folders = list(embedded_predictors().values())
     if teacher is None and wanted and all(name in BASELINES for name in wanted):
         teacher = DEFAULT_TEACHER
-    return [folder for folder in folders if teacher in (None, read_config(folder)["teacher"].get("name"))]
+    names = embedded_teachers() if teacher is None else [teacher]
+    return [folder for folder in embedded_predictors().values() if read_config(folder)["teacher"].get("name") in names]

@@ -275,6 +275,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: LayerMask, scali
         # with a mask and grouped heads CUDA has the plain kernel only, which holds all scores
         share = queries.shape[1] // keys.shape[1]
         keys, values, grouped = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1), False
+    if grouped and queries.shape[2] == 1:  # heads that share keys as rows: they see the same slots, and are read once
+        shape = queries.shape
+        queries = queries.reshape(shape[0], keys.shape[1], -1, shape[3])
+        return functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scaling).view(shape)
     return functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped
     )

@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
-from firp_cli.recipe import TeacherConfig, teacher_source
+from firp_cli.recipe import TeacherConfig
 from firp_cli.teacher.attention import LayerMask
 from firp_cli.teacher.library import Cache, Stack
 from firp_cli.teacher.looped_llama import register
+from firp_cli.teacher.source import locate, teacher_name
 from firp_cli.teacher.stack import Absent, Teacher, default_device
 from firp_cli.teacher.weights import Residence, WeightFiles, weights_fingerprint
 
@@ -27,7 +27,7 @@ PROBLEMS = (OSError, ValueError, ImportError, KeyError)  # what the library rais
 
 
 def load_whole(config: TeacherConfig, device: torch.device | str | None = None, check: bool = True) -> Teacher:
-    """A teacher by folder, embedded name or hub id, on one device or, by its `device_map`, on several.
+    """A teacher by folder, name, hub id or GGUF file, on one device or, by its `device_map`, on several.
 
     Raises TeacherError when it cannot be had or is not supported.
     """
@@ -37,12 +37,13 @@ def load_whole(config: TeacherConfig, device: torch.device | str | None = None, 
     register()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    options = _options(config)
+    found = locate(config)
+    options = _options(found)
     if config.device_map is not None:
         options["device_map"] = config.device_map
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(teacher_source(config.model), dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(found.model, dtype=dtype, **options)
         tokenizer = _tokenizer(config)
     except PROBLEMS as error:
         raise _unloadable(config, error) from error
@@ -62,7 +63,8 @@ def _spread(teacher: Teacher, config: TeacherConfig, devices: list[str]) -> None
     teacher.residence = Residence("device_map", teacher.num_layers, teacher.num_layers, held, whole - held, note)
     teacher.wrap_library(PlacedStack)
     if held < whole:  # what lies on the disk is read when it runs
-        files = WeightFiles(teacher_source(config.model), config.revision, teacher.model.base_model_prefix)
+        found = locate(config)
+        files = WeightFiles(found.model, found.revision, teacher.model.base_model_prefix)
         teacher.keep_fingerprint(files_fingerprint(teacher, files))
 
 
@@ -138,7 +140,8 @@ class Vacant:
         if getattr(model.config, "quantization_config", None) is not None:
             raise PartError("its weights are quantised")
         try:
-            self.files = WeightFiles(teacher_source(config.model), config.revision, model.base_model_prefix)
+            found = locate(config)
+            self.files = WeightFiles(found.model, found.revision, model.base_model_prefix)
             self._check_names(model)
         except TeacherError as error:
             raise PartError(str(error).splitlines()[0]) from error
@@ -211,16 +214,16 @@ def empty_model(config: TeacherConfig, **options: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     register()
-    source = teacher_source(config.model)
+    located = locate(config)
     try:
-        found = AutoConfig.from_pretrained(source, **_options(config), **options)
+        found = AutoConfig.from_pretrained(located.model, **_options(located), **options)
         dtype = _dtype(config, found)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found, dtype=dtype, trust_remote_code=config.trust_remote_code)
     except PROBLEMS as error:
         raise _unloadable(config, error) from error
     with contextlib.suppress(OSError):  # then the model's config says when it stops
-        model.generation_config = GenerationConfig.from_pretrained(source, revision=config.revision or "main")
+        model.generation_config = GenerationConfig.from_pretrained(located.model, revision=located.revision or "main")
     return model
 
 
@@ -235,12 +238,6 @@ def files_fingerprint(teacher: Teacher, files: WeightFiles) -> str:
 
     shapes = [(name, parameter.shape) for name, parameter in teacher.model.named_parameters()]
     return weights_fingerprint(shapes, sample, "" if teacher.looped is None else teacher.looped.model_dump_json())
-
-
-def teacher_name(config: TeacherConfig) -> str:
-    """What predictors remember a teacher by: a relative folder would only be found from here."""
-    source = teacher_source(config.model)
-    return str(Path(source).resolve()) if source == config.model and Path(source).is_dir() else config.model
 
 
 def _dtype(config: TeacherConfig, found: Any) -> torch.dtype:
@@ -258,7 +255,8 @@ def _options(config: TeacherConfig) -> dict[str, Any]:
 def _tokenizer(config: TeacherConfig) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(teacher_source(config.model), **_options(config))
+    found = locate(config)
+    return AutoTokenizer.from_pretrained(found.model, **_options(found))
 
 
 def _try_tokenizer(config: TeacherConfig) -> Any:
@@ -272,7 +270,7 @@ def _unloadable(config: TeacherConfig, error: Exception) -> TeacherError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return TeacherError(
         f"cannot load the teacher {config.model!r}: {first}\n"
-        "give a local model folder or a reachable hub id as teacher.model"
+        "give a local model folder, a .gguf file or a reachable hub id as teacher.model"
     )
 
 

@@ -5,8 +5,6 @@ Memory figures follow the rules of training/memory.py, hours those of training/c
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from typing import Any
 import torch
 
 from firp_cli.predictors.registry import build_predictor
-from firp_cli.recipe import Recipe, TeacherConfig, embedded_folder, teacher_source
+from firp_cli.recipe import Recipe, TeacherConfig, embedded_folder
+from firp_cli.teacher.source import hub_reachable, locate_config
 from firp_cli.teacher.stack import Teacher
 from firp_cli.training.batches import split_validation
 from firp_cli.training.chain import Chain, Speed, plan_chain
@@ -27,8 +26,6 @@ from firp_cli.training.memory import (
     total_bytes,
 )
 from firp_cli.training.trainer import data_order, planned_steps
-
-HUB_SECONDS = 2.0
 
 
 @dataclass
@@ -114,13 +111,14 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
     from firp_cli.teacher.looped_llama import register
 
     register()
-    source = _shape(config.model) or teacher_source(config.model)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
+        shape = _shape(config.model)
+        source, found = (shape, None) if shape else locate_config(config)
         try:
-            found = AutoConfig.from_pretrained(source, local_files_only=True, **options)
+            found = found or AutoConfig.from_pretrained(source, local_files_only=True, **options)
         except OSError:
-            if not _hub_reachable():
+            if not hub_reachable():
                 return None, f"the config of {config.model} is neither in a local folder nor in the hub's cache"
             found = AutoConfig.from_pretrained(source, **options)
         dtype = found.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -138,19 +136,6 @@ def _shape(model: str) -> str | None:
     """The folder of an embedded config without weights, of a large model that is planned for and not held."""
     folder = embedded_folder("data") / "shapes" / model
     return str(folder) if (folder / "config.json").is_file() and not Path(model).is_dir() else None
-
-
-def _hub_reachable() -> bool:
-    """Ask once and briefly: the hub's client retries for half a minute where there is no network."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return False
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):
-        return True
-    try:
-        socket.create_connection(("huggingface.co", 443), timeout=HUB_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 def planned_memory(recipe: Recipe, ranks: int) -> tuple[Teacher, int, list[Line]] | None:

@@ -1,0 +1,291 @@
+"""Teachers kept in GGUF files (llama.cpp's format): unpacked once into plain floats, then loaded like any folder.
+
+`unpack` dequantises a file into a folder of safetensors weights, config and tokenizer under the cache folder
+(`FIRP_CACHE_DIR`), named by the file's sha256 and the dtype. The library reads weights and vocabulary; what it leaves
+out of the header is added here or refused: head sizes, scaled rotary positions, sliding windows, end-of-turn tokens and
+the rule that splits text before byte-pair merges. A file that holds more than its model takes is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firp_cli.errors import TeacherError
+from firp_cli.provenance import cache_folder, file_sha256, fingerprint, write_json
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+FORMAT = 1  # of unpacked folders; another number unpacks again
+RECORD = "gguf.json"  # written last: a folder without it is unfinished
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (Llama 3.1 and later)
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# vocabularies whose merges were learnt on single digits, by llama.cpp's name of the rule
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+
+log = logging.getLogger("firp")
+
+
+def unpack(path: Path, dtype: torch.dtype) -> Path:
+    """The folder with a GGUF file's weights as `dtype`, made where the cache does not hold it yet.
+
+    Raises TeacherError: the `gguf` package is missing, the file is damaged, truncated or one of several parts, its
+    architecture is not supported, or the disk is full.
+    """
+    name = str(dtype).removeprefix("torch.")
+    digest = _sha256(path)
+    folder = cache_folder() / "teachers" / f"{path.stem}-{digest[:16]}-{name}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f".{folder.name}.lock")):
+            if not _whole(folder, digest):
+                _unpack_into(folder, path, dtype, digest)
+    except OSError as error:
+        raise TeacherError(
+            f"{path} cannot be unpacked into {folder.parent}: {error.strerror or error}\n"
+            "set FIRP_CACHE_DIR to a folder on a disk with room for its weights"
+        ) from error
+    return folder
+
+
+def read_config(path: Path) -> Any:
+    """The library's config of a GGUF file's model. Raises TeacherError."""
+    return _model_config(path, _Header(path))
+
+
+class _Header:
+    """Fields and tensor table of a file, read by the `gguf` package. Raises TeacherError."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from gguf import GGUFReader
+        except ImportError:
+            raise TeacherError(
+                f"{path} is a GGUF file, which needs the package gguf: pip install 'firp[gguf]'"
+            ) from None
+        self.path = path
+        try:
+            reader = GGUFReader(path)
+            self._fields = reader.fields
+            self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self.architecture = str(self.get("general.architecture"))
+        except Exception as error:  # the parser of a damaged file raises whatever its bytes lead it to
+            raise _damaged(path, error) from error
+        self._check()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A field's value; `*` stands for the architecture."""
+        field = self._fields.get(key.replace("*", getattr(self, "architecture", "")))
+        return default if field is None else field.contents()
+
+    def _check(self) -> None:
+        """Refuse what is not one of the supported decoders, whole and in one file."""
+        if self.architecture not in ARCHITECTURES:
+            raise TeacherError(
+                f"{self.path}: GGUF architecture {self.architecture!r} is not supported; "
+                f"supported: {', '.join(ARCHITECTURES)}. Give the model's safetensors folder or hub id instead"
+            )
+        if self.get("split.count", 1) > 1:
+            raise TeacherError(
+                f"{self.path} is one of {self.get('split.count')} parts: join them with llama.cpp's "
+                "`gguf-split --merge`"
+            )
+        if self.get("*.expert_count", 0):
+            raise TeacherError(f"{self.path}: mixtures of experts are not supported from GGUF files")
+
+
+def _unpack_into(folder: Path, path: Path, dtype: torch.dtype, digest: str) -> None:
+    header = _Header(path)
+    config = _model_config(path, header)
+    parameters = sum(math.prod(map(int, tensor.shape)) for tensor in header.tensors.values())
+    needed, free = parameters * dtype.itemsize, shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise TeacherError(
+            f"{path} takes {needed / 1e9:.1f} GB unpacked, {folder.parent} has {free / 1e9:.1f} GB free\n"
+            "set FIRP_CACHE_DIR to a folder on a larger disk"
+        )
+    log.info("unpacking %s into %s (once)", path.name, folder.parent)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for stale in (temporary, folder):
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        model = _load_model(path, header, config, dtype)
+        model.generation_config.eos_token_id = _stop_tokens(header)
+        model.save_pretrained(temporary, max_shard_size="4GB")
+        _load_tokenizer(path, header).save_pretrained(temporary)
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # the writer makes weights private; a cache may be shared
+        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        write_json(temporary / RECORD, {"format": FORMAT, "file": path.name, "sha256": digest, "sizes": sizes})
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _whole(folder: Path, digest: str) -> bool:
+    """Whether a folder holds everything that was unpacked from the file with this sha256."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
+        return record["format"] == FORMAT and record["sha256"] == digest and record["sizes"] == sizes
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _model_config(path: Path, header: _Header) -> Any:
+    """The library's config, with what it leaves out of the header."""
+    from transformers import AutoConfig, LlamaConfig, MistralConfig
+
+    try:
+        found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        raise _damaged(path, error) from error
+    values = found.to_dict()
+    for unwanted in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures"):
+        values.pop(unwanted, None)
+    head_size = header.get("*.attention.key_length") or header.get("*.rope.dimension_count")
+    values["head_dim"] = int(head_size or values["hidden_size"] // values["num_attention_heads"])
+    values["rope_parameters"] = _rope_parameters(path, header, values)
+    kind: Any = type(found)
+    if header.architecture in ("llama", "mistral"):
+        window = header.get("*.attention.sliding_window")
+        kind = MistralConfig if window else LlamaConfig
+        values |= {"model_type": kind.model_type, "sliding_window": int(window) if window else None}
+        if not window:
+            values.pop("sliding_window")
+            values["attention_bias"] = "blk.0.attn_output.bias" in header.tensors
+    config = kind.from_dict(values)
+    config.architectures = [
+        {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type] + "ForCausalLM"
+    ]
+    return config
+
+
+def _rope_parameters(path: Path, header: _Header, values: dict[str, Any]) -> dict[str, Any]:
+    """Rotary positions as the file scales them. Raises TeacherError for a scaling that the library does not have."""
+    base = float(header.get("*.rope.freq_base", 10000.0))
+    kind = str(header.get("*.rope.scaling.type", "none"))
+    factor = float(header.get("*.rope.scaling.factor", header.get("*.rope.scale_linear", 1.0)))
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    if kind == "yarn":
+        original = int(header.get("*.rope.scaling.original_context_length", values["max_position_embeddings"]))
+        return found | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    if kind not in ("none", "linear"):
+        raise TeacherError(f"{path}: rotary positions scaled by {kind!r} are not supported from GGUF files")
+    if ROPE_FACTORS in header.tensors:
+        return found | _llama3_scaling(path, torch.tensor(header.tensors[ROPE_FACTORS].data), base, values["head_dim"])
+    return found if factor == 1.0 else found | {"rope_type": "linear", "factor": factor}
+
+
+def _llama3_scaling(path: Path, factors: Tensor, base: float, head_size: int) -> dict[str, Any]:
+    """The parameters of Llama 3.1's scaling that give these divisors (D/2,) of the rotary frequencies."""
+    largest = factors.max().item()
+    if torch.equal(factors, torch.ones_like(factors)):
+        return {}
+    wavelengths = 2 * math.pi * base ** (torch.arange(0, head_size, 2) / head_size)
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    share = ((LLAMA3_ROPE["original_max_position_embeddings"] / wavelengths - low) / (high - low)).clamp(0, 1)
+    expected = 1 / ((1 - share) / largest + share)
+    if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
+        raise TeacherError(f"{path}: its rotary factors ({ROPE_FACTORS}) are not those of Llama 3.1's scaling")
+    return {"rope_type": "llama3", "factor": largest, **LLAMA3_ROPE}
+
+
+def _load_model(path: Path, header: _Header, config: Any, dtype: torch.dtype) -> Any:
+    """A model with the file's dequantised weights, as one that was never quantised.
+
+    Raises TeacherError where file and model differ in a tensor, or a weight is NaN or infinite.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    # the file names its tensors by its own architecture, and calls Mistral's llama
+    reading = LlamaConfig.from_dict(config.to_dict() | {"model_type": "llama"}) if _renamed(header, config) else config
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, config=reading, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:
+        raise _damaged(path, error) from error
+    weights = loaded.state_dict()
+    own = {name for name, _ in loaded.named_parameters()}
+    stored = set(header.tensors) - {ROPE_FACTORS}
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if wrong or len(stored) != len(own):
+        differ = f"it lacks {', '.join(wrong[:3])}" if wrong else f"{len(stored)} tensors for {len(own)} parameters"
+        raise TeacherError(f"{path}: its tensors are not those of a {type(loaded).__name__}: {differ}")
+    for name in own:
+        if not torch.isfinite(weights[name]).all():
+            raise TeacherError(f"{path} is damaged: {name} has NaN or infinite weights; fetch it again")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(weights, assign=True, strict=False)
+    model.tie_weights()
+    return model
+
+
+def _renamed(header: _Header, config: Any) -> bool:
+    return header.architecture in ("llama", "mistral") and config.model_type != "llama"
+
+
+def _load_tokenizer(path: Path, header: _Header) -> Any:
+    """The file's tokenizer, splitting digits where its merges were learnt so. Raises TeacherError."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        raise _damaged(path, error) from error
+    if header.get("tokenizer.ggml.model") == "gpt2" and header.get("tokenizer.ggml.pre") in SINGLE_DIGITS:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer
+
+
+def _stop_tokens(header: _Header) -> int | list[int] | None:
+    """Ids that end an answer: of the sequence, and of a turn or message where the file names them apart."""
+    ids = [header.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    found = list(dict.fromkeys(int(item) for item in ids if item is not None))
+    return found[0] if len(found) == 1 else found or None
+
+
+def _sha256(path: Path) -> str:
+    """The file's sha256, kept by its size and time of change: reading gigabytes at every load would take seconds."""
+    try:
+        facts = path.stat()
+        key = fingerprint([str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ino])
+        stamp = cache_folder() / "teachers" / "sha256" / key
+        if stamp.is_file():
+            return stamp.read_text(encoding="ascii").strip()
+        digest = file_sha256(path)
+    except OSError as error:
+        raise TeacherError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(digest + "\n", encoding="ascii")
+    except OSError:  # without a stamp the file is read again next time
+        pass
+    return digest
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Ranks of one machine unpack one after the other: the first does it, the others find it done."""
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _damaged(path: Path, error: Exception) -> TeacherError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return TeacherError(f"{path} is damaged, truncated or no GGUF file ({first}); fetch it again")

