@@ -32,15 +32,18 @@ def weights_fingerprint(
 ) -> str:
     """16 hex digits over parameter names, shapes and sampled values, in the order of the names.
 
+    Values are rounded to bfloat16: a teacher in float32 and in bfloat16 is the same teacher, and a predictor trained
+    beside one drafts for the other.
+
     Args:
-        sample: a parameter's values at flat places (n,), in the dtype that it is loaded in.
+        sample: a parameter's values at flat places (n,).
         extra: what else tells one teacher from another.
     """
     digest = hashlib.sha256()
     for name, shape in sorted((name, tuple(shape)) for name, shape in shapes):
         digest.update(f"{name}{shape}".encode())
         places = sample_places(int(np.prod(shape, dtype=np.int64)))
-        digest.update(sample(name, places).float().cpu().numpy().tobytes())
+        digest.update(sample(name, places).bfloat16().float().cpu().numpy().tobytes())
     digest.update(extra.encode())
     return digest.hexdigest()[:16]
 
