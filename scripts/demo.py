@@ -1,63 +1,118 @@
 #!/usr/bin/env python3
-"""The demo: collect, train, eval and bench on the embedded teachers, as a user would type it.
+"""The demo: what a user would type, and one table of it all.
 
-Everything it makes lies in stores/demo, stores/demo-looped and the output folder; a second run starts afresh and
-removes them first.
+1. collect, train, eval and bench FIRP on the embedded teacher, from nothing;
+2. bench the shipped predictors on a real model, SmolLM2-135M-Instruct, where it is installed (`make smollm2`);
+3. bench SPEED on the embedded looped teacher;
+4. answer a prompt, drafted tokens in colour.
+
+Everything it makes lies in stores/demo and the output folder; a second run removes them first.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-RECIPES = {"firp": "demo", "hidden_transfer": "demo-hidden_transfer", "medusa": "demo-medusa", "speed": "demo-speed"}
+from rich.console import Console
+
+from firp_cli.reports.tables import rich_table
+from firp_cli.teacher.source import known_teachers
+
 STORE = Path("stores/demo")
-LOOPED_STORE = Path("stores/demo-looped")  # SPEED's teacher shares its layers: it answers and is measured by itself
+REAL = "smollm2-135m"
+REAL_PREDICTORS = ["smollm2-firp", "smollm2-hidden-transfer", "smollm2-medusa"]
+QUESTION = "Mia has 12 shells. She finds 7 more. How many shells does she have?"
+REAL_QUESTION = "Write a Python function that returns the largest of three numbers, and explain it in two sentences."
+HEADERS = ["teacher", "data set", "method", "accepted length", "tokens/s", "over ar", "over hf", "identical"]
 
 
-def commands(output: Path, prompts: int, repeats: int) -> list[list[str]]:
-    """The command lines of the demo, in order."""
-    firp = str(Path(sys.executable).with_name("firp"))
-    counts = ["--limit", str(prompts), "--repeats", str(repeats)]
-    predictors = [str(output / kind) for kind in RECIPES]
-    stores = {kind: LOOPED_STORE if kind == "speed" else STORE for kind in RECIPES}
-    return [
-        [firp, "collect", "demo", f"store={STORE}"],
-        [firp, "collect", "demo-speed", f"store={LOOPED_STORE}"],
-        *(
-            [firp, "train", recipe, f"store={stores[kind]}", f"output={output / kind}"]
-            for kind, recipe in RECIPES.items()
-        ),
-        [firp, "eval", predictors[0], "--store", str(STORE), "--limit", "200", "--output", str(output / "eval")],
-        [firp, "bench", *predictors, "--dataset", "arithmetic", "--output", str(output / "bench"), *counts],
+@dataclass(frozen=True)
+class Step:
+    """A command, and where it leaves the `bench.json` that belongs into the table."""
+
+    command: list[str]
+    report: Path | None = None
+
+
+def steps(output: Path, real: bool, data: str | None, prompts: int) -> list[Step]:
+    """The demo's commands in order. `real`: SmolLM2 is here; `data`: folder of real data sets."""
+    own = str(output / "firp")
+    dataset = ["gsm8k", "--data-dir", data] if data else ["chat"]
+    made = [
+        Step(["collect", "demo", f"store={STORE}"]),
+        Step(["train", "demo", f"store={STORE}", f"output={own}"]),
+        Step(["eval", own, "--store", str(STORE), "--limit", "100", "--output", str(output / "eval")]),
+        _bench([own], ["arithmetic"], 2 * prompts, 2, output / "bench"),
     ]
+    if real:
+        made.append(_bench(REAL_PREDICTORS, dataset, prompts, 1, output / "bench-smollm2", "--max-new-tokens", "96"))
+    made.append(_bench(["speed"], ["arithmetic"], prompts, 2, output / "bench-speed"))
+    predictor, question = ("smollm2-firp", REAL_QUESTION) if real else (own, QUESTION)
+    return [*made, Step(["generate", predictor, "--prompt", question, "--max-new-tokens", "160"])]
+
+
+def _bench(predictors: list[str], dataset: list[str], limit: int, repeats: int, folder: Path, *more: str) -> Step:
+    counts = ["--limit", str(limit), "--repeats", str(repeats), "--output", str(folder)]
+    return Step(["bench", *predictors, "--dataset", *dataset, *counts, *more], folder / "bench.json")
+
+
+def table_rows(report: dict[str, Any]) -> list[list[str]]:
+    """The lines of the table that a bench gives: one for each method, all prompts together."""
+    rows = []
+    for row in report["rows"]:
+        if row["category"] != "all":
+            continue
+        interval = row["speedup_interval"]
+        over = f"{row['speedup']:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+        checked = row["lossless"]
+        identical = f"{checked['identical']}/{checked['compared']}" if checked["compared"] else "reference"
+        over_hf = f"{row['speedup_hf']:.2f}" if row["speedup_hf"] else ""
+        length, rate = f"{row['accepted_length']:.2f}", f"{row['tokens_per_second']:.0f}"
+        name = Path(report["teacher"]["name"]).name
+        rows.append([name, row["dataset"], row["method"], length, rate, over, over_hf, identical])
+    return rows
 
 
 def main() -> int:
     """Run the demo; returns the exit status of the first command that fails, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--prompts", type=int, default=20, help="prompts that bench decodes (default 20)")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats of the bench (default 3)")
+    parser.add_argument("--prompts", type=int, default=5, help="prompts that a bench decodes (default 5)")
     arguments = parser.parse_args()
-    for folder in (STORE, LOOPED_STORE, arguments.output):
+    for folder in (STORE, arguments.output):
         if folder.exists():
             print(f"removing {folder} of an earlier demo", flush=True)
             shutil.rmtree(folder)
+    known = known_teachers()[REAL]
+    real = known.installed() is not None
+    if not real:
+        print(f"{REAL} is not installed (no network?): its part is left out; `make smollm2` fetches it", flush=True)
     began = time.monotonic()
-    for command in commands(arguments.output, arguments.prompts, arguments.repeats):
-        shown = ["firp", *command[1:]]
-        print(f"\n[{time.monotonic() - began:.0f} s] $ {shlex.join(shown)}", flush=True)
-        status = subprocess.run(command, check=False).returncode
+    reports = []
+    for step in steps(arguments.output, real, os.environ.get("FIRP_DATA_DIR"), arguments.prompts):
+        print(f"\n[{time.monotonic() - began:.0f} s] $ firp {shlex.join(step.command)}", flush=True)
+        status = subprocess.run([sys.executable, "-m", "firp_cli", *step.command], check=False).returncode
         if status:
             return status
+        if step.report:
+            reports.append(json.loads(step.report.read_text(encoding="utf-8")))
+    print()
+    cells = [line for report in reports for line in table_rows(report)]
+    console = Console(highlight=False)
+    console.print(rich_table(HEADERS, cells, left=3, fixed=False))
+    console.print("Each teacher is measured against its own baselines: teachers must not be compared.", markup=False)
     page = (arguments.output / "bench" / "bench.html").resolve()
-    print(f"\ndone in {time.monotonic() - began:.0f} s; the report: {page}")
+    print(f"done in {time.monotonic() - began:.0f} s; reports: {page} and beside it")
     return 0
 
 

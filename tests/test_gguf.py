@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def test_gguf_nan_weight_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     path = write_gguf(tmp_path / "tiny.gguf", model)
-    with pytest.raises(TeacherError, match="up_proj.weight has NaN"):
+    with pytest.raises(TeacherError, match=r"up_proj\.weight has NaN"):
         Teacher.load(TeacherConfig(model=str(path)), "cpu")
 
 
@@ -221,7 +222,7 @@ def test_known_teacher_that_is_not_here_names_both_ways(monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     known = source.known_teachers()["smollm2-135m"]
     monkeypatch.setattr(source.KnownTeacher, "installed", lambda self: None)
-    with pytest.raises(TeacherError, match=f"(?s){known.install}.*{known.hub}"):
+    with pytest.raises(TeacherError, match=f"(?s){re.escape(known.install)}.*{re.escape(known.hub)}"):
         Teacher.load(TeacherConfig(model="smollm2-135m"), "cpu")
 
 
@@ -229,5 +230,5 @@ def test_gguf_without_room_says_how_much_is_needed(tmp_path: Path, monkeypatch: 
     path = write_gguf(tmp_path / "tiny.gguf", tiny("Llama"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(TeacherError, match="GB unpacked.*\nset FIRP_CACHE_DIR"):
+    with pytest.raises(TeacherError, match=r"GB unpacked.*\nset FIRP_CACHE_DIR"):
         Teacher.load(TeacherConfig(model=str(path)), "cpu")

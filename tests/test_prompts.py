@@ -177,3 +177,28 @@ def test_real_gsm8k_train_split() -> None:
 def test_every_known_set_has_a_place_to_come_from() -> None:
     for name, known in KNOWN.items():
         assert known.hub or known.source or name == "arithmetic"
+
+
+def test_several_sets_follow_one_another(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k" / "train.jsonl", [{"question": f"g{n}", "answer": "1"} for n in range(3)])
+    write(tmp_path / "mbpp" / "train.jsonl", [{"text": "t", "code": "c = 1", "test_list": ["assert c == 1"]}] * 3)
+    found = load_prompts("gsm8k, mbpp", str(tmp_path), 2, "train")
+    asked = [prompt.messages[0]["content"] for prompt in found]
+    assert asked == ["g0", "g1", *["t\nYour code should satisfy these tests:\nassert c == 1"] * 2]
+    assert found[2].reference == "```python\nc = 1\n```"
+    assert len(load_conversations("gsm8k,mbpp", "train", str(tmp_path), 1)) == 2
+    path = write(tmp_path / "a,b.jsonl", [{"prompt": "one"}])
+    assert len(load_prompts(str(path))) == 1
+
+
+def test_chat_has_eight_categories_and_no_prompt_twice() -> None:
+    train, test = (load_prompts("chat", split=split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (200, 80)
+    for prompts in (train, test):
+        categories = [prompt.category for prompt in prompts]
+        assert len(set(categories)) == 8
+        assert {categories.count(name) for name in categories} == {len(prompts) // 8}
+    texts = [prompt.messages[0]["content"] for prompt in (*train, *test)]
+    assert len(set(texts)) == 280
+    rows = load_records("chat", "test")
+    assert all(len(row["turns"]) == (2 if row["category"] == "chat" else 1) for row in rows)

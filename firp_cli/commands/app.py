@@ -12,6 +12,7 @@ from firp_cli.commands.collect import collect
 from firp_cli.commands.doctor import doctor
 from firp_cli.commands.eval import evaluate
 from firp_cli.commands.generate import generate
+from firp_cli.commands.quickstart import quickstart
 from firp_cli.commands.store import store
 from firp_cli.commands.train import train
 from firp_cli.commands.tune import tune
@@ -39,6 +40,7 @@ def _main(
     pass
 
 
+app.command("quickstart")(quickstart)
 app.command("collect")(collect)
 app.add_typer(store, name="store")
 app.command("train")(train)

@@ -7,6 +7,7 @@ Shapes: B sequences, N nodes, k steps, A nodes with pseudo rows, M = N + kA rows
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,12 +18,15 @@ from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
 from firp_cli.decoding.dynamic import numbers
 from firp_cli.decoding.ring import Ring
 from firp_cli.decoding.tree import Tree, TreeSpec, anchor_nodes, build, nearest_anchor, root_tree
-from firp_cli.predictors.base import Draft, Predictor, Spawn, forward_rows
+from firp_cli.predictors.base import Draft, Predictor, Spawn, forward_rows, most_probable
 from firp_cli.teacher.attention import AttentionMask, StepMask, step_rows
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
 
 PREFILL_ENTRIES = 1 << 26  # of a prefill chunk's mask, at most
+# Rows of a sequence whose logits are made in one pass over the vocabulary matrix; more go through it in two: all nodes,
+# then the accepted one's drafts. On a CPU sixteen rows cost what two passes do, on a GPU rows hardly cost anything.
+ONE_PASS_ROWS, ONE_PASS_ROWS_CUDA = 16, 64
 Mode = Literal["drafted", "start", "plain"]  # a tree; the root alone, with its draft; the root alone, without one
 
 
@@ -71,6 +75,7 @@ class Stepper:
                 torch.zeros(batch, steps, self._breadth, device=device),
             )
         self.ring = Ring(batch, self.width, every, device)
+        self._one_pass = ONE_PASS_ROWS_CUDA if device.type == "cuda" else ONE_PASS_ROWS
 
     @property
     def batch(self) -> int:
@@ -139,14 +144,28 @@ class Stepper:
             tree, anchors = root_tree(root), None
         real, pseudo = self._forward(tree, anchors, longest, drafting, exact)
         normed = self.teacher.norm(real)
-        targets = self.sampler(self.teacher.head(normed))
+        logits, drafted = self._logits(normed, pseudo, drafting)
+        targets = self.sampler(logits)
         single = tree.tokens.shape[1] == 1
         accepted = accept_root(targets) if single else accept(tree, targets, self.width - 1)
         self.cache.commit(accepted.path, accepted.count + 1)
         root.copy_(accepted.bonus)
         self.ring.push(accepted.count, accepted.tokens)
         if drafting:
-            self._draft_next(tree, accepted, anchors, normed, pseudo)
+            self._draft_next(tree, accepted, anchors, normed, pseudo, drafted)
+
+    def _logits(self, normed: Tensor, pseudo: Tensor | None, drafting: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, N, V) of the normed real rows (B, N, d) and, where one pass of the head does for both, those of
+        every anchor's drafts (B, A, k, V), of which the accepted node's are then taken.
+        """
+        predictor, (batch, nodes, size) = self.predictor, normed.shape
+        anchors = nodes if pseudo is None else pseudo.shape[2]
+        rows = nodes + anchors * (predictor.steps if predictor else 0)
+        if not drafting or predictor is None or predictor.own_vocabulary or batch * rows > self._one_pass:
+            return self.teacher.head(normed), None
+        states = predictor.finish(self.teacher, normed, None if pseudo is None else pseudo.transpose(1, 2))
+        logits = self.teacher.head(torch.cat([normed, states.view(batch, -1, size)], dim=1))
+        return logits[:, :nodes], logits[:, nodes:].view(batch, anchors, predictor.steps, -1)
 
     def _forward(
         self, tree: Tree, anchors: Tensor | None, longest: int, drafting: bool, exact: bool
@@ -196,39 +215,52 @@ class Stepper:
         return list(looked_up.chunk(2, dim=-1))
 
     def _draft_next(
-        self, tree: Tree, accepted: Accepted, anchors: Tensor | None, normed: Tensor, pseudo: Tensor | None
+        self,
+        tree: Tree,
+        accepted: Accepted,
+        anchors: Tensor | None,
+        normed: Tensor,
+        pseudo: Tensor | None,
+        drafted: Tensor | None,
     ) -> None:
         """The next draft, from the accepted node's rows alone. Where that node has no pseudo rows, from the steps of
         its nearest ancestor's that are still ahead; the missing last ones draft nothing.
+
+        Args:
+            drafted: the logits of every anchor's drafts (B, A, k, V), where they were made already.
         """
         assert self.predictor is not None
-        final, own, behind = normed[:, 0], None, None
-        if pseudo is None:
-            index = accepted.node[:, None, None]
-            final = normed.gather(1, index.expand(-1, 1, normed.shape[2]))[:, 0]
+        place, behind = accepted.node, None
+        if anchors is not None:
+            place, behind = nearest_anchor(tree, anchors, accepted.path, accepted.count)
+        if drafted is not None:
+            draft = draft_behind(_rows_at(drafted, place), behind, lambda rows: most_probable(rows, self._breadth))
         else:
-            place = accepted.node
-            if anchors is not None:
-                place, behind = nearest_anchor(tree, anchors, accepted.path, accepted.count)
-            _, steps, _, size = pseudo.shape
-            own = pseudo.gather(2, place[:, None, None, None].expand(-1, steps, 1, size))[:, :, 0]
-        states = self.predictor.finish(self.teacher, final, own)
-        draft = draft_behind(self.teacher, self.predictor, states, behind, self._breadth)
+            final = normed[:, 0] if pseudo is not None else _rows_at(normed, place)
+            own = None if pseudo is None else _rows_at(pseudo.transpose(1, 2), place)
+            states = self.predictor.finish(self.teacher, final, own)
+            predictor, teacher = self.predictor, self.teacher
+            draft = draft_behind(states, behind, lambda rows: predictor.draft(teacher, rows, self._breadth))
         self._draft.tokens[: self.batch].copy_(draft.tokens)
         self._draft.log_probs[: self.batch].copy_(draft.log_probs)
 
 
-def draft_behind(teacher: Teacher, predictor: Predictor, states: Tensor, behind: Tensor | None, breadth: int) -> Draft:
-    """The draft of nodes from the states (B, k, d) of an ancestor that is `behind` (B,) tokens back (None: none is):
-    step i from its step i + behind. Steps that the ancestor did not reach have probability 0.
+def _rows_at(rows: Tensor, place: Tensor) -> Tensor:
+    """rows[b, place[b]] of rows (B, A, ...): (B, ...)."""
+    index = place.view(-1, *[1] * (rows.dim() - 1))
+    return rows.gather(1, index.expand(-1, 1, *rows.shape[2:]))[:, 0]
+
+
+def draft_behind(rows: Tensor, behind: Tensor | None, draft: Callable[[Tensor], Draft]) -> Draft:
+    """The draft of nodes from the states or logits (B, k, ...) of an ancestor that is `behind` (B,) tokens back (None:
+    none is): step i from its step i + behind. Steps that the ancestor did not reach have probability 0.
     """
     if behind is None:
-        return predictor.draft(teacher, states, breadth)
-    steps = states.shape[1]
-    ahead = behind[:, None] + numbers(steps, states.device)
-    states = states.gather(1, ahead.clamp(max=steps - 1)[:, :, None].expand_as(states))
-    draft = predictor.draft(teacher, states, breadth)
-    return Draft(draft.tokens, draft.log_probs.masked_fill((ahead >= steps)[:, :, None], -torch.inf))
+        return draft(rows)
+    steps = rows.shape[1]
+    ahead = behind[:, None] + numbers(steps, rows.device)
+    made = draft(rows.gather(1, ahead.clamp(max=steps - 1)[:, :, None].expand_as(rows)))
+    return Draft(made.tokens, made.log_probs.masked_fill((ahead >= steps)[:, :, None], -torch.inf))
 
 
 def cache_shape(

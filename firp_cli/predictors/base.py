@@ -66,6 +66,13 @@ class Draft:
     log_probs: Tensor
 
 
+def most_probable(logits: Tensor, breadth: int) -> Draft:
+    """The `breadth` most probable tokens of each step, from float32 logits (B, k, V)."""
+    values, tokens = logits.topk(breadth, dim=-1)
+    log_probs = values - logits.logsumexp(-1, keepdim=True)
+    return Draft(tokens, log_probs.clamp(max=0))  # rounding may leave a probability above 1
+
+
 class Predictor(nn.Module, ABC):
     """A draft predictor of k steps: step i drafts token n+i+1 from what is known at the anchor n."""
 
@@ -181,8 +188,7 @@ class Predictor(nn.Module, ABC):
 
     def draft(self, teacher: Teacher, states: Tensor, breadth: int) -> Draft:
         """Candidates from states (B, k, d): the `breadth` most probable tokens of each step."""
-        log_probs, tokens = self.logits(teacher, states).log_softmax(-1).topk(breadth, dim=-1)
-        return Draft(tokens, log_probs.clamp(max=0))  # rounding may leave a probability above 1
+        return most_probable(self.logits(teacher, states), breadth)
 
     def logits(self, teacher: Teacher, states: Tensor) -> Tensor:
         """`step_logits` of all steps at once: states (B, k, d) to (B, k, V)."""

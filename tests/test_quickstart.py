@@ -1,0 +1,78 @@
+"""`firp quickstart`: prompts that are measured are not learnt from, and one command ends in a table and a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_commands import firp
+
+from firp_cli.commands.quickstart import find_prompts, make_recipe, transfer_layer
+from firp_cli.data.prompts import load_prompts
+from firp_cli.errors import DatasetError, TeacherError
+from firp_cli.recipe import load_recipe
+
+
+def test_quickstart_keeps_the_last_tenth_of_a_file_back(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"question {number}"}) + "\n" for number in range(50)))
+    found = find_prompts(str(path), None, tmp_path / "out")
+    train, test = load_prompts(found.train), load_prompts(found.test)
+    assert (found.count, len(train), len(test)) == (45, 45, 5)
+    asked = [prompt.messages[0]["content"] for prompt in (*train, *test)]
+    assert asked == [f"question {number}" for number in range(50)]
+
+
+def test_quickstart_uses_the_splits_of_a_known_set(tmp_path: Path) -> None:
+    found = find_prompts("chat", None, tmp_path)
+    assert (found.train, found.test, found.count) == ("chat", "chat", 200)
+    assert not list(tmp_path.iterdir())
+
+
+def test_quickstart_refuses_prompts_that_cannot_be_split(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "one"}\n' * 10)
+    with pytest.raises(DatasetError, match="has 10 prompts; a quickstart needs 25"):
+        find_prompts(str(path), None, tmp_path / "out")
+    folder = tmp_path / "data" / "mt_bench"
+    folder.mkdir(parents=True)
+    (folder / "question.jsonl").write_text('{"turns": ["one"]}\n')
+    with pytest.raises(DatasetError, match="test prompts only"):
+        find_prompts("mt_bench", tmp_path / "data", tmp_path / "out")
+
+
+def test_quickstart_layer_is_at_two_thirds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert transfer_layer("arithmetic") == 4
+    with pytest.raises(TeacherError, match="give a model folder"):
+        transfer_layer("owner/no-such-model")
+
+
+def test_quickstart_recipe_trains_on(tmp_path: Path) -> None:
+    recipe = make_recipe("arithmetic", find_prompts("chat", None, tmp_path), None, tmp_path, 4, 3, 64)
+    assert recipe.training.max_steps is None and recipe.data.regenerate
+    assert recipe.predictor is not None and recipe.predictor.transfer_layers == (4, 4, 4)
+
+
+@pytest.mark.slow
+def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path) -> None:
+    data = tmp_path / "data" / "sums"
+    data.mkdir(parents=True)
+    rows = [{"messages": prompt.messages} for prompt in load_prompts("arithmetic", None, 40, "train")]
+    own = data / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--prompts", str(own), "--minutes", "2", "--output", "out", "--max-new-tokens", "48"]
+    done = firp("quickstart", "arithmetic", *options, cwd=tmp_path, FIRP_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    commands = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ firp ")]
+    assert commands == ["collect", "collect", "train", "tune", "bench"]
+    rows = json.loads((tmp_path / "out" / "bench" / "bench.json").read_text())["rows"]
+    found = {row["method"]: row for row in rows if row["category"] == "all"}
+    assert found["firp"]["lossless"]["identical"] == found["firp"]["lossless"]["compared"] == 4
+    entries = json.loads((tmp_path / "out" / "predictor" / "tree.json").read_text())["entries"]
+    assert [entry["batch_size"] for entry in entries] == [1]
+    recipe = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    assert recipe.data.limit == 36 and recipe.store == "out/store"
+    again = firp("quickstart", "arithmetic", *options, cwd=tmp_path)
+    assert again.returncode == 2 and "holds an earlier quickstart" in again.stderr
