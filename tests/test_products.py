@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,28 @@ def test_gradients_reach_the_rows() -> None:
     assert rows.grad is not None
     torch.testing.assert_close(rows.grad, weight.detach().sum(0).expand(5, -1))
     assert weight.grad is None, "the matrix is frozen"
+
+
+@pytest.mark.parametrize("make", [products._pack_mkl, products._pack_onednn])
+@pytest.mark.parametrize("size", [(37, 24), (192, 64), (64, 192)])
+def test_packed_products_take_any_number_of_rows(make: Any, size: tuple[int, int]) -> None:
+    torch.manual_seed(2)
+    weight, offset = torch.randn(size), torch.randn(size[0])
+    packed = make(weight)
+    if packed is None:
+        pytest.skip("this torch is built without it")
+    for shape in ((2,), (3,), (2, 4), (1, 17), (64,), (MOST_ROWS,)):
+        rows = torch.randn(*shape, size[1])
+        torch.testing.assert_close(packed(rows, offset), functional.linear(rows, weight, offset), rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_product_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = some_matrix(bias=False)
+    wrong = lambda weight: lambda rows, bias: functional.linear(rows, weight) + (len(rows) > 8)  # noqa: E731
+    monkeypatch.setattr(products, "_intel", lambda: True)
+    monkeypatch.setattr(products, "_pack_mkl", wrong)
+    monkeypatch.setattr(products, "_pack_onednn", wrong)
+    assert Product(weight)._packed is None
 
 
 def test_copies_are_counted_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ class Stepper:
         if not drafting or predictor is None or predictor.own_vocabulary or batch * rows > self._one_pass:
             return self.teacher.head(normed), None
         states = predictor.finish(self.teacher, normed, None if pseudo is None else pseudo.transpose(1, 2))
-        logits = self.teacher.head(torch.cat([normed, states.view(batch, -1, size)], dim=1))
+        logits = self.teacher.head(torch.cat([normed, states.reshape(batch, -1, size)], dim=1))
         return logits[:, :nodes], logits[:, nodes:].view(batch, anchors, predictor.steps, -1)
 
     def _forward(

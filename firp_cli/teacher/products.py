@@ -1,21 +1,28 @@
 """Products of few rows with a frozen matrix: what decoding steps spend their time on.
 
 A step's product is bound by reading the matrix. On a CPU torch's own product reads it on one core for one row, and
-slowly for few: a batch of parts of the matrix runs on all cores, and oneDNN's product from a copy in its own block
-order takes a few rows at little more than the price of one. On other devices, for other dtypes and for hundreds of
-rows the product is torch's.
+slowly for few: a batch of parts of the matrix runs on all cores, and a product from a copy in the order that its kernel
+reads takes a few rows at little more than the price of one. Intel processors have the best such kernel in MKL, others
+in oneDNN. On other devices, for other dtypes and for hundreds of rows the product is torch's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from firp_cli.provenance import processor_name
+
+Packed = Callable[[Tensor, Tensor | None], Tensor]  # rows (..., m) and a bias to the product (..., n)
+
 NOMINAL_ROWS = 16  # what a copy is ordered for; the order is the same for other small numbers
 MOST_ROWS = 256  # above, torch's own product is as fast
+PROBED_ROWS = (2, 5, 24)  # row counts that a packed product is tried with
 MOST_BYTES = 2 << 30  # of copies in one process: beyond, memory is worth more
 
 
@@ -31,7 +38,7 @@ class Product:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, lean: bool = True) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.inputs = self.weight.shape[1]
-        self._packed: Any = None
+        self._packed: Packed | None = None
         self._parts: Tensor | None = None
         self._most = MOST_ROWS * self.inputs
         if lean and weight.device.type == "cpu" and weight.dtype == torch.float32 and self.weight.is_contiguous():
@@ -48,7 +55,7 @@ class Product:
             product = torch.bmm(rows, self._parts).view(*hidden.shape[:-1], len(self.weight))
             return product if self.bias is None else product + self.bias
         if self._packed is not None and self.inputs < hidden.numel() <= self._most:
-            return torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self.bias, "none", [], "")
+            return self._packed(hidden, self.bias)
         return functional.linear(hidden, self.weight, self.bias)
 
     def __del__(self) -> None:
@@ -56,16 +63,60 @@ class Product:
             Product.copied -= self.weight.numel() * self.weight.element_size()
 
 
-def _pack(weight: Tensor) -> Any:
-    """The matrix in oneDNN's order, as torch's own compiler packs it; None where this torch cannot, or should not."""
+def _pack(weight: Tensor) -> Packed | None:
+    """The product with a copy in a kernel's own order; None where this torch has no such kernel that is right, or
+    copies have taken enough memory. The kernel depends on the processor alone, so that every run rounds alike.
+    """
     size = weight.numel() * weight.element_size()
-    if not torch.backends.mkldnn.is_available() or Product.copied + size > MOST_BYTES:
+    if Product.copied + size > MOST_BYTES:
         return None
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, NOMINAL_ROWS)
-        row = torch.zeros(2, weight.shape[1])
-        torch.ops.mkldnn._linear_pointwise(row, packed, None, "none", [], "")
-    except (RuntimeError, AttributeError, NotImplementedError, TypeError):  # a torch without these operations
+    for make in (_pack_mkl, _pack_onednn) if _intel() else (_pack_onednn,):
+        try:
+            packed = make(weight)
+            right = packed is not None and _agrees(packed, weight)
+        except (RuntimeError, AttributeError, NotImplementedError, TypeError):  # a torch without these operations
+            continue
+        if right:
+            Product.copied += size
+            return packed
+    return None
+
+
+def _pack_mkl(weight: Tensor) -> Packed | None:
+    """MKL's packed product. Its order does not depend on the number of rows, which `_agrees` makes sure of."""
+    if not torch.backends.mkl.is_available():
         return None
-    Product.copied += size
-    return packed
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, NOMINAL_ROWS)
+    inputs = weight.shape[1]
+
+    def product(hidden: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkl._mkl_linear(hidden, packed, weight, bias, hidden.numel() // inputs)
+
+    return product
+
+
+def _pack_onednn(weight: Tensor) -> Packed | None:
+    """oneDNN's product from a matrix in its block order, as torch's own compiler packs it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    packed: Any = torch.ops.mkldnn._reorder_linear_weight(weight, NOMINAL_ROWS)
+
+    def product(hidden: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")
+
+    return product
+
+
+def _agrees(packed: Packed, weight: Tensor) -> bool:
+    """Whether a packed product gives torch's own for few and for many rows."""
+    rows = torch.linspace(-1, 1, PROBED_ROWS[-1] * weight.shape[1]).view(-1, weight.shape[1])
+    expected = functional.linear(rows, weight)
+    scale = expected.abs().max().clamp(min=1e-9)
+    return all(
+        bool((packed(rows[:count], None) - expected[:count]).abs().max() <= 1e-4 * scale) for count in PROBED_ROWS
+    )
+
+
+@cache
+def _intel() -> bool:
+    return "intel" in processor_name().lower()
