@@ -64,7 +64,7 @@ class KVCache:
         """Start over with the first `batch` sequences, all empty."""
         self._narrow(batch)
         self.lengths.zero_()
-        self._first, self._writes, self._end = self.scratch, self.scratch, self.scratch
+        self._announce(self.scratch, self.scratch, 0, self.scratch)
 
     def _narrow(self, batch: int) -> None:
         self.batch = batch
@@ -81,24 +81,33 @@ class KVCache:
         What a layer gets back are the slots of all the rows, then `longest` slots of the prefix.
         """
         assert rows <= self.scratch and longest <= self.capacity, (rows, self.scratch, longest, self.capacity)
-        self._first = self._writes = self.scratch - rows
-        self._end = self.scratch + longest
+        self._announce(self.scratch - rows, self.scratch - rows, rows, self.scratch + longest)
 
     def begin_chunk(self, start: int, rows: int) -> None:
         """Announce a forward of the prompts' positions start..start + rows - 1, which are written where they belong.
         What a layer gets back are the slots of the positions so far.
         """
-        self._first, self._writes = self.scratch, self.scratch + start
-        self._end = self._writes + rows
+        self._announce(self.scratch, self.scratch + start, rows, self.scratch + start + rows)
+
+    def _announce(self, first: int, writes: int, rows: int, end: int) -> None:
+        """Rows go to slots `writes`..; layers see slots first..end-1. All layers' views are made here, in two calls."""
+        self._first = first
+        store = self._store[:, :, : self.batch]
+        self._written = store.narrow(4, writes, rows).unbind()
+        self._seen = store.narrow(4, first, end - first).unbind()
 
     def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write (B, H, M, D) keys and values at the announced slots; return those in view, (B, H, S', D) of both."""
-        own_keys, own_values = self._layers[layer_index]
+        own_keys, own_values = self._written[layer_index].unbind()
         rows = keys.shape[2]
-        own_keys.narrow(2, self._writes, rows).copy_(keys)
-        own_values.narrow(2, self._writes, rows).copy_(values)
-        seen = self._end - self._first
-        return own_keys.narrow(2, self._first, seen), own_values.narrow(2, self._first, seen)
+        if rows == own_keys.shape[2]:
+            own_keys.copy_(keys)
+            own_values.copy_(values)
+        else:  # layers below the one where all of the step's rows have joined
+            own_keys[:, :, :rows].copy_(keys)
+            own_values[:, :, :rows].copy_(values)
+        seen_keys, seen_values = self._seen[layer_index].unbind()
+        return seen_keys, seen_values
 
     def commit(self, path_BP: Tensor, counts_B: Tensor) -> None:
         """Keep rows `path[b, :counts[b]]` of the last step as the next committed tokens.

@@ -44,7 +44,7 @@ class Product:
         if lean and weight.device.type == "cpu" and weight.dtype == torch.float32 and self.weight.is_contiguous():
             self._packed = _pack(self.weight)
             threads = torch.get_num_threads()
-            if threads > 1 and len(self.weight) % threads == 0:
+            if threads > 1 and len(self.weight) % threads == 0 and not _intel():  # MKL shares one row out itself
                 self._parts = self.weight.view(threads, -1, self.inputs).transpose(1, 2)
 
     def __call__(self, hidden: Tensor) -> Tensor:
