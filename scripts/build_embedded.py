@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import (
@@ -45,8 +45,19 @@ TEACHER_FOLDER = ROOT / "data" / "teachers" / "arithmetic"
 LOOPED_FOLDER = ROOT / "data" / "teachers" / "arithmetic-looped"
 DATASET_FOLDER = ROOT / "data" / "datasets" / "arithmetic"
 PREDICTOR_FOLDER = ROOT / "data" / "predictors"
-TREES = {"firp": "chain", "hidden_transfer": "dynamic:8", "medusa": "dynamic:8"}
-PREDICTOR_KINDS = ("firp", "hidden_transfer", "medusa", "speed")
+# Shipped predictors by recipe: their folder, and the tree that is written beside them (SPEED has none).
+PREDICTORS: dict[str, dict[str, tuple[str, str | None]]] = {
+    "arithmetic": {
+        "arithmetic-firp": ("firp", "chain"),
+        "arithmetic-hidden_transfer": ("hidden_transfer", "dynamic:8"),
+        "arithmetic-medusa": ("medusa", "dynamic:8"),
+        "arithmetic-speed": ("speed", None),
+    },
+    "smollm2": {name: (name, "dynamic:8") for name in ("smollm2-firp", "smollm2-hidden-transfer", "smollm2-medusa")},
+}
+
+PREDICTOR_FILE = "predictor.safetensors"
+LARGE_TEACHER = 100_000_000  # parameters
 
 VOCABULARY_SIZE = 1024
 TOKENIZER_PROBLEMS = 20_000
@@ -395,7 +406,8 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_predictors_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the stage `predictors`."""
-    parser.add_argument("--tree", default=None, help="tree written beside each predictor, in place of TREES")
+    parser.add_argument("--teacher", choices=list(PREDICTORS), default="arithmetic", help="whose predictors")
+    parser.add_argument("--tree", default=None, help="tree written beside each predictor, in place of the usual one")
     parser.add_argument("--output", type=Path, default=PREDICTOR_FOLDER, help="folder to write the predictors to")
 
 
@@ -403,23 +415,29 @@ def run_predictors(arguments: argparse.Namespace) -> None:
     """Collect and train with the shipped recipes, and keep what decoding needs. Finished parts are not redone."""
     firp = [sys.executable, "-m", "firp_cli"]
     collected = set()
-    for kind in PREDICTOR_KINDS:
-        recipe = load_recipe(f"arithmetic-{kind}")
+    for name, (folder_name, tree) in PREDICTORS[arguments.teacher].items():
+        recipe = load_recipe(name)
         if recipe.store not in collected:
-            subprocess.run([*firp, "collect", f"arithmetic-{kind}", "--resume"], check=True)
+            subprocess.run([*firp, "collect", name, "--resume"], check=True)
             collected.add(recipe.store)
         run = Path(str(recipe.output))
         if not (run / "config.json").is_file():
-            subprocess.run([*firp, "train", f"arithmetic-{kind}"], check=True)
-        folder = arguments.output / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("predictor.safetensors", "config.json", "recipe.yaml", "training.json"):
-            shutil.copyfile(run / name, folder / name)
-        if kind != "speed":
-            (folder / "tree.json").write_text(
-                json.dumps({"tree": arguments.tree or TREES[kind]}) + "\n", encoding="utf-8"
-            )
-        print(f"{kind}: {sum(file.stat().st_size for file in folder.iterdir())} bytes in {folder}")
+            subprocess.run([*firp, "train", name], check=True)
+        keep_predictor(run, arguments.output / folder_name, arguments.tree or tree)
+
+
+def keep_predictor(run: Path, folder: Path, tree: str | None) -> None:
+    """Copy what decoding and provenance need of a run. Weights for a large teacher are kept in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "recipe.yaml", "training.json"):
+        shutil.copyfile(run / name, folder / name)
+    weights = load_file(run / "predictor.safetensors")
+    large = json.loads((run / "config.json").read_text(encoding="utf-8"))["teacher"]["parameters"] > LARGE_TEACHER
+    save_file({key: value.bfloat16() if large else value for key, value in weights.items()}, folder / PREDICTOR_FILE)
+    (folder / PREDICTOR_FILE).chmod(0o644)
+    if tree is not None:
+        (folder / "tree.json").write_text(json.dumps({"tree": tree}) + "\n", encoding="utf-8")
+    print(f"{folder.name}: {sum(file.stat().st_size for file in folder.iterdir())} bytes in {folder}")
 
 
 # One entry per stage: its help text, its arguments, its function.

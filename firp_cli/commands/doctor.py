@@ -277,7 +277,7 @@ def _known_teachers() -> list[Check]:
         purpose = f"predictors {', '.join(owners[name])}" if name in owners else "firp collect --teacher"
         found = known.installed()
         if found is not None and reader:
-            checks.append(Check(f"teacher {name}", OK, f"{known.about}: {found}", purpose))
+            checks.append(Check(f"teacher {name}", OK, f"{known.about}, in the package {known.package}", purpose))
             continue
         lacking = "its file is here, the package gguf is not" if found else f"not installed: {known.about}"
         wanted = ["'firp[gguf]'"] * (not reader) + [known.install] * (found is None)
