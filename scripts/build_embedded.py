@@ -53,7 +53,7 @@ PREDICTORS: dict[str, dict[str, tuple[str, str | None]]] = {
         "arithmetic-medusa": ("medusa", "dynamic:8"),
         "arithmetic-speed": ("speed", None),
     },
-    "smollm2": {name: (name, "dynamic:8") for name in ("smollm2-firp", "smollm2-hidden-transfer", "smollm2-medusa")},
+    "smollm2": {name: (name, "dynamic:4/2") for name in ("smollm2-firp", "smollm2-hidden-transfer", "smollm2-medusa")},
 }
 
 PREDICTOR_FILE = "predictor.safetensors"
