@@ -29,7 +29,8 @@ COLLECTING = 0.5  # share of the minutes; tuning and measuring take most of the 
 SAMPLE_LIMIT = 64  # prompts of the estimate that the limit is worked out from
 FEWEST_PROMPTS = 24  # with fewer there is nothing to fit maps on
 HELD_OUT = 0.1  # share of a file's prompts that is measured on
-MEASURED, CALIBRATING = 8, 24  # prompts of the bench and of tuning
+MEASURED = (4, 8)  # prompts of the bench, in few minutes and in many
+CALIBRATING, SITTINGS = 16, "4"  # prompts and sittings of tuning
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ def quickstart(
     where = ["--data-dir", str(data_dir)] if data_dir else []
     run("collect", str(path))
     run("train", str(path), "training.max_steps=0", "training.gate_prompts=2", f"output={predictor}")
-    calibrating = min(CALIBRATING, limit)
-    tuning = ["--batch-sizes", "1", "--limit", str(calibrating), "--no-trial", "--output", str(folder / "tune")]
-    run("tune", predictor, "--dataset", found.train, *where, *tuning)
-    measuring = ["--limit", str(MEASURED), "--repeats", "2", "--output", str(folder / "bench")]
+    tuning = ["--batch-sizes", "1", "--limit", str(CALIBRATING), "--sittings", SITTINGS, "--no-trial"]
+    run("tune", predictor, "--dataset", found.train, *where, *tuning, "--output", str(folder / "tune"))
+    measured = min(MEASURED[1], max(MEASURED[0], round(minutes / 2)))
+    measuring = ["--limit", str(measured), "--repeats", "2", "--output", str(folder / "bench")]
     run("bench", predictor, "--dataset", found.test, *where, *measuring)
     spent = (time.monotonic() - until) / 60 + minutes
     typer.echo(f"\n{spent:.1f} minutes. The predictor: {predictor}")
