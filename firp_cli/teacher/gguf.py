@@ -209,8 +209,9 @@ def _load_model(path: Path, header: _Header, config: Any, dtype: torch.dtype) ->
 
     # the file names its tensors by its own architecture, and calls Mistral's llama
     reading = LlamaConfig.from_dict(config.to_dict() | {"model_type": "llama"}) if _renamed(header, config) else config
+    auto: Any = AutoModelForCausalLM  # its types know nothing of the loading info
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = auto.from_pretrained(
             path.parent, gguf_file=path.name, config=reading, dtype=dtype, output_loading_info=True
         )
     except Exception as error:
