@@ -24,7 +24,7 @@ from firp_cli.evaluation.bench import (
     teacher_labels,
 )
 from firp_cli.evaluation.groups import choose_groups, embedded_folders, group_by_teacher
-from firp_cli.predictors.registry import save_predictor
+from firp_cli.predictors.registry import read_config, save_predictor
 from firp_cli.recipe import TeacherConfig
 from firp_cli.records import BenchReport, plain
 from firp_cli.teacher.stack import Teacher
@@ -109,7 +109,11 @@ def test_methods_filter_every_group(saved: Save) -> None:
 
 
 def embed(monkeypatch: pytest.MonkeyPatch, default: str, *folders: Path) -> None:
-    """Make these folders the embedded predictors, and `default` the teacher that is taken where none is named."""
+    """Make these folders the embedded predictors, their teachers the embedded ones, and `default` the teacher that is
+    taken where none is named.
+    """
+    names = [str(read_config(folder)["teacher"]["name"]) for folder in folders]
+    monkeypatch.setattr("firp_cli.evaluation.groups.embedded_teachers", lambda: names)
     monkeypatch.setattr("firp_cli.evaluation.groups.embedded_predictors", lambda: {each.name: each for each in folders})
     monkeypatch.setattr("firp_cli.evaluation.groups.DEFAULT_TEACHER", default)
 
@@ -120,6 +124,9 @@ def test_embedded_predictors_of_all_teachers_unless_one_is_meant(saved: Save, mo
     assert embedded_folders(None, None) == embedded_folders(None, ["ar", "speed"]) == folders
     assert embedded_folders(None, ["ar", "hf"]) == folders[:1]
     assert embedded_folders("looped", ["ar"]) == folders[1:] and embedded_folders("elsewhere", None) == []
+    monkeypatch.setattr("firp_cli.evaluation.groups.embedded_teachers", lambda: ["plain"])
+    assert embedded_folders(None, None) == folders[:1]  # the looped teacher may not be here
+    assert embedded_folders("looped", None) == folders[1:]
 
 
 @pytest.fixture

@@ -166,6 +166,8 @@ def test_readme_commands_run(tmp_path: Path) -> None:
     """Those that need no hub: shortened, and really run."""
     ran = 0
     for arguments in readme_commands():
+        if any(word.startswith("smollm2") for word in arguments):  # tests/test_smollm2.py has those
+            continue
         if arguments[0] == "doctor" or (arguments[0] == "generate" and "--prompt" in arguments):
             done = firp(*arguments, cwd=tmp_path)
         elif arguments[:3] == ["bench", "--dataset", "arithmetic"]:

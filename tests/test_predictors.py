@@ -160,14 +160,14 @@ def test_decoder_drafts_what_training_predicts(stacked_teacher: Teacher, section
     texts = [greedy(stacked_teacher, prompt, 20) for prompt in prompts]
     sequences = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     drafts: list[tuple[int, list[list[int]]]] = []
-    original = predictor.draft
+    original = predictor.candidates
 
-    def recording(teacher: Teacher, states: Tensor, breadth: int) -> object:
-        draft = original(teacher, states, breadth)
+    def recording(logits: Tensor, breadth: int) -> object:
+        draft = original(logits, breadth)
         drafts.append((draft.tokens.shape[0], draft.tokens[:, :, :2].tolist()))
         return draft
 
-    predictor.draft = recording  # type: ignore[method-assign, assignment]
+    predictor.candidates = recording  # type: ignore[method-assign, assignment]
     for row, prompt in enumerate(prompts):
         drafts.clear()
         got = Engine(stacked_teacher, predictor, parse_tree("dynamic:5", predictor.steps)).generate([prompt], 20)[0]
@@ -179,7 +179,7 @@ def test_decoder_drafts_what_training_predicts(stacked_teacher: Teacher, section
         batch = sequence_batch(stacked_teacher, [sequences[row]], [len(prompt)], list(predictor.required_layers))
         with torch.no_grad():
             states = predictor.draft_states(stacked_teacher, batch, torch.tensor([places]))
-            expected = original(stacked_teacher, states[0], 2).tokens.tolist()
+            expected = original(predictor.logits(stacked_teacher, states[0]), 2).tokens.tolist()
         assert [tokens[0] for _, tokens in drafts[: len(places)]] == expected
 
 

@@ -18,7 +18,7 @@ from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
 from firp_cli.decoding.dynamic import numbers
 from firp_cli.decoding.ring import Ring
 from firp_cli.decoding.tree import Tree, TreeSpec, anchor_nodes, build, nearest_anchor, root_tree
-from firp_cli.predictors.base import Draft, Predictor, Spawn, forward_rows, most_probable
+from firp_cli.predictors.base import Draft, Predictor, Spawn, forward_rows
 from firp_cli.teacher.attention import AttentionMask, StepMask, step_rows
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
@@ -161,9 +161,10 @@ class Stepper:
         predictor, (batch, nodes, size) = self.predictor, normed.shape
         anchors = nodes if pseudo is None else pseudo.shape[2]
         rows = nodes + anchors * (predictor.steps if predictor else 0)
-        if not drafting or predictor is None or predictor.own_vocabulary or batch * rows > self._one_pass:
+        if not drafting or predictor is None or not predictor.teachers_head or batch * rows > self._one_pass:
             return self.teacher.head(normed), None
-        states = predictor.finish(self.teacher, normed, None if pseudo is None else pseudo.transpose(1, 2))
+        own = None if pseudo is None else pseudo.transpose(1, 2).flatten(0, 1)
+        states = predictor.finish(self.teacher, normed.flatten(0, 1), own)
         logits = self.teacher.head(torch.cat([normed, states.reshape(batch, -1, size)], dim=1))
         return logits[:, :nodes], logits[:, nodes:].view(batch, anchors, predictor.steps, -1)
 
@@ -234,7 +235,8 @@ class Stepper:
         if anchors is not None:
             place, behind = nearest_anchor(tree, anchors, accepted.path, accepted.count)
         if drafted is not None:
-            draft = draft_behind(_rows_at(drafted, place), behind, lambda rows: most_probable(rows, self._breadth))
+            choose = self.predictor.candidates
+            draft = draft_behind(_rows_at(drafted, place), behind, lambda rows: choose(rows, self._breadth))
         else:
             final = normed[:, 0] if pseudo is not None else _rows_at(normed, place)
             own = None if pseudo is None else _rows_at(pseudo.transpose(1, 2), place)

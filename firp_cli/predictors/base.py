@@ -66,13 +66,6 @@ class Draft:
     log_probs: Tensor
 
 
-def most_probable(logits: Tensor, breadth: int) -> Draft:
-    """The `breadth` most probable tokens of each step, from float32 logits (B, k, V)."""
-    values, tokens = logits.topk(breadth, dim=-1)
-    log_probs = values - logits.logsumexp(-1, keepdim=True)
-    return Draft(tokens, log_probs.clamp(max=0))  # rounding may leave a probability above 1
-
-
 class Predictor(nn.Module, ABC):
     """A draft predictor of k steps: step i drafts token n+i+1 from what is known at the anchor n."""
 
@@ -118,6 +111,13 @@ class Predictor(nn.Module, ABC):
     @property
     def own_vocabulary(self) -> bool:
         """Whether `step_logits` runs parameters of the predictor, and not the teacher's head alone."""
+        return False
+
+    @property
+    def teachers_head(self) -> bool:
+        """Whether the logits of every step are the teacher's head on the states that `finish` gives, and nothing else:
+        then they may be made along with those of a step's nodes.
+        """
         return False
 
     def loss_weights(self, decay: float) -> list[float]:
@@ -188,7 +188,13 @@ class Predictor(nn.Module, ABC):
 
     def draft(self, teacher: Teacher, states: Tensor, breadth: int) -> Draft:
         """Candidates from states (B, k, d): the `breadth` most probable tokens of each step."""
-        return most_probable(self.logits(teacher, states), breadth)
+        return self.candidates(self.logits(teacher, states), breadth)
+
+    def candidates(self, logits: Tensor, breadth: int) -> Draft:
+        """The `breadth` most probable tokens of each step, from float32 logits (B, k, V)."""
+        values, tokens = logits.topk(breadth, dim=-1)
+        log_probs = values - logits.logsumexp(-1, keepdim=True)
+        return Draft(tokens, log_probs.clamp(max=0))  # rounding may leave a probability above 1
 
     def logits(self, teacher: Teacher, states: Tensor) -> Tensor:
         """`step_logits` of all steps at once: states (B, k, d) to (B, k, V)."""

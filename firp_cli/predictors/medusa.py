@@ -37,6 +37,10 @@ class MedusaPredictor(Predictor):
     def own_vocabulary(self) -> bool:
         return len(self.heads) > 0
 
+    @property
+    def teachers_head(self) -> bool:
+        return not len(self.heads)
+
     def _keep(self, steps: int) -> None:
         self.blocks, self.heads = self.blocks[:steps], self.heads[:steps]
         self.config = self.config.model_copy(update={"steps": steps})

@@ -32,6 +32,10 @@ class TransferPredictor(MapPredictor):
     def conditional(self) -> bool:
         return False
 
+    @property
+    def teachers_head(self) -> bool:
+        return True
+
     def _keep(self, steps: int) -> None:
         self.maps = self.maps[:steps]
         firp = isinstance(self.config, FirpConfig)
