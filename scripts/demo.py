@@ -33,7 +33,7 @@ REAL = "smollm2-135m"
 REAL_PREDICTORS = ["smollm2-firp", "smollm2-hidden-transfer", "smollm2-medusa"]
 QUESTION = "Mia has 12 shells. She finds 7 more. How many shells does she have?"
 REAL_QUESTION = "Write a Python function that returns the largest of three numbers, and explain it in two sentences."
-HEADERS = ["teacher", "data set", "method", "accepted length", "tokens/s", "over ar", "over hf", "identical"]
+HEADERS = ["teacher", "method", "accepted", "tokens/s", "x ar", "x hf", "same"]
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,11 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
     for row in report["rows"]:
         if row["category"] != "all":
             continue
-        interval = row["speedup_interval"]
-        over = f"{row['speedup']:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
         checked = row["lossless"]
-        identical = f"{checked['identical']}/{checked['compared']}" if checked["compared"] else "reference"
-        over_hf = f"{row['speedup_hf']:.2f}" if row["speedup_hf"] else ""
+        same = f"{checked['identical']}/{checked['compared']}" if checked["compared"] else "-"
+        over, over_hf = (f"{row[key]:.2f}" if row[key] else "" for key in ("speedup", "speedup_hf"))
         length, rate = f"{row['accepted_length']:.2f}", f"{row['tokens_per_second']:.0f}"
-        name = Path(report["teacher"]["name"]).name
-        rows.append([name, row["dataset"], row["method"], length, rate, over, over_hf, identical])
+        rows.append([Path(report["teacher"]["name"]).name, row["method"], length, rate, over, over_hf, same])
     return rows
 
 
@@ -109,8 +106,11 @@ def main() -> int:
     print()
     cells = [line for report in reports for line in table_rows(report)]
     console = Console(highlight=False)
-    console.print(rich_table(HEADERS, cells, left=3, fixed=False))
-    console.print("Each teacher is measured against its own baselines: teachers must not be compared.", markup=False)
+    console.print(rich_table(HEADERS, cells, left=2))
+    console.print(
+        "accepted: tokens a step; same: outputs equal to generate's. Teachers must not be compared with each other.",
+        markup=False,
+    )
     page = (arguments.output / "bench" / "bench.html").resolve()
     print(f"done in {time.monotonic() - began:.0f} s; reports: {page} and beside it")
     return 0
