@@ -33,7 +33,7 @@ REAL = "smollm2-135m"
 REAL_PREDICTORS = ["smollm2-firp", "smollm2-hidden-transfer", "smollm2-medusa"]
 QUESTION = "Mia has 12 shells. She finds 7 more. How many shells does she have?"
 REAL_QUESTION = "Write a Python function that returns the largest of three numbers, and explain it in two sentences."
-HEADERS = ["teacher", "method", "accepted", "tokens/s", "x ar", "x hf", "same"]
+HEADERS = ["teacher", "method", "accepted", "tok/s", "x ar", "x hf", "same"]
 
 
 @dataclass(frozen=True)
