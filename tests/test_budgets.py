@@ -276,3 +276,13 @@ def check_draft(stepper: Stepper, row: int, expected: Draft, distance: int) -> N
     ahead = log_probs[: steps - distance]
     torch.testing.assert_close(ahead, expected.log_probs[0, distance:], rtol=1e-3, atol=1e-3)
     assert (log_probs[steps - distance :] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(("tree", "passes"), [("dynamic:3", 1), ("dynamic:8", 2)])
+def test_small_trees_read_the_vocabulary_once_a_step(tree: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_teacher("llama", lean=True)
+    predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
+    calls, head = [], teacher.head
+    monkeypatch.setattr(teacher, "head", lambda states: calls.append(1) or head(states))
+    made = Engine(teacher, predictor, parse_tree(tree, 2)).generate([[3, 9, 4]], 16)[0]
+    assert len(calls) == 1 + passes * made.steps  # the first token's step has a single node

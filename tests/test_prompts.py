@@ -188,6 +188,9 @@ def test_several_sets_follow_one_another(tmp_path: Path) -> None:
     assert asked == ["g0", "g1", *["t\nYour code should satisfy these tests:\nassert c == 1"] * 2]
     assert found[2].reference == "```python\nc = 1\n```"
     assert len(load_conversations("gsm8k,mbpp", "train", str(tmp_path), 1)) == 2
+    for nothing in ("", " , "):
+        with pytest.raises(DatasetError, match="names no data set; known: arithmetic"):
+            load_prompts(nothing)
     path = write(tmp_path / "a,b.jsonl", [{"prompt": "one"}])
     assert len(load_prompts(str(path))) == 1
 

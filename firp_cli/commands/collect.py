@@ -86,9 +86,11 @@ def collect(
 
 def default_store(dataset: str) -> str:
     """`stores/NAME` for a data set's name, hub id or file."""
+    from firp_cli.data.prompts import dataset_names
+
     names = [
         Path(name).stem if name.endswith((".jsonl", ".json")) else name.replace("/", "--")
-        for name in dataset.split(",")
+        for name in dataset_names(dataset)
     ]
     return f"stores/{'-'.join(names)}"
 

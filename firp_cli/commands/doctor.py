@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -270,7 +271,8 @@ def _known_teachers() -> list[Check]:
         return []
     owners: dict[str, list[str]] = {}
     for name, folder in embedded_predictors().items():
-        owners.setdefault(str(read_config(folder)["teacher"].get("name")), []).append(name)
+        with suppress(FirpError):  # a broken one is told by `_embedded`
+            owners.setdefault(str(read_config(folder)["teacher"].get("name")), []).append(name)
     reader = installed_version("gguf")
     checks = []
     for name, known in known_teachers().items():

@@ -129,10 +129,16 @@ def load_conversations(
 
 
 def dataset_names(text: str) -> list[str]:
-    """The data sets that a text with commas names, each once; a file's path may hold commas."""
+    """The data sets that a text with commas names, each once; a file's path may hold commas.
+
+    Raises DatasetError where it names none.
+    """
     if Path(text).is_file():
         return [text]
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise DatasetError(f"{text!r} names no data set; known: {', '.join(KNOWN)}")
+    return names
 
 
 def _load(name: str, split: str, data_dir: str | None, limit: int | None, any_single: bool) -> list[dict[str, Any]]:

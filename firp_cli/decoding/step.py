@@ -25,7 +25,8 @@ from firp_cli.teacher.stack import Teacher
 
 PREFILL_ENTRIES = 1 << 26  # of a prefill chunk's mask, at most
 # Rows of a sequence whose logits are made in one pass over the vocabulary matrix; more go through it in two: all nodes,
-# then the accepted one's drafts. On a CPU sixteen rows cost what two passes do, on a GPU rows hardly cost anything.
+# then the accepted one's drafts. On a CPU sixteen rows cost less than two passes of few (scripts/NOTES.md, rows); the
+# bound on CUDA devices is a guess, to be measured.
 ONE_PASS_ROWS, ONE_PASS_ROWS_CUDA = 16, 64
 Mode = Literal["drafted", "start", "plain"]  # a tree; the root alone, with its draft; the root alone, without one
 
