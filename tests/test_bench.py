@@ -25,7 +25,6 @@ from conftest import (
 from firp_cli.collecting.capture import collect_store
 from firp_cli.commands.bench import bench
 from firp_cli.commands.eval import evaluate
-from firp_cli.decoding.graphs import Step, StepGraphs
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.baselines import HuggingFaceGenerate
@@ -36,7 +35,6 @@ from firp_cli.evaluation.bench import (
     LoadedPredictor,
     Method,
     choose_methods,
-    eager_reasons,
     fit_prompts,
     fold,
     make_batches,
@@ -195,21 +193,6 @@ def test_memory_is_said_for_the_largest_batch_that_fits() -> None:
     none = memory_line(methods[1:2], prompts, settings, 512)
     assert none == "K/V cache for 2 x 500 positions: none of ours"
     assert memory_line(methods, prompts, settings, 400).startswith("K/V cache for 1 x 400 positions: ar 0.3 MiB")
-
-
-def test_steps_that_were_not_captured_are_said() -> None:
-    def failing(step: Step) -> Step:
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
-
-    ar, *others = all_kinds(BenchSettings())
-    assert eager_reasons([ar, *others]) == []
-    for capture, expected in (
-        (lambda step: step, []),
-        (failing, ["ar: steps run without CUDA graphs: operation not permitted"]),
-    ):
-        ar.engine.graphs = StepGraphs(capture)  # type: ignore[union-attr]
-        ar.generate([[5, 9, 33]], 6)
-        assert eager_reasons([ar, *others]) == expected
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import transformers
 
 from conftest import SETTINGS, generate_reference, looped_model, make_predictor, random_prompts, tiny_model
 from firp_cli.decoding.engine import Engine, EngineOptions
+from firp_cli.decoding.graphs import CaptureError, CudaCapture
 from firp_cli.decoding.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.step import Stepper
 from firp_cli.decoding.tree import parse_tree
@@ -123,7 +124,6 @@ def test_graphs_replay_what_steps_do(family: str, section: dict | None, tree: st
         got = decode(captured, prompts, batch)
         assert [item.token_ids for item in got] == [item.token_ids for item in expected]
         assert [item.accepted_lengths for item in got] == [item.accepted_lengths for item in expected]
-    assert captured.graphs.reason is None
     assert len(captured.graphs._replays) > 0
 
 
@@ -136,7 +136,36 @@ def test_graphs_of_larger_requests_replace_the_old_ones() -> None:
         prompts = random_prompts(count, seed=seed)
         for _ in range(3):
             assert texts(engine, prompts, count) == written(teacher, prompts)
-    assert engine.graphs.reason is None
+
+
+def test_a_step_that_cannot_be_captured_spoils_nothing() -> None:
+    """The error names what broke the capture; stream, random numbers, memory and the next capture are as before."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    values = torch.zeros(4, device=device)
+
+    def add() -> None:
+        values.add_(1)
+
+    def waits() -> None:
+        values.add_(1)
+        values.new_empty(1 << 20).normal_()
+        values.sum().item()
+
+    capture = CudaCapture(device)
+    kept, stream = capture(add), torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(CaptureError, match="--no-graphs"):
+            capture(waits)
+    assert torch.cuda.current_stream() == stream
+    torch.empty(1 << 20, device=device).normal_()
+    torch.cuda.empty_cache()
+    replay = capture(add)
+    before = values.clone()
+    replay()
+    kept()
+    torch.cuda.synchronize()
+    assert torch.equal(values, before + 2)
+    test_replayed_steps_draw_anew()
 
 
 def test_replayed_steps_draw_anew() -> None:
@@ -148,7 +177,6 @@ def test_replayed_steps_draw_anew() -> None:
         engine = Engine(teacher, predictor, temperature=2.0, seed=5)
         runs.append([tuple(engine.generate([[5, 6, 7]], 24)[0].token_ids) for _ in range(4)])
         assert engine.graphs is not None
-        assert engine.graphs.reason is None
         assert len(engine.graphs._replays) > 0
     assert runs[0] == runs[1]
     assert len(set(runs[0])) == 4
@@ -181,6 +209,17 @@ def test_the_kernel_decodes_what_torch_decodes(
         engine = Engine(teacher, predictor, options=EngineOptions(attention=attention, graphs=graphs))
         for _ in range(3 if graphs else 1):
             assert texts(engine, prompts, batch) == expected, (attention, graphs)
+
+
+def test_one_graph_serves_all_lengths() -> None:
+    """The kernel reads the true lengths, so a text that grows needs no other graph."""
+    pytest.importorskip("triton")
+    teacher = wide_teacher(lean=True)
+    prompt = random_prompts(1, seed=29, low=240, high=240)[0]
+    for predictor in (None, predictor_for(teacher, KINDS[0])):
+        engine = Engine(teacher, predictor, options=EngineOptions(attention="triton"))
+        assert engine.generate([prompt], 40)[0].token_ids == generate_reference(teacher.model, prompt, 40)
+        assert engine.graphs is not None and len(engine.graphs._replays) == 1
 
 
 def test_the_kernel_reads_long_prefixes() -> None:

@@ -25,7 +25,7 @@ from conftest import (
     tiny_teacher,
 )
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.graphs import SMALLEST_BUCKET, Step, StepGraphs, bucket
+from firp_cli.decoding.graphs import SMALLEST_BUCKET, CaptureError, Step, StepGraphs, bucket
 from firp_cli.decoding.step import Stepper
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.teacher.stack import Teacher
@@ -69,7 +69,6 @@ def test_a_key_runs_is_captured_and_replayed() -> None:
     for number, key in ((1, "a"), (2, "b"), (2, "b"), (1, "a")):
         graphs.run(key, capture.eager)
         assert capture.since() == [f"replay {number}"]
-    assert graphs.reason is None
 
 
 def test_the_least_recently_used_graph_goes_first() -> None:
@@ -90,36 +89,19 @@ def test_the_least_recently_used_graph_goes_first() -> None:
     assert capture.since() == ["capture 5", "replay 5"]
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (RuntimeError("cannot be captured\nlong story"), "cannot be captured"),
-        (MemoryError("the graphs hold 9 MiB already"), "the graphs hold 9 MiB already"),
-        (NotImplementedError(), "NotImplementedError"),
-        (RuntimeError("x" * 500), "x" * 160),
-    ],
-    ids=["first-line", "memory", "nameless", "long"],
-)
-def test_what_fails_once_is_not_tried_again(error: Exception, said: str) -> None:
-    """Steps run eagerly from then on, of all keys; graphs that are there go on."""
-    capture = Noting(failing=2, error=error)
+def test_a_step_that_cannot_be_captured_is_an_error() -> None:
+    """It is not run, then or silently later on; graphs that are there go on."""
+    capture = Noting(failing=2, error=CaptureError("no; --no-graphs"))
     graphs = StepGraphs(capture)
     for key in "aab":
         graphs.run(key, capture.eager)
     capture.since()
-    for key in "bbcc":
-        graphs.run(key, capture.eager)
-    assert capture.since() == ["eager"] * 4
-    assert (capture.captures, graphs.reason) == (2, f"steps run without CUDA graphs: {said}")
+    for _ in range(2):
+        with pytest.raises(CaptureError, match="no-graphs"):
+            graphs.run("b", capture.eager)
+        assert capture.since() == [] and not graphs.settled("b")
     graphs.run("a", capture.eager)
     assert capture.since() == ["replay 1"]
-
-
-def test_an_error_of_ours_is_no_reason_to_go_on() -> None:
-    graphs = StepGraphs(Noting(failing=1, error=AssertionError("a bug")))
-    graphs.run("a", lambda: None)
-    with pytest.raises(AssertionError, match="a bug"):
-        graphs.run("a", lambda: None)
 
 
 def test_forgotten_graphs_are_captured_anew() -> None:
@@ -249,7 +231,6 @@ def test_replayed_steps_write_the_same_tokens(method: str, batch: int) -> None:
         assert [item.token_ids for item in got] == [item.token_ids for item in eager]
         assert [item.accepted_lengths for item in got] == [item.accepted_lengths for item in eager]
         assert [item.finish_reason for item in got] == [item.finish_reason for item in eager]
-    assert graphs.reason is None
     keys, captured, replayed = before
     assert tapes.captured == captured > 0
     assert tapes.replayed - replayed == len(graphs.keys) - keys > 0

@@ -191,7 +191,7 @@ def _measure(
 
     import torch
 
-    from firp_cli.evaluation.bench import eager_reasons, follow_bench, make_methods, memory_line, run_bench
+    from firp_cli.evaluation.bench import follow_bench, make_methods, memory_line, run_bench
 
     teacher, loaded = load()
     methods = make_methods(teacher, loaded, group.methods, settings)
@@ -201,11 +201,9 @@ def _measure(
         return None
     said = f" with {group.label}" if group.label else ""
     say(memory_line(methods, prompts, settings, teacher.max_positions))
-    say(f"warm-up{said}: each method decodes the first batch once, uncounted")
+    say(f"warm-up{said}: each method decodes the longest batch once, uncounted")
     with progress_bar(f"measuring{said}") as progress:
         report = run_bench(teacher, prompts, methods, settings, skip_long=skip_long, progress=progress)
-    for line in eager_reasons(methods):
-        say(line)
     del teacher, loaded, methods
     if group.label:  # another teacher may come, and find no room beside this one
         gc.collect()

@@ -29,7 +29,7 @@ from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.stack import Teacher
 
 CAPACITY_STEP = 1024  # positions
-READ_EVERY = 4  # steps between two reads on a device that runs ahead of the host
+READ_EVERY = 1  # steps between two reads on a device that runs ahead of the host: it reads one step behind
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class Engine:
         run.prefill(prompts, self.options.prefill_chunk)
         while run.leave():
             run.advance()
+        stepper.ring.reset()  # waits for steps behind all ends: the next call's time is its own
         return [writer.generation(item, run.prefilled - began) for item in sequences]
 
     def plan(self, batch: int, longest_prompt: int, max_new_tokens: int) -> Plan:

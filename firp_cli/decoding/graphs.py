@@ -1,25 +1,33 @@
-"""CUDA graphs of decoding steps: captured when a shape comes back, replayed from then on.
+"""CUDA graphs of decoding steps: captured when a step comes back, replayed from then on.
 
 A step works in place on tensors that keep their addresses, so a replay continues where the last one stopped. What a
-graph is for is the caller's key: tree, batch and bucket of cache lengths. Whatever cannot be captured runs eagerly,
-and `reason` says why in one line.
+graph is for is the caller's key: mode, batch, and bound of the lengths. A step that cannot be captured is an error that
+names what broke it, and leaves the process as it was: to decode without graphs is the user's decision.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
+
+from firp_cli.errors import TeacherError
 
 Step = Callable[[], None]
 SMALLEST_BUCKET = 256  # positions
 MOST_GRAPHS = 32
-MOST_BYTES = 4 << 30
+
+
+class CaptureError(TeacherError):
+    """A step cannot be captured as a CUDA graph."""
 
 
 def bucket(length: int) -> int:
-    """The length that a graph is captured for: the next power of two, at least SMALLEST_BUCKET."""
+    """The length that a graph is captured for where attention reads a dense mask: the next power of two, at least
+    SMALLEST_BUCKET. The attention kernel reads true lengths, and one graph at the cache's capacity serves them all.
+    """
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
@@ -36,21 +44,21 @@ class StepGraphs:
         self._capture, self._limit = capture, limit
         self._replays: OrderedDict[Hashable, Step] = OrderedDict()
         self._seen: set[Hashable] = set()
-        self.reason: str | None = None
 
     def run(self, key: Hashable, step: Step) -> None:
-        """Run a step, or replay the graph of its key."""
-        replay = self._replays.get(key)
-        if replay is not None:
+        """Run a step, or replay the graph of its key. Raises CaptureError."""
+        if key in self._replays:
             self._replays.move_to_end(key)
-        elif key in self._seen and self.reason is None:
-            replay = self._try(key, step)
+        elif key in self._seen:
+            self._replays[key] = self._capture(step)
+            if len(self._replays) > self._limit:
+                self._replays.popitem(last=False)
         self._seen.add(key)
-        (replay or step)()
+        self._replays.get(key, step)()
 
     def settled(self, key: Hashable) -> bool:
         """True where running this key costs what it will cost again: it is neither new nor about to be captured."""
-        return key in self._replays or (key in self._seen and self.reason is not None)
+        return key in self._replays
 
     def forget(self) -> None:
         """Drop all graphs: the tensors that they work on are going."""
@@ -59,48 +67,71 @@ class StepGraphs:
         if isinstance(self._capture, CudaCapture):
             self._capture.reset()
 
-    def _try(self, key: Hashable, step: Step) -> Step | None:
-        """Capture a step; what fails once is not tried again, here or for other keys."""
-        try:
-            replay = self._capture(step)
-        except (RuntimeError, NotImplementedError, MemoryError) as error:  # out of memory on a device is a RuntimeError
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            self.reason = f"steps run without CUDA graphs: {first[:160]}"
-            return None
-        self._replays[key] = replay
-        if len(self._replays) > self._limit:
-            self._replays.popitem(last=False)
-        return replay
-
 
 class CudaCapture:
     """Captures steps into graphs that share one memory pool: they never run at the same time.
 
     Args:
         generators: random states that steps draw from; a replay draws anew.
-        most_bytes: what the pool may hold.
     """
 
-    def __init__(
-        self, device: torch.device, generators: Sequence[torch.Generator] = (), most_bytes: int = MOST_BYTES
-    ) -> None:
-        self._device, self._generators, self._most_bytes = device, list(generators), most_bytes
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
+        self._device, self._generators = device, list(generators)
+        self._stream = torch.cuda.Stream(device)  # the same for all: a pool's memory is a stream's own
         self.reset()
 
     def reset(self) -> None:
         """A new pool: the graphs of the old one are gone."""
         self._pool = torch.cuda.graph_pool_handle()
-        self._held = 0
 
     def __call__(self, step: Step) -> Step:
-        """A replay of the step. Raises RuntimeError where it cannot be captured, MemoryError where the pool is full."""
-        if self._held > self._most_bytes:
-            raise MemoryError(f"the graphs hold {self._held >> 20} MiB already")
-        before = torch.cuda.memory_reserved(self._device)
+        """A replay of the step. Raises CaptureError where it cannot be captured; the next capture starts afresh."""
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-            step()
-        self._held += max(0, torch.cuda.memory_reserved(self._device) - before)
+        try:
+            # in inference mode, as decoding runs: a graph's random state made there takes no update from outside it
+            with torch.inference_mode(), torch.cuda.device(self._device), self._recording(graph):
+                step()
+        except RuntimeError as error:
+            self._heal()
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CaptureError(
+                f"a decoding step cannot be captured as a CUDA graph: {first[:300]}; --no-graphs decodes without graphs"
+            ) from error
+        except BaseException:
+            self._heal()
+            raise
         return graph.replay
+
+    @contextlib.contextmanager
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Record what runs here. As `torch.cuda.graph`, but the stream is put back where the end of a broken capture
+        raises, and what other threads do is no part of it.
+        """
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the capture is broken, and says so once more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+
+    def _heal(self) -> None:
+        """Undo what a failed capture leaves behind: torch ends neither the allocator's recording nor the random
+        generators', and every later draw would raise.
+        """
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end is not None:
+            with contextlib.suppress(RuntimeError):
+                end(index, self._pool)
+        for generator in (torch.cuda.default_generators[index], *self._generators):
+            generator.graphsafe_set_state(generator.clone_state())
+        self.reset()
+
+

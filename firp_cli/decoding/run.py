@@ -78,7 +78,7 @@ class StepRun:
         if self.graphs is None:
             stepper.step(longest, mode, exact=not ahead and len(self.live) == 1)
         else:
-            longest = min(bucket(longest), stepper.capacity)
+            longest = stepper.capacity if stepper.kernel else min(bucket(longest), stepper.capacity)
             key = (mode, stepper.batch, longest)
             self._settled = self._settled and self.graphs.settled(key)
             self.graphs.run(key, lambda: stepper.step(longest, mode))

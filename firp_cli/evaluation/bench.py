@@ -60,7 +60,7 @@ class Method:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What every method is measured under. `warmup`: times that each method decodes the first batch, uncounted.
+    """What every method is measured under. `warmup`: times that each method decodes the longest batch, uncounted.
 
     `ranks`: processes that share a pipeline's stages, of which this is `rank`. `guard`: predictors may fall back to
     plain decoding; None: those that feed a pipeline. `engine`: how our engine runs its steps.
@@ -206,12 +206,6 @@ def memory_line(
     return f"K/V cache for {batch} x {positions} positions: {', '.join(sizes) or 'none of ours'}"
 
 
-def eager_reasons(methods: Sequence[Method]) -> list[str]:
-    """Why steps ran without CUDA graphs, where they should have been captured."""
-    graphs = {method.name: getattr(method.engine, "graphs", None) for method in methods}
-    return [f"{name}: {found.reason}" for name, found in graphs.items() if found is not None and found.reason]
-
-
 def measure(
     methods: Sequence[Method],
     prompts: Sequence[BenchPrompt],
@@ -226,7 +220,8 @@ def measure(
     """
     total = len(methods) * (settings.warmup + settings.repeats * len(batches))
     repeats: dict[str, list[list[list[Generation]]]] = {method.name: [[] for _ in batches] for method in methods}
-    for done, (method, place, counted) in enumerate(turns(methods, len(batches), settings), start=1):
+    longest = longest_batch(prompts, batches)
+    for done, (method, place, counted) in enumerate(turns(methods, len(batches), settings, longest), start=1):
         generations = method.generate(_tokens(prompts, batches[place]), settings.max_new_tokens)
         if counted:
             repeats[method.name][place].append(generations)
@@ -236,16 +231,24 @@ def measure(
     }
 
 
-def turns(methods: Sequence[Method], batches: int, settings: BenchSettings) -> Iterator[tuple[Method, int, bool]]:
-    """(method, number of the batch, whether it counts) in the order of measuring."""
+def turns(
+    methods: Sequence[Method], batches: int, settings: BenchSettings, warm: int = 0
+) -> Iterator[tuple[Method, int, bool]]:
+    """(method, number of the batch, whether it counts) in the order of measuring. `warm`: the batch to warm up with."""
     for method in methods:
         for _ in range(settings.warmup):
-            yield method, 0, False
+            yield method, warm, False
     for repeat in range(settings.repeats):
         for place in range(batches):
             turn = (repeat + place) % len(methods)
             for method in [*methods[turn:], *methods[:turn]]:
                 yield method, place, True
+
+
+def longest_batch(prompts: Sequence[BenchPrompt], batches: Sequence[Batch]) -> int:
+    """The batch to warm up with: behind the longest prompt no buffer has to grow, and no step is captured anew."""
+    lengths = [max(len(ids) for ids in _tokens(prompts, batch)) for batch in batches]
+    return max(range(len(batches)), key=lambda place: lengths[place], default=0)
 
 
 def _tokens(prompts: Sequence[BenchPrompt], batch: Batch) -> list[list[int]]:
@@ -262,7 +265,7 @@ def follow_bench(
     """What a rank other than the first does during `run_bench`: its part of every pipeline, in the same order."""
     fitting, _ = fit_prompts(prompts, max_positions, settings.max_new_tokens, skip_long)
     batches = make_batches(fitting, settings.batch_size)
-    for method, place, _ in turns(methods, len(batches), settings):
+    for method, place, _ in turns(methods, len(batches), settings, longest_batch(fitting, batches)):
         if method.exits is not None:
             method.generate(_tokens(fitting, batches[place]), settings.max_new_tokens)
 

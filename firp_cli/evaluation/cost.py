@@ -92,8 +92,8 @@ class Passes:
         positions = self.cache.lengths[:, None] + numbers.clamp(max=DEEPEST)
         hidden = teacher.embed(((numbers + 1) % teacher.vocab_size).expand(self.batch, rows))
         rotary = teacher.rotary(hidden, positions)
-        mask = None  # as decoding does: one row sees every slot
-        if rows > 1 or any(window is not None for window in teacher.windows):
+        mask = None  # as decoding does without the kernel: one row sees every slot
+        if rows > 1 or self.kernel or any(window is not None for window in teacher.windows):
             seen = torch.ones(rows, rows, dtype=torch.bool, device=device).tril().expand(self.batch, rows, rows)
             slots = self.cache.prefix_slots(self.context)
             mask = StepMask(seen, positions, self.cache.lengths, slots, teacher.dtype, self.kernel, exact=True)
