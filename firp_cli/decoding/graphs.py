@@ -133,5 +133,3 @@ class CudaCapture:
         for generator in (torch.cuda.default_generators[index], *self._generators):
             generator.graphsafe_set_state(generator.clone_state())
         self.reset()
-
-
