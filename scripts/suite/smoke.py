@@ -1,0 +1,210 @@
+"""What must hold before anything is worth measuring: kernels that agree with torch, steps that are captured and replay
+to the same tokens, none that waits for the host, and a failed capture that spoils nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from firp_cli.decoding.engine import Engine, EngineOptions
+from firp_cli.decoding.graphs import CaptureError, CudaCapture
+from firp_cli.decoding.step import Stepper
+from firp_cli.decoding.tree import parse_tree
+from firp_cli.predictors.base import Predictor
+from firp_cli.teacher.stack import Teacher
+from suite.shapes import NO_TOKENS, empty_model, random_predictor
+from suite.sizes import Shape
+from suite.work import Failed, Shared, Table, Work
+
+SHAPE: Shape = {  # small, with the head size and the grouped heads of real models
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "ar": {},
+    "firp": {"kind": "firp", "layer": 2, "steps": 3},
+    "hidden_transfer": {"kind": "hidden_transfer", "layers": [1, 3]},
+    "medusa": {"kind": "medusa", "steps": 3},
+}
+TREES = ("dynamic:8", "dynamic:8@3")
+TOKENS, PROMPT = 32, 40
+KERNEL_SHAPES = ((1, 128, 1, 700), (16, 64, 3, 300), (80, 128, 4, 1500))  # rows, head size, group, prefix
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def smoke(shared: Shared, work: Work) -> None:
+    """All checks. Raises Failed naming those that do not hold."""
+    checks = {"kernel": kernel, "graphs": graphs, "sampling": sampling, "waiting": waiting, "capture": capture}
+    table = Table("Smoke", ["check", "seconds", ""])
+    work.tables.append(table)
+    wrong = []
+    for name, check in checks.items():
+        began = work.clock.spent()
+        said = check(shared)
+        wrong += [f"{name}: {said}"] if said else []
+        work.values[name] = said or "holds"
+        table.cells.append([name, f"{work.clock.spent() - began:.1f}", said or "holds"])
+        work.key = ", ".join(f"{cells[0]} {cells[2]}" for cells in table.cells)
+    if wrong:
+        raise Failed("; ".join(wrong))
+
+
+def kernel(shared: Shared) -> str:
+    """The attention kernel against torch's, in fp32 and bf16; what differs, or nothing."""
+    if shared.device.type != "cuda":
+        return ""
+    from firp_cli.teacher.tree_attention import row_bits, tree_attention
+
+    for dtype, allowed in TOLERANCE.items():
+        for rows, size, group, prefix in KERNEL_SHAPES:
+            torch.manual_seed(rows)
+            slots = rows + prefix + 9
+            queries = torch.randn(2, 2 * group, rows, size, device=shared.device, dtype=dtype)
+            keys, values = (torch.randn(2, 2, slots, size, device=shared.device, dtype=dtype) for _ in range(2))
+            seen = torch.ones(rows, rows, dtype=torch.bool, device=shared.device).tril().expand(2, rows, rows)
+            lengths = torch.tensor([prefix, prefix // 3], device=shared.device)
+            got = tree_attention(
+                queries, keys, values, lengths, row_bits(seen), scratch=rows, scaling=size**-0.5, longest=prefix
+            )
+            difference = (got.double() - _dense(queries, keys, values, seen, lengths)).abs().max().item()
+            if not difference <= allowed:
+                return f"{rows} rows, head size {size}, {dtype}: off by {difference:.2g}"
+    return ""
+
+
+def _dense(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, lengths: Tensor) -> Tensor:
+    """The same attention in float64 under a dense mask."""
+    rows, group = seen.shape[1], queries.shape[1] // keys.shape[1]
+    places = torch.arange(keys.shape[2] - rows, device=keys.device)
+    committed = (places < lengths[:, None])[:, None].expand(-1, rows, -1)
+    mask = torch.cat([seen, committed], dim=2)[:, None]
+    keys, values = (part.double().repeat_interleave(group, 1) for part in (keys, values))
+    return functional.scaled_dot_product_attention(queries.double(), keys, values, mask)
+
+
+def _teacher(shared: Shared, dtype: torch.dtype = torch.float32) -> Teacher:
+    with torch.inference_mode(False):
+        teacher = Teacher(empty_model(SHAPE | NO_TOKENS, shared.device, dtype), name="smoke")
+    reason = teacher.fuse()
+    if reason:
+        raise Failed(reason)
+    return teacher
+
+
+def _predictor(teacher: Teacher, section: dict[str, Any]) -> Predictor | None:
+    return random_predictor(teacher, section) if section else None
+
+
+def _prompts(teacher: Teacher, count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(3, teacher.vocab_size, (count, PROMPT), generator=generator).tolist()
+
+
+def graphs(shared: Shared) -> str:
+    """Answers of every kind in fp32, through graphs, against eager ones and `generate`'s; the first that differs."""
+    teacher = _teacher(shared)
+    prompts = _prompts(teacher, 3)
+    expected = [_generate(teacher, prompt) for prompt in prompts]
+    for kind, section in SECTIONS.items():
+        predictor = _predictor(teacher, section)
+        for tree in TREES if predictor else TREES[:1]:
+            spec = parse_tree(tree, predictor.steps) if predictor else None
+            for batch in (1, 3):
+                for captured in (False, True):
+                    engine = Engine(teacher, predictor, spec, options=EngineOptions(graphs=captured))
+                    for turn in range(2 if captured else 1):
+                        got = [item.token_ids for item in engine.generate(prompts[:batch], TOKENS)]
+                        if got != expected[:batch]:
+                            return f"{kind} {tree} batch {batch} graphs {captured} turn {turn}: other tokens"
+    return ""
+
+
+def _generate(teacher: Teacher, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt], device=teacher.device)
+    written = teacher.model.generate(ids, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+    return written[0, len(prompt) :].tolist()
+
+
+def sampling(shared: Shared) -> str:
+    """Sampled answers through graphs against eager ones with the same seed."""
+    teacher = _teacher(shared)
+    predictor = _predictor(teacher, SECTIONS["firp"])
+    texts = []
+    for captured in (False, True):
+        options = EngineOptions(graphs=captured)
+        engine = Engine(teacher, predictor, temperature=1.0, top_p=0.9, seed=7, options=options)
+        texts.append([tuple(engine.generate(_prompts(teacher, 1), TOKENS)[0].token_ids) for _ in range(3)])
+    if len(set(texts[1])) < 3:
+        return "replays draw the same numbers again"
+    return "" if texts[0] == texts[1] or shared.device.type == "cuda" else "other tokens through graphs"
+
+
+def waiting(shared: Shared) -> str:
+    """Whether a step of any kind waits for the device, in the suite's dtype."""
+    if shared.device.type != "cuda":
+        return ""
+    teacher = _teacher(shared, shared.dtype)
+    original, said = Stepper.step, ""
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            original(*arguments, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    for kind, section in SECTIONS.items():
+        predictor = _predictor(teacher, section)
+        for temperature in (0.0, 1.0):
+            spec = parse_tree(TREES[1], predictor.steps) if predictor else None
+            engine = Engine(teacher, predictor, spec, temperature, options=EngineOptions(graphs=False))
+            engine.generate(_prompts(teacher, 2), 4)  # constants are made once
+            Stepper.step = watched  # type: ignore[method-assign]
+            try:
+                engine.generate(_prompts(teacher, 2), TOKENS)
+            except RuntimeError as error:
+                said = f"{kind} at temperature {temperature:g}: {str(error).splitlines()[0]}"
+            finally:
+                Stepper.step = original  # type: ignore[method-assign]
+    return said
+
+
+def capture(shared: Shared) -> str:
+    """What a failed capture leaves behind."""
+    if shared.device.type != "cuda":
+        return ""
+    values = torch.zeros(4, device=shared.device)
+
+    def add() -> None:
+        values.add_(1)
+
+    def waits() -> None:
+        values.add_(1)
+        values.sum().item()
+
+    capturing, stream = CudaCapture(shared.device), torch.cuda.current_stream()
+    try:
+        capturing(waits)
+        return "a step that waits for the host was captured"
+    except CaptureError:
+        pass
+    if torch.cuda.current_stream() != stream:
+        return "the stream is not put back"
+    torch.empty(1 << 20, device=shared.device).normal_()
+    torch.cuda.empty_cache()
+    before = values.clone()
+    capturing(add)()
+    torch.cuda.synchronize()
+    return "" if torch.equal(values, before + 1) else "a replay after it does nothing"
