@@ -192,9 +192,12 @@ class Predictor(nn.Module, ABC):
 
     def candidates(self, logits: Tensor, breadth: int) -> Draft:
         """The `breadth` most probable tokens of each step, from float32 logits (B, k, V)."""
-        values, tokens = logits.topk(breadth, dim=-1)
-        log_probs = values - logits.logsumexp(-1, keepdim=True)
-        return Draft(tokens, log_probs.clamp(max=0))  # rounding may leave a probability above 1
+        if logits.is_cuda:  # one kernel where `logsumexp` is eight
+            values, tokens = logits.log_softmax(-1).topk(breadth, dim=-1)
+        else:
+            values, tokens = logits.topk(breadth, dim=-1)
+            values = values - logits.logsumexp(-1, keepdim=True)
+        return Draft(tokens, values.clamp(max=0))  # rounding may leave a probability above 1
 
     def logits(self, teacher: Teacher, states: Tensor) -> Tensor:
         """`step_logits` of all steps at once: states (B, k, d) to (B, k, V)."""
