@@ -57,6 +57,7 @@ class Stepper:
         self.kernel, self.capacity, self.most = kernel, capacity, batch
         self._transfer = predictor.transfer_layers if predictor else ()
         self._constant: dict[int, tuple[Tensor, Tensor]] = {}
+        self._bits: dict[tuple[int, int, int], Tensor] = {}  # graphs hold their addresses
         self._windowed = any(window is not None for window in teacher.windows)
         device, steps = teacher.device, predictor.steps if predictor else 0
         self._breadth = tree.breadth(teacher.vocab_size) if tree else 1
@@ -181,7 +182,8 @@ class Stepper:
         mask = None
         if rows.shape[1] > 1 or self._windowed or not exact:
             slots = cache.prefix_slots(longest)
-            mask = StepMask(rows, positions, cache.lengths, slots, teacher.dtype, self.kernel, exact)
+            bits = self._row_bits(rows, tree, anchors)
+            mask = StepMask(rows, positions, cache.lengths, slots, teacher.dtype, self.kernel, exact, bits)
         return forward_rows(
             teacher,
             teacher.embed(tree.tokens),
@@ -200,12 +202,30 @@ class Stepper:
         """
         steps = len(self._transfer)
         batch, nodes = tree.tokens.shape
-        if anchors is not None or (nodes > 1 and (self.tree is None or self.tree.kind != "static")):
+        if not self._unchanging(tree, anchors):
             return step_rows(tree.ancestors, tree.depth, anchors, steps)
         if nodes not in self._constant:
             self._constant[nodes] = step_rows(tree.ancestors[:1], tree.depth[:1], None, steps)
         rows, offsets = self._constant[nodes]
         return rows.expand(batch, -1, -1), offsets.expand(batch, -1)
+
+    def _unchanging(self, tree: Tree, anchors: Tensor | None) -> bool:
+        """Whether who sees whom among a step's rows is the same at every step."""
+        static = self.tree is not None and self.tree.kind == "static"
+        return anchors is None and (static or tree.tokens.shape[1] == 1)
+
+    def _row_bits(self, rows: Tensor, tree: Tree, anchors: Tensor | None) -> Tensor | None:
+        """`row_bits` of rows (B, M, M) for the kernel, made once where they do not change; else None."""
+        if not self.kernel or not self._unchanging(tree, anchors):
+            return None
+        from firp_cli.teacher.tree_attention import row_bits
+
+        key = (len(rows), tree.tokens.shape[1], rows.shape[1])
+        if key not in self._bits:
+            if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+                return row_bits(rows)  # made by one graph's replays alone, so no other step may read it
+            self._bits[key] = row_bits(rows)
+        return self._bits[key]
 
     def _rotary(self, positions: Tensor) -> list[Tensor] | None:
         """Position embeddings looked up, where they depend on the position alone."""

@@ -176,12 +176,13 @@ class TreeRows:
     window: int | None
 
     def first(self, rows: int) -> TreeRows:
-        """For a layer at which only the first rows are present."""
+        """For a layer at which only the first rows are present. Contiguous, as the kernel reads it."""
         if rows == self.bits.shape[1]:
             return self
-        return TreeRows(
-            self.lengths, self.bits[:, :rows], self.positions[:, :rows], self.scratch, self.longest, self.window
-        )
+        bits, positions = self.bits[:, :rows].contiguous(), self.positions
+        if self.window is not None:  # else nothing reads them
+            positions = positions[:, :rows].contiguous()
+        return TreeRows(self.lengths, bits, positions[:, :rows], self.scratch, self.longest, self.window)
 
 
 LayerMask = Tensor | TreeRows | StructuredRows | None  # what a layer may get; None: every row sees every slot
@@ -196,6 +197,7 @@ class StepMask:
         slots: (S,) the numbers 0.. of the prefix slots in view. Not all of them are committed in every sequence,
             unless the caller knows so (`exact`).
         dtype: the teacher's. kernel: give layers what the attention kernel reads in place of a dense mask.
+        bits: `row_bits` of the rows, where the caller has kept them.
     """
 
     def __init__(
@@ -207,18 +209,20 @@ class StepMask:
         dtype: torch.dtype,
         kernel: bool = False,
         exact: bool = False,
+        bits: Tensor | None = None,
     ) -> None:
         self.rows, self.positions, self.lengths, self.slots = rows, positions, lengths, slots
-        self.dtype, self.kernel, self.exact = dtype, kernel, exact
-        self._made: dict[int | None, Tensor | TreeRows] = {}
+        self.dtype, self.kernel, self.exact, self.bits = dtype, kernel, exact, bits
+        self._made: dict[int | None, Tensor] = {}
+        self._tree_rows: dict[tuple[int | None, int], TreeRows] = {}
 
     def at(self, window: int | None, rows: int) -> Tensor | TreeRows:
         """An additive mask (B, 1, rows, M + S), or the kernel's arguments."""
+        if self.kernel:
+            return self._first(window, rows)
         if window not in self._made:
-            self._made[window] = self._tree_rows(window) if self.kernel else self._additive(window)
+            self._made[window] = self._additive(window)
         made = self._made[window]
-        if isinstance(made, TreeRows):
-            return made.first(rows)
         return made if rows == made.shape[2] else made[:, :, :rows]
 
     def _own(self, window: int | None) -> Tensor:
@@ -237,12 +241,23 @@ class StepMask:
         allowed = torch.cat([self._own(window), committed.expand(batch, count, -1)], dim=2)
         return torch.where(allowed, *mask_levels(self.dtype, allowed.device))[:, None]
 
-    def _tree_rows(self, window: int | None) -> TreeRows:
+    def _first(self, window: int | None, rows: int) -> TreeRows:
+        """The kernel's arguments for the first rows; made once a step, and not in every layer."""
+        key, count = (window, rows), self.rows.shape[1]
+        if key not in self._tree_rows:
+            if rows == count:
+                self._tree_rows[key] = self._whole(window)
+            else:
+                self._tree_rows[key] = self._first(window, count).first(rows)
+        return self._tree_rows[key]
+
+    def _whole(self, window: int | None) -> TreeRows:
         from firp_cli.teacher.tree_attention import row_bits
 
-        scratch = self.rows.shape[2]
-        bits = row_bits(self._own(window))
-        return TreeRows(self.lengths, bits, self.positions, scratch, self.slots.shape[0], window)
+        bits = self.bits
+        if bits is None or window is not None:
+            bits = row_bits(self._own(window))
+        return TreeRows(self.lengths, bits, self.positions, self.rows.shape[2], self.slots.shape[0], window)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: LayerMask, scaling: float | None = None) -> Tensor:

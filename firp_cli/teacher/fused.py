@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from firp_cli.teacher.attention import LayerMask, attend
+from firp_cli.teacher.attention import LayerMask, TreeRows, attend
+from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.library import Cache
 from firp_cli.teacher.looped import LayerPass
 from firp_cli.teacher.products import Product
@@ -45,6 +46,9 @@ class FusedLayer:
             RMSNorm(part, short) if (part := getattr(attention, name, None)) is not None else None
             for name in ("q_norm", "k_norm")
         )
+        self.head_norms: list[tuple[Tensor, float]] = []  # of queries and of keys, as the kernel takes them, or empty
+        if self.query_norm is not None and self.key_norm is not None:
+            self.head_norms = [(norm.weight, norm.epsilon) for norm in (self.query_norm, self.key_norm)]
         queries, keys, values, output = (_linear(attention, f"{part}_proj") for part in "qkvo")
         self.query_heads, self.key_heads = (part.out_features // self.head_size for part in (queries, keys))
         gate, up, down = (_linear(mlp, f"{part}_proj") for part in ("gate", "up", "down"))
@@ -80,6 +84,32 @@ class FusedLayer:
         hidden = hidden + self.output(mixed)
         gate, up = self.gates(self.second_norm(hidden)).chunk(2, dim=-1)
         return hidden + self.down(self.activation(gate) * up)
+
+    def decode(
+        self,
+        hidden: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        written: tuple[Tensor, Tensor],
+        seen: tuple[Tensor, Tensor],
+        mask: TreeRows,
+    ) -> Tensor:
+        """The whole layer for rows (B, R, d) of a decoding step, in ten kernels: what `before`, the cache's `update`,
+        `attend` and `after` do in seventeen or more.
+
+        Args:
+            written: where the rows' keys and values go (B, Hk, R, D). seen: the slots in view (B, Hk, S, D).
+        """
+        from firp_cli.teacher.layer_kernels import rotate_and_write, silu_product
+
+        joined = self.joined(self.first_norm(hidden))
+        # `residual` is a copy, so that products can be added to it in place
+        queries, residual = rotate_and_write(joined, cosine, sine, *written, hidden, *self.head_norms)
+        rows = residual.view(-1, residual.shape[-1])
+        attended = attend(queries, *seen, mask, self.scaling).transpose(1, 2)
+        self.output.add_to(rows, attended.reshape(len(rows), -1))
+        self.down.add_to(rows, silu_product(self.gates(self.second_norm(rows))))
+        return residual
 
 
 class RMSNorm:
@@ -143,7 +173,8 @@ class FusedStack:
             self._loop_norms.append(None if loop_norm is None else RMSNorm(loop_norm, short))
         self._norm = RMSNorm(norm, short)
         self._rotary = rotary
-        self._head = Product(head.weight, head.bias) if type(head) is nn.Linear else head
+        self._head = Product(head.weight, head.bias, wide=True) if type(head) is nn.Linear else head
+        self._compiled = compiled
         if compiled:
             for layer in made.values():
                 layer.before = torch.compile(layer.before)  # type: ignore[method-assign]
@@ -172,12 +203,20 @@ class FusedStack:
     ) -> Tensor:
         layer = self._layers[index]
         assert layer is not None, f"layer {index} was released"
-        queries, keys, values = layer.before(hidden, rotary[0], rotary[1])
-        if cache is not None:
-            keys, values = cache.update(keys, values, index)
-        output = layer.after(hidden, attend(queries, keys, values, mask, layer.scaling))
+        if isinstance(mask, TreeRows) and isinstance(cache, KVCache) and self._in_kernels(layer, hidden):
+            written, seen = cache.written(index, hidden.shape[1]), cache.seen(index)
+            output = layer.decode(hidden, rotary[0], rotary[1], written, seen, mask)
+        else:
+            queries, keys, values = layer.before(hidden, rotary[0], rotary[1])
+            if cache is not None:
+                keys, values = cache.update(keys, values, index)
+            output = layer.after(hidden, attend(queries, keys, values, mask, layer.scaling))
         norm = self._loop_norms[index]
         return output if norm is None else norm(output)
+
+    def _in_kernels(self, layer: FusedLayer, hidden: Tensor) -> bool:
+        """Whether `FusedLayer.decode` serves a step whose attention is a kernel."""
+        return layer.activation is functional.silu and not self._compiled and not hidden.requires_grad
 
 
 def _child(module: nn.Module, name: str) -> Any:

@@ -98,16 +98,24 @@ class KVCache:
 
     def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write (B, H, M, D) keys and values at the announced slots; return those in view, (B, H, S', D) of both."""
-        own_keys, own_values = self._written[layer_index].unbind()
-        rows = keys.shape[2]
-        if rows == own_keys.shape[2]:
-            own_keys.copy_(keys)
-            own_values.copy_(values)
-        else:  # layers below the one where all of the step's rows have joined
-            own_keys[:, :, :rows].copy_(keys)
-            own_values[:, :, :rows].copy_(values)
-        seen_keys, seen_values = self._seen[layer_index].unbind()
-        return seen_keys, seen_values
+        own_keys, own_values = self.written(layer_index, keys.shape[2])
+        own_keys.copy_(keys)
+        own_values.copy_(values)
+        return self.seen(layer_index)
+
+    def written(self, layer_index: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Views (B, H, rows, D) of the slots announced for a layer's keys and values: whoever writes there himself
+        needs no `update`.
+        """
+        keys, values = self._written[layer_index].unbind()
+        if rows != keys.shape[2]:  # layers below the one where all of the step's rows have joined
+            keys, values = keys[:, :, :rows], values[:, :, :rows]
+        return keys, values
+
+    def seen(self, layer_index: int) -> tuple[Tensor, Tensor]:
+        """Views (B, H, S', D) of the slots in view, of a layer's keys and values."""
+        keys, values = self._seen[layer_index].unbind()
+        return keys, values
 
     def commit(self, path_BP: Tensor, counts_B: Tensor) -> None:
         """Keep rows `path[b, :counts[b]]` of the last step as the next committed tokens.

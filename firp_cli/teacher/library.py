@@ -39,7 +39,7 @@ class Stack(Protocol):
         ...
 
     def head(self, normed: Tensor) -> Tensor:
-        """Normed states (..., d) to logits (..., V) in the teacher's dtype."""
+        """Normed states (..., d) to logits (..., V), in the teacher's dtype or in float32."""
         ...
 
     def layer(

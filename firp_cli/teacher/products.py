@@ -31,16 +31,19 @@ class Product:
 
     Args:
         lean: False takes torch's own product always.
+        wide: give float32 where W is of half precision and the device can (`widens`): sums are kept in float32 anyway,
+            and rounding them makes near ties of logits equal.
     """
 
     copied = 0  # bytes of all copies that there are
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, lean: bool = True) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, lean: bool = True, wide: bool = False) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.inputs = self.weight.shape[1]
         self._packed: Packed | None = None
         self._parts: Tensor | None = None
         self._most = MOST_ROWS * self.inputs
+        self._wide = wide and widens(weight.dtype, weight.device)
         if lean and weight.device.type == "cpu" and weight.dtype == torch.float32 and self.weight.is_contiguous():
             self._packed = _pack(self.weight)
             threads = torch.get_num_threads()
@@ -50,6 +53,10 @@ class Product:
     def __call__(self, hidden: Tensor) -> Tensor:
         if hidden.requires_grad:  # the packed product has no gradient
             return functional.linear(hidden, self.weight, self.bias)
+        if self._wide:
+            product = torch.mm(hidden.reshape(-1, self.inputs), self.weight.T, out_dtype=torch.float32)
+            product = product.view(*hidden.shape[:-1], len(self.weight))
+            return product if self.bias is None else product.add_(self.bias)
         if hidden.numel() == self.inputs and self._parts is not None:
             rows = hidden.reshape(1, 1, -1).expand(len(self._parts), 1, -1)
             product = torch.bmm(rows, self._parts).view(*hidden.shape[:-1], len(self.weight))
@@ -58,9 +65,28 @@ class Product:
             return self._packed(hidden, self.bias)
         return functional.linear(hidden, self.weight, self.bias)
 
+    def add_to(self, target: Tensor, hidden: Tensor) -> None:
+        """target (rows, n) += the product of hidden (rows, m), in place: the sum costs no operation of its own."""
+        target.addmm_(hidden, self.weight.T)
+        if self.bias is not None:
+            target.add_(self.bias)
+
     def __del__(self) -> None:
         if getattr(self, "_packed", None) is not None:
             Product.copied -= self.weight.numel() * self.weight.element_size()
+
+
+@cache
+def widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch multiplies half-precision matrices into float32 there (torch 2.8 and later, CUDA), by trying it."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    matrix = torch.full((16, 16), 1.125, dtype=dtype, device=device)
+    try:
+        product = torch.mm(matrix, matrix.T, out_dtype=torch.float32)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return product.dtype == torch.float32 and bool((product == 16 * 1.125**2).all())
 
 
 def _pack(weight: Tensor) -> Packed | None:
