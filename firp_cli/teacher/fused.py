@@ -19,11 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from firp_cli.teacher.attention import LayerMask, TreeRows, attend
+from firp_cli.teacher.attention import LayerMask, TreeRows, attend, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.library import Cache
 from firp_cli.teacher.looped import LayerPass
 from firp_cli.teacher.products import Product
+
+OWN_PRODUCTS = False  # whether decoding steps take `row_product` where it runs
+OWN_ROWS = 64  # of a step, at most
+
+
+def runs_own_products(weight: Any) -> bool:
+    """Whether `row_product` serves matrices like this one: half precision, on a CUDA device with Triton."""
+    return (
+        isinstance(weight, Tensor)
+        and weight.is_cuda
+        and weight.dtype in (torch.float16, torch.bfloat16)
+        and choose_backend("auto", weight.device) == "triton"
+    )
 
 
 class UnfusableError(Exception):
@@ -93,15 +106,26 @@ class FusedLayer:
         written: tuple[Tensor, Tensor],
         seen: tuple[Tensor, Tensor],
         mask: TreeRows,
+        own_products: bool = False,
     ) -> Tensor:
         """The whole layer for rows (B, R, d) of a decoding step, in ten kernels: what `before`, the cache's `update`,
         `attend` and `after` do in seventeen or more.
 
         Args:
             written: where the rows' keys and values go (B, Hk, R, D). seen: the slots in view (B, Hk, S, D).
+            own_products: take `row_product`, which brings norms and gate along: seven kernels.
         """
         from firp_cli.teacher.layer_kernels import rotate_and_write, silu_product
 
+        if own_products:
+            from firp_cli.teacher.row_products import row_product
+
+            joined = row_product(hidden, *self.joined.matrix, norm=self.first_norm.parts)
+            queries, residual = rotate_and_write(joined, cosine, sine, *written, hidden, *self.head_norms)
+            attended = attend(queries, *seen, mask, self.scaling).transpose(1, 2).flatten(2)
+            row_product(attended, *self.output.matrix, onto=residual)
+            gated = row_product(residual, *self.gates.matrix, norm=self.second_norm.parts, gated=True)
+            return row_product(gated, *self.down.matrix, onto=residual)
         joined = self.joined(self.first_norm(hidden))
         # `residual` is a copy, so that products can be added to it in place
         queries, residual = rotate_and_write(joined, cosine, sine, *written, hidden, *self.head_norms)
@@ -130,6 +154,11 @@ class RMSNorm:
         self.short = short and self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
         self.scaled = self.weight.detach() * size**0.5 if self.short else self.weight
         self.least = torch.tensor((size * epsilon) ** 0.5)
+
+    @property
+    def parts(self) -> tuple[Tensor, float]:
+        """Weight and epsilon."""
+        return self.weight, self.epsilon
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if self.short and not hidden.requires_grad:
@@ -175,6 +204,7 @@ class FusedStack:
         self._rotary = rotary
         self._head = Product(head.weight, head.bias, wide=True) if type(head) is nn.Linear else head
         self._compiled = compiled
+        self.own_products = OWN_PRODUCTS and runs_own_products(head.weight)
         if compiled:
             for layer in made.values():
                 layer.before = torch.compile(layer.before)  # type: ignore[method-assign]
@@ -190,6 +220,10 @@ class FusedStack:
         return self._norm(hidden)
 
     def head(self, normed: Tensor) -> Tensor:
+        if self.own_products and isinstance(self._head, Product) and normed.numel() <= OWN_ROWS * self._head.inputs:
+            from firp_cli.teacher.row_products import row_product
+
+            return row_product(normed, *self._head.matrix, dtype=torch.float32)
         return self._head(normed)
 
     def layer(
@@ -205,7 +239,8 @@ class FusedStack:
         assert layer is not None, f"layer {index} was released"
         if isinstance(mask, TreeRows) and isinstance(cache, KVCache) and self._in_kernels(layer, hidden):
             written, seen = cache.written(index, hidden.shape[1]), cache.seen(index)
-            output = layer.decode(hidden, rotary[0], rotary[1], written, seen, mask)
+            own = self.own_products and hidden.shape[0] * hidden.shape[1] <= OWN_ROWS
+            output = layer.decode(hidden, rotary[0], rotary[1], written, seen, mask, own)
         else:
             queries, keys, values = layer.before(hidden, rotary[0], rotary[1])
             if cache is not None:

@@ -65,6 +65,11 @@ class Product:
             return self._packed(hidden, self.bias)
         return functional.linear(hidden, self.weight, self.bias)
 
+    @property
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias."""
+        return self.weight, self.bias
+
     def add_to(self, target: Tensor, hidden: Tensor) -> None:
         """target (rows, n) += the product of hidden (rows, m), in place: the sum costs no operation of its own."""
         target.addmm_(hidden, self.weight.T)

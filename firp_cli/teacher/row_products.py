@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 64  # at most
+SHARED_BYTES = 96 << 10  # of a block, so that two share a multiprocessor
+MOST_STAGES = 5
 
 
 class Tiles(NamedTuple):
@@ -82,10 +84,14 @@ def _product(
     tl.store(at_MN, sums_MN.to(output_ptr.dtype.element_ty), mask=real_MN)
 
 
-def choose(outputs: int, inputs: int) -> Tiles:
-    """Tiles for a matrix (N, K): blocks enough for all multiprocessors, and enough of the matrix under way in each."""
-    inner = next(size for size in (256, 128, 64, 32) if size == 32 or inputs % size == 0)
-    return Tiles(16 if outputs <= 8192 else 32, inner, 4, 4)
+def choose(outputs: int, inputs: int, block: int, gated: bool) -> Tiles:
+    """Tiles for a matrix (N, K), or two of them, and blocks of so many rows: enough of them for all multiprocessors,
+    and as much of the matrix under way in each as its shared memory holds.
+    """
+    wide = 16 if outputs <= 8192 else 32
+    deep = next(size for size in (256, 128, 64, 32) if size == 32 or inputs % size == 0)
+    stage = 2 * deep * (block + wide * (2 if gated else 1))
+    return Tiles(wide, deep, max(2, min(MOST_STAGES, SHARED_BYTES // stage)), 4)
 
 
 def row_product(
@@ -112,15 +118,15 @@ def row_product(
     """
     inputs, outputs = weight.shape[1], len(weight) // (2 if gated else 1)
     assert rows.shape[-1] == inputs and weight.is_contiguous() and rows.dtype == weight.dtype
-    flat = rows.reshape(-1, inputs)
+    flat = rows.reshape(-1, inputs)  # a copy where a step's rows do not lie one behind the other
     count = len(flat)
     assert flat.stride(1) == 1
     result = onto
     if result is None:
         result = rows.new_empty(*rows.shape[:-1], outputs, dtype=dtype or rows.dtype)
     assert result.is_contiguous() and result.shape[:-1] == rows.shape[:-1]
-    tiles = tiles or choose(outputs, inputs)
     block = max(16, min(ROWS, triton.next_power_of_2(count)))
+    tiles = tiles or choose(outputs, inputs, block, gated)
     interpreted = not isinstance(_product, triton.JITFunction)  # numpy cannot multiply bfloat16
     scale, epsilon = norm or (weight, 0.0)
     with torch.cuda.device_of(rows):

@@ -1,0 +1,186 @@
+"""The Triton kernel of a step's products against torch's operations in float64, interpreted or on a CUDA device.
+
+Triton decides at its first import whether kernels are compiled or interpreted, and transformers imports it. So
+`test_in_the_interpreter` runs `TestProducts` in a process of its own; on a CUDA device it also runs here, compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
+
+from firp_cli.teacher.row_products import ROWS, Tiles, choose, row_product  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+EPSILON = 1e-5
+
+
+class Case:
+    """Random inputs of a product of M `rows`, K `inputs`, N `outputs`."""
+
+    def __init__(self, rows: int, inputs: int, outputs: int, dtype: torch.dtype = torch.float16, gated: bool = False):
+        generator = torch.Generator().manual_seed(rows + inputs + outputs)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        weights = outputs * (2 if gated else 1)
+        self.gated, self.dtype = gated, dtype
+        self.rows = random(1, rows, inputs).to(DEVICE, dtype)
+        self.weight = (random(weights, inputs) / inputs**0.5).to(DEVICE, dtype)
+        self.bias = random(weights).to(DEVICE, dtype)
+        self.norm = (random(inputs).abs() + 0.5).to(DEVICE, dtype)
+        self.residual = random(1, rows, outputs).to(DEVICE, dtype)
+
+    def expected(self, bias: bool, norm: bool, added: bool) -> Tensor:
+        """The result in float64."""
+        rows = self.rows.double()
+        if norm:
+            rows = functional.rms_norm(rows, rows.shape[-1:], self.norm.double(), EPSILON)
+        product = functional.linear(rows, self.weight.double(), self.bias.double() if bias else None)
+        if self.gated:
+            gate, up = product.chunk(2, dim=-1)
+            product = functional.silu(gate) * up
+        return product + self.residual.double() if added else product
+
+    def got(self, bias: bool, norm: bool, added: bool, tiles: Tiles | None = None) -> Tensor:
+        return row_product(
+            self.rows,
+            self.weight,
+            self.bias if bias else None,
+            norm=(self.norm, EPSILON) if norm else None,
+            gated=self.gated,
+            onto=self.residual.clone() if added else None,
+            tiles=tiles,
+        )
+
+    def check(self, bias: bool, norm: bool, added: bool, tiles: Tiles | None = None) -> None:
+        expected, got = self.expected(bias, norm, added), self.got(bias, norm, added, tiles)
+        assert got.dtype == self.dtype and got.shape == expected.shape
+        assert (got.double() - expected).abs().max() <= TOLERANCE[self.dtype] * expected.abs().max()
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run by test_in_the_interpreter, or on a CUDA device")
+@pytest.mark.gpu
+class TestProducts:
+    @pytest.mark.parametrize("added", [False, True])
+    @pytest.mark.parametrize("norm", [False, True])
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_what_stands_around_a_product_is_done(self, gated: bool, bias: bool, norm: bool, added: bool) -> None:
+        Case(3, 96, 40, gated=gated).check(bias, norm, added)
+
+    @pytest.mark.parametrize("dtype", list(TOLERANCE))
+    @pytest.mark.parametrize("rows", [1, 2, 16, 17, 40, 64, 70])
+    def test_any_number_of_rows(self, rows: int, dtype: torch.dtype) -> None:
+        Case(rows, 64, 48, dtype).check(True, True, True)
+
+    @pytest.mark.parametrize(("inputs", "outputs"), [(20, 7), (64, 16), (100, 33), (256, 64), (512, 1)])
+    def test_sizes_that_no_block_divides(self, inputs: int, outputs: int) -> None:
+        Case(5, inputs, outputs).check(True, True, False)
+        Case(5, inputs, outputs, gated=True).check(False, True, False)
+
+    def test_tiles_change_the_order_of_sums_alone(self) -> None:
+        case = Case(4, 200, 50)
+        for tiles in (Tiles(16, 32, 2, 4), Tiles(32, 64, 3, 4), Tiles(64, 256, 2, 8)):
+            case.check(True, True, True, tiles)
+
+    def test_a_rows_sums_do_not_depend_on_the_other_rows(self) -> None:
+        """What a tree's node gets is what plain decoding gets: bit for bit, up to 32 rows, which one kernel shape
+        serves.
+        """
+        case = Case(32, 256, 64)
+        whole = case.got(True, True, False)
+        for count in (1, 7, 16):
+            rows = case.rows[:, :count]
+            alone = row_product(rows, case.weight, case.bias, norm=(case.norm, EPSILON))
+            assert torch.equal(alone, whole[:, :count])
+
+    def test_rows_of_a_larger_tensor(self) -> None:
+        case = Case(6, 64, 32)
+        wide = torch.full((1, 6, 80), float("nan"), dtype=case.dtype, device=DEVICE)
+        wide[:, :, :64] = case.rows
+        assert torch.equal(row_product(wide[:, :, :64], case.weight), row_product(case.rows, case.weight))
+
+    def test_float32_results_of_half_precision(self) -> None:
+        case = Case(2, 64, 32)
+        got = row_product(case.rows, case.weight, dtype=torch.float32)
+        assert got.dtype == torch.float32
+        assert torch.allclose(got.double(), case.expected(False, False, False), atol=1e-5)
+
+    def test_layers_decode_the_same_with_it(self) -> None:
+        """A decoding step's rows through lean layers, either way, beside torch's layers."""
+        import transformers
+
+        from firp_cli.teacher.attention import StepMask
+        from firp_cli.teacher.fused import FusedStack
+        from firp_cli.teacher.kv_cache import KVCache
+        from firp_cli.teacher.stack import Teacher
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        config = transformers.Qwen3Config(**sizes, **heads, initializer_range=0.2, attention_bias=True)
+        model = transformers.Qwen3ForCausalLM(config).to(DEVICE, torch.float16)
+        teacher = Teacher(model, check=False)
+        assert teacher.fuse() is None
+        stack = teacher.stack
+        assert isinstance(stack, FusedStack)
+        rows, length = 5, 9
+        hidden = torch.randn(1, rows, 64).to(DEVICE, torch.float16)
+        positions = length + torch.arange(rows, device=DEVICE)[None]
+        seen = torch.ones(1, rows, rows, dtype=torch.bool, device=DEVICE).tril()
+        results = []
+        with torch.inference_mode():
+            for kernel, own in ((False, False), (True, False), (True, True)):
+                torch.manual_seed(1)
+                cache = KVCache(2, 1, rows, 32, 2, 16, torch.float16, torch.device(DEVICE))
+                cache.fill(length)
+                cache.begin(rows, length)
+                stack.own_products = own
+                mask = StepMask(seen, positions, cache.lengths, cache.prefix_slots(length), torch.float16, kernel)
+                out = hidden
+                rotary = teacher.rotary(hidden, positions)
+                for index in range(2):
+                    out = teacher.layer(index, out, rotary, positions, mask.at(None, rows), cache)
+                results.append(teacher.head(teacher.norm(out)))
+        scale = results[0].abs().max()
+        for other in results[1:]:
+            assert other.dtype == torch.float32
+            assert (other - results[0]).abs().max() <= 2e-2 * scale
+
+
+def test_tiles_fit_the_matrix() -> None:
+    for inputs, outputs in ((576, 960), (4096, 6144), (14336, 4096), (100, 7)):
+        for block in (16, 32, ROWS):
+            for gated in (False, True):
+                tiles = choose(outputs, inputs, block, gated)
+                assert tiles.inputs == 32 or inputs % tiles.inputs == 0
+                stage = 2 * tiles.inputs * (block + tiles.outputs * (2 if gated else 1))
+                assert tiles.stages >= 2 and stage * tiles.stages <= 160 << 10, (
+                    "a Hopper block has 227 KiB, an A100's 163"
+                )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_in_the_interpreter() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{Path(__file__)}::TestProducts"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout and "skipped" not in run.stdout
