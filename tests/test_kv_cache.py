@@ -83,6 +83,23 @@ def test_layers_may_see_the_first_rows_only() -> None:
     assert (keys[0, 0, :, 0] - 1_000_000).tolist() == [7, 8, 9, 10, 11, 0, 1, 2]
 
 
+@pytest.mark.parametrize("rows", [2, 5])
+def test_a_layer_may_write_and_look_by_itself(rows: int) -> None:
+    """`written` and `seen` are the places of `update`, which copies."""
+    caches = [new_cache(2, scratch=5, capacity=4) for _ in range(2)]
+    for cache in caches:
+        prefill(cache, [3, 2])
+        cache.begin(5, 3)
+    keys, values = numbered(torch.arange(rows).expand(2, rows) + 7, 1)
+    expected = caches[0].update(keys, values, 1)
+    for place, numbers in zip(caches[1].written(1, rows), (keys, values), strict=True):
+        assert place.shape == numbers.shape
+        place.copy_(numbers)
+    for got, want in zip(caches[1].seen(1), expected, strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(caches[0]._store, caches[1]._store)
+
+
 def test_chunks_are_written_where_they_belong() -> None:
     cache = new_cache(2, scratch=3, capacity=8)
     for start, stop in ((0, 3), (3, 4), (4, 7)):

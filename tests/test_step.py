@@ -99,13 +99,17 @@ def test_one_mask_serves_layers_of_both_kinds() -> None:
 @pytest.mark.parametrize("present", [2, 5])
 def test_the_kernel_is_told_what_the_mask_says(window: int | None, present: int) -> None:
     rows, positions, lengths = step_mask_case()
-    told = StepMask(rows, positions, lengths, torch.arange(9), torch.float32, kernel=True).at(window, present)
+    mask = StepMask(rows, positions, lengths, torch.arange(9), torch.float32, kernel=True)
+    told = mask.at(window, present)
+    assert mask.at(window, present) is told, "made once, for all layers"
     dense = StepMask(rows, positions, lengths, torch.arange(9), torch.float32).at(window, present)
     assert isinstance(told, TreeRows)
     assert isinstance(dense, Tensor)
     assert (told.scratch, told.longest, told.window) == (5, 9, window)
     assert torch.equal(told.lengths, lengths)
     assert torch.equal(told.positions, positions[:, :present])
+    assert told.bits.is_contiguous()
+    assert told.positions.is_contiguous() or window is None
     assert (told.bits.shape, told.bits.dtype) == ((3, present, 1), torch.int32)
     seen = (told.bits >> torch.arange(5)) & 1
     assert torch.equal(seen == 1, dense[:, 0, :, :5] == 0)

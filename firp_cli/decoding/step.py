@@ -180,7 +180,7 @@ class Stepper:
         positions = cache.lengths[:, None] + offsets
         cache.begin(rows.shape[1], longest)
         mask = None
-        if rows.shape[1] > 1 or self._windowed or not exact:
+        if self.kernel or rows.shape[1] > 1 or self._windowed or not exact:
             slots = cache.prefix_slots(longest)
             bits = self._row_bits(rows, tree, anchors)
             mask = StepMask(rows, positions, cache.lengths, slots, teacher.dtype, self.kernel, exact, bits)

@@ -47,9 +47,8 @@ def _turn(
 
 @triton.jit
 def _leave_head(target_ptr, first_D, second_D, dims_D, inside_D, HEAD: tl.constexpr):
-    kind = target_ptr.dtype.element_ty
-    tl.store(target_ptr + dims_D, first_D.to(kind), mask=inside_D)
-    tl.store(target_ptr + HEAD // 2 + dims_D, second_D.to(kind), mask=inside_D)
+    tl.store(target_ptr + dims_D, first_D.to(target_ptr.dtype.element_ty), mask=inside_D)
+    tl.store(target_ptr + HEAD // 2 + dims_D, second_D.to(target_ptr.dtype.element_ty), mask=inside_D)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -68,7 +67,6 @@ def _rotate_and_write(
     part_C = head * BLOCK_C + tl.arange(0, BLOCK_C)
     hidden_ptr += sequence * hidden_strides[0] + row * hidden_strides[1]
     hidden_C = tl.load(hidden_ptr + part_C, mask=part_C < HIDDEN, other=0.0)
-    tl.store(copy_ptr + at * HIDDEN + part_C, hidden_C, mask=part_C < HIDDEN)
 
     dims_D = tl.arange(0, BLOCK_D)
     inside_D = dims_D < HEAD // 2
@@ -94,6 +92,8 @@ def _rotate_and_write(
         own = (head - QUERY_HEADS - KEY_HEADS).to(tl.int64)
         values_ptr += sequence * value_strides[0] + own * value_strides[1] + row * value_strides[2]
         _leave_head(values_ptr, first_D, second_D, dims_D, inside_D, HEAD)
+    # Last: a store waits for what it stores, and loads do not pass it.
+    tl.store(copy_ptr + at * HIDDEN + part_C, hidden_C, mask=part_C < HIDDEN)
 
 
 def rotate_and_write(
