@@ -25,7 +25,7 @@ from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.errors import FingerprintError, PredictorError, TeacherError
 from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_states
-from firp_cli.predictors.base import Predictor, SequenceBatch
+from firp_cli.predictors.base import Predictor, SequenceBatch, largest
 from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder, save_predictor
 from firp_cli.teacher.attention import AttentionMask, causal_allowed, pseudo_positions, rows_allowed, step_rows
@@ -315,3 +315,13 @@ def test_folder_refusals(teacher: Teacher, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(PredictorError, match="did you mean 'firp'"):
         load_predictor(folder, teacher)
+
+
+@pytest.mark.parametrize(("size", "count"), [(4096, 7), (128_256, 15), (49_152, 1), (997, 5), (256, 40), (64, 64)])
+def test_the_largest_are_those_of_topk(size: int, count: int) -> None:
+    """Vocabularies with parts, without (a prime), and too small for them."""
+    values = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(size))
+    best, places = largest(values, count)
+    assert torch.equal(best, values.topk(count).values)
+    assert torch.equal(values.gather(-1, places), best)
+    assert places.sort().values.diff().gt(0).all()
