@@ -226,7 +226,7 @@ class Predictor(nn.Module, ABC):
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of (..., V), in descending order, and where they stand; as `topk`, in half of its kernels on a
+    """The `count` largest of (..., V), in descending order, and where they stand. As `topk`, in half of its kernels on a
     CUDA device: the largest of each of some parts, then of these.
     """
     size = values.shape[-1]
