@@ -226,8 +226,8 @@ class Predictor(nn.Module, ABC):
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of (..., V), in descending order, and where they stand. As `topk`, in half of its kernels on a
-    CUDA device: the largest of each of some parts, then of these.
+    """The `count` largest of (..., V), in descending order, and where they stand. As `topk`, in half of its kernels on
+    a CUDA device: the largest of each of some parts, then of these.
     """
     size = values.shape[-1]
     parts = max(number for number in range(1, MOST_PARTS + 1) if size % number == 0)
