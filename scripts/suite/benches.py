@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ from firp_cli.data.prompts import load_prompts
 from firp_cli.decoding.tree import TreeSpec
 from firp_cli.decoding.tuned import described, spec_of
 from firp_cli.errors import FirpError
-from firp_cli.evaluation.bench import BenchPrompt, BenchSettings, LoadedPredictor, make_methods, run_bench
+from firp_cli.evaluation.bench import BenchPrompt, BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.calibration import TuneSettings
+from firp_cli.evaluation.pipeline import measure_tick
 from firp_cli.evaluation.tune import tune
 from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder
 from firp_cli.recipe import TeacherConfig
 from firp_cli.records import BenchReport, BenchRow, TunedTree, TuneReport, plain
@@ -40,6 +41,7 @@ PASSES_SHARE = 0.2  # of a predictor's tuning, for measuring passes
 SLOW_SHARE = 0.35  # of a bench's time, for methods that are no CUDA graphs
 ONE_DEVICE = "no gain there: every tick runs all groups of layers"
 LOOPED, LOOPED_PREDICTOR = "arithmetic-looped", "speed"
+TICK_SECONDS, TICK_CONTEXT = 4.0, 192  # of timing a pipeline's ticks, about, and the tokens in its cache
 GUARD = False  # every step drafts
 
 
@@ -285,8 +287,19 @@ def looped(shared: Shared, work: Work) -> None:
     prompts = [BenchPrompt(encode_prompt(item.messages, teacher.tokenizer), "arithmetic") for item in found]
     settings = BenchSettings(max_new_tokens=sizes.bench_tokens, repeats=1, guard=GUARD)
     loaded = {"speed": LoadedPredictor(predictor, None, Path(LOOPED_PREDICTOR))}
-    report = run_bench(teacher, prompts, make_methods(teacher, loaded, ["hf", "ar", "speed"], settings), settings)
-    work.values |= plain(report)
-    work.key = speeds(report)
-    headers, cells = bench_cells(report)
-    work.tables.append(Table(f"SPEED on the embedded looped teacher, {name}", headers, cells))
+    methods = make_methods(teacher, loaded, ["hf", "ar", "speed"], settings)
+    bout = Bout(teacher, methods, prompts, sizes.bench_tokens, 1, work.clock)
+
+    def report() -> None:
+        rows = BenchReport({}, teacher.describe(), {"reference": "hf"}, bout.rows("hf"))
+        work.values |= {"rows": plain(rows.rows), "identical": plain(bout.identical())}
+        work.key = speeds(rows)
+        headers, cells = bench_cells(rows)
+        work.tables[:] = [Table(f"SPEED on the embedded looped teacher, {name}", headers, cells), _pipelines(rows)]
+        work.save()
+
+    bout.run(report)
+    if work.clock.allows(TICK_SECONDS if shared.device.type == "cuda" else 0.0, "the timing of ticks"):
+        assert isinstance(predictor, EarlyExitPredictor)
+        bout.tick = measure_tick(teacher, predictor, TICK_CONTEXT)
+        report()

@@ -21,7 +21,7 @@ from firp_cli.evaluation.bench import Batch, BenchPrompt, Method, fold
 from firp_cli.evaluation.lossless import next_token_logits
 from firp_cli.evaluation.pipeline import pipeline_report
 from firp_cli.evaluation.rows import ALL, BatchRun, bench_rows, speedup
-from firp_cli.records import BenchRow, Divergence, Generation
+from firp_cli.records import BenchRow, Divergence, Generation, TickCost
 from firp_cli.teacher.stack import Teacher
 from suite.work import Clock
 
@@ -72,6 +72,7 @@ class Bout:
         self.slow_seconds = math.inf if slow_share is None else slow_share * clock.seconds
         self.made: dict[str, dict[int, list[Generation]]] = {method.name: {} for method in methods}
         self.differences: dict[tuple[str, str], dict[int, Difference | None]] = {}
+        self.tick: TickCost | None = None  # of a pipeline, where it was measured
         self._logits: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def run(self, report: Callable[[], None]) -> None:
@@ -100,7 +101,7 @@ class Bout:
         """The longest prompt first, so that what is captured serves the others, then the shortest."""
         order = sorted(self.prompts, key=lambda prompt: -len(prompt.token_ids))
         for method in self.methods:
-            for prompt in (order[-1:] if slow(method) else [order[0], order[-1]]):
+            for prompt in order[-1:] if slow(method) else [order[0], order[-1]]:
                 tokens = SLOW_WARM_TOKENS if slow(method) else WARM_TOKENS
                 method.generate([prompt.token_ids], min(tokens, self.tokens))
             if not slow(method):  # until what comes back a second time is captured
@@ -151,7 +152,7 @@ class Bout:
     def runs(self, name: str, numbers: Sequence[int] | None = None) -> list[BatchRun]:
         """A method's answers with its repeats folded; of these prompts alone."""
         made = self.made[name]
-        chosen = [number for number in sorted(made) if numbers is None or number in set(numbers)]
+        chosen = sorted(made) if numbers is None else sorted(set(numbers) & set(made))
         return [
             fold(Batch(self.prompts[number].dataset, "", [number]), [[item] for item in made[number]])
             for number in chosen
@@ -173,7 +174,7 @@ class Bout:
                 row.predictor, row.tree = method.predictor, method.tree
                 row.speedup_hf = self._over_hf(row)
                 if method.exits is not None:
-                    row.pipeline = pipeline_report(self._answers(row), shared=self.teacher.looped is not None)
+                    row.pipeline = pipeline_report(self._answers(row), self.teacher.looped is not None, 1, self.tick)
                 found.append(row)
         order = {name: place for place, name in enumerate(dict.fromkeys(row.dataset for row in found))}
         return sorted(found, key=lambda row: order[row.dataset])

@@ -13,8 +13,8 @@ import torch
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.registry import save_predictor
 from firp_cli.provenance import write_atomically
-from firp_cli.records import plain
 from firp_cli.recipe import TrainingConfig
+from firp_cli.records import plain
 from firp_cli.teacher.stack import Teacher
 from firp_cli.training.plain import train_plain
 from suite.answers import predictors_for, stored

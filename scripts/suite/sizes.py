@@ -77,9 +77,10 @@ class Sizes:
         anchors, conversations: of a training step of the predictors. held_out, ridge_answers: that are measured on,
             and that the ridge start is solved on, at most.
         bench_prompts, bench_tokens, bench_repeats: of the bench, prompts of each data set at most.
-        exact_prompts, exact_tokens: of the fp32 comparison. tune_prompts: of `tune`, of each data set. tuned, tune_rows: predictors,
-            and rows of a step, at most. tune_batches: that get a tree. tune_seconds: of measuring passes, at most.
-            tune_sittings: at which whole steps are timed; None: as many as the device asks for.
+        exact_prompts, exact_tokens: of the fp32 comparison. tune_prompts: of `tune`, of each data set.
+        tuned, tune_rows: predictors, and rows of a step, at most. tune_batches: that get a tree. tune_seconds: of
+            measuring passes, at most. tune_sittings: at which whole steps are timed; None: as many as the device asks
+            for.
     """
 
     name: str

@@ -207,5 +207,3 @@ def tree_for(shared: Shared, predictor: Predictor) -> TreeSpec | None:
 def tree_of(fields: dict[str, Any], steps: int) -> TreeSpec:
     """A tree from what `described` says of it."""
     return spec_of(SimpleNamespace(**fields), steps)  # type: ignore[arg-type]
-
-
