@@ -19,7 +19,6 @@ environment's FIRP_GIT_COMMIT is noted. `--device cpu` runs all parts at toy siz
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -35,12 +34,18 @@ BEGAN = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for devices without using one
+os.environ.setdefault("PYTHONUNBUFFERED", "1")
 
 from suite.needs import missing  # noqa: E402
+from suite.spare import FLAG, Spare, read_job  # noqa: E402
 
-if __name__ == "__main__" and (LACKING := missing(sys.argv[1:])):
-    print(f"the suite needs modules that are not installed: {', '.join(LACKING)}", file=sys.stderr)
-    sys.exit(2)
+FIRST: Spare | None = None  # imports while this process does
+if __name__ == "__main__":
+    if lacking := missing(sys.argv[1:]):
+        print(f"the suite needs modules that are not installed: {', '.join(lacking)}", file=sys.stderr)
+        sys.exit(2)
+    if not {FLAG, "-h", "--help"} & set(sys.argv):
+        FIRST = Spare(Path(__file__).resolve(), sys.argv[1:])
 
 import torch  # noqa: E402
 from suite import answers, benches, gpu_tests, groups, machine, predictors, replay, report, speed, steps, teacher  # noqa: E402  # noqa: E402
@@ -56,6 +61,7 @@ MINUTES, QUICK_MINUTES = 6.8, 3.0
 SPARE = 8.0  # seconds at the end that no part gets
 TOKENS = 5_000_000
 SMOKE_SECONDS = 40.0
+CACHE = "FIRP_CACHE_DIR"
 
 
 def chain(name: str, seconds: Sequence[float]) -> list[Part]:
@@ -127,7 +133,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--predictors", type=Path, nargs="+", default=[], help="folders of predictors of that teacher to bench as well"
     )
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"that the real teacher answers at most ({TOKENS})")
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # of a group's process
+    parser.add_argument(FLAG, action="store_true", help=argparse.SUPPRESS)  # a group's process
     known = parser.parse_args(arguments)
     known.arguments = list(sys.argv[1:] if arguments is None else arguments)
     known.minutes = known.minutes or (QUICK_MINUTES if known.quick else MINUTES)
@@ -191,6 +197,7 @@ class Run:
         self.known, self.scratch, self.began = known, scratch, began
         self.until = began + 60 * known.minutes - SPARE
         self.found = Found()
+        self.spare, self.count = FIRST, 0
         names = [part.name for part in known.chosen]
         settings = {"sizes": sizes_of(known).name, "minutes": known.minutes, "parts": names, "teacher": known.teacher}
         self.head = {"environment": environment(), "settings": settings}
@@ -235,22 +242,29 @@ class Run:
         return self._held
 
     def _apart(self, plan: Plan) -> list[Part]:
-        """Run a group in a process of its own; returns what is left of it."""
-        path = self.scratch / "found.json"
-        path.unlink(missing_ok=True)
-        number, output = groups.fork(
-            lambda: groups.child(plan, partial(make_shared, self.known, self.scratch), self.found, path, describe),
-            partial(self._command, plan, path),
-        )
+        """Run a group in a process of its own, while the next one starts; returns what is left of it."""
+        self.count += 1
+        path = self.scratch / f"found{self.count}.json"
+        process = (self.spare or self._ready()).start(self._job(plan, path))
+        self.spare = self._ready() if plan.later else None
         limit = self.until + SPARE / 2
-        reason = groups.Watch(number, output, path, self._forward, self._changed, limit).wait()
-        before = {part.name for part in plan.parts if self.found.records.get(part.name, {}).get("status") == "running"}
+        reason = groups.Watch(process, path, self._forward, self._changed, limit).wait()
+        ended = [name for name, record in self.found.records.items() if record["status"] != "running"]
         left = groups.remaining(plan.parts, self.found, reason)
-        for part in plan.parts:
-            record = self.found.records.get(part.name)
-            if record and (part.name in before or (reason and record["status"] == "failed" and not record["seconds"])):
-                self.tell(groups.line(part.name, record))
+        for name, record in self.found.records.items():
+            if name not in ended:
+                self.tell(groups.line(name, record))
         return left
+
+    def _ready(self) -> Spare:
+        return Spare(Path(__file__).resolve(), self.known.arguments)
+
+    def _job(self, plan: Plan, path: Path) -> dict[str, Any]:
+        """What a group's process is to do."""
+        names = {"parts": plan.parts, "later": plan.later, "chosen": plan.chosen}
+        job: dict[str, Any] = {name: [part.name for part in parts] for name, parts in names.items()}
+        job |= {"until": plan.until, "given": self.found.given, "scratch": str(self.scratch), "path": str(path)}
+        return job | {"environment": {CACHE: os.environ[CACHE]}}
 
     def _forward(self, text: bytes) -> None:
         self.log.write(text)
@@ -261,19 +275,21 @@ class Run:
         self.found.take(state)
         self.write()
 
-    def _command(self, plan: Plan, path: Path) -> list[str]:
-        """The group in a fresh process."""
-        names = {"parts": plan.parts, "later": plan.later, "chosen": plan.chosen}
-        job = {name: [part.name for part in parts] for name, parts in names.items()}
-        job |= {"until": plan.until, "given": self.found.given, "scratch": str(self.scratch), "path": str(path)}
-        task = self.scratch / "job.json"
-        task.write_text(json.dumps(job), encoding="utf-8")
-        return [sys.executable, str(Path(__file__).resolve()), *self.known.arguments, "--job", str(task)]
+    def close(self) -> None:
+        """Write the report, and end what waits."""
+        self.write()
+        self.log.close()
+        if self.spare is not None:
+            self.spare.end()
 
 
 def run_job(known: argparse.Namespace) -> int:
-    """A group in a fresh process."""
-    job = json.loads(known.job.read_text(encoding="utf-8"))
+    """A group's process: wait for the job and do it."""
+    preload()
+    job = read_job()
+    if job is None:
+        return 1
+    os.environ.update(job["environment"])
     named = {part.name: part for part in PARTS}
     parts, later, chosen = ([named[name] for name in job[key]] for key in ("parts", "later", "chosen"))
     plan, found = Plan(parts, later, chosen, job["until"]), Found(given=job["given"])
@@ -289,18 +305,17 @@ def main(arguments: Sequence[str] | None = None, began: float | None = None, iso
     """Run the suite; returns 1 if a part failed. `isolated`: groups are processes of their own."""
     known = parse(arguments)
     logging.set_verbosity_error()
-    if known.job is not None:
+    if known.job:
         return run_job(known)
-    signal.signal(signal.SIGTERM, _terminate)
+    former = signal.signal(signal.SIGTERM, _terminate)
     began = time.monotonic() if began is None else began
-    preload()
-    with tempfile.TemporaryDirectory() as scratch, patch.dict(os.environ, {"FIRP_CACHE_DIR": f"{scratch}/cache"}):
+    with tempfile.TemporaryDirectory() as scratch, patch.dict(os.environ, {CACHE: f"{scratch}/cache"}):
         run = Run(known, Path(scratch), began)  # caches are of this run alone
         try:
             whole = run.groups(isolated)
         finally:
-            run.write()
-            run.log.close()
+            run.close()
+            signal.signal(signal.SIGTERM, former)
     print(f"report: {known.output / report.NAME}.md", flush=True)
     return 0 if whole else 1
 

@@ -2,7 +2,7 @@
 
 A group's process writes what it has found after every part, and while one runs, to a file that its parent reads. Where
 a process ends early, or hangs, the part that ran is marked as failed and the remaining parts of its group start in
-another one. The parent never uses the device: groups are forks of it, which start at once.
+another one. The parent never uses the device.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import select
 import signal
-import sys
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-import torch
 
 from firp_cli.records import plain
 from suite.shapes import RANDOM
@@ -150,42 +148,6 @@ def child(plan: Plan, make_shared: Callable[[], Shared], found: Found, path: Pat
     return ENDED if run_parts(plan, shared, own, write, lambda text: print(text, flush=True)) else BROKEN
 
 
-def fork(run: Callable[[], int], again: Callable[[], Sequence[str]]) -> tuple[int, int]:
-    """Start a process; returns its number and where its output can be read.
-
-    Args:
-        run: what it does, ending with this status. again: a command that does the same in a fresh process, for where
-            the parent has used CUDA, which a fork then cannot.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    read, write = os.pipe()
-    number = os.fork()
-    if number:
-        os.close(write)
-        with suppress(OSError):  # or it did so itself
-            os.setpgid(number, number)
-        return number, read
-    status = 1
-    try:
-        os.setpgid(0, 0)
-        os.dup2(write, 1)
-        os.dup2(write, 2)
-        if torch.cuda._is_in_bad_fork():
-            command = list(again())
-            os.execv(command[0], command)
-        status = run()
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-
-
 class Watch:
     """A process: its output, its file, and its end.
 
@@ -196,42 +158,35 @@ class Watch:
 
     def __init__(
         self,
-        number: int,
-        output: int,
+        process: subprocess.Popen[bytes],
         path: Path,
         forward: Callable[[bytes], None],
         changed: Callable[[dict[str, Any]], None],
         until: float,
     ) -> None:
-        self.number, self.output, self.path, self.until = number, output, path, until
+        assert process.stdout is not None
+        self.process, self.output, self.path, self.until = process, process.stdout.fileno(), path, until
         self.forward, self.changed = forward, changed
         self.state: dict[str, Any] = {}
         self._stamp: int = 0
 
     def wait(self) -> str:
         """Wait for the end; returns why it was no good one, or nothing."""
-        quiet, status, reason = time.monotonic(), None, ""
+        quiet, reason = time.monotonic(), ""
         try:
-            while status is None:
+            while self.process.poll() is None:
                 self._read(POLL)
                 if self._look():
                     quiet = time.monotonic()
-                done, code = os.waitpid(self.number, os.WNOHANG)
-                if done:
-                    status = os.waitstatus_to_exitcode(code)
-                elif not reason and time.monotonic() > (limit := self._limit(quiet)):
-                    reason = f"stopped: it was to end {time.monotonic() - limit:.0f} s ago"
-                    status = self._end()
-        except BaseException:
-            self._end()
-            raise
+                if time.monotonic() > self._limit(quiet):
+                    reason = "stopped, since it did not end in time"
+                    break
         finally:
+            self._end()
             while self._read(0.0):
                 pass
             self._look()
-            os.close(self.output)
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.number, signal.SIGKILL)
+        status = self.process.returncode
         return reason or ("" if status == ENDED else f"its process ended with status {status}")
 
     def _limit(self, quiet: float) -> float:
@@ -260,21 +215,19 @@ class Watch:
         self.changed(self.state)
         return True
 
-    def _end(self) -> int:
-        """Ask the process to end, then make it."""
-        for sign, seconds in ((signal.SIGTERM, ENDING), (signal.SIGKILL, ENDING)):
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.number, sign)
-            until = time.monotonic() + seconds
-            while time.monotonic() < until:
-                self._read(0.05)
-                try:
-                    done, code = os.waitpid(self.number, os.WNOHANG)
-                except ChildProcessError:
-                    return BROKEN
-                if done:
-                    return os.waitstatus_to_exitcode(code)
-        return BROKEN
+    def _end(self) -> None:
+        """Ask the process to end, then make it; what it has started goes with it."""
+        until = time.monotonic() + ENDING
+        if self.process.poll() is None:
+            self._signal(signal.SIGTERM)
+        while self.process.poll() is None and time.monotonic() < until:
+            self._read(POLL)
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
 
 
 def remaining(parts: Sequence[Part], found: Found, reason: str) -> list[Part]:
