@@ -31,7 +31,8 @@ from typing import Any
 from unittest.mock import patch
 
 BEGAN = time.monotonic()
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(__file__).resolve()
+ROOT = SCRIPT.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for devices without using one
 os.environ.setdefault("PYTHONUNBUFFERED", "1")
@@ -45,7 +46,7 @@ if __name__ == "__main__":
         print(f"the suite needs modules that are not installed: {', '.join(lacking)}", file=sys.stderr)
         sys.exit(2)
     if not {FLAG, "-h", "--help"} & set(sys.argv):
-        FIRST = Spare(Path(__file__).resolve(), sys.argv[1:])
+        FIRST = Spare(SCRIPT, sys.argv[1:])
 
 import torch  # noqa: E402
 from suite import answers, benches, gpu_tests, groups, machine, predictors, replay, report, speed, steps, teacher  # noqa: E402  # noqa: E402
@@ -257,7 +258,7 @@ class Run:
         return left
 
     def _ready(self) -> Spare:
-        return Spare(Path(__file__).resolve(), self.known.arguments)
+        return Spare(SCRIPT, self.known.arguments)
 
     def _job(self, plan: Plan, path: Path) -> dict[str, Any]:
         """What a group's process is to do."""

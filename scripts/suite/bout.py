@@ -25,7 +25,7 @@ from firp_cli.records import BenchRow, Divergence, Generation, TickCost
 from firp_cli.teacher.stack import Teacher
 from suite.work import Clock
 
-WARM_TOKENS, SLOW_WARM_TOKENS = 24, 3
+FEW_TOKENS = 3  # of a warm-up without graphs
 NEXT_ROUND = 1.25  # what a round may take, over what the longest one took
 EVERY = 3.0  # seconds between two reports
 
@@ -86,26 +86,28 @@ class Bout:
             needed = NEXT_ROUND * (longest + (slow_round if slowly else 0.0))
             if start and not self.clock.allows(needed, f"prompts after {start} of {len(self.prompts)}"):
                 break
-            began = time.perf_counter()
-            spent = sum(self._answer(number, slowly) for number in numbers)
+            began, spent = time.perf_counter(), 0.0
             for number in numbers:
+                spent += self._answer(number, slowly)
                 self._compare(number)
+                if time.perf_counter() - told > EVERY:
+                    report()
+                    told = time.perf_counter()
             slow_round, spent_slowly = max(slow_round, spent), spent_slowly + spent
             longest = max(longest, time.perf_counter() - began - spent)
-            if time.perf_counter() - told > EVERY:
-                report()
-                told = time.perf_counter()
         report()
 
     def _warm(self) -> None:
-        """The longest prompt first, so that what is captured serves the others, then the shortest."""
-        order = sorted(self.prompts, key=lambda prompt: -len(prompt.token_ids))
+        """A few tokens; with graphs the longest prompt first, so that what is captured serves the others, and again
+        with all tokens, until what comes back is captured.
+        """
+        order = sorted((prompt.token_ids for prompt in self.prompts), key=len)
         for method in self.methods:
-            for prompt in order[-1:] if slow(method) else [order[0], order[-1]]:
-                tokens = SLOW_WARM_TOKENS if slow(method) else WARM_TOKENS
-                method.generate([prompt.token_ids], min(tokens, self.tokens))
-            if not slow(method):  # until what comes back a second time is captured
-                method.generate([order[0].token_ids], self.tokens)
+            if getattr(method.engine, "graphs", None) is None:
+                method.generate([order[0]], min(FEW_TOKENS, self.tokens))
+                continue
+            for prompt in (order[-1], order[0], order[-1]):
+                method.generate([prompt], self.tokens)
 
     def _answer(self, number: int, slowly: bool) -> float:
         """All methods answer a prompt; returns the seconds that the slow ones took."""
