@@ -175,7 +175,7 @@ def test_parts_come_with_what_they_need() -> None:
     assert names(None) == [item.name for item in gpu_suite.PARTS if not item.name.startswith("real.")]
     order = [group[0].name for group in grouped(gpu_suite.offered(True))]
     assert order == ["smoke", "bandwidth", "real.answers", "tests", "1b.ar", "7b.prefill", "speed", "1b.compiled"]
-    with pytest.raises(ValueError, match="no part bandwith; there are smoke, bandwidth, 7b.ar"):
+    with pytest.raises(ValueError, match="no part bandwith; there are smoke, bandwidth, 7b"):
         names(["bandwith"])
     for arguments in (["--device", "cpu", "--parts", "x"], [] if not torch.cuda.is_available() else ["--parts", "x"]):
         with pytest.raises(SystemExit):
@@ -429,7 +429,8 @@ def test_a_process_that_dies_breaks_or_hangs_costs_one_part(tmp_path: Path) -> N
     assert done.returncode == 1, done.stderr
     parts = json.loads((tmp_path / "out" / "gpu_suite.json").read_text())["parts"]
     statuses = {name: item["status"] for name, item in parts.items()}
-    assert statuses == dict(smoke="done", dies="failed", breaks="failed", takes="done", hangs="failed", last="done")
+    failed = {"dies", "breaks", "hangs"}
+    assert statuses == {name: "failed" if name in failed else "done" for name in [*failed, "smoke", "takes", "last"]}
     assert parts["dies"]["result"] == {"rows": [1, 2]} and "status -9" in parts["dies"]["error"]
     assert "illegal memory access" in parts["breaks"]["error"] and parts["takes"]["result"] == {"taken": 7.0}
     assert parts["last"]["result"] == {"taken": 7.0}
@@ -498,7 +499,7 @@ def test_answers_come_in_mixtures_of_batches_sorted_by_length() -> None:
     assert [sum(map(len, mixed)) for mixed in found] == [24, 24, 2]
     for mixed in found:
         lengths = [len(prompt) for batch in mixed for prompt in batch]
-        assert lengths == sorted(lengths) and max(map(len, mixed)) == 3
+        assert lengths == sorted(lengths) and max(map(len, mixed)) <= 3
 
 
 def test_predictors_of_a_real_teacher_begin_at_two_thirds_of_its_depth(shared: Shared) -> None:

@@ -37,6 +37,7 @@ from suite.subject import keep_tree, lean, predictors, questions, saved, subject
 from suite.work import Failed, Shared, Skipped, Table, Work
 
 TUNE_SECONDS, TUNE_BRIEF_SECONDS = 26.0, 8.0  # of one predictor on a GPU, all of it and the least of it, about
+LEAST_TUNING = 8  # prompts
 PASSES_SHARE = 0.2  # of a predictor's tuning, for measuring passes
 SLOW_SHARE = 0.35  # of a bench's time, for methods that are no CUDA graphs
 ONE_DEVICE = "no gain there: every tick runs all groups of layers"
@@ -67,7 +68,9 @@ class Traced:
 def tune_trees(shared: Shared, work: Work) -> None:
     """Trees of each trained predictor that drafts them; later parts find `trees`, by kind, at the first batch size."""
     sizes, teacher = shared.sizes, subject(shared).teacher()
-    prompts = questions(shared, teacher, sizes.tune_prompts, skip=max(sizes.bench_prompts, sizes.exact_prompts))
+    sources = max(1, len(subject(shared).tests()))
+    most = max(sizes.tune_prompts, -(-LEAST_TUNING // sources))
+    prompts = questions(shared, teacher, most, skip=max(sizes.bench_prompts, sizes.exact_prompts))
     if not prompts:
         raise Skipped("no questions are left to tune on")
     headers = ["kind", "batch", "tree", "foretold length", "foretold speedup", "tried: length, speedup", "seconds"]
@@ -156,7 +159,7 @@ def bench(shared: Shared, work: Work) -> None:
     def report() -> None:
         found = BenchReport({}, teacher.describe(), {"reference": "ar"}, bout.rows("ar"))
         shared.found["traces"] = [vars(one) for one in traced(bout, loaded)]
-        work.values |= {"rows": plain(found.rows), "identical": plain(bout.identical())}
+        work.values |= {"rows": [plain(row) for row in found.rows], "identical": plain(bout.identical())}
         work.values["texts"] = {name: made[0][0].text for name, made in bout.made.items() if 0 in made}
         work.values["note"] = pipeline_note(found)
         work.key = speeds(found)
@@ -292,7 +295,7 @@ def looped(shared: Shared, work: Work) -> None:
 
     def report() -> None:
         rows = BenchReport({}, teacher.describe(), {"reference": "hf"}, bout.rows("hf"))
-        work.values |= {"rows": plain(rows.rows), "identical": plain(bout.identical())}
+        work.values |= {"rows": [plain(row) for row in rows.rows], "identical": plain(bout.identical())}
         work.key = speeds(rows)
         headers, cells = bench_cells(rows)
         work.tables[:] = [Table(f"SPEED on the embedded looped teacher, {name}", headers, cells), _pipelines(rows)]

@@ -85,8 +85,9 @@ def run_parts(plan: Plan, shared: Shared, found: Found, write: Callable[[str | N
 
         def save(work: Work, record: dict[str, Any], name: str = part.name, until: float = until) -> None:
             nonlocal last
-            found.records[name], found.tables[name] = plain(record), plain([vars(table) for table in work.tables])
-            found.given = {key: shared.found[key] for key in HANDED if key in shared.found}
+            found.records[name] = as_json(record)
+            found.tables[name] = as_json([vars(table) for table in work.tables])
+            found.given = as_json({key: shared.found[key] for key in HANDED if key in shared.found})
             if record["status"] != "running" or time.monotonic() - last > SAVED_EVERY:
                 last = time.monotonic()
                 write(name, until)
@@ -106,6 +107,11 @@ def run_parts(plan: Plan, shared: Shared, found: Found, write: Callable[[str | N
         if record.get("fatal"):
             return False
     return True
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON has it. What JSON has no word for becomes text: nothing that a part has found is to be lost."""
+    return json.loads(json.dumps(plain(value), default=str))
 
 
 def _clear(shared: Shared, later: Sequence[Part]) -> None:
