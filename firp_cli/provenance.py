@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 LOCK = ".lock"
+COMMIT_VARIABLE = "FIRP_GIT_COMMIT"
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy", "triton")
 
 
@@ -63,10 +64,12 @@ def cache_folder() -> Path:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree that runs, with `+changes` when it differs; None outside a checkout."""
+    """Commit of the source tree that runs, with `+changes` when it differs; outside a checkout what FIRP_GIT_COMMIT
+    says, else None.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get(COMMIT_VARIABLE) or None
     try:
         head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
         status = subprocess.run(

@@ -1,74 +1,140 @@
 #!/usr/bin/env python3
-"""Everything that only a GPU can tell, in one command under nine minutes (`--quick`: three).
+"""Everything that only a GPU can tell, in one command under seven minutes.
 
-It runs the tests marked `gpu`, measures the machine's ceilings and, on random teachers of 7 and 1 billion parameters,
-plain decoding, transformers' `generate`, passes of many rows, steps, prompts and batches. It trains a teacher of about
-100 million parameters and predictors of every kind for it, tunes the trees of those that have one, benches all and
-compares them in fp32, and projects the trees' accepted lengths onto the large shape.
+A smoke test comes first; the command ends with status 1 where it fails. Then random teachers of 7 and 1 billion
+parameters (ceilings, plain decoding, passes of many rows, steps, prompts, batches, transformers' `generate`),
+predictors trained, tuned, benched and compared in fp32, their accepted lengths projected onto the large shape, and the
+tests marked `gpu`. The predictors are those of a teacher of about 100 million parameters that is trained on the spot,
+or, with `--teacher`, of a real one: it answers the prompts of the data folder, and what it was trained into comes back
+in predictors.tar.
 
-Every part has a share of the time; what does not fit is cut, what fails is noted, and the others go on. The output
-folder holds gpu_suite.json and gpu_suite.md, written anew after every part.
+Groups of parts are processes of their own with time limits. Every part has a share of the time; what does not fit is
+cut, what fails is noted, and the others go on. The output folder holds gpu_suite.json, gpu_suite.md, gpu_suite.log and,
+with `--teacher`, predictors.tar, written anew as results come.
 
-It runs from a checkout, installed or not, and needs neither deepspeed nor datasets. `--device cpu` runs all parts at
-toy size.
+It runs from a checkout, installed or not, and needs neither deepspeed nor datasets. Where there is no `.git`, the
+environment's FIRP_GIT_COMMIT is noted. `--device cpu` runs all parts at toy size.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-BEGAN = time.perf_counter()
-ROOT = Path(__file__).resolve().parents[1]
+BEGAN = time.monotonic()
+SCRIPT = Path(__file__).resolve()
+ROOT = SCRIPT.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for devices without using one
+os.environ.setdefault("PYTHONUNBUFFERED", "1")
+
+from suite.needs import missing  # noqa: E402
+from suite.spare import FLAG, Spare, read_job  # noqa: E402
+
+FIRST: Spare | None = None  # imports while this process does
+if __name__ == "__main__":
+    if lacking := missing(sys.argv[1:]):
+        print(f"the suite needs modules that are not installed: {', '.join(lacking)}", file=sys.stderr)
+        sys.exit(2)
+    if not {FLAG, "-h", "--help"} & set(sys.argv):
+        FIRST = Spare(SCRIPT, sys.argv[1:])
 
 import torch  # noqa: E402
-from suite import benches, gpu_tests, machine, predictors, replay, report, speed, steps, teacher  # noqa: E402
-from suite.shapes import RANDOM  # noqa: E402
+from suite import (  # noqa: E402
+    answers,
+    benches,
+    gpu_tests,
+    groups,
+    kernels,
+    machine,
+    predictors,
+    products,
+    replay,
+    report,
+    speed,
+    steps,
+    teacher,
+)
+from suite import smoke as smoking  # noqa: E402
+from suite.groups import Found, Plan  # noqa: E402
 from suite.sizes import FULL, QUICK, TOY  # noqa: E402
-from suite.work import Part, Shared, Table, allowed, run_part, select  # noqa: E402
+from suite.work import Part, Shared, grouped, select  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from firp_cli.provenance import environment  # noqa: E402
 
-MINUTES, QUICK_MINUTES = 9.0, 3.0
+MINUTES, QUICK_MINUTES = 6.8, 3.0
 SPARE = 8.0  # seconds at the end that no part gets
-TRAINED = ("trained.teacher", "trained.predictors")
+TOKENS = 5_000_000
+SMOKE_SECONDS = 40.0
+CACHE = "FIRP_CACHE_DIR"
 
 
-def of_shape(name: str, ar: int, passes: int, breakdown: int, prefill: int, batches: int, hf: int) -> list[Part]:
-    """The parts that measure a random teacher, with their shares."""
+def chain(name: str, seconds: Sequence[float]) -> list[Part]:
+    """The parts that train predictors for a teacher, with their shares."""
+    first = (f"{name}.teacher",) if name == "trained" else ()
+    gives = "predictors" if name == "trained" else "saved"
+    both = (*first, f"{name}.train")
+    runs: list[tuple[str, Callable[..., None], dict[str, Any]]] = [
+        ("answers", answers.write_answers, {"least": 10, "needs": first, "gives": "sequences"}),
+        ("train", predictors.train_predictors, {"least": 15, "needs": (*first, f"{name}.answers"), "gives": gives}),
+        ("tune", benches.tune_trees, {"least": 10, "needs": both}),
+        ("bench", benches.bench, {"least": 10, "needs": both, "gives": "traces"}),
+        ("exact", benches.exact, {"needs": both}),
+    ]
     return [
-        Part(f"{name}.ar", partial(speed.ar, name=name), ar),
-        Part(f"{name}.passes", partial(steps.passes, name=name), passes),
-        Part(f"{name}.breakdown", partial(steps.breakdown, name=name), breakdown),
-        Part(f"{name}.prefill", partial(speed.prefill, name=name), prefill, least=2),
-        Part(f"{name}.batches", partial(speed.batches, name=name), batches),
-        Part(f"{name}.hf", partial(speed.hf, name=name), hf),
+        Part(f"{name}.{part}", run, share, group="predictors", **options)
+        for (part, run, options), share in zip(runs, seconds, strict=True)
     ]
 
 
-PARTS = [  # shares of the time: estimates, until a GPU has run them
-    Part("bandwidth", machine.bandwidth, 4, least=2),
-    Part("tests", gpu_tests.tests, 60, least=15),
-    *of_shape("7b", ar=8, passes=28, breakdown=10, prefill=7, batches=18, hf=66),
-    *of_shape("1b", ar=5, passes=14, breakdown=6, prefill=4, batches=12, hf=38),
-    Part("trained.teacher", teacher.train_teacher, 75, least=15, gives="state"),
-    Part("trained.predictors", predictors.train_predictors, 64, least=15, needs=TRAINED[:1], gives="predictors"),
-    Part("trained.tune", benches.tune_trees, 80, least=10, needs=TRAINED),
-    Part("trained.bench", benches.bench, 60, least=10, needs=TRAINED, gives="traces"),
-    Part("trained.exact", benches.exact, 26, needs=TRAINED),
-    Part("replay", replay.replay, 16, needs=("trained.bench",)),
-    Part("speed", benches.looped, 16),
+def shaped(name: str, run: Callable[..., None], share: float, group: str, **options: Any) -> Part:
+    """A part that measures a random teacher."""
+    return Part(name, partial(run, name=name.split(".")[0]), share, group=group, **options)
+
+
+PARTS = [  # shares of the time: seconds, about
+    Part("smoke", smoking.smoke, 30, group="smoke", least=0, most=SMOKE_SECONDS),
+    Part("bandwidth", machine.bandwidth, 4, group="7b", least=2),
+    shaped("7b.ar", speed.ar, 20, "7b"),
+    shaped("7b.kernels", kernels.kernels, 25, "7b"),
+    shaped("7b.breakdown", steps.breakdown, 12, "7b"),
+    shaped("7b.batches", speed.batches, 15, "7b"),
+    shaped("7b.passes", steps.passes, 15, "7b"),
+    Part("trained.teacher", teacher.train_teacher, 60, group="predictors", least=15, gives="state"),
+    *chain("trained", (10, 40, 35, 50, 20)),
+    *chain("real", (75, 110, 45, 90, 30)),
+    Part("replay", replay.replay, 25, group="predictors", needs=("trained.bench", "real.bench")),
+    shaped("7b.products", products.products, 40, "products"),
+    Part("tests", gpu_tests.tests, 60, group="tests", least=15),
+    shaped("1b.ar", speed.ar, 10, "1b"),
+    shaped("1b.kernels", kernels.kernels, 20, "1b"),
+    shaped("1b.breakdown", steps.breakdown, 6, "1b"),
+    shaped("1b.batches", speed.batches, 10, "1b"),
+    shaped("1b.passes", steps.passes, 10, "1b"),
+    shaped("1b.prefill", speed.prefill, 4, "1b", least=2),
+    shaped("1b.hf", speed.hf, 7, "1b"),
+    shaped("7b.prefill", speed.prefill, 6, "7b again", least=2),
+    shaped("7b.hf", speed.hf, 9, "7b again"),
+    Part("speed", benches.looped, 16, group="speed"),
+    shaped("1b.compiled", speed.compiled, 38, "compiled"),
+    shaped("7b.compiled", speed.compiled, 60, "compiled"),
 ]
+
+
+def offered(with_teacher: bool) -> list[Part]:
+    """The parts that there are with a real teacher, or without one."""
+    left_out = "trained." if with_teacher else "real."
+    return [part for part in PARTS if not part.name.startswith(left_out)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -79,21 +145,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer points, less text, fewer prompts")
     parser.add_argument("--parts", help=f"some of {', '.join(part.name for part in PARTS)}; `7b` is all of its parts")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--data-dir", help="folder with gsm8k/train.jsonl, for more text")
+    parser.add_argument("--data-dir", help="folder with data sets as NAME/SPLIT.jsonl")
+    parser.add_argument("--teacher", help="a real teacher: a folder, a .gguf file, a known name")
+    parser.add_argument(
+        "--predictors", type=Path, nargs="+", default=[], help="folders of predictors of that teacher to bench as well"
+    )
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"that the real teacher answers at most ({TOKENS})")
+    parser.add_argument(FLAG, action="store_true", help=argparse.SUPPRESS)  # a group's process
     known = parser.parse_args(arguments)
+    known.arguments = list(sys.argv[1:] if arguments is None else arguments)
     known.minutes = known.minutes or (QUICK_MINUTES if known.quick else MINUTES)
+    if known.predictors and not known.teacher:
+        parser.error("--predictors are those of a --teacher")
     if known.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu runs all parts at toy size")
     try:
-        known.chosen = select(PARTS, [name.strip() for name in known.parts.split(",")] if known.parts else None)
+        wanted = [name.strip() for name in known.parts.split(",")] if known.parts else None
+        known.chosen = select(offered(bool(known.teacher)), wanted)
     except ValueError as error:
         parser.error(str(error))
     return known
 
 
-def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def describe(shared: Shared) -> dict[str, Any]:
     """The device as it tells of itself."""
-    found: dict[str, Any] = {"type": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    device = shared.device
+    found: dict[str, Any] = {"type": device.type, "dtype": str(shared.dtype).removeprefix("torch.")}
     if device.type != "cuda":
         return found | {"name": environment()["processor"], "threads": torch.get_num_threads()}
     properties = torch.cuda.get_device_properties(device)
@@ -107,40 +184,163 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def run(known: argparse.Namespace, parts: Sequence[Part], began: float) -> bool:
-    """Run the parts and write what they find; returns whether none failed."""
+def make_shared(known: argparse.Namespace, scratch: Path) -> Shared:
+    """What the parts of a process share."""
     device = torch.device(known.device, 0) if known.device == "cuda" else torch.device("cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = TOY if device.type == "cpu" else QUICK if known.quick else FULL
-    shared = Shared(device, dtype, sizes, ROOT, known.data_dir)
-    settings = {"sizes": sizes.name, "minutes": known.minutes, "parts": [part.name for part in parts]}
-    head = {"environment": environment(), "device": describe(device, dtype), "settings": settings}
-    records: dict[str, dict[str, Any]] = {}
-    tables: dict[str, list[Table]] = {}
-    until = began + 60 * known.minutes - SPARE
-    for number, part in enumerate(parts):
-        missing = [other.name for other in parts if other.name in part.needs and not shared.found.get(other.gives)]
-        seconds = allowed(part, parts[number + 1 :], until - time.perf_counter())
-        if not (part.name.split(".")[0] in sizes.shapes or part.name == "replay"):
-            shared.free(RANDOM)
-        work, record = run_part(part, shared, seconds, 0.0 if sizes is TOY else part.least, missing)
-        shared.free()
-        record["held_bytes"] = shared.held_bytes()
-        records[part.name], tables[part.name] = record, work.tables
-        report.write(known.output, head, time.perf_counter() - began, records, tables)
-        print(report.line(part, record), flush=True)
-    return all(record["status"] != "failed" for record in records.values())
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, which takes longer than it saves
+    return Shared(
+        device=device,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        sizes=sizes_of(known),
+        root=ROOT,
+        data_dir=known.data_dir,
+        teacher=known.teacher,
+        predictors=known.predictors,
+        tokens=known.tokens,
+        scratch=scratch,
+        output=known.output,
+    )
 
 
-def main(arguments: Sequence[str] | None = None, began: float | None = None) -> int:
-    """Run the suite; returns 1 if a part failed."""
+def sizes_of(known: argparse.Namespace) -> Any:
+    """How large everything is."""
+    return TOY if known.device == "cpu" else QUICK if known.quick else FULL
+
+
+class Run:
+    """All groups of a run and their report."""
+
+    def __init__(self, known: argparse.Namespace, scratch: Path, began: float) -> None:
+        self.known, self.scratch, self.began = known, scratch, began
+        self.until = began + 60 * known.minutes - SPARE
+        self.found = Found()
+        self.spare, self.count = FIRST, 0
+        names = [part.name for part in known.chosen]
+        settings = {"sizes": sizes_of(known).name, "minutes": known.minutes, "parts": names, "teacher": known.teacher}
+        self.head = {"environment": environment(), "settings": settings}
+        known.output.mkdir(parents=True, exist_ok=True)
+        self.log = (known.output / f"{report.NAME}.log").open("wb", buffering=0)
+
+    def write(self) -> None:
+        """The report, with what there is by now."""
+        report.write(self.known.output, self.head, time.monotonic() - self.began, self.found)
+
+    def tell(self, text: str) -> None:
+        """Print a line."""
+        self.log.write(f"{text}\n".encode())
+        print(text, flush=True)
+
+    def groups(self, isolated: bool) -> bool:
+        """Run them; returns whether no part failed. Ends behind a smoke test that did."""
+        chosen = self.known.chosen
+        waiting = grouped(chosen)
+        while waiting:
+            parts, later = waiting[0], [part for group in waiting[1:] for part in group]
+            plan = Plan(parts, later, chosen, self.until)
+            if isolated:
+                left = self._apart(plan)
+            else:
+                shared = self._shared()
+                groups.run_parts(plan, shared, self.found, lambda *_: self.write(), self.tell)
+                left = []
+            waiting[:1] = [left] if left else []
+            self.write()
+            smoked = self.found.records.get("smoke", {}).get("status", "done")
+            if smoked != "done":
+                self.tell("the smoke test failed: nothing else is run")
+                return False
+        return all(record["status"] != "failed" for record in self.found.records.values())
+
+    def _shared(self) -> Shared:
+        """In-process: one for all groups."""
+        if not hasattr(self, "_held"):
+            self._held = make_shared(self.known, self.scratch)
+            self.found.device = describe(self._held)
+        return self._held
+
+    def _apart(self, plan: Plan) -> list[Part]:
+        """Run a group in a process of its own, while the next one starts; returns what is left of it."""
+        self.count += 1
+        path = self.scratch / f"found{self.count}.json"
+        process = (self.spare or self._ready()).start(self._job(plan, path))
+        self.spare = self._ready() if plan.later else None
+        limit = self.until + SPARE / 2
+        reason = groups.Watch(process, path, self._forward, self._changed, limit).wait()
+        ended = [name for name, record in self.found.records.items() if record["status"] != "running"]
+        left = groups.remaining(plan.parts, self.found, reason)
+        for name, record in self.found.records.items():
+            if name not in ended:
+                self.tell(groups.line(name, record))
+        return left
+
+    def _ready(self) -> Spare:
+        return Spare(SCRIPT, self.known.arguments)
+
+    def _job(self, plan: Plan, path: Path) -> dict[str, Any]:
+        """What a group's process is to do."""
+        names = {"parts": plan.parts, "later": plan.later, "chosen": plan.chosen}
+        job: dict[str, Any] = {name: [part.name for part in parts] for name, parts in names.items()}
+        job |= {"until": plan.until, "given": self.found.given, "scratch": str(self.scratch), "path": str(path)}
+        return job | {"environment": {CACHE: os.environ[CACHE]}}
+
+    def _forward(self, text: bytes) -> None:
+        self.log.write(text)
+        sys.stdout.write(text.decode(errors="replace"))
+        sys.stdout.flush()
+
+    def _changed(self, state: dict[str, Any]) -> None:
+        self.found.take(state)
+        self.write()
+
+    def close(self) -> None:
+        """Write the report, and end what waits."""
+        self.write()
+        self.log.close()
+        if self.spare is not None:
+            self.spare.end()
+
+
+def run_job(known: argparse.Namespace) -> int:
+    """A group's process: wait for the job and do it."""
+    preload()
+    job = read_job()
+    if job is None:
+        return 1
+    os.environ.update(job["environment"])
+    named = {part.name: part for part in PARTS}
+    parts, later, chosen = ([named[name] for name in job[key]] for key in ("parts", "later", "chosen"))
+    plan, found = Plan(parts, later, chosen, job["until"]), Found(given=job["given"])
+    return groups.child(plan, partial(make_shared, known, Path(job["scratch"])), found, Path(job["path"]), describe)
+
+
+def preload() -> None:
+    """Import once what every group needs."""
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+
+def main(arguments: Sequence[str] | None = None, began: float | None = None, isolated: bool = True) -> int:
+    """Run the suite; returns 1 if a part failed. `isolated`: groups are processes of their own."""
     known = parse(arguments)
     logging.set_verbosity_error()
-    began = time.perf_counter() if began is None else began
-    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, {"FIRP_CACHE_DIR": cache}):  # of this run alone
-        whole = run(known, known.chosen, began)
+    if known.job:
+        return run_job(known)
+    former = signal.signal(signal.SIGTERM, _terminate)
+    began = time.monotonic() if began is None else began
+    with tempfile.TemporaryDirectory() as scratch, patch.dict(os.environ, {CACHE: f"{scratch}/cache"}):
+        run = Run(known, Path(scratch), began)  # caches are of this run alone
+        try:
+            whole = run.groups(isolated)
+        finally:
+            run.close()
+            signal.signal(signal.SIGTERM, former)
     print(f"report: {known.output / report.NAME}.md", flush=True)
     return 0 if whole else 1
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """End as after an error: what was found is written, and no process is left."""
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from conftest import ROOT, tiny_teacher
+from conftest import ROOT, SETTINGS, tiny_teacher
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_suite
 from build_embedded import build_tokenizer
-from suite import corpus, gpu_tests, replay, report, shapes, sizes, steps
+from suite import answers, bout, corpus, gpu_tests, groups, needs, predictors, replay, report, shapes, sizes, steps
+from suite.answers import Written, stored
 from suite.benches import Traced, tune_settings
-from suite.predictors import Written, share, stored
-from suite.work import Clock, Failed, Part, Shared, Skipped, Table, Work, allowed, run_part, select
+from suite.predictors import share
+from suite.subject import Real, tree_of
+from suite.work import Clock, Failed, Part, Shared, Skipped, Table, Work, allowed, grouped, is_fatal, run_part, select
 
-from firp_cli.decoding.tree import TreeSpec
-from firp_cli.recipe import KINDS
+from firp_cli.decoding.tree import parse_tree
+from firp_cli.decoding.tuned import described
+from firp_cli.predictors import registry
+from firp_cli.recipe import KINDS, TeacherConfig
+from firp_cli.teacher.stack import Teacher
 
 CPU = torch.device("cpu")
 
@@ -45,12 +54,12 @@ def test_all_parts_run_at_toy_size(tmp_path: Path) -> None:
     began = time.perf_counter()
     output = tmp_path / "out"
     options = ["--device", "cpu", "--quick", "--output", str(output), "--data-dir", str(tmp_path / "data")]
-    assert gpu_suite.main(options) == 0
+    assert gpu_suite.main(options, isolated=False) == 0
     assert time.perf_counter() - began < 100
     found = json.loads((output / "gpu_suite.json").read_text())
     assert found["schema"] == report.SCHEMA and found["environment"]["versions"]["torch"]
     parts = found["parts"]
-    assert list(parts) == [item.name for item in gpu_suite.PARTS]
+    assert list(parts) == [item.name for item in gpu_suite.offered(False)]
     skipped = parts.pop("tests")
     assert (skipped["status"], skipped["reason"]) == ("skipped", "no CUDA device")
     assert skipped["result"]["counts"]["skipped"] > 50 and not skipped["result"]["counts"]["error"]
@@ -72,11 +81,12 @@ def check_figures(parts: dict[str, Any]) -> None:
     assert len(found["7b.passes"]["points"]) == len(sizes.TOY.contexts) * len(sizes.TOY.rows)
     trees = {"firp", "hidden_transfer", "medusa"}
     kinds = {*trees, "speed"}
-    assert kinds == set(KINDS) == set(found["trained.predictors"]) - {"answers"}
+    assert kinds == set(KINDS) == set(found["trained.train"]) and found["trained.answers"]["tokens"] > 100
     assert trees <= set(found["replay"]) and "speed" not in {*found["replay"], *found["trained.tune"]}
     assert set(found["trained.exact"]["methods"]) == {"ar", *kinds}
     assert set(found["trained.teacher"]["corpus"]["conversations"]) == {"arithmetic", "gsm8k", "python"}
     assert all(one["identical"] == one["compared"] > 0 for one in found["trained.exact"]["methods"].values())
+    assert set(found["trained.bench"]["identical"]["firp"]) == {"ar", "hf"}
     rows = {row["method"]: row for row in found["trained.bench"]["rows"] if row["dataset"] == "all"}
     assert set(rows) == {"hf", "ar", *kinds}
     pipeline = rows["speed"]["pipeline"]
@@ -102,7 +112,7 @@ def test_a_failing_part_is_recorded_and_the_others_go_on(
 
     parts = [part(fails, "first", gives="thing"), part(works, "second"), part(works, "third", needs=("first",))]
     monkeypatch.setattr(gpu_suite, "PARTS", parts)
-    assert gpu_suite.main(["--device", "cpu", "--output", str(tmp_path)]) == 1
+    assert gpu_suite.main(["--device", "cpu", "--output", str(tmp_path)], isolated=False) == 1
     found = json.loads((tmp_path / "gpu_suite.json").read_text())["parts"]
     assert [found[name]["status"] for name in found] == ["failed", "done", "skipped"]
     assert found["first"]["error"] == "RuntimeError: out of luck" and found["first"]["result"] == {"before": 1}
@@ -155,13 +165,17 @@ def test_shares_are_of_what_is_left() -> None:
 
 
 def test_parts_come_with_what_they_need() -> None:
-    def names(wanted: list[str] | None) -> list[str]:
-        return [item.name for item in select(gpu_suite.PARTS, wanted)]
+    def names(wanted: list[str] | None, real: bool = False) -> list[str]:
+        return [item.name for item in select(gpu_suite.offered(real), wanted)]
 
-    assert names(["replay"]) == ["trained.teacher", "trained.predictors", "trained.bench", "replay"]
-    assert names(["1b", "bandwidth"])[:2] == ["bandwidth", "1b.ar"] and len(names(["1b"])) == 6
-    assert names(None) == [item.name for item in gpu_suite.PARTS]
-    with pytest.raises(ValueError, match="no part bandwith; there are bandwidth, tests"):
+    trained = [f"trained.{part}" for part in ("teacher", "answers", "train", "bench")]
+    assert names(["replay"]) == [*trained, "replay"]
+    assert names(["replay"], real=True) == ["real.answers", "real.train", "real.bench", "replay"]
+    assert names(["1b", "bandwidth"])[:2] == ["bandwidth", "1b.ar"] and len(names(["1b"])) == 7
+    assert names(None) == [item.name for item in gpu_suite.PARTS if not item.name.startswith("real.")]
+    order = [group[0].name for group in grouped(gpu_suite.offered(True))]
+    assert order == ["smoke", "bandwidth", "real.answers", "tests", "1b.ar", "7b.prefill", "speed", "1b.compiled"]
+    with pytest.raises(ValueError, match="no part bandwith; there are smoke, bandwidth, 7b"):
         names(["bandwith"])
     for arguments in (["--device", "cpu", "--parts", "x"], [] if not torch.cuda.is_available() else ["--parts", "x"]):
         with pytest.raises(SystemExit):
@@ -211,9 +225,9 @@ def test_a_projection_adds_up_the_steps_at_their_contexts() -> None:
     assert found.speedup == pytest.approx(10.1 / 8.06)
     constant = replay.project([10, 900], [[1, 4], [2]], lambda _: 2.0, lambda _: 1.0)
     assert constant.speedup == pytest.approx((7 / 3) / 2)
-    traces = [Traced("firp", TreeSpec("none", 1), [100, 120], [[1], [300]])]
-    assert replay.contexts(traces) == (100, 420)
-    assert replay.contexts([Traced("firp", TreeSpec("none", 1), [10], [[1]])]) == (64, 128)
+    fields = described(parse_tree("dynamic:8@3", 4))
+    assert replay.contexts([Traced("own", "firp", fields, 4, [100, 120], [[1], [300]])]) == (100, 420)
+    assert replay.contexts([Traced("own", "firp", fields, 4, [10], [[1]])]) == (64, 128)
 
 
 OUTPUT = """
@@ -243,6 +257,7 @@ def test_outcomes_are_counted_also_of_a_run_that_was_stopped() -> None:
         with pytest.raises(error):
             gpu_tests.report(work, output, cuda=False)
     assert "tests/test_gpu.py" in gpu_tests.marked_files(ROOT)
+    assert gpu_tests.marked_files(ROOT)[0] == "tests/test_tree_attention.py"
     assert "tests/test_gpu_suite.py" not in gpu_tests.marked_files(ROOT)
 
 
@@ -279,7 +294,7 @@ def test_every_kind_has_a_predictor_and_those_of_pipelines_come_last_and_briefly
         kind: shapes.random_predictor(teacher, section)
         for kind, section in shapes.sections(teacher.num_layers, steps=2).items()
     }
-    assert [kind for kind in made if share(made[kind]) < 1] == ["speed"]
+    assert sorted(made, key=lambda kind: -share(made[kind])) == ["firp", "hidden_transfer", "medusa", "speed"]
     assert made["speed"].pipeline == (2, 3, 4)
     states = {layer: torch.zeros(3, 2) for layer in range(5)}
     answer = Written(torch.arange(3), torch.ones(3), torch.zeros(3, 2), states)
@@ -290,7 +305,7 @@ def test_every_kind_has_a_predictor_and_those_of_pipelines_come_last_and_briefly
 
 def test_tuning_does_what_its_time_allows() -> None:
     whole, brief = (tune_settings(sizes.FULL, seconds, short) for seconds, short in ((25.0, False), (8.0, True)))
-    assert (whole.batches, whole.trial, whole.seconds) == ((1, 8), True, 5.0)
+    assert (whole.batches, whole.trial, whole.seconds) == ((1,), True, 5.0)
     assert (brief.batches, brief.trial, brief.seconds) == ((1,), False, pytest.approx(1.6))
 
 
@@ -304,3 +319,197 @@ def test_kernels_are_told_apart_by_their_names() -> None:
         "void at::native::vectorized_layer_norm_kernel": steps.OTHER,
     }
     assert {name: steps.kind_of(name) for name in names} == names
+
+
+def data_sets(folder: Path) -> Path:
+    """A few questions, as files of a data folder."""
+    for split, first in (("train", 0), ("test", 50)):
+        rows = [{"question": f"What is {n} + 1?", "answer": f"{n + 1}\n#### {n + 1}"} for n in range(first, first + 12)]
+        (folder / "gsm8k").mkdir(parents=True, exist_ok=True)
+        (folder / "gsm8k" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_real_teacher_is_answered_trained_tuned_benched_and_replayed(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from gguf_writer import write_gguf
+
+    settings = SETTINGS | {"vocab_size": 1024, "hidden_size": 64, "head_dim": 16, "eos_token_id": 3}
+    torch.manual_seed(3)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+    path = write_gguf(tmp_path / "tiny.gguf", model)
+    teacher = Teacher.load(TeacherConfig.model_validate({"model": str(path), "dtype": "float32"}), "cpu")
+    given = tmp_path / "given"
+    section = {"kind": "medusa", "steps": 4, "own_head": False}
+    registry.save_predictor(shapes.random_predictor(teacher, section), given, teacher)
+    other = tmp_path / "other"
+    registry.save_predictor(shapes.random_predictor(teacher, section), other, tiny_teacher("llama"))
+    output = tmp_path / "out"
+    options = ["--device", "cpu", "--quick", "--minutes", "0.6", "--parts", "real,replay", "--tokens", "300"]
+    options += ["--teacher", str(path), "--data-dir", str(data_sets(tmp_path / "data")), "--output", str(output)]
+    options += ["--predictors", str(given), str(other)]
+    assert gpu_suite.main(options, isolated=False) == 0
+    parts = json.loads((output / "gpu_suite.json").read_text())["parts"]
+    assert list(parts) == ["real.answers", "real.train", "real.tune", "real.bench", "real.exact", "replay"]
+    assert {item["status"] for item in parts.values()} <= {"done", "cut"}, parts
+    found = {name: item["result"] for name, item in parts.items()}
+    assert found["real.answers"]["tokens"] >= 300 and len(found["real.answers"]["passes"]) > 1
+    kinds = {"firp", "hidden_transfer", "medusa"}
+    assert set(found["real.train"]) == kinds
+    rows = {row["method"] for row in found["real.bench"]["rows"]}
+    assert rows == {"hf", "ar", *kinds, "given"} and list(found["real.bench"]["errors"]) == [str(other)]
+    assert all(one["ar"]["compared"] for name, one in found["real.bench"]["identical"].items() if name != "ar")
+    assert set(found["real.exact"]["methods"]) == {"ar", *kinds}
+    assert all(one["identical"] == one["compared"] > 0 for one in found["real.exact"]["methods"].values())
+    assert {*kinds, "given"} <= set(found["replay"])
+    with tarfile.open(output / predictors.ARCHIVE) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    for kind in kinds:
+        assert registry.load_predictor(tmp_path / "unpacked" / kind, teacher).kind == kind
+    assert sorted(file.name for file in output.iterdir()) == [
+        "gpu_suite.json",
+        "gpu_suite.log",
+        "gpu_suite.md",
+        "predictors.tar",
+    ]
+
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {scripts!r})
+import gpu_suite
+from suite import groups
+from suite.work import Part
+
+def gives(shared, work):
+    shared.found["bytes_per_second"], work.key = 7.0, "given"
+
+def dies(shared, work):
+    work.values["rows"] = [1, 2]
+    time.sleep(0.6)
+    work.save()
+    print("about to die", flush=True)
+    os.kill(os.getpid(), 9)
+
+def breaks(shared, work):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def hangs(shared, work):
+    import signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGTERM])
+    while True:
+        time.sleep(1)
+
+def takes(shared, work):
+    work.values["taken"] = shared.found["bytes_per_second"]
+
+groups.GRACE, groups.ENDING = 0.3, 0.3
+runs = dict(smoke=takes if {smoke!r} else gives, dies=dies, breaks=breaks, takes=takes, hangs=hangs, last=takes)
+gpu_suite.SCRIPT = Path(__file__)
+gpu_suite.PARTS = [
+    Part(name, run, 1, group=name if name in ("smoke", "hangs") else "g", most=1.0 if name == "hangs" else None)
+    for name, run in runs.items()
+]
+if __name__ == "__main__":
+    sys.exit(gpu_suite.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_breaks_or_hangs_costs_one_part(tmp_path: Path) -> None:
+    script = tmp_path / "suite_with_faults.py"
+    script.write_text(SCRIPT.format(scripts=str(ROOT / "scripts"), smoke=False))
+    done = subprocess.run(
+        [sys.executable, str(script), "--device", "cpu", "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1, done.stderr
+    parts = json.loads((tmp_path / "out" / "gpu_suite.json").read_text())["parts"]
+    statuses = {name: item["status"] for name, item in parts.items()}
+    failed = {"dies", "breaks", "hangs"}
+    assert statuses == {name: "failed" if name in failed else "done" for name in [*failed, "smoke", "takes", "last"]}
+    assert parts["dies"]["result"] == {"rows": [1, 2]} and "status -9" in parts["dies"]["error"]
+    assert "illegal memory access" in parts["breaks"]["error"] and parts["takes"]["result"] == {"taken": 7.0}
+    assert parts["last"]["result"] == {"taken": 7.0}
+    assert "about to die" in done.stdout and "about to die" in (tmp_path / "out" / "gpu_suite.log").read_text()
+    script.write_text(SCRIPT.format(scripts=str(ROOT / "scripts"), smoke=True))  # nothing was given
+    done = subprocess.run(
+        [sys.executable, str(script), "--device", "cpu", "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1 and "nothing else is run" in done.stdout
+    parts = json.loads((tmp_path / "out" / "gpu_suite.json").read_text())["parts"]
+    assert list(parts) == ["smoke"]
+
+
+def test_missing_modules_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "NEEDED", ("torch", "no_such_module"))
+    monkeypatch.setattr(needs, "FOR_GGUF", ("neither_this",))
+    assert needs.missing(["--device", "cpu"]) == ["no_such_module"]
+    assert needs.missing(["--device=cpu", "--teacher", "a.gguf"]) == ["no_such_module", "neither_this"]
+
+
+def test_a_part_that_swallows_its_end_is_stopped_again(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("suite.work.GRACE", 0.1)
+    monkeypatch.setattr("suite.work.AGAIN", 0.1)
+
+    def swallows(shared: Shared, work: Work) -> None:
+        for _ in range(2):
+            try:
+                time.sleep(5)
+            except BaseException:
+                work.values["swallowed"] = work.values.get("swallowed", 0) + 1
+                if work.values["swallowed"] == 2:
+                    raise
+
+    _, record = run_part(part(swallows), shared, 0.1, 0.0, [])
+    assert record["status"] == "cut" and record["result"] == {"swallowed": 2} and record["seconds"] < 2
+
+
+def test_errors_after_which_a_device_is_of_no_use_are_told_from_others() -> None:
+    AcceleratorError = type("AcceleratorError", (RuntimeError,), {})
+    assert is_fatal(AcceleratorError("x")) and is_fatal(RuntimeError("CUDA error: device-side assert triggered"))
+    assert not is_fatal(torch.OutOfMemoryError("CUDA error: out of memory")) and not is_fatal(ValueError("CUDA error"))
+
+
+def test_what_a_dead_process_leaves_is_marked_and_the_rest_goes_on() -> None:
+    parts = [part(lambda *_: None, name) for name in "abc"]
+    found = groups.Found(records={"a": {"status": "done"}, "b": {"status": "running", "result": {"x": 1}}})
+    assert [item.name for item in groups.remaining(parts, found, "status -9")] == ["c"]
+    assert found.records["b"]["status"] == "failed" and found.records["b"]["result"] == {"x": 1}
+    found = groups.Found()
+    assert [item.name for item in groups.remaining(parts, found, "cannot start")] == ["b", "c"]
+    assert found.records["a"]["error"] == "cannot start"
+
+
+def test_gaps_are_told_in_units_of_the_dtype() -> None:
+    assert bout.unit_in_last_place(20.0, torch.bfloat16) == 0.125
+    assert bout.unit_in_last_place(-1.0, torch.bfloat16) == 2**-7
+    assert bout.unit_in_last_place(1.5, torch.float32) == 2**-23
+
+
+def test_answers_come_in_mixtures_of_batches_sorted_by_length() -> None:
+    prompts = [[0] * (1 + number % 7) for number in range(50)]
+    found = list(answers.mixtures(prompts, 3))
+    assert [sum(map(len, mixed)) for mixed in found] == [24, 24, 2]
+    for mixed in found:
+        lengths = [len(prompt) for batch in mixed for prompt in batch]
+        assert lengths == sorted(lengths) and max(map(len, mixed)) <= 3
+
+
+def test_predictors_of_a_real_teacher_begin_at_two_thirds_of_its_depth(shared: Shared) -> None:
+    made = Real(shared).sections(30)
+    assert made["firp"]["layer"] == 20 and made["hidden_transfer"]["layers"] == [20, 21, 22, 23]
+    assert Real(shared).sections(4)["hidden_transfer"]["layers"] == [3, 3, 3, 3]
+    assert set(made) == {"firp", "hidden_transfer", "medusa"}
+
+
+@pytest.mark.parametrize("text", ["dynamic:8@3", "chain", "dynamic:6"])
+def test_trees_survive_being_handed_on(text: str) -> None:
+    tree = parse_tree(text, 4)
+    assert str(tree_of(json.loads(json.dumps(described(tree))), 4)) == str(tree)

@@ -36,12 +36,14 @@ def train_plain(
     settings: TrainingConfig,
     seconds: float | None = None,
     progress: Progress = lambda done, total: None,
+    ridge_sequences: int | None = None,
 ) -> list[Row]:
     """Train a predictor in place and leave it with the weights that did best on the held-out sequences.
 
     Args:
         seconds: ends the run; the schedule then follows whichever is further, the steps or the time. None: the losses
             are those of the trainer with one rank.
+        ridge_sequences: training sequences that the ridge start is solved on, the first ones; None: all.
 
     Returns a row for each optimizer step and validation, as the trainer's metrics.jsonl has them. Raises UsageError on
     settings that need DeepSpeed, StoreError without sequences, NumericsError naming the step.
@@ -55,7 +57,8 @@ def train_plain(
     torch.manual_seed(settings.seed)
     predictor.initialise(settings.init, teacher)
     if settings.init == "ridge":
-        ridge_start(predictor, teacher, sequences, training, settings.ridge_lambda, settings.micro_batch_size)
+        chosen = training[:ridge_sequences]
+        ridge_start(predictor, teacher, sequences, chosen, settings.ridge_lambda, settings.micro_batch_size)
     order = data_order(settings, training, 1, sequence_lengths(sequences))
     run = _Run(predictor, teacher, sequences, settings, order, validation)
     return run.loop(pace, progress)

@@ -1,84 +1,83 @@
-"""Trees tuned for the trained teacher's predictors, the bench of all in the suite's dtype, the fp32 comparison, and
-SPEED on the embedded looped teacher.
+"""Trees tuned for a teacher's predictors, the bench of all in the suite's dtype, the fp32 comparison, and SPEED on the
+embedded looped teacher.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from firp_cli.data.conversations import encode_prompt
 from firp_cli.data.prompts import load_prompts
-from firp_cli.decoding.pipeline import PipelineEngine
-from firp_cli.decoding.tree import TreeSpec, parse_tree
-from firp_cli.decoding.tuned import spec_of
-from firp_cli.evaluation.bench import (
-    BenchPrompt,
-    BenchSettings,
-    LoadedPredictor,
-    Method,
-    eager_reasons,
-    make_methods,
-    run_bench,
-)
+from firp_cli.decoding.tree import TreeSpec
+from firp_cli.decoding.tuned import described, spec_of
+from firp_cli.errors import FirpError
+from firp_cli.evaluation.bench import BenchPrompt, BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.calibration import TuneSettings
-from firp_cli.evaluation.pipeline import pipeline_report
+from firp_cli.evaluation.pipeline import measure_tick
 from firp_cli.evaluation.tune import tune
 from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder
 from firp_cli.recipe import TeacherConfig
-from firp_cli.records import BenchReport, BenchRow, Generation, TuneReport, plain
+from firp_cli.records import BenchReport, BenchRow, TunedTree, TuneReport, plain
 from firp_cli.reports.pipeline import pipeline_cells, pipeline_note
 from firp_cli.reports.tables import bench_cells
 from firp_cli.teacher.stack import Teacher
+from suite.bout import Bout
+from suite.predictors import pack
 from suite.sizes import Sizes
-from suite.teacher import trained
-from suite.work import Failed, Shared, Table, Work
+from suite.subject import keep_tree, lean, predictors, questions, saved, subject, tree_for, tree_of
+from suite.work import Failed, Shared, Skipped, Table, Work
 
-DEFAULT_TREE = "dynamic:8"
 TUNE_SECONDS, TUNE_BRIEF_SECONDS = 26.0, 8.0  # of one predictor on a GPU, all of it and the least of it, about
+LEAST_TUNING = 8  # prompts
 PASSES_SHARE = 0.2  # of a predictor's tuning, for measuring passes
-GRAPHED = 1.0  # all methods that run as graphs over transformers' `generate`, about
+SLOW_SHARE = 0.35  # of a bench's time, for methods that are no CUDA graphs
 ONE_DEVICE = "no gain there: every tick runs all groups of layers"
 LOOPED, LOOPED_PREDICTOR = "arithmetic-looped", "speed"
+TICK_SECONDS, TICK_CONTEXT = 4.0, 192  # of timing a pipeline's ticks, about, and the tokens in its cache
+GUARD = False  # every step drafts
 
 
 @dataclass
 class Traced:
-    """How a method decoded: its tree, and by prompt its length and the tokens that each step emitted."""
+    """How a method decoded: the predictor's kind, its tree as `described`, and by prompt its length and the tokens that
+    each step emitted.
+    """
 
+    name: str
     kind: str
-    tree: TreeSpec
+    tree: dict[str, Any]
+    steps: int
     prompts: list[int]
     emitted: list[list[int]]
 
-
-def questions(shared: Shared, teacher: Teacher, most: int, skip: int = 0) -> list[BenchPrompt]:
-    """Held-out questions of every source, those behind the first `skip`."""
-    found = []
-    for source, asked in shared.found["corpus"].questions.items():
-        encoded = [encode_prompt(messages, teacher.tokenizer) for messages in asked[skip : skip + most]]
-        found += [BenchPrompt(ids, source) for ids in encoded]
-    return found
+    @property
+    def spec(self) -> TreeSpec:
+        """The tree."""
+        return tree_of(self.tree, self.steps)
 
 
 def tune_trees(shared: Shared, work: Work) -> None:
-    """Trees of each predictor that drafts them; later parts find `trees`, kind to specification at the first batch
-    size.
-    """
-    sizes, teacher = shared.sizes, trained(shared)
-    prompts = questions(shared, teacher, sizes.tune_prompts, skip=max(sizes.bench_prompts, sizes.exact_prompts))
-    trees: dict[str, TreeSpec] = {}
-    shared.found["trees"] = trees
+    """Trees of each trained predictor that drafts them; later parts find `trees`, by kind, at the first batch size."""
+    sizes, teacher = shared.sizes, subject(shared).teacher()
+    sources = max(1, len(subject(shared).tests()))
+    most = max(sizes.tune_prompts, -(-LEAST_TUNING // sources))
+    prompts = questions(shared, teacher, most, skip=max(sizes.bench_prompts, sizes.exact_prompts))
+    if not prompts:
+        raise Skipped("no questions are left to tune on")
     headers = ["kind", "batch", "tree", "foretold length", "foretold speedup", "tried: length, speedup", "seconds"]
     table = Table("Tuned trees", headers)
     work.tables.append(table)
-    wanted = [(kind, predictor) for kind, predictor in made(shared) if not predictor.pipeline][: sizes.tuned]
+    made = predictors(shared, teacher)
+    wanted = [(kind, predictor) for kind, predictor in made.items() if not predictor.pipeline][: sizes.tuned]
     whole_seconds = TUNE_SECONDS
     for number, (kind, predictor) in enumerate(wanted):
         seconds = work.clock.left() / (len(wanted) - number)
@@ -93,10 +92,22 @@ def tune_trees(shared: Shared, work: Work) -> None:
         spent = time.perf_counter() - began
         if not brief:
             whole_seconds = spent
-        trees[kind] = spec_of(report.entries[0], predictor.steps)
+        entry = report.entries[0]
+        keep_tree(shared, kind, spec_of(entry, predictor.steps))
         work.values[kind] = plain(report)
         table.cells += _tuned_cells(kind, report, spent)
-        work.key = ", ".join(f"{kind} {tree}" for kind, tree in trees.items())
+        work.key = ", ".join(f"{line[0]} {line[2]}" for line in table.cells)
+        if kind in shared.found.get("saved", []):
+            write_tree(saved(shared, kind), entry)
+            pack(shared, work)
+        work.save()
+
+
+def write_tree(folder: Path, entry: TunedTree) -> None:
+    """The tree.json of a predictor's folder: the tree for any machine."""
+    fields = {name: value for name, value in vars(entry).items() if name in ("tree", "paths", "steps", "budget")}
+    if entry.tree != "none":
+        (folder / "tree.json").write_text(json.dumps(plain(fields)) + "\n", encoding="utf-8")
 
 
 def tune_settings(sizes: Sizes, seconds: float, brief: bool) -> TuneSettings:
@@ -133,89 +144,71 @@ def _tuned_cells(kind: str, report: TuneReport, spent: float) -> list[list[str]]
 
 
 def bench(shared: Shared, work: Work) -> None:
-    """`hf`, `ar`, every predictor that drafts trees with its tuned one, and those that feed a pipeline, in the suite's
-    dtype; later parts find `traces`, of the trees.
+    """`hf`, `ar`, every predictor that drafts trees with its kind's tuned one, those that were given among them, and
+    those that feed a pipeline, in the suite's dtype; later parts find `traces`, of the trees.
     """
-    sizes, teacher = shared.sizes, trained(shared)
-    settings = BenchSettings(max_new_tokens=sizes.bench_tokens, repeats=sizes.bench_repeats, guard=False)
-    loaded = {kind: LoadedPredictor(predictor, tree_for(shared, kind), Path(kind)) for kind, predictor in made(shared)}
+    sizes, teacher = shared.sizes, subject(shared).teacher()
+    loaded = contenders(shared, teacher, work)
+    settings = BenchSettings(max_new_tokens=sizes.bench_tokens, repeats=sizes.bench_repeats, guard=GUARD)
     methods = make_methods(teacher, loaded, ["hf", "ar", *loaded], settings)
-    count = affordable(shared, teacher, work, methods, sizes.bench_prompts, settings)
-    prompts = questions(shared, teacher, count)
-    kept: dict[str, list[Generation]] = {}
-    report = run_bench(teacher, prompts, [recorded(method, kept) for method in untimed(methods)], settings)
-    for row in whole(report):
-        if loaded.get(row.method) and loaded[row.method].predictor.pipeline:
-            row.pipeline = pipeline_report(kept[row.method][-len(prompts) :], shared=False)
-    work.values |= plain(report)
-    work.values |= {"prompts_of_each_source": count, "without_graphs_because": eager_reasons(methods)}
-    work.values["texts"] = {name: made[0].text for name, made in kept.items()}
-    shared.found["traces"] = [
-        Traced(
-            kind,
-            item.tree,
-            [one.prompt_tokens for one in kept[kind][-len(prompts) :]],
-            [one.emitted for one in kept[kind][-len(prompts) :]],
-        )
-        for kind, item in loaded.items()
-        if isinstance(item.tree, TreeSpec)
-    ]
-    work.key = speeds(report)
-    headers, cells = bench_cells(report)
-    work.tables.append(Table(f"Bench, {work.values['teacher']['dtype']}", headers, cells))
-    work.tables += [_pipelines(report), _divergences(report)]
-    work.values["note"] = pipeline_note(report)
+    prompts = questions(shared, teacher, sizes.bench_prompts)
+    slow_share = None if shared.device.type == "cpu" else SLOW_SHARE
+    bout = Bout(teacher, methods, prompts, sizes.bench_tokens, sizes.bench_repeats, work.clock, slow_share)
+    work.values |= {"settings": plain(settings), "teacher": teacher.describe()}
+
+    def report() -> None:
+        found = BenchReport({}, teacher.describe(), {"reference": "ar"}, bout.rows("ar"))
+        shared.found["traces"] = [vars(one) for one in traced(bout, loaded)]
+        work.values |= {"rows": [plain(row) for row in found.rows], "identical": plain(bout.identical())}
+        work.values["texts"] = {name: made[0][0].text for name, made in bout.made.items() if 0 in made}
+        work.values["note"] = pipeline_note(found)
+        work.key = speeds(found)
+        headers, cells = bench_cells(found)
+        cells = [[*line, str(row.prompts)] for line, row in zip(cells, found.rows, strict=True)]
+        work.tables[:] = [
+            Table(f"Bench, {teacher.describe()['dtype']}: lossless is against `ar`", [*headers, "prompts"], cells),
+            _pipelines(found),
+            _identical(bout),
+        ]
+        work.save()
+
+    bout.run(report)
 
 
-def made(shared: Shared) -> list[tuple[str, Predictor]]:
-    """The predictors that there are."""
-    return list(shared.found["predictors"].items())
-
-
-def tree_for(shared: Shared, kind: str) -> TreeSpec | None:
-    """The tuned tree, or DEFAULT_TREE where none was tuned or none pays; None for a pipeline."""
-    tuned, predictor = shared.found.get("trees", {}).get(kind), shared.found["predictors"][kind]
-    if predictor.pipeline:
-        return None
-    return parse_tree(DEFAULT_TREE, predictor.steps) if tuned is None or tuned.kind == "none" else tuned
-
-
-def affordable(
-    shared: Shared, teacher: Teacher, work: Work, methods: Sequence[Method], most: int, settings: BenchSettings
-) -> int:
-    """Prompts of each source that there is time for, at most so many: the methods without graphs (transformers'
-    `generate`, pipelines) answer the first of each, and the others take GRAPHED of `generate`.
+def contenders(shared: Shared, teacher: Teacher, work: Work) -> dict[str, LoadedPredictor]:
+    """The trained predictors by kind and those that were given by the names of their folders; what cannot be loaded is
+    noted.
     """
-    first = questions(shared, teacher, 1)
-    slow = [method for method in methods if method.engine is None or isinstance(method.engine, PipelineEngine)]
-    spent: dict[str, float] = {}
-    for method in slow:
-        method.generate([first[0].token_ids], 2)
-        began = time.perf_counter()
-        for prompt in first:
-            method.generate([prompt.token_ids], settings.max_new_tokens)
-        spent[method.name] = time.perf_counter() - began
-    one = (sum(spent.values()) + GRAPHED * spent["hf"]) * settings.repeats
-    count = int(work.clock.left() / one)
-    if count < most:
-        work.clock.cuts.append(f"{max(1, count)} prompts of each source instead of {most}")
-    return max(1, min(most, count))
+    found = {
+        kind: LoadedPredictor(predictor, tree_for(shared, predictor), Path(kind))
+        for kind, predictor in predictors(shared, teacher).items()
+    }
+    for folder in shared.predictors:
+        try:
+            predictor = load_predictor(predictor_folder(str(folder)), teacher)
+        except FirpError as error:
+            work.values.setdefault("errors", {})[str(folder)] = str(error)
+            work.clock.cuts.append(f"{folder}: {str(error).splitlines()[0]}")
+            continue
+        name = folder.name if folder.name not in {"hf", "ar", *found} else str(folder)
+        found[name] = LoadedPredictor(predictor, tree_for(shared, predictor), folder)
+    return found
 
 
-def untimed(methods: Sequence[Method]) -> list[Method]:
-    """The methods without the timing of a pipeline's ticks, which takes seconds; the part `speed` has one."""
-    return [replace(method, exits=None) for method in methods]
-
-
-def recorded(method: Method, kept: dict[str, list[Generation]]) -> Method:
-    """The method, which remembers what it wrote."""
-
-    def generate(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
-        written = method.generate(prompts, max_new_tokens)
-        kept.setdefault(method.name, []).extend(written)
-        return written
-
-    return replace(method, generate=generate)
+def traced(bout: Bout, loaded: dict[str, LoadedPredictor]) -> list[Traced]:
+    """How those that draft trees have decoded so far."""
+    return [
+        Traced(
+            name,
+            item.predictor.kind,
+            described(item.tree),
+            item.predictor.steps,
+            [runs[0].prompt_tokens for runs in bout.made[name].values()],
+            [runs[0].emitted for runs in bout.made[name].values()],
+        )
+        for name, item in loaded.items()
+        if isinstance(item.tree, TreeSpec) and bout.made[name]
+    ]
 
 
 def whole(report: BenchReport) -> list[BenchRow]:
@@ -246,38 +239,44 @@ def _pipelines(report: BenchReport) -> Table:
     return Table(f"Pipelines on one device ({ONE_DEVICE})", [*headers, "identical"], cells)
 
 
-def _divergences(report: BenchReport) -> Table:
-    """First differences from the reference, with the gap between the reference's logits of the two tokens."""
-    cells = [
-        [row.method, str(mark.prompt), str(mark.position), f"{mark.logit_gap:.4g}"]
-        for row in whole(report)
-        for mark in row.lossless.divergences
-    ]
-    return Table(
-        f"First differences from `{report.settings['reference']}`", ["method", "prompt", "token", "gap"], cells
-    )
+def _identical(bout: Bout) -> Table:
+    """Answers identical with those of `ar` and of `generate`, and how near the teacher was where the others part."""
+    cells = []
+    for name, by_reference in bout.identical().items():
+        for reference, one in by_reference.items():
+            gaps = [one["median_ulps"], one["largest_ulps"]]
+            told = ["" if gap is None else f"{gap:.1f}" for gap in gaps]
+            cells.append([name, reference, f"{one['identical']}/{one['compared']}", *told])
+    headers = ["method", "against", "identical", "median gap, units in the last place", "largest"]
+    return Table("Answers compared", headers, cells)
 
 
 def exact(shared: Shared, work: Work) -> None:
     """The same weights in fp32: every method must write what `generate` writes, token for token. Raises Failed."""
-    sizes = shared.sizes
-    teacher = trained(shared, torch.float32)
-    settings = BenchSettings(max_new_tokens=sizes.bench_tokens, repeats=1, warmup=0, guard=False)
+    sizes, own = shared.sizes, subject(shared)
+    made: dict[str, Predictor] = predictors(shared, own.teacher())
+    teacher = own.teacher(torch.float32)
+    settings = BenchSettings(max_new_tokens=sizes.exact_tokens, repeats=1, guard=GUARD)
     loaded = {
-        kind: LoadedPredictor(copy.deepcopy(predictor).float(), tree_for(shared, kind), Path(kind))
-        for kind, predictor in made(shared)
+        kind: LoadedPredictor(copy.deepcopy(predictor).float(), tree_for(shared, predictor), Path(kind))
+        for kind, predictor in made.items()
     }
     methods = make_methods(teacher, loaded, ["hf", "ar", *loaded], settings)
-    count = affordable(shared, teacher, work, methods, sizes.exact_prompts, settings)
-    report = run_bench(teacher, questions(shared, teacher, count), untimed(methods), settings)
-    rows = {row.method: row.lossless for row in whole(report) if row.method != "hf"}
-    work.values |= {"reference": "hf", "methods": {name: plain(lossless) for name, lossless in rows.items()}}
-    work.key = ", ".join(f"{name} {one.identical}/{one.compared}" for name, one in rows.items())
-    cells = [[name, f"{one.identical}/{one.compared}"] for name, one in rows.items()]
-    work.tables += [Table("fp32 against `generate`", ["method", "identical"], cells), _divergences(report)]
-    different = [name for name, one in rows.items() if one.identical < one.compared]
-    if different:
-        raise Failed(f"fp32 outputs differ from generate's: {work.key}")
+    prompts = questions(shared, teacher, sizes.exact_prompts)
+    bout = Bout(teacher, methods, prompts, sizes.exact_tokens, 1, work.clock)
+    work.values |= {"reference": "hf", "layers": teacher.stack.name}
+
+    def report() -> None:
+        found = {name: by_reference["hf"] for name, by_reference in bout.identical().items() if "hf" in by_reference}
+        work.values["methods"] = plain(found)
+        work.key = ", ".join(f"{name} {one['identical']}/{one['compared']}" for name, one in found.items())
+        work.tables[:] = [replace(_identical(bout), title="fp32: answers compared")]
+        work.save()
+
+    bout.run(report)
+    found = work.values["methods"]
+    if not found or any(one["identical"] < one["compared"] for one in found.values()):
+        raise Failed(f"fp32 outputs differ from generate's: {work.key or 'nothing was compared'}")
 
 
 def looped(shared: Shared, work: Work) -> None:
@@ -285,16 +284,25 @@ def looped(shared: Shared, work: Work) -> None:
     sizes = shared.sizes
     name = str(shared.dtype).removeprefix("torch.")
     teacher = Teacher.load(TeacherConfig.model_validate({"model": LOOPED, "dtype": name}), shared.device)
-    reason = teacher.fuse()
-    if reason:
-        raise RuntimeError(reason)
+    lean(teacher)
     predictor = load_predictor(predictor_folder(LOOPED_PREDICTOR), teacher, force=True)
     found = load_prompts("arithmetic", None, sizes.bench_prompts)
     prompts = [BenchPrompt(encode_prompt(item.messages, teacher.tokenizer), "arithmetic") for item in found]
-    settings = BenchSettings(max_new_tokens=sizes.bench_tokens, repeats=sizes.bench_repeats, guard=False)
+    settings = BenchSettings(max_new_tokens=sizes.bench_tokens, repeats=1, guard=GUARD)
     loaded = {"speed": LoadedPredictor(predictor, None, Path(LOOPED_PREDICTOR))}
-    report = run_bench(teacher, prompts, make_methods(teacher, loaded, ["hf", "ar", "speed"], settings), settings)
-    work.values |= plain(report)
-    work.key = speeds(report)
-    headers, cells = bench_cells(report)
-    work.tables.append(Table(f"SPEED on the embedded looped teacher, {name}", headers, cells))
+    methods = make_methods(teacher, loaded, ["hf", "ar", "speed"], settings)
+    bout = Bout(teacher, methods, prompts, sizes.bench_tokens, 1, work.clock)
+
+    def report() -> None:
+        rows = BenchReport({}, teacher.describe(), {"reference": "hf"}, bout.rows("hf"))
+        work.values |= {"rows": [plain(row) for row in rows.rows], "identical": plain(bout.identical())}
+        work.key = speeds(rows)
+        headers, cells = bench_cells(rows)
+        work.tables[:] = [Table(f"SPEED on the embedded looped teacher, {name}", headers, cells), _pipelines(rows)]
+        work.save()
+
+    bout.run(report)
+    if work.clock.allows(TICK_SECONDS if shared.device.type == "cuda" else 0.0, "the timing of ticks"):
+        assert isinstance(predictor, EarlyExitPredictor)
+        bout.tick = measure_tick(teacher, predictor, TICK_CONTEXT)
+        report()

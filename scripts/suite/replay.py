@@ -1,4 +1,4 @@
-"""Accepted lengths of the trained teacher's bench, replayed through a large random teacher: a projection.
+"""Accepted lengths of the bench of a trained or real teacher, replayed through a large random teacher: a projection.
 
 What a step of the large teacher costs is measured; what is accepted is borrowed from another, smaller one.
 """
@@ -13,8 +13,9 @@ from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree import TreeSpec
 from suite.benches import Traced
 from suite.probes import time_plain, time_step
-from suite.shapes import random_predictor, sections, shaped
-from suite.work import Shared, Table, Work
+from suite.shapes import random_predictor, shaped
+from suite.subject import subject
+from suite.work import Shared, Skipped, Table, Work
 
 LABEL = "projection"
 SMALLEST = 64  # positions of the nearer context that is measured
@@ -77,29 +78,32 @@ def contexts(traces: Sequence[Traced]) -> tuple[int, int]:
 def replay(shared: Shared, work: Work) -> None:
     """Project the trace of each method that drafts trees onto the large shape."""
     name = next(iter(shared.sizes.shapes))
-    traces: list[Traced] = shared.found["traces"]
+    traces = [Traced(**fields) for fields in shared.found["traces"]]
+    if not traces:
+        raise Skipped("no method drafted trees")
     teacher = shaped(shared, name)
     near, far = contexts(traces)
     far = min(far, teacher.max_positions - 64)
     plain = [time_plain(shared, Engine(teacher), 1, context) for context in (near, far)]
-    headers = ["kind", "tree", "accepted length (trained teacher)", "ms a token", "speedup over ar"]
+    headers = ["predictor", "tree", "accepted length (its own teacher)", "ms a token", "speedup over ar"]
     table = Table(f"{LABEL.capitalize()}: these accepted lengths at the {name} shape's step times", headers)
     work.tables.append(table)
     work.values |= {"label": LABEL, "contexts": [near, far], "ar_milliseconds": [time.milliseconds for time in plain]}
     alone = between(near, far, *work.values["ar_milliseconds"])
+    own = subject(shared).sections(teacher.num_layers)
     for trace in traces:
-        if not work.clock.allows(3.0, f"replaying {trace.kind}"):
+        if not work.clock.allows(3.0, f"replaying {trace.name}"):
             break
-        predictor = random_predictor(teacher, sections(teacher.num_layers)[trace.kind])
-        engine = Engine(teacher, predictor, trace.tree)
+        predictor = random_predictor(teacher, own[trace.kind])
+        engine = Engine(teacher, predictor, trace.spec)
         steps = [time_step(shared, engine, 1, context) for context in (near, far)]
         found = project(trace.prompts, trace.emitted, between(near, far, *(one.milliseconds for one in steps)), alone)
-        work.values[trace.kind] = described(found, trace.tree) | {
-            "step_milliseconds": [one.milliseconds for one in steps],
-            "graphed": all(one.graphed for one in [*plain, *steps]),
+        work.values[trace.name] = described(found, trace.spec) | {
+            "step_milliseconds": [one.milliseconds for one in steps]
         }
         table.cells.append(_cells(trace, found))
         work.key = f"{LABEL} on {name}: " + ", ".join(f"{line[0]} {line[4]} x ar" for line in table.cells)
+        work.save()
         del engine, predictor
         shared.free()
 
@@ -120,4 +124,4 @@ def described(found: Projection, tree: TreeSpec) -> dict[str, Any]:
 
 def _cells(trace: Traced, found: Projection) -> list[str]:
     a_token = found.milliseconds / found.tokens if found.tokens else float("nan")
-    return [trace.kind, str(trace.tree), f"{found.accepted_length:.2f}", f"{a_token:.3f}", f"{found.speedup:.2f}"]
+    return [trace.name, str(trace.spec), f"{found.accepted_length:.2f}", f"{a_token:.3f}", f"{found.speedup:.2f}"]

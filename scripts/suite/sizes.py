@@ -72,11 +72,15 @@ class Sizes:
         vocabulary, problems, code_bytes, tokenizer_bytes: of the corpus; the problems are a count.
         trained: the shape of the teacher. window, train_batch: of its training. train_steps: at most.
         answers, answer_tokens, question_tokens: what the teacher writes for the predictors, in number and length.
-        anchors, conversations: of a training step of the predictors. train_share: of the part's time.
+        at_once: answers in a batch. real_prompts, real_answer_tokens, real_question_tokens: the same of a real
+            teacher, whose prompts are counted by data set.
+        anchors, conversations: of a training step of the predictors. held_out, ridge_answers: that are measured on,
+            and that the ridge start is solved on, at most.
         bench_prompts, bench_tokens, bench_repeats: of the bench, prompts of each data set at most.
-        exact_prompts: of the fp32 comparison. tune_prompts: of `tune`, of each data set. tuned, tune_rows: predictors,
-            and rows of a step, at most. tune_batches: that get a tree. tune_seconds: of measuring passes, at most.
-            tune_sittings: at which whole steps are timed; None: as many as the device asks for.
+        exact_prompts, exact_tokens: of the fp32 comparison. tune_prompts: of `tune`, of each data set.
+        tuned, tune_rows: predictors, and rows of a step, at most. tune_batches: that get a tree. tune_seconds: of
+            measuring passes, at most. tune_sittings: at which whole steps are timed; None: as many as the device asks
+            for.
     """
 
     name: str
@@ -102,12 +106,19 @@ class Sizes:
     answers: int
     answer_tokens: int
     question_tokens: int
+    at_once: int
+    real_prompts: int
+    real_answer_tokens: int
+    real_question_tokens: int
     anchors: int
     conversations: int
+    held_out: int
+    ridge_answers: int
     bench_prompts: int
     bench_tokens: int
     bench_repeats: int
     exact_prompts: int
+    exact_tokens: int
     tune_prompts: int
     tuned: int
     tune_rows: int
@@ -123,7 +134,7 @@ FULL = Sizes(
     matrix=8192,
     repeats=7,
     context=512,
-    contexts=(512, 4096, 16_384),
+    contexts=(512, 4096),
     rows=(1, 2, 4, 8, 16, 32, 64, 128, 256),
     prompts=(512, 4096, 16_384),
     batches=(1, 2, 4, 8, 16, 32),
@@ -140,23 +151,29 @@ FULL = Sizes(
     answers=768,
     answer_tokens=192,
     question_tokens=256,
+    at_once=256,
+    real_prompts=1 << 30,
+    real_answer_tokens=256,
+    real_question_tokens=350,
     anchors=64,
-    conversations=16,
-    bench_prompts=16,
+    conversations=32,
+    held_out=256,
+    ridge_answers=2048,
+    bench_prompts=20,
     bench_tokens=128,
-    bench_repeats=1,
+    bench_repeats=2,
     exact_prompts=6,
-    tune_prompts=16,
+    exact_tokens=96,
+    tune_prompts=8,
     tuned=8,
     tune_rows=256,
-    tune_batches=(1, 8),
+    tune_batches=(1,),
     tune_seconds=6.0,
     tune_sittings=None,
 )
 QUICK = replace(
     FULL,
     name="quick",
-    contexts=(512, 4096),
     rows=(1, 4, 16, 64, 256),
     prompts=(512, 4096),
     batches=(1, 4, 32),
@@ -165,10 +182,12 @@ QUICK = replace(
     problems=20_000,
     code_bytes=10_000_000,
     answers=384,
+    real_prompts=1000,
     bench_prompts=6,
     bench_tokens=96,
+    bench_repeats=1,
     exact_prompts=3,
-    tune_prompts=8,
+    tune_prompts=4,
 )
 TOY = Sizes(
     name="toy",
@@ -194,12 +213,19 @@ TOY = Sizes(
     answers=12,
     answer_tokens=24,
     question_tokens=64,
+    at_once=8,
+    real_prompts=3,
+    real_answer_tokens=16,
+    real_question_tokens=160,
     anchors=8,
     conversations=4,
+    held_out=4,
+    ridge_answers=8,
     bench_prompts=2,
     bench_tokens=16,
     bench_repeats=1,
     exact_prompts=2,
+    exact_tokens=16,
     tune_prompts=4,
     tuned=1,
     tune_rows=6,

@@ -4,6 +4,7 @@ to the same tokens, none that waits for the host, and a failed capture that spoi
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from firp_cli.decoding.graphs import CaptureError, CudaCapture
 from firp_cli.decoding.step import Stepper
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.predictors.base import Predictor
+from firp_cli.teacher.fused import FusedStack, runs_own_products
 from firp_cli.teacher.stack import Teacher
 from suite.shapes import NO_TOKENS, empty_model, random_predictor
 from suite.sizes import Shape
@@ -41,22 +43,35 @@ SECTIONS: dict[str, dict[str, Any]] = {
 TREES = ("dynamic:8", "dynamic:8@3")
 TOKENS, PROMPT = 32, 40
 KERNEL_SHAPES = ((1, 128, 1, 700), (16, 64, 3, 300), (80, 128, 4, 1500))  # rows, head size, group, prefix
+LEAST_SAME = 0.3  # a near tie early in a text changes all tokens behind it
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 def smoke(shared: Shared, work: Work) -> None:
     """All checks. Raises Failed naming those that do not hold."""
-    checks = {"kernel": kernel, "graphs": graphs, "sampling": sampling, "waiting": waiting, "capture": capture}
+    checks = {
+        "kernel": kernel,
+        "graphs": graphs,
+        "sampling": sampling,
+        "products": products,
+        "waiting": waiting,
+        "capture": capture,
+    }
     table = Table("Smoke", ["check", "seconds", ""])
     work.tables.append(table)
     wrong = []
     for name, check in checks.items():
         began = work.clock.spent()
-        said = check(shared)
+        try:
+            said = check(shared)
+        except Exception as error:  # all are tried: what is wrong is to be mended at once
+            said = f"{type(error).__name__}: {error}"
+            work.values[f"{name} traceback"] = traceback.format_exc().splitlines()[-12:]
         wrong += [f"{name}: {said}"] if said else []
         work.values[name] = said or "holds"
         table.cells.append([name, f"{work.clock.spent() - began:.1f}", said or "holds"])
         work.key = ", ".join(f"{cells[0]} {cells[2]}" for cells in table.cells)
+        work.save()
     if wrong:
         raise Failed("; ".join(wrong))
 
@@ -151,6 +166,32 @@ def sampling(shared: Shared) -> str:
     return "" if texts[0] == texts[1] or shared.device.type == "cuda" else "other tokens through graphs"
 
 
+def products(shared: Shared) -> str:
+    """Answers in the suite's dtype with torch's products and with the kernel of few rows, each through graphs against
+    its own eager ones; and the share of plain tokens that the two have in common, which rounding alone keeps from 1.
+    """
+    teacher = _teacher(shared, shared.dtype)
+    stack = teacher.stack
+    if not isinstance(stack, FusedStack) or not runs_own_products(teacher.model.get_output_embeddings().weight):
+        return ""
+    prompts, plain = _prompts(teacher, 3), []
+    for own in (False, True):
+        stack.own_products = own
+        for kind, section in SECTIONS.items():
+            predictor = _predictor(teacher, section)
+            spec = parse_tree(TREES[1], predictor.steps) if predictor else None
+            texts = []
+            for captured in (False, True):
+                engine = Engine(teacher, predictor, spec, options=EngineOptions(graphs=captured))
+                texts.append([item.token_ids for item in engine.generate(prompts, TOKENS)])
+            if texts[0] != texts[1]:
+                return f"{kind}, own products {own}: other tokens through graphs"
+            if kind == "ar":
+                plain.append(sum(texts[0], []))
+    same = sum(one == other for one, other in zip(*plain, strict=True)) / len(plain[0])
+    return "" if same > LEAST_SAME else f"{100 * same:.0f}% of the tokens are the same with either product"
+
+
 def waiting(shared: Shared) -> str:
     """Whether a step of any kind waits for the device, in the suite's dtype."""
     if shared.device.type != "cuda":
@@ -165,9 +206,13 @@ def waiting(shared: Shared) -> str:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    stack = teacher.stack
+    own = isinstance(stack, FusedStack) and runs_own_products(teacher.model.get_output_embeddings().weight)
     for kind, section in SECTIONS.items():
         predictor = _predictor(teacher, section)
         for temperature in (0.0, 1.0):
+            if own:  # both kinds of products in turn
+                stack.own_products = temperature == 0
             spec = parse_tree(TREES[1], predictor.steps) if predictor else None
             engine = Engine(teacher, predictor, spec, temperature, options=EngineOptions(graphs=False))
             engine.generate(_prompts(teacher, 2), 4)  # constants are made once

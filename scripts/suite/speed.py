@@ -39,7 +39,7 @@ def decoding(engine: Engine | HuggingFaceGenerate, prompts: list[list[int]], tok
 
 
 def ar(shared: Shared, work: Work, name: str) -> None:
-    """A plain step with graphs and without, and within `Engine.generate`; its bytes over the copy's rate."""
+    """A plain step with graphs, within `Engine.generate`, and without graphs; its bytes over the copy's rate."""
     teacher, sizes = shaped(shared, name), shared.sizes
     engine, without = Engine(teacher), Engine(teacher, options=EngineOptions(graphs=False))
     step = time_plain(shared, engine, 1, sizes.context)
@@ -52,22 +52,28 @@ def ar(shared: Shared, work: Work, name: str) -> None:
         "weight_bytes": weights,
         "cache_bytes": cached,
         "step_milliseconds": step.milliseconds,
-        "graphed": step.graphed,
-        "eager_step_milliseconds": time_plain(shared, without, 1, sizes.context).milliseconds,
+        "graphed": engine.graphs is not None,
         "floor_milliseconds": floor,
         "share_of_bandwidth": floor / step.milliseconds if floor else None,
     }
     work.key = f"{step.milliseconds:.3f} ms a token"
     if floor:
         work.key += f", {100 * floor / step.milliseconds:.0f}% of the copy's bandwidth"
-    prompts = random_prompts(teacher, 1, sizes.context)
-    work.values["generate_milliseconds"] = decoding(engine, prompts, sizes.new_tokens)
-    work.values["without_graphs_because"] = engine.graphs.reason if engine.graphs else None
-    work.tables.append(_ar_table(name, work.values))
+    later = {
+        "generate_milliseconds": lambda: decoding(engine, random_prompts(teacher, 1, sizes.context), sizes.new_tokens),
+        "eager_step_milliseconds": lambda: time_plain(shared, without, 1, sizes.context).milliseconds,
+    }
+    _ar_table(name, work)
+    for what, measure in later.items():
+        work.values[what] = measure()
+        _ar_table(name, work)
 
 
-def _ar_table(name: str, values: dict[str, Any]) -> Table:
+def _ar_table(name: str, work: Work) -> None:
+    """What is known by now."""
+    values = work.values
     floor, share = values["floor_milliseconds"], values["share_of_bandwidth"]
+    eager, whole = (values.get(what) for what in ("eager_step_milliseconds", "generate_milliseconds"))
     step = "step (graph)" if values["graphed"] else "step"
     headers = ["read a token", "at the copy's rate", step, "of bandwidth", "step (no graph)", "in `generate`"]
     line = [
@@ -75,10 +81,12 @@ def _ar_table(name: str, values: dict[str, Any]) -> Table:
         f"{floor:.3f} ms" if floor else "not measured",
         f"{values['step_milliseconds']:.3f} ms",
         f"{100 * share:.1f}%" if share else "not measured",
-        f"{values['eager_step_milliseconds']:.3f} ms",
-        f"{values['generate_milliseconds']:.3f} ms",
+        f"{eager:.3f} ms" if eager else "not measured",
+        f"{whole:.3f} ms" if whole else "not measured",
     ]
-    return Table(f"{name}: plain decoding, {values['context']} tokens of context", headers, [line])
+    title = f"{name}: plain decoding, {values['context']} tokens of context"
+    work.tables[:] = [Table(title, headers, [line])]
+    work.save()
 
 
 class StaticGenerate(HuggingFaceGenerate):
@@ -91,31 +99,37 @@ class StaticGenerate(HuggingFaceGenerate):
 
 
 def hf(shared: Shared, work: Work, name: str) -> None:
-    """transformers' `generate`, batch 1: dynamic cache, then static cache compiled."""
+    """transformers' `generate` with its dynamic cache, batch 1."""
     teacher, sizes = shaped(shared, name), shared.sizes
     cuda = shared.device.type == "cuda"
-    prompts = random_prompts(teacher, 1, sizes.context)
-    table = Table(f"{name}: transformers' `generate`", ["", "ms a token"])
-    work.tables.append(table)
-    compiling = HF_SECONDS + COMPILE_SECONDS[0] + COMPILE_SECONDS[1] * teacher.num_layers
+    if cuda and not work.clock.allows(HF_SECONDS, "dynamic cache"):
+        return
+    found = decoding(HuggingFaceGenerate(teacher), random_prompts(teacher, 1, sizes.context), sizes.new_tokens)
+    _generated(work, name, "dynamic cache", found)
+
+
+def compiled(shared: Shared, work: Work, name: str) -> None:
+    """transformers' `generate` with its static cache, which it compiles on CUDA devices. Raises Failed where it cannot:
+    the library's compiler may fail where we do not.
+    """
+    teacher, sizes = shaped(shared, name), shared.sizes
+    cuda = shared.device.type == "cuda"
     label = "static cache, compiled" if cuda else "static cache"
-    wanted = {"dynamic cache": (HuggingFaceGenerate, HF_SECONDS), label: (StaticGenerate, compiling)}
-    for cache, (method, seconds) in wanted.items():
-        if cuda and not work.clock.allows(seconds, cache):
-            continue
-        try:
-            found = decoding(method(teacher), prompts, sizes.new_tokens)
-        except Exception as error:  # the library's own compiler may fail where we do not
-            if method is not StaticGenerate:
-                raise
-            work.clock.cuts.append(f"{cache}: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
-            continue
-        finally:
-            if method is StaticGenerate and cuda:
-                torch._dynamo.reset()  # its graphs hold memory
-        work.values[cache] = {"milliseconds": found}
-        table.cells.append([cache, f"{found:.3f}"])
-        work.key = ", ".join(f"{cache} {value} ms a token" for cache, value in table.cells)
+    if cuda and not work.clock.allows(HF_SECONDS + COMPILE_SECONDS[0] + COMPILE_SECONDS[1] * teacher.num_layers, label):
+        return
+    try:
+        found = decoding(StaticGenerate(teacher), random_prompts(teacher, 1, sizes.context), sizes.new_tokens)
+    finally:
+        if cuda:
+            torch._dynamo.reset()  # its graphs hold memory
+    _generated(work, name, label, found)
+
+
+def _generated(work: Work, name: str, label: str, milliseconds: float) -> None:
+    work.values[label] = {"milliseconds": milliseconds}
+    work.key = f"{label} {milliseconds:.3f} ms a token"
+    table = Table(f"{name}: transformers' `generate`", ["", "ms a token"], [[label, f"{milliseconds:.3f}"]])
+    work.tables.append(table)
 
 
 def prefill(shared: Shared, work: Work, name: str) -> None:
@@ -133,6 +147,7 @@ def prefill(shared: Shared, work: Work, name: str) -> None:
         work.values[str(length)] = {"milliseconds": 1e3 * seconds, "tokens_per_second": length / seconds}
         table.cells.append([str(length), f"{1e3 * seconds:.2f}", f"{length / seconds:.0f}"])
         work.key = f"{length / seconds:.0f} tokens/s at {length}"
+        work.save()
 
 
 def batches(shared: Shared, work: Work, name: str) -> None:
@@ -154,6 +169,7 @@ def batches(shared: Shared, work: Work, name: str) -> None:
         work.values[str(batch)] = _batch_values(batch, plain, trees)
         table.cells.append(_batch_cells(batch, plain, list(trees.values())))
         work.key = f"batch {batch}: {1e3 * batch / plain.milliseconds:.0f} tokens/s plain"
+        work.save()
         shared.free()
 
 
@@ -161,7 +177,6 @@ def _batch_values(batch: int, plain: Timed, trees: dict[str, Timed]) -> dict[str
     return {
         "ar_milliseconds": plain.milliseconds,
         "ar_tokens_per_second": 1e3 * batch / plain.milliseconds,
-        "graphed": plain.graphed and all(step.graphed for step in trees.values()),
         "trees": {
             spec: {"milliseconds": step.milliseconds, "over_ar": step.milliseconds / plain.milliseconds}
             for spec, step in trees.items()

@@ -57,6 +57,7 @@ def passes(shared: Shared, work: Work, name: str) -> None:
                 break
             points.append({"context": context, "rows": rows} | point(shared, held, rows))
             work.key, work.tables[:] = _ratios(points), [_passes_table(name, points, sizes)]
+            work.save()
         del held
         shared.free()
 
@@ -114,7 +115,6 @@ def breakdown(shared: Shared, work: Work, name: str) -> None:
         spent = max(sum(kinds.values()), 1e-9)
         work.values[label] = {
             "graph_milliseconds": graph.milliseconds,
-            "graphed": graph.graphed,
             "eager_milliseconds": eager.milliseconds,
             "kernels": count,
             "kernel_milliseconds": spent,
@@ -126,6 +126,7 @@ def breakdown(shared: Shared, work: Work, name: str) -> None:
         ]
         whole = {f"all {count} kernels": spent, "step": graph.milliseconds, "step without graphs": eager.milliseconds}
         table.cells += [[label, what, f"{value:.3f}", ""] for what, value in whole.items()]
+        work.save()
     plain, tree = (work.values[label]["graph_milliseconds"] for label in work.values)
     work.key = f"plain {plain:.3f} ms, {TREE} {tree:.3f} ms ({tree / plain:.2f} times)"
 

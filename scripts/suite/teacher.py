@@ -12,11 +12,10 @@ from build_embedded import build_tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from firp_cli.teacher.stack import Teacher
 from firp_cli.training.engine import ADAM_BETAS, learning_rate_factor
 from suite.corpus import Corpus, gather, render, sample
 from suite.shapes import empty_model
-from suite.work import Clock, Shared, Table, Work
+from suite.work import Shared, Table, Work
 
 PEAK_RATE = 1.5e-3
 DECAY = 0.1
@@ -48,7 +47,7 @@ def train_teacher(shared: Shared, work: Work) -> None:
     shape |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     with torch.inference_mode(False):
         model = empty_model(shape, shared.device, torch.float32)
-        work.values |= fit(model, stream, shared, clock)
+        work.values |= fit(model, stream, shared, work)
     work.values["parameters"] = sum(value.numel() for value in model.parameters())
     state = {name: value.detach().to(shared.dtype) for name, value in model.state_dict().items()}
     shared.found |= {"state": state, "shape": shape, "tokenizer": tokenizer, "corpus": corpus}
@@ -91,9 +90,9 @@ def windows(stream: Tensor, batch: int, length: int, device: torch.device) -> It
         yield stream[places + numbers].long()
 
 
-def fit(model: Any, stream: Tensor, shared: Shared, clock: Clock) -> dict[str, Any]:
+def fit(model: Any, stream: Tensor, shared: Shared, work: Work) -> dict[str, Any]:
     """Train until the part's time is nearly over, in bf16 autocast on CUDA devices."""
-    sizes, device = shared.sizes, shared.device
+    sizes, device, clock = shared.sizes, shared.device, work.clock
     cut = len(stream) - max(sizes.window + 2, int(HELD_OUT * len(stream)))
     stream = stream.to(device)
     optimizer = make_optimizer(model)
@@ -115,6 +114,8 @@ def fit(model: Any, stream: Tensor, shared: Shared, clock: Clock) -> dict[str, A
         step += 1
         if place * LOGGED >= len(losses):
             losses.append({"step": step, "loss": loss.item()})  # waits, so that the clock is the device's
+            work.values["losses"] = losses
+            work.save()
     losses.append({"step": step, "loss": loss.item()})
     spent, tokens = time.perf_counter() - began, step * sizes.train_batch * sizes.window
     model.eval()
@@ -146,15 +147,3 @@ def next_token_loss(model: Any, ids: Tensor, device: torch.device) -> Tensor:
         hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         logits = model.lm_head(hidden)
     return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-def trained(shared: Shared, dtype: torch.dtype | None = None) -> Teacher:
-    """The teacher that was trained, on lean layers, its weights as they were kept, computing in `dtype`."""
-    with torch.inference_mode(False):
-        model = empty_model(shared.found["shape"], shared.device, dtype or shared.dtype)
-        model.load_state_dict(shared.found["state"])
-        teacher = Teacher(model, shared.found["tokenizer"], name="trained on the spot")
-    reason = teacher.fuse()
-    if reason:
-        raise RuntimeError(reason)
-    return teacher

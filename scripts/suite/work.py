@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from suite.sizes import Sizes
 
 TRACEBACK_LINES = 12
 GRACE = 5.0  # seconds that a part may take beyond its time before it is stopped
+AGAIN = 1.0  # seconds after which a part that swallowed that is stopped again
+NOT_SERIOUS = ("OutOfMemoryError",)  # what names CUDA and leaves the process able to use it
 
 
 class OutOfTime(BaseException):
-    """A part took longer than it may. No Exception: nothing that a part calls may swallow it."""
+    """A part took longer than it may, or its process is to end. No Exception: nothing that a part calls may swallow
+    it.
+    """
 
 
 class Skipped(Exception):
@@ -70,23 +75,40 @@ class Work:
 
     Attributes:
         values: for the JSON. key: its figure in one line. tables: for the Markdown.
+        save: writes what was found so far, so that it outlives the process.
     """
 
     clock: Clock
     values: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     tables: list[Table] = field(default_factory=list)
+    save: Callable[[], None] = lambda: None
+
+
+Save = Callable[[Work, dict[str, Any]], None]
 
 
 @dataclass
 class Shared:
-    """What parts hand on to later ones."""
+    """What parts hand on to later ones.
+
+    Attributes:
+        root: the checkout. data_dir: folder of data sets. teacher: name, folder or file of a real teacher; None: one is
+            trained. predictors: folders of predictors for it that are benched as well. tokens: that it answers at most.
+        scratch: folder for what later parts read. output: folder of the report; None: nothing is kept.
+        found: what parts hand on, by name; of HANDED also to other processes.
+    """
 
     device: torch.device
     dtype: torch.dtype
     sizes: Sizes
     root: Path
     data_dir: str | None = None
+    teacher: str | None = None
+    predictors: Sequence[Path] = ()
+    tokens: int = 0
+    scratch: Path | None = None
+    output: Path | None = None
     found: dict[str, Any] = field(default_factory=dict)
 
     def free(self, *names: str) -> None:
@@ -107,14 +129,17 @@ class Part:
     """A part of the suite.
 
     Attributes:
-        share: of the time, relative to the other parts. least: seconds below which it is not begun at full size.
+        share: of the time, relative to the other parts. group: parts of one group that follow each other share a
+            process. least: seconds below which it is not begun at full size. most: seconds at most.
         needs: parts that must have handed on what they give. gives: its name in `Shared.found`.
     """
 
     name: str
     run: Callable[[Shared, Work], None]
     share: float
+    group: str = ""
     least: float = 5.0
+    most: float | None = None
     needs: tuple[str, ...] = ()
     gives: str = ""
 
@@ -137,13 +162,25 @@ def select(parts: Sequence[Part], wanted: Sequence[str] | None) -> list[Part]:
 
 def allowed(part: Part, later: Sequence[Part], left: float) -> float:
     """Seconds for a part: its share of what is left for it and the later ones. What it does not use falls to them."""
-    return max(0.0, left) * part.share / (part.share + sum(other.share for other in later))
+    seconds = max(0.0, left) * part.share / (part.share + sum(other.share for other in later))
+    return seconds if part.most is None else min(max(0.0, left), part.most)
 
 
-def run_part(part: Part, shared: Shared, seconds: float, least: float, missing: Sequence[str]) -> tuple[Work, dict]:
-    """Run a part within its seconds. Whatever happens in it is in the record that comes back."""
+def grouped(parts: Sequence[Part]) -> list[list[Part]]:
+    """The parts in their order, cut where the group changes."""
+    return [list(found) for _, found in groupby(parts, key=lambda part: part.group)]
+
+
+def run_part(
+    part: Part, shared: Shared, seconds: float, least: float, missing: Sequence[str], save: Save = lambda *_: None
+) -> tuple[Work, dict[str, Any]]:
+    """Run a part within its seconds. Whatever happens in it is in the record that comes back; `fatal` is in it where
+    the process can no longer use its device. `save(work, record)` is called while it runs.
+    """
     work = Work(Clock(seconds))
     record: dict[str, Any] = {"status": "done", "allowed_seconds": round(seconds, 1)}
+    work.save = lambda: save(work, described(work, record | {"status": "running"}))
+    work.save()
     try:
         if missing:
             raise Skipped(f"{', '.join(missing)} brought nothing")
@@ -162,15 +199,32 @@ def run_part(part: Part, shared: Shared, seconds: float, least: float, missing: 
             "error": f"{type(error).__name__}: {error}",
             "traceback": lines[-TRACEBACK_LINES:],
         }
+        if is_fatal(error):
+            record["fatal"] = True
     if record["status"] == "done" and work.clock.cuts:
         record["status"] = "cut"
-    record |= {"seconds": round(work.clock.spent(), 1), "key": work.key, "cuts": work.clock.cuts, "result": work.values}
-    return work, record
+    return work, described(work, record)
+
+
+def described(work: Work, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with what the part has found so far."""
+    spent = round(work.clock.spent(), 1)
+    return record | {"seconds": spent, "key": work.key, "cuts": work.clock.cuts, "result": work.values}
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether a CUDA error is one after which every call in this process fails."""
+    kind = type(error).__name__
+    if kind in NOT_SERIOUS:
+        return False
+    return kind == "AcceleratorError" or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
 @contextlib.contextmanager
 def stopped_after(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in what runs here once the seconds are over. Outside the main thread nothing is stopped."""
+    """Raise OutOfTime in what runs here once the seconds are over, and again where that was swallowed. Outside the main
+    thread nothing is stopped.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -179,7 +233,7 @@ def stopped_after(seconds: float) -> Iterator[None]:
         raise OutOfTime
 
     former = signal.signal(signal.SIGALRM, stop)
-    before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:

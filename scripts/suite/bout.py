@@ -1,0 +1,223 @@
+"""Methods that answer the same prompts in turns, as far as the time allows, and what comes out of it so far.
+
+A round is one prompt of every data set. Methods without CUDA graphs (transformers' `generate`, pipelines) take many
+times as long as the others: they answer once, and fewer prompts where their share of the time is over. Every ratio of
+two methods is over the prompts that both have answered.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firp_cli.decoding.pipeline import PipelineEngine
+from firp_cli.evaluation.bench import Batch, BenchPrompt, Method, fold
+from firp_cli.evaluation.lossless import next_token_logits
+from firp_cli.evaluation.pipeline import pipeline_report
+from firp_cli.evaluation.rows import ALL, BatchRun, bench_rows, speedup
+from firp_cli.records import BenchRow, Divergence, Generation, TickCost
+from firp_cli.teacher.stack import Teacher
+from suite.work import Clock
+
+FEW_TOKENS = 3  # of a warm-up without graphs
+NEXT_ROUND = 1.25  # what a round may take, over what the longest one took
+EVERY = 3.0  # seconds between two reports
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First token at which an answer leaves the reference's: the gap between the logits that the teacher gives the two
+    tokens, also in units in the last place of the larger one in the teacher's dtype. A side that had ended has token -1
+    and no gap.
+    """
+
+    prompt: int
+    position: int
+    expected: int
+    got: int
+    gap: float
+    ulps: float
+
+    def divergence(self) -> Divergence:
+        """As a bench's row has it."""
+        return Divergence(self.prompt, self.position, self.expected, self.got, self.gap)
+
+
+class Bout:
+    """Answers of all methods by prompt.
+
+    Args:
+        prompts: in the order in which they are answered, those of a round side by side.
+        slow_share: of the time, that all slow methods may take; None: they answer every prompt.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        methods: Sequence[Method],
+        prompts: Sequence[BenchPrompt],
+        tokens: int,
+        repeats: int,
+        clock: Clock,
+        slow_share: float | None = None,
+    ) -> None:
+        self.teacher, self.methods, self.prompts = teacher, list(methods), list(prompts)
+        self.tokens, self.repeats, self.clock = tokens, repeats, clock
+        self.slow_seconds = math.inf if slow_share is None else slow_share * clock.seconds
+        self.made: dict[str, dict[int, list[Generation]]] = {method.name: {} for method in methods}
+        self.differences: dict[tuple[str, str], dict[int, Difference | None]] = {}
+        self.tick: TickCost | None = None  # of a pipeline, where it was measured
+        self._logits: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+
+    def run(self, report: Callable[[], None]) -> None:
+        """Round after round; `report` is called every few seconds and at the end."""
+        self._warm()
+        size = len({prompt.dataset for prompt in self.prompts})
+        spent_slowly, slow_round, longest, told = 0.0, 0.0, 0.0, time.perf_counter()
+        for start in range(0, len(self.prompts), size):
+            numbers = range(start, min(start + size, len(self.prompts)))
+            slowly = spent_slowly + slow_round <= self.slow_seconds
+            needed = NEXT_ROUND * (longest + (slow_round if slowly else 0.0))
+            if start and not self.clock.allows(needed, f"prompts after {start} of {len(self.prompts)}"):
+                break
+            began, spent = time.perf_counter(), 0.0
+            for number in numbers:
+                spent += self._answer(number, slowly)
+                self._compare(number)
+                if time.perf_counter() - told > EVERY:
+                    report()
+                    told = time.perf_counter()
+            slow_round, spent_slowly = max(slow_round, spent), spent_slowly + spent
+            longest = max(longest, time.perf_counter() - began - spent)
+        report()
+
+    def _warm(self) -> None:
+        """A few tokens; with graphs the longest prompt first, so that what is captured serves the others, and again
+        with all tokens, until what comes back is captured.
+        """
+        order = sorted((prompt.token_ids for prompt in self.prompts), key=len)
+        for method in self.methods:
+            if getattr(method.engine, "graphs", None) is None:
+                method.generate([order[0]], min(FEW_TOKENS, self.tokens))
+                continue
+            for prompt in (order[-1], order[0], order[-1]):
+                method.generate([prompt], self.tokens)
+
+    def _answer(self, number: int, slowly: bool) -> float:
+        """All methods answer a prompt; returns the seconds that the slow ones took."""
+        spent = 0.0
+        turn = number % len(self.methods)
+        for repeat in range(self.repeats):
+            for method in [*self.methods[turn:], *self.methods[:turn]]:
+                if slow(method) and (repeat or not slowly):
+                    continue
+                began = time.perf_counter()
+                made = method.generate([self.prompts[number].token_ids], self.tokens)
+                self.made[method.name].setdefault(number, []).extend(made)
+                if slow(method):
+                    spent += time.perf_counter() - began
+        return spent
+
+    def _compare(self, number: int) -> None:
+        """Every method's answer with that of `ar` and of `generate`."""
+        for reference in ("ar", "hf"):
+            expected = self.made.get(reference, {}).get(number)
+            for method in self.methods:
+                got = self.made[method.name].get(number)
+                if expected and got and method.name != reference:
+                    found = self._difference(number, expected[0].token_ids, got[0].token_ids)
+                    self.differences.setdefault((method.name, reference), {})[number] = found
+
+    def _difference(self, number: int, expected: Sequence[int], got: Sequence[int]) -> Difference | None:
+        if list(expected) == list(got):
+            return None
+        place = next((at for at, pair in enumerate(zip(expected, got, strict=False)) if pair[0] != pair[1]), None)
+        if place is None:
+            place = min(len(expected), len(got))
+            one, two = ((side[place] if len(side) > place else -1) for side in (expected, got))
+            return Difference(number, place, one, two, math.nan, math.nan)
+        key = (number, tuple(expected[:place]))
+        if key not in self._logits:
+            logits = next_token_logits(self.teacher, [*self.prompts[number].token_ids, *expected[:place]])
+            self._logits[key] = logits.float().cpu()
+        logits = self._logits[key]
+        one, two = (logits[token].item() for token in (expected[place], got[place]))
+        unit = unit_in_last_place(max(abs(one), abs(two)), self.teacher.dtype)
+        return Difference(number, place, expected[place], got[place], one - two, (one - two) / unit)
+
+    def runs(self, name: str, numbers: Sequence[int] | None = None) -> list[BatchRun]:
+        """A method's answers with its repeats folded; of these prompts alone."""
+        made = self.made[name]
+        chosen = sorted(made) if numbers is None else sorted(set(numbers) & set(made))
+        return [
+            fold(Batch(self.prompts[number].dataset, "", [number]), [[item] for item in made[number]])
+            for number in chosen
+        ]
+
+    def rows(self, reference: str) -> list[BenchRow]:
+        """Every method on each data set and on all; compared with `reference`, each ratio over common prompts."""
+        found = []
+        for method in self.methods:
+            name, answered = method.name, list(self.made[method.name])
+            if not answered:
+                continue
+            runs = {name: self.runs(name)}
+            if "ar" in self.made:
+                runs["ar"] = self.runs("ar", answered)
+            differences = self.differences.get((name, reference), {})
+            marks = {number: one and one.divergence() for number, one in differences.items()}
+            for row in bench_rows(name, runs, marks, 0.0):
+                row.predictor, row.tree = method.predictor, method.tree
+                row.speedup_hf = self._over_hf(row)
+                if method.exits is not None:
+                    row.pipeline = pipeline_report(self._answers(row), self.teacher.looped is not None, 1, self.tick)
+                found.append(row)
+        order = {name: place for place, name in enumerate(dict.fromkeys(row.dataset for row in found))}
+        return sorted(found, key=lambda row: order[row.dataset])
+
+    def _answers(self, row: BenchRow) -> list[Generation]:
+        made = self.made[row.method]
+        return [made[number][0] for number in sorted(made) if row.dataset in (ALL, self.prompts[number].dataset)]
+
+    def _over_hf(self, row: BenchRow) -> float | None:
+        """How much faster than `generate`, over the prompts that it has answered too."""
+        if "hf" not in self.made or row.method == "hf":
+            return None
+        common = [
+            number
+            for number in self.made["hf"]
+            if number in self.made[row.method] and row.dataset in (ALL, self.prompts[number].dataset)
+        ]
+        return speedup(self.runs("hf", common), self.runs(row.method, common)) if common else None
+
+    def identical(self) -> dict[str, dict[str, Any]]:
+        """By method and reference: answers compared, those that are identical, the gaps at the first differences."""
+        found: dict[str, dict[str, Any]] = {}
+        for (name, reference), differences in self.differences.items():
+            marks = [one for one in differences.values() if one is not None]
+            ulps = sorted(abs(one.ulps) for one in marks if not math.isnan(one.ulps))
+            found.setdefault(name, {})[reference] = {
+                "compared": len(differences),
+                "identical": len(differences) - len(marks),
+                "median_ulps": ulps[len(ulps) // 2] if ulps else None,
+                "largest_ulps": ulps[-1] if ulps else None,
+                "differences": [vars(one) for one in marks],
+            }
+        return found
+
+
+def slow(method: Method) -> bool:
+    """Whether its steps are never CUDA graphs."""
+    return method.engine is None or isinstance(method.engine, PipelineEngine)
+
+
+def unit_in_last_place(value: float, dtype: torch.dtype) -> float:
+    """The distance between neighbouring numbers of the dtype at this size."""
+    info = torch.finfo(dtype)
+    return max(info.tiny, 2.0 ** math.floor(math.log2(max(abs(value), info.tiny))) * info.eps)

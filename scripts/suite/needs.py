@@ -1,0 +1,30 @@
+"""The modules that the suite cannot run without; itself needs none of them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+NEEDED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "typer",
+    "rich",
+    "yaml",
+    "jinja2",
+    "matplotlib",
+)
+ON_CUDA = ("triton",)
+FOR_GGUF = ("gguf",)
+
+
+def missing(arguments: Sequence[str]) -> list[str]:
+    """Modules that a run with these command-line arguments needs and that are not installed."""
+    words = [word for argument in arguments for word in argument.split("=")]
+    needed = [*NEEDED, *(() if "cpu" in words else ON_CUDA)]
+    needed += FOR_GGUF if any(word.endswith(".gguf") for word in words) else ()
+    return [name for name in needed if importlib.util.find_spec(name) is None]

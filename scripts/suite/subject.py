@@ -1,0 +1,209 @@
+"""The teacher that predictors are trained for, tuned and benched with: one that was trained on the spot, or a real one
+that was given; its prompts, and its predictors.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+
+from firp_cli.data.conversations import encode_prompt
+from firp_cli.data.prompts import KNOWN, load_conversations, load_prompts
+from firp_cli.data.rows import Message, prompt_of
+from firp_cli.decoding.tree import TreeSpec, parse_tree
+from firp_cli.decoding.tuned import described, spec_of
+from firp_cli.evaluation.bench import BenchPrompt
+from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.registry import load_predictor
+from firp_cli.recipe import TeacherConfig
+from firp_cli.teacher.stack import Teacher
+from suite.shapes import empty_model, sections
+from suite.work import Shared
+
+DEFAULT_TREE = "dynamic:8"
+SEED = 17
+TRAINING_SETS = ("gsm8k", "mbpp", "self_instruct", "chat")  # training splits, of those that there are
+TEST_SETS = ("gsm8k", "humaneval", "mt_bench")
+PACKAGED = "chat"  # is there on any machine
+DEPTH = 2 / 3  # of the layers, where predictors of a real teacher begin; SmolLM2: layer 20 of 30
+TEMPERATURES = (0.7, 1.0)  # of the passes over the prompts behind the greedy one
+SAVED = "predictors"  # folder in the scratch folder
+
+
+class Subject(Protocol):
+    """A teacher with its prompts.
+
+    Attributes:
+        question_tokens, answer_tokens: of a prompt that is answered for training, and of its answer, at most.
+        tokens: that are answered at most; None: every prompt is answered once.
+    """
+
+    question_tokens: int
+    answer_tokens: int
+    tokens: int | None
+
+    def teacher(self, dtype: torch.dtype | None = None) -> Teacher:
+        """The teacher on lean layers, in the suite's dtype or with the same weights in another."""
+
+    def asked(self) -> Iterator[list[Message]]:
+        """Training prompts in an order in which every part of them is a fair mix."""
+
+    def tests(self) -> dict[str, list[list[Message]]]:
+        """Questions by source that nothing is trained on."""
+
+    def sections(self, layers: int) -> dict[str, dict[str, Any]]:
+        """Settings of the predictors to train for a teacher of so many layers, by kind."""
+
+
+def subject(shared: Shared) -> Subject:
+    """The real teacher where one was given."""
+    return Trained(shared) if shared.teacher is None else Real(shared)
+
+
+def lean(teacher: Teacher) -> Teacher:
+    """The teacher on lean layers; of one that computes in fp32 the library's where they differ by more than rounding,
+    for it is what others are compared with. Raises RuntimeError.
+    """
+    reason = teacher.fuse()
+    if reason and teacher.dtype != torch.float32:
+        raise RuntimeError(reason)
+    return teacher
+
+
+class Trained:
+    """The teacher that `trained.teacher` has trained."""
+
+    tokens = None
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+        self.question_tokens, self.answer_tokens = shared.sizes.question_tokens, shared.sizes.answer_tokens
+
+    def teacher(self, dtype: torch.dtype | None = None) -> Teacher:
+        found = self.shared.found
+        with torch.inference_mode(False):
+            model = empty_model(found["shape"], self.shared.device, dtype or self.shared.dtype)
+            model.load_state_dict(found["state"])
+            return lean(Teacher(model, found["tokenizer"], name="trained on the spot"))
+
+    def asked(self) -> Iterator[list[Message]]:
+        corpus, most = self.shared.found["corpus"], self.shared.sizes.answers
+        share = -(-most // len(corpus.conversations))
+        for item in corpus.mixed(2 * share):
+            yield item[:1]
+
+    def tests(self) -> dict[str, list[list[Message]]]:
+        return self.shared.found["corpus"].questions
+
+    def sections(self, layers: int) -> dict[str, dict[str, Any]]:
+        return sections(layers)
+
+
+class Real:
+    """The teacher that was given, and the data sets of the data folder."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared, self.tokens = shared, shared.tokens
+        self.question_tokens, self.answer_tokens = shared.sizes.real_question_tokens, shared.sizes.real_answer_tokens
+
+    def teacher(self, dtype: torch.dtype | None = None) -> Teacher:
+        held = self.shared.found.get("real teacher")
+        if dtype is None and held is not None:
+            return held
+        own = self.shared.dtype
+        config = TeacherConfig.model_validate({"model": self.shared.teacher, "dtype": str(own).removeprefix("torch.")})
+        with torch.inference_mode(False):
+            teacher = Teacher.load(config, self.shared.device)
+            _ = teacher.fingerprint  # of the weights as they lie in the file
+            if dtype not in (None, own):
+                return lean(Teacher(teacher.model.to(dtype), teacher.tokenizer, name=teacher.name))
+            lean(teacher)
+        if dtype is None:
+            self.shared.found["real teacher"] = teacher
+        return teacher
+
+    def asked(self) -> Iterator[list[Message]]:
+        found: list[list[Message]] = []
+        for name in TRAINING_SETS:
+            if name == PACKAGED or self._has(name, "train"):
+                rows = load_conversations(name, "train", self.shared.data_dir)
+                random.Random(SEED).shuffle(rows)
+                found += [asked for row in rows[: self.shared.sizes.real_prompts] if (asked := prompt_of(row))]
+        random.Random(SEED).shuffle(found)
+        yield from found
+
+    def tests(self) -> dict[str, list[list[Message]]]:
+        names = [name for name in TEST_SETS if self._has(name, "test")] or [PACKAGED]
+        found = {}
+        for name in names:
+            found[name] = [prompt.messages for prompt in load_prompts(name, self.shared.data_dir)]
+            random.Random(SEED).shuffle(found[name])  # of all categories
+        return found
+
+    def sections(self, layers: int) -> dict[str, dict[str, Any]]:
+        steps = 4
+        first = max(1, min(layers - 1, round(DEPTH * layers)))
+        places = [min(layers - 1, first + step) for step in range(steps)]
+        return {
+            "firp": {"kind": "firp", "layer": first, "steps": steps},
+            "hidden_transfer": {"kind": "hidden_transfer", "layers": places},
+            "medusa": {"kind": "medusa", "steps": steps, "own_head": False},
+        }
+
+    def _has(self, name: str, split: str) -> bool:
+        stems = (split, *KNOWN[name].files)
+        folder = Path(self.shared.data_dir or "/nowhere") / name
+        return any((folder / f"{stem}.jsonl").is_file() for stem in stems)
+
+
+def questions(shared: Shared, teacher: Teacher, most: int, skip: int = 0) -> list[BenchPrompt]:
+    """Test questions, the first of every source, then the second of every source, and so on, those behind the first
+    `skip`; of each source at most so many. Those that leave no room for an answer are left out.
+    """
+    room = teacher.max_positions - max(shared.sizes.bench_tokens, shared.sizes.new_tokens) - 1
+    found = []
+    for source, asked in subject(shared).tests().items():
+        encoded = (encode_prompt(messages, teacher.tokenizer) for messages in asked[skip : skip + most])
+        found.append([BenchPrompt(ids, source) for ids in encoded if len(ids) <= room])
+    longest = max(map(len, found), default=0)
+    return [source[number] for number in range(longest) for source in found if number < len(source)]
+
+
+def predictors(shared: Shared, teacher: Teacher) -> dict[str, Predictor]:
+    """The trained predictors by kind; in a process that did not train them, as they were saved."""
+    held = shared.found.get("predictors")
+    if held is None:
+        held = shared.found["predictors"] = {
+            kind: load_predictor(folder, teacher) for kind in shared.found["saved"] if (folder := saved(shared, kind))
+        }
+    return held
+
+
+def saved(shared: Shared, kind: str) -> Path:
+    """The folder of a trained predictor."""
+    assert shared.scratch is not None
+    return shared.scratch / SAVED / kind
+
+
+def keep_tree(shared: Shared, kind: str, tree: TreeSpec) -> None:
+    """Hand a tuned tree on, unless it is to draft nothing."""
+    if tree.kind != "none":
+        shared.found.setdefault("trees", {})[kind] = described(tree)
+
+
+def tree_for(shared: Shared, predictor: Predictor) -> TreeSpec | None:
+    """The tree that was tuned for this kind, or DEFAULT_TREE; None for a pipeline."""
+    if predictor.pipeline:
+        return None
+    fields = shared.found.get("trees", {}).get(predictor.kind)
+    return parse_tree(DEFAULT_TREE, predictor.steps) if fields is None else tree_of(fields, predictor.steps)
+
+
+def tree_of(fields: dict[str, Any], steps: int) -> TreeSpec:
+    """A tree from what `described` says of it."""
+    return spec_of(SimpleNamespace(**fields), steps)  # type: ignore[arg-type]
