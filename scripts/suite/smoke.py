@@ -187,7 +187,7 @@ def products(shared: Shared) -> str:
             if texts[0] != texts[1]:
                 return f"{kind}, own products {own}: other tokens through graphs"
             if kind == "ar":
-                plain.append(sum(texts[0], []))
+                plain.append([token for text in texts[0] for token in text])
     same = sum(one == other for one, other in zip(*plain, strict=True)) / len(plain[0])
     return "" if same > LEAST_SAME else f"{100 * same:.0f}% of the tokens are the same with either product"
 
