@@ -32,7 +32,7 @@ def probe(engine: Engine, batch: int, context: int, plain: bool = False) -> Run:
 def time_step(shared: Shared, engine: Engine, batch: int, context: int, plain: bool = False) -> Timed:
     """A step with the engine's tree, or a plain one."""
     spent = milliseconds(probe(engine, batch, context, plain), shared.device, shared.sizes.repeats)
-    return Timed(spent, engine.graphs is not None and engine.graphs.reason is None)
+    return Timed(spent, engine.graphs is not None)
 
 
 def time_plain(shared: Shared, engine: Engine, batch: int, context: int) -> Timed:
