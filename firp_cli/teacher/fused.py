@@ -13,7 +13,7 @@ Shapes: B sequences, R rows, d hidden size, Hq query heads, Hk key/value heads, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,15 @@ from firp_cli.teacher.library import Cache
 from firp_cli.teacher.looped import LayerPass
 from firp_cli.teacher.products import Product
 
-OWN_PRODUCTS = False  # whether decoding steps take `row_product` where it runs
+if TYPE_CHECKING:
+    from firp_cli.teacher.row_products import Prepared
+
+OWN_PRODUCTS = False  # whether decoding steps take teacher/row_products.py where it runs
 OWN_ROWS = 64  # of a step, at most
 
 
 def runs_own_products(weight: Any) -> bool:
-    """Whether `row_product` serves matrices like this one: half precision, on a CUDA device with Triton."""
+    """Whether teacher/row_products.py serves matrices like this one: half precision, on a CUDA device with Triton."""
     return (
         isinstance(weight, Tensor)
         and weight.is_cuda
@@ -106,26 +109,15 @@ class FusedLayer:
         written: tuple[Tensor, Tensor],
         seen: tuple[Tensor, Tensor],
         mask: TreeRows,
-        own_products: bool = False,
     ) -> Tensor:
         """The whole layer for rows (B, R, d) of a decoding step, in ten kernels: what `before`, the cache's `update`,
         `attend` and `after` do in seventeen or more.
 
         Args:
             written: where the rows' keys and values go (B, Hk, R, D). seen: the slots in view (B, Hk, S, D).
-            own_products: take `row_product`, which brings norms and gate along: seven kernels.
         """
         from firp_cli.teacher.layer_kernels import rotate_and_write, silu_product
 
-        if own_products:
-            from firp_cli.teacher.row_products import row_product
-
-            joined = row_product(hidden, *self.joined.matrix, norm=self.first_norm.parts)
-            queries, residual = rotate_and_write(joined, cosine, sine, *written, hidden, *self.head_norms)
-            attended = attend(queries, *seen, mask, self.scaling).transpose(1, 2).flatten(2)
-            row_product(attended, *self.output.matrix, onto=residual)
-            gated = row_product(residual, *self.gates.matrix, norm=self.second_norm.parts, gated=True)
-            return row_product(gated, *self.down.matrix, onto=residual)
         joined = self.joined(self.first_norm(hidden))
         # `residual` is a copy, so that products can be added to it in place
         queries, residual = rotate_and_write(joined, cosine, sine, *written, hidden, *self.head_norms)
@@ -134,6 +126,32 @@ class FusedLayer:
         self.output.add_to(rows, attended.reshape(len(rows), -1))
         self.down.add_to(rows, silu_product(self.gates(self.second_norm(rows))))
         return residual
+
+    def decode_prepared(
+        self,
+        rows: Prepared,
+        cosine: Tensor,
+        sine: Tensor,
+        written: tuple[Tensor, Tensor],
+        seen: tuple[Tensor, Tensor],
+        mask: TreeRows,
+        following: Tensor | None,
+    ) -> tuple[Tensor, Prepared | None]:
+        """`decode` in seven kernels, whose products bring norms, gate and residual along.
+
+        Args:
+            following: weight of the norm that comes next, for which the rows are then prepared.
+        """
+        from firp_cli.teacher.layer_kernels import rotate_and_write
+        from firp_cli.teacher.row_products import add_product, normed_product
+
+        joined = normed_product(rows, *self.joined.matrix, self.first_norm.epsilon)
+        queries, residual = rotate_and_write(joined, cosine, sine, *written, rows.hidden, *self.head_norms)
+        attended = attend(queries, *seen, mask, self.scaling).transpose(1, 2).flatten(2)
+        between = add_product(attended, *self.output.matrix, residual, self.second_norm.weight)
+        assert between is not None
+        gated = normed_product(between, *self.gates.matrix, self.second_norm.epsilon, gated=True)
+        return residual, add_product(gated, *self.down.matrix, residual, following)
 
 
 class RMSNorm:
@@ -154,11 +172,6 @@ class RMSNorm:
         self.short = short and self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
         self.scaled = self.weight.detach() * size**0.5 if self.short else self.weight
         self.least = torch.tensor((size * epsilon) ** 0.5)
-
-    @property
-    def parts(self) -> tuple[Tensor, float]:
-        """Weight and epsilon."""
-        return self.weight, self.epsilon
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if self.short and not hidden.requires_grad:
@@ -205,6 +218,7 @@ class FusedStack:
         self._head = Product(head.weight, head.bias, wide=True) if type(head) is nn.Linear else head
         self._compiled = compiled
         self.own_products = OWN_PRODUCTS and runs_own_products(head.weight)
+        self._prepared: tuple[int, Prepared | None] = (0, None)  # the layer that they are for, and the last one's rows
         if compiled:
             for layer in made.values():
                 layer.before = torch.compile(layer.before)  # type: ignore[method-assign]
@@ -220,10 +234,6 @@ class FusedStack:
         return self._norm(hidden)
 
     def head(self, normed: Tensor) -> Tensor:
-        if self.own_products and isinstance(self._head, Product) and normed.numel() <= OWN_ROWS * self._head.inputs:
-            from firp_cli.teacher.row_products import row_product
-
-            return row_product(normed, *self._head.matrix, dtype=torch.float32)
         return self._head(normed)
 
     def layer(
@@ -239,8 +249,10 @@ class FusedStack:
         assert layer is not None, f"layer {index} was released"
         if isinstance(mask, TreeRows) and isinstance(cache, KVCache) and self._in_kernels(layer, hidden):
             written, seen = cache.written(index, hidden.shape[1]), cache.seen(index)
-            own = self.own_products and hidden.shape[0] * hidden.shape[1] <= OWN_ROWS
-            output = layer.decode(hidden, rotary[0], rotary[1], written, seen, mask, own)
+            if self.own_products and hidden.shape[0] * hidden.shape[1] <= OWN_ROWS:
+                output = self._decode_prepared(index, layer, hidden, rotary, written, seen, mask)
+            else:
+                output = layer.decode(hidden, rotary[0], rotary[1], written, seen, mask)
         else:
             queries, keys, values = layer.before(hidden, rotary[0], rotary[1])
             if cache is not None:
@@ -248,6 +260,28 @@ class FusedStack:
             output = layer.after(hidden, attend(queries, keys, values, mask, layer.scaling))
         norm = self._loop_norms[index]
         return output if norm is None else norm(output)
+
+    def _decode_prepared(
+        self,
+        index: int,
+        layer: FusedLayer,
+        hidden: Tensor,
+        rotary: Sequence[Tensor],
+        written: tuple[Tensor, Tensor],
+        seen: tuple[Tensor, Tensor],
+        mask: TreeRows,
+    ) -> Tensor:
+        """A layer by `FusedLayer.decode_prepared`. The rows come prepared where the layer before has just made them."""
+        from firp_cli.teacher.row_products import prepare
+
+        number, rows = self._prepared
+        if rows is None or number != index or rows.hidden is not hidden:
+            rows = prepare(hidden, layer.first_norm.weight)
+        after = self._layers[index + 1] if index + 1 < len(self._layers) and self._loop_norms[index] is None else None
+        following = None if after is None else after.first_norm.weight
+        output, rows = layer.decode_prepared(rows, rotary[0], rotary[1], written, seen, mask, following)
+        self._prepared = (index + 1, rows)
+        return output
 
     def _in_kernels(self, layer: FusedLayer, hidden: Tensor) -> bool:
         """Whether `FusedLayer.decode` serves a step whose attention is a kernel."""

@@ -1,17 +1,22 @@
-"""Products of the few rows of a decoding step with a frozen matrix on a CUDA device, as a Triton kernel.
+"""The products of a decoding step's few rows with a layer's matrices on a CUDA device, as Triton kernels.
 
-Such a product takes the time of reading the matrix, and what stands around it (norm before, gate or residual behind)
-takes as long as a launch: so one kernel does both. A row's sums run in one order however many rows there are, up to
-`ROWS`, so that a token's logits do not depend on the tree that it stands in, which products of a library that chooses
-its kernel by the number of rows do not give.
+Such a product takes the time of reading its matrix, and every small operation around it takes as long as a launch. So
+the products bring along what stands around them: `add_product` adds to the residual rows, multiplies them by the next
+norm's weight and leaves sums of their squares; `normed_product` reads these, applies the norm's factor behind its sums
+(it is a row's own, so it may stand there), and the gate of the feed-forward. A layer is then seven kernels.
 
-Shapes: M rows, K inputs, N outputs. Suffixes in the kernel: M rows, N outputs and K inputs of a block.
+A row's sums run in one order whatever the other rows are, for up to 32 rows, so that a token's states do not depend on
+the tree that it stands in.
+
+Shapes: M rows, d hidden size, K inputs, N outputs, P parts of a row's sum of squares. Suffixes in the kernels: M rows,
+N outputs, K inputs and P parts of a block.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (A kernel's parameters are pointers and blocks, which have no Python types.)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,8 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 64  # at most
-SHARED_BYTES = 96 << 10  # of a block, so that two share a multiprocessor
-MOST_STAGES = 5
+PART = 32  # outputs of a block of `add_product`, whose squares are summed
 
 
 class Tiles(NamedTuple):
@@ -33,32 +37,59 @@ class Tiles(NamedTuple):
     warps: int
 
 
+@dataclass
+class Prepared:
+    """Hidden rows on their way through the layers.
+
+    Attributes:
+        hidden: (..., d) contiguous. scaled: (M, d) the same, multiplied by the weight of the norm that comes next.
+        squares: (M, P) float32 sums of the squares of parts of each row.
+    """
+
+    hidden: Tensor
+    scaled: Tensor
+    squares: Tensor
+
+
+@triton.jit
+def _prepare(hidden_ptr, norm_ptr, scaled_ptr, squares_ptr, row_stride, D: tl.constexpr, BLOCK: tl.constexpr,
+             PARTS: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
+    """A row's product with the norm's weight, and its squares, all of them in the first part; grid (M,)."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < D
+    hidden = tl.load(hidden_ptr + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
+    norm = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    part = tl.arange(0, BLOCK_P)
+    tl.store(squares_ptr + row * PARTS + part, tl.where(part == 0, tl.sum(hidden * hidden, 0), 0.0), mask=part < PARTS)
+    tl.store(scaled_ptr + row * D + at, (hidden * norm).to(scaled_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _product(
-    rows_ptr, weight_ptr, bias_ptr, norm_ptr, output_ptr, rows, row_stride, epsilon,
+    rows_ptr, weight_ptr, bias_ptr, squares_in_ptr, output_ptr, norm_ptr, scaled_ptr, squares_ptr, rows, epsilon,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BIAS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BIAS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+    PREPARED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of outputs of one block of rows; grid (N blocks, M blocks). With GATED the matrix has 2 N rows."""
-    out_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0)
+    out_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     real_M, real_N = row_M < rows, out_N < N
     in_K = tl.arange(0, BLOCK_K)
-    at_MK = rows_ptr + row_M[:, None] * row_stride + in_K[None, :]
+    at_MK = rows_ptr + row_M[:, None] * K + in_K[None, :]
     at_NK = weight_ptr + out_N.to(tl.int64)[:, None] * K + in_K[None, :]
+    if NORMED:  # asked for now, needed behind the loop
+        part_P = tl.arange(0, BLOCK_P)
+        at_MP = squares_in_ptr + row_M[:, None] * PARTS + part_P[None, :]
+        squares_MP = tl.load(at_MP, mask=real_M[:, None] & (part_P < PARTS)[None, :], other=0.0)
     sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     more_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    squares_M = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, K, BLOCK_K):
         wanted_K = (in_K < K - first) | (K % BLOCK_K == 0)  # known at compile time where blocks come out even
         rows_MK = tl.load(at_MK + first, mask=real_M[:, None] & wanted_K[None, :], other=0.0)
         weight_NK = tl.load(at_NK + first, mask=real_N[:, None] & wanted_K[None, :], other=0.0)
-        kept = rows_MK.dtype
-        if NORM:
-            wide_MK = rows_MK.to(tl.float32)
-            squares_M += tl.sum(wide_MK * wide_MK, 1)
-            norm_K = tl.load(norm_ptr + first + in_K, mask=wanted_K, other=0.0).to(tl.float32)
-            rows_MK = (wide_MK * norm_K[None, :]).to(kept)
         if UPCAST:
             rows_MK, weight_NK = rows_MK.to(tl.float32), weight_NK.to(tl.float32)
         sums_MN = tl.dot(rows_MK, tl.trans(weight_NK), sums_MN, input_precision="ieee")
@@ -67,8 +98,8 @@ def _product(
             if UPCAST:
                 up_NK = up_NK.to(tl.float32)
             more_MN = tl.dot(rows_MK, tl.trans(up_NK), more_MN, input_precision="ieee")
-    if NORM:  # the norm's factor is a row's own: it may stand behind the sum
-        scale_M = tl.rsqrt(squares_M / K + epsilon)
+    if NORMED:
+        scale_M = tl.rsqrt(tl.sum(squares_MP, 1) / K + epsilon)
         sums_MN *= scale_M[:, None]
         more_MN *= scale_M[:, None]
     if BIAS:
@@ -77,63 +108,115 @@ def _product(
             more_MN += tl.load(bias_ptr + N + out_N, mask=real_N, other=0.0).to(tl.float32)[None, :]
     if GATED:
         sums_MN = sums_MN * tl.sigmoid(sums_MN) * more_MN
-    at_MN = output_ptr + row_M[:, None] * N + out_N[None, :]
+    at_MN = row_M[:, None] * N + out_N[None, :]
     real_MN = real_M[:, None] & real_N[None, :]
-    if ADD:
-        sums_MN += tl.load(at_MN, mask=real_MN, other=0.0).to(tl.float32)
-    tl.store(at_MN, sums_MN.to(output_ptr.dtype.element_ty), mask=real_MN)
+    if ADDED:
+        sums_MN += tl.load(output_ptr + at_MN, mask=real_MN, other=0.0).to(tl.float32)
+    kept_MN = sums_MN.to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + at_MN, kept_MN, mask=real_MN)
+    if PREPARED:  # of what was stored: the norm is that of the rounded rows
+        kept_MN = kept_MN.to(tl.float32)
+        squares_M = tl.sum(kept_MN * kept_MN, 1)
+        tl.store(squares_ptr + row_M * tl.num_programs(0) + block, squares_M, mask=real_M)
+        norm_N = tl.load(norm_ptr + out_N, mask=real_N, other=0.0).to(tl.float32)
+        tl.store(scaled_ptr + at_MN, (kept_MN * norm_N[None, :]).to(scaled_ptr.dtype.element_ty), mask=real_MN)
 
 
-def choose(outputs: int, inputs: int, block: int, gated: bool) -> Tiles:
+def prepare(hidden: Tensor, norm: Tensor) -> Prepared:
+    """Rows (..., d), d contiguous, that no product has prepared, for a norm of weight (d,)."""
+    size = hidden.shape[-1]
+    flat = hidden.reshape(-1, size)
+    scaled, parts = flat.new_empty(flat.shape), triton.cdiv(size, PART)
+    squares = flat.new_empty(len(flat), parts, dtype=torch.float32)
+    with torch.cuda.device_of(hidden):
+        _prepare[(len(flat),)](
+            flat, norm, scaled, squares, flat.stride(0), size, triton.next_power_of_2(size), parts,
+            triton.next_power_of_2(parts), num_warps=4,
+        )  # fmt: skip
+    return Prepared(hidden, scaled, squares)
+
+
+def normed_product(
+    rows: Prepared,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    gated: bool = False,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """RMS norm of the rows, then the product with W (N, K) and the bias (N,): (..., N). `gated`: W is (2 N, K) and the
+    result is silu(first half) * second half.
+    """
+    hidden, outputs = rows.hidden, len(weight) // (2 if gated else 1)
+    result = hidden.new_empty(*hidden.shape[:-1], outputs)
+    _launch(rows.scaled, weight, bias, result, tiles, normed=rows.squares, epsilon=epsilon, gated=gated)
+    return result
+
+
+def add_product(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: Tensor | None,
+    tiles: Tiles | None = None,
+) -> Prepared | None:
+    """Add the product of rows (..., K) with W (d, K), and the bias (d,), to the residual rows (..., d) in place.
+
+    Returns them prepared for the norm of weight (d,), if there is one.
+    """
+    size = len(weight)
+    flat = rows.reshape(-1, rows.shape[-1])
+    assert residual.is_contiguous() and residual.shape == (*rows.shape[:-1], size)
+    prepared = None
+    if norm is not None:
+        squares = rows.new_empty(len(flat), triton.cdiv(size, PART), dtype=torch.float32)
+        prepared = Prepared(residual, flat.new_empty(len(flat), size), squares)
+    _launch(flat, weight, bias, residual, tiles, prepared=prepared, norm=norm, added=True)
+    return prepared
+
+
+def _launch(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    tiles: Tiles | None,
+    *,
+    normed: Tensor | None = None,
+    epsilon: float = 0.0,
+    gated: bool = False,
+    added: bool = False,
+    prepared: Prepared | None = None,
+    norm: Tensor | None = None,
+) -> None:
+    count, inputs = rows.shape
+    outputs = len(weight) // (2 if gated else 1)
+    assert weight.shape[1] == inputs and weight.is_contiguous() and rows.is_contiguous() and rows.dtype == weight.dtype
+    block = max(16, min(ROWS, triton.next_power_of_2(count)))
+    tiles = tiles or choose(outputs, inputs, block, gated, added)
+    assert prepared is None or tiles.outputs == PART
+    interpreted = not isinstance(_product, triton.JITFunction)  # numpy cannot multiply bfloat16
+    unused, parts = rows, 1 if normed is None else normed.shape[1]
+    with torch.cuda.device_of(rows):
+        _product[triton.cdiv(outputs, tiles.outputs), triton.cdiv(count, block)](
+            rows, weight, unused if bias is None else bias, unused if normed is None else normed, output,
+            unused if norm is None else norm, *(unused, unused) if prepared is None else (prepared.scaled,
+            prepared.squares), count, epsilon, outputs, inputs, block, tiles.outputs, tiles.inputs,
+            parts, triton.next_power_of_2(parts), bias is not None, normed is not None, gated, added,
+            prepared is not None, interpreted, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+
+def choose(outputs: int, inputs: int, block: int, gated: bool, added: bool) -> Tiles:
     """Tiles for a matrix (N, K), or two of them, and blocks of so many rows: enough of them for all multiprocessors,
     and as much of the matrix under way in each as its shared memory holds.
     """
-    wide = 16 if outputs <= 8192 else 32
+    wide = PART if added or gated or outputs >= 4096 else 16
     deep = next(size for size in (256, 128, 64, 32) if size == 32 or inputs % size == 0)
     stage = 2 * deep * (block + wide * (2 if gated else 1))
     return Tiles(wide, deep, max(2, min(MOST_STAGES, SHARED_BYTES // stage)), 4)
 
 
-def row_product(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
-    onto: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    tiles: Tiles | None = None,
-) -> Tensor:
-    """y = n(x) W^T + b for few rows x (..., K), one behind the other, of float16 or bfloat16; sums are float32.
-
-    Args:
-        weight: (N, K), contiguous; (2 N, K) if `gated`. bias: (N,), or (2 N,).
-        norm: weight (K,) and epsilon of the RMS norm n, left out where None.
-        gated: y = silu(first half) * second half of the products.
-        onto: (..., N) contiguous rows that the product is added to, in place, and which are returned.
-        dtype: of the result, the rows' by default.
-
-    Returns (..., N).
-    """
-    inputs, outputs = weight.shape[1], len(weight) // (2 if gated else 1)
-    assert rows.shape[-1] == inputs and weight.is_contiguous() and rows.dtype == weight.dtype
-    flat = rows.reshape(-1, inputs)  # a copy where a step's rows do not lie one behind the other
-    count = len(flat)
-    assert flat.stride(1) == 1
-    result = onto
-    if result is None:
-        result = rows.new_empty(*rows.shape[:-1], outputs, dtype=dtype or rows.dtype)
-    assert result.is_contiguous() and result.shape[:-1] == rows.shape[:-1]
-    block = max(16, min(ROWS, triton.next_power_of_2(count)))
-    tiles = tiles or choose(outputs, inputs, block, gated)
-    interpreted = not isinstance(_product, triton.JITFunction)  # numpy cannot multiply bfloat16
-    scale, epsilon = norm or (weight, 0.0)
-    with torch.cuda.device_of(rows):
-        _product[triton.cdiv(outputs, tiles.outputs), triton.cdiv(count, block)](
-            flat, weight, weight if bias is None else bias, scale, result, count, flat.stride(0), epsilon,
-            outputs, inputs, block, tiles.outputs, tiles.inputs,
-            bias is not None, norm is not None, gated, onto is not None, interpreted,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-    return result
+SHARED_BYTES = 96 << 10  # of a block, so that two share a multiprocessor
+MOST_STAGES = 5
