@@ -166,7 +166,7 @@ def bench(shared: Shared, work: Work) -> None:
         headers, cells = bench_cells(found)
         cells = [[*line, str(row.prompts)] for line, row in zip(cells, found.rows, strict=True)]
         work.tables[:] = [
-            Table(f"Bench, {teacher.describe()['dtype']}: lossless is against `ar`", [*headers, "prompts"], cells),
+            Table(f"Bench, {teacher.describe()['dtype']}: lossless is against `ar`", [*headers, "answered"], cells),
             _pipelines(found),
             _identical(bout),
         ]
