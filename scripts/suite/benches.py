@@ -78,11 +78,11 @@ def tune_trees(shared: Shared, work: Work) -> None:
     work.tables.append(table)
     made = predictors(shared, teacher)
     wanted = [(kind, predictor) for kind, predictor in made.items() if not predictor.pipeline][: sizes.tuned]
-    whole_seconds = TUNE_SECONDS
+    whole_seconds, brief_seconds = TUNE_SECONDS, TUNE_BRIEF_SECONDS
     for number, (kind, predictor) in enumerate(wanted):
         seconds = work.clock.left() / (len(wanted) - number)
         brief = shared.device.type == "cuda" and seconds < whole_seconds
-        if brief and not work.clock.allows(TUNE_BRIEF_SECONDS, f"tuning {kind}"):
+        if brief and not work.clock.allows(brief_seconds, f"tuning {kind}"):
             continue
         if brief:
             work.clock.cuts.append(f"{kind} tuned for batch {sizes.tune_batches[0]} alone and not tried")
@@ -90,7 +90,9 @@ def tune_trees(shared: Shared, work: Work) -> None:
         began = time.perf_counter()
         report = tune(teacher, predictor, [prompt.token_ids for prompt in prompts], settings)
         spent = time.perf_counter() - began
-        if not brief:
+        if brief:
+            brief_seconds = spent
+        else:
             whole_seconds = spent
         entry = report.entries[0]
         keep_tree(shared, kind, spec_of(entry, predictor.steps))
