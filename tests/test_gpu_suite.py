@@ -10,7 +10,6 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -525,10 +524,10 @@ def test_predictors_of_a_real_teacher_begin_at_two_thirds_of_its_depth(shared: S
     assert set(made) == {"firp", "hidden_transfer", "medusa"}
 
 
-@pytest.mark.parametrize("text", ["dynamic:8@3", "chain", "dynamic:6"])
+@pytest.mark.parametrize("text", ["dynamic:8@3", "chain", "dynamic:2/1", "static:2x2"])
 def test_trees_survive_being_handed_on_and_kept(text: str, tmp_path: Path) -> None:
     tree = parse_tree(text, 4)
     assert str(tree_of(json.loads(json.dumps(described(tree))), 4)) == str(tree)
-    write_tree(tmp_path, SimpleNamespace(**described(tree)))
+    write_tree(tmp_path, tree)
     read = read_trees(tmp_path / "tree.json", 4).default
     assert (read.nodes, read.paths, read.budget) == (tree.nodes, tree.paths, tree.budget)

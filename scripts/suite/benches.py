@@ -26,7 +26,7 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder
 from firp_cli.recipe import TeacherConfig
-from firp_cli.records import BenchReport, BenchRow, TunedTree, TuneReport, plain
+from firp_cli.records import BenchReport, BenchRow, TuneReport, plain
 from firp_cli.reports.pipeline import pipeline_cells, pipeline_note
 from firp_cli.reports.tables import bench_cells
 from firp_cli.teacher.stack import Teacher
@@ -94,22 +94,22 @@ def tune_trees(shared: Shared, work: Work) -> None:
             brief_seconds = spent
         else:
             whole_seconds = spent
-        entry = report.entries[0]
-        keep_tree(shared, kind, spec_of(entry, predictor.steps))
+        tree = spec_of(report.entries[0], predictor.steps)
+        keep_tree(shared, kind, tree)
         work.values[kind] = plain(report)
         table.cells += _tuned_cells(kind, report, spent)
         work.key = ", ".join(f"{line[0]} {line[2]}" for line in table.cells)
         if kind in shared.found.get("saved", []):
-            write_tree(saved(shared, kind), entry)
+            write_tree(saved(shared, kind), tree)
             pack(shared, work)
         work.save()
 
 
-def write_tree(folder: Path, entry: TunedTree) -> None:
+def write_tree(folder: Path, tree: TreeSpec) -> None:
     """The tree.json of a predictor's folder: the tree for any machine."""
-    fields = {name: value for name, value in vars(entry).items() if name in ("tree", "paths", "steps", "budget")}
-    if entry.tree != "none":
-        (folder / "tree.json").write_text(json.dumps(plain(fields)) + "\n", encoding="utf-8")
+    if tree.kind != "none":
+        fields = {name: value for name, value in described(tree).items() if value is not None and name != "nodes"}
+        (folder / "tree.json").write_text(json.dumps(fields) + "\n", encoding="utf-8")
 
 
 def tune_settings(sizes: Sizes, seconds: float, brief: bool) -> TuneSettings:
