@@ -23,8 +23,10 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,8 @@ from suite.work import Part, Shared, grouped, select  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from firp_cli.provenance import environment  # noqa: E402
+from firp_cli.recipe import TeacherConfig  # noqa: E402
+from firp_cli.teacher.source import locate  # noqa: E402
 
 MINUTES, QUICK_MINUTES = 6.8, 3.0
 SPARE = 8.0  # seconds at the end that no part gets
@@ -216,6 +220,7 @@ class Run:
         self.until = began + 60 * known.minutes - SPARE
         self.found = Found()
         self.spare, self.count = FIRST, 0
+        self.held: Shared | None = None
         names = [part.name for part in known.chosen]
         settings = {"sizes": sizes_of(known).name, "minutes": known.minutes, "parts": names, "teacher": known.teacher}
         self.head = {"environment": environment(), "settings": settings}
@@ -235,6 +240,8 @@ class Run:
         """Run them; returns whether no part failed. Ends behind a smoke test that did."""
         chosen = self.known.chosen
         waiting = grouped(chosen)
+        if isolated and len(waiting) > 1:
+            self._unpack()
         while waiting:
             parts, later = waiting[0], [part for group in waiting[1:] for part in group]
             plan = Plan(parts, later, chosen, self.until)
@@ -254,10 +261,10 @@ class Run:
 
     def _shared(self) -> Shared:
         """In-process: one for all groups."""
-        if not hasattr(self, "_held"):
-            self._held = make_shared(self.known, self.scratch)
-            self.found.device = describe(self._held)
-        return self._held
+        if self.held is None:
+            self.held = make_shared(self.known, self.scratch)
+            self.found.device = describe(self.held)
+        return self.held
 
     def _apart(self, plan: Plan) -> list[Part]:
         """Run a group in a process of its own, while the next one starts; returns what is left of it."""
@@ -283,6 +290,17 @@ class Run:
         job: dict[str, Any] = {name: [part.name for part in parts] for name, parts in names.items()}
         job |= {"until": plan.until, "given": self.found.given, "scratch": str(self.scratch), "path": str(path)}
         return job | {"environment": {CACHE: os.environ[CACHE]}}
+
+    def _unpack(self) -> None:
+        """Unpack a real teacher's GGUF file while other groups run. What is wrong with it its first part will say."""
+
+        def unpack() -> None:
+            dtype = "bfloat16" if self.known.device == "cuda" else "float32"
+            with suppress(Exception):
+                locate(TeacherConfig.model_validate({"model": self.known.teacher, "dtype": dtype}))
+
+        if self.known.teacher is not None:
+            threading.Thread(target=unpack, daemon=True).start()
 
     def _forward(self, text: bytes) -> None:
         self.log.write(text)
@@ -327,7 +345,10 @@ def main(arguments: Sequence[str] | None = None, began: float | None = None, iso
         return run_job(known)
     former = signal.signal(signal.SIGTERM, _terminate)
     began = time.monotonic() if began is None else began
-    with tempfile.TemporaryDirectory() as scratch, patch.dict(os.environ, {CACHE: f"{scratch}/cache"}):
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        patch.dict(os.environ, {CACHE: f"{scratch}/cache"}),
+    ):
         run = Run(known, Path(scratch), began)  # caches are of this run alone
         try:
             whole = run.groups(isolated)

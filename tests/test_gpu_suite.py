@@ -21,15 +21,29 @@ from conftest import ROOT, SETTINGS, tiny_teacher
 sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_suite
 from build_embedded import build_tokenizer
-from suite import answers, bout, corpus, gpu_tests, groups, needs, predictors, replay, report, shapes, sizes, steps
+from suite import (
+    answers,
+    bout,
+    corpus,
+    gpu_tests,
+    groups,
+    needs,
+    predictors,
+    replay,
+    report,
+    shapes,
+    sizes,
+    steps,
+    subject,
+)
 from suite.answers import Written, stored
-from suite.benches import Traced, tune_settings
+from suite.benches import Traced, tune_settings, write_tree
 from suite.predictors import share
-from suite.subject import Real, tree_of
+from suite.subject import SAVED, Real, tree_of
 from suite.work import Clock, Failed, Part, Shared, Skipped, Table, Work, allowed, grouped, is_fatal, run_part, select
 
 from firp_cli.decoding.tree import parse_tree
-from firp_cli.decoding.tuned import described
+from firp_cli.decoding.tuned import described, read_trees
 from firp_cli.predictors import registry
 from firp_cli.recipe import KINDS, TeacherConfig
 from firp_cli.teacher.stack import Teacher
@@ -363,9 +377,9 @@ def test_a_real_teacher_is_answered_trained_tuned_benched_and_replayed(tmp_path:
     assert all(one["identical"] == one["compared"] > 0 for one in found["real.exact"]["methods"].values())
     assert {*kinds, "given"} <= set(found["replay"])
     with tarfile.open(output / predictors.ARCHIVE) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
-    for kind in kinds:
-        assert registry.load_predictor(tmp_path / "unpacked" / kind, teacher).kind == kind
+        archive.extractall(tmp_path / "scratch" / SAVED, filter="data")
+    again = Shared(CPU, torch.float32, sizes.TOY, ROOT, scratch=tmp_path / "scratch", found={"saved": sorted(kinds)})
+    assert {kind: one.kind for kind, one in subject.predictors(again, teacher).items()} == {one: one for one in kinds}
     assert sorted(file.name for file in output.iterdir()) == [
         "gpu_suite.json",
         "gpu_suite.log",
@@ -451,7 +465,8 @@ def test_missing_modules_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "NEEDED", ("torch", "no_such_module"))
     monkeypatch.setattr(needs, "FOR_GGUF", ("neither_this",))
     assert needs.missing(["--device", "cpu"]) == ["no_such_module"]
-    assert needs.missing(["--device=cpu", "--teacher", "a.gguf"]) == ["no_such_module", "neither_this"]
+    for name in ("a.gguf", "smollm2-135m"):
+        assert needs.missing(["--device=cpu", "--teacher", name]) == ["no_such_module", "neither_this"]
 
 
 def test_a_part_that_swallows_its_end_is_stopped_again(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,7 +524,10 @@ def test_predictors_of_a_real_teacher_begin_at_two_thirds_of_its_depth(shared: S
     assert set(made) == {"firp", "hidden_transfer", "medusa"}
 
 
-@pytest.mark.parametrize("text", ["dynamic:8@3", "chain", "dynamic:6"])
-def test_trees_survive_being_handed_on(text: str) -> None:
+@pytest.mark.parametrize("text", ["dynamic:8@3", "chain", "dynamic:2/1", "static:2x2"])
+def test_trees_survive_being_handed_on_and_kept(text: str, tmp_path: Path) -> None:
     tree = parse_tree(text, 4)
     assert str(tree_of(json.loads(json.dumps(described(tree))), 4)) == str(tree)
+    write_tree(tmp_path, tree)
+    read = read_trees(tmp_path / "tree.json", 4).default
+    assert (read.nodes, read.paths, read.budget) == (tree.nodes, tree.paths, tree.budget)

@@ -27,6 +27,7 @@ PACK_TOKENS = 16_384  # of a forward that captures states
 BATCHES = 8  # that are cut from prompts sorted by length: together a fair mix
 ROOMY = 0.25  # share of a GPU's free memory that states may take; more of them lie in the host's
 SLACK = 1.3  # over the time that the last batch took
+CAPTURED_A_SECOND = 50_000  # tokens, until it is known
 
 
 @dataclass
@@ -49,6 +50,11 @@ class Account:
     captured: int = 0
     capture_seconds: float = 0.0
     passes: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def seconds_to_capture(self) -> float:
+        """Of a token."""
+        return self.capture_seconds / self.captured if self.captured else 1 / CAPTURED_A_SECOND
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -121,7 +127,8 @@ def answer(
     last = 0.0
     for batch in batches:
         waiting = sum(len(prompt) + len(text) for prompt, text in pending)
-        needed = SLACK * last + SLACK * account.capture_seconds / max(1, account.captured) * waiting
+        waiting += sum(len(prompt) + own.answer_tokens for prompt in batch)
+        needed = SLACK * (last + waiting * account.seconds_to_capture)
         if own.tokens is not None and account.tokens >= own.tokens:
             return pending, False
         if account.answers and not work.clock.allows(needed, f"answers after {account.answers}"):

@@ -26,7 +26,7 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.early_exit import EarlyExitPredictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder
 from firp_cli.recipe import TeacherConfig
-from firp_cli.records import BenchReport, BenchRow, TunedTree, TuneReport, plain
+from firp_cli.records import BenchReport, BenchRow, TuneReport, plain
 from firp_cli.reports.pipeline import pipeline_cells, pipeline_note
 from firp_cli.reports.tables import bench_cells
 from firp_cli.teacher.stack import Teacher
@@ -78,11 +78,11 @@ def tune_trees(shared: Shared, work: Work) -> None:
     work.tables.append(table)
     made = predictors(shared, teacher)
     wanted = [(kind, predictor) for kind, predictor in made.items() if not predictor.pipeline][: sizes.tuned]
-    whole_seconds = TUNE_SECONDS
+    whole_seconds, brief_seconds = TUNE_SECONDS, TUNE_BRIEF_SECONDS
     for number, (kind, predictor) in enumerate(wanted):
         seconds = work.clock.left() / (len(wanted) - number)
         brief = shared.device.type == "cuda" and seconds < whole_seconds
-        if brief and not work.clock.allows(TUNE_BRIEF_SECONDS, f"tuning {kind}"):
+        if brief and not work.clock.allows(brief_seconds, f"tuning {kind}"):
             continue
         if brief:
             work.clock.cuts.append(f"{kind} tuned for batch {sizes.tune_batches[0]} alone and not tried")
@@ -90,24 +90,26 @@ def tune_trees(shared: Shared, work: Work) -> None:
         began = time.perf_counter()
         report = tune(teacher, predictor, [prompt.token_ids for prompt in prompts], settings)
         spent = time.perf_counter() - began
-        if not brief:
+        if brief:
+            brief_seconds = spent
+        else:
             whole_seconds = spent
-        entry = report.entries[0]
-        keep_tree(shared, kind, spec_of(entry, predictor.steps))
+        tree = spec_of(report.entries[0], predictor.steps)
+        keep_tree(shared, kind, tree)
         work.values[kind] = plain(report)
         table.cells += _tuned_cells(kind, report, spent)
         work.key = ", ".join(f"{line[0]} {line[2]}" for line in table.cells)
         if kind in shared.found.get("saved", []):
-            write_tree(saved(shared, kind), entry)
+            write_tree(saved(shared, kind), tree)
             pack(shared, work)
         work.save()
 
 
-def write_tree(folder: Path, entry: TunedTree) -> None:
+def write_tree(folder: Path, tree: TreeSpec) -> None:
     """The tree.json of a predictor's folder: the tree for any machine."""
-    fields = {name: value for name, value in vars(entry).items() if name in ("tree", "paths", "steps", "budget")}
-    if entry.tree != "none":
-        (folder / "tree.json").write_text(json.dumps(plain(fields)) + "\n", encoding="utf-8")
+    if tree.kind != "none":
+        fields = {name: value for name, value in described(tree).items() if value is not None and name != "nodes"}
+        (folder / "tree.json").write_text(json.dumps(fields) + "\n", encoding="utf-8")
 
 
 def tune_settings(sizes: Sizes, seconds: float, brief: bool) -> TuneSettings:
@@ -166,7 +168,7 @@ def bench(shared: Shared, work: Work) -> None:
         headers, cells = bench_cells(found)
         cells = [[*line, str(row.prompts)] for line, row in zip(cells, found.rows, strict=True)]
         work.tables[:] = [
-            Table(f"Bench, {teacher.describe()['dtype']}: lossless is against `ar`", [*headers, "prompts"], cells),
+            Table(f"Bench, {teacher.describe()['dtype']}: lossless is against `ar`", [*headers, "answered"], cells),
             _pipelines(found),
             _identical(bout),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 NEEDED = (
     "torch",
@@ -19,12 +20,17 @@ NEEDED = (
     "matplotlib",
 )
 ON_CUDA = ("triton",)
-FOR_GGUF = ("gguf",)
+FOR_GGUF = ("gguf", "accelerate")  # which transformers reads such a file with
+KNOWN = Path(__file__).resolve().parents[2] / "data" / "teachers"  # NAME.yaml: teachers that are GGUF files
 
 
 def missing(arguments: Sequence[str]) -> list[str]:
     """Modules that a run with these command-line arguments needs and that are not installed."""
     words = [word for argument in arguments for word in argument.split("=")]
     needed = [*NEEDED, *(() if "cpu" in words else ON_CUDA)]
-    needed += FOR_GGUF if any(word.endswith(".gguf") for word in words) else ()
+    needed += FOR_GGUF if any(map(_is_gguf, words)) else ()
     return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def _is_gguf(word: str) -> bool:
+    return word.endswith(".gguf") or (KNOWN / f"{word}.yaml").is_file()

@@ -38,6 +38,7 @@ def train_predictors(shared: Shared, work: Work) -> None:
     sizes, clock, own = shared.sizes, work.clock, subject(shared)
     teacher = own.teacher()
     made = predictors_for(own, teacher)
+    library = Teacher(teacher.model, teacher.tokenizer, teacher.name, check=False)  # as `firp train` has it
     order = sorted(made, key=lambda kind: share(made[kind]), reverse=True)
     sequences = shared.found["sequences"]
     shared.found["predictors"] = {}
@@ -59,7 +60,7 @@ def train_predictors(shared: Shared, work: Work) -> None:
         )
         history = train_plain(
             predictor,
-            teacher,
+            library,
             stored(sequences, predictor),
             settings,
             seconds,
