@@ -127,6 +127,8 @@ PARTS = [  # shares of the time: seconds, about
     shaped("1b.passes", steps.passes, 10, "1b"),
     shaped("1b.prefill", speed.prefill, 4, "1b", least=2),
     shaped("1b.hf", speed.hf, 7, "1b"),
+    shaped("135m.ar", speed.ar, 6, "135m"),
+    shaped("135m.kernels", kernels.kernels, 12, "135m"),
     shaped("7b.prefill", speed.prefill, 6, "7b again", least=2),
     shaped("7b.hf", speed.hf, 9, "7b again"),
     Part("speed", benches.looped, 16, group="speed"),

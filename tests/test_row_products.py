@@ -18,11 +18,11 @@ from torch.nn import functional
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
 
-from firp_cli.teacher.row_products import ROWS, Tiles, choose, row_product  # noqa: E402
+from firp_cli.teacher.row_products import ROWS, Tiles, add_product, choose, normed_product, prepare  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 EPSILON = 1e-5
 
 
@@ -41,83 +41,102 @@ class Case:
         self.weight = (random(weights, inputs) / inputs**0.5).to(DEVICE, dtype)
         self.bias = random(weights).to(DEVICE, dtype)
         self.norm = (random(inputs).abs() + 0.5).to(DEVICE, dtype)
+        self.following = (random(outputs).abs() + 0.5).to(DEVICE, dtype)
         self.residual = random(1, rows, outputs).to(DEVICE, dtype)
 
-    def expected(self, bias: bool, norm: bool, added: bool) -> Tensor:
-        """The result in float64."""
-        rows = self.rows.double()
-        if norm:
-            rows = functional.rms_norm(rows, rows.shape[-1:], self.norm.double(), EPSILON)
-        product = functional.linear(rows, self.weight.double(), self.bias.double() if bias else None)
-        if self.gated:
-            gate, up = product.chunk(2, dim=-1)
-            product = functional.silu(gate) * up
-        return product + self.residual.double() if added else product
+    def own_bias(self, bias: bool) -> Tensor | None:
+        return self.bias if bias else None
 
-    def got(self, bias: bool, norm: bool, added: bool, tiles: Tiles | None = None) -> Tensor:
-        return row_product(
-            self.rows,
-            self.weight,
-            self.bias if bias else None,
-            norm=(self.norm, EPSILON) if norm else None,
-            gated=self.gated,
-            onto=self.residual.clone() if added else None,
-            tiles=tiles,
-        )
-
-    def check(self, bias: bool, norm: bool, added: bool, tiles: Tiles | None = None) -> None:
-        expected, got = self.expected(bias, norm, added), self.got(bias, norm, added, tiles)
-        assert got.dtype == self.dtype and got.shape == expected.shape
+    def close(self, got: Tensor, expected: Tensor) -> None:
+        assert got.shape == expected.shape
         assert (got.double() - expected).abs().max() <= TOLERANCE[self.dtype] * expected.abs().max()
+
+    def product(self, rows: Tensor, bias: bool) -> Tensor:
+        return functional.linear(rows, self.weight.double(), self.bias.double() if bias else None)
+
+    def check_normed(self, bias: bool = True, tiles: Tiles | None = None) -> Tensor:
+        """Norm, product and gate, against float64."""
+        got = normed_product(
+            prepare(self.rows, self.norm), self.weight, self.own_bias(bias), EPSILON, self.gated, tiles
+        )
+        rows = functional.rms_norm(self.rows.double(), self.rows.shape[-1:], self.norm.double(), EPSILON)
+        expected = self.product(rows, bias)
+        if self.gated:
+            gate, up = expected.chunk(2, dim=-1)
+            expected = functional.silu(gate) * up
+        self.close(got, expected)
+        return got
+
+    def check_added(self, bias: bool = True) -> None:
+        """Product and residual, and the rows prepared for the next norm, against float64."""
+        residual = self.residual.clone()
+        made = add_product(self.rows, self.weight, self.own_bias(bias), residual, self.following)
+        expected = self.residual.double() + self.product(self.rows.double(), bias)
+        self.close(residual, expected)
+        assert made is not None and made.hidden is residual
+        self.close(made.scaled, (residual.double() * self.following.double()).flatten(0, 1))
+        squares = made.squares.double().sum(1)
+        assert torch.allclose(squares, residual.double().square().sum(-1).flatten(), rtol=1e-4)
+        again = self.residual.clone()
+        assert add_product(self.rows, self.weight, self.own_bias(bias), again, None) is None
+        assert torch.equal(again, residual)
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run by test_in_the_interpreter, or on a CUDA device")
 @pytest.mark.gpu
 class TestProducts:
-    @pytest.mark.parametrize("added", [False, True])
-    @pytest.mark.parametrize("norm", [False, True])
     @pytest.mark.parametrize("bias", [False, True])
-    @pytest.mark.parametrize("gated", [False, True])
-    def test_what_stands_around_a_product_is_done(self, gated: bool, bias: bool, norm: bool, added: bool) -> None:
-        Case(3, 96, 40, gated=gated).check(bias, norm, added)
+    def test_what_stands_around_a_product_is_done(self, bias: bool) -> None:
+        Case(3, 96, 40).check_normed(bias)
+        Case(3, 96, 40, gated=True).check_normed(bias)
+        Case(3, 96, 40).check_added(bias)
 
     @pytest.mark.parametrize("dtype", list(TOLERANCE))
     @pytest.mark.parametrize("rows", [1, 2, 16, 17, 40, 64, 70])
     def test_any_number_of_rows(self, rows: int, dtype: torch.dtype) -> None:
-        Case(rows, 64, 48, dtype).check(True, True, True)
+        Case(rows, 64, 48, dtype).check_normed()
+        Case(rows, 64, 48, dtype).check_added()
 
-    @pytest.mark.parametrize(("inputs", "outputs"), [(20, 7), (64, 16), (100, 33), (256, 64), (512, 1)])
+    @pytest.mark.parametrize(("inputs", "outputs"), [(20, 7), (64, 16), (100, 33), (256, 64), (512, 1), (576, 70)])
     def test_sizes_that_no_block_divides(self, inputs: int, outputs: int) -> None:
-        Case(5, inputs, outputs).check(True, True, False)
-        Case(5, inputs, outputs, gated=True).check(False, True, False)
+        Case(5, inputs, outputs).check_normed()
+        Case(5, inputs, outputs, gated=True).check_normed(False)
+        Case(5, inputs, outputs).check_added()
 
     def test_tiles_change_the_order_of_sums_alone(self) -> None:
         case = Case(4, 200, 50)
         for tiles in (Tiles(16, 32, 2, 4), Tiles(32, 64, 3, 4), Tiles(64, 256, 2, 8)):
-            case.check(True, True, True, tiles)
+            case.check_normed(tiles=tiles)
 
     def test_a_rows_sums_do_not_depend_on_the_other_rows(self) -> None:
-        """What a tree's node gets is what plain decoding gets: bit for bit, up to 32 rows, which one kernel shape
-        serves.
-        """
+        """What a tree's node gets is what plain decoding gets, bit for bit, up to 32 rows."""
         case = Case(32, 256, 64)
-        whole = case.got(True, True, False)
+        whole = normed_product(prepare(case.rows, case.norm), case.weight, case.bias, EPSILON)
+        added = case.residual.clone()
+        add_product(case.rows, case.weight, None, added, None)
         for count in (1, 7, 16):
-            rows = case.rows[:, :count]
-            alone = row_product(rows, case.weight, case.bias, norm=(case.norm, EPSILON))
+            rows, residual = case.rows[:, :count], case.residual[:, :count].clone()
+            alone = normed_product(prepare(rows, case.norm), case.weight, case.bias, EPSILON)
             assert torch.equal(alone, whole[:, :count])
+            add_product(rows, case.weight, None, residual, None)
+            assert torch.equal(residual, added[:, :count])
 
     def test_rows_of_a_larger_tensor(self) -> None:
         case = Case(6, 64, 32)
         wide = torch.full((1, 6, 80), float("nan"), dtype=case.dtype, device=DEVICE)
         wide[:, :, :64] = case.rows
-        assert torch.equal(row_product(wide[:, :, :64], case.weight), row_product(case.rows, case.weight))
+        one, two = (prepare(rows, case.norm) for rows in (wide[:, :, :64], case.rows))
+        assert torch.equal(one.scaled, two.scaled) and torch.equal(one.squares, two.squares)
 
-    def test_float32_results_of_half_precision(self) -> None:
-        case = Case(2, 64, 32)
-        got = row_product(case.rows, case.weight, dtype=torch.float32)
-        assert got.dtype == torch.float32
-        assert torch.allclose(got.double(), case.expected(False, False, False), atol=1e-5)
+    def test_what_one_product_prepares_the_next_one_reads(self) -> None:
+        """As `prepare` would have made it."""
+        first, second = Case(3, 96, 64), Case(3, 64, 40)
+        residual = first.residual.clone()
+        made = add_product(first.rows, first.weight, first.bias, residual, second.norm)
+        assert made is not None
+        expected = normed_product(prepare(residual, second.norm), second.weight, None, EPSILON)
+        got = normed_product(made, second.weight, None, EPSILON)
+        assert (got - expected).abs().max() <= 2e-3 * expected.abs().max()
 
     def test_layers_decode_the_same_with_it(self) -> None:
         """A decoding step's rows through lean layers, either way, beside torch's layers."""
@@ -157,7 +176,6 @@ class TestProducts:
                 results.append(teacher.head(teacher.norm(out)))
         scale = results[0].abs().max()
         for other in results[1:]:
-            assert other.dtype == torch.float32
             assert (other - results[0]).abs().max() <= 2e-2 * scale
 
 
@@ -165,7 +183,7 @@ def test_tiles_fit_the_matrix() -> None:
     for inputs, outputs in ((576, 960), (4096, 6144), (14336, 4096), (100, 7)):
         for block in (16, 32, ROWS):
             for gated in (False, True):
-                tiles = choose(outputs, inputs, block, gated)
+                tiles = choose(outputs, inputs, block, gated, False)
                 assert tiles.inputs == 32 or inputs % tiles.inputs == 0
                 stage = 2 * tiles.inputs * (block + tiles.outputs * (2 if gated else 1))
                 assert tiles.stages >= 2 and stage * tiles.stages <= 160 << 10, (

@@ -69,8 +69,8 @@ def _prepare(hidden_ptr, norm_ptr, scaled_ptr, squares_ptr, row_stride, D: tl.co
 def _product(
     rows_ptr, weight_ptr, bias_ptr, squares_in_ptr, output_ptr, norm_ptr, scaled_ptr, squares_ptr, rows, epsilon,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BIAS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
-    PREPARED: tl.constexpr, UPCAST: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BIAS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
+    ADDED: tl.constexpr, PREPARED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of outputs of one block of rows; grid (N blocks, M blocks). With GATED the matrix has 2 N rows."""
     block = tl.program_id(0)
@@ -170,7 +170,8 @@ def add_product(
     assert residual.is_contiguous() and residual.shape == (*rows.shape[:-1], size)
     prepared = None
     if norm is not None:
-        squares = rows.new_empty(len(flat), triton.cdiv(size, PART), dtype=torch.float32)
+        tiles = tiles or choose(size, flat.shape[1], row_block(len(flat)), False, True)
+        squares = rows.new_empty(len(flat), triton.cdiv(size, tiles.outputs), dtype=torch.float32)
         prepared = Prepared(residual, flat.new_empty(len(flat), size), squares)
     _launch(flat, weight, bias, residual, tiles, prepared=prepared, norm=norm, added=True)
     return prepared
@@ -193,9 +194,8 @@ def _launch(
     count, inputs = rows.shape
     outputs = len(weight) // (2 if gated else 1)
     assert weight.shape[1] == inputs and weight.is_contiguous() and rows.is_contiguous() and rows.dtype == weight.dtype
-    block = max(16, min(ROWS, triton.next_power_of_2(count)))
+    block = row_block(count)
     tiles = tiles or choose(outputs, inputs, block, gated, added)
-    assert prepared is None or tiles.outputs == PART
     interpreted = not isinstance(_product, triton.JITFunction)  # numpy cannot multiply bfloat16
     unused, parts = rows, 1 if normed is None else normed.shape[1]
     with torch.cuda.device_of(rows):
@@ -206,6 +206,11 @@ def _launch(
             parts, triton.next_power_of_2(parts), bias is not None, normed is not None, gated, added,
             prepared is not None, interpreted, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+
+
+def row_block(count: int) -> int:
+    """Rows of a block for so many rows."""
+    return max(16, min(ROWS, triton.next_power_of_2(count)))
 
 
 def choose(outputs: int, inputs: int, block: int, gated: bool, added: bool) -> Tiles:

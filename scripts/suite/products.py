@@ -1,4 +1,4 @@
-"""A decoding layer's products of few rows: torch's with the operations around them, and the kernel that does both."""
+"""A decoding layer's products of few rows: torch's with the operations around them, and the kernels that do both."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from suite.sizes import Shape
 from suite.timing import graphed, milliseconds
 from suite.work import Shared, Skipped, Table, Work
 
-ROWS = (1, 16, 64)
+ROWS = (1, 32)
 APART = 1 << 28  # bytes of different matrices that a timing goes through: more than a cache holds
 EPSILON = 1e-5
-POINT_SECONDS = 6.0  # of one matrix with all tiles and rows on a GPU, compiling included
+POINT_SECONDS = 5.0  # of one matrix with all tiles and rows on a GPU, compiling included
+TILES = ((32, 256, 4, 4), (32, 128, 6, 4), (64, 128, 4, 4), (16, 256, 5, 4))
+GATED_TILES = ((16, 128, 6, 4), (32, 128, 4, 4), (64, 64, 5, 4), (32, 128, 4, 8))
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, matrix, residual
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A product of a layer: (N, K), twice N if `gated`; a norm ahead of it; its result added to the residual rows."""
+    """A product of a layer: (N, K), twice N if `gated`; with a norm ahead of it, or added to the residual rows."""
 
     name: str
     outputs: int
     inputs: int
-    norm: bool = False
     gated: bool = False
     added: bool = False
 
@@ -38,43 +39,41 @@ class Matrix:
 
 
 def matrices(shape: Shape) -> list[Matrix]:
-    """The products of a layer of a shape, and the head's."""
+    """The products of a layer of a shape."""
     size, feed, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
     queries, keys = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
     return [
-        Matrix("queries, keys, values", queries + 2 * keys, size, norm=True),
+        Matrix("queries, keys, values", queries + 2 * keys, size),
         Matrix("output", size, queries, added=True),
-        Matrix("gate, up", feed, size, norm=True, gated=True),
+        Matrix("gate, up", feed, size, gated=True),
         Matrix("down", size, feed, added=True),
-        Matrix("head", shape["vocab_size"], size),
     ]
 
 
 def library(matrix: Matrix, norm: Tensor) -> Product:
-    """torch's operations."""
+    """torch's operations, and the kernel for the gate."""
+    from firp_cli.teacher.layer_kernels import silu_product
 
     def run(rows: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        if matrix.norm:
-            rows = functional.rms_norm(rows, (matrix.inputs,), norm, EPSILON)
         if matrix.added:
             return residual.addmm_(rows, weight.T)
-        product = functional.linear(rows, weight)
-        if matrix.gated:
-            gate, up = product.chunk(2, dim=-1)
-            product = functional.silu(gate) * up
-        return product
+        product = functional.linear(functional.rms_norm(rows, (matrix.inputs,), norm, EPSILON), weight)
+        return silu_product(product) if matrix.gated else product
 
     return run
 
 
-def kernel(matrix: Matrix, norm: Tensor, tiles: Any) -> Product:
-    """The kernel with given tiles."""
-    from firp_cli.teacher.row_products import row_product
+def kernel(matrix: Matrix, norm: Tensor, following: Tensor, hidden: Tensor, tiles: Any) -> Product:
+    """The kernel with given tiles, on rows that the one before has prepared."""
+    from firp_cli.teacher.row_products import add_product, normed_product, prepare
+
+    prepared = prepare(hidden, norm)
 
     def run(rows: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        before = (norm, EPSILON) if matrix.norm else None
-        onto = residual if matrix.added else None
-        return row_product(rows, weight, norm=before, gated=matrix.gated, onto=onto, tiles=tiles)
+        if matrix.added:
+            add_product(rows, weight, None, residual, following, tiles)
+            return residual
+        return normed_product(prepared, weight, None, EPSILON, matrix.gated, tiles)
 
     return run
 
@@ -85,8 +84,7 @@ def products(shared: Shared, work: Work, name: str) -> None:
         raise Skipped("the kernel runs on CUDA devices")
     from firp_cli.teacher.row_products import Tiles
 
-    wanted = [Tiles(16, 256, 4, 4), Tiles(32, 128, 5, 4), Tiles(32, 256, 4, 4), Tiles(64, 128, 4, 4)]
-    headers = ["product", "rows", "at the copy's rate", "torch", *(f"{t.outputs}x{t.inputs}" for t in wanted), "off by"]
+    headers = ["product", "rows", "at the copy's rate", "torch", "kernel: tiles", "off by"]
     table = Table(f"{name}: products of few rows, microseconds (norm, gate and residual included)", headers)
     work.tables.append(table)
     rate = shared.found.get("bytes_per_second")
@@ -94,12 +92,13 @@ def products(shared: Shared, work: Work, name: str) -> None:
         if not work.clock.allows(POINT_SECONDS, matrix.name):
             break
         for rows in ROWS:
+            wanted = [Tiles(*sizes) for sizes in (GATED_TILES if matrix.gated else TILES)]
             found = one(shared, matrix, rows, wanted)
             floor = 1e3 * matrix.weights * matrix.inputs * 2 / rate if rate else None
             work.values[f"{matrix.name}, {rows} rows"] = found | {"floor_milliseconds": floor}
-            times = [found["torch"], *(found[f"{t.outputs}x{t.inputs}"] for t in wanted)]
-            cells = [f"{1e3 * value:.1f}" if value else "-" for value in (floor, *times)]
-            table.cells.append([matrix.name, str(rows), *cells, f"{found['difference']:.2g}"])
+            tried = [f"{label} {1e3 * value:.1f}" for label, value in found["kernel"].items() if value]
+            cells = [f"{1e3 * value:.1f}" if value else "-" for value in (floor, found["torch"])]
+            table.cells.append([matrix.name, str(rows), *cells, "; ".join(tried), f"{found['difference']:.2g}"])
             work.save()
         shared.free()
     work.key = f"{len(table.cells)} products"
@@ -116,21 +115,21 @@ def one(shared: Shared, matrix: Matrix, rows: int, wanted: list[Any]) -> dict[st
     ]
     hidden = torch.randn(rows, matrix.inputs, device=device).to(dtype)
     residual = torch.randn(rows, matrix.outputs, device=device).to(dtype)
-    norm = torch.rand(matrix.inputs, device=device).add_(0.5).to(dtype)
-    expected = library(matrix, norm)(hidden, weights[0], residual.clone()).float()
-    values: dict[str, Any] = {"difference": 0.0}
-    runs = {"torch": library(matrix, norm)} | {f"{t.outputs}x{t.inputs}": kernel(matrix, norm, t) for t in wanted}
-    for label, run in runs.items():
+    norm, following = (torch.rand(size, device=device).add_(0.5).to(dtype) for size in (matrix.inputs, matrix.outputs))
+    plain = library(matrix, norm)
+    expected = plain(hidden, weights[0], residual.clone()).float()
+    values: dict[str, Any] = {"torch": timed(shared, plain, hidden, weights, residual.clone())}
+    values |= {"kernel": {}, "difference": 0.0}
+    for tiles in wanted:
+        label, run = "x".join(map(str, tiles)), kernel(matrix, norm, following, hidden, tiles)
         try:
             got = run(hidden, weights[0], residual.clone()).float()
         except Exception as error:  # tiles that do not fit a device's shared memory
-            if label == "torch":
-                raise
-            values[label], values[f"{label} error"] = None, str(error).partition("\n")[0][:120]
+            values["kernel"][label], values[f"{label} error"] = None, str(error).partition("\n")[0][:120]
             continue
         off = ((got - expected).abs().max() / expected.abs().max()).item()
         values["difference"] = max(values["difference"], off)
-        values[label] = timed(shared, run, hidden, weights, residual)
+        values["kernel"][label] = timed(shared, run, hidden, weights, residual.clone())
     return values
 
 
@@ -144,6 +143,4 @@ def timed(shared: Shared, run: Product, hidden: Tensor, weights: list[Tensor], r
 
     graph = graphed(every, shared.device)
     graph = graph[0] if isinstance(graph, tuple) else graph
-    spent = milliseconds(graph, shared.device, shared.sizes.repeats) / len(weights)
-    residual.normal_()  # what was added again and again
-    return spent
+    return milliseconds(graph, shared.device, shared.sizes.repeats) / len(weights)

@@ -29,6 +29,17 @@ SHAPE_1B: Shape = {  # Llama 3.2 1B's: 1.24 billion parameters
     "max_position_embeddings": 32_768,
     "tie_word_embeddings": True,
 }
+SHAPE_135M: Shape = {  # SmolLM2 135M's
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 SHAPE_TOY: Shape = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -129,7 +140,7 @@ class Sizes:
 
 FULL = Sizes(
     name="full",
-    shapes={"7b": SHAPE_7B, "1b": SHAPE_1B},
+    shapes={"7b": SHAPE_7B, "1b": SHAPE_1B, "135m": SHAPE_135M},
     copy_bytes=4 << 30,
     matrix=8192,
     repeats=7,
@@ -191,7 +202,11 @@ QUICK = replace(
 )
 TOY = Sizes(
     name="toy",
-    shapes={"7b": SHAPE_TOY, "1b": SHAPE_TOY | {"num_hidden_layers": 2, "tie_word_embeddings": True}},
+    shapes={
+        "7b": SHAPE_TOY,
+        "1b": SHAPE_TOY | {"num_hidden_layers": 2, "tie_word_embeddings": True},
+        "135m": SHAPE_TOY | {"num_hidden_layers": 2},
+    },
     copy_bytes=1 << 24,
     matrix=128,
     repeats=3,
