@@ -33,7 +33,7 @@ from firp_cli.decoding.engine import Engine, EngineOptions  # noqa: E402
 from firp_cli.decoding.step import Stepper  # noqa: E402
 from firp_cli.decoding.tree import parse_tree  # noqa: E402
 from firp_cli.predictors.base import forward_rows  # noqa: E402
-from firp_cli.teacher import layer_kernels, tree_attention  # noqa: E402
+from firp_cli.teacher import layer_kernels, row_products, tree_attention  # noqa: E402
 from firp_cli.teacher.attention import AttentionMask, StepMask  # noqa: E402
 from firp_cli.teacher.fused import FusedLayer, FusedStack, RMSNorm  # noqa: E402
 from firp_cli.teacher.kv_cache import KVCache  # noqa: E402
@@ -264,6 +264,7 @@ class Trace(TorchDispatchMode):
         self.names: list[str] = []
         self._within = False
         for module, kernels in (
+            (row_products, ("_prepare", "_product")),
             (layer_kernels, ("_rotate_and_write", "_silu_product")),
             (tree_attention, ("_attend", "_combine")),
         ):
@@ -358,6 +359,29 @@ class TestLayers:
         products = [trace.names[number] for number in (1, 7)]  # by whatever operation the device does best with
         expected = ["norm", products[0], "_rotate_and_write", "_attend", "_combine", "addmm_"]
         assert trace.names == [*expected, "norm", products[1], "_silu_product", "addmm_"]
+
+    @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2"])
+    def test_with_own_products_it_launches_seven(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Queries, keys and values; rotation and K/V; attention in two; output; gate, up and silu; down. The first one
+        prepares its rows, the next ones get them prepared.
+        """
+        teacher = new_teacher(name)
+        teacher.model.to(DEVICE, torch.float16)
+        assert teacher.fuse() is None
+        teacher.stack.own_products = True  # type: ignore[attr-defined]
+        monkeypatch.setattr(tree_attention, "_multiprocessors", lambda _: 132)
+        with torch.no_grad():
+            ids = some_ids(1, 21).to(DEVICE)
+            kv_cache = prefilled(teacher, ids)
+            kv_cache.begin(3, 24)
+            positions, mask = step_mask(kv_cache, [0, 1, 1], teacher.dtype, kernel=True)
+            hidden = teacher.embed(ids[:, :3])
+            rotary, seen = teacher.rotary(hidden, positions), mask.at(None, 3)
+            with Trace(monkeypatch) as trace:
+                for number in (0, 1):
+                    hidden = teacher.layer(number, hidden, rotary, positions, seen, kv_cache)
+        layer = ["_product", "_rotate_and_write", "_attend", "_combine", *["_product"] * 3]
+        assert trace.names == ["_prepare", *layer, *layer]
 
     def test_another_activation_keeps_torchs_operations(self) -> None:
         model = copy.deepcopy(tiny_model("llama"))

@@ -183,7 +183,7 @@ def test_tiles_fit_the_matrix() -> None:
     for inputs, outputs in ((576, 960), (4096, 6144), (14336, 4096), (100, 7)):
         for block in (16, 32, ROWS):
             for gated in (False, True):
-                tiles = choose(outputs, inputs, block, gated, False)
+                tiles = choose(outputs, inputs, block, gated)
                 assert tiles.inputs == 32 or inputs % tiles.inputs == 0
                 stage = 2 * tiles.inputs * (block + tiles.outputs * (2 if gated else 1))
                 assert tiles.stages >= 2 and stage * tiles.stages <= 160 << 10, (

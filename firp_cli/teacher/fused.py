@@ -28,8 +28,9 @@ from firp_cli.teacher.products import Product
 if TYPE_CHECKING:
     from firp_cli.teacher.row_products import Prepared
 
-OWN_PRODUCTS = False  # whether decoding steps take teacher/row_products.py where it runs
-OWN_ROWS = 64  # of a step, at most
+OWN_ROWS = 64  # of a step whose products are those of teacher/row_products.py, at most
+SLOWER_SIZES = range(1025, 4096)  # hidden sizes at which torch's products were faster, or nobody has measured
+HOPPER = (9, 0)
 
 
 def runs_own_products(weight: Any) -> bool:
@@ -39,6 +40,17 @@ def runs_own_products(weight: Any) -> bool:
         and weight.is_cuda
         and weight.dtype in (torch.float16, torch.bfloat16)
         and choose_backend("auto", weight.device) == "triton"
+    )
+
+
+def prefers_own_products(head: Any) -> bool:
+    """Whether steps are faster with them than with torch's (head: the matrix (V, d)): on an H200 they were at d 576 and
+    4096 and not at 2048 (scripts/NOTES.md, GPU), and nothing older was tried.
+    """
+    return (
+        runs_own_products(head)
+        and head.shape[1] not in SLOWER_SIZES
+        and torch.cuda.get_device_capability(head.device) >= HOPPER
     )
 
 
@@ -217,7 +229,7 @@ class FusedStack:
         self._rotary = rotary
         self._head = Product(head.weight, head.bias, wide=True) if type(head) is nn.Linear else head
         self._compiled = compiled
-        self.own_products = OWN_PRODUCTS and runs_own_products(head.weight)
+        self.own_products = prefers_own_products(head.weight)
         self._prepared: tuple[int, Prepared | None] = (0, None)  # the layer that they are for, and the last one's rows
         if compiled:
             for layer in made.values():

@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 64  # at most
-PART = 32  # outputs of a block of `add_product`, whose squares are summed
+ROWS = 64  # of a block, at most
+SHARED_BYTES = 96 << 10  # of a block, so that two share a multiprocessor
+MOST_STAGES = 6
 
 
 class Tiles(NamedTuple):
@@ -126,7 +127,10 @@ def prepare(hidden: Tensor, norm: Tensor) -> Prepared:
     """Rows (..., d), d contiguous, that no product has prepared, for a norm of weight (d,)."""
     size = hidden.shape[-1]
     flat = hidden.reshape(-1, size)
-    scaled, parts = flat.new_empty(flat.shape), triton.cdiv(size, PART)
+    scaled, parts = (
+        flat.new_empty(flat.shape),
+        triton.cdiv(size, choose(size, size, row_block(len(flat)), gated=False).outputs),
+    )
     squares = flat.new_empty(len(flat), parts, dtype=torch.float32)
     with torch.cuda.device_of(hidden):
         _prepare[(len(flat),)](
@@ -170,7 +174,7 @@ def add_product(
     assert residual.is_contiguous() and residual.shape == (*rows.shape[:-1], size)
     prepared = None
     if norm is not None:
-        tiles = tiles or choose(size, flat.shape[1], row_block(len(flat)), False, True)
+        tiles = tiles or choose(size, flat.shape[1], row_block(len(flat)), gated=False)
         squares = rows.new_empty(len(flat), triton.cdiv(size, tiles.outputs), dtype=torch.float32)
         prepared = Prepared(residual, flat.new_empty(len(flat), size), squares)
     _launch(flat, weight, bias, residual, tiles, prepared=prepared, norm=norm, added=True)
@@ -195,7 +199,7 @@ def _launch(
     outputs = len(weight) // (2 if gated else 1)
     assert weight.shape[1] == inputs and weight.is_contiguous() and rows.is_contiguous() and rows.dtype == weight.dtype
     block = row_block(count)
-    tiles = tiles or choose(outputs, inputs, block, gated, added)
+    tiles = tiles or choose(outputs, inputs, block, gated)
     interpreted = not isinstance(_product, triton.JITFunction)  # numpy cannot multiply bfloat16
     unused, parts = rows, 1 if normed is None else normed.shape[1]
     with torch.cuda.device_of(rows):
@@ -213,15 +217,19 @@ def row_block(count: int) -> int:
     return max(16, min(ROWS, triton.next_power_of_2(count)))
 
 
-def choose(outputs: int, inputs: int, block: int, gated: bool, added: bool) -> Tiles:
-    """Tiles for a matrix (N, K), or two of them, and blocks of so many rows: enough of them for all multiprocessors,
-    and as much of the matrix under way in each as its shared memory holds.
+def choose(outputs: int, inputs: int, block: int, gated: bool) -> Tiles:
+    """Tiles for a matrix (N, K), or two of them if `gated`, and blocks of so many rows: enough of them for all
+    multiprocessors, and as much of the matrix under way in each as its shared memory holds.
+
+    Which were fastest in whole steps of shapes with d 576 and 4096 on an H200 (scripts/NOTES.md, GPU).
     """
-    wide = PART if added or gated or outputs >= 4096 else 16
-    deep = next(size for size in (256, 128, 64, 32) if size == 32 or inputs % size == 0)
+    large = outputs >= 4096 and inputs >= 4096
+    if large and block == 16:
+        wide, deep = 32, 256
+    else:
+        wide, deep = (64, 64) if gated else (32, 128)
+        wide = wide if outputs >= 4096 else 16
+        while inputs % deep and deep > 32:
+            deep //= 2
     stage = 2 * deep * (block + wide * (2 if gated else 1))
     return Tiles(wide, deep, max(2, min(MOST_STAGES, SHARED_BYTES // stage)), 4)
-
-
-SHARED_BYTES = 96 << 10  # of a block, so that two share a multiprocessor
-MOST_STAGES = 5

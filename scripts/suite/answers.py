@@ -114,9 +114,11 @@ def fitting(shared: Shared, own: Subject, teacher: Teacher) -> list[list[int]]:
 
 def mixtures(prompts: Sequence[list[int]], at_once: int) -> Iterator[list[list[list[int]]]]:
     """Batches of prompts of similar length, BATCHES at a time: those of one time are a fair mix of all."""
-    for start in range(0, len(prompts), BATCHES * at_once):
-        part = sorted(prompts[start : start + BATCHES * at_once], key=len)
+    start, size = 0, at_once  # one batch first: behind it is known what its states take
+    while start < len(prompts):
+        part = sorted(prompts[start : start + size], key=len)
         yield [part[first : first + at_once] for first in range(0, len(part), at_once)]
+        start, size = start + size, BATCHES * at_once
 
 
 def answer(
