@@ -15,7 +15,7 @@ from typing import Any
 from suite.work import Failed, Shared, Skipped, Table, Work
 
 MARK = "mark.gpu"
-FIRST = "test_tree_attention.py"  # the kernel that everything else is made of
+FIRST = "test_gpu.py"
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 SUMMARY = "short test summary info"
 TAIL = 25  # lines of the output that are kept
