@@ -34,11 +34,13 @@ HOPPER = (9, 0)
 
 
 def runs_own_products(weight: Any) -> bool:
-    """Whether teacher/row_products.py serves matrices like this one: half precision, on a CUDA device with Triton."""
+    """Whether teacher/row_products.py serves matrices like this one: bfloat16, on a CUDA device with Triton. In float16
+    rows that are multiplied by a norm's weight before they are normalised may pass the largest number.
+    """
     return (
         isinstance(weight, Tensor)
         and weight.is_cuda
-        and weight.dtype in (torch.float16, torch.bfloat16)
+        and weight.dtype == torch.bfloat16
         and choose_backend("auto", weight.device) == "triton"
     )
 
@@ -229,7 +231,7 @@ class FusedStack:
         self._rotary = rotary
         self._head = Product(head.weight, head.bias, wide=True) if type(head) is nn.Linear else head
         self._compiled = compiled
-        self.own_products = prefers_own_products(head.weight)
+        self.own_products = prefers_own_products(getattr(head, "weight", None))
         self._prepared: tuple[int, Prepared | None] = (0, None)  # the layer that they are for, and the last one's rows
         if compiled:
             for layer in made.values():

@@ -8,6 +8,7 @@ norm's weight and leaves sums of their squares; `normed_product` reads these, ap
 A row's sums run in one order whatever the other rows are, for up to 32 rows, so that a token's states do not depend on
 the tree that it stands in.
 
+Rows and matrices are bfloat16 (or float16, where no row comes near its largest number); sums are float32.
 Shapes: M rows, d hidden size, K inputs, N outputs, P parts of a row's sum of squares. Suffixes in the kernels: M rows,
 N outputs, K inputs and P parts of a block.
 """
