@@ -225,7 +225,8 @@ class Run:
         self.held: Shared | None = None
         names = [part.name for part in known.chosen]
         settings = {"sizes": sizes_of(known).name, "minutes": known.minutes, "parts": names, "teacher": known.teacher}
-        self.head = {"environment": environment(), "settings": settings}
+        argv = [Path(word).name if Path(word).is_absolute() else word for word in environment()["argv"]]
+        self.head = {"environment": environment() | {"argv": argv}, "settings": settings}  # paths say nothing elsewhere
         known.output.mkdir(parents=True, exist_ok=True)
         self.log = (known.output / f"{report.NAME}.log").open("wb", buffering=0)
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
 
 from test_fused import new_teacher, some_ids, tolerance_of, varied  # noqa: E402
+from triton_offline import compile_only, run_interpreted  # noqa: E402
 
 from conftest import FAMILIES, generate_reference, make_predictor, random_prompts, tiny_model  # noqa: E402
 from firp_cli.decoding.accept import Sampler  # noqa: E402
@@ -442,11 +440,7 @@ class TestLayers:
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels itself")
 @pytest.mark.parametrize("tests", ["TestKernels", "TestLayers"])
 def test_in_the_interpreter(tests: str) -> None:
-    settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--noconftest"]
-    command = [sys.executable, *options, f"{__file__}::{tests}"]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    run_interpreted(f"{__file__}::{tests}")
 
 
 @pytest.mark.skipif(
@@ -455,22 +449,7 @@ def test_in_the_interpreter(tests: str) -> None:
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Once for all numbers of rows. A driver that launches nothing stands in."""
-    loaded: list[str] = []
-
-    def load(name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        loaded.append(name)
-        return 0, 0, 0, 0, 1024
-
-    target = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 99 * 1024}, load_binary=load)
-    driver = SimpleNamespace(
-        utils=target,
-        launcher_cls=lambda *_: lambda *_: None,
-        get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", architecture, 32),
-        get_current_device=lambda: 1000 + architecture,  # kernels are kept by device
-        get_current_stream=lambda _: 0,
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    loaded = compile_only(monkeypatch, architecture, tmp_path, 1000 + architecture)
     variants = [(dtype, size) for dtype in (torch.bfloat16, torch.float32) for size in (64, 128)]
     for dtype, size in variants:
         for batch, rows in ((1, 1), (1, 2), (1, 16), (2, 5)):

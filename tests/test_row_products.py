@@ -7,8 +7,6 @@ Triton decides at its first import whether kernels are compiled or interpreted, 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
+pytest.importorskip("triton", reason="needs triton: pip install triton")
 
-from firp_cli.teacher.row_products import ROWS, Tiles, add_product, choose, normed_product, prepare  # noqa: E402
+from triton_offline import compile_only, run_interpreted
+
+from firp_cli.teacher.row_products import ROWS, Tiles, add_product, choose, normed_product, prepare
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -193,12 +193,18 @@ def test_tiles_fit_the_matrix() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{Path(__file__)}::TestProducts"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout and "skipped" not in run.stdout
+    run_interpreted(f"{__file__}::TestProducts")
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="kernels are interpreted, or compiled for the device here")
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once for all numbers of rows that share a block."""
+    loaded = compile_only(monkeypatch, architecture, tmp_path, 2000 + architecture)
+    for rows in (1, 3, 16):
+        case, gated = Case(rows, 128, 64, torch.bfloat16), Case(rows, 128, 64, torch.bfloat16, gated=True)
+        prepared = prepare(case.rows, case.norm)
+        normed_product(prepared, case.weight, None, EPSILON)
+        normed_product(prepared, gated.weight, None, EPSILON, gated=True)
+        add_product(case.rows, case.weight, None, case.residual, case.following)
+    assert sorted(loaded) == ["_prepare", "_product", "_product", "_product"]

@@ -7,12 +7,9 @@ Triton decides at its first import whether kernels are compiled or interpreted, 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
+
+from triton_offline import compile_only, run_interpreted  # noqa: E402
 
 from firp_cli.teacher.tree_attention import MAX_SPLITS, plan, row_bits, tree_attention  # noqa: E402
 
@@ -266,11 +265,7 @@ class TestKernels:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels itself")
 def test_in_the_interpreter() -> None:
-    settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--noconftest"]
-    command = [sys.executable, *options, f"{__file__}::TestKernels"]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    run_interpreted(f"{__file__}::TestKernels")
 
 
 @pytest.mark.skipif(
@@ -279,25 +274,10 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The interpreter forgives types that the compiler does not. A driver that launches nothing stands in."""
-    sizes: list[int] = []
-
-    def load(name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        sizes.append(shared)
-        return 0, 0, 0, 0, 1024
-
-    target = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 99 * 1024}, load_binary=load)
-    driver = SimpleNamespace(
-        utils=target,
-        launcher_cls=lambda *_: lambda *_: None,
-        get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", architecture, 32),
-        get_current_device=lambda: architecture,  # kernels are kept by device
-        get_current_stream=lambda _: 0,
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    loaded = compile_only(monkeypatch, architecture, tmp_path, architecture)
     for case in (Case(dtype=torch.bfloat16, window=9), Case(dtype=torch.float16, size=96), Case()):
         attend(replace(case, splits=2), make(case))
-    assert len(sizes) == 6
+    assert len(loaded) == 6
 
 
 def test_row_bits() -> None:

@@ -179,10 +179,10 @@ class TreeRows:
         """For a layer at which only the first rows are present. Contiguous, as the kernel reads it."""
         if rows == self.bits.shape[1]:
             return self
-        bits, positions = self.bits[:, :rows].contiguous(), self.positions
+        bits, positions = self.bits[:, :rows].contiguous(), self.positions[:, :rows]
         if self.window is not None:  # else nothing reads them
-            positions = positions[:, :rows].contiguous()
-        return TreeRows(self.lengths, bits, positions[:, :rows], self.scratch, self.longest, self.window)
+            positions = positions.contiguous()
+        return TreeRows(self.lengths, bits, positions, self.scratch, self.longest, self.window)
 
 
 LayerMask = Tensor | TreeRows | StructuredRows | None  # what a layer may get; None: every row sees every slot

@@ -153,7 +153,7 @@ def _generate(teacher: Teacher, prompt: list[int]) -> list[int]:
 
 
 def sampling(shared: Shared) -> str:
-    """Sampled answers through graphs against eager ones with the same seed."""
+    """Sampled answers: replays draw anew; on a CPU, where there are none, a seed repeats them."""
     teacher = _teacher(shared)
     predictor = _predictor(teacher, SECTIONS["firp"])
     texts = []
