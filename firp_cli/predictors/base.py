@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -265,20 +266,19 @@ def forward_rows(
     """
     batch, count, size = real.shape
     rotary = teacher.rotary(real, positions) if rotary is None else rotary
-    every, rows, started, present = rotary, real, 0, 0
+    rows, started = real, 0
     index = None if anchors is None else anchors[:, :, None].expand(-1, -1, size)
-    for number in range(start, teacher.num_layers):
-        entering = transfer_layers.count(number)
+    joining = sorted({layer for layer in transfer_layers if layer > start})
+    for first, last in pairwise([start, *joining, teacher.num_layers]):
+        entering = transfer_layers.count(first)
         if entering:
             assert spawn is not None
             source = rows[:, :count] if index is None else rows.gather(1, index)
             rows = torch.cat([rows, spawn(started + 1, started + entering, source)], dim=1)
             started += entering
-        if rows.shape[1] != present:
-            present = rows.shape[1]
-            rotary, places = [part[:, :present] for part in every], positions[:, :present]
-        seen = None if mask is None else mask.at(teacher.windows[number], present)
-        rows = teacher.layer(number, rows, rotary, places, seen, cache)
+        present = rows.shape[1]
+        places = positions[:, :present]
+        rows = teacher.layers_between(first, last, rows, [part[:, :present] for part in rotary], places, mask, cache)
     pseudo = rows[:, count:].view(batch, len(transfer_layers), -1, size) if transfer_layers else None
     return rows[:, :count], pseudo
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from firp_cli.teacher.attention import LayerMask, TreeRows, attend, choose_backend
+from firp_cli.teacher.cpu_kernels import PackedLayer, PackedLayers, Weights, takes
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.library import Cache
 from firp_cli.teacher.looped import LayerPass
@@ -87,10 +88,20 @@ class FusedLayer:
             self.activation = functional.silu
         joined, joined_bias = _join([queries, keys, values])
         gates, gates_bias = _join([gate, up])
-        self.joined = Product(joined, joined_bias, lean)
-        self.gates = Product(gates, gates_bias, lean)
-        self.output = Product(output.weight, output.bias, lean)
-        self.down = Product(down.weight, down.bias, lean)
+        weights: list[Weights] = [
+            (joined, joined_bias),
+            (output.weight, output.bias),
+            (gates, gates_bias),
+            (down.weight, down.bias),
+        ]
+        self.packed: PackedLayer | None = None  # its whole work in one kernel
+        size = sum(weight.nbytes for weight, _ in weights)
+        if lean and short and self.activation is functional.silu and PackedLayer.serves(joined, self.head_size, size):
+            norms = [(norm.weight, norm.epsilon) for norm in (self.first_norm, self.second_norm)]
+            heads = self.query_heads, self.key_heads
+            self.packed = PackedLayer(weights, norms, self.head_norms, heads, self.head_size, self.scaling)
+        lean = lean and self.packed is None
+        self.joined, self.output, self.gates, self.down = (Product(*each, lean) for each in weights)
 
     def before(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (B, R, d) to rotated queries (B, Hq, R, D), rotated keys and values (B, Hk, R, D)."""
@@ -232,6 +243,7 @@ class FusedStack:
         self._head = Product(head.weight, head.bias, wide=True) if type(head) is nn.Linear else head
         self._compiled = compiled
         self.own_products = prefers_own_products(getattr(head, "weight", None))
+        self._runs: dict[tuple[int, int], PackedLayers | None] = {}
         self._prepared: tuple[int, Prepared | None] = (0, None)  # the layer that they are for, and the last one's rows
         if compiled:
             for layer in made.values():
@@ -262,11 +274,17 @@ class FusedStack:
         layer = self._layers[index]
         assert layer is not None, f"layer {index} was released"
         if isinstance(mask, TreeRows) and isinstance(cache, KVCache) and self._in_kernels(layer, hidden):
-            written, seen = cache.written(index, hidden.shape[1]), cache.seen(index)
+            written, view = cache.written(index, hidden.shape[1]), cache.seen(index)
             if self.own_products and hidden.shape[0] * hidden.shape[1] <= OWN_ROWS:
-                output = self._decode_prepared(index, layer, hidden, rotary, written, seen, mask)
+                output = self._decode_prepared(index, layer, hidden, rotary, written, view, mask)
             else:
-                output = layer.decode(hidden, rotary[0], rotary[1], written, seen, mask)
+                output = layer.decode(hidden, rotary[0], rotary[1], written, view, mask)
+        elif layer.packed is not None and (mask is None or isinstance(mask, Tensor)) and takes(hidden):
+
+            def seen(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+                return (keys, values) if cache is None else cache.update(keys, values, index)
+
+            output = layer.packed(hidden, rotary[0], rotary[1], mask, seen)
         else:
             queries, keys, values = layer.before(hidden, rotary[0], rotary[1])
             if cache is not None:
@@ -274,6 +292,22 @@ class FusedStack:
             output = layer.after(hidden, attend(queries, keys, values, mask, layer.scaling))
         norm = self._loop_norms[index]
         return output if norm is None else norm(output)
+
+    def run_packed(
+        self, start: int, stop: int, hidden: Tensor, rotary: Sequence[Tensor], mask: LayerMask, cache: Cache | None
+    ) -> Tensor | None:
+        """h^start (B, R, d) to h^stop in one call, where the CPU's kernels serve all of these layers; else None."""
+        if not isinstance(cache, KVCache) or not takes(hidden) or not (mask is None or isinstance(mask, Tensor)):
+            return None
+        if (start, stop) not in self._runs:
+            packed = [layer.packed for layer in self._layers[start:stop] if layer and layer.packed]
+            plain = len(packed) == stop - start and not any(self._loop_norms[start:stop])
+            self._runs[start, stop] = PackedLayers(packed) if plain else None
+        run = self._runs[start, stop]
+        if run is None:
+            return None
+        written, seen = cache.written(start, hidden.shape[1]), cache.seen(start)
+        return run(hidden, rotary[0], rotary[1], mask, written, seen, cache.layer_stride)
 
     def _decode_prepared(
         self,

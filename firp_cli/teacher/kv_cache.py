@@ -117,6 +117,11 @@ class KVCache:
         keys, values = self._seen[layer_index].unbind()
         return keys, values
 
+    @property
+    def layer_stride(self) -> int:
+        """Elements from a layer's keys and values to the next layer's."""
+        return self._store.stride(0)
+
     def commit(self, path_BP: Tensor, counts_B: Tensor) -> None:
         """Keep rows `path[b, :counts[b]]` of the last step as the next committed tokens.
 

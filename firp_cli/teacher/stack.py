@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
 from firp_cli.recipe import LoopedSection, TeacherConfig
-from firp_cli.teacher.attention import AttentionMask, LayerMask, causal_allowed
+from firp_cli.teacher.attention import AttentionMask, LayerMask, Mask, causal_allowed
 from firp_cli.teacher.fused import FusedStack, UnfusableError
 from firp_cli.teacher.library import Cache, LibraryStack, Stack
 from firp_cli.teacher.looped import LoopedLayers, loop_layers
@@ -164,6 +164,28 @@ class Teacher:
         for one row that sees every slot.
         """
         return self.stack.layer(index, hidden, rotary, positions, mask, cache)
+
+    def layers_between(
+        self,
+        start: int,
+        stop: int,
+        hidden: Tensor,
+        rotary: Sequence[Tensor],
+        positions: Tensor,
+        mask: Mask | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """h^start (B, R, d) to h^stop, for the first R rows of a mask."""
+        rows = hidden.shape[1]
+        masks = {window: None if mask is None else mask.at(window, rows) for window in set(self.windows[start:stop])}
+        together = getattr(self.stack, "run_packed", None)
+        if together is not None and len(masks) == 1:
+            output = together(start, stop, hidden, rotary, *masks.values(), cache)
+            if output is not None:
+                return output
+        for number in range(start, stop):
+            hidden = self.layer(number, hidden, rotary, positions, masks[self.windows[number]], cache)
+        return hidden
 
     def run(
         self,

@@ -1,0 +1,360 @@
+"""Products and decoder layers of decoding steps on a CPU: the Python side of cpu_kernels.cpp.
+
+The source is compiled once for each processor, with the C++ compiler that is installed, and kept in the cache folder.
+Without a compiler, or with FIRP_CPU_KERNELS=0, decoding takes torch's operations. float32 only.
+
+Shapes: M rows, K inputs, N outputs, B sequences, R rows, d hidden size, Hq query heads, Hk key/value heads, D head
+size, S slots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from firp_cli.provenance import cache_folder, processor_name
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+COMPILERS = ("c++", "g++", "clang++")  # $CXX comes first
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
+FLAGS_X86 = ("-mprefer-vector-width=512",)
+COMPILE_SECONDS = 120.0
+SWITCH = "FIRP_CPU_KERNELS"
+MOST_ROWS = 256  # above, torch's own products are as fast
+MOST_BYTES = 2 << 30  # of copies in one process: beyond, memory is worth more
+MOST_HEAD = 512  # values of a head, at most
+HUGE_PAGE, BLOCK_BYTES = 2 << 20, 64 << 20
+ALIGNMENT = 16  # floats of a cache line
+
+
+class CompileError(Exception):
+    """Why there are no kernels on this machine."""
+
+
+@cache
+def compiled() -> ctypes.CDLL:
+    """The compiled source, made on the first call on a machine. Raises CompileError."""
+    return load()
+
+
+def load(extra: Sequence[str] = ()) -> ctypes.CDLL:
+    """Load the kernels, compiled before with the same flags or now. Raises CompileError.
+
+    Args:
+        extra: more flags for the compiler.
+    """
+    if os.environ.get(SWITCH) == "0":
+        raise CompileError(f"{SWITCH}=0")
+    machine = platform.machine()
+    flags = (*FLAGS, *(FLAGS_X86 if machine.lower() in ("x86_64", "amd64") else ()), *extra)
+    parts = (SOURCE.read_text(encoding="utf-8"), *flags, machine, processor_name())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    path = cache_folder() / "kernels" / f"cpu-{key}.so"
+    try:
+        if not path.exists():
+            _compile(path, flags)
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompileError(str(error)) from error
+    library.firp_lanes.restype = c_int64
+    library.firp_product.argtypes = [POINTER(_Matrix), c_void_p, c_int64, c_void_p, c_int]
+    library.firp_before.argtypes = library.firp_after.argtypes = [POINTER(_Layer), POINTER(_Step), c_int]
+    library.firp_layers.argtypes = [POINTER(POINTER(_Layer)), c_int64, POINTER(_Step), c_int64, c_int]
+    for function in (library.firp_product, library.firp_before, library.firp_after, library.firp_layers):
+        function.restype = None
+    return library
+
+
+def _compile(path: Path, flags: Sequence[str]) -> None:
+    """Compile to `path`, whole or not at all: several processes may do so at once. Raises CompileError, OSError."""
+    names = [name for name in (os.environ.get("CXX"), *COMPILERS) if name]
+    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise CompileError("no C++ compiler is installed (g++ or clang++)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        # OpenMP is not linked: its symbols are those of the library that torch has loaded, so that threads are shared
+        steps = ([*flags, "-c", str(SOURCE), "-o", "kernels.o"], ["-shared", "kernels.o", "-o", "kernels.so"])
+        for arguments in steps:
+            try:
+                done = subprocess.run(
+                    [compiler, *arguments],
+                    cwd=folder,
+                    capture_output=True,
+                    text=True,
+                    timeout=COMPILE_SECONDS,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired as error:
+                raise CompileError(f"{compiler} took more than {COMPILE_SECONDS:.0f} s") from error
+            if done.returncode:
+                raise CompileError(f"{compiler}: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        Path(folder, "kernels.so").replace(path)
+
+
+@cache
+def missing() -> str | None:
+    """Why this machine does not have the kernels, or None."""
+    try:
+        compiled()
+    except CompileError as error:
+        return str(error)
+    return None
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("panels", c_void_p), ("bias", c_void_p), ("outputs", c_int64), ("inputs", c_int64)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Matrix) for name in ("joined", "output", "gates", "down")),
+        *((name, c_void_p) for name in ("first_norm", "second_norm", "query_norm", "key_norm")),
+        *((f"{name}_epsilon", c_float) for name in ("first", "second", "query", "key")),
+        ("scaling", c_float),
+        *((name, c_int64) for name in ("size", "query_heads", "key_heads", "head")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "rows", "slots")),
+        *((name, c_void_p) for name in ("hidden", "cosine", "sine", "mask")),
+        *((name, c_void_p) for name in ("queries", "own_keys", "own_values", "output", "keys", "values")),
+        *((name, c_int64) for name in ("angle_sequence", "angle_row", "mask_sequence", "mask_row")),
+        *((f"own_{name}", c_int64) for name in ("sequence", "head", "row")),
+        *((f"key_{name}", c_int64) for name in ("sequence", "head", "row")),
+    ]
+
+
+class _Memory:
+    """Memory for packed matrices in huge pages, where the system has them: a step reads all of it, and with small pages
+    the processor spends a third of that time looking up addresses.
+    """
+
+    block: Tensor | None = None  # matrices are cut from it, one behind the other
+    used = 0
+
+    @classmethod
+    def take(cls, count: int) -> Tensor:
+        """(count,) float32, aligned to a cache line."""
+        count = -(-count // ALIGNMENT) * ALIGNMENT
+        if cls.block is None or cls.used + count > len(cls.block):
+            size = max(4 * count, BLOCK_BYTES) + HUGE_PAGE
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+            whole = torch.frombuffer(pages, dtype=torch.float32)
+            cls.block, cls.used = whole[-whole.data_ptr() % HUGE_PAGE // 4 :], 0
+        taken = cls.block[cls.used : cls.used + count]
+        cls.used += count
+        return taken
+
+
+class Copy:
+    """A copy of a matrix beside its weights. Counts what copies take."""
+
+    _counted: ClassVar[list[int]] = [0]  # bytes of all that there are; found through `self` when the interpreter ends
+
+    def __init__(self, size: int) -> None:
+        self.bytes = size
+        self._counted[0] += size
+
+    def __del__(self) -> None:
+        self._counted[0] -= getattr(self, "bytes", 0)
+
+    @classmethod
+    def total(cls) -> int:
+        """Bytes of all copies."""
+        return cls._counted[0]
+
+    @classmethod
+    def fits(cls, size: int) -> bool:
+        """Whether memory may be spent on another one."""
+        return cls.total() + size <= MOST_BYTES
+
+
+class PackedMatrix(Copy):
+    """A copy of a float32 matrix (N, K) in the order that the kernels read, with its bias (N,).
+
+    Args:
+        paired: the matrix is that of a gate (N, K) above that of what it opens (N, K).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, paired: bool = False) -> None:
+        super().__init__(weight.nbytes)
+        lanes, halves = compiled().firp_lanes(), 2 if paired else 1
+        self.outputs, self.inputs = weight.shape[0] // halves, weight.shape[1]
+        panels = -(-self.outputs // lanes)
+        missing_outputs = panels * lanes - self.outputs
+        self._panels = _Memory.take(panels * halves * self.inputs * lanes)
+        parts = functional.pad(weight.detach().view(halves, self.outputs, -1), (0, 0, 0, missing_outputs))
+        ordered = parts.view(halves, panels, lanes, -1).permute(1, 0, 3, 2)
+        self._panels[: ordered.numel()].view(ordered.shape).copy_(ordered)
+        self._bias = None
+        if bias is not None:
+            parts = functional.pad(bias.detach().view(halves, -1), (0, missing_outputs)).view(halves, panels, lanes)
+            self._bias = _Memory.take(parts.numel()).copy_(parts.transpose(0, 1).reshape(-1))
+        self.own = _Matrix(self._panels.data_ptr(), _address(self._bias), self.outputs, self.inputs)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows (..., K) to (..., N)."""
+        rows = rows.contiguous()
+        product = rows.new_empty(*rows.shape[:-1], self.outputs)
+        count = rows.numel() // self.inputs
+        if count:
+            compiled().firp_product(self.own, rows.data_ptr(), count, product.data_ptr(), torch.get_num_threads())
+        return product
+
+
+Weights = tuple[Tensor, Tensor | None]  # a matrix and its bias
+Norm = tuple[Tensor, float]  # an RMS norm's weight and epsilon
+
+
+class PackedLayer:
+    """A decoder layer in two kernels: norm, attention, norm, feed-forward gated by silu, each behind a
+    residual.
+
+    Args:
+        matrices: of queries, keys and values together; of attention's output; a gate's above that of what it opens; the
+            last one of the feed-forward.
+        norms: before attention and before the feed-forward. head_norms: of queries and of keys, or empty.
+        heads: of queries and of keys. scaling: of the scores.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Weights],
+        norms: Sequence[Norm],
+        head_norms: Sequence[Norm],
+        heads: tuple[int, int],
+        head_size: int,
+        scaling: float,
+    ) -> None:
+        self._matrices = [PackedMatrix(*each, paired=number == 2) for number, each in enumerate(matrices)]
+        self._norms = [*norms, *head_norms]  # their memory is used
+        weights = [weight.data_ptr() for weight, _ in self._norms] + [None] * (4 - len(self._norms))
+        epsilons = [epsilon for _, epsilon in self._norms] + [0.0] * (4 - len(self._norms))
+        sizes = len(norms[0][0]), *heads, head_size
+        self.own = _Layer(*(matrix.own for matrix in self._matrices), *weights, *epsilons, scaling, *sizes)
+
+    @staticmethod
+    def serves(weight: Tensor, head_size: int, bytes_needed: int) -> bool:
+        """Whether there are kernels for layers of such matrices, and memory may be spent on copies of them."""
+        return (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.float32
+            and missing() is None
+            and head_size <= MOST_HEAD
+            and head_size % compiled().firp_lanes() == 0
+            and Copy.fits(bytes_needed)
+        )
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        mask: Tensor | None,
+        seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Rows (B, R, d) to the layer's output (B, R, d).
+
+        Args:
+            cosine, sine: (B or 1, R, 1, D), the sine's first half negated.
+            mask: additive (B or 1, 1, R, S).
+            seen: takes the rows' keys and values (B, Hk, R, D) and gives those in view, (B, Hk, S, D).
+        """
+        batch, rows, _ = hidden.shape
+        keys, values = hidden.new_empty(2, batch, self.own.key_heads, rows, self.own.head)
+        step = _Rows(self, hidden, cosine, sine, (keys, values))
+        compiled().firp_before(self.own, step.own, step.threads)
+        step.see(seen(keys, values), mask)
+        compiled().firp_after(self.own, step.own, step.threads)
+        return step.output
+
+
+class PackedLayers:
+    """Consecutive layers, run in one call: between two of them nothing but the kernels goes through the caches."""
+
+    def __init__(self, layers: Sequence[PackedLayer]) -> None:
+        self._layers = list(layers)
+        self._pointers = (POINTER(_Layer) * len(layers))(*(ctypes.pointer(layer.own) for layer in layers))
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        mask: Tensor | None,
+        written: tuple[Tensor, Tensor],
+        seen: tuple[Tensor, Tensor],
+        stride: int,
+    ) -> Tensor:
+        """Rows (B, R, d) to the last layer's output. `cosine`, `sine`, `mask`: as a `PackedLayer` takes them.
+
+        Args:
+            written: where the first layer's keys and values go (B, Hk, R, D), among those `seen`, (B, Hk, S, D).
+            stride: floats from a layer's keys and values to the next one's.
+        """
+        step = _Rows(self._layers[0], hidden, cosine, sine, written)
+        step.see(seen, mask)
+        compiled().firp_layers(self._pointers, len(self._layers), step.own, stride, step.threads)
+        return step.output
+
+
+class _Rows:
+    """A step's rows as the kernels read them, and their output."""
+
+    def __init__(
+        self, layer: PackedLayer, hidden: Tensor, cosine: Tensor, sine: Tensor, places: tuple[Tensor, Tensor]
+    ) -> None:
+        self.threads = torch.get_num_threads()
+        self._hidden = hidden = hidden.contiguous()  # its memory is used, and the queries'
+        self._queries = hidden.new_empty(*hidden.shape[:2], layer.own.query_heads * layer.own.head)
+        self.output = torch.empty_like(hidden)
+        (own_keys, own_values), angles = places, cosine.stride()
+        assert sine.stride() == angles and own_values.stride() == own_keys.stride() and angles[3] == 1
+        self.own = own = _Step(*hidden.shape[:2])
+        own.hidden, own.cosine, own.sine = hidden.data_ptr(), cosine.data_ptr(), sine.data_ptr()
+        own.queries, own.output = self._queries.data_ptr(), self.output.data_ptr()
+        own.angle_sequence, own.angle_row = angles[0] if cosine.shape[0] > 1 else 0, angles[1]
+        own.own_keys, own.own_values = own_keys.data_ptr(), own_values.data_ptr()
+        own.own_sequence, own.own_head, own.own_row, _ = own_keys.stride()
+
+    def see(self, seen: tuple[Tensor, Tensor], mask: Tensor | None) -> None:
+        """Let the rows attend to keys and values (B, Hk, S, D)."""
+        own, (keys, values) = self.own, seen
+        assert values.stride() == keys.stride() and keys.stride(3) == 1
+        own.slots, own.keys, own.values = keys.shape[2], keys.data_ptr(), values.data_ptr()
+        own.key_sequence, own.key_head, own.key_row, _ = keys.stride()
+        if mask is not None:
+            assert mask.stride(3) == 1 and mask.shape[2:] == (own.rows, own.slots)
+            own.mask, own.mask_row = mask.data_ptr(), mask.stride(2)
+            own.mask_sequence = mask.stride(0) if mask.shape[0] > 1 else 0
+
+
+def takes(hidden: Tensor) -> bool:
+    """Whether the kernels run these rows (B, R, d): few that need no gradient."""
+    return 0 < hidden.shape[0] * hidden.shape[1] <= MOST_ROWS and not hidden.requires_grad
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
