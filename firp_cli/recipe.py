@@ -18,6 +18,7 @@ from firp_cli.errors import RecipeError
 DEFAULT_TEACHER = "arithmetic"
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -215,6 +216,7 @@ class TrainingConfig(Section):
     anchors_per_sequence: PositiveInt = 64
     epochs: PositiveInt = 1
     max_steps: Annotated[int, Field(ge=0)] | None = None  # optimizer steps, overrides epochs when smaller; 0: init only
+    max_minutes: PositiveFloat | None = None  # wall-clock, from the first step on; ends the run early; null: no limit
     micro_batch_size: PositiveInt = 4  # conversations per rank and forward
     gradient_accumulation: PositiveInt = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
@@ -224,7 +226,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    validate_every: PositiveInt | None = None  # optimizer steps; null: ten times a run
+    validate_every: PositiveInt | None = None  # optimizer steps; null: ten times a run; of max_minutes one a minute
     save_every: PositiveInt | None = None  # optimizer steps between resumable checkpoints; null: with validation
     keep_last: PositiveInt = 2  # resumable checkpoints kept
     keep_best: PositiveInt = 1  # weights of the validations with the longest accepted length kept

@@ -405,7 +405,8 @@ class TuneReport:
     """What `firp tune` measured and chose.
 
     Attributes:
-        calibration: data set, prompts, tokens, anchors. acceptance: by step and rank. reliability: by step and bin.
+        calibration: data set, prompts, tokens, anchors, size of the trial. acceptance: by step and rank. reliability:
+            by step and bin.
         entries: the choice for each batch size. ladder: the best tree of each number of nodes, at the first batch
             size. batches: the chosen tree at each batch size. break_even: smallest batch size at which no tree pays.
     """

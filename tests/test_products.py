@@ -97,3 +97,16 @@ def test_copies_are_counted_and_limited(monkeypatch: pytest.MonkeyPatch) -> None
     del second
     gc.collect()
     assert Product.copied == before
+
+
+def test_bfloat16_is_fast_where_the_processor_has_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for units in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: {"amx_bf16": units}, raising=False)
+        assert products.fast_bfloat16(cpu) == (units and torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"}, raising=False)
+    assert not products.fast_bfloat16(cpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", None, raising=False)  # an older torch
+    for units in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda units=units: units, raising=False)
+        assert products.fast_bfloat16(cpu) == (units and torch.backends.mkldnn.is_available())

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 from test_commands import firp
 
-from firp_cli.commands.quickstart import find_prompts, make_recipe, transfer_layer
+from firp_cli.commands import quickstart as module
+from firp_cli.commands.quickstart import (
+    AROUND_TRAINING,
+    LEAST_TRAINING,
+    MOST_EPOCHS,
+    Prompts,
+    find_prompts,
+    make_recipe,
+    training_overrides,
+    transfer_layer,
+)
 from firp_cli.data.prompts import load_prompts
 from firp_cli.errors import DatasetError, TeacherError
 from firp_cli.recipe import load_recipe
@@ -51,8 +61,39 @@ def test_quickstart_layer_is_at_two_thirds(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_quickstart_recipe_trains_on(tmp_path: Path) -> None:
     recipe = make_recipe("arithmetic", find_prompts("chat", None, tmp_path), None, tmp_path, 4, 3, 64)
-    assert recipe.training.max_steps is None and recipe.data.regenerate
+    assert recipe.training.max_steps is None and recipe.training.max_minutes is None and recipe.data.regenerate
     assert recipe.predictor is not None and recipe.predictor.transfer_layers == (4, 4, 4)
+
+
+def test_quickstart_collects_and_trains_in_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = Prompts("chat", "chat", 200)
+    for fast, dtype in ((True, "bfloat16"), (False, "auto")):
+        monkeypatch.setattr("firp_cli.teacher.products.fast_bfloat16", lambda device, fast=fast: fast)
+        recipe = make_recipe("arithmetic", prompts, None, Path("out"), 4, 3, 64)
+        assert recipe.teacher.dtype == dtype
+
+
+def test_quickstart_trains_in_the_minutes_that_tuning_leaves() -> None:
+    settings = load_recipe(None, ["predictor.kind=firp", "predictor.layer=4", *training_overrides(9.0, 15.0)]).training
+    assert settings.max_minutes == pytest.approx(9.0 - 0.3 * 15.0 - AROUND_TRAINING, abs=0.1)
+    assert settings.epochs == MOST_EPOCHS and settings.max_steps is None
+    for left, minutes in ((4.5, 15.0), (-1.0, 15.0), (0.6 + AROUND_TRAINING + 0.9 * LEAST_TRAINING, 2.0)):
+        assert training_overrides(left, minutes) == ["training.max_steps=0"]
+
+
+def test_quickstart_hands_the_time_that_is_left_to_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(module, "run", lambda *arguments: commands.append(arguments))
+    monkeypatch.setattr(module, "_affordable", lambda path, recipe, count, seconds: round(seconds))
+    folder = tmp_path / "out"
+    module.quickstart("arithmetic", 15.0, "chat", None, folder, layer=4, steps=2, max_new_tokens=32, verbose=False)
+    assert [arguments[0] for arguments in commands] == ["collect", "train", "tune", "bench"]
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    assert recipe.data.limit == pytest.approx(0.4 * 15 * 60, abs=30)
+    assert recipe.training.max_minutes is None and recipe.training.epochs < MOST_EPOCHS
+    taught = load_recipe(str(folder / "recipe.yaml"), list(commands[1][2:])).training
+    assert taught.max_minutes == pytest.approx(0.7 * 15 - AROUND_TRAINING, abs=0.5)
+    assert taught.epochs == MOST_EPOCHS and taught.gate_prompts == 2 and taught.max_steps is None
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training.batches import Order, Prefetcher, Reader, anchor_seed, split_validation
 from firp_cli.training.engine import learning_rate_factor
 from firp_cli.training.journal import Listener
+from firp_cli.training.pace import Pace
 from firp_cli.training.trainer import Outcome, train
 
 TIMED = ("tokens_per_second", "step_seconds", "data_wait", "memory_bytes")
@@ -164,6 +165,8 @@ def test_two_ranks_equal_one_rank_with_doubled_accumulation(tmp_path: Path, monk
         mine, theirs = (load_predictor(tmp_path / side / name, teacher).state_dict() for side in ("one", "two"))
         for key, value in mine.items():
             torch.testing.assert_close(theirs[key], value, rtol=2e-3, atol=2e-4)
+    first, second = (json.loads((tmp_path / f"timed-{number}.json").read_text()) for number in (0, 1))
+    assert first == second and not first["stopped"] and len(first["rates"]) == first["step"] > 1
 
 
 TWO_RANKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -295,8 +298,21 @@ def worker(folder: str) -> None:
     with relayed_errors():
         for name, (predictor, training) in TWO_RANKS.items():
             run(Path(folder) / "two" / name, recipe(predictor, **training))
+        timed_worker(Path(folder))
         if rank() == 1:
             raise UsageError("a fault of rank 1 alone")
+
+
+def timed_worker(folder: Path) -> None:
+    """Train until the minutes are over, with a clock on rank 1 that is far ahead of rank 0's."""
+    rates: list[float] = []
+    listener = Listener(step=lambda done, total, row: rates.append(row["learning_rate"]))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank() == 1:
+            patch.setattr(Pace, "clock", lambda self: 1e6)
+        outcome = run(folder / "timed", recipe(epochs=100_000, max_minutes=0.03), listener=listener)
+    found = {"step": outcome.step, "stopped": outcome.stopped, "rates": rates}
+    (folder / f"timed-{rank()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

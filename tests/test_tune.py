@@ -59,6 +59,19 @@ def test_a_predictor_that_is_often_right_gets_a_tree() -> None:
     assert json.dumps(plain(report), allow_nan=False)
 
 
+def test_a_trial_without_time_tries_the_chosen_trees_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TRIAL_SECONDS", 0.0)
+    whole_steps_take({"none": 2.0}, 1.5, monkeypatch)
+    told: list[str] = []
+    report = tune(
+        embedded_teacher(), embedded_predictor("firp"), embedded_prompts(12), settings(repeats=2), tell=told.append
+    )
+    assert [line for line in told if line.startswith("trial: 2 of 3 prompts, 1 repeat, 1 tree, about")]
+    assert report.calibration["trial"]["prompts"] == 2 and report.calibration["kept_back"] == 3
+    assert all(trial.measured is not None for trial in report.batches)
+    assert [trial.tree for trial in report.ladder if trial.measured] == [report.batches[0].tree]
+
+
 def whole_steps_take(times: dict[str, float], others: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let whole steps take so many milliseconds, by their tree."""
 

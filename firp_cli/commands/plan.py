@@ -146,6 +146,8 @@ def _plan_cells(plan: Plan, recipe: Recipe, stored: bool) -> list[list[str]]:
         return "needs the teacher's config" if value is None else f"{value:,}{unit}"
 
     source = "in the store" if stored else "at most (data.limit; no store yet)"
+    minutes = recipe.training.max_minutes
+    limit = "" if minutes is None else f", or as many as {minutes:g} minutes allow"
     rows = [
         ["predictor parameters", count(plan.predictor_parameters)],
         ["  per step", count(plan.parameters_per_step)],
@@ -153,7 +155,7 @@ def _plan_cells(plan: Plan, recipe: Recipe, stored: bool) -> list[list[str]]:
         ["  run through by a step", count(plan.teacher_parameters_used)],
         ["ranks, ZeRO stage", f"{plan.ranks}, stage {recipe.training.zero_stage}"],
         ["conversations", f"{plan.conversations:,} {source}" if plan.conversations else "needs the store"],
-        ["optimizer steps", f"{plan.steps:,}" if plan.steps is not None else "needs the store"],
+        ["optimizer steps", f"{plan.steps:,}{limit}" if plan.steps is not None else "needs the store"],
     ]
     if plan.tokens is not None:
         rows.append(["tokens read, all epochs", f"{plan.tokens:,}"])

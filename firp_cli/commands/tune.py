@@ -63,8 +63,10 @@ def tune(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Applied after temperature.")] = 1.0,
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
-    trial: Annotated[bool, typer.Option(help="Decode a quarter of the prompts to try what was foretold.")] = True,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that the trial decodes.")] = 2,
+    trial: Annotated[
+        bool, typer.Option(help="Decode up to a quarter of the prompts, for about 90 s, to check predictions.")
+    ] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that the trial decodes, at most.")] = 2,
     sittings: Annotated[
         int | None,
         typer.Option(min=1, help="Rounds of timing whole steps, for each batch size. Default: on a CPU several."),

@@ -23,7 +23,7 @@ class TuneSettings:
     Attributes:
         batches: batch sizes, each of which gets a tree. context: tokens in the cache; None: the middle of an answer.
         most_rows: rows of a step and sequence at most; None: MOST_ROWS, on CUDA devices MOST_ROWS_CUDA.
-        trial: decode the prompts kept back with the chosen trees. repeats: of that.
+        trial: decode prompts that were kept back with the chosen trees. repeats: of that, at most.
         again: measure the machine's costs anew. seconds: of that; None: 50, on CUDA devices 15.
         sittings: at which whole steps are timed, of each batch size; None: one on CUDA devices, elsewhere several.
         engine: how steps are run.

@@ -21,11 +21,12 @@ from firp_cli.evaluation.replay import replay_speedup
 from firp_cli.evaluation.rows import ALL
 from firp_cli.evaluation.search import PLAIN, Candidate, StepCosts, chances, layer_rows, search, shapes
 from firp_cli.evaluation.timing import as_benched, enough_calls, milliseconds, undisturbed
+from firp_cli.evaluation.trial import TRIAL_SECONDS, WARMUP, TrialSize, make_bout, trial_size
 from firp_cli.predictors.base import Predictor
 from firp_cli.records import CostReport, Prediction, Trial, TunedTree, TuneReport
 from firp_cli.teacher.stack import Teacher
 
-KEPT_BACK = 0.25  # share of the prompts that only try what was chosen
+KEPT_BACK = 0.25  # share of the prompts that are kept for the trial
 LEAST_PROMPTS = 4
 FINALISTS = 6  # trees whose whole steps are timed
 ROUNDS, PROBED_ROUNDS, LEAST_ROUNDS = 6, 8, 3
@@ -304,14 +305,17 @@ class Tuner:
             probabilities=list(shape.probabilities) or None,
         )
 
-    def decode(self, prompts: Sequence[Sequence[int]], specs: Sequence[TreeSpec], batch: int) -> list[Prediction]:
+    def decode(
+        self, prompts: Sequence[Sequence[int]], specs: Sequence[TreeSpec], batch: int, repeats: int
+    ) -> list[Prediction]:
         """What trees bring when prompts are decoded for real, each beside plain decoding."""
         settings = BenchSettings(
             self.settings.max_new_tokens,
             batch,
             self.settings.temperature,
             self.settings.top_p,
-            self.settings.repeats,
+            repeats,
+            WARMUP,
             seed=self.settings.seed,
             engine=self.settings.engine,
         )
@@ -370,8 +374,7 @@ def tune(
     cost = tuner.measure(progress)
     choices = tuner.tune()
     ladder = tuner.ladder(choices[0])
-    if settings.trial:
-        _try(tuner, unseen, choices, ladder)
+    tried = _try(tuner, unseen, choices, ladder) if settings.trial else None
     losing = [choice.trial.batch_size for choice in choices if choice.trial.predicted.speedup < PAYS]
     return TuneReport(
         environment=machine(teacher),
@@ -384,6 +387,7 @@ def tune(
             "tokens": calibration.tokens,
             "anchors": len(tuner.acceptance.ranks),
             "kept_back": len(unseen),
+            "trial": None if tried is None else asdict(tried),
         },
         acceptance=tuner.acceptance.by_rank(),
         reliability=reliability(tuner.acceptance.ranks, tuner.probable),
@@ -400,17 +404,27 @@ def _try(
     prompts: Sequence[Sequence[int]],
     choices: Sequence[Choice],
     ladder: Sequence[tuple[TreeSpec, Trial]],
-) -> None:
-    """Decode the prompts that were kept back: some trees of the ladder, and each batch size's tree where there are
-    prompts enough to fill the batch.
+) -> TrialSize | None:
+    """Decode prompts that were kept back, as many as fit into the time: some trees of the ladder at the first batch
+    size, and the tree of each other batch size that they fill. Return how many; None where they fill no batch.
     """
-    first = choices[0]
+    fitting = [choice for choice in choices if choice.trial.batch_size <= len(prompts)]
+    if not fitting:
+        return None
+    first, *others = fitting
     tried = [(spec, trial) for spec, trial in ladder if spec.nodes in LADDER or spec == first.spec]
-    if first.trial.batch_size <= len(prompts):
-        found = tuner.decode(prompts, [spec for spec, _ in tried], first.trial.batch_size)
-        for (_, trial), measured in zip(tried, found, strict=True):
+    # the chosen tree, then those nearest to it, which say most about the choice
+    tried.sort(key=lambda pair: (pair[0] != first.spec, abs(pair[0].nodes - first.spec.nodes)))
+    entrants = [tried, *([(choice.spec, choice.trial)] for choice in others)]
+    tokens = tuner.calibration.tokens / tuner.calibration.prompts
+    bouts = [make_bout([trial for _, trial in pairs], tokens) for pairs in entrants]
+    size = trial_size(bouts, len(prompts), tuner.settings.repeats, TRIAL_SECONDS)
+    tuner.tell(f"trial: {size}")
+    for bout, pairs in zip(bouts, entrants, strict=True):
+        pairs = pairs[: size.trees]
+        chosen = prompts[: bout.prompts(size.prompts)]
+        found = tuner.decode(chosen, [spec for spec, _ in pairs], bout.batch, size.repeats)
+        for (_, trial), measured in zip(pairs, found, strict=True):
             trial.measured = measured
-        first.trial.measured = next(trial.measured for spec, trial in tried if spec == first.spec)
-    for choice in choices[1:]:
-        if choice.trial.batch_size <= len(prompts):
-            (choice.trial.measured,) = tuner.decode(prompts, [choice.spec], choice.trial.batch_size)
+    first.trial.measured = tried[0][1].measured
+    return size

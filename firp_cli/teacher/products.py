@@ -83,6 +83,21 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
     return product.dtype == torch.float32 and bool((product == 16 * 1.125**2).all())
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether products of many rows in bfloat16 are several times as fast there as in float32: on CUDA devices with
+    bfloat16 units, and on processors with AMX.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not torch.backends.mkldnn.is_available():
+        return False
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        return bool(capabilities().get("amx_bf16"))
+    tiles: Any = getattr(torch.cpu, "_is_amx_tile_supported", None)  # before torch.cpu.get_capabilities
+    return tiles is not None and bool(tiles())
+
+
 def _pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
     """The product with a copy in a kernel's own order; None where there is no kernel that is right, or copies have
     taken enough memory. The kernel depends on the machine alone, so that every run rounds alike.

@@ -59,7 +59,8 @@ EXPORTED = (
 
 @dataclass
 class RunState:
-    """How far a run is. `seconds`, `waited` and `tokens` count training steps only, `waited` is per rank.
+    """How far a run is. `seconds`, `waited` and `tokens` count training steps only, `waited` is per rank. `spent`:
+    seconds by the clock of rank 0, in a run with `training.max_minutes`.
 
     `first`, `best` and `last` are rows of validations: the start values', the best so far, the latest. `kept` are the
     steps whose weights are kept, the best first; `stale` counts the validations since the last one that was better.
@@ -72,6 +73,7 @@ class RunState:
     kept: list[tuple[float, int]] = field(default_factory=list)
     stale: int = 0
     seconds: float = 0.0
+    spent: float = 0.0
     waited: float = 0.0
     tokens: int = 0
 

@@ -20,6 +20,7 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.recipe import TrainingConfig
 from firp_cli.teacher.stack import Teacher
 from firp_cli.training.objective import ObjectiveModule
+from firp_cli.training.pace import Pace
 
 ADAM_BETAS = (0.9, 0.95)
 FINAL_RATE = 0.1  # of the peak learning rate, where the cosine ends
@@ -50,9 +51,13 @@ def deepspeed_config(settings: TrainingConfig, accumulation: int) -> dict[str, A
 
 
 def build_engine(
-    predictor: Predictor, teacher: Teacher, settings: TrainingConfig, total_steps: int, accumulation: int
+    predictor: Predictor, teacher: Teacher, settings: TrainingConfig, pace: Pace, accumulation: int
 ) -> Any:
-    """A DeepSpeed engine over the objective; joins the ranks first. `engine(batch, anchors)` gives loss and sums."""
+    """A DeepSpeed engine over the objective; joins the ranks first. `engine(batch, anchors)` gives loss and sums.
+
+    Args:
+        pace: the learning rate follows it; it is moved before each optimizer step.
+    """
     start()
     deepspeed = load_deepspeed()
     module = ObjectiveModule(predictor, teacher, settings)
@@ -60,7 +65,11 @@ def build_engine(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, betas=ADAM_BETAS, weight_decay=settings.weight_decay
     )
-    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, settings.warmup_ratio))
+
+    def factor(step: int) -> float:
+        return learning_rate_factor(max(step, pace.place), pace.total, settings.warmup_ratio)
+
+    scheduler = LambdaLR(optimizer, factor)
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=parameters,

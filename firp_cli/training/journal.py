@@ -35,7 +35,7 @@ class Listener:
 
     Attributes:
         ridge: (done, total) conversations of the ridge start.
-        step: (done, total, row) after each optimizer step.
+        step: (done, total, row) after each optimizer step; `total` is expected where training.max_minutes ends the run.
         validation: (row) after each validation.
         note: (text) once in a while.
         stop: asked with the number of steps done; True saves a checkpoint and ends the run as Ctrl-C does.

@@ -7,7 +7,6 @@ predictor that is handed over is trained in place.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,8 +21,9 @@ from firp_cli.teacher.stack import Teacher
 from firp_cli.training.batches import VALIDATION_EPOCH, Order, Prefetcher, Reader, split_validation
 from firp_cli.training.engine import ADAM_BETAS, learning_rate_factor
 from firp_cli.training.objective import ObjectiveModule, StepRecord
+from firp_cli.training.pace import Pace
 from firp_cli.training.ridge import ridge_start
-from firp_cli.training.trainer import EVENTS_PER_RUN, data_order, planned_steps, sequence_lengths
+from firp_cli.training.trainer import data_order, make_pace, planned_steps, sequence_lengths, usual_interval
 
 Row = dict[str, Any]
 Progress = Callable[[int, int | None], None]
@@ -41,8 +41,9 @@ def train_plain(
     """Train a predictor in place and leave it with the weights that did best on the held-out sequences.
 
     Args:
-        seconds: ends the run; the schedule then follows whichever is further, the steps or the time. None: the losses
-            are those of the trainer with one rank.
+        seconds: ends the run, the ridge start included; the schedule then follows whichever is further, the steps or
+            the time. None: as training.max_minutes says; without a limit the losses are those of the trainer with one
+            rank.
         ridge_sequences: training sequences that the ridge start is solved on, the first ones; None: all.
 
     Returns a row for each optimizer step and validation, as the trainer's metrics.jsonl has them. Raises UsageError on
@@ -52,31 +53,17 @@ def train_plain(
         raise UsageError("plain training keeps whole fp32 weights: set training.precision=fp32 and zero_stage=0")
     if not len(sequences):
         raise StoreError("there is no conversation to train on")
-    pace = _Pace(seconds)
     training, validation = split_validation(len(sequences), settings.validation_fraction, settings.seed)
+    order = data_order(settings, training, 1, sequence_lengths(sequences))
+    total = planned_steps(settings, order)
+    pace = make_pace(settings, total) if seconds is None else Pace(total, seconds)
+    pace.start()
     torch.manual_seed(settings.seed)
     predictor.initialise(settings.init, teacher)
     if settings.init == "ridge":
         chosen = training[:ridge_sequences]
         ridge_start(predictor, teacher, sequences, chosen, settings.ridge_lambda, settings.micro_batch_size)
-    order = data_order(settings, training, 1, sequence_lengths(sequences))
-    run = _Run(predictor, teacher, sequences, settings, order, validation)
-    return run.loop(pace, progress)
-
-
-class _Pace:
-    """How far a run is, in steps: those taken, or, bounded by time, the share of its seconds if that is more."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self.began, self.seconds = time.perf_counter(), seconds
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
-
-    def place(self, step: int, total: int) -> int:
-        if self.seconds is None:
-            return step
-        return min(total, max(step, int(total * self.elapsed() / self.seconds)))
+    return _Run(predictor, teacher, sequences, settings, order, pace, validation).loop(progress)
 
 
 class _Run:
@@ -89,11 +76,11 @@ class _Run:
         sequences: Sequence[Sequenced],
         settings: TrainingConfig,
         order: Order,
+        pace: Pace,
         validation: Sequence[int],
     ) -> None:
         self.predictor, self.teacher, self.settings = predictor, teacher, settings
-        self.order, self.validation = order, validation
-        self.total = planned_steps(settings, order)
+        self.order, self.pace, self.validation = order, pace, validation
         self.module = ObjectiveModule(predictor.requires_grad_(True), teacher, settings)
         self.optimizer = torch.optim.AdamW(
             predictor.parameters(), lr=settings.learning_rate, betas=ADAM_BETAS, weight_decay=settings.weight_decay
@@ -109,20 +96,21 @@ class _Run:
         self.history: list[Row] = []
         self.best: tuple[float, dict[str, Tensor]] | None = None
 
-    def loop(self, pace: _Pace, progress: Progress) -> list[Row]:
+    def loop(self, progress: Progress) -> list[Row]:
         """All steps, with validations between them."""
-        every = self.settings.validate_every or max(1, math.ceil(self.total / EVENTS_PER_RUN))
+        pace = self.pace
+        every = self.settings.validate_every or usual_interval(self.settings, pace.total)
         prefetcher = Prefetcher(self.reader, self._wanted(), self.settings.readers)
         step, validated = 0, -1
         try:
-            while (place := pace.place(step, self.total)) < self.total:
+            while (place := pace.move(step, pace.clock())) < pace.total:
                 if place // every > validated:
-                    self._validate(step, pace)
+                    self._validate(step)
                     validated = place // every
-                self._step(step, place, prefetcher, pace)
+                self._step(step, prefetcher)
                 step += 1
-                progress(step, self.total)
-            self._validate(step, pace)
+                progress(step, pace.expected)
+            self._validate(step)
         finally:
             prefetcher.close()
         if self.best is not None:
@@ -131,14 +119,14 @@ class _Run:
         return self.history
 
     def _wanted(self) -> Iterator[tuple[list[int], int]]:
-        for step in range(self.total):
+        for step in range(self.pace.total):
             for micro in range(self.settings.gradient_accumulation):
                 yield self.order.conversations(step, micro)
 
-    def _step(self, step: int, place: int, prefetcher: Prefetcher, pace: _Pace) -> None:
-        """Optimizer step `step` (from 0) at the rate of `place`."""
+    def _step(self, step: int, prefetcher: Prefetcher) -> None:
+        """Optimizer step `step` (from 0) at the rate of the run's place."""
         settings, accumulation = self.settings, self.settings.gradient_accumulation
-        rate = settings.learning_rate * learning_rate_factor(place, self.total, settings.warmup_ratio)
+        rate = settings.learning_rate * learning_rate_factor(self.pace.place, self.pace.total, settings.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums = StepRecord.empty(self.predictor.steps, self.teacher.device).sums
@@ -159,10 +147,10 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         row: Row = {"split": "train", "step": step + 1, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
-        self.history.append(row | StepRecord(sums).averages(self.predictor.pipeline) | {"seconds": pace.elapsed()})
+        self.history.append(row | StepRecord(sums).averages(self.predictor.pipeline) | {"seconds": self.pace.clock()})
 
     @torch.no_grad()
-    def _validate(self, step: int, pace: _Pace) -> None:
+    def _validate(self, step: int) -> None:
         """Measure the held-out sequences, and keep the weights if they are the best so far."""
         if not self.validation:
             return
@@ -176,4 +164,4 @@ class _Run:
         assert isinstance(length, float)
         if self.best is None or length > self.best[0]:
             self.best = (length, {name: value.clone() for name, value in self.predictor.state_dict().items()})
-        self.history.append({"split": "validation", "step": step, **averages, "seconds": pace.elapsed()})
+        self.history.append({"split": "validation", "step": step, **averages, "seconds": self.pace.clock()})

@@ -1,7 +1,8 @@
 """The training loop: the same for every predictor kind, number of ranks and ZeRO stage.
 
 A run is a function of its recipe, store and teacher: data order, anchors and the schedule depend on the number of the
-optimizer step alone, so `--resume` goes on with the losses that an uninterrupted run would have had.
+optimizer step alone, so `--resume` goes on with the losses that an uninterrupted run would have had. A run with
+`training.max_minutes` is not: its number of steps and its learning rates depend on the speed of the machine as well.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from firp_cli.training.checkpoint import RunState
 from firp_cli.training.engine import build_engine, give_back_freed_memory, optimizer_step, predictor_weights
 from firp_cli.training.journal import Journal, Listener
 from firp_cli.training.objective import FIELDS, StepRecord
+from firp_cli.training.pace import Pace
 from firp_cli.training.ridge import ridge_start
 
 EVENTS_PER_RUN = 10  # validations, and checkpoints, of a run that names no interval
@@ -45,7 +47,8 @@ EVENTS_PER_RUN = 10  # validations, and checkpoints, of a run that names no inte
 @dataclass
 class Outcome:
     """How a run ended. `training` is what training.json holds; None when the run was stopped before its end. A run that
-    ended early because validations got no better is not `stopped`: its `step` is below `total_steps`.
+    ended early because validations got no better or its minutes were over is not `stopped`: its `step` is below
+    `total_steps`.
     """
 
     step: int
@@ -58,6 +61,21 @@ def planned_steps(settings: TrainingConfig, order: Order) -> int:
     """Optimizer steps of a run."""
     steps = settings.epochs * order.steps_per_epoch
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
+
+
+def make_pace(settings: TrainingConfig, total: int) -> Pace:
+    """The pace of a run of `total` planned steps, limited by `training.max_minutes`."""
+    return Pace(total, None if settings.max_minutes is None else 60 * settings.max_minutes)
+
+
+def usual_interval(settings: TrainingConfig, total: int) -> int:
+    """Planned steps between the validations, and checkpoints, of a run that names no interval: EVENTS_PER_RUN of each,
+    of a run with `training.max_minutes` at most one a minute.
+    """
+    events = EVENTS_PER_RUN
+    if settings.max_minutes is not None:
+        events = max(1, min(events, round(settings.max_minutes)))
+    return max(1, math.ceil(total / events))
 
 
 def data_order(
@@ -150,8 +168,9 @@ class _Run:
         self.order = data_order(self.settings, self.training, self.ranks, self.lengths, per_step)
         self.accumulation = self.order.per_step // self.ranks
         self.total = planned_steps(self.settings, self.order)
-        usual = max(1, math.ceil(self.total / EVENTS_PER_RUN))
-        self.validate_every = self.settings.validate_every or usual
+        self.pace = make_pace(self.settings, self.total)
+        self.usual = usual_interval(self.settings, self.total)
+        self.validate_every = self.settings.validate_every
         self.save_every = self.settings.save_every or self.validate_every
         self.state = RunState()
         self.saved_at = 0
@@ -181,10 +200,11 @@ class _Run:
             self._initialise(predictor)
         else:
             checkpoints.load_weights(found, predictor)
-        self.engine = build_engine(predictor, self.teacher, self.settings, self.total, self.accumulation)
+        self.engine = build_engine(predictor, self.teacher, self.settings, self.pace, self.accumulation)
         if found is not None:
             self.state = checkpoints.load_checkpoint(self.engine, found, self.recipe)
             self.saved_at = self.state.step
+            self.pace.resume(self.state.step, self.state.spent)
             self.listener.note(f"resuming after step {self.state.step} of {self.total}")
         if is_main():
             resumed = None if found is None else self.state.step
@@ -214,12 +234,12 @@ class _Run:
             while True:
                 if self.validation and self._due(self.validate_every) and (state.last or {}).get("step") != state.step:
                     self._validate()
-                ended = state.step == self.total or self._stale()
+                ended = self.pace.ended or self._stale()
                 if (ended or self._due(self.save_every)) and state.step > self.saved_at:
                     self._save()
                 if ended:
                     return Outcome(state.step, self.total, False, self._export())
-                if self._step(prefetcher) and state.step < self.total:
+                if self._step(prefetcher) and not self.pace.ended:
                     self._save()
                     return Outcome(state.step, self.total, True, None)
         finally:
@@ -227,8 +247,10 @@ class _Run:
             if self.journal:
                 self.journal.close()
 
-    def _due(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step == self.total
+    def _due(self, every: int | None) -> bool:
+        """Whether what happens every so many optimizer steps happens now; None: at the usual interval."""
+        due = self.pace.passed(self.usual) if every is None else self.state.step % every == 0
+        return due or self.pace.ended
 
     def _stale(self) -> bool:
         """Whether so many validations brought nothing that the run ends."""
@@ -246,15 +268,20 @@ class _Run:
     def _step(self, prefetcher: Prefetcher) -> bool:
         """One optimizer step over all micro-batches of all ranks; returns whether to stop."""
         state = self.state
+        self.pace.start()
         began, waited = time.perf_counter(), prefetcher.waited
         losses, sums, items = self._accumulate(prefetcher)
         loss = torch.stack(losses).double().sum().item()
         stop = self.interrupted or self.listener.stop(state.step + 1)
         tokens = sum(int(item.batch.lengths.sum()) for item in items)
         mine = [loss, float(tokens), prefetcher.waited - waited, float(stop)]
-        (loss, all_tokens, wait, stops), sums = self._reduce(mine, sums)
+        if self.pace.seconds is not None:
+            mine.append(self.pace.clock() if self.rank == 0 else 0.0)  # all ranks go by the clock of rank 0
+        (loss, all_tokens, wait, stops, *spent), sums = self._reduce(mine, sums)
         if not math.isfinite(loss):
             self._refuse(losses, items)
+        state.spent = sum(spent)
+        self.pace.move(state.step + 1, state.spent)
         rate = self.engine.get_lr()[0]
         norm = optimizer_step(self.engine, self.settings)
         if norm is not None and not math.isfinite(norm):
@@ -278,7 +305,7 @@ class _Run:
             "memory_bytes": peak_memory(self.teacher.device),
         }
         self._tell(row)
-        self.listener.step(state.step, self.total, row)
+        self.listener.step(state.step, self.pace.expected, row)
         return bool(stops)
 
     def _accumulate(self, prefetcher: Prefetcher) -> tuple[list[Tensor], Tensor, list[MicroBatch]]:
