@@ -100,7 +100,8 @@ def test_states_and_logits_are_the_librarys(name: str) -> None:
     """Of every layer, past any sliding window."""
     teacher, ids = new_teacher(name), some_ids()
     expected = states_of(teacher, ids)
-    assert (teacher.stack.name, teacher.fuse(), teacher.stack.name) == ("library", None, "lean")
+    assert (teacher.stack.name, teacher.fuse()) == ("library", None)
+    assert teacher.stack.name.startswith("lean")
     assert_equal(states_of(teacher, ids), expected, tolerance_of(teacher))
 
 
@@ -400,7 +401,7 @@ def test_released_layers_raise_only_when_run(name: str, before: bool) -> None:
     if before:
         assert teacher.fuse() is None
     teacher.release(range(2))
-    assert (teacher.fuse(), teacher.stack.name, teacher.fingerprint) == (None, "lean", fingerprint)
+    assert (teacher.fuse(), teacher.stack.name[:4], teacher.fingerprint) == (None, "lean", fingerprint)
     assert_equal(states_of(teacher, ids, stop=2), expected[:3])
     with pytest.raises(AssertionError, match="layer 2 was released"):
         states_of(teacher, ids)

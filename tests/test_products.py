@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
-from firp_cli.teacher import products
-from firp_cli.teacher.products import MOST_ROWS, Product
+from firp_cli.teacher import cpu_kernels, products
+from firp_cli.teacher.cpu_kernels import MOST_ROWS, Copy, PackedMatrix
+from firp_cli.teacher.products import OneDNNMatrix, Product
 
 
 def some_matrix(bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -55,48 +55,53 @@ def test_gradients_reach_the_rows() -> None:
     assert weight.grad is None, "the matrix is frozen"
 
 
-@pytest.mark.parametrize("make", [products._pack_mkl, products._pack_onednn])
+@pytest.fixture(params=[PackedMatrix, OneDNNMatrix])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Copy]:
+    """Each kind of packed product, taken by every `Product` that is made."""
+    if request.param is OneDNNMatrix:
+        monkeypatch.setattr(products, "missing", lambda: "none")
+    if Product(torch.randn(8, 8))._packed is None:
+        pytest.skip("this machine does not have it")
+    assert isinstance(Product(torch.randn(8, 8))._packed, request.param)
+    kind: type[Copy] = request.param
+    return kind
+
+
 @pytest.mark.parametrize("size", [(37, 24), (192, 64), (64, 192)])
-def test_packed_products_take_any_number_of_rows(make: Any, size: tuple[int, int]) -> None:
+def test_packed_products_take_any_number_of_rows(kernel: type[Copy], size: tuple[int, int]) -> None:
     torch.manual_seed(2)
     weight, offset = torch.randn(size), torch.randn(size[0])
-    packed = make(weight)
-    if packed is None:
-        pytest.skip("this torch is built without it")
-    for shape in ((2,), (3,), (2, 4), (1, 17), (64,), (MOST_ROWS,)):
+    product = Product(weight, offset)
+    for shape in ((1,), (2,), (3,), (2, 4), (1, 17), (64,), (MOST_ROWS,)):
         rows = torch.randn(*shape, size[1])
-        torch.testing.assert_close(packed(rows, offset), functional.linear(rows, weight, offset), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(product(rows), functional.linear(rows, weight, offset), rtol=1e-5, atol=1e-5)
 
 
-def test_a_packed_product_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_product_that_is_wrong_is_not_taken(kernel: type[Copy], monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = some_matrix(bias=False)
-    wrong = lambda weight: lambda rows, bias: functional.linear(rows, weight) + (len(rows) > 8)  # noqa: E731
-    monkeypatch.setattr(products, "_intel", lambda: True)
-    monkeypatch.setattr(products, "_pack_mkl", wrong)
-    monkeypatch.setattr(products, "_pack_onednn", wrong)
+    wrong = lambda self, rows: functional.linear(rows, weight) + (len(rows) > 8)  # noqa: E731
+    monkeypatch.setattr(kernel, "__call__", wrong)
     assert Product(weight)._packed is None
 
 
-def test_copies_are_counted_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_counted_and_limited(kernel: type[Copy], monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     weight, _ = some_matrix(bias=False)
-    size, before = weight.nbytes, Product.copied
+    size, before = weight.nbytes, Copy.total()
     first = Product(weight)
-    if first._packed is None:
-        pytest.skip("this torch has no packed products")
-    assert Product.copied == before + size
-    monkeypatch.setattr(products, "MOST_BYTES", before + 2 * size)
+    assert Copy.total() == before + size
+    monkeypatch.setattr(cpu_kernels, "MOST_BYTES", before + 2 * size)
     second, third = Product(weight), Product(weight)
     assert (second._packed is None, third._packed is None) == (False, True)
     rows = torch.randn(4, 24)
     torch.testing.assert_close(third(rows), second(rows), rtol=1e-5, atol=1e-5)
     del first, third
     gc.collect()
-    assert Product.copied == before + size, "a copy that is gone makes room"
+    assert Copy.total() == before + size, "a copy that is gone makes room"
     assert Product(weight)._packed is not None
     del second
     gc.collect()
-    assert Product.copied == before
+    assert Copy.total() == before
 
 
 def test_bfloat16_is_fast_where_the_processor_has_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,10 +176,27 @@ def _devices() -> list[Check]:
 
 
 def _compilers() -> list[Check]:
-    """Tools that DeepSpeed's own kernels would be built with; firp asks for none of them."""
+    """Kernels compiled here, and tools that DeepSpeed's own would be built with, of which firp asks for none."""
     found = [name for name in ("cc", "nvcc", "ninja") if shutil.which(name)]
     detail = f"found: {', '.join(found)}" if found else "none found"
-    return [Check("compiler, ninja", OK if found else NOTE, detail, "not needed: firp builds no DeepSpeed kernel")]
+    return [
+        _cpu_kernels(),
+        Check("compiler, ninja", OK if found else NOTE, detail, "not needed: firp builds no DeepSpeed kernel"),
+    ]
+
+
+def _cpu_kernels() -> Check:
+    """The kernels that firp compiles for this processor, here if nowhere before."""
+    purpose = "decoding on a CPU, float32"
+    try:
+        from firp_cli.teacher.cpu_kernels import missing
+    except (ImportError, OSError):
+        return Check("CPU kernels", NOTE, "torch cannot be imported", purpose)
+    reason = missing()
+    if reason is None:
+        return Check("CPU kernels", OK, "compiled for this processor", purpose)
+    remedy = "install g++ or clang++ (or set CXX): without them decoding on a CPU takes about 1.5 times as long"
+    return Check("CPU kernels", NOTE, reason, purpose, remedy)
 
 
 def _data() -> list[Check]:

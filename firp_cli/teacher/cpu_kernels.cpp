@@ -27,6 +27,7 @@ constexpr int BYTES = 4 * LANES;
 constexpr int AHEAD = 2048 / BYTES;  // inputs that a panel is fetched ahead of its use
 constexpr int MOST_ROWS = REGISTERS / 2;  // of one pass over panels: their sums just fit the registers
 constexpr int QUERIES = 8;  // that go over the keys together
+constexpr int MOST_HEAD = 512;  // values of a head
 
 typedef float vec __attribute__((vector_size(BYTES)));
 typedef int32_t ints __attribute__((vector_size(BYTES)));
@@ -43,9 +44,10 @@ static inline float sum(vec value) {
   return lanes[0];
 }
 
-// e^x, within 2 units in the last place; below -87 the smallest number that is not denormal.
+// e^x, within 2 units in the last place; 0 where it would be denormal.
 static inline vec exponential(vec x) {
-  x = x < -87.3f ? vec{} - 87.3f : x;
+  const ints nothing = x < -87.3f;
+  x = nothing ? vec{} : x;
   x = x > 88.0f ? vec{} + 88.0f : x;
   const float rounding = 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
   vec shifted = x * 1.44269504f + rounding;
@@ -61,7 +63,7 @@ static inline vec exponential(vec x) {
   ints exponent = (__builtin_convertvector(whole, ints) + 127) << 23;
   vec scale;
   memcpy(&scale, &exponent, BYTES);
-  return power * scale;
+  return nothing ? vec{} : power * scale;
 }
 
 extern "C" {
@@ -182,7 +184,7 @@ static void normalise(const float* x, const float* weight, float epsilon, int64_
 // A head's D values, normalised if there is a weight, and rotated: the sine's first half is negated.
 static void turn(const float* x, const float* weight, float epsilon, const float* cosine, const float* sine,
                  float factor, int64_t D, float* y) {
-  float normed[512];
+  float normed[MOST_HEAD];
   if (weight) {
     normalise(x, weight, epsilon, D, normed);
     x = normed;
@@ -192,28 +194,28 @@ static void turn(const float* x, const float* weight, float epsilon, const float
   for (int64_t at = half; at < D; at++) y[at] = (x[at] * cosine[at] + x[at - half] * sine[at]) * factor;
 }
 
-// Attention of up to QUERIES queries (count, D), scaled beforehand, over S slots. VECTORS: D / LANES, 0 if unknown here.
+// Attention of up to QUERIES queries (D,), scaled beforehand, over S slots. VECTORS: D / LANES where it is known here and
+// leaves no rest, else 0.
 template <int VECTORS>
 static void attend(const float* const* queries, const float* const* masks, int count, const float* keys,
                    const float* values, int64_t row, int64_t slots, int64_t D, float* scores, float* const* outputs) {
   const int vectors = VECTORS ? VECTORS : D / LANES;
-  const int64_t padded = (slots + LANES - 1) / LANES * LANES;
+  const int64_t rest = VECTORS ? D : vectors * LANES, padded = (slots + LANES - 1) / LANES * LANES;
   for (int64_t slot = 0; slot < slots; slot++) {
     const float* key = keys + slot * row;
     for (int q = 0; q < count; q++) {
-      vec products = load(queries[q]) * load(key);
-      for (int v = 1; v < vectors; v++) products += load(queries[q] + v * LANES) * load(key + v * LANES);
-      scores[q * padded + slot] = sum(products);
+      vec products = {};
+      for (int v = 0; v < vectors; v++) products += load(queries[q] + v * LANES) * load(key + v * LANES);
+      float score = sum(products);
+      for (int64_t at = rest; at < D; at++) score += queries[q][at] * key[at];
+      scores[q * padded + slot] = masks[q] ? score + masks[q][slot] : score;
     }
   }
   float totals[QUERIES];
   for (int q = 0; q < count; q++) {
     float* own = scores + q * padded;
-    if (masks[q])
-      for (int64_t slot = 0; slot < slots; slot++) own[slot] += masks[q][slot];
-    float most = own[0];
-    for (int64_t slot = 1; slot < slots; slot++) most = std::max(most, own[slot]);
-    for (int64_t slot = slots; slot < padded; slot++) own[slot] = -INFINITY;
+    const float most = *std::max_element(own, own + slots);
+    std::fill(own + slots, own + padded, -INFINITY);
     vec total = {};
     for (int64_t slot = 0; slot < padded; slot += LANES) {
       vec share = exponential(load(own + slot) - most);
@@ -225,22 +227,33 @@ static void attend(const float* const* queries, const float* const* masks, int c
     totals[q] = sum(total);
   }
   for (int q = 0; q < count; q += 2) {
-    const int pair = std::min(2, count - q);
-    const float *first = scores + q * padded, *second = scores + (q + pair - 1) * padded;
-    vec sums[2][VECTORS ? VECTORS : 512 / LANES] = {};
+    const int second = std::min(q + 1, count - 1);
+    const float *shares = scores + q * padded, *others = scores + second * padded;
+    vec sums[2][VECTORS ? VECTORS : MOST_HEAD / LANES] = {};
     for (int64_t slot = 0; slot < slots; slot++)
       for (int v = 0; v < vectors; v++) {
         vec value = load(values + slot * row + v * LANES);
-        sums[0][v] += first[slot] * value;
-        sums[1][v] += second[slot] * value;
+        sums[0][v] += shares[slot] * value;
+        sums[1][v] += others[slot] * value;
       }
-    for (int each = 0; each < pair; each++)
-      for (int v = 0; v < vectors; v++) store(outputs[q + each] + v * LANES, sums[each][v] / totals[q + each]);
+    for (int v = 0; v < vectors; v++) {
+      store(outputs[q] + v * LANES, sums[0][v] / totals[q]);
+      store(outputs[second] + v * LANES, sums[second - q][v] / totals[second]);
+    }
+    for (int64_t at = rest; at < D; at++) {
+      float own = 0, other = 0;
+      for (int64_t slot = 0; slot < slots; slot++) {
+        own += shares[slot] * values[slot * row + at];
+        other += others[slot] * values[slot * row + at];
+      }
+      outputs[q][at] = own / totals[q];
+      outputs[second][at] = other / totals[second];
+    }
   }
 }
 
 static decltype(&attend<0>) attention_of(int64_t D) {
-  switch (D / LANES) {
+  switch (D % LANES ? 0 : D / LANES) {
     case 2: return attend<2>;
     case 4: return attend<4>;
     case 8: return attend<8>;

@@ -154,7 +154,6 @@ class _Memory:
     @classmethod
     def take(cls, count: int) -> Tensor:
         """(count,) float32, aligned to a cache line."""
-        count = -(-count // ALIGNMENT) * ALIGNMENT
         if cls.block is None or cls.used + count > len(cls.block):
             size = max(4 * count, BLOCK_BYTES) + HUGE_PAGE
             pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -164,7 +163,7 @@ class _Memory:
             whole = torch.frombuffer(pages, dtype=torch.float32)
             cls.block, cls.used = whole[-whole.data_ptr() % HUGE_PAGE // 4 :], 0
         taken = cls.block[cls.used : cls.used + count]
-        cls.used += count
+        cls.used += -(-count // ALIGNMENT) * ALIGNMENT
         return taken
 
 
@@ -207,7 +206,7 @@ class PackedMatrix(Copy):
         self._panels = _Memory.take(panels * halves * self.inputs * lanes)
         parts = functional.pad(weight.detach().view(halves, self.outputs, -1), (0, 0, 0, missing_outputs))
         ordered = parts.view(halves, panels, lanes, -1).permute(1, 0, 3, 2)
-        self._panels[: ordered.numel()].view(ordered.shape).copy_(ordered)
+        self._panels.view(ordered.shape).copy_(ordered)
         self._bias = None
         if bias is not None:
             parts = functional.pad(bias.detach().view(halves, -1), (0, missing_outputs)).view(halves, panels, lanes)
@@ -263,7 +262,6 @@ class PackedLayer:
             and weight.dtype == torch.float32
             and missing() is None
             and head_size <= MOST_HEAD
-            and head_size % compiled().firp_lanes() == 0
             and Copy.fits(bytes_needed)
         )
 

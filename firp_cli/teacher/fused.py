@@ -216,8 +216,6 @@ class FusedStack:
     Raises UnfusableError for layers of another kind.
     """
 
-    name = "lean"
-
     def __init__(
         self,
         layers: Iterable[Any],
@@ -238,6 +236,8 @@ class FusedStack:
                 made[id(own)] = FusedLayer(own, not compiled, short)  # the compiler chooses its own products
             self._layers.append(None if released else made[id(own)])
             self._loop_norms.append(None if loop_norm is None else RMSNorm(loop_norm, short))
+        packed = any(layer.packed is not None for layer in made.values())
+        self.name = "lean, compiled kernels" if packed else "lean"
         self._norm = RMSNorm(norm, short)
         self._rotary = rotary
         self._head = Product(head.weight, head.bias, wide=True) if type(head) is nn.Linear else head
