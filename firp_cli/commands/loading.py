@@ -21,6 +21,7 @@ from firp_cli.errors import FingerprintError, TeacherError, UsageError
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.registry import load_predictor, predictor_folder, read_config
 from firp_cli.recipe import DEFAULT_TEACHER, TeacherConfig, nearest
+from firp_cli.teacher import cpu_kernels
 from firp_cli.teacher.stack import Teacher, default_device
 from firp_cli.teacher.weights import Residence
 
@@ -42,7 +43,11 @@ class LayerChoice:
 
     def apply(self, teacher: Teacher) -> None:
         """Use the lean layers if they are wanted and fit; say why not where they do not."""
-        reason = teacher.fuse(self.compiled) if self.layers == "lean" else None
+        if self.layers != "lean":
+            return
+        if teacher.device.type == "cpu" and teacher.dtype == torch.float32 and cpu_kernels.to_be_compiled():
+            say("compiling kernels for this processor: a few seconds, once")
+        reason = teacher.fuse(self.compiled)
         if reason:
             say(reason)
 

@@ -61,11 +61,7 @@ def load(extra: Sequence[str] = ()) -> ctypes.CDLL:
     """
     if os.environ.get(SWITCH) == "0":
         raise CompileError(f"{SWITCH}=0")
-    machine = platform.machine()
-    flags = (*FLAGS, *(FLAGS_X86 if machine.lower() in ("x86_64", "amd64") else ()), *extra)
-    parts = (SOURCE.read_text(encoding="utf-8"), *flags, machine, processor_name())
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    path = cache_folder() / "kernels" / f"cpu-{key}.so"
+    path, flags = _place(extra)
     try:
         if not path.exists():
             _compile(path, flags)
@@ -81,10 +77,37 @@ def load(extra: Sequence[str] = ()) -> ctypes.CDLL:
     return library
 
 
+def to_be_compiled() -> bool:
+    """Whether the first use takes the seconds of compiling."""
+    return os.environ.get(SWITCH) != "0" and not _place()[0].exists() and _compiler() is not None
+
+
+def _place(extra: Sequence[str] = ()) -> tuple[Path, tuple[str, ...]]:
+    """Where the kernels of this processor are kept, and the flags that they are compiled with."""
+    machine = platform.machine()
+    flags = (*FLAGS, *(FLAGS_X86 if machine.lower() in ("x86_64", "amd64") else ()), *extra)
+    parts = (SOURCE.read_text(encoding="utf-8"), *flags, machine, processor_name(), _instructions())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return cache_folder() / "kernels" / f"cpu-{key}.so", flags
+
+
+def _instructions() -> str:
+    """What this processor can do, where the system says: two of one name may differ, as virtual ones do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _compiler() -> str | None:
+    names = [name for name in (os.environ.get("CXX"), *COMPILERS) if name]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
 def _compile(path: Path, flags: Sequence[str]) -> None:
     """Compile to `path`, whole or not at all: several processes may do so at once. Raises CompileError, OSError."""
-    names = [name for name in (os.environ.get("CXX"), *COMPILERS) if name]
-    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
         raise CompileError("no C++ compiler is installed (g++ or clang++)")
     path.parent.mkdir(parents=True, exist_ok=True)
