@@ -22,7 +22,7 @@ from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree import parse_tree
 from firp_cli.teacher import cpu_kernels
 from firp_cli.teacher.attention import StepMask
-from firp_cli.teacher.cpu_kernels import MOST_ROWS, CompileError, Copy, PackedMatrix, load, missing
+from firp_cli.teacher.cpu_kernels import MOST_ROWS, CompileError, Copy, PackedMatrix, load, missing, to_be_compiled
 from firp_cli.teacher.fused import FusedStack
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.products import OneDNNMatrix, Product
@@ -273,6 +273,7 @@ def test_without_a_compiler_the_reason_is_given(fresh: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", str(fresh))
     with pytest.raises(CompileError, match=r"no C\+\+ compiler is installed"):
         load()
+    assert not to_be_compiled(), "nothing is announced that cannot be"
 
 
 def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,11 +333,22 @@ def test_copies_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Engine(teacher).generate([prompt], 16)[0].token_ids == generate_reference(teacher.model, prompt, 16)
 
 
+def test_processors_of_one_name_have_kernels_of_their_own(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Virtual ones are called alike whatever they can do."""
+    places = set()
+    for instructions in ("flags: avx2", "flags: avx2 avx512f"):
+        monkeypatch.setattr(cpu_kernels, "_instructions", lambda instructions=instructions: instructions)
+        places.add(cpu_kernels._place()[0])
+    assert len(places) == 2
+
+
 @needs_kernels
 def test_kernels_are_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert to_be_compiled()
     load()
     (library,) = fresh.glob("kernels/*")
     changed = library.stat().st_mtime_ns
     monkeypatch.setenv("PATH", os.devnull)
+    assert not to_be_compiled()
     assert load().firp_lanes() in (4, 8, 16)
     assert library.stat().st_mtime_ns == changed

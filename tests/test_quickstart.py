@@ -12,6 +12,7 @@ from firp_cli.commands import quickstart as module
 from firp_cli.commands.quickstart import (
     AROUND_TRAINING,
     LEAST_TRAINING,
+    MEASURING,
     MOST_EPOCHS,
     Prompts,
     find_prompts,
@@ -75,7 +76,7 @@ def test_quickstart_collects_and_trains_in_bfloat16_where_it_is_fast(monkeypatch
 
 def test_quickstart_trains_in_the_minutes_that_tuning_leaves() -> None:
     settings = load_recipe(None, ["predictor.kind=firp", "predictor.layer=4", *training_overrides(9.0, 15.0)]).training
-    assert settings.max_minutes == pytest.approx(9.0 - 0.3 * 15.0 - AROUND_TRAINING, abs=0.1)
+    assert settings.max_minutes == pytest.approx(9.0 - MEASURING * 15.0 - AROUND_TRAINING, abs=0.1)
     assert settings.epochs == MOST_EPOCHS and settings.max_steps is None
     for left, minutes in ((4.5, 15.0), (-1.0, 15.0), (0.6 + AROUND_TRAINING + 0.9 * LEAST_TRAINING, 2.0)):
         assert training_overrides(left, minutes) == ["training.max_steps=0"]
@@ -92,7 +93,7 @@ def test_quickstart_hands_the_time_that_is_left_to_training(monkeypatch: pytest.
     assert recipe.data.limit == pytest.approx(0.4 * 15 * 60, abs=30)
     assert recipe.training.max_minutes is None and recipe.training.epochs < MOST_EPOCHS
     taught = load_recipe(str(folder / "recipe.yaml"), list(commands[1][2:])).training
-    assert taught.max_minutes == pytest.approx(0.7 * 15 - AROUND_TRAINING, abs=0.5)
+    assert taught.max_minutes == pytest.approx((1 - MEASURING) * 15 - AROUND_TRAINING, abs=0.5)
     assert taught.epochs == MOST_EPOCHS and taught.gate_prompts == 2 and taught.max_steps is None
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 STEPS = 4
 COLLECTING = 0.4  # share of the minutes at most
-MEASURING = 0.3  # share of the minutes that is left for tuning and the bench
+MEASURING = 0.35  # share of the minutes that is left for tuning and the bench
 AROUND_TRAINING = 0.75  # minutes of loading, ridge start, first and last validation and gate
 LEAST_TRAINING = 1.0  # minutes; shorter training is left out
 MOST_EPOCHS = 20  # of training, however many minutes are left
@@ -80,7 +80,7 @@ def quickstart(
     tuning = ["--batch-sizes", "1", "--limit", str(CALIBRATING), "--sittings", SITTINGS, "--no-trial"]
     run("tune", predictor, "--dataset", found.train, *where, *tuning, "--output", str(folder / "tune"))
     measured = min(MEASURED[1], max(MEASURED[0], round(minutes / 2)))
-    measuring = ["--limit", str(measured), "--repeats", "2", "--output", str(folder / "bench")]
+    measuring = ["--limit", str(measured), "--repeats", "1", "--output", str(folder / "bench")]
     run("bench", predictor, "--dataset", found.test, *where, *measuring)
     spent = (time.monotonic() - until) / 60 + minutes
     typer.echo(f"\n{spent:.1f} minutes. The predictor: {predictor}")

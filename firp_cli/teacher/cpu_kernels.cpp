@@ -69,7 +69,7 @@ static inline vec exponential(vec x) {
 extern "C" {
 
 // A frozen matrix (N, K): panels[N / LANES, rounded up][K][LANES], and a bias in the same order, or null. In a paired
-// one panels of a gate and of what it opens take turns; it has 2 N rows.
+// one, of gate and up together (2 N, K), their panels take turns.
 struct Matrix {
   const float *panels, *bias;
   int64_t outputs, inputs;
@@ -96,7 +96,7 @@ struct Step {
 
 enum Kind { PLAIN, ADDED, PAIRED };
 
-// One pass of M rows over V panels. ADDED: `rest` (M, N) is added. PAIRED: silu of one panel times the next one.
+// One pass of M rows over V panels. ADDED: `rest` (M, N) is added. PAIRED: silu(gate) * up.
 template <int M, int V, Kind KIND>
 static void pass(const Matrix& matrix, const float* x, int64_t panel, float* y, const float* rest) {
   const int64_t K = matrix.inputs, N = matrix.outputs;

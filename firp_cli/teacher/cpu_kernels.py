@@ -217,7 +217,7 @@ class PackedMatrix(Copy):
     """A copy of a float32 matrix (N, K) in the order that the kernels read, with its bias (N,).
 
     Args:
-        paired: the matrix is that of a gate (N, K) above that of what it opens (N, K).
+        paired: the matrix is a feed-forward's gate (N, K) above its up (N, K).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, paired: bool = False) -> None:
@@ -255,8 +255,7 @@ class PackedLayer:
     residual.
 
     Args:
-        matrices: of queries, keys and values together; of attention's output; a gate's above that of what it opens; the
-            last one of the feed-forward.
+        matrices: of queries, keys and values together; of attention's output; gate above up; down.
         norms: before attention and before the feed-forward. head_norms: of queries and of keys, or empty.
         heads: of queries and of keys. scaling: of the scores.
     """

@@ -4,7 +4,7 @@ Query, key and value matrices are joined, gate and up matrices too, and nothing 
 not need. It serves Llama, Mistral, Qwen2, Qwen3 and whatever else has layers of that kind (biases, norms on queries and
 keys, grouped heads, shared layers, any rotary variant); a model whose logits differ from its library's by more than
 rounding keeps the library's layers. The joined matrices replace the library's own, whose parameters become views into
-them: both stacks run on one copy of the weights, beside which a CPU keeps one in its own order (teacher/products.py).
+them: both stacks run on one copy of the weights. On a CPU there is a second one, for teacher/cpu_kernels.py.
 Weights that change afterwards are seen once the layers are fused again.
 
 Shapes: B sequences, R rows, d hidden size, Hq query heads, Hk key/value heads, D head size, f feed-forward size.
@@ -211,7 +211,7 @@ class FusedStack:
     Args:
         layers: the library's layers, or the passes of a looped teacher.
         compiled: run the bodies before and behind attention through `torch.compile`.
-        short: norms of fewer operations where there are such.
+        short: kernels, and norms of fewer operations, where there are such; they round otherwise than the library.
 
     Raises UnfusableError for layers of another kind.
     """
