@@ -98,6 +98,18 @@ def test_memory_is_cut_from_aligned_blocks_and_counted() -> None:
     assert Copy.total() == before
 
 
+@needs_kernels
+def test_matrices_are_packed_in_and_out_of_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever comes first makes the block that both are cut from."""
+    weight, bias, rows = some_rows(20, 30), some_rows(1, 20)[0], some_rows(4, 30)
+    expected = functional.linear(rows, weight, bias)
+    for first in (True, False):
+        monkeypatch.setattr(cpu_kernels._Memory, "block", None)
+        for inside in (first, not first):
+            with torch.inference_mode(inside):
+                torch.testing.assert_close(PackedMatrix(weight, bias)(rows), expected)
+
+
 WIDE: dict[str, Any] = {"initializer_range": 0.1}  # with more weights wide ones make rounding errors grow
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),

@@ -183,8 +183,9 @@ class _Memory:
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):
                     pages.madvise(mmap.MADV_HUGEPAGE)
-            whole = torch.frombuffer(pages, dtype=torch.float32)
-            cls.block, cls.used = whole[-whole.data_ptr() % HUGE_PAGE // 4 :], 0
+            with torch.inference_mode(False):  # matrices that are packed outside of it are cut from it as well
+                whole = torch.frombuffer(pages, dtype=torch.float32)
+                cls.block, cls.used = whole[-whole.data_ptr() % HUGE_PAGE // 4 :], 0
         taken = cls.block[cls.used : cls.used + count]
         cls.used += -(-count // ALIGNMENT) * ALIGNMENT
         return taken
