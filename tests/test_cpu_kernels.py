@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import SETTINGS, generate_reference, make_predictor, random_prompts, tiny_model
 from firp_cli.decoding.engine import Engine
@@ -271,6 +272,20 @@ def test_rows_that_need_gradients_take_torch() -> None:
     teacher.run(hidden, positions, mask).sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.abs().max() > 0
+
+
+@needs_kernels
+def test_a_dispatch_mode_sees_every_operation() -> None:
+    """Counters of operations find the products of all layers, and of the head."""
+    teacher = make_teacher("llama")
+    positions = torch.arange(3)[None]
+    mask = teacher.sequence_mask(torch.ones(1, 3, 3, dtype=torch.bool).tril(), positions)
+    hidden = torch.randn(1, 3, 48)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        teacher.head(teacher.norm(teacher.run(hidden, positions, mask)))
+    weights = sum(parameter.numel() for parameter in teacher.model.parameters() if parameter.dim() == 2)
+    embedding = teacher.model.get_input_embeddings().weight.numel()
+    assert counter.get_total_flops() >= 2 * 3 * (weights - embedding)
 
 
 @pytest.fixture

