@@ -100,10 +100,7 @@ class Passes:
 
         def layers(first: int, last: int, states: torch.Tensor) -> torch.Tensor:
             self.cache.begin(rows, self.context)
-            for number in range(first, last):
-                seen = None if mask is None else mask.at(teacher.windows[number], rows)
-                states = teacher.layer(number, states, rotary, positions, seen, self.cache)
-            return states
+            return teacher.layers_between(first, last, states, rotary, positions, mask, self.cache)
 
         between = layers(0, self.split, hidden)
         last = layers(self.split, teacher.num_layers, between)
