@@ -171,23 +171,23 @@ class _Memory:
     the processor spends a third of that time looking up addresses.
     """
 
-    block: Tensor | None = None  # matrices are cut from it, one behind the other
-    used = 0
+    left: Tensor = torch.empty(0)  # of the last block; matrices are cut from its beginning
 
     @classmethod
     def take(cls, count: int) -> Tensor:
         """(count,) float32, aligned to a cache line."""
-        if cls.block is None or cls.used + count > len(cls.block):
-            size = max(4 * count, BLOCK_BYTES) + HUGE_PAGE
-            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):
-                    pages.madvise(mmap.MADV_HUGEPAGE)
-            with torch.inference_mode(False):  # matrices that are packed outside of it are cut from it as well
+        size = -(-count // ALIGNMENT) * ALIGNMENT
+        with torch.inference_mode(False):  # matrices that are packed outside of it are cut from the same block
+            if size > len(cls.left):
+                pages = mmap.mmap(
+                    -1, max(4 * size, BLOCK_BYTES) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                )
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    with contextlib.suppress(OSError):
+                        pages.madvise(mmap.MADV_HUGEPAGE)
                 whole = torch.frombuffer(pages, dtype=torch.float32)
-                cls.block, cls.used = whole[-whole.data_ptr() % HUGE_PAGE // 4 :], 0
-        taken = cls.block[cls.used : cls.used + count]
-        cls.used += -(-count // ALIGNMENT) * ALIGNMENT
+                cls.left = whole[-whole.data_ptr() % HUGE_PAGE // 4 :]
+            taken, cls.left = cls.left[:count], cls.left[size:]
         return taken
 
 
