@@ -52,7 +52,8 @@ def steps(output: Path, real: bool, data: str | None, prompts: int) -> list[Step
         Step(["collect", "demo", f"store={STORE}"]),
         Step(["train", "demo", f"store={STORE}", f"output={own}"]),
         Step(["eval", own, "--store", str(STORE), "--limit", "100", "--output", str(output / "eval")]),
-        _bench([own], ["arithmetic"], 2 * prompts, 2, output / "bench"),
+        # on so small a teacher rows are dear: a chain pays where a tree does not
+        _bench([own], ["arithmetic"], 2 * prompts, 2, output / "bench", "--tree", "chain/3"),
     ]
     if real:
         made.append(_bench(REAL_PREDICTORS, dataset, prompts, 1, output / "bench-smollm2", "--max-new-tokens", "96"))
