@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import stat
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,35 @@ def test_layers_together_equal_layers_one_by_one() -> None:
     for start, stop in ((0, 4), (1, 3), (2, 3)):
         together = run_layers(teacher, 2, 6, start, stop)
         assert torch.equal(together, run_layers(teacher, 2, 6, start, stop, apart=True))
+
+
+@needs_kernels
+def test_what_a_cache_makes_lives_until_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache may return tensors that nobody else holds."""
+    teacher, alive = make_teacher("llama-64"), []
+    library = cpu_kernels.compiled()
+    made: list[weakref.ref[Tensor]] = []
+
+    class Watching:
+        firp_before = staticmethod(library.firp_before)
+
+        @staticmethod
+        def firp_after(*given: Any) -> None:
+            alive.append(all(each() is not None for each in made))
+            library.firp_after(*given)
+
+    class Fresh:
+        def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+            fresh = keys.clone(), values.clone()
+            made[:] = [weakref.ref(each) for each in fresh]
+            return fresh
+
+    monkeypatch.setattr(cpu_kernels, "compiled", lambda: Watching)
+    hidden, positions = torch.randn(1, 3, 256), torch.arange(3)[None]
+    mask = teacher.sequence_mask(torch.ones(1, 3, 3, dtype=torch.bool).tril(), positions)
+    with torch.inference_mode():
+        teacher.run(hidden, positions, mask, cache=Fresh())
+    assert alive == [True] * teacher.num_layers
 
 
 @needs_kernels

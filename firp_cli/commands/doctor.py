@@ -195,7 +195,7 @@ def _cpu_kernels() -> Check:
     reason = missing()
     if reason is None:
         return Check("CPU kernels", OK, "compiled for this processor", purpose)
-    remedy = "install g++ or clang++ (or set CXX): without them decoding on a CPU takes about 1.5 times as long"
+    remedy = "install g++ or clang++ (or set CXX): without them decoding on a CPU takes about twice as long"
     return Check("CPU kernels", NOTE, reason, purpose, remedy)
 
 

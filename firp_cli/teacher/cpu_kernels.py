@@ -362,7 +362,7 @@ class _Rows:
 
     def see(self, seen: tuple[Tensor, Tensor], mask: Tensor | None) -> None:
         """Let the rows attend to keys and values (B, Hk, S, D)."""
-        own, (keys, values) = self.own, seen
+        self._seen = own, (keys, values) = self.own, seen  # a cache may have made them for this call alone
         assert values.stride() == keys.stride() and keys.stride(3) == 1
         own.slots, own.keys, own.values = keys.shape[2], keys.data_ptr(), values.data_ptr()
         own.key_sequence, own.key_head, own.key_row, _ = keys.stride()
