@@ -1,6 +1,6 @@
 """`python -m firp_cli`: the same program as the `firp` command, for launchers that start modules."""
 
-from firp_cli.commands.app import main
+from firp_cli.cli.app import main
 
 if __name__ == "__main__":
     main()

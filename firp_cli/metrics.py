@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from firp_cli.records import Interval
+from firp_cli.results import Interval
 
 REPEATS = 2000
 BLOCK_ELEMENTS = 1 << 22  # resampled prompt indices held at once
@@ -22,7 +22,7 @@ def joint_hits(hits: ArrayLike, valid: ArrayLike | None = None) -> tuple[NDArray
 
     Args:
         hits: (anchors, k), true where step i drafted the teacher's token.
-        valid: (anchors, k), true where step i counts; by default everywhere.
+        valid: (anchors, k), true where step i counts; by default run_on_all.
 
     Returns:
         `joint` (k,): anchors whose steps 1..i all hit; `counts` (k,): anchors at which step i counts.

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firp_cli.commands.terminal import progress_bar, quiet_libraries
-from firp_cli.recipe import Recipe, load_recipe
+from firp_cli.cli.terminal import progress_bar, quiet_libraries
+from firp_cli.config import Recipe
+from firp_cli.recipe import load_recipe
 
 LAYER, STEPS, TREE = 4, 4, "dynamic:8"
 TREES = ("chain", "static:2x2", "static:4x2x1", "dynamic:4", "dynamic:8", "dynamic:16", "dynamic:32")
@@ -67,7 +68,7 @@ def variants(layers: int) -> list[Variant]:
 
 def train_all(rows: list[Variant], base: Recipe, teacher: Any, folder: Path) -> None:
     """Train each distinct predictor once; what an earlier run finished is kept."""
-    from firp_cli.data.store import Store
+    from firp_cli.store.reader import Store
     from firp_cli.training.trainer import train
 
     todo = {row.folder: row for row in rows if not (folder / row.folder / "config.json").is_file()}
@@ -91,10 +92,11 @@ def train_all(rows: list[Variant], base: Recipe, teacher: Any, folder: Path) -> 
 
 def measure(rows: list[Variant], teacher: Any, folder: Path, prompts: int, repeats: int) -> list[dict[str, Any]]:
     """Decode the same prompts with every row, interleaved, and add the validation figures of its predictor."""
-    from firp_cli.commands.bench import load_bench_prompts
-    from firp_cli.decoding.tree import parse_tree
-    from firp_cli.evaluation.bench import BenchSettings, LoadedPredictor, make_methods, run_bench
-    from firp_cli.predictors.registry import load_predictor
+    from firp_cli.cli.bench import load_bench_prompts
+    from firp_cli.decoding.tree_spec import parse_tree
+    from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
+    from firp_cli.evaluation.run_bench import run_bench
+    from firp_cli.predictors.folder import load_predictor
 
     loaded = {}
     for row in rows:
@@ -155,9 +157,9 @@ def main() -> None:
     if arguments.quick:
         arguments.conversations, arguments.prompts, arguments.repeats = 40, 2, 1
     quiet_libraries(verbose=False)
-    from firp_cli.collecting.capture import collect_store
-    from firp_cli.commands.responders import make_responder
-    from firp_cli.teacher.stack import Teacher
+    from firp_cli.collecting.collect_store import collect_store
+    from firp_cli.collecting.engine_responder import make_responder
+    from firp_cli.teacher.teacher import Teacher
 
     overrides = [
         f"data.limit={arguments.conversations}",

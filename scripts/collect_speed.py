@@ -26,11 +26,12 @@ from pathlib import Path
 
 import torch
 
-from firp_cli.collecting.capture import collect_store
-from firp_cli.collecting.forward import plan_batches
-from firp_cli.data.store import Store
-from firp_cli.recipe import DEFAULT_TEACHER, DataConfig, TeacherConfig
-from firp_cli.teacher.stack import Teacher
+from firp_cli.assets import DEFAULT_TEACHER
+from firp_cli.collecting.collect_store import collect_store
+from firp_cli.collecting.teacher_states import plan_batches
+from firp_cli.config import DataConfig, TeacherConfig
+from firp_cli.store.reader import Store
+from firp_cli.teacher.teacher import Teacher
 
 
 @torch.inference_mode()

@@ -39,8 +39,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for devices without using one
 os.environ.setdefault("PYTHONUNBUFFERED", "1")
 
-from suite.needs import missing  # noqa: E402
-from suite.spare import FLAG, Spare, read_job  # noqa: E402
+from suite.needs import missing
+from suite.spare import FLAG, Spare, read_job
 
 FIRST: Spare | None = None  # imports while this process does
 if __name__ == "__main__":
@@ -50,8 +50,13 @@ if __name__ == "__main__":
     if not {FLAG, "-h", "--help"} & set(sys.argv):
         FIRST = Spare(SCRIPT, sys.argv[1:])
 
-import torch  # noqa: E402
-from suite import (  # noqa: E402
+import torch
+from transformers.utils import logging
+
+from firp_cli.config import TeacherConfig
+from firp_cli.provenance import environment
+from firp_cli.teacher.source import locate
+from suite import (
     answers,
     benches,
     gpu_tests,
@@ -66,15 +71,10 @@ from suite import (  # noqa: E402
     steps,
     teacher,
 )
-from suite import smoke as smoking  # noqa: E402
-from suite.groups import Found, Plan  # noqa: E402
-from suite.sizes import FULL, QUICK, TOY  # noqa: E402
-from suite.work import Part, Shared, grouped, select  # noqa: E402
-from transformers.utils import logging  # noqa: E402
-
-from firp_cli.provenance import environment  # noqa: E402
-from firp_cli.recipe import TeacherConfig  # noqa: E402
-from firp_cli.teacher.source import locate  # noqa: E402
+from suite import smoke as smoking
+from suite.groups import Found, Plan
+from suite.sizes import FULL, QUICK, TOY
+from suite.work import Part, Shared, grouped, select
 
 MINUTES, QUICK_MINUTES = 6.8, 3.0
 SPARE = 8.0  # seconds at the end that no part gets

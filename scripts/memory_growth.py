@@ -40,9 +40,9 @@ def measure(vocabulary: int, length: int, steps: int) -> dict[str, int]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from firp_cli.config import Recipe
     from firp_cli.distributed.launch import load_deepspeed
-    from firp_cli.recipe import Recipe
-    from firp_cli.teacher.stack import Teacher
+    from firp_cli.teacher.teacher import Teacher
     from firp_cli.training.trainer import train
 
     torch.manual_seed(0)

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from firp_cli.commands.bench import load_bench_prompts
-from firp_cli.commands.loading import load_pair
-from firp_cli.decoding.pipeline import PipelineEngine
-from firp_cli.evaluation.bench import BenchSettings, Method, make_methods, run_bench
-from firp_cli.predictors.early_exit import EarlyExitPredictor
-from firp_cli.predictors.registry import build_predictor
-from firp_cli.recipe import SpeedConfig
-from firp_cli.records import BenchRow
-from firp_cli.teacher.stack import Teacher
+from firp_cli.api.loading import load_pair
+from firp_cli.cli.bench import load_bench_prompts
+from firp_cli.config import SpeedConfig
+from firp_cli.decoding.speed.pipeline import PipelineEngine
+from firp_cli.evaluation.methods import BenchSettings, Method, make_methods
+from firp_cli.evaluation.run_bench import run_bench
+from firp_cli.predictors.folder import build_predictor
+from firp_cli.predictors.speed import SpeedPredictor
+from firp_cli.results import BenchRow
+from firp_cli.teacher.teacher import Teacher
 
 
 @dataclass
@@ -52,7 +53,7 @@ def variants(loops: int) -> list[Variant]:
     return rows
 
 
-class NeverRight(EarlyExitPredictor):
+class NeverRight(SpeedPredictor):
     """Exits that predict the least probable token."""
 
     def pipeline_logits(
@@ -63,14 +64,14 @@ class NeverRight(EarlyExitPredictor):
         return logits
 
 
-def build(variant: Variant, trained: EarlyExitPredictor, teacher: Teacher) -> EarlyExitPredictor:
+def build(variant: Variant, trained: SpeedPredictor, teacher: Teacher) -> SpeedPredictor:
     """The variant's predictor."""
     config = SpeedConfig(kind="speed", exits=variant.exits, threshold=variant.threshold, loops=trained.grouping)
     if variant.start == "never":
-        predictor: EarlyExitPredictor = NeverRight(config, teacher)
+        predictor: SpeedPredictor = NeverRight(config, teacher)
     else:
         built = build_predictor(config, teacher)
-        assert isinstance(built, EarlyExitPredictor)
+        assert isinstance(built, SpeedPredictor)
         predictor = built
     predictor.initialise("identity", teacher)
     if variant.start != "identity":
@@ -105,7 +106,7 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     teacher, trained, _ = load_pair(arguments.predictor, None, force=False)
-    assert isinstance(trained, EarlyExitPredictor), f"{arguments.predictor} is no speed predictor"
+    assert isinstance(trained, SpeedPredictor), f"{arguments.predictor} is no speed predictor"
     settings = BenchSettings(repeats=arguments.repeats)
     methods = make_methods(teacher, {}, ["ar"], settings)
     for variant in variants(trained.loops):
@@ -132,7 +133,7 @@ def main() -> int:
         f"1..{trained.loops} tokens " + " ".join(f"{value:.2f}" for value in cost.rows)
     )
     if arguments.output:
-        from firp_cli.records import plain
+        from firp_cli.results import plain
 
         arguments.output.write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
     return 0

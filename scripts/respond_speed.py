@@ -15,18 +15,19 @@ from collections.abc import Callable
 
 import torch
 
+from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.collecting.corpus import build_corpus, load_messages
+from firp_cli.config import DataConfig, TeacherConfig
+from firp_cli.decoding.continuous import ContinuousBatcher
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.refill import Refiller
-from firp_cli.evaluation.baselines import HuggingFaceGenerate
-from firp_cli.recipe import DEFAULT_TEACHER, DataConfig, TeacherConfig
-from firp_cli.teacher.stack import Teacher
+from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
+from firp_cli.teacher.teacher import Teacher
 
 Texts = list[list[int]]
 
 
 def refilled(teacher: Teacher, prompts: Texts, limit: int, batch: int) -> Texts:
-    found = Refiller(teacher).decode(prompts, [limit] * len(prompts), batch)
+    found = ContinuousBatcher(teacher).decode(prompts, [limit] * len(prompts), batch)
     return [item.token_ids for item in sorted(found, key=lambda item: item.number)]
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     teacher = Teacher.load(TeacherConfig(model=arguments.teacher))
-    teacher.fuse()
+    teacher.use_lean_layers()
     settings = {"dataset": arguments.dataset, "data_dir": arguments.data_dir, "split": arguments.split}
     data = DataConfig.model_validate({**settings, "limit": arguments.limit, "regenerate": True})
     prompts = sorted((ids.tolist() for ids in build_corpus(load_messages(data), teacher, data).input_ids), key=len)

@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from firp_cli.commands.loading import set_threads
-from firp_cli.evaluation.bench import machine
-from firp_cli.evaluation.cost import Passes
-from firp_cli.provenance import write_json
-from firp_cli.recipe import DEFAULT_TEACHER, TeacherConfig
+from firp_cli.assets import DEFAULT_TEACHER
+from firp_cli.config import TeacherConfig
+from firp_cli.evaluation.environment import measurement_environment
+from firp_cli.files import write_json
+from firp_cli.machine import set_threads
 from firp_cli.reports.tables import markdown_table
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
+from firp_cli.tuning.cost import CostProbe
 
 RANDOM = "random"
 RANDOM_LLAMA = {
@@ -105,13 +106,13 @@ def load(name: str, quick: bool) -> Teacher:
 
 def stacks(teacher: Teacher, library: bool) -> list[Teacher]:
     """The teacher on the lean stack, and, where asked, once more on the library's: one copy of the weights."""
-    reason = teacher.fuse()
+    reason = teacher.use_lean_layers()
     if reason is not None:
         raise SystemExit(reason)
     return [teacher, Teacher(teacher.model, name=teacher.name, check=False)] if library else [teacher]
 
 
-def make_forward(passes: Passes, rows: int) -> Forward:
+def make_forward(passes: CostProbe, rows: int) -> Forward:
     """A step's forward of `rows` rows behind the cache's prefix, which it leaves as it is."""
     parts = passes.parts(rows)
 
@@ -145,7 +146,7 @@ def measure(
     """Time every row count on every stack, in turns, `repeats` rounds."""
     forwards = {}
     for teacher in teachers:
-        passes = Passes(teacher, teacher.num_layers, 1, context, max(rows))
+        passes = CostProbe(teacher, teacher.num_layers, 1, context, max(rows))
         forwards |= {(teacher.stack.name, count): make_forward(passes, count) for count in rows}
     iterations = iterations or enough_iterations(next(iter(forwards.values())))
     times: dict[tuple[str, int], Times] = {key: [] for key in forwards}
@@ -288,7 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = {name: value for name, value in vars(known).items() if name != "output"}
         write_json(
             known.output,
-            {"environment": machine(teachers[0]), "caches": cache_sizes(), "settings": settings, "teachers": results},
+            {
+                "environment": measurement_environment(teachers[0]),
+                "caches": cache_sizes(),
+                "settings": settings,
+                "teachers": results,
+            },
         )
     return 0
 

@@ -22,29 +22,30 @@ from unittest.mock import patch
 
 import torch
 
-from firp_cli.commands.bench import load_bench_prompts
-from firp_cli.commands.loading import LayerChoice, load_teacher, set_threads
+from firp_cli.api.loading import LayerChoice, load_teacher
+from firp_cli.assets import DEFAULT_TEACHER
+from firp_cli.cli.bench import load_bench_prompts
 from firp_cli.decoding import step as step_module
-from firp_cli.decoding.accept import Sampler
+from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.ring import Ring
-from firp_cli.decoding.run import StepRun
-from firp_cli.decoding.step import Stepper, cache_shape
-from firp_cli.decoding.tree import default_tree, parse_tree
+from firp_cli.decoding.output_ring import OutputRing
+from firp_cli.decoding.sampling import Sampler
+from firp_cli.decoding.step import DecodeStep, cache_shape
+from firp_cli.decoding.tree_spec import default_tree, parse_tree
 from firp_cli.errors import FirpError
-from firp_cli.evaluation.bench import machine
-from firp_cli.predictors.registry import load_predictor, predictor_folder
-from firp_cli.provenance import write_json
-from firp_cli.recipe import DEFAULT_TEACHER
+from firp_cli.evaluation.environment import measurement_environment
+from firp_cli.files import write_json
+from firp_cli.machine import set_threads
+from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.reports.tables import markdown_table
 from firp_cli.teacher.attention import StepMask
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 
 LAYERS = "layers"
 HEAD = "final norm and head: verification"
 DRAFT_HEAD = "final norm and head: drafting"
-SPAWN = "spawn (the predictor's maps)"
+PSEUDO = "pseudo states (the predictor's maps)"
 TREE = "tree building"
 MASKS = "positions and masks"
 ROTARY = "rotary look-up"
@@ -61,11 +62,11 @@ PUSH = "ring push"
 READ = "ring read"
 HOST = "host loop"
 PARTS = (
-    *(LAYERS, HEAD, DRAFT_HEAD, SPAWN, TREE, MASKS, ROTARY, EMBED, ROWS),
+    *(LAYERS, HEAD, DRAFT_HEAD, PSEUDO, TREE, MASKS, ROTARY, EMBED, ROWS),
     *(CHOICE, ACCEPT, COMMIT, STATES, OWN, TOPK, GLUE, PUSH, READ, HOST),
 )
 TEACHER = (LAYERS, HEAD, DRAFT_HEAD)
-PREDICTOR = (SPAWN, OWN)
+PREDICTOR = (PSEUDO, OWN)
 WRAPPED_CALLS = 20_000  # to measure what a wrapper costs
 
 
@@ -129,18 +130,18 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
         *((step_module, name, ACCEPT) for name in ("accept", "accept_root")),
         (step_module, "forward_rows", ROWS),
         (step_module, "nearest_anchor", STATES),
-        (Stepper, "step", GLUE),
-        (Stepper, "_forward", MASKS),
-        (Stepper, "_rotary", ROTARY),
-        (Stepper, "_draft_next", STATES),
+        (DecodeStep, "step", GLUE),
+        (DecodeStep, "_forward", MASKS),
+        (DecodeStep, "_rotary", ROTARY),
+        (DecodeStep, "_draft_next", STATES),
         (StepMask, "at", MASKS),
         (Sampler, "__call__", CHOICE),
         (KVCache, "commit", COMMIT),
-        (Ring, "push", PUSH),
-        (Ring, "launched", READ),
+        (OutputRing, "push", PUSH),
+        (OutputRing, "launched", READ),
     ]
     if predictor is not None:
-        parts = {"finish": OWN, "logits": OWN, "draft": TOPK}
+        parts = {"draft_hidden": OWN, "logits": OWN, "draft": TOPK}
         wrapped += [(predictor, name, part) for name, part in parts.items()]
     with ExitStack() as stack:
         for owner, name, part in wrapped:
@@ -148,26 +149,26 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
         for name in ("norm", "head"):
             timed = clock.wrap(getattr(teacher, name), HEAD, {OWN: DRAFT_HEAD})
             stack.enter_context(patch.object(teacher, name, timed))
-        stack.enter_context(patch.object(StepRun, "_write", closing(clock, StepRun._write)))
-        stack.enter_context(patch.object(Stepper, "__init__", spawning(clock, Stepper.__init__)))
+        stack.enter_context(patch.object(DecodeBatch, "_write", closing(clock, DecodeBatch._write)))
+        stack.enter_context(patch.object(DecodeStep, "__init__", spawning(clock, DecodeStep.__init__)))
         yield
 
 
 def spawning(clock: StepClock, make: Callable[..., None]) -> Callable[..., None]:
-    """A `Stepper` whose maps are timed: the engine hands them over ready for decoding."""
+    """A `DecodeStep` whose maps are timed: the engine hands them over ready for decoding."""
 
-    def made(stepper: Stepper, *arguments: Any, **options: Any) -> None:
+    def made(stepper: DecodeStep, *arguments: Any, **options: Any) -> None:
         make(stepper, *arguments, **options)
-        if stepper.spawn is not None:
-            stepper.spawn = clock.wrap(stepper.spawn, SPAWN)
+        if stepper.make_pseudo_states is not None:
+            stepper.make_pseudo_states = clock.wrap(stepper.make_pseudo_states, PSEUDO)
 
     return made
 
 
 def closing(clock: StepClock, write: Callable[..., Any]) -> Callable[..., Any]:
-    """`StepRun._write`, behind which a step ends: on the CPU the host reads every step by itself."""
+    """`DecodeBatch._write`, behind which a step ends: on the CPU the host reads every step by itself."""
 
-    def timed(run: StepRun, held: Any, rows: Any, prefill: bool = False) -> Any:
+    def timed(run: DecodeBatch, held: Any, rows: Any, prefill: bool = False) -> Any:
         rates = write(run, held, rows, prefill=prefill)
         clock.close(keep=not prefill)
         return rates
@@ -396,7 +397,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(report(profile) for profile in profiles), end="")
     if known.output:
         settings = {name: value for name, value in vars(known).items() if name != "output"}
-        described = {"environment": machine(teacher), "settings": settings, "teacher": teacher.describe()}
+        described = {
+            "environment": measurement_environment(teacher),
+            "settings": settings,
+            "teacher": teacher.describe(),
+        }
         write_json(known.output, {**described, "profiles": [asdict(profile) for profile in profiles]})
     return 0
 

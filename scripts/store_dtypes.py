@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from firp_cli.commands.terminal import progress_bar, quiet_libraries, say
-from firp_cli.recipe import Recipe, load_recipe
+from firp_cli.cli.terminal import progress_bar, quiet_libraries, say
+from firp_cli.config import Recipe
+from firp_cli.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from firp_cli.data.store import Store
-    from firp_cli.teacher.stack import Teacher
+    from firp_cli.store.reader import Store
+    from firp_cli.teacher.teacher import Teacher
 
 DTYPES = ("float32", "bfloat16", "int8", "float8")
 REFERENCE = "float32"
@@ -31,9 +32,9 @@ MOST_LOST, MOST_BYTES = 0.02, 0.52  # of accepted length, and of the bytes of bf
 
 def prepare(recipe: Recipe, teacher: Teacher, dtypes: Sequence[str], folder: Path) -> dict[str, Path]:
     """Stores by dtype, all of the same conversations, and `held out`: float32 states of others."""
-    from firp_cli.collecting.capture import collect_store
-    from firp_cli.commands.responders import make_responder
-    from firp_cli.data.store_tools import convert_store, split_store
+    from firp_cli.collecting.collect_store import collect_store
+    from firp_cli.collecting.engine_responder import make_responder
+    from firp_cli.store.tools import convert_store, split_store
 
     assert recipe.predictor is not None
     stores = {REFERENCE: folder / "stores" / REFERENCE, "held out": folder / "stores" / "held-out"}
@@ -65,16 +66,17 @@ def state_error(exact: Store, rounded: Store) -> dict[str, float]:
 
 def measure(recipe: Recipe, dtypes: Sequence[str], folder: Path, prompts: int) -> list[dict[str, Any]]:
     """A row for each dtype; losses are relative to the predictor that was trained on float32 states."""
-    from firp_cli.data.store import Store
-    from firp_cli.data.store_verify import describe_store
-    from firp_cli.decoding.tree import parse_tree
-    from firp_cli.evaluation.quality import evaluate, gate
-    from firp_cli.predictors.registry import load_predictor
-    from firp_cli.teacher.stack import Teacher
+    from firp_cli.decoding.tree_spec import parse_tree
+    from firp_cli.evaluation.gate import gate
+    from firp_cli.evaluation.quality import evaluate
+    from firp_cli.predictors.folder import load_predictor
+    from firp_cli.store.reader import Store
+    from firp_cli.store.verify import describe_store
+    from firp_cli.teacher.teacher import Teacher
     from firp_cli.training.trainer import train
 
     teacher, lean = Teacher.load(recipe.teacher), Teacher.load(recipe.teacher)
-    lean.fuse()  # for all but training
+    lean.use_lean_layers()  # for all but training
     stores = {name: Store.open(path, verify=True) for name, path in prepare(recipe, lean, dtypes, folder).items()}
     held_out = stores["held out"]
     starts = [int(item.loss_mask.int().argmax()) for item in held_out]

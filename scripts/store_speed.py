@@ -31,9 +31,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from firp_cli.data.store import FLOATS, SCALED, Store, compress, expand
-from firp_cli.data.store_writer import LEAST_SHARDS, ShardPlan, StoreWriter
 from firp_cli.provenance import environment
+from firp_cli.store.reader import FLOATS, SCALED, Store, compress, expand
+from firp_cli.store.writer import LEAST_SHARDS, ShardPlan, StoreWriter
 
 LAYER = 8
 NAMES = (f"hidden.{LAYER}", "hidden.final")

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 
-from firp_cli.collecting.capture import collect_store
-from firp_cli.data.store import Store
-from firp_cli.predictors.registry import build_predictor
-from firp_cli.recipe import Recipe, load_recipe
-from firp_cli.teacher.stack import Teacher
+from firp_cli.collecting.collect_store import collect_store
+from firp_cli.config import Recipe
+from firp_cli.predictors.folder import build_predictor
+from firp_cli.recipe import load_recipe
+from firp_cli.store.reader import Store
+from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import Prefetcher, Reader, split_validation
-from firp_cli.training.engine import ADAM_BETAS
-from firp_cli.training.journal import Listener
+from firp_cli.training.deepspeed_engine import ADAM_BETAS
+from firp_cli.training.metrics_log import Listener
 from firp_cli.training.objective import ObjectiveModule
 from firp_cli.training.trainer import data_order, planned_steps, train
 

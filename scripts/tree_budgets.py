@@ -13,16 +13,18 @@ import json
 import sys
 from pathlib import Path
 
-from firp_cli.commands.bench import load_bench_prompts
-from firp_cli.commands.loading import load_pair, set_threads
-from firp_cli.decoding.choose import make_engine
-from firp_cli.decoding.tree import parse_tree
-from firp_cli.decoding.tuned import read_trees, spec_of
-from firp_cli.evaluation.bench import BenchSettings, Method, make_methods, run_bench
-from firp_cli.evaluation.cost import machine_key
+from firp_cli.api.loading import load_pair
+from firp_cli.cli.bench import load_bench_prompts
+from firp_cli.decoding.make_engine import make_engine
+from firp_cli.decoding.tree_file import read_trees, spec_of
+from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.evaluation.environment import machine_key
+from firp_cli.evaluation.methods import BenchSettings, Method, make_methods
 from firp_cli.evaluation.rows import ALL
-from firp_cli.records import BenchRow
+from firp_cli.evaluation.run_bench import run_bench
+from firp_cli.machine import set_threads
 from firp_cli.reports.tables import markdown_table
+from firp_cli.results import BenchRow
 
 NODES, BUDGETS = (4, 6, 8, 12), (1, 2, 3, 4)
 TUNED = "tuned"
@@ -137,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.brute_force:
         sys.stdout.write(verdict(rows) + "\n")
     if arguments.output:
-        from firp_cli.records import plain
+        from firp_cli.results import plain
 
         arguments.output.write_text(json.dumps({name: plain(row) for name, row in rows.items()}, indent=2))
     return 0

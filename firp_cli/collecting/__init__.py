@@ -1,1 +1,1 @@
-"""Filling a hidden-state store."""
+"""Collecting hidden states and answers into a store."""

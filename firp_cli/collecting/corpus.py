@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firp_cli.data.conversations import EncodedConversation, check_masks, encode, encode_prompt
-from firp_cli.data.prompts import load_conversations, load_prompts
-from firp_cli.data.rows import Message
-from firp_cli.distributed.control import Control
+from firp_cli.config import DataConfig
+from firp_cli.data.chat import EncodedConversation, check_masks, encode, encode_prompt
+from firp_cli.data.datasets import load_conversations, load_prompts
+from firp_cli.data.formats import Message
+from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import DatasetError, TeacherError
-from firp_cli.recipe import DataConfig
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 
 Progress = Callable[[int, int | None], None]
 REFUSED = "refused by the chat template"
@@ -54,7 +54,7 @@ class Corpus:
     def response_tokens(self) -> int:
         return sum(int(mask.sum()) for mask in self.loss_mask)
 
-    def gathered(self, group: Control) -> Corpus:
+    def gathered(self, group: RankGroup) -> Corpus:
         """The parts of all ranks one behind the other, by rank; on every rank. They travel as a few large tensors."""
         if group.size == 1:
             return self
@@ -75,7 +75,7 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
-def _gathered(tensors: list[Tensor], dtype: torch.dtype, group: Control) -> list[Tensor]:
+def _gathered(tensors: list[Tensor], dtype: torch.dtype, group: RankGroup) -> list[Tensor]:
     lengths = group.rows(torch.tensor([len(tensor) for tensor in tensors], dtype=torch.long)).tolist()
     flat = group.rows(torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype))
     return list(flat.split(lengths)) if lengths else []
@@ -116,7 +116,7 @@ def build_corpus(
     teacher: Teacher,
     data: DataConfig,
     progress: Progress = no_progress,
-    group: Control | None = None,
+    group: RankGroup | None = None,
 ) -> Corpus:
     """Encode every row; the ranks of `group` share the work, and each gets the whole.
 
@@ -124,15 +124,15 @@ def build_corpus(
     the longest sequence are skipped and counted. Raises LossMaskError when no token or every token is an answer's,
     DatasetError when nothing is left.
     """
-    group = group or Control()
-    tokenizer = group.everywhere(lambda: _tokenizer(teacher))
+    group = group or RankGroup()
+    tokenizer = group.run_on_all(lambda: _tokenizer(teacher))
     limit = longest_sequence(teacher, data)
     first, end = share_rows(rows, group.size)[group.rank]
 
     def bar(done: int) -> None:
         progress(done * len(rows) // (end - first), len(rows))
 
-    mine, refusal = group.everywhere(lambda: _encode_rows(rows[first:end], tokenizer, data.regenerate, limit, bar))
+    mine, refusal = group.run_on_all(lambda: _encode_rows(rows[first:end], tokenizer, data.regenerate, limit, bar))
     corpus = mine.gathered(group)
     refusals = [text for text in group.gather(refusal) if text]
     group.first(lambda: _check_corpus(rows, corpus, refusals, tokenizer, data, limit))

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.collecting.corpus import Corpus, build_corpus, load_messages, longest_sequence
-from firp_cli.collecting.forward import capture, plan_batches
 from firp_cli.collecting.responders import Responder
-from firp_cli.data.store import bytes_per_token
-from firp_cli.data.store_file import free_bytes
+from firp_cli.collecting.teacher_states import capture, plan_batches
+from firp_cli.config import DataConfig
 from firp_cli.errors import CapacityError, TeacherError
-from firp_cli.recipe import DataConfig
-from firp_cli.teacher.stack import Teacher
+from firp_cli.store.reader import bytes_per_token
+from firp_cli.store.shard_file import free_bytes
+from firp_cli.teacher.teacher import Teacher
 
 SAMPLE_CONVERSATIONS = 256
 TIMED_TOKENS = 8192  # positions of the timed forwards at most

@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from firp_cli.collecting.corpus import Corpus
-from firp_cli.collecting.forward import capture
-from firp_cli.data.store import StoredSequence, compress, expand, state_names
-from firp_cli.data.store_file import save_hashed
+from firp_cli.collecting.teacher_states import capture
 from firp_cli.errors import NumericsError, StoreError
-from firp_cli.provenance import file_sha256, fingerprint, write_atomically
-from firp_cli.teacher.stack import Teacher
+from firp_cli.files import file_sha256, write_atomically
+from firp_cli.provenance import fingerprint
+from firp_cli.store.reader import StoredSequence, compress, expand, state_names
+from firp_cli.store.shard_file import save_hashed
+from firp_cli.teacher.teacher import Teacher
 
 OFFSETS, NUMBERS = "sequence_offsets", "conversations"
 HASH_DIGITS = 16  # of a cache file's sha256, in its name

@@ -11,7 +11,7 @@ from firp_cli.errors import CapacityError, LaunchError, StoreError, TeacherError
 
 
 @dataclass(frozen=True)
-class Reply:
+class Answer:
     """The answer to prompt `number` of those given, EOS included; or why there is none."""
 
     number: int
@@ -19,7 +19,7 @@ class Reply:
     failure: str = ""
 
 
-Decode = Callable[[list[Sequence[int]], list[int], int], Iterator[Reply]]  # (prompts, limits, width)
+Decode = Callable[[list[Sequence[int]], list[int], int], Iterator[Answer]]  # (prompts, limits, width)
 
 
 class Responder(Protocol):
@@ -34,7 +34,7 @@ class Responder(Protocol):
     devices: int
     active: bool
 
-    def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Reply]:
+    def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Answer]:
         """One reply per prompt (token ids), of at most its limit of tokens, in any order.
 
         Raises TeacherError when no prompt can be answered at all.
@@ -46,7 +46,7 @@ class Responder(Protocol):
         ...
 
 
-class Steady:
+class RetryingResponder:
     """Replies in spite of faults: memory that runs out halves what is decoded at once, for good; a prompt at which
     decoding fails is found by halving and reported, and the others are answered.
 
@@ -59,7 +59,7 @@ class Steady:
     def __init__(self, decode: Decode, width: int) -> None:
         self.decode, self.width = decode, width
 
-    def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Reply]:
+    def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Answer]:
         """As `Responder.reply`."""
         parts = deque([list(range(len(prompts)))])
         while parts:
@@ -71,7 +71,7 @@ class Steady:
                     [prompts[number] for number in part], [limits[number] for number in part], self.width
                 ):
                     del left[part[reply.number]]
-                    yield Reply(part[reply.number], reply.token_ids, reply.failure)
+                    yield Answer(part[reply.number], reply.token_ids, reply.failure)
             except (TeacherError, LaunchError, StoreError):
                 raise
             except Exception as error:
@@ -87,7 +87,7 @@ class Steady:
                 continue
             suspects, others = missing[: self.width], missing[self.width :]
             if len(suspects) == 1:
-                yield Reply(suspects[0], [], failure)
+                yield Answer(suspects[0], [], failure)
             half = len(suspects) // 2
             parts.extendleft(some for some in (others, suspects[half:] if half else [], suspects[:half]) if some)
 

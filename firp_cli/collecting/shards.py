@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from firp_cli.collecting.corpus import Corpus, Progress
-from firp_cli.collecting.forward import accompany, capture
-from firp_cli.data.rows import Message
-from firp_cli.data.store import compress, room, state_names
-from firp_cli.data.store_writer import FOLD_SECONDS, ShardPlan, ShardWriter, StoreWriter, is_whole, text_fingerprint
-from firp_cli.distributed.control import Control
+from firp_cli.collecting.teacher_states import accompany, capture
+from firp_cli.data.formats import Message
+from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import LaunchError, StoreError
-from firp_cli.teacher.stack import Teacher
+from firp_cli.store.reader import compress, room, state_names
+from firp_cli.store.writer import FOLD_SECONDS, ShardPlan, ShardWriter, StoreWriter, is_whole, text_fingerprint
+from firp_cli.teacher.teacher import Teacher
 
 SEEN_SECONDS = 60.0  # a network file system may show a new file late
 
 
-def check_shared(folder: Path, group: Control) -> None:
+def check_shared(folder: Path, group: RankGroup) -> None:
     """Refuse ranks that do not see one and the same output folder. Raises StoreError with the remedy."""
     if group.size == 1:
         return
@@ -65,7 +65,7 @@ def check_shared(folder: Path, group: Control) -> None:
         raise error
 
 
-def check_alike(rows: Sequence[Sequence[Message]], teacher: Teacher, group: Control) -> None:
+def check_alike(rows: Sequence[Sequence[Message]], teacher: Teacher, group: RankGroup) -> None:
     """Refuse ranks that read different data or different teachers. Raises LaunchError saying which rank."""
     if group.size == 1:
         return
@@ -84,7 +84,7 @@ def check_alike(rows: Sequence[Sequence[Message]], teacher: Teacher, group: Cont
 
 @contextmanager
 def open_writer(
-    lead: Callable[[], StoreWriter], folder: Path, layers: Sequence[int], dtype: str, group: Control
+    lead: Callable[[], StoreWriter], folder: Path, layers: Sequence[int], dtype: str, group: RankGroup
 ) -> Iterator[ShardWriter]:
     """This rank's writer: rank 0 leads, and the others join what it leads."""
     writer: ShardWriter | None = None
@@ -101,7 +101,7 @@ def open_writer(
 
     try:
         group.first(start)
-        group.everywhere(join)
+        group.run_on_all(join)
         assert writer is not None
         yield writer
     finally:
@@ -110,7 +110,7 @@ def open_writer(
 
 
 def plan_pending(
-    writer: ShardWriter, folder: Path, corpus: Corpus, counts: dict[str, Any], group: Control
+    writer: ShardWriter, folder: Path, corpus: Corpus, counts: dict[str, Any], group: RankGroup
 ) -> list[ShardPlan]:
     """The shards to be written. The ranks share the checking of those that are there: that reads all their bytes."""
 
@@ -189,7 +189,7 @@ def write_shards(
     return entries
 
 
-def finish(writer: ShardWriter, entries: Sequence[dict[str, Any]], group: Control) -> None:
+def finish(writer: ShardWriter, entries: Sequence[dict[str, Any]], group: RankGroup) -> None:
     """Wait for all ranks and enter what they wrote; meanwhile rank 0 enters what is finished."""
 
     def fold() -> None:

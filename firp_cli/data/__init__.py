@@ -1,1 +1,1 @@
-"""Conversations, prompts and the hidden-state store."""
+"""Data sets, conversation formats and chat templates."""

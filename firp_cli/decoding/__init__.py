@@ -1,1 +1,1 @@
-"""Lossless tree decoding."""
+"""Lossless decoding with draft trees."""

@@ -12,21 +12,20 @@ from dataclasses import dataclass
 
 import torch
 
-from firp_cli.decoding.accept import Sampler
-from firp_cli.decoding.graphs import CudaCapture, StepGraphs
-from firp_cli.decoding.guard import Guard, tree_guard
-from firp_cli.decoding.memory import check_fits
-from firp_cli.decoding.run import StepRun
-from firp_cli.decoding.sequences import OnTokens, Writer, Written, check_prompts
-from firp_cli.decoding.step import Stepper, cache_shape, step_width
-from firp_cli.decoding.tree import TreeSpec, default_tree
-from firp_cli.decoding.tuned import TunedTrees
+from firp_cli.decoding.batch import DecodeBatch
+from firp_cli.decoding.cuda_graphs import CudaCapture, StepGraphs
+from firp_cli.decoding.fallback import PlainFallback, tree_fallback
+from firp_cli.decoding.sampling import Sampler
+from firp_cli.decoding.sequences import OnTokens, OutputSequence, Writer, check_fits, check_prompts
+from firp_cli.decoding.step import DecodeStep, cache_shape, step_width
+from firp_cli.decoding.tree_file import TunedTrees
+from firp_cli.decoding.tree_spec import TreeSpec, default_tree
 from firp_cli.errors import UsageError
-from firp_cli.predictors.base import Predictor, Spawn
-from firp_cli.records import Generation
+from firp_cli.predictors.base import Predictor, PseudoStateMaker
+from firp_cli.results import Generation
 from firp_cli.teacher.attention import BACKENDS, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 
 CAPACITY_STEP = 1024  # positions
 READ_EVERY = 1  # steps between two reads on a device that runs ahead of the host: it reads one step behind
@@ -64,13 +63,13 @@ class Plan:
     """What a batch's steps are made with; without a predictor they decode plainly.
 
     Attributes:
-        predictor: of the draft steps that the tree needs. spawn: its maps, made ready for decoding.
+        predictor: of the draft steps that the tree needs. make_pseudo_states: its maps, made ready for decoding.
         ratio: what a drafted step was foretold to cost in plain ones.
     """
 
     predictor: Predictor | None = None
     tree: TreeSpec | None = None
-    spawn: Spawn | None = None
+    make_pseudo_states: PseudoStateMaker | None = None
     ratio: float | None = None
 
 
@@ -110,10 +109,10 @@ class Engine:
         self.graphs: StepGraphs | None = None
         if on_cuda and options.graphs:
             self.graphs = StepGraphs(CudaCapture(device, [] if self.sampler.greedy else [self.sampler.generator]))
-        self.kept: Stepper | None = None  # graphs hold the addresses of its tensors
-        self._limited: dict[int, tuple[Predictor, Spawn]] = {}  # by draft steps
+        self.kept: DecodeStep | None = None  # graphs hold the addresses of its tensors
+        self._limited: dict[int, tuple[Predictor, PseudoStateMaker]] = {}  # by draft steps
         self._guarded = guard
-        self._guards: dict[tuple[TreeSpec, int], Guard] = {}
+        self._guards: dict[tuple[TreeSpec, int], PlainFallback] = {}
 
     @torch.inference_mode()
     def generate(
@@ -134,11 +133,11 @@ class Engine:
         check_prompts(self.teacher, prompts, max_new_tokens)
         writer = Writer(self.teacher, max_new_tokens, stop, on_tokens)
         began = self.clock()
-        sequences = [Written(number, len(prompt), len(prompt) - 1) for number, prompt in enumerate(prompts)]
+        sequences = [OutputSequence(number, len(prompt), len(prompt) - 1) for number, prompt in enumerate(prompts)]
         longest = max(map(len, prompts))
         plan = self.plan(len(prompts), longest, max_new_tokens)
         stepper = self.stepper(plan, len(prompts), longest + max_new_tokens)
-        run = StepRun(stepper, sequences, writer, self.graphs, self._guards_of(plan), self.clock)
+        run = DecodeBatch(stepper, sequences, writer, self.graphs, self._guards_of(plan), self.clock)
         run.prefill(prompts, self.options.prefill_chunk)
         while run.leave():
             run.advance()
@@ -162,9 +161,9 @@ class Engine:
         steps = tree.drafting(self.predictor.steps)
         if steps not in self._limited:
             predictor = self.predictor.first(steps)
-            self._limited[steps] = predictor, predictor.spawner()
-        predictor, spawn = self._limited[steps]
-        return Plan(predictor, tree, spawn, ratio)
+            self._limited[steps] = predictor, predictor.pseudo_state_maker()
+        predictor, make_pseudo_states = self._limited[steps]
+        return Plan(predictor, tree, make_pseudo_states, ratio)
 
     def cache_bytes(self, batch: int, longest_prompt: int, max_new_tokens: int) -> int:
         """Memory of the K/V cache that such a batch allocates beforehand."""
@@ -180,7 +179,7 @@ class Engine:
         """Positions to allocate: with graphs somewhat more, so that the next batches fit as well."""
         return positions if self.graphs is None else -(-positions // CAPACITY_STEP) * CAPACITY_STEP
 
-    def stepper(self, plan: Plan, batch: int, positions: int) -> Stepper:
+    def stepper(self, plan: Plan, batch: int, positions: int) -> DecodeStep:
         """The device's side for a batch: the last one's, whose graphs are captured, where it has the same tree and is
         large enough. Raises CapacityError.
         """
@@ -196,7 +195,7 @@ class Engine:
         capacity = self._capacity(positions)
         shape = cache_shape(self.teacher, plan.predictor, plan.tree, batch, capacity)
         check_fits(KVCache.bytes_needed(**shape), batch, capacity, self.teacher.device)
-        stepper = Stepper(
+        stepper = DecodeStep(
             self.teacher,
             plan.predictor,
             plan.tree,
@@ -205,13 +204,13 @@ class Engine:
             capacity,
             self._every,
             self._kernel,
-            plan.spawn,
+            plan.make_pseudo_states,
         )
         if self.graphs is not None:
             self.kept = stepper
         return stepper
 
-    def _guards_of(self, plan: Plan) -> Callable[[int], Guard] | None:
+    def _guards_of(self, plan: Plan) -> Callable[[int], PlainFallback] | None:
         """The guards of a plan's tree, by batch size: one for sizes up to twice as large, since what a step costs
         differs from one to the other.
         """
@@ -219,10 +218,10 @@ class Engine:
         if not self._guarded or tree is None:
             return None
 
-        def guard(batch: int) -> Guard:
+        def guard(batch: int) -> PlainFallback:
             size = batch.bit_length()
             if (tree, size) not in self._guards:
-                self._guards[tree, size] = tree_guard(plan.ratio)
+                self._guards[tree, size] = tree_fallback(plan.ratio)
             return self._guards[tree, size]
 
         return guard

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 
 
 @torch.no_grad()

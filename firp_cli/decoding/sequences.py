@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from firp_cli.errors import CapacityError, UsageError
-from firp_cli.records import Generation, PipelineTrace
-from firp_cli.teacher.stack import Teacher
+from firp_cli.machine import free_bytes, readable_bytes
+from firp_cli.results import Generation, PipelineTrace
+from firp_cli.teacher.teacher import Teacher
 
 OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this step, how many of them were drafted)
 
 
 @dataclass
-class Written:
+class OutputSequence:
     """One prompt's output so far. `committed`: its tokens in the K/V cache; `plain`: steps that did not draft where
     others did; `limit`: tokens at most, where it is not the writer's.
     """
@@ -39,14 +42,14 @@ class Writer:
     ) -> None:
         self.teacher, self.max_new_tokens, self.stop, self.on_tokens = teacher, max_new_tokens, stop, on_tokens
 
-    def write(self, item: Written, tokens: list[int], drafted: int) -> int:
+    def write(self, item: OutputSequence, tokens: list[int], drafted: int) -> int:
         """Append the tokens of a step up to the sequence's end and tell the listener; returns how many were kept."""
         kept = self._append(item, tokens)
         if self.on_tokens:
             self.on_tokens(item.number, tokens[:kept], min(drafted, kept))
         return kept
 
-    def _append(self, item: Written, tokens: list[int]) -> int:
+    def _append(self, item: OutputSequence, tokens: list[int]) -> int:
         for kept, token in enumerate(tokens, start=1):
             item.tokens.append(token)
             if token in self.teacher.eos_token_ids:
@@ -65,7 +68,7 @@ class Writer:
         tail = self.teacher.tokenizer.decode(tokens[-window:])
         return any(text in tail for text in self.stop)
 
-    def generation(self, item: Written, prefill_seconds: float) -> Generation:
+    def generation(self, item: OutputSequence, prefill_seconds: float) -> Generation:
         """The finished sequence as a record."""
         tokenizer = self.teacher.tokenizer
         return Generation(
@@ -95,3 +98,13 @@ def check_prompts(teacher: Teacher, prompts: Sequence[Sequence[int]], max_new_to
                 f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones are asked for, the "
                 f"teacher's context holds {teacher.max_positions}; shorten it, ask for fewer, or skip it"
             )
+
+
+def check_fits(needed: int, batch: int, positions: int, device: torch.device) -> None:
+    """Raise CapacityError when the K/V cache of `batch` sequences of `positions` does not fit the device."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise CapacityError(
+            f"the K/V cache of {batch} sequences of {positions} positions takes {readable_bytes(needed)}, {device} has "
+            f"{readable_bytes(free)} free: decode fewer at once, or ask for fewer new tokens"
+        )

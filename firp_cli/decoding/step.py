@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from firp_cli.decoding.accept import Accepted, Sampler, accept, accept_root
-from firp_cli.decoding.dynamic import numbers
-from firp_cli.decoding.ring import Ring
-from firp_cli.decoding.tree import Tree, TreeSpec, anchor_nodes, build, nearest_anchor, root_tree
-from firp_cli.predictors.base import Draft, Predictor, Spawn, forward_rows
+from firp_cli.decoding.accept import Accepted, accept, accept_root
+from firp_cli.decoding.output_ring import OutputRing
+from firp_cli.decoding.sampling import Sampler
+from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anchor, numbers, root_tree
+from firp_cli.decoding.tree_spec import TreeSpec
+from firp_cli.predictors.base import Draft, Predictor, PseudoStateMaker
+from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.attention import AttentionMask, StepMask, step_rows
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 
 PREFILL_ENTRIES = 1 << 26  # of a prefill chunk's mask, at most
 # Rows of a sequence whose logits are made in one pass over the vocabulary matrix; more go through it in two: all nodes,
@@ -31,13 +33,13 @@ ONE_PASS_ROWS, ONE_PASS_ROWS_CUDA = 16, 64
 Mode = Literal["drafted", "start", "plain"]  # a tree; the root alone, with its draft; the root alone, without one
 
 
-class Stepper:
+class DecodeStep:
     """The device's side of a batch: K/V cache, roots, drafts, and the ring of what was emitted.
 
     Args:
         tree: the trees of steps that have a draft. batch: sequences at most. capacity: positions of the longest one.
         every: steps between two reads of the host. kernel: attention by the Triton kernel.
-        spawn: the predictor's, made ready for decoding.
+        make_pseudo_states: the predictor's, made ready for decoding.
     """
 
     def __init__(
@@ -50,10 +52,10 @@ class Stepper:
         capacity: int,
         every: int = 1,
         kernel: bool = False,
-        spawn: Spawn | None = None,
+        make_pseudo_states: PseudoStateMaker | None = None,
     ) -> None:
         self.teacher, self.predictor, self.tree, self.sampler = teacher, predictor, tree, sampler
-        self.spawn = spawn or (predictor.spawn if predictor else None)
+        self.make_pseudo_states = make_pseudo_states or (predictor.make_pseudo_states if predictor else None)
         self.kernel, self.capacity, self.most = kernel, capacity, batch
         self._transfer = predictor.transfer_layers if predictor else ()
         self._constant: dict[int, tuple[Tensor, Tensor]] = {}
@@ -76,7 +78,7 @@ class Stepper:
                 torch.zeros(batch, steps, self._breadth, dtype=torch.long, device=device),
                 torch.zeros(batch, steps, self._breadth, device=device),
             )
-        self.ring = Ring(batch, self.width, every, device)
+        self.ring = OutputRing(batch, self.width, every, device)
         self._one_pass = ONE_PASS_ROWS_CUDA if device.type == "cuda" else ONE_PASS_ROWS
 
     @property
@@ -113,7 +115,7 @@ class Stepper:
                 state[:count] = state[sequences]
         self.cache.select(sequences)
 
-    def adopt(self, places: Tensor, other: Stepper, length: int) -> None:
+    def adopt(self, places: Tensor, other: DecodeStep, length: int) -> None:
         """Let the sequences that `other` has prefilled, of `length` positions at most, start at `places` (n,) of this
         batch, which decodes plainly.
         """
@@ -166,7 +168,7 @@ class Stepper:
         if not drafting or predictor is None or not predictor.teachers_head or batch * rows > self._one_pass:
             return self.teacher.head(normed), None
         own = None if pseudo is None else pseudo.transpose(1, 2).flatten(0, 1)
-        states = predictor.finish(self.teacher, normed.flatten(0, 1), own)
+        states = predictor.draft_hidden(self.teacher, normed.flatten(0, 1), own)
         logits = self.teacher.head(torch.cat([normed, states.reshape(batch, -1, size)], dim=1))
         return logits[:, :nodes], logits[:, nodes:].view(batch, anchors, predictor.steps, -1)
 
@@ -190,7 +192,7 @@ class Stepper:
             positions,
             mask,
             transfer_layers=transfer,
-            spawn=self.spawn,
+            make_pseudo_states=self.make_pseudo_states,
             anchors=anchors,
             cache=cache,
             rotary=self._rotary(positions),
@@ -218,7 +220,7 @@ class Stepper:
         """`row_bits` of rows (B, M, M) for the kernel, made once where they do not change; else None."""
         if not self.kernel or not self._unchanging(tree, anchors):
             return None
-        from firp_cli.teacher.tree_attention import row_bits
+        from firp_cli.teacher.triton_attention import row_bits
 
         key = (len(rows), tree.tokens.shape[1], rows.shape[1])
         if key not in self._bits:
@@ -261,7 +263,7 @@ class Stepper:
         else:
             final = normed[:, 0] if pseudo is not None else _rows_at(normed, place)
             own = None if pseudo is None else _rows_at(pseudo.transpose(1, 2), place)
-            states = self.predictor.finish(self.teacher, final, own)
+            states = self.predictor.draft_hidden(self.teacher, final, own)
             predictor, teacher = self.predictor, self.teacher
             draft = draft_behind(states, behind, lambda rows: predictor.draft(teacher, rows, self._breadth))
         self._draft.tokens[: self.batch].copy_(draft.tokens)

@@ -1,1 +1,1 @@
-"""Ranks and launchers."""
+"""Ranks: launchers, clusters, messages and sharded teachers."""

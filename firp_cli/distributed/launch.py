@@ -27,6 +27,7 @@ from typing import Any
 
 from firp_cli.distributed.cluster import ranks_by_host, slurm_ranks
 from firp_cli.errors import ClusterError, FirpError, LaunchError, PeerLostError
+from firp_cli.machine import cores_of_rank, is_launched, is_main, local_rank, local_world_size, rank, world_size
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
 SAME_INTERRUPTION = 2.0  # seconds within which two signals are one
@@ -34,21 +35,6 @@ SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.S
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 RANK_MARK = "running-"
 FAILURE_FILE = "FIRP_FAILURE_FILE"  # where the first rank that fails leaves its message for the launching process
-
-
-def rank() -> int:
-    """This process's number, 0 outside a launched group."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Processes in the group, 1 outside a launched group."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """True in the process that writes files and talks to the user."""
-    return rank() == 0
 
 
 def barrier() -> None:
@@ -94,7 +80,7 @@ def start() -> None:
     if world_size() > 1:
         try:
             if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+                torch.cuda.set_device(local_rank() % torch.cuda.device_count())
                 load_deepspeed().init_distributed(verbose=False)
             else:
                 torch.distributed.init_process_group("gloo")  # deepspeed joins it where it is needed at all
@@ -122,15 +108,10 @@ def ranks_wanted(gpus: int | None, hostfile: Path | str | None) -> tuple[int, in
 
     Raises ClusterError as `ranks_by_host` does.
     """
-    if "RANK" in os.environ:
-        return world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    if is_launched():
+        return world_size(), local_world_size()
     counts = [gpus or 1] if hostfile is None else list(ranks_by_host(hostfile, gpus).values())
     return sum(counts), max(counts)
-
-
-def cores_of_rank(ranks: int) -> int:
-    """CPU threads of each of `ranks` ranks that share the cores this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str = "firp_cli") -> bool:
@@ -145,7 +126,7 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the ranks were told and have ended.
     """
     adopt_scheduler()
-    if "RANK" in os.environ or (hostfile is None and (gpus is None or gpus == 1)):
+    if is_launched() or (hostfile is None and (gpus is None or gpus == 1)):
         return False
     command, environment = launch_command(gpus, hostfile)
     with tempfile.TemporaryDirectory(prefix="firp-launch-") as folder:

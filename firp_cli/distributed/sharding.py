@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from firp_cli.distributed.control import talking
-from firp_cli.distributed.launch import is_main, load_deepspeed, start, world_size
+from firp_cli.config import TeacherConfig
+from firp_cli.distributed.launch import load_deepspeed, start
+from firp_cli.distributed.rank_group import talking
 from firp_cli.errors import TeacherError
-from firp_cli.recipe import TeacherConfig
+from firp_cli.machine import default_device, is_main, world_size
 from firp_cli.teacher.attention import LayerMask
-from firp_cli.teacher.library import Cache, LibraryStack
-from firp_cli.teacher.loading import PartError, Vacant, load_upper
-from firp_cli.teacher.stack import Absent, Teacher, default_device
+from firp_cli.teacher.library_layers import Cache, LibraryStack
+from firp_cli.teacher.load import PartError, PartialTeacher, load_upper
+from firp_cli.teacher.teacher import MissingLayer, Teacher
 
 WHOLE_ELEMENTS = 1 << 14  # parameters of at most so many elements (norms, biases) are whole on every rank
 ALONE = "one rank has nothing to share teacher.sharding=zero3 with: start more with --gpus"
@@ -40,7 +41,7 @@ def load_teacher(config: TeacherConfig, first: int = 0) -> Teacher:
         return load_upper(config, first)
     if world_size() == 1:
         teacher = load_upper(config, first)
-        teacher.residence = replace(teacher.residence, note=teacher.residence.note or ALONE)
+        teacher.loaded_weights = replace(teacher.loaded_weights, note=teacher.loaded_weights.note or ALONE)
         return teacher
     return load_sharded(config, first)
 
@@ -54,7 +55,7 @@ def load_sharded(config: TeacherConfig, first: int = 0) -> Teacher:
     start()
     load_deepspeed().init_distributed(verbose=False)
     try:
-        vacant = Vacant(config)
+        vacant = PartialTeacher(config)
         vacant.drop_lower(first)
         sharing = _Sharing(vacant, default_device())
         with talking():
@@ -78,7 +79,7 @@ def load_sharded(config: TeacherConfig, first: int = 0) -> Teacher:
 class _Sharing:
     """Takes each parameter as it is read and leaves this rank its part."""
 
-    def __init__(self, vacant: Vacant, device: torch.device) -> None:
+    def __init__(self, vacant: PartialTeacher, device: torch.device) -> None:
         self._vacant, self.device = vacant, device
         self.shared: list[nn.Parameter] = []
 
@@ -184,7 +185,7 @@ def _units(teacher: Teacher) -> Iterator[nn.Module]:
     """What is gathered at once: the embedding, a layer, the head."""
     yield teacher.model.get_input_embeddings()
     for layer in teacher.layers.children():
-        if not isinstance(layer, Absent):
+        if not isinstance(layer, MissingLayer):
             yield layer
     yield teacher.model.get_output_embeddings()
 

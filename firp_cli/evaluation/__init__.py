@@ -1,1 +1,1 @@
-"""Judging predictors: quality, speed, losslessness."""
+"""Quality, speed and losslessness of predictors."""

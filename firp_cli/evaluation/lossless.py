@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from firp_cli.evaluation.rows import BatchRun
-from firp_cli.records import Divergence
+from firp_cli.results import Divergence
 from firp_cli.teacher.attention import causal_allowed
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 
 
 def compare_tokens(

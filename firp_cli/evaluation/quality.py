@@ -6,30 +6,25 @@ Shapes: B sequences, T positions, A anchors, k steps, M anchors of one chunk, N 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from firp_cli.decoding.accept import accept
-from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.pipeline import PipelineEngine
-from firp_cli.decoding.tree import TreeSpec, build, default_tree, parse_tree
+from firp_cli.decoding.tree_build import build
+from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.errors import StoreError
-from firp_cli.evaluation.acceptance import ANCHOR_CHUNK, trace, walk
-from firp_cli.evaluation.states import LOGIT_ELEMENTS, sequence_states
-from firp_cli.metrics import accepted_length, chain_length, ticks_per_token
+from firp_cli.evaluation.simulate import ANCHOR_CHUNK
+from firp_cli.metrics import accepted_length, chain_length
 from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate, compare_rows, target_states
 from firp_cli.predictors.base import Predictor
-from firp_cli.predictors.early_exit import EarlyExitPredictor
-from firp_cli.records import StepQuality
-from firp_cli.teacher.stack import Teacher
-
-GATE_TOLERANCE = {torch.float32: 0.02}  # relative; elsewhere rounding flips near-ties between the two forwards
-GATE_TOLERANCE_ROUNDED = 0.1
+from firp_cli.predictors.forward import LOGIT_ELEMENTS
+from firp_cli.results import StepQuality
+from firp_cli.teacher.teacher import Teacher
 
 Progress = Callable[[int, int | None], None]
 
@@ -210,101 +205,3 @@ def _quality(sums: _Sums, sequences: int, anchors: int, pipeline: tuple[int, ...
         sequences=sequences,
         anchors=anchors,
     )
-
-
-def simulate(
-    teacher: Teacher, predictor: Predictor, token_ids: Sequence[int], prompt_length: int, tree: TreeSpec
-) -> list[int]:
-    """Tokens that each decoding step would emit while writing `token_ids[prompt_length:]`, without decoding.
-
-    Training's forward drafts at every anchor; the walk then goes from accepted node to accepted node as the decoder
-    does.
-    """
-    written = trace(teacher, predictor, token_ids, prompt_length, tree.breadth(teacher.vocab_size))
-    return walk(predictor, [written], tree)[0] if written else []
-
-
-def gate(
-    teacher: Teacher,
-    predictor: Predictor,
-    prompts: Sequence[Sequence[int]],
-    tree: TreeSpec | str | None,
-    max_new_tokens: int,
-) -> dict[str, Any]:
-    """Decode the prompts greedily, simulate the very output, and compare mean accepted lengths.
-
-    Prompts that leave the answer no room in the teacher's context are left out. Returns `simulated` and `real` (tokens
-    per decoding step, bonus included; for early exits tokens in r ticks), `prompts` (how many were decoded), and
-    `agree`.
-    """
-    prompts = [prompt for prompt in prompts if len(prompt) + max_new_tokens <= teacher.max_positions]
-    if isinstance(predictor, EarlyExitPredictor):
-        means = _pipeline_lengths(teacher, predictor, prompts, max_new_tokens)
-    else:
-        means = _tree_lengths(teacher, predictor, prompts, tree, max_new_tokens)
-    tolerance = GATE_TOLERANCE.get(teacher.dtype, GATE_TOLERANCE_ROUNDED)
-    return {
-        "simulated": means[0],
-        "real": means[1],
-        "prompts": len(prompts),
-        "agree": abs(means[0] - means[1]) <= tolerance * means[1],
-    }
-
-
-def _tree_lengths(
-    teacher: Teacher,
-    predictor: Predictor,
-    prompts: Sequence[Sequence[int]],
-    tree: TreeSpec | str | None,
-    max_new_tokens: int,
-) -> tuple[float, float]:
-    """Simulated and decoded tokens per step."""
-    if isinstance(tree, str):
-        tree = parse_tree(tree, predictor.steps)
-    spec = tree or default_tree(None, predictor)
-    generations = Engine(teacher, predictor, spec).generate(prompts, max_new_tokens) if prompts else []
-    simulated: list[int] = []
-    real: list[int] = []
-    for prompt, generation in zip(prompts, generations, strict=True):
-        real += generation.emitted
-        simulated += simulate(teacher, predictor, [*prompt, *generation.token_ids], len(prompt), spec)
-    return _mean(simulated), _mean(real)
-
-
-def _mean(lengths: Sequence[int]) -> float:
-    return sum(lengths) / len(lengths) if lengths else 1.0
-
-
-def _pipeline_lengths(
-    teacher: Teacher, predictor: EarlyExitPredictor, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> tuple[float, float]:
-    """Simulated and decoded tokens in r ticks."""
-    engine = PipelineEngine(teacher, predictor, guard=False)
-    left = simulated = ticks = 0
-    for prompt, generation in zip(prompts, engine.generate(prompts, max_new_tokens) if prompts else [], strict=True):
-        assert generation.pipeline is not None
-        left += generation.pipeline.left
-        ticks += generation.pipeline.ticks
-        simulated += simulate_ticks(teacher, predictor, [*prompt, *generation.token_ids], len(prompt))
-    return tuple(predictor.loops * left / count if count else 1.0 for count in (simulated, ticks))  # type: ignore[return-value]
-
-
-@torch.inference_mode()
-def simulate_ticks(
-    teacher: Teacher, predictor: EarlyExitPredictor, token_ids: Sequence[int], prompt_length: int
-) -> int:
-    """Ticks that a pipeline would take to write `token_ids[prompt_length + 1:]`, from training's forward alone.
-
-    A token's right successor starts for good after the first exit from which on all predictions are right, or after the
-    last loop (no threshold); the last token but one takes r ticks to leave.
-    """
-    if len(token_ids) - prompt_length < 2:
-        return 0
-    batch = sequence_states(teacher, predictor, token_ids)
-    places = torch.arange(prompt_length, len(token_ids) - 1, device=teacher.device)
-    states = predictor.draft_states(teacher, batch, places[None])[0]
-    following = batch.input_ids[0, places + 1]
-    hits = teacher.head(states).argmax(-1) == following[:, None]
-    settled = predictor.accepted(hits)[:-1].sum(dim=0)
-    waits = ticks_per_token(settled.cpu().numpy(), [len(places) - 1] * predictor.steps, predictor.pipeline)
-    return round(waits * (len(places) - 1)) + predictor.loops

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from firp_cli.metrics import bootstrap_ratio, bootstrap_ratio_of_ratios
-from firp_cli.records import BenchRow, Divergence, Generation, Interval, Lossless
+from firp_cli.results import BenchRow, Divergence, Generation, Interval, Lossless
 
 ALL = "all"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from firp_cli.decoding.graphs import CudaCapture
+from firp_cli.decoding.cuda_graphs import CudaCapture
 
 Run = Callable[[], object]
 BLOCK_SECONDS = 0.01  # of one timing on a CPU, at least

@@ -9,22 +9,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from firp_cli.config import PredictorSection
 from firp_cli.errors import PredictorError
-from firp_cli.recipe import PredictorSection
-from firp_cli.teacher.attention import Mask, pseudo_positions
-from firp_cli.teacher.kv_cache import SequenceCache
-from firp_cli.teacher.library import Cache
-from firp_cli.teacher.sequence_attention import AnchoredMask
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 
 RowsHook = Callable[[int, Tensor, Tensor], None]
-Spawn = Callable[[int, int, Tensor], Tensor]
+PseudoStateMaker = Callable[[int, int, Tensor], Tensor]
 LEAST_PARTS, MOST_PARTS = 8, 128  # of a vocabulary, each searched on its own
 
 
@@ -87,7 +82,7 @@ class Predictor(nn.Module, ABC):
         return ()
 
     @property
-    def conditional(self) -> bool:
+    def parent_dependent(self) -> bool:
         """True unless a predictor says that the candidates of a depth are the same below all its nodes."""
         return True
 
@@ -102,11 +97,11 @@ class Predictor(nn.Module, ABC):
             return self
         limited = copy(self)
         limited._modules = dict(self._modules)  # a module's copy shares it
-        limited._keep(steps)
+        limited._truncate(steps)
         limited.steps = steps
         return limited
 
-    def _keep(self, steps: int) -> None:
+    def _truncate(self, steps: int) -> None:
         """Drop the modules and the configuration of the steps behind the first `steps`."""
         raise PredictorError(f"{self.kind} runs all of its steps")
 
@@ -117,7 +112,7 @@ class Predictor(nn.Module, ABC):
 
     @property
     def teachers_head(self) -> bool:
-        """Whether the logits of every step are the teacher's head on the states that `finish` gives, and nothing else:
+        """Whether the logits of every step are the teacher's head on the states that `draft_hidden` gives, and nothing else:
         then they may be made along with those of a step's nodes.
         """
         return False
@@ -144,15 +139,15 @@ class Predictor(nn.Module, ABC):
         """Hidden layers that a store must hold for training, beside the final state."""
         return self.transfer_layers[:1]
 
-    def spawn(self, first: int, last: int, hidden: Tensor) -> Tensor:
+    def make_pseudo_states(self, first: int, last: int, hidden: Tensor) -> Tensor:
         """Pseudo states (B, (last - first + 1) * A, d) of steps first..last (1..k), step by step, from the anchors'
         states (B, A, d) at the layer where these steps enter.
         """
         raise NotImplementedError(f"{self.kind} has no pseudo states")
 
-    def spawner(self) -> Spawn:
-        """`spawn` for decoding, where the weights stay as they are."""
-        return self.spawn
+    def pseudo_state_maker(self) -> PseudoStateMaker:
+        """`make_pseudo_states` for decoding, where the weights stay as they are."""
+        return self.make_pseudo_states
 
     @abstractmethod
     def draft_states(
@@ -163,14 +158,14 @@ class Predictor(nn.Module, ABC):
         """
 
     @abstractmethod
-    def finish(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
+    def draft_hidden(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
         """States that the head reads: (B, k, d). Predictors with pseudo states read the accepted node's (B, k, d),
         after the last layer; others its normed final state (B, d).
         """
 
     @abstractmethod
     def step_logits(self, teacher: Teacher, states: Tensor, step: int) -> Tensor:
-        """float32 logits (..., V) of step `step` (1..k) from states (..., d) made by `draft_states` or `finish`."""
+        """float32 logits (..., V) of step `step` (1..k) from states (..., d) made by `draft_states` or `draft_hidden`."""
 
     @abstractmethod
     def initialise(self, init: str, teacher: Teacher) -> None:
@@ -238,95 +233,3 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     own, places = values.unflatten(-1, (parts, length)).topk(count, dim=-1, sorted=False)
     best, chosen = own.flatten(-2).topk(count, dim=-1)
     return best, places.flatten(-2).gather(-1, chosen) + chosen // count * length
-
-
-def forward_rows(
-    teacher: Teacher,
-    real: Tensor,
-    positions: Tensor,
-    mask: Mask | None,
-    *,
-    start: int = 0,
-    transfer_layers: tuple[int, ...] = (),
-    spawn: Spawn | None = None,
-    anchors: Tensor | None = None,
-    cache: Cache | None = None,
-    rotary: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Decoding's forward: h^start of R real rows (B, R, d) through layers start..L-1, where the step-i pseudo states
-    of A rows join at layer t_i. All rows of a layer run in one call.
-
-    Args:
-        positions: (B, M). mask: over the M = R + kA rows, ordered as teacher/attention.py says; None is right only for
-            one row that sees every slot and has no pseudo states.
-        anchors: (B, A) the real rows that pseudo states grow from; None: every row.
-        rotary: position embeddings of all rows, where the caller has them.
-
-    Returns the real rows (B, R, d) and the pseudo states (B, k, A, d), both before the final norm.
-    """
-    batch, count, size = real.shape
-    rotary = teacher.rotary(real, positions) if rotary is None else rotary
-    rows, started = real, 0
-    index = None if anchors is None else anchors[:, :, None].expand(-1, -1, size)
-    joining = sorted({layer for layer in transfer_layers if layer > start})
-    for first, last in pairwise([start, *joining, teacher.num_layers]):
-        entering = transfer_layers.count(first)
-        if entering:
-            assert spawn is not None
-            source = rows[:, :count] if index is None else rows.gather(1, index)
-            rows = torch.cat([rows, spawn(started + 1, started + entering, source)], dim=1)
-            started += entering
-        present = rows.shape[1]
-        places = positions[:, :present]
-        rows = teacher.layers_between(first, last, rows, [part[:, :present] for part in rotary], places, mask, cache)
-    pseudo = rows[:, count:].view(batch, len(transfer_layers), -1, size) if transfer_layers else None
-    return rows[:, :count], pseudo
-
-
-def forward_anchors(
-    teacher: Teacher,
-    real: Tensor,
-    positions: Tensor,
-    mask: AnchoredMask,
-    anchors: Tensor,
-    *,
-    start: int,
-    transfer_layers: tuple[int, ...],
-    spawn: Spawn,
-    on_layer: RowsHook | None = None,
-) -> Tensor:
-    """Training's forward: the same rows and mask as `forward_rows` for chosen anchors (B, A), in two calls a layer, so
-    that the frozen real rows keep no graph and gradients run through the pseudo states only.
-
-    Returns pseudo states (B, k, A, d) after the last layer.
-    """
-    batch, count, size = real.shape
-    steps, width = len(transfer_layers), anchors.shape[1]
-    all_positions = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
-    rotary = teacher.rotary(real, all_positions)
-    cosine, sine = (part.expand(batch, *part.shape[1:]) for part in rotary)
-    gather = anchors[:, :, None].expand(batch, width, size)
-    pseudo = real.new_zeros(batch, 0, size)
-    started = 0
-    for index in range(start, teacher.num_layers):
-        entering = transfer_layers.count(index)
-        if entering:
-            pseudo = torch.cat([pseudo, spawn(started + 1, started + entering, real.gather(1, gather))], dim=1)
-            started += entering
-        if on_layer and started:
-            on_layer(index, real, pseudo.view(batch, started, width, size).transpose(1, 2))
-        end = count + pseudo.shape[1]
-        window = teacher.windows[index]
-        kept = SequenceCache()
-        with torch.no_grad():
-            real_rotary = (cosine[:, :count], sine[:, :count])
-            real = teacher.layer(index, real, real_rotary, positions, mask.real(window), kept)
-        kept.recording = False
-        if started:
-            own = (cosine[:, count:end], sine[:, count:end])
-            rows_mask = mask.pseudo(window, started)
-            pseudo = teacher.layer(index, pseudo, own, all_positions[:, count:end], rows_mask, kept)
-    pseudo = pseudo.view(batch, steps, width, size)
-    if on_layer:
-        on_layer(teacher.num_layers, real, pseudo.transpose(1, 2))
-    return pseudo

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from firp_cli.config import MedusaConfig
 from firp_cli.errors import PredictorError
 from firp_cli.predictors.base import Predictor, RowsHook, SequenceBatch
-from firp_cli.recipe import MedusaConfig
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 
 
 class MedusaPredictor(Predictor):
@@ -30,7 +30,7 @@ class MedusaPredictor(Predictor):
         )
 
     @property
-    def conditional(self) -> bool:
+    def parent_dependent(self) -> bool:
         return False
 
     @property
@@ -41,7 +41,7 @@ class MedusaPredictor(Predictor):
     def teachers_head(self) -> bool:
         return not len(self.heads)
 
-    def _keep(self, steps: int) -> None:
+    def _truncate(self, steps: int) -> None:
         self.blocks, self.heads = self.blocks[:steps], self.heads[:steps]
         self.config = self.config.model_copy(update={"steps": steps})
 
@@ -61,7 +61,7 @@ class MedusaPredictor(Predictor):
         index = anchors[:, :, None].expand(-1, -1, batch.final.shape[-1])
         return self._states(batch.final.gather(1, index))
 
-    def finish(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
+    def draft_hidden(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
         return self._states(node_final)
 
     def step_logits(self, teacher: Teacher, states: Tensor, step: int) -> Tensor:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from firp_cli.records import BenchReport, BenchRow, EvalReport, Interval, PipelineReport, TickCost
 from firp_cli.reports.teachers import NOTE, by_teacher, row_label, teacher_column
+from firp_cli.results import BenchReport, BenchRow, EvalReport, Interval, PipelineReport, TickCost
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -118,8 +118,8 @@ def bench_tables(report: BenchReport) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    from firp_cli.reports.pipeline import pipeline_tables
     from firp_cli.reports.predicted import predicted_lines
+    from firp_cli.reports.speed_tables import pipeline_tables
 
     drawn = [table for part in by_teacher(report) for table in _teacher_tables(part)]
     return Group(*drawn, *map(Text, predicted_lines(report)), *pipeline_tables(report))
@@ -236,7 +236,7 @@ def settings_line(report: BenchReport) -> str:
 def reading_notes(report: BenchReport) -> list[str]:
     """How the columns are defined, for the written reports."""
     from firp_cli.reports import predicted
-    from firp_cli.reports.pipeline import NOTES, pipeline_rows
+    from firp_cli.reports.speed_tables import NOTES, pipeline_rows
 
     warmup = report.settings.get("warmup")
     times = "once" if warmup == 1 else f"{warmup} times"
@@ -288,8 +288,8 @@ def _lossless_note(report: BenchReport) -> str | None:
 
 def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
     """bench.md: tables, definitions, environment and command line; `figures` are names of PNGs beside it."""
-    from firp_cli.reports.pipeline import FIGURE, pipeline_markdown
     from firp_cli.reports.predicted import predicted_lines
+    from firp_cli.reports.speed_tables import FIGURE, pipeline_markdown
 
     note, foretold = lossless_note(report), predicted_lines(report)
     parts = [

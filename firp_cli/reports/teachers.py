@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from firp_cli.records import BenchReport, BenchRow
+from firp_cli.results import BenchReport, BenchRow
 
 NOTE = (
     "Each teacher has its own baselines (ar, hf), measured with it; teachers were measured one after the other, and "

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from firp_cli.records import CostCheck, CostCurve, RankRate, Reliability, Trial, TunedTree, TuneReport
 from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend, png
+from firp_cli.tune_results import CostCheck, CostCurve, RankRate, Reliability, Trial, TunedTree, TuneReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

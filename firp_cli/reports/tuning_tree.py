@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from firp_cli.records import TunedTree
 from firp_cli.reports.canvas import canvas, png
+from firp_cli.tune_results import TunedTree
 
 if TYPE_CHECKING:
     from matplotlib.patches import PathPatch

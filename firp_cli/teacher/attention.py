@@ -252,7 +252,7 @@ class StepMask:
         return self._tree_rows[key]
 
     def _whole(self, window: int | None) -> TreeRows:
-        from firp_cli.teacher.tree_attention import row_bits
+        from firp_cli.teacher.triton_attention import row_bits
 
         bits = self.bits
         if bits is None or window is not None:
@@ -269,7 +269,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: LayerMask, scali
         scaling: of the scores; None: 1 / sqrt(D).
     """
     if isinstance(mask, TreeRows):
-        from firp_cli.teacher.tree_attention import tree_attention
+        from firp_cli.teacher.triton_attention import tree_attention
 
         return tree_attention(
             queries,

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from firp_cli.provenance import cache_folder, processor_name
+from firp_cli.files import cache_folder
+from firp_cli.machine import processor_name
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILERS = ("c++", "g++", "clang++")  # $CXX comes first

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from firp_cli.errors import TeacherError
-from firp_cli.provenance import cache_folder, file_sha256, fingerprint, write_json
+from firp_cli.files import cache_folder, file_sha256, write_json
+from firp_cli.provenance import fingerprint
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 FORMAT = 1  # of unpacked folders; another number unpacks again

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from firp_cli.config import LoopedSection
 from firp_cli.errors import TeacherError
-from firp_cli.recipe import LoopedSection
 
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")  # what library layers call their cache
 

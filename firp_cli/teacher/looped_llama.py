@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from firp_cli.recipe import LoopedSection
+from firp_cli.config import LoopedSection
 from firp_cli.teacher.looped import LoopedLayers
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from firp_cli.config import LoopedSection
 from firp_cli.errors import TeacherError
-from firp_cli.recipe import LoopedSection
 
 
 def part(base: Any, names: tuple[str, ...], teacher: str) -> Any:

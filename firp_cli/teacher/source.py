@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import yaml
 
+from firp_cli.assets import embedded_folder, teacher_source
+from firp_cli.config import TeacherConfig
 from firp_cli.errors import TeacherError
-from firp_cli.recipe import TeacherConfig, embedded_folder, teacher_source
+from firp_cli.machine import hub_disabled
 
 SUFFIX = ".gguf"
 HUB_SECONDS = 3.0  # to wait for an answer
@@ -169,7 +171,7 @@ def _known_from_hub(known: KnownTeacher) -> Path:
 
 def hub_reachable() -> bool:
     """Ask once and briefly: the hub's client retries for half a minute where there is no network."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if hub_disabled():
         return False
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):
         return True

@@ -1,1 +1,1 @@
-"""Training draft predictors."""
+"""Training of draft predictors."""

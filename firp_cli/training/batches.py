@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firp_cli.data.store import FINAL, Store, expand, state_names
 from firp_cli.predictors.anchors import Anchors, Sequenced, choose_anchors, collate
 from firp_cli.predictors.base import SequenceBatch
+from firp_cli.store.reader import FINAL, Store, expand, state_names
 
 PREFETCH = 4  # micro-batches read ahead by the first reader; each further one has one more
 VALIDATION_EPOCH = 1 << 31  # stands for the epoch in the anchors' seeds of validation

@@ -26,13 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from firp_cli.distributed.launch import barrier, is_main, rank, world_size
+from firp_cli.config import PredictorSection, Recipe
+from firp_cli.distributed.launch import barrier
 from firp_cli.errors import FirpError, RecipeError, UsageError
-from firp_cli.predictors.registry import write_predictor
-from firp_cli.provenance import file_sha256, lock_folder, write_atomically, write_json
-from firp_cli.recipe import PredictorSection, Recipe, dump_recipe
+from firp_cli.files import file_sha256, lock_folder, write_atomically, write_json
+from firp_cli.machine import is_main, rank, world_size
+from firp_cli.predictors.folder import write_predictor
+from firp_cli.recipe import dump_recipe
+from firp_cli.training.optimizer_state import Whole, adam_steps, learning_rates, restore_states, whole_states
 from firp_cli.training.random_state import random_state, restore_random_state, seed_rank
-from firp_cli.training.states import Whole, adam_steps, learning_rates, restore_states, whole_states
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"

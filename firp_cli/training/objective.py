@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from firp_cli.config import TrainingConfig
 from firp_cli.metrics import accepted_length
 from firp_cli.predictors.anchors import DIVERGENCES, Anchors, hits, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch
-from firp_cli.recipe import TrainingConfig
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 
 LOGIT_BUDGET = (1 << 21, 1 << 25)  # elements of one piece's logits, least and most; LIVE_LOGITS such matrices at once
 LOGITS_PER_ELEMENT = 2  # of the drafts' states, between these bounds: logits then grow with what stands beside them

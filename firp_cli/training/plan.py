@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from firp_cli.predictors.registry import build_predictor
-from firp_cli.recipe import Recipe, TeacherConfig, embedded_folder
+from firp_cli.assets import embedded_folder
+from firp_cli.config import Recipe, TeacherConfig
+from firp_cli.predictors.folder import build_predictor
 from firp_cli.teacher.source import hub_reachable, locate_config
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import split_validation
-from firp_cli.training.chain import Chain, Speed, plan_chain
-from firp_cli.training.memory import (
+from firp_cli.training.memory_model import (
     Line,
     collecting_lines,
     count_parameters,
@@ -25,6 +25,7 @@ from firp_cli.training.memory import (
     memory_lines,
     total_bytes,
 )
+from firp_cli.training.time_model import Chain, Speed, plan_chain
 from firp_cli.training.trainer import data_order, planned_steps
 
 

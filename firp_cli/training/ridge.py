@@ -18,7 +18,7 @@ from torch import Tensor
 from firp_cli.errors import NumericsError
 from firp_cli.predictors.anchors import Sequenced, choose_anchors
 from firp_cli.predictors.base import Predictor, SequenceBatch
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import read_batch
 
 Progress = Callable[[int, int | None], None]

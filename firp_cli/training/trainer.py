@@ -24,19 +24,20 @@ import torch.distributed
 from torch import Tensor
 
 from firp_cli import provenance
-from firp_cli.distributed.launch import handling_signals, is_main, rank, start, world_size
+from firp_cli.config import Recipe, TrainingConfig
+from firp_cli.distributed.launch import handling_signals, start
 from firp_cli.errors import NumericsError, PredictorError, StoreError
+from firp_cli.machine import is_main, rank, world_size
 from firp_cli.predictors.anchors import Sequenced
 from firp_cli.predictors.base import Predictor
-from firp_cli.predictors.registry import build_predictor
-from firp_cli.recipe import Recipe, TrainingConfig
-from firp_cli.records import plain
-from firp_cli.teacher.stack import Teacher
+from firp_cli.predictors.folder import build_predictor
+from firp_cli.results import plain
+from firp_cli.teacher.teacher import Teacher
 from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training.batches import VALIDATION_EPOCH, MicroBatch, Order, Prefetcher, Reader, split_validation
 from firp_cli.training.checkpoint import RunState
-from firp_cli.training.engine import build_engine, give_back_freed_memory, optimizer_step, predictor_weights
-from firp_cli.training.journal import Journal, Listener
+from firp_cli.training.deepspeed_engine import build_engine, give_back_freed_memory, optimizer_step, predictor_weights
+from firp_cli.training.metrics_log import Listener, MetricsLog
 from firp_cli.training.objective import FIELDS, StepRecord
 from firp_cli.training.pace import Pace
 from firp_cli.training.ridge import ridge_start
@@ -176,7 +177,7 @@ class _Run:
         self.saved_at = 0
         self.interrupted = False
         self.engine: Any = None
-        self.journal: Journal | None = None
+        self.journal: MetricsLog | None = None
         self.described: dict[str, Any] = {}
         self.steps = 0
         self.weights: list[float] = []
@@ -209,7 +210,7 @@ class _Run:
         if is_main():
             resumed = None if found is None else self.state.step
             validated = self.state.last["step"] if self.state.last else -1
-            self.journal = Journal(self.output, self.recipe, resumed, validated)
+            self.journal = MetricsLog(self.output, self.recipe, resumed, validated)
 
     def _initialise(self, predictor: Predictor) -> None:
         torch.manual_seed(self.settings.seed)
@@ -423,7 +424,7 @@ class _Run:
                 "world_size": self.ranks,
                 "predictor": self.described,
                 "teacher": self.teacher.describe(),
-                "teacher_memory": self.teacher.residence.describe(),
+                "teacher_memory": self.teacher.loaded_weights.describe(),
                 "store": self.store_summary,
                 "environment": provenance.environment(),
             }

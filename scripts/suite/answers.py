@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firp_cli.collecting.forward import capture
-from firp_cli.data.conversations import encode_prompt
-from firp_cli.data.store import FINAL
+from firp_cli.collecting.teacher_states import capture
+from firp_cli.config import KINDS
+from firp_cli.data.chat import encode_prompt
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.memory import free_bytes
+from firp_cli.machine import free_bytes
 from firp_cli.predictors.base import Predictor
-from firp_cli.predictors.registry import build_predictor
-from firp_cli.recipe import KINDS
-from firp_cli.teacher.stack import Teacher
+from firp_cli.predictors.folder import build_predictor
+from firp_cli.store.reader import FINAL
+from firp_cli.teacher.teacher import Teacher
 from suite.subject import TEMPERATURES, Subject, subject
 from suite.work import Shared, Table, Work
 
@@ -31,7 +31,7 @@ CAPTURED_A_SECOND = 50_000  # tokens, until it is known
 
 
 @dataclass
-class Written:
+class OutputSequence:
     """An answer of the teacher's with its states: what training reads of a store."""
 
     input_ids: Tensor
@@ -153,7 +153,7 @@ def with_states(
     layers: Sequence[int],
     keeps: bool,
     account: Account,
-) -> list[Written]:
+) -> list[OutputSequence]:
     """The answers with the states of all their positions. `keeps`: on the teacher's device."""
     began = time.perf_counter()
     sequences = [torch.tensor([*prompt, *text]) for prompt, text in pending]
@@ -164,7 +164,7 @@ def with_states(
     account.capture_seconds += time.perf_counter() - began
     account.captured += sum(map(len, sequences))
     return [
-        Written(ids, mask, own[FINAL], {layer: own[f"hidden.{layer}"] for layer in layers})
+        OutputSequence(ids, mask, own[FINAL], {layer: own[f"hidden.{layer}"] for layer in layers})
         for ids, mask, own in zip(sequences, masks, states, strict=True)
     ]
 
@@ -205,7 +205,7 @@ def predictors_for(own: Subject, teacher: Teacher) -> dict[str, Predictor]:
         }
 
 
-def stored(sequences: Sequence[Written], predictor: Predictor) -> list[Written]:
+def stored(sequences: Sequence[OutputSequence], predictor: Predictor) -> list[OutputSequence]:
     """The answers as a store for this predictor holds them: no step moves states that it does not read."""
     layers = predictor.required_layers
     return [replace(item, hidden={layer: item.hidden[layer] for layer in layers}) for item in sequences]

@@ -13,23 +13,25 @@ from typing import Any
 
 import torch
 
-from firp_cli.data.conversations import encode_prompt
-from firp_cli.data.prompts import load_prompts
-from firp_cli.decoding.tree import TreeSpec
-from firp_cli.decoding.tuned import described, spec_of
+from firp_cli.config import TeacherConfig
+from firp_cli.data.chat import encode_prompt
+from firp_cli.data.datasets import load_prompts
+from firp_cli.decoding.tree_file import described, spec_of
+from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.errors import FirpError
-from firp_cli.evaluation.bench import BenchPrompt, BenchSettings, LoadedPredictor, make_methods
-from firp_cli.evaluation.calibration import TuneSettings
-from firp_cli.evaluation.pipeline import measure_tick
-from firp_cli.evaluation.tune import tune
+from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
+from firp_cli.evaluation.run_bench import BenchPrompt
+from firp_cli.evaluation.speed_ticks import measure_tick
 from firp_cli.predictors.base import Predictor
-from firp_cli.predictors.early_exit import EarlyExitPredictor
-from firp_cli.predictors.registry import load_predictor, predictor_folder
-from firp_cli.recipe import TeacherConfig
-from firp_cli.records import BenchReport, BenchRow, TuneReport, plain
-from firp_cli.reports.pipeline import pipeline_cells, pipeline_note
+from firp_cli.predictors.folder import load_predictor, predictor_folder
+from firp_cli.predictors.speed import SpeedPredictor
+from firp_cli.reports.speed_tables import pipeline_cells, pipeline_note
 from firp_cli.reports.tables import bench_cells
-from firp_cli.teacher.stack import Teacher
+from firp_cli.results import BenchReport, BenchRow, plain
+from firp_cli.teacher.teacher import Teacher
+from firp_cli.tune_results import TuneReport
+from firp_cli.tuning.calibration import TuneSettings
+from firp_cli.tuning.tuner import tune
 from suite.bout import Bout
 from suite.predictors import pack
 from suite.sizes import Sizes
@@ -305,6 +307,6 @@ def looped(shared: Shared, work: Work) -> None:
 
     bout.run(report)
     if work.clock.allows(TICK_SECONDS if shared.device.type == "cuda" else 0.0, "the timing of ticks"):
-        assert isinstance(predictor, EarlyExitPredictor)
+        assert isinstance(predictor, SpeedPredictor)
         bout.tick = measure_tick(teacher, predictor, TICK_CONTEXT)
         report()

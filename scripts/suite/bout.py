@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firp_cli.decoding.pipeline import PipelineEngine
-from firp_cli.evaluation.bench import Batch, BenchPrompt, Method, fold
+from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.evaluation.lossless import next_token_logits
-from firp_cli.evaluation.pipeline import pipeline_report
+from firp_cli.evaluation.methods import Method
 from firp_cli.evaluation.rows import ALL, BatchRun, bench_rows, speedup
-from firp_cli.records import BenchRow, Divergence, Generation, TickCost
-from firp_cli.teacher.stack import Teacher
+from firp_cli.evaluation.run_bench import Batch, BenchPrompt, fold
+from firp_cli.evaluation.speed_ticks import pipeline_report
+from firp_cli.results import BenchRow, Divergence, Generation, TickCost
+from firp_cli.teacher.teacher import Teacher
 from suite.work import Clock
 
 FEW_TOKENS = 3  # of a warm-up without graphs

@@ -16,8 +16,8 @@ from pathlib import Path
 from build_embedded import SPECIAL_TOKENS
 
 from arithmetic_corpus import generate
-from firp_cli.data.prompts import load_conversations, load_prompts
-from firp_cli.data.rows import Message
+from firp_cli.data.datasets import load_conversations, load_prompts
+from firp_cli.data.formats import Message
 from firp_cli.errors import DatasetError
 
 PAD, USER, ASSISTANT, END = SPECIAL_TOKENS

@@ -30,7 +30,7 @@ def marked_files(root: Path) -> list[str]:
     own = "test_gpu_suite.py"
     found = sorted(
         str(path.relative_to(root))
-        for path in (root / "tests").glob("test_*.py")
+        for path in (root / "tests").rglob("test_*.py")
         if path.name != own and MARK in path.read_text(encoding="utf-8")
     )
     return sorted(found, key=lambda name: Path(name).name != FIRST)

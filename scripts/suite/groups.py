@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from firp_cli.records import plain
+from firp_cli.results import plain
 from suite.shapes import RANDOM
 from suite.sizes import TOY
 from suite.work import GRACE, OutOfTime, Part, Shared, Work, allowed, run_part

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.tree import parse_tree
-from firp_cli.teacher.fused import FusedStack, runs_own_products
+from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.teacher.lean_layers import LeanStack, runs_own_products
 from suite.probes import time_plain, time_step
 from suite.shapes import random_predictor, sections, shaped
 from suite.work import Shared, Skipped, Table, Work
@@ -17,7 +17,7 @@ def kernels(shared: Shared, work: Work, name: str) -> None:
     """Milliseconds of plain steps and of FIRP's with several trees, batch 1, either way."""
     teacher, sizes = shaped(shared, name), shared.sizes
     stack = teacher.stack
-    if not isinstance(stack, FusedStack) or not runs_own_products(teacher.model.get_output_embeddings().weight):
+    if not isinstance(stack, LeanStack) or not runs_own_products(teacher.model.get_output_embeddings().weight):
         raise Skipped("the kernel of few rows does not run here")
     predictor = random_predictor(teacher, sections(teacher.num_layers)["firp"])
     table = Table(f"{name}: steps at {sizes.context} tokens of context, ms (over plain)", ["step", "torch", "kernel"])

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from firp_cli.config import TrainingConfig
+from firp_cli.files import write_atomically
 from firp_cli.predictors.base import Predictor
-from firp_cli.predictors.registry import save_predictor
-from firp_cli.provenance import write_atomically
-from firp_cli.recipe import TrainingConfig
-from firp_cli.records import plain
-from firp_cli.teacher.stack import Teacher
-from firp_cli.training.plain import train_plain
+from firp_cli.predictors.folder import save_predictor
+from firp_cli.results import plain
+from firp_cli.teacher.teacher import Teacher
+from firp_cli.training.local_trainer import train_plain
 from suite.answers import predictors_for, stored
 from suite.subject import saved, subject
 from suite.work import Shared, Table, Work

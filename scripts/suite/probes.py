@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.probe import StepProbe
+from firp_cli.tuning.step_timing import TimedStep
 from suite.timing import Run, milliseconds
 from suite.work import Shared
 
@@ -22,7 +22,7 @@ class Timed:
 
 def probe(engine: Engine, batch: int, context: int, plain: bool = False) -> Run:
     """A step of a batch with so many tokens in the cache, ready to be run again and again."""
-    held = StepProbe(engine, batch, context)
+    held = TimedStep(engine, batch, context)
     run = held.plain if plain else held.step
     for _ in range(UNTIMED):
         run()

@@ -20,7 +20,7 @@ EPSILON = 1e-5
 POINT_SECONDS = 5.0  # of one matrix with all tiles and rows on a GPU, compiling included
 TILES = ((32, 256, 4, 4), (32, 128, 6, 4), (64, 128, 4, 4), (16, 256, 5, 4))
 GATED_TILES = ((16, 128, 6, 4), (32, 128, 4, 4), (64, 64, 5, 4), (32, 128, 4, 8))
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, matrix, residual
+PackedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, matrix, residual
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def matrices(shape: Shape) -> list[Matrix]:
     ]
 
 
-def library(matrix: Matrix, norm: Tensor) -> Product:
+def library(matrix: Matrix, norm: Tensor) -> PackedLinear:
     """torch's operations, and the kernel for the gate."""
-    from firp_cli.teacher.layer_kernels import silu_product
+    from firp_cli.teacher.triton_layer import silu_product
 
     def run(rows: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         if matrix.added:
@@ -63,9 +63,9 @@ def library(matrix: Matrix, norm: Tensor) -> Product:
     return run
 
 
-def kernel(matrix: Matrix, norm: Tensor, following: Tensor, hidden: Tensor, tiles: Any) -> Product:
+def kernel(matrix: Matrix, norm: Tensor, following: Tensor, hidden: Tensor, tiles: Any) -> PackedLinear:
     """The kernel with given tiles, on rows that the one before has prepared."""
-    from firp_cli.teacher.row_products import add_product, normed_product, prepare
+    from firp_cli.teacher.triton_products import add_product, normed_product, prepare
 
     prepared = prepare(hidden, norm)
 
@@ -82,7 +82,7 @@ def products(shared: Shared, work: Work, name: str) -> None:
     """Milliseconds of each product of a shape, by torch and by the kernel with several tiles, over the rows."""
     if shared.device.type != "cuda":
         raise Skipped("the kernel runs on CUDA devices")
-    from firp_cli.teacher.row_products import Tiles
+    from firp_cli.teacher.triton_products import Tiles
 
     headers = ["product", "rows", "at the copy's rate", "torch", "kernel: tiles", "off by"]
     table = Table(f"{name}: products of few rows, microseconds (norm, gate and residual included)", headers)
@@ -133,7 +133,7 @@ def one(shared: Shared, matrix: Matrix, rows: int, wanted: list[Any]) -> dict[st
     return values
 
 
-def timed(shared: Shared, run: Product, hidden: Tensor, weights: list[Tensor], residual: Tensor) -> float:
+def timed(shared: Shared, run: PackedLinear, hidden: Tensor, weights: list[Tensor], residual: Tensor) -> float:
     """Milliseconds of a call, from a graph that goes through all matrices."""
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.tree import TreeSpec
+from firp_cli.decoding.tree_spec import TreeSpec
 from suite.benches import Traced
 from suite.probes import time_plain, time_step
 from suite.shapes import random_predictor, shaped

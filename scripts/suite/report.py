@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from firp_cli.provenance import write_atomically, write_json
-from firp_cli.records import plain
+from firp_cli.files import write_atomically, write_json
 from firp_cli.reports.tables import markdown_table
+from firp_cli.results import plain
 from suite.groups import Found
 
 SCHEMA = "firp.gpu_suite/1"

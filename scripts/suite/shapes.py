@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from firp_cli.config import KINDS
 from firp_cli.predictors.base import Predictor
-from firp_cli.predictors.registry import build_predictor
-from firp_cli.recipe import KINDS
-from firp_cli.teacher.stack import Teacher
+from firp_cli.predictors.folder import build_predictor
+from firp_cli.teacher.teacher import Teacher
 from suite.sizes import Shape
 from suite.work import Shared
 
@@ -38,7 +38,7 @@ def shaped(shared: Shared, name: str) -> Teacher:
     with torch.inference_mode(False):
         model = empty_model(shared.sizes.shapes[name] | NO_TOKENS, shared.device, shared.dtype)
         teacher = Teacher(model, name=f"{name}-shaped, random weights")
-    reason = teacher.fuse()
+    reason = teacher.use_lean_layers()
     if reason:
         raise RuntimeError(reason)
     shared.found[RANDOM] = (name, teacher)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from firp_cli.decoding.cuda_graphs import CaptureError, CudaCapture
 from firp_cli.decoding.engine import Engine, EngineOptions
-from firp_cli.decoding.graphs import CaptureError, CudaCapture
-from firp_cli.decoding.step import Stepper
-from firp_cli.decoding.tree import parse_tree
+from firp_cli.decoding.step import DecodeStep
+from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.base import Predictor
-from firp_cli.teacher.fused import FusedStack, runs_own_products
-from firp_cli.teacher.stack import Teacher
+from firp_cli.teacher.lean_layers import LeanStack, runs_own_products
+from firp_cli.teacher.teacher import Teacher
 from suite.shapes import NO_TOKENS, empty_model, random_predictor
 from suite.sizes import Shape
 from suite.work import Failed, Shared, Table, Work
@@ -80,7 +80,7 @@ def kernel(shared: Shared) -> str:
     """The attention kernel against torch's, in fp32 and bf16; what differs, or nothing."""
     if shared.device.type != "cuda":
         return ""
-    from firp_cli.teacher.tree_attention import row_bits, tree_attention
+    from firp_cli.teacher.triton_attention import row_bits, tree_attention
 
     for dtype, allowed in TOLERANCE.items():
         for rows, size, group, prefix in KERNEL_SHAPES:
@@ -112,7 +112,7 @@ def _dense(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, lengths:
 def _teacher(shared: Shared, dtype: torch.dtype = torch.float32) -> Teacher:
     with torch.inference_mode(False):
         teacher = Teacher(empty_model(SHAPE | NO_TOKENS, shared.device, dtype), name="smoke")
-    reason = teacher.fuse()
+    reason = teacher.use_lean_layers()
     if reason:
         raise Failed(reason)
     return teacher
@@ -172,7 +172,7 @@ def products(shared: Shared) -> str:
     """
     teacher = _teacher(shared, shared.dtype)
     stack = teacher.stack
-    if not isinstance(stack, FusedStack) or not runs_own_products(teacher.model.get_output_embeddings().weight):
+    if not isinstance(stack, LeanStack) or not runs_own_products(teacher.model.get_output_embeddings().weight):
         return ""
     prompts, plain = _prompts(teacher, 3), []
     for own in (False, True):
@@ -197,7 +197,7 @@ def waiting(shared: Shared) -> str:
     if shared.device.type != "cuda":
         return ""
     teacher = _teacher(shared, shared.dtype)
-    original, said = Stepper.step, ""
+    original, said = DecodeStep.step, ""
 
     def watched(*arguments: Any, **options: Any) -> None:
         torch.cuda.set_sync_debug_mode("error")
@@ -207,7 +207,7 @@ def waiting(shared: Shared) -> str:
             torch.cuda.set_sync_debug_mode("default")
 
     stack = teacher.stack
-    own = isinstance(stack, FusedStack) and runs_own_products(teacher.model.get_output_embeddings().weight)
+    own = isinstance(stack, LeanStack) and runs_own_products(teacher.model.get_output_embeddings().weight)
     for kind, section in SECTIONS.items():
         predictor = _predictor(teacher, section)
         for temperature in (0.0, 1.0):
@@ -216,13 +216,13 @@ def waiting(shared: Shared) -> str:
             spec = parse_tree(TREES[1], predictor.steps) if predictor else None
             engine = Engine(teacher, predictor, spec, temperature, options=EngineOptions(graphs=False))
             engine.generate(_prompts(teacher, 2), 4)  # constants are made once
-            Stepper.step = watched  # type: ignore[method-assign]
+            DecodeStep.step = watched  # type: ignore[method-assign]
             try:
                 engine.generate(_prompts(teacher, 2), TOKENS)
             except RuntimeError as error:
                 said = f"{kind} at temperature {temperature:g}: {str(error).splitlines()[0]}"
             finally:
-                Stepper.step = original  # type: ignore[method-assign]
+                DecodeStep.step = original  # type: ignore[method-assign]
     return said
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from firp_cli.decoding.engine import Engine, EngineOptions
-from firp_cli.decoding.tree import parse_tree
-from firp_cli.evaluation.baselines import HuggingFaceGenerate
-from firp_cli.teacher.stack import Teacher
+from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
+from firp_cli.teacher.teacher import Teacher
 from suite.probes import Timed, time_plain, time_step
 from suite.shapes import cache_bytes, random_predictor, sections, shaped, weight_bytes
 from suite.work import Shared, Table, Work

@@ -11,9 +11,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from firp_cli.decoding.engine import Engine, EngineOptions
-from firp_cli.decoding.tree import parse_tree
-from firp_cli.evaluation.cost import PARTS, Passes
+from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.teacher.attention import choose_backend
+from firp_cli.tuning.cost import PARTS, CostProbe
 from suite.probes import Timed, probe, time_plain, time_step
 from suite.shapes import random_predictor, sections, shaped
 from suite.sizes import Sizes
@@ -43,7 +43,7 @@ KERNELS = {  # what names of kernels and operations hold
 
 
 def passes(shared: Shared, work: Work, name: str) -> None:
-    """Passes of M rows, by part, over M and the context, batch 1, as graphs."""
+    """CostProbe of M rows, by part, over M and the context, batch 1, as graphs."""
     teacher, sizes, device = shaped(shared, name), shared.sizes, shared.device
     kernel = choose_backend("auto", device) == "triton"
     split = max(1, teacher.num_layers // 3)
@@ -51,7 +51,7 @@ def passes(shared: Shared, work: Work, name: str) -> None:
     points: list[dict[str, Any]] = []
     work.values["points"] = points
     for context in sizes.contexts:
-        held = Passes(teacher, split, 1, context, max(sizes.rows), kernel)
+        held = CostProbe(teacher, split, 1, context, max(sizes.rows), kernel)
         for rows in sizes.rows:
             if device.type == "cuda" and not work.clock.allows(POINT_SECONDS, f"{rows} rows behind {context} tokens"):
                 break
@@ -62,7 +62,7 @@ def passes(shared: Shared, work: Work, name: str) -> None:
         shared.free()
 
 
-def point(shared: Shared, held: Passes, rows: int) -> dict[str, Any]:
+def point(shared: Shared, held: CostProbe, rows: int) -> dict[str, Any]:
     """A pass of so many rows, by part. Its graphs, which hold the cache, go when this returns."""
     runs = {part: graphed(run, shared.device) for part, run in held.parts(rows).items()}
     times = {part: milliseconds(run, shared.device, shared.sizes.repeats) for part, (run, _) in runs.items()}

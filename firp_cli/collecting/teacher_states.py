@@ -1,0 +1,93 @@
+"""The teacher's states of many conversations, several to a forward, none seeing another.
+
+Conversations of similar length share a forward as rows of a right-padded batch. Under a causal mask padding on the
+right is invisible to what stands before it, so the states are those of one conversation alone. The alternative, packing
+conversations one behind the other under a block mask, was measured (scripts/NOTES.md): attention costs the square of a
+row's length, so rows of one conversation each are cheaper, and sorted lengths leave little padding.
+
+Shapes: B conversations, T positions, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from firp_cli.store.reader import FINAL
+from firp_cli.teacher.teacher import Teacher
+
+Sink = Callable[[list[int], dict[str, Tensor]], None]
+
+
+def plan_batches(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
+    """Indices of the conversations of each forward, longest first; at most `pack_tokens` positions, padding included.
+
+    A conversation longer than that is a forward of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= pack_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@torch.inference_mode()
+def capture(
+    teacher: Teacher,
+    sequences: Sequence[Tensor],
+    layers: Sequence[int],
+    pack_tokens: int,
+    sink: Sink,
+    on_tokens: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Run `sequences` (token ids (T,) each) through the teacher.
+
+    `sink(indices, states)` gets the states of the conversations of one forward, one behind the other in the order of
+    `indices`: `hidden.<l>` (sum of T, d) after l layers, `hidden.final` (sum of T, d) behind the final norm, on the
+    teacher's device. `on_tokens(n)` is told how many real tokens a forward had.
+    """
+    lengths = [len(ids) for ids in sequences]
+    for batch in plan_batches(lengths, pack_tokens):
+        width = lengths[batch[0]]
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        for row, index in enumerate(batch):
+            ids[row, : lengths[index]] = sequences[index]
+        teacher.together(True)
+        kept, final = _forward(teacher, ids, set(layers))
+        real = [lengths[index] for index in batch]
+        states = {f"hidden.{layer}": _real_rows(kept[layer], real) for layer in layers}
+        states[FINAL] = _real_rows(final, real)
+        sink(batch, states)
+        on_tokens(sum(real))
+
+
+@torch.inference_mode()
+def accompany(teacher: Teacher) -> None:
+    """Run along with the other processes that hold the teacher, until none of them captures any more."""
+    while teacher.together(False):
+        _forward(teacher, torch.zeros(1, 1, dtype=torch.long), set())
+
+
+def _forward(teacher: Teacher, ids: Tensor, wanted: set[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """Token ids (B, T) to the states (B, T, d) of the layers wanted, and the normed final state."""
+    width = ids.shape[1]
+    positions = torch.arange(width, device=teacher.device)[None]
+    mask = teacher.causal_mask(width)
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int, hidden: Tensor) -> None:
+        if layer in wanted:
+            kept[layer] = hidden
+
+    last = teacher.run(teacher.embed(ids.to(teacher.device)), positions, mask, on_layer=keep)
+    return kept, teacher.norm(last)
+
+
+def _real_rows(states: Tensor, lengths: list[int]) -> Tensor:
+    """(B, T, d) to the rows before each length, (sum of lengths, d)."""
+    return torch.cat([states[row, :length] for row, length in enumerate(lengths)])

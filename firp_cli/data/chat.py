@@ -1,0 +1,250 @@
+"""Conversations to tokens, with a mask over the tokens that the assistant writes.
+
+The mask covers the assistant's text and the token that ends its turn (a predictor must learn where answers stop), not
+the line break behind it. Templates with `{% generation %}` marks say so themselves; for the others the spans are found
+in the rendered text. A tokenizer without a chat template gets `PLAIN_TEMPLATE`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from firp_cli.data.formats import Message
+from firp_cli.errors import DatasetError, LossMaskError
+from firp_cli.provenance import fingerprint
+
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ '\\n' + message['content'] + (eos_token or '') }}{% endgeneration %}"
+    "{% else %}{{ ('' if loop.first else '\\n') + message['content'] }}{% endif %}{% endfor %}"
+)
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Llama 3's templates print today's date unless told one: a store must render the same tomorrow.
+RENDER_OPTIONS = {"date_string": "26 Jul 2024"}
+SENTINEL = "\ue000\ue001\ue002"  # private-use characters: no template trims or splits them
+SHOWN_CHARACTERS = 600
+
+
+@dataclass
+class EncodedConversation:
+    """Token ids, and for each whether the assistant wrote it."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+
+def encode(messages: Sequence[Message], tokenizer: Any, max_length: int | None = None) -> EncodedConversation:
+    """Tokens and loss mask of a conversation, cut to `max_length`. No masked token where nothing was answered in time.
+
+    Raises DatasetError when the template refuses the conversation (roles it does not know or in an order it forbids).
+    """
+    if not messages:
+        return EncodedConversation([], [])
+    if not getattr(tokenizer, "is_fast", False):
+        raise DatasetError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; "
+            "give a teacher folder with a tokenizer.json"
+        )
+    if MARKS.search(_template(tokenizer)):
+        ids, mask = _by_marks(messages, tokenizer)
+    else:
+        ids, mask = _by_rendering(messages, tokenizer)
+    _settle_ends(ids, mask, tokenizer)
+    return EncodedConversation(ids[:max_length], mask[:max_length])
+
+
+def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    """Tokens of a prompt, ending where the assistant starts to write. Raises DatasetError as `encode` does."""
+    text = _render(messages, tokenizer, prompt=True)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def check_masks(first: Sequence[Message], tokenizer: Any, masked: int, total: int) -> None:
+    """Refuse a data set in which no token, or every token, belongs to an answer.
+
+    Raises LossMaskError with the template's rendering of the conversation `first`, answers between double brackets.
+    """
+    if 0 < masked < total:
+        return
+    which = "not one of its tokens" if masked == 0 else "every one of its tokens"
+    raise LossMaskError(
+        f"the loss mask is useless: of the data set, {which} ({total}) belongs to an answer of the assistant\n"
+        f"the chat template renders the first conversation so, answers in [[ ]]: {show_spans(first, tokenizer)}\n"
+        "check the roles of the messages, the tokenizer's chat template, and data.max_length"
+    )
+
+
+def show_spans(messages: Sequence[Message], tokenizer: Any) -> str:
+    """A conversation as the template renders it, answers between double brackets, on one line."""
+    encoded = encode(messages, tokenizer)
+    pieces = []
+    for start, end, inside in _runs(encoded.loss_mask):
+        text = tokenizer.decode(encoded.input_ids[start:end])
+        pieces.append(f"[[{text}]]" if inside else text)
+    line = json.dumps("".join(pieces), ensure_ascii=False)
+    return (
+        line
+        if len(line) <= SHOWN_CHARACTERS
+        else line[: SHOWN_CHARACTERS // 2] + " ... " + line[-SHOWN_CHARACTERS // 2 :]
+    )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits over vocabulary, merges and normalisation: same text to same ids, same fingerprint."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return fingerprint(tokenizer.get_vocab())
+    state = json.loads(backend.to_str())
+    # Set by the latest call, not by the tokenizer's identity.
+    return fingerprint({key: value for key, value in state.items() if key not in ("padding", "truncation")})
+
+
+def template_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits over the chat template in use."""
+    return fingerprint(_template(tokenizer))
+
+
+def _template(tokenizer: Any) -> str:
+    return tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+
+
+def _render(messages: Sequence[Message], tokenizer: Any, prompt: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=_template(tokenizer),
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **RENDER_OPTIONS,
+        )
+    except (TemplateError, ValueError, TypeError, LookupError) as error:
+        raise DatasetError(f"the chat template refuses the conversation: {error}") from error
+
+
+def _by_marks(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The template marks what the assistant generates."""
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=_template(tokenizer),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **RENDER_OPTIONS,
+        )
+    except (TemplateError, ValueError, TypeError, LookupError) as error:
+        raise DatasetError(f"the chat template refuses the conversation: {error}") from error
+    return list(encoded["input_ids"]), [bool(inside) for inside in encoded["assistant_masks"]]
+
+
+def _by_rendering(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """A token belongs to an answer when any of its characters does."""
+    text = _render(messages, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    mask = [False] * len(ids)
+    place = 0
+    for start, end in assistant_spans(messages, tokenizer, text):
+        while place < len(ids) and offsets[place][1] <= start:
+            place += 1
+        while place < len(ids) and offsets[place][0] < end:
+            mask[place] = True
+            place += 1
+    return ids, mask
+
+
+def assistant_spans(messages: Sequence[Message], tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """Character spans of the assistant's turns in `text`, the whole conversation as rendered, in order.
+
+    A turn starts where the generation prompt for it ends and ends where the rendering up to it ends. Templates that
+    rewrite earlier turns (Qwen3 drops their thinking) are no prefix of themselves: there the rendering around a
+    sentinel in the turn's place says where its text stands. A turn that the template leaves out has no span.
+    """
+    spans: list[tuple[int, int]] = []
+    cursor = 0
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _prefix_length(messages[:turn], tokenizer, text, prompt=True)
+        upto = _prefix_length(messages[: turn + 1], tokenizer, text, prompt=False)
+        start = before if before is not None and before >= cursor else None
+        end = upto if upto is not None and upto > (cursor if start is None else start) else None
+        if start is None or end is None:
+            content = _content_span(messages, turn, tokenizer, text, cursor if start is None else start)
+            if content is None:
+                continue
+            start = content[0] if start is None else start
+            end = content[1] if end is None else end
+        spans.append((start, end))
+        cursor = end
+    return spans
+
+
+def _prefix_length(messages: Sequence[Message], tokenizer: Any, text: str, prompt: bool) -> int | None:
+    """Length of the rendering of the first messages where the whole text starts with it, trailing breaks left out
+    behind a finished turn."""
+    try:
+        rendered = _render(messages, tokenizer, prompt)
+    except DatasetError:
+        return None
+    if not text.startswith(rendered):
+        return None
+    return len(rendered) if prompt else len(rendered.rstrip())
+
+
+def _content_span(
+    messages: Sequence[Message], turn: int, tokenizer: Any, text: str, cursor: int
+) -> tuple[int, int] | None:
+    """Where the text of one turn stands: between what is rendered around a sentinel, else the first match behind
+    `cursor`."""
+    marked = [*messages[:turn], {**messages[turn], "content": SENTINEL}, *messages[turn + 1 :]]
+    try:
+        head, found, tail = _render(marked, tokenizer).partition(SENTINEL)
+    except DatasetError:
+        found = ""
+    if found and SENTINEL not in tail and text.startswith(head) and text.endswith(tail) and len(head) >= cursor:
+        return len(head), max(len(head), len(text) - len(tail))
+    content = messages[turn]["content"].strip()
+    start = text.find(content, cursor) if content else -1
+    return None if start < 0 else (start, start + len(content))
+
+
+def _settle_ends(ids: list[int], mask: list[bool], tokenizer: Any) -> None:
+    """Let every run of masked tokens end with the token that ends the turn, in place.
+
+    A special token right behind a run is part of it (marks and sentinels cover the text alone), unless it begins a
+    text; white space behind a special token is not.
+    """
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= set(tokenizer.all_special_ids)
+    for start, end, inside in list(_runs(mask)):
+        if not inside:
+            continue
+        last = end - 1
+        while last > start and ids[last] not in special and not tokenizer.decode([ids[last]]).strip():
+            last -= 1
+        if ids[last] in special:
+            mask[last + 1 : end] = [False] * (end - last - 1)
+        elif (
+            end < len(ids)
+            and ids[end] in special
+            and (ids[end] != tokenizer.bos_token_id or ids[end] == tokenizer.eos_token_id)
+        ):
+            mask[end] = True
+
+
+def _runs(mask: list[bool]) -> list[tuple[int, int, bool]]:
+    """(start, end, value) of each stretch of equal entries."""
+    runs: list[tuple[int, int, bool]] = []
+    start = 0
+    for place in range(1, len(mask) + 1):
+        if place == len(mask) or mask[place] != mask[start]:
+            runs.append((start, place, mask[start]))
+            start = place
+    return runs

@@ -1,0 +1,244 @@
+"""Data sets by name: where their rows come from, and their prompts and conversations.
+
+Looked up in this order: a local .jsonl file, the embedded sets, `NAME/SPLIT.jsonl` in `--data-dir` (or FIRP_DATA_DIR),
+then the hub or its cache through `datasets`. A name found at one place is read there or refused; nothing is ever
+replaced by another data set or another split.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from firp_cli.assets import embedded_folder, nearest
+from firp_cli.data.formats import Message, prompt_of, to_messages
+from firp_cli.errors import DatasetError
+from firp_cli.machine import hub_disabled
+
+DATA_DIR_VARIABLE = "FIRP_DATA_DIR"
+
+
+@dataclass(frozen=True)
+class Known:
+    """Where a named set is published. `splits`: our split names to the hub's.
+
+    A set with one split serves prompts from it whatever split is asked for; several splits are never mixed up.
+    """
+
+    hub: str | None
+    splits: dict[str, str]
+    config: str | None = None
+    revision: str | None = None
+    data_files: str | None = None
+    files: tuple[str, ...] = ()  # other local file names of the only split
+    source: str = ""  # where a file can be had that is on no hub
+
+
+KNOWN: dict[str, Known] = {
+    "arithmetic": Known(None, {"train": "train", "test": "test"}),
+    "chat": Known(None, {"train": "train", "test": "test"}),
+    "gsm8k": Known("openai/gsm8k", {"train": "train", "test": "test"}, config="main"),
+    "humaneval": Known("openai/openai_humaneval", {"test": "test"}),
+    "mbpp": Known(
+        "google-research-datasets/mbpp",
+        {"train": "train", "validation": "validation", "test": "test"},
+        config="full",
+    ),
+    "self_instruct": Known(
+        None,
+        {"train": "train"},
+        source="seed_tasks.jsonl and user_oriented_instructions.jsonl of https://github.com/yizhongw/self-instruct",
+    ),
+    "mt_bench": Known("HuggingFaceH4/mt_bench_prompts", {"test": "train"}, files=("question",)),
+    "spec_bench": Known(
+        None,
+        {"test": "question"},
+        files=("question",),
+        source="data/spec_bench/question.jsonl of https://github.com/hemingkx/Spec-Bench",
+    ),
+    "xsum": Known(
+        "EdinburghNLP/xsum",
+        {"train": "train", "validation": "validation", "test": "test"},
+        revision="refs/convert/parquet",
+    ),
+    "cnn_dm": Known(
+        "abisee/cnn_dailymail", {"train": "train", "validation": "validation", "test": "test"}, config="3.0.0"
+    ),
+    "alpaca": Known("tatsu-lab/alpaca", {"train": "train"}),
+    "sharegpt": Known(
+        "anon8231489123/ShareGPT_Vicuna_unfiltered",
+        {"train": "train"},
+        data_files="ShareGPT_V3_unfiltered_cleaned_split.json",
+    ),
+    "ultrachat": Known("HuggingFaceH4/ultrachat_200k", {"train": "train_sft", "test": "test_sft"}),
+}
+
+
+@dataclass
+class Prompt:
+    """What a teacher is asked: the messages up to the first answer, the set's category, the answer where it has one."""
+
+    messages: list[Message]
+    category: str = ""
+    reference: str | None = None
+
+
+def load_records(
+    name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Raw rows of one split of one data set, at most `limit`.
+
+    Raises DatasetError when the set is nowhere to be found, the split does not exist or a line is not a JSON object.
+    """
+    return _load(name, split, data_dir, limit, any_single=False)
+
+
+def load_prompts(name: str, data_dir: str | None = None, limit: int | None = None, split: str = "test") -> list[Prompt]:
+    """Prompts for decoding, of one data set or several named with commas, at most `limit` of each. Of multi-turn sets
+    (MT-Bench, Spec-Bench) only the first turn is asked.
+
+    A known set that is published as one split alone serves that one. Raises DatasetError as `load_records` does.
+    """
+    prompts = []
+    for one in dataset_names(name):
+        for number, row in enumerate(_load(one, split, data_dir, limit, any_single=True), 1):
+            messages = to_messages(row, f"{one} row {number}")
+            asked = prompt_of(messages)
+            if not any(item["role"] == "user" for item in asked):
+                raise DatasetError(f"{one} row {number}: no user turn to answer")
+            reference = messages[len(asked)]["content"] if len(messages) > len(asked) else None
+            prompts.append(Prompt(asked, str(row.get("category") or ""), reference))
+    return prompts
+
+
+def load_conversations(
+    name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
+) -> list[list[Message]]:
+    """Conversations of one split in the order of its rows, of one data set or of several named with commas, at most
+    `limit` of each; empty ones stay in, so that numbers are row numbers.
+    """
+    return [
+        to_messages(row, f"{one} row {number}")
+        for one in dataset_names(name)
+        for number, row in enumerate(load_records(one, split, data_dir, limit), 1)
+    ]
+
+
+def dataset_names(text: str) -> list[str]:
+    """The data sets that a text with commas names, each once; a file's path may hold commas.
+
+    Raises DatasetError where it names none.
+    """
+    if Path(text).is_file():
+        return [text]
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise DatasetError(f"{text!r} names no data set; known: {', '.join(KNOWN)}")
+    return names
+
+
+def _load(name: str, split: str, data_dir: str | None, limit: int | None, any_single: bool) -> list[dict[str, Any]]:
+    path = Path(name)
+    if path.suffix in (".jsonl", ".json"):
+        if not path.is_file():
+            raise DatasetError(f"no such file: {name}")
+        return _read(path, limit)
+    known = KNOWN.get(name)
+    if any_single and known and len(known.splits) == 1:
+        split = next(iter(known.splits))
+    tried: list[str] = []
+    found = _local_file(name, split, data_dir, known, tried)
+    if found is not None:
+        return _read(found, limit)
+    if known and split not in known.splits:
+        raise DatasetError(f"{name} has no split {split!r}; it has: {', '.join(known.splits)}")
+    return _from_hub(name, split, known, limit, tried)
+
+
+def _local_file(name: str, split: str, data_dir: str | None, known: Known | None, tried: list[str]) -> Path | None:
+    """NAME/SPLIT.jsonl among the embedded sets or in the data folder. A folder without that split is an error."""
+    given = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    if given and not Path(given).is_dir():
+        raise DatasetError(f"the data folder {given} does not exist")
+    embedded = embedded_folder("data") / "datasets" / name
+    places = [embedded] if embedded.is_dir() else []
+    if given:
+        places.append(Path(given) / name)
+    stems = (split, *(known.files if known and split in known.splits else ()))
+    for folder in places:
+        for stem in stems:
+            if (folder / f"{stem}.jsonl").is_file():
+                return folder / f"{stem}.jsonl"
+        existing = sorted(path.stem for path in folder.glob("*.jsonl"))
+        if existing:
+            raise DatasetError(f"{name} has no split {split!r} in {folder}; it has: {', '.join(existing)}")
+        tried.append(f"{folder}/{split}.jsonl")
+    if not given:
+        tried.append(f"no --data-dir and no {DATA_DIR_VARIABLE}")
+    return None
+
+
+def _from_hub(name: str, split: str, known: Known | None, limit: int | None, tried: list[str]) -> list[dict[str, Any]]:
+    hub = known.hub if known else name
+    if hub is None:
+        assert known is not None
+        raise _not_found(name, split, tried, known.source)
+    import datasets
+
+    datasets.disable_progress_bars()
+    options: dict[str, Any] = {"split": known.splits[split] if known else split}
+    if known:
+        options |= {"name": known.config, "revision": known.revision, "data_files": known.data_files}
+    offline = " (offline: HF_HUB_OFFLINE is set)" if hub_disabled() else ""
+    try:
+        loaded = datasets.load_dataset(hub, **options)
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        tried.append(f"hub or its cache as {hub!r}{offline}: {reason}")
+        raise _not_found(name, split, tried, "") from error
+    count = len(loaded) if limit is None else min(limit, len(loaded))
+    return [dict(row) for row in loaded.select(range(count))]
+
+
+def _not_found(name: str, split: str, tried: list[str], source: str) -> DatasetError:
+    hint = "" if name in KNOWN else nearest(name, KNOWN).removesuffix("?")
+    had = f" ({source})" if source else ""
+    return DatasetError(
+        f"data set {name!r} not found{hint}; tried: {'; '.join(tried)}\n"
+        f"put it{had} at DIR/{name}/{split}.jsonl and give --data-dir DIR, or name a .jsonl file"
+    )
+
+
+def _read(path: Path, limit: int | None) -> list[dict[str, Any]]:
+    return list(islice(_lines(path), limit))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a .jsonl file, or of a .json file that holds a list of them."""
+    try:
+        if path.suffix == ".json":
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, list):
+                raise DatasetError(f"{path}: expected a list of objects, got {type(values).__name__}")
+            yield from (_object(value, path, number) for number, value in enumerate(values, 1))
+            return
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield _object(json.loads(line), path, number)
+    except json.JSONDecodeError as error:
+        where = f"{path}" if path.suffix == ".json" else f"{path} line {number}"
+        raise DatasetError(f"{where}: not valid JSON ({error.msg})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from None
+
+
+def _object(value: Any, path: Path, number: int) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DatasetError(f"{path} line {number}: expected a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,93 @@
+"""What steps emit, in a ring buffer on the device that the host reads behind their backs.
+
+A step writes a row per sequence: how many drafted tokens were accepted, then the emitted tokens. The host collects rows
+in groups: on a CUDA device it starts the copy of a group when its last step is launched and reads the group before,
+whose copy has long arrived, so that the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rows = list[list[list[int]]]  # by step, by sequence: accepted drafted tokens, then emitted ones
+
+
+class OutputRing:
+    """Two groups of `every` rows for up to `batch` sequences of up to `width` tokens a step."""
+
+    def __init__(self, batch: int, width: int, every: int, device: torch.device) -> None:
+        self.every = every
+        self._rows = torch.zeros(2 * every, batch, 1 + width, dtype=torch.long, device=device)
+        self._cursor = torch.zeros(1, dtype=torch.long, device=device)
+        self._asynchronous = device.type == "cuda"
+        self._host = torch.empty(0)
+        if self._asynchronous:
+            self._host = torch.empty(self._rows.shape, dtype=torch.long, pin_memory=True)
+        self._copies: deque[tuple[Any, slice, torch.cuda.Event]] = deque()
+        self._first = self._written = 0
+
+    @property
+    def unread(self) -> int:
+        """Steps that were launched and not read."""
+        copied = sum(part.stop - part.start for _, part, _ in self._copies)
+        return self._written + copied
+
+    @property
+    def late(self) -> bool:
+        """True where the host reads a group while the device works on the next one."""
+        return self._asynchronous
+
+    def push(self, count: Tensor, tokens: Tensor) -> None:
+        """Part of a step: note counts (B,) and tokens (B, P) in the next row."""
+        row = torch.cat([count[:, None], tokens], dim=1)
+        place = self._rows[:, : row.shape[0], : row.shape[1]]
+        place.index_copy_(0, self._cursor, row[None])
+        self._cursor.add_(1).remainder_(len(self._rows))
+
+    def launched(self, tag: Any, drain: bool = False) -> list[tuple[Any, Rows]]:
+        """The host's part behind a launched step: what can be read by now, oldest first.
+
+        Args:
+            tag: comes back with this step's rows (which sequences the batch held); the same for all steps of a group.
+            drain: wait for everything.
+        """
+        self._written += 1
+        return self._read(tag, drain) if drain or self._written == self.every else []
+
+    def drain(self, tag: Any) -> list[tuple[Any, Rows]]:
+        """Everything that was launched and not read, oldest first. `tag`: comes back with the last group's rows."""
+        return self._read(tag, drain=True) if self.unread else []
+
+    def _read(self, tag: Any, drain: bool) -> list[tuple[Any, Rows]]:
+        part = slice(self._first, self._first + self._written)
+        self._written, self._first = 0, 0 if drain else (part.stop % len(self._rows))
+        ready = []
+        if not self._asynchronous:
+            ready.append((tag, self._rows[part].tolist()))
+        else:
+            if part.stop > part.start:
+                self._host[part].copy_(self._rows[part], non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+                self._copies.append((tag, part, event))
+            while len(self._copies) > (0 if drain else 1):
+                ready.append(self._arrived())
+        if drain:
+            self._cursor.zero_()
+        return ready
+
+    def _arrived(self) -> tuple[Any, Rows]:
+        tag, part, event = self._copies.popleft()
+        event.synchronize()
+        return tag, self._host[part].tolist()
+
+    def reset(self) -> None:
+        """Forget what was not read. The next step writes the first row."""
+        while self._copies:
+            self._arrived()
+        self._cursor.zero_()
+        self._first = self._written = 0

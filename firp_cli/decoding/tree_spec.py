@@ -1,0 +1,198 @@
+"""Draft trees: their specification, and building one from a draft on the device.
+
+Shapes: B sequences, N nodes (root included), k depth, s candidates per node. Nodes stand in order of depth, so a parent
+always precedes its children; node 0 is the root, the last emitted token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from firp_cli.errors import UsageError
+from firp_cli.predictors.base import Predictor
+
+DEFAULT_NODES = 8
+MAX_NODES = 1024
+KINDS = ("dynamic", "static", "chain", "none")  # what specifications begin with
+NEEDED = "it needs `tree` (a spec), `paths`, or `entries`"
+
+
+@dataclass(frozen=True)
+class TreeSpec:
+    """What tree to build each step.
+
+    `static`: `paths` lists nodes as candidate ranks from the root, e.g. (0,), (1,), (0, 0); closed under prefixes.
+    `dynamic`: the `nodes - 1` prefixes of highest joint draft probability, chosen anew each step.
+    `none`: no draft, plain decoding.
+    `budget`: nodes that get pseudo rows, those where the accepted path most likely ends; None: all of them.
+    `steps`: draft steps that are run; None: all that the predictor has.
+    """
+
+    kind: str
+    nodes: int
+    paths: tuple[tuple[int, ...], ...] = ()
+    name: str = ""
+    budget: int | None = None
+    steps: int | None = None
+
+    def __str__(self) -> str:
+        if self.kind == "none":
+            return "none"
+        shape, run = self.name or f"{self.kind}:{self.nodes}", "" if self.steps is None else f"/{self.steps}"
+        if run and self.name == _widths([1] * self.depth(0)) and self.depth(0) == self.steps:
+            shape = "chain"
+        return shape + run + (f"@{self.budget}" if self.limited else "")
+
+    @property
+    def limited(self) -> bool:
+        """True where some nodes have no pseudo rows."""
+        return self.budget is not None and self.budget < self.nodes
+
+    def depth(self, steps: int) -> int:
+        """Longest path below the root."""
+        if self.kind == "dynamic":
+            return min(self.steps or steps, steps)
+        return max(map(len, self.paths), default=0)
+
+    def drafting(self, steps: int) -> int:
+        """How many of a predictor's `steps` need to run. Where every node has pseudo rows, steps that no path of the
+        tree reaches would be thrown away.
+        """
+        if self.kind == "none":
+            return 0
+        run = min(self.steps or steps, steps)
+        if self.limited:
+            return run
+        return min(run, self.depth(run) if self.kind == "static" else self.nodes - 1)
+
+    def breadth(self, vocabulary: int) -> int:
+        """Candidates that a node may need."""
+        if self.kind == "static":
+            return max((rank for path in self.paths for rank in path), default=0) + 1
+        return max(1, min(self.nodes - 1, vocabulary))
+
+
+def parse_tree(spec: str, steps: int) -> TreeSpec:
+    """`dynamic:N`, `chain`, `static:4x2x1` (children per node by depth) or a tree.json file, each with `/K` behind it
+    where only K of the predictor's `steps` shall run (a chain is then K deep), and `@B` where only B nodes shall have
+    pseudo rows; or `none`. Raises UsageError.
+    """
+    if Path(spec).is_file():
+        return _from_file(Path(spec), steps)
+    if spec == "none":
+        return TreeSpec("none", 1)
+    shape, at, budget = spec.rpartition("@")
+    if at:
+        if not _is_number(budget) or int(budget) < 1 or "@" in shape:
+            raise UsageError(f"tree {spec!r}: behind @ stands the number of nodes with pseudo rows, at least 1")
+        return _with(parse_tree(shape, steps), spec, budget=int(budget))
+    shape, slash, run = spec.rpartition("/")
+    if slash and (shape.partition(":")[0] in KINDS or Path(shape).is_file()):
+        if not _is_number(run) or not 1 <= int(run) <= steps:
+            raise UsageError(f"tree {spec!r}: behind / stands the number of draft steps, 1 to {steps}")
+        inner = parse_tree(_widths([1] * int(run)) if shape == "chain" else shape, steps)
+        return _with(inner, spec, steps=int(run))
+    if spec == "chain":
+        return static_tree([(0,) * depth for depth in range(1, steps + 1)], steps, "chain")
+    kind, _, rest = spec.partition(":")
+    if kind == "dynamic" and _is_number(rest) and 2 <= int(rest) <= MAX_NODES:
+        return TreeSpec("dynamic", int(rest))
+    if kind == "static" and rest:
+        widths = rest.split("x")
+        if all(_is_number(width) and int(width) > 0 for width in widths):
+            levels = [range(int(width)) for width in widths]
+            paths = [path for depth in range(1, len(levels) + 1) for path in itertools.product(*levels[:depth])]
+            return static_tree(paths, steps, spec)
+    raise UsageError(
+        f"no tree {spec!r}: give dynamic:N (2 <= N <= {MAX_NODES}), chain, static:4x2x1 (each may end in /K: K draft "
+        "steps, and @B: pseudo rows for B nodes), none, or a tree.json file"
+    )
+
+
+def _with(spec: TreeSpec, text: str, **changes: int) -> TreeSpec:
+    """The tree under a limit that stands behind it in `text`."""
+    changed = replace(spec, **changes)  # type: ignore[arg-type]
+    if spec.kind == "none":
+        raise UsageError(f"tree {text!r}: none has no draft to limit")
+    _check_steps(changed, text)
+    return changed
+
+
+def _check_steps(spec: TreeSpec, text: str) -> None:
+    if spec.kind == "static" and spec.steps is not None and spec.steps < spec.depth(0):
+        raise UsageError(f"tree {text!r} is {spec.depth(0)} deep, it needs at least as many draft steps")
+
+
+def _widths(widths: Sequence[int]) -> str:
+    return "static:" + "x".join(map(str, widths))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def default_tree(folder: Path | None, predictor: Predictor) -> TreeSpec:
+    """The default of the predictor folder's tree.json if it has one, else `dynamic:8`."""
+    if folder is not None and (folder / "tree.json").is_file():
+        return _from_file(folder / "tree.json", predictor.steps)
+    return TreeSpec("dynamic", DEFAULT_NODES)
+
+
+def _from_file(path: Path, steps: int) -> TreeSpec:
+    return tree_of(path, read_tree_file(path), steps)
+
+
+def read_tree_file(path: Path) -> dict[str, Any]:
+    """What a tree.json holds. Raises UsageError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a tree file ({error}): {NEEDED}") from None
+    if not isinstance(value, dict) or not {"tree", "paths", "entries"} & set(value):
+        raise UsageError(f"{path} is not a tree file: {NEEDED}")
+    return value
+
+
+def tree_of(path: Path | str, value: dict[str, Any], steps: int) -> TreeSpec:
+    """The tree that a tree.json's value, or one of its entries, stands for: of `paths`, with `name`, `steps` and
+    `budget` if they are there, else of the specification `tree`, else `dynamic:8`. Raises UsageError.
+    """
+    spec = value.get("tree", f"dynamic:{DEFAULT_NODES}")
+    if not isinstance(spec, str) or Path(spec).is_file():
+        raise UsageError(f"{path}: `tree` must be a spec such as dynamic:8, not {spec!r}")
+    if value.get("paths") is None:
+        try:
+            return parse_tree(spec, steps)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+    try:
+        paths = [tuple(int(rank) for rank in item) for item in value["paths"]]
+        limits = {name: None if value.get(name) is None else int(value[name]) for name in ("steps", "budget")}
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path}: `paths` are lists of ranks, `steps` and `budget` numbers ({error})") from None
+    if any(limit is not None and limit < 1 for limit in limits.values()) or (limits["steps"] or 1) > steps:
+        raise UsageError(f"{path}: `steps` is 1 to {steps}, `budget` at least 1, got {limits}")
+    tree = replace(static_tree(paths, steps, str(value.get("name") or "")), **limits)  # type: ignore[arg-type]
+    _check_steps(tree, str(path))
+    return tree
+
+
+def static_tree(paths: Sequence[tuple[int, ...]], steps: int, name: str = "") -> TreeSpec:
+    """The tree of these nodes, ranks from the root. Raises UsageError where a parent lacks, or it is too deep."""
+    ordered = tuple(sorted(set(paths), key=lambda path: (len(path), path)))
+    known = {(), *ordered}
+    for path in ordered:
+        if len(path) > steps:
+            raise UsageError(f"tree {name or list(path)} is {len(path)} deep, the predictor drafts {steps} steps")
+        if not path or min(path) < 0 or path[:-1] not in known:
+            raise UsageError(f"tree path {list(path)} lacks its parent or has a negative rank")
+    if not ordered:
+        raise UsageError("a tree without paths drafts nothing: `none` says so")
+    if len(ordered) + 1 > MAX_NODES:
+        raise UsageError(f"tree {name} has {len(ordered) + 1} nodes, at most {MAX_NODES} are allowed")
+    return TreeSpec("static", len(ordered) + 1, ordered, name)

@@ -1,0 +1,95 @@
+"""Predictors by teacher: what one bench measures of each. Reads config.json files, loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from firp_cli.assets import DEFAULT_TEACHER, embedded_predictors, embedded_teachers
+from firp_cli.evaluation.methods import BASELINES, choose_methods, predictor_names
+from firp_cli.predictors.folder import read_config
+
+
+@dataclass(frozen=True)
+class Group:
+    """Predictors of one teacher, and what is measured with it.
+
+    Attributes:
+        teacher: as the user or the predictors' config.json names it; None: the default one.
+        folders, kinds: of its predictors, by method name. methods: names to measure.
+        label: what reports call the teacher where several are measured.
+    """
+
+    teacher: str | None
+    folders: dict[str, Path] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    methods: list[str] = field(default_factory=list)
+    label: str | None = None
+
+
+def group_by_teacher(folders: Sequence[Path], teacher: str | None = None) -> list[Group]:
+    """Predictor folders by the teacher that they were trained for, in order of first appearance; all in one group where
+    `teacher` is given. One group without predictors where there is no folder.
+
+    A model folder and a hub id may name the same teacher: then the fingerprint tells. Raises PredictorError.
+    """
+    configs = {folder: read_config(folder) for folder in dict.fromkeys(folders)}
+    if teacher is not None or not configs:
+        return [_group(teacher, configs)]
+    groups: list[dict[Path, dict[str, Any]]] = []
+    for folder, config in configs.items():
+        known = (group for group in groups if any(_same(config["teacher"], each["teacher"]) for each in group.values()))
+        own = next(known, None)
+        if own is None:
+            groups.append(own := {})
+        own[folder] = config
+    return [_group(next(iter(group.values()))["teacher"].get("name"), group) for group in groups]
+
+
+def _same(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    fingerprint = one.get("fingerprint")
+    return one.get("name") == two.get("name") or (fingerprint is not None and fingerprint == two.get("fingerprint"))
+
+
+def _group(teacher: str | None, configs: dict[Path, dict[str, Any]]) -> Group:
+    kinds = [str(config["predictor"].get("kind")) for config in configs.values()]
+    names = predictor_names(list(zip(kinds, configs, strict=True)))
+    return Group(teacher, dict(zip(names, configs, strict=True)), dict(zip(names, kinds, strict=True)))
+
+
+def choose_groups(wanted: Sequence[str] | None, groups: Sequence[Group]) -> list[Group]:
+    """The groups to measure, with their methods: the baselines and all predictors of each, or those of `wanted`.
+
+    Where `wanted` names predictors, groups that have none of them are left out. Raises UsageError with the nearest name
+    when no group has a method of that name.
+    """
+    known = list(dict.fromkeys(name for group in groups for name in group.folders))
+    names = choose_methods(wanted, known)
+    chosen = [
+        replace(group, methods=[name for name in names if name in BASELINES or name in group.folders])
+        for group in groups
+    ]
+    if wanted is not None and any(name in known for name in names):
+        chosen = [group for group in chosen if any(name in group.folders for name in group.methods)]
+    if len(chosen) == 1:
+        return chosen
+    labels = teacher_labels([str(group.teacher) for group in chosen])
+    return [replace(group, label=label) for group, label in zip(chosen, labels, strict=True)]
+
+
+def embedded_folders(teacher: str | None, wanted: Sequence[str] | None) -> list[Path]:
+    """The shipped predictors of `teacher`; without one of all embedded teachers, or of the default one where `wanted`
+    names baselines alone. Those of a teacher that is not embedded are for whoever names it or them.
+    """
+    if teacher is None and wanted and all(name in BASELINES for name in wanted):
+        teacher = DEFAULT_TEACHER
+    names = embedded_teachers() if teacher is None else [teacher]
+    return [folder for folder in embedded_predictors().values() if read_config(folder)["teacher"].get("name") in names]
+
+
+def teacher_labels(names: Sequence[str]) -> list[str]:
+    """What reports call teachers: their names, of folders the last part where no other teacher's is the same."""
+    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
+    return [label if short.count(label) == 1 else name for name, label in zip(names, short, strict=True)]

@@ -1,0 +1,202 @@
+"""This machine and this process's place in its job: processor, cores, threads, memory, ranks and network.
+
+Imports no heavy package; what needs torch imports it when it is called.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from firp_cli.errors import CapacityError
+
+if TYPE_CHECKING:
+    import torch
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+CGROUPS = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
+
+
+def rank() -> int:
+    """Number of this process in its group, 0 outside a launched group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes in the group, 1 outside a launched group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of ranks on this machine, 1 where no launcher sets it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+
+
+def is_launched() -> bool:
+    """Return True in a process that a launcher started as a rank."""
+    return "RANK" in os.environ
+
+
+def is_main() -> bool:
+    """Return True in the process that writes files and talks to the user (rank 0)."""
+    return rank() == 0
+
+
+def default_device() -> torch.device:
+    """This rank's CUDA device, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def hub_disabled() -> bool:
+    """Return True where the environment forbids requests to the hub, by the two variables that its client reads."""
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.lower() in ("1", "true", "yes", "on")
+
+
+def processor_name() -> str:
+    """Model name of the processor where the system reports one, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def set_threads(threads: int | None) -> None:
+    """Set torch's CPU threads: to `threads`, else to OMP_NUM_THREADS, else to one per usable core.
+
+    In a container the usable cores may be fewer than torch counts.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores())))
+
+
+def usable_cores(cgroups: Path = CGROUPS) -> int:
+    """Cores that this process may use: its affinity, and the quota of its control group if there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota(cgroups)
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def cores_of_rank(ranks: int) -> int:
+    """CPU threads of each of `ranks` ranks that share this process's usable cores."""
+    return max(1, usable_cores() // ranks)
+
+
+def readable_bytes(count: float) -> str:
+    """A number of bytes as text, in powers of 1000, as disks and devices are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `80GB`, `80G`, `64GiB` or a plain number. Raises CapacityError."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
+    try:
+        assert found
+        power = UNITS[found[2].upper()]
+        return int(float(found[1]) * (1024 ** (len(str(power)) // 3) if found[3] else power))
+    except (AssertionError, ValueError):
+        raise CapacityError(
+            f"{text!r} is not an amount of memory: write for example 80GB, 64GiB or a number of bytes"
+        ) from None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a new allocation on `device` may take, in bytes; None where the machine does not report it."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return available_memory()
+
+
+def device_room(local_ranks: int) -> tuple[int, str] | None:
+    """Bytes that each of `local_ranks` ranks of this machine may take, and their source; None where unknown."""
+    import torch
+
+    if torch.cuda.is_available():
+        free = _cuda_free(local_ranks)
+        return None if free is None else (free, "free on the fullest CUDA device")
+    known = [count for count in (available_memory(), _cgroup_memory_free()) if count is not None]
+    if not known:
+        return None
+    shared = f"available memory, shared by {local_ranks} ranks" if local_ranks > 1 else "available memory"
+    return min(known) // local_ranks, shared
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that the system could give to new allocations; None where it does not report them."""
+    try:
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if available is None else int(available) * 1024
+
+
+def _cuda_free(local_ranks: int) -> int | None:
+    """Free bytes by nvidia-smi: asking CUDA itself would leave a context of this process on the device."""
+    visible = [item for item in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item]
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    if visible:
+        command.append(f"--id={','.join(visible[:local_ranks])}")
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        free = [int(line) << 20 for line in answer.splitlines() if line.strip()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return min(free[:local_ranks], default=None)
+
+
+def _cgroup_memory_free(root: Path = CGROUPS) -> int | None:
+    """Bytes left under the limit of this process's control group; file pages that the kernel can drop count as free."""
+    for limit, used, inactive in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, now = (int((root / name).read_text(encoding="ascii")) for name in (limit, used))
+            stat = (root / limit).with_name("memory.stat").read_text(encoding="ascii")
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+        droppable = [int(line.split()[1]) for line in stat.splitlines() if line.split()[0] == inactive]
+        return max(0, most - now + sum(droppable))
+    return None
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """Cores' worth of time that the control group (version 2 or 1) allows; None without a limit."""
+    try:
+        if (root / "cpu.max").is_file():
+            share, period = (root / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            share = (root / "cpu" / "cpu.cfs_quota_us").read_text(encoding="ascii").strip()
+            period = (root / "cpu" / "cpu.cfs_period_us").read_text(encoding="ascii").strip()
+        return None if share in ("max", "-1") else int(share) / int(period)
+    except (OSError, ValueError):
+        return None

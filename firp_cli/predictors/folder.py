@@ -1,0 +1,113 @@
+"""Predictor kinds by name, and predictor folders on disk.
+
+A folder holds `predictor.safetensors`, `config.json` (kind and its fields, teacher identity), and, written by training,
+`recipe.yaml`, `training.json` and optionally `tree.json`. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from firp_cli.assets import embedded_predictors, nearest
+from firp_cli.config import KINDS, FirpConfig, HiddenTransferConfig, MedusaConfig, PredictorSection, SpeedConfig
+from firp_cli.errors import FingerprintError, PredictorError
+from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.hidden_transfer import HiddenTransferPredictor
+from firp_cli.predictors.medusa import MedusaPredictor
+from firp_cli.predictors.speed import SpeedPredictor
+from firp_cli.teacher.teacher import Teacher
+
+FORMAT = 1
+
+
+def build_predictor(config: PredictorSection, teacher: Teacher) -> Predictor:
+    """An uninitialised predictor of the configured kind on the teacher's device. Raises PredictorError."""
+    if isinstance(config, (FirpConfig, HiddenTransferConfig)):
+        predictor: Predictor = HiddenTransferPredictor(config, teacher)
+    elif isinstance(config, MedusaConfig):
+        predictor = MedusaPredictor(config, teacher)
+    elif isinstance(config, SpeedConfig):
+        predictor = SpeedPredictor(config, teacher)
+    else:
+        raise PredictorError(f"unknown predictor kind {type(config).__name__}; known: {', '.join(KINDS)}")
+    return predictor.to(teacher.device)
+
+
+def predictor_folder(name: str) -> Path:
+    """A predictor folder: a path, or the name of an embedded one. Raises PredictorError."""
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    embedded = embedded_predictors()
+    if name in embedded:
+        return embedded[name]
+    if Path(name).is_dir():
+        raise PredictorError(f"{name} is not a predictor folder: it has no config.json; `firp train` writes one")
+    raise PredictorError(
+        f"no predictor folder {name!r} and no embedded predictor of that name{nearest(name, embedded)}"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a predictor folder. Raises PredictorError."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        format_version = config["format"]
+        if not {"predictor", "teacher"} <= set(config):
+            raise KeyError("predictor or teacher")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PredictorError(f"{folder}/config.json cannot be read ({error}); train the predictor again") from None
+    if format_version != FORMAT:
+        raise PredictorError(f"{folder} has format {format_version}, this firp reads {FORMAT}; train it again")
+    return config
+
+
+def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predictor:
+    """A trained predictor, on the teacher's device, in the dtype it was saved in (float32 on a CPU).
+
+    Raises FingerprintError when it was trained for another teacher, unless `force`; PredictorError when damaged.
+    """
+    config = read_config(folder)
+    trained_for = config["teacher"]
+    if not force and trained_for.get("fingerprint") != teacher.fingerprint:
+        raise FingerprintError(
+            f"{folder} was trained for {trained_for.get('name')} (weights {trained_for.get('fingerprint')}), not for "
+            f"{teacher.name} (weights {teacher.fingerprint}); --force uses it all the same"
+        )
+    section = config["predictor"]
+    kind = KINDS.get(section.get("kind"))
+    if kind is None:
+        raise PredictorError(
+            f"{folder}: unknown predictor kind {section.get('kind')!r}{nearest(section.get('kind'), KINDS)}"
+        )
+    try:
+        predictor = build_predictor(kind.model_validate(section), teacher)
+        weights = load_file(folder / "predictor.safetensors")
+        predictor.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
+        raise PredictorError(f"{folder}: the predictor cannot be loaded: {str(error).splitlines()[0]}") from error
+    dtype = torch.float32 if teacher.device.type == "cpu" else teacher.dtype
+    return predictor.to(teacher.device, dtype).eval().requires_grad_(False)
+
+
+def save_predictor(predictor: Predictor, folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
+    """Write weights and config.json. The caller adds recipe and provenance, and makes the write atomic."""
+    weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in predictor.state_dict().items()}
+    write_predictor(weights, predictor.config, folder, teacher.describe())
+
+
+def write_predictor(
+    weights: dict[str, torch.Tensor], config: PredictorSection, folder: Path, teacher: dict[str, Any]
+) -> None:
+    """Write a predictor folder's `predictor.safetensors` and `config.json` from CPU tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "predictor.safetensors")
+    (folder / "predictor.safetensors").chmod(0o644)  # the writer makes it private; colleagues read predictors too
+    values = {"format": FORMAT, "predictor": config.model_dump(), "teacher": teacher}
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,106 @@
+"""SPEED (arXiv 2310.12072): predictions of the next token from the states behind early loops.
+
+An exit head is a learned linear map in front of the teacher's own norm and head: after loop g the state h_n predicts
+what the teacher will put after position n once all r loops have run. Decoding starts the next token from it.
+Shapes: E exits, B sequences, T positions, A anchors, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from firp_cli.config import SpeedConfig
+from firp_cli.errors import PredictorError
+from firp_cli.predictors.base import RowsHook, SequenceBatch
+from firp_cli.predictors.linear_maps import LinearMapPredictor
+from firp_cli.teacher.teacher import Teacher
+
+
+class SpeedPredictor(LinearMapPredictor):
+    """W_g for each exit loop g: the state after loop g to the one that the final norm reads, at the same position.
+
+    Attributes: `loops` r, `exits` the loops that predict, `threshold` the probability below which no token starts.
+    """
+
+    def __init__(self, config: SpeedConfig, teacher: Teacher) -> None:
+        boundaries = teacher.boundaries(config.loops)
+        exits = config.exit_loops(len(boundaries))
+        if not exits or exits[-1] >= len(boundaries):
+            reach = f"1 to {len(boundaries) - 1}" if len(boundaries) > 1 else "none: it has one loop"
+            raise PredictorError(
+                f"predictor.exits {list(exits)} is out of range for {teacher.name}: exits lie behind loops {reach}"
+            )
+        super().__init__(config, len(exits), teacher.hidden_size, config.bias)
+        self.exits = exits
+        self.loops = len(boundaries)
+        self.threshold = config.threshold
+        self.grouping = config.loops  # groups of a teacher without sharing
+        self._layers = config.required_layers(teacher)
+        self._weights = config.exit_weights or [float(loop) for loop in exits]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return (0,) * self.steps
+
+    @property
+    def pipeline(self) -> tuple[int, ...]:
+        return (*self.exits, self.loops)
+
+    @property
+    def required_layers(self) -> tuple[int, ...]:
+        return self._layers
+
+    def loss_weights(self, decay: float) -> list[float]:
+        """The weights of the exits; later ones weigh more, as in the paper (which gives no numbers)."""
+        return self._weights
+
+    def accepted(self, hits: Tensor) -> Tensor:
+        """An exit's prediction stands when it and all later ones are right (..., E)."""
+        return hits.flip(-1).cumprod(dim=-1).flip(-1)
+
+    def draft_states(
+        self, teacher: Teacher, batch: SequenceBatch, anchors: Tensor, on_layer: RowsHook | None = None
+    ) -> Tensor:
+        index = anchors[:, :, None].expand(-1, -1, batch.final.shape[-1])
+        states = torch.stack([batch.hidden[layer].gather(1, index) for layer in self._layers])
+        return teacher.norm(torch.stack(self._map(states, range(self.steps)))).movedim(0, 2)
+
+    def _map(self, states: Tensor, places: Sequence[int]) -> list[Tensor]:
+        """States (E', ..., d) behind the exit loops in `places` to those in front of the final norm."""
+        pairs = zip((self.maps[place] for place in places), states, strict=True)
+        return [linear(state.to(linear.weight.dtype)).to(state.dtype) for linear, state in pairs]
+
+    def draft_hidden(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
+        raise NotImplementedError("a speed predictor drafts no tree; decoding/pipeline.py runs it")
+
+    def step_logits(self, teacher: Teacher, states: Tensor, step: int) -> Tensor:
+        return teacher.head(states)
+
+    def pipeline_logits(
+        self, teacher: Teacher, exits: Tensor | None, final: Tensor | None, places: Sequence[int], normed: bool = False
+    ) -> Tensor:
+        """float32 logits of exits and of the last loop, from one pass through norm and head.
+
+        Args:
+            exits: (E', B, d) states behind the exit loops `self.exits[j]` for j in `places`; None: none of them.
+            final: (B, d) state behind the last layer, or None where that layer ran elsewhere.
+            normed: `final` went through the final norm already.
+
+        Returns (E', B, V) or, with `final`, (E' + 1, B, V), the last loop's at the end.
+        """
+        rows = [] if exits is None else self._map(exits, places)
+        if final is None or not normed:
+            return teacher.head(teacher.norm(torch.stack(rows if final is None else [*rows, final])))
+        early = [teacher.norm(torch.stack(rows))] if rows else []
+        return teacher.head(torch.cat([*early, final[None]]))
+
+    def ridge_layers(self) -> tuple[int, ...]:
+        return self._layers
+
+    def ridge_target(self, teacher: Teacher, batch: SequenceBatch, hidden: Tensor) -> Tensor:
+        # the norm forgets a state's length: the input's own keeps the maps near the identity's size
+        length = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().to(hidden.dtype)
+        return teacher.unnorm(batch.final) * length

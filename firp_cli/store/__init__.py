@@ -1,0 +1,1 @@
+"""The hidden-state store: sharded safetensors files with a manifest."""

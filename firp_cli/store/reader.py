@@ -1,0 +1,299 @@
+"""The hidden-state store: a folder of safetensors shards with a manifest, read memory-mapped.
+
+`manifest.json` says which teacher, tokenizer, template, layers, dtype and settings made it, and names every shard with
+its size and sha256. A shard holds whole conversations one behind the other: `input_ids` (T,), `loss_mask` (T,),
+`sequence_offsets` (n+1,), `hidden.<layer>` (T, d) for each cached layer, `hidden.final` (T, d: the normed final state),
+and for int8 and float8 `<name>.scale` (T, 1) in bfloat16 (float32 in older stores). Writing is in `store_writer.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from firp_cli.errors import FingerprintError, StoreError
+from firp_cli.files import file_sha256
+
+SCHEMA = "firp.store/1"
+MANIFEST = "manifest.json"
+FINAL = "hidden.final"
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCALED = {"int8": (torch.int8, 127.0), "float8": (torch.float8_e4m3fn, 448.0)}  # type, largest value
+TOKEN_BYTES = 4 + 1  # an int32 id and a bool of the mask
+CACHED = 1 << 19  # numbers that are scaled at once: passes over main memory would take five times as long
+SCALE = torch.bfloat16  # of a scaled row: two bytes matter where rows are short
+
+
+@dataclass
+class StoredSequence:
+    """One conversation: input_ids (T,) long, loss_mask (T,) bool, final (T, d), hidden layer -> (T, d).
+
+    The mask, and states that are stored as they are, lie in the shard's memory map: read them, do not write to them.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    final: Tensor
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+def state_names(layers: Sequence[int]) -> dict[str, int | None]:
+    """Tensor names of the cached states, with their layer; None for the normed final state."""
+    return {**{f"hidden.{layer}": layer for layer in layers}, FINAL: None}
+
+
+def bytes_per_token(hidden_size: int, layers: int, dtype: str) -> int:
+    """Bytes that a token takes in a store of `layers` layers beside the final state."""
+    each = hidden_size + SCALE.itemsize if dtype in SCALED else hidden_size * FLOATS[dtype].itemsize
+    return TOKEN_BYTES + (layers + 1) * each
+
+
+def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Uninitialised memory. On a CPU numpy's: it asks for huge pages, and new small ones take longer than scaling."""
+    if torch.device(device).type != "cpu":
+        return torch.empty(*shape, dtype=dtype, device=device)
+    memory: Tensor = torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, np.uint8))
+    return memory.view(dtype).view(*shape)
+
+
+def compress(states: Tensor, dtype: str) -> dict[str, Tensor]:
+    """States (T, d) as stored, by name suffix. int8 and float8 rows are scaled so that their largest entry fits.
+
+    NaN and infinities stay visible: in the states, or, where those are scaled, in the row's scale.
+    """
+    if dtype in FLOATS:
+        return {"": states.to(FLOATS[dtype])}
+    kind, largest = SCALED[dtype]
+    stored = room(states.shape, kind, states.device)
+    scales = torch.empty((*states.shape[:-1], 1), dtype=SCALE, device=states.device)
+    rows = _rows_at_once(states)
+    scratch = torch.empty(states[:rows].shape, device=states.device)
+    for source, target, scale in zip(states.split(rows), stored.split(rows), scales.split(rows), strict=True):
+        block = scratch[: len(source)].copy_(source)
+        scale.copy_(_round_up(block.abs().amax(dim=-1, keepdim=True) / largest))
+        block.div_(scale.float())
+        target.copy_(block.round_() if kind == torch.int8 else block)
+    return {"": stored, ".scale": scales}
+
+
+def _rows_at_once(states: Tensor) -> int:
+    """Rows (T, d) that are worked on together: on a CPU as many as its cache holds, elsewhere all."""
+    return max(1, CACHED // states.shape[-1] if states.device.type == "cpu" else len(states))
+
+
+def _round_up(scale: Tensor) -> Tensor:
+    """The next bfloat16 at or above each float32 >= 0, at least its smallest normal number.
+
+    To the nearest would be below every other scale, and the largest entry of such a row would be cut off.
+    """
+    scale = scale.clamp_min(torch.finfo(SCALE).tiny)
+    above = (scale.view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
+    return torch.where(scale.isfinite(), above, scale).to(SCALE)
+
+
+def expand(stored: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Stored rows (T, d) as floats: float32 where they were scaled, else as they are. `out`: memory (T, d) for them."""
+    if scale is None:
+        return stored if out is None else out.copy_(stored)
+    rows = _rows_at_once(stored)
+    values = room(stored.shape, torch.float32, stored.device) if out is None else out
+    float8 = stored.dtype == torch.float8_e4m3fn
+    scratch = torch.empty(stored[:rows].shape if float8 else 0, dtype=torch.int16, device=stored.device)
+    for source, target, factor in zip(stored.split(rows), values.split(rows), scale.float().split(rows), strict=True):
+        if float8:
+            # Its bits in the places of a float16's are its value / 256: faster than torch's conversion.
+            bits = scratch[: len(source)].copy_(source.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+            target.copy_(bits.view(torch.float16)).mul_(factor * 256)
+        else:
+            target.copy_(source).mul_(factor)
+    return values
+
+
+class Store(Sequence[StoredSequence]):
+    """A complete store, open for reading. `store[i]` reads the rows of conversation i in the layers asked for.
+
+    Only those rows' pages are read from disk. Threads may share a store; another process opens the shards anew.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], layers: Sequence[int]) -> None:
+        self.folder, self.manifest, self.layers = folder, manifest, tuple(layers)
+        self._names = state_names(self.layers)
+        self._scaled = manifest["dtype"] in SCALED
+        names = (name for state in self._names for name in ((state, f"{state}.scale") if self._scaled else (state,)))
+        self._read = ("input_ids", "loss_mask", *names)
+        self._starts = [0, *accumulate(shard["sequences"] for shard in manifest["shards"])]
+        self._files: dict[int, tuple[dict[str, Tensor], list[int]]] = {}
+
+    @classmethod
+    def open(cls, folder: Path | str, layers: Sequence[int] | None = None, verify: bool = False) -> Store:
+        """Open a complete store, to read `layers` (None: all it holds). Sizes are checked, checksums with `verify`.
+
+        Raises StoreError: no store, unfinished, a layer that it does not hold, a damaged or missing shard.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if not manifest["complete"]:
+            planned = manifest["shards_planned"] or "?"
+            raise StoreError(
+                f"the store {folder} is unfinished ({len(manifest['shards'])} of {planned} shards); "
+                f"run the same `{maker(manifest)}` with --resume"
+            )
+        absent = [layer for layer in layers or () if layer not in manifest["layers"]]
+        if absent:
+            raise StoreError(
+                f"the store {folder} holds layers {manifest['layers']}, not {absent}; "
+                f"collect another with --layers {','.join(map(str, sorted({*manifest['layers'], *absent})))}"
+            )
+        store = cls(folder, manifest, manifest["layers"] if layers is None else sorted(set(layers)))
+        store._check_shards(checksums=verify)
+        return store
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> StoredSequence: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[StoredSequence]: ...
+    def __getitem__(self, index: int | slice) -> StoredSequence | list[StoredSequence]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"conversation {index} of {len(self)}")
+        rows = self.stored(index % len(self))
+        states = {
+            layer: expand(rows[name], rows[f"{name}.scale"] if self._scaled else None)
+            for name, layer in self._names.items()
+        }
+        final = states.pop(None)
+        hidden = {layer: rows for layer, rows in states.items() if layer is not None}
+        return StoredSequence(rows["input_ids"].long(), rows["loss_mask"], final, hidden)
+
+    def stored(self, index: int) -> dict[str, Tensor]:
+        """The rows of conversation `index` (from 0) as they lie in the shard, by tensor name; nothing is copied."""
+        number = self.shard_of(index)
+        tensors, offsets = self._shard(number)
+        place = index - self._starts[number]
+        start, end = offsets[place], offsets[place + 1]
+        return {name: tensor[start:end] for name, tensor in tensors.items()}
+
+    def shard_of(self, index: int) -> int:
+        """Number of the shard that holds conversation `index`."""
+        return bisect_right(self._starts, index) - 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every conversation."""
+        found: list[int] = []
+        for number in range(len(self.manifest["shards"])):
+            offsets = self._shard(number)[1]
+            found += [end - start for start, end in pairwise(offsets)]
+        return found
+
+    def verify(self) -> None:
+        """Compare every shard's sha256 with the manifest's. Raises StoreError naming the damaged or missing ones."""
+        self._check_shards(checksums=True)
+
+    def check_shard(self, number: int) -> None:
+        """The same for one shard."""
+        shard = self.manifest["shards"][number]
+        if fault := shard_fault(self.folder, shard, checksum=True):
+            raise self._damaged(f"{shard['file']} ({fault})")
+
+    def check_teacher(self, teacher: str, tokenizer: str, template: str) -> None:
+        """Compare fingerprints. Raises FingerprintError with both of each that differs."""
+        made_with = self.manifest["fingerprints"]
+        asked = {"teacher": teacher, "tokenizer": tokenizer, "chat template": template}
+        different = [
+            f"{name} (store: {made_with[name]}, now: {asked[name]})" for name in asked if made_with[name] != asked[name]
+        ]
+        if different:
+            raise FingerprintError(
+                f"the store {self.folder} was made by {self.manifest['teacher']['name']} with another "
+                f"{' and another '.join(different)}\nuse that teacher, or collect a store for this one"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Identity and size for records: what training.json says about the data."""
+        kept = ("fingerprints", "layers", "dtype", "settings", "counts")
+        return {"folder": str(self.folder), **{key: self.manifest[key] for key in kept}}
+
+    def _check_shards(self, checksums: bool) -> None:
+        faults = {
+            shard["file"]: fault
+            for shard in self.manifest["shards"]
+            if (fault := shard_fault(self.folder, shard, checksums))
+        }
+        if faults:
+            listed = ", ".join(f"{file} ({fault})" for file, fault in list(faults.items())[:4])
+            more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+            raise self._damaged(listed + more, "that" if len(faults) == 1 else "those")
+
+    def _damaged(self, what: str, rebuilt: str = "that") -> StoreError:
+        return StoreError(
+            f"the store {self.folder} is damaged: {what}\n"
+            f"run the same `{maker(self.manifest)}` with --resume: it rebuilds just {rebuilt}"
+        )
+
+    def _shard(self, number: int) -> tuple[dict[str, Tensor], list[int]]:
+        """A shard's tensors, memory-mapped, and its sequence offsets. Opened on first use.
+
+        Threads that come first together both open it; either result serves.
+        """
+        found = self._files.get(number)
+        if found is None:
+            file = self.manifest["shards"][number]["file"]
+            try:
+                with safe_open(self.folder / file, framework="pt") as handle:
+                    tensors = {name: handle.get_tensor(name) for name in self._read}
+                    found = tensors, handle.get_tensor("sequence_offsets").tolist()
+            except (OSError, SafetensorError) as error:
+                raise self._damaged(f"{file} ({error})") from error
+            self._files[number] = found
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # memory maps do not travel to other processes
+
+
+def maker(manifest: dict[str, Any]) -> str:
+    """The command that made a store, and that repairs it with --resume."""
+    return f"firp {manifest['settings'].get('made_by', 'collect')}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A store's manifest. Raises StoreError when there is none, or none that this version reads."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"no store in {folder}; make one: firp collect [RECIPE] --output {folder}") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise StoreError(f"{path} has schema {found!r}, this firp reads {SCHEMA!r}; collect the store again")
+    return manifest
+
+
+def shard_fault(folder: Path, shard: dict[str, Any], checksum: bool) -> str | None:
+    """What is wrong with a shard file: missing, of another size, or (with `checksum`) of another sha256; else None."""
+    path = folder / shard["file"]
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != shard["bytes"]:
+        return f"{path.stat().st_size} bytes instead of {shard['bytes']}"
+    if checksum and file_sha256(path) != shard["sha256"]:
+        return "its checksum differs"
+    return None

@@ -1,0 +1,242 @@
+"""What a rank of training holds, line by line with its arithmetic, and what would make it fit a device.
+
+Figures are for the longest conversations that `data.max_length` allows, and err on the high side.
+
+Letters in the arithmetic: B micro-batch, T longest conversation, A anchors, k steps, P = k*A pseudo rows, d hidden
+size, f feed-forward size, V vocabulary, w bytes of the teacher's dtype, R ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from firp_cli.config import Recipe, TrainingConfig
+from firp_cli.teacher.teacher import Teacher
+from firp_cli.teacher.training_masks import MASK_BUDGET
+from firp_cli.training.batches import PREFETCH
+from firp_cli.training.objective import LIVE_LOGITS, logit_budget
+
+SAVED_PER_ROW = (8, 4)  # elements a decoder layer keeps for the backward pass: times d, times the feed-forward size
+PASSING_PER_ROW = (4, 3)  # the same of a row that keeps nothing: what stands at once within a layer
+PROCESS_BYTES = 1 << 30  # interpreter, libraries, the device's context and what its allocator cannot use
+
+
+@dataclass(frozen=True)
+class Line:
+    """`bytes` of one rank and the arithmetic that gave them."""
+
+    name: str
+    bytes: int
+    rule: str
+
+
+def total_bytes(lines: list[Line]) -> int:
+    """What a rank needs at its peak: the ridge start comes before gradients and activations."""
+    ridge = sum(line.bytes for line in lines if line.name == RIDGE)
+    before = sum(line.bytes for line in lines if line.name in STANDING)
+    rest = sum(line.bytes for line in lines) - ridge - before
+    return before + max(ridge, rest)
+
+
+RIDGE = "ridge start"
+STANDING = ("process", "teacher weights", "gathered teacher layer", "predictor weights")
+
+
+def memory_lines(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int) -> list[Line]:
+    """A rank's memory by what holds it.
+
+    Args:
+        teacher: with or without weights behind it; only its shapes are read.
+        parameters: of the predictor.
+    """
+    assert recipe.predictor is not None
+    settings, size, width = recipe.training, teacher.hidden_size, torch.finfo(teacher.dtype).bits // 8
+    batch, anchors, length = settings.micro_batch_size, settings.anchors_per_sequence, recipe.data.max_length
+    transfers = recipe.predictor.transfer_layers
+    required = len(recipe.predictor.required_layers(teacher))
+    steps = int(getattr(recipe.predictor, "steps", required or 1))
+    drafts = steps * batch * anchors
+    lines = [Line("process", PROCESS_BYTES, "libraries, context, allocator"), *_teacher_lines(recipe, teacher, ranks)]
+    lines += [Line(name, count, rule) for name, (count, rule) in _optimizer(settings, parameters, ranks).items()]
+    ahead = PREFETCH + settings.readers
+    states = batch * length * size * width * (1 + required)
+    lines.append(Line("states read ahead", states * ahead, f"B*T*d*w*{1 + required} * ({PREFETCH} + readers)"))
+    if transfers:
+        lines += _row_lines(recipe, teacher, width)
+    lines.append(Line("drafts, targets, gradients", 4 * drafts * size * width, "4 * k*B*A*d*w"))
+    logits = min(logit_budget(steps, batch * anchors, size), batch * anchors * teacher.vocab_size)
+    logits = max(logits, teacher.vocab_size) * 4 * LIVE_LOGITS
+    lines.append(Line("logits of one piece", logits, f"min(budget, B*A*V) * 4 * {LIVE_LOGITS}"))
+    if settings.init == "ridge":
+        sums = 8 * size * size * (2 * steps + 4)
+        lines.append(Line(RIDGE, sums, "8*d*d * (2*k + 4), before the first step"))
+    return lines
+
+
+def collecting_lines(recipe: Recipe, teacher: Teacher, ranks: int) -> list[Line]:
+    """A rank's device memory while states are collected: the whole teacher, or its share of it, and one forward."""
+    assert recipe.predictor is not None
+    width, tokens = torch.finfo(teacher.dtype).bits // 8, max(recipe.data.pack_tokens, recipe.data.max_length)
+    size, feed = teacher.hidden_size, _feed_forward(teacher)
+    kept = 1 + len(recipe.predictor.required_layers(teacher))
+    return [
+        Line("process", PROCESS_BYTES, "libraries, context, allocator"),
+        *_weight_lines(recipe, teacher, ranks, count_parameters(teacher.model), "all layers"),
+        Line(
+            "rows in one layer",
+            tokens * (PASSING_PER_ROW[0] * size + PASSING_PER_ROW[1] * feed) * width,
+            "N*(4d + 3f)*w",
+        ),
+        Line("states kept", tokens * size * width * kept, f"N*d*w*{kept}, N tokens of a forward"),
+    ]
+
+
+def first_layer(recipe: Recipe, teacher: Teacher) -> int:
+    """The lowest layer that training runs; L for predictors that read the final state only."""
+    assert recipe.predictor is not None
+    return min(recipe.predictor.transfer_layers, default=teacher.num_layers)
+
+
+def held_parameters(recipe: Recipe, teacher: Teacher) -> tuple[int, str]:
+    """Teacher parameters that training loads, and in words which: with a store the layers from the first transfer
+    layer on and the head; all where states are made on the fly or layers run several times.
+    """
+    whole = count_parameters(teacher.model)
+    if recipe.data.mode != "cached" or teacher.looped is not None or recipe.teacher.device_map is not None:
+        return whole, "all layers"
+    first = first_layer(recipe, teacher)
+    upper = sum(count_parameters(layer) for layer in list(teacher.layers)[first:])
+    return upper + count_parameters(teacher.model.get_output_embeddings()), f"layers {first}.. and the head"
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _teacher_lines(recipe: Recipe, teacher: Teacher, ranks: int) -> list[Line]:
+    return _weight_lines(recipe, teacher, ranks, *held_parameters(recipe, teacher))
+
+
+def _weight_lines(recipe: Recipe, teacher: Teacher, ranks: int, held: int, which: str) -> list[Line]:
+    width = torch.finfo(teacher.dtype).bits // 8
+    if recipe.teacher.sharding != "zero3":
+        return [Line("teacher weights", held * width, f"{held:,} ({which}) * w")]
+    parts = [*teacher.layers.children(), teacher.model.get_output_embeddings()]
+    largest = max(count_parameters(part) for part in parts)
+    return [
+        Line("teacher weights", math.ceil(held / ranks) * width, f"{held:,} ({which}) * w / R"),
+        Line("gathered teacher layer", largest * width, f"{largest:,} * w"),
+    ]
+
+
+def _row_lines(recipe: Recipe, teacher: Teacher, width: int) -> list[Line]:
+    """Of the pseudo rows and the real rows that they attend to."""
+    assert recipe.predictor is not None
+    settings, size, layers = recipe.training, teacher.hidden_size, teacher.num_layers
+    batch, anchors, length = settings.micro_batch_size, settings.anchors_per_sequence, recipe.data.max_length
+    transfers = recipe.predictor.transfer_layers
+    feed = _feed_forward(teacher)
+    per_row = SAVED_PER_ROW[0] * size + SAVED_PER_ROW[1] * feed
+    runs = sum(layers - layer for layer in transfers)
+    seen, pseudo = length + len(transfers) * anchors, len(transfers) * anchors
+    keys = 2 * batch * seen * size * (layers - transfers[0]) * width
+    passing = batch * length * (PASSING_PER_ROW[0] * size + PASSING_PER_ROW[1] * feed) * width
+    windows = len({teacher.windows[layer] for layer in range(transfers[0], layers)})
+    mask = min(batch * pseudo * seen * width, MASK_BUDGET) * windows
+    return [
+        Line("pseudo rows, for backward", runs * batch * anchors * per_row * width, f"{runs} layers*B*A*(8d + 4f)*w"),
+        Line("keys and values", keys, f"2*B*(T + P)*d * {layers - transfers[0]} layers * w"),
+        Line("real rows in one layer", passing, "B*T*(4d + 3f)*w"),
+        Line("attention mask", mask, f"min(B*P*(T + P)*w, {MASK_BUDGET >> 20} MiB)"),
+    ]
+
+
+def _feed_forward(teacher: Teacher) -> int:
+    return int(getattr(teacher.model.config.get_text_config(), "intermediate_size", 0) or 4 * teacher.hidden_size)
+
+
+def optimizer_memory(settings: TrainingConfig, parameters: int, ranks: int) -> dict[str, int]:
+    """Bytes per rank of the predictor's weights, gradients and AdamW states: ZeRO 1 shards the states over the ranks,
+    2 the gradients too, 3 the weights too. bf16, and every stage above 0, keeps a float32 copy with the states.
+    """
+    return {name: count for name, (count, _) in _optimizer(settings, parameters, ranks).items()}
+
+
+def _optimizer(settings: TrainingConfig, parameters: int, ranks: int) -> dict[str, tuple[int, str]]:
+    stage = settings.zero_stage
+    width = 2 if settings.precision == "bf16" else 4
+    copy = 4 if settings.precision == "bf16" or stage else 0
+
+    def shard(each: int, sharded: bool) -> tuple[int, str]:
+        count = math.ceil(parameters * each / ranks) if sharded else parameters * each
+        return count, f"{parameters:,} * {each}" + (" / R" if sharded else "")
+
+    return {
+        "predictor weights": shard(width, stage >= 3),
+        "predictor gradients": shard(4 if stage == 0 else width, stage >= 2),
+        "optimizer states": shard(8 + copy, stage >= 1),
+    }
+
+
+def remedies(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int, room: int) -> list[str]:
+    """Overrides that each make a rank fit `room` bytes by themselves; else one line of several together; else none."""
+
+    def fits(changed: Recipe) -> bool:
+        return total_bytes(memory_lines(changed, teacher, parameters, ranks)) <= room
+
+    found = _fewer(recipe, fits)
+    for stage in range(recipe.training.zero_stage + 1, 4):
+        if fits(_with(recipe, zero_stage=stage)):
+            found.append(f"training.zero_stage={stage}")
+            break
+    sharded = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"sharding": "zero3"})})
+    shardable = ranks > 1 and recipe.teacher.sharding == "none" and _allowed(sharded)
+    if shardable and fits(sharded):
+        found.append("teacher.sharding=zero3")
+    if found:
+        return found
+    words = []
+    everything = recipe
+    if shardable:
+        everything, words = sharded, ["teacher.sharding=zero3"]
+    if recipe.training.zero_stage < 3 and ranks > 1:
+        everything = _with(everything, zero_stage=3)
+        words.append("training.zero_stage=3")
+    if words and fits(everything):
+        return [" ".join(words)]
+    if recipe.training.micro_batch_size > 1:
+        everything = _with(everything, micro_batch_size=1)
+        words.append("training.micro_batch_size=1")
+        if fits(everything):
+            return [" ".join(words)]
+    fewer = [word for word in _fewer(everything, fits) if "anchors" in word]
+    return [" ".join([*words, fewer[0]])] if fewer else []
+
+
+def _fewer(recipe: Recipe, fits: Callable[[Recipe], bool]) -> list[str]:
+    found = []
+    for field in ("anchors_per_sequence", "micro_batch_size"):
+        low, high = 0, getattr(recipe.training, field)  # the largest number that fits lies between: needs only grow
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(_with(recipe, **{field: middle})) else (low, middle)
+        if low:
+            found.append(f"training.{field}={low}")
+    return found
+
+
+def _allowed(changed: Recipe) -> bool:
+    """Whether a recipe may say so: what shares a teacher out rules some things out."""
+    try:
+        Recipe.model_validate(changed.model_dump())
+    except ValueError:
+        return False
+    return True
+
+
+def _with(recipe: Recipe, **changes: int) -> Recipe:
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})

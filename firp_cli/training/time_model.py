@@ -1,0 +1,95 @@
+"""A whole chain from its shapes: the store's disk in every dtype, and the hours of collecting and of training.
+
+Hours are floating-point operations over what the devices reach: ranks * peak * utilisation. The shares of the peak are
+assumptions to be replaced by measured ones; that attention sees half of a conversation on average is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from firp_cli.config import Recipe
+from firp_cli.store.reader import FLOATS, SCALED, bytes_per_token
+from firp_cli.teacher.teacher import Teacher
+from firp_cli.training.memory_model import count_parameters
+
+PEAK_FLOPS = 989e12  # an H100's, bfloat16, dense
+UTILISATION = 0.35  # of the peak, in forwards over whole conversations and in training
+ANSWER_UTILISATION = 0.05  # of the peak, while the teacher writes answers token by token
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the devices reach."""
+
+    peak_flops: float = PEAK_FLOPS
+    utilisation: float = UTILISATION
+    answer_utilisation: float = ANSWER_UTILISATION
+
+
+@dataclass(frozen=True)
+class Chain:
+    """`tokens` of all conversations; `disk` in bytes by store dtype; operations and hours by stage of the chain."""
+
+    conversations: int
+    tokens: int
+    disk: dict[str, int]
+    flops: dict[str, float]
+    hours: dict[str, float]
+
+
+def plan_chain(
+    recipe: Recipe, teacher: Teacher, parameters: int, ranks: int, conversations: int, tokens: int, speed: Speed
+) -> Chain:
+    """Plan collecting and training on `conversations` with `tokens` in all; `parameters` of the predictor."""
+    assert recipe.predictor is not None
+    layers = len(recipe.predictor.required_layers(teacher))
+    disk = {name: tokens * bytes_per_token(teacher.hidden_size, layers, name) for name in (*FLOATS, *SCALED)}
+    flops = {
+        "answers": _answer_flops(recipe, teacher, conversations),
+        "states": tokens * forward_flops(teacher, 0, tokens / max(1, conversations)),
+        "training": _training_flops(recipe, teacher, parameters, conversations, tokens),
+    }
+    shares = {"answers": speed.answer_utilisation}
+    hours = {
+        name: count / (ranks * speed.peak_flops * shares.get(name, speed.utilisation)) / 3600
+        for name, count in flops.items()
+    }
+    return Chain(conversations, tokens, disk, flops, hours)
+
+
+def forward_flops(teacher: Teacher, first: int, length: float) -> float:
+    """Of one token of a conversation of `length` through the layers from `first` on: two for each weight, and in each
+    layer four for each of length / 2 positions and each feature of the heads.
+    """
+    unique = list(teacher.layers.children())
+    order = teacher.looped.order if teacher.looped else range(teacher.num_layers)
+    weights = sum(count_parameters(unique[number]) for number in order[first:])
+    return 2 * weights + 2 * length * teacher.query_size * (teacher.num_layers - first)
+
+
+def _answer_flops(recipe: Recipe, teacher: Teacher, conversations: int) -> float:
+    if not recipe.data.regenerate:
+        return 0.0
+    head = count_parameters(teacher.model.get_output_embeddings())
+    each = forward_flops(teacher, 0, recipe.data.max_length) + 2 * head
+    return conversations * recipe.data.max_new_tokens * each
+
+
+def _training_flops(recipe: Recipe, teacher: Teacher, parameters: int, conversations: int, tokens: int) -> float:
+    """Of all epochs. Real rows run forward, from the first transfer layer on. A pseudo row runs forward and backward
+    through frozen layers (as much again) and its map (twice as much again); a draft meets the head three times:
+    forward, backward, and as the teacher's own row.
+    """
+    assert recipe.predictor is not None
+    transfers = recipe.predictor.transfer_layers
+    steps = (
+        len(transfers) or int(getattr(recipe.predictor, "steps", 0)) or len(recipe.predictor.required_layers(teacher))
+    )
+    length = tokens / max(1, conversations)
+    anchors = min(float(recipe.training.anchors_per_sequence), length)
+    head = count_parameters(teacher.model.get_output_embeddings())
+    per_anchor = 6.0 * (head * steps + parameters)
+    per_anchor += sum(2 * forward_flops(teacher, layer, length) for layer in transfers)
+    real = forward_flops(teacher, transfers[0], length) if transfers else 0.0
+    return recipe.training.epochs * (tokens * real + conversations * anchors * per_anchor)

@@ -1,0 +1,1 @@
+"""Choice of draft trees by measured costs and acceptance."""

@@ -1,0 +1,120 @@
+"""`firp quickstart`: prompts that are measured are not learnt from, and one command ends in a table and a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from firp_cli.cli import quickstart as module
+from firp_cli.cli.quickstart import (
+    AROUND_TRAINING,
+    LEAST_TRAINING,
+    MEASURING,
+    MOST_EPOCHS,
+    Prompts,
+    find_prompts,
+    make_recipe,
+    training_overrides,
+    transfer_layer,
+)
+from firp_cli.data.datasets import load_prompts
+from firp_cli.errors import DatasetError, TeacherError
+from firp_cli.recipe import load_recipe
+from helpers.commands import firp
+
+
+def test_quickstart_keeps_the_last_tenth_of_a_file_back(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"question {number}"}) + "\n" for number in range(50)))
+    found = find_prompts(str(path), None, tmp_path / "out")
+    train, test = load_prompts(found.train), load_prompts(found.test)
+    assert (found.count, len(train), len(test)) == (45, 45, 5)
+    asked = [prompt.messages[0]["content"] for prompt in (*train, *test)]
+    assert asked == [f"question {number}" for number in range(50)]
+
+
+def test_quickstart_uses_the_splits_of_a_known_set(tmp_path: Path) -> None:
+    found = find_prompts("chat", None, tmp_path)
+    assert (found.train, found.test, found.count) == ("chat", "chat", 200)
+    assert not list(tmp_path.iterdir())
+
+
+def test_quickstart_refuses_prompts_that_cannot_be_split(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "one"}\n' * 10)
+    with pytest.raises(DatasetError, match="has 10 prompts; a quickstart needs 25"):
+        find_prompts(str(path), None, tmp_path / "out")
+    folder = tmp_path / "data" / "mt_bench"
+    folder.mkdir(parents=True)
+    (folder / "question.jsonl").write_text('{"turns": ["one"]}\n')
+    with pytest.raises(DatasetError, match="test prompts only"):
+        find_prompts("mt_bench", tmp_path / "data", tmp_path / "out")
+
+
+def test_quickstart_layer_is_at_two_thirds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert transfer_layer("arithmetic") == 4
+    with pytest.raises(TeacherError, match="give a model folder"):
+        transfer_layer("owner/no-such-model")
+
+
+def test_quickstart_recipe_trains_on(tmp_path: Path) -> None:
+    recipe = make_recipe("arithmetic", find_prompts("chat", None, tmp_path), None, tmp_path, 4, 3, 64)
+    assert recipe.training.max_steps is None and recipe.training.max_minutes is None and recipe.data.regenerate
+    assert recipe.predictor is not None and recipe.predictor.transfer_layers == (4, 4, 4)
+
+
+def test_quickstart_collects_and_trains_in_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = Prompts("chat", "chat", 200)
+    for fast, dtype in ((True, "bfloat16"), (False, "auto")):
+        monkeypatch.setattr("firp_cli.teacher.packed_linear.fast_bfloat16", lambda device, fast=fast: fast)
+        recipe = make_recipe("arithmetic", prompts, None, Path("out"), 4, 3, 64)
+        assert recipe.teacher.dtype == dtype
+
+
+def test_quickstart_trains_in_the_minutes_that_tuning_leaves() -> None:
+    settings = load_recipe(None, ["predictor.kind=firp", "predictor.layer=4", *training_overrides(9.0, 15.0)]).training
+    assert settings.max_minutes == pytest.approx(9.0 - MEASURING * 15.0 - AROUND_TRAINING, abs=0.1)
+    assert settings.epochs == MOST_EPOCHS and settings.max_steps is None
+    for left, minutes in ((4.5, 15.0), (-1.0, 15.0), (0.6 + AROUND_TRAINING + 0.9 * LEAST_TRAINING, 2.0)):
+        assert training_overrides(left, minutes) == ["training.max_steps=0"]
+
+
+def test_quickstart_hands_the_time_that_is_left_to_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(module, "run", lambda *arguments: commands.append(arguments))
+    monkeypatch.setattr(module, "_affordable", lambda path, recipe, count, seconds: round(seconds))
+    folder = tmp_path / "out"
+    module.quickstart("arithmetic", 15.0, "chat", None, folder, layer=4, steps=2, max_new_tokens=32, verbose=False)
+    assert [arguments[0] for arguments in commands] == ["collect", "train", "tune", "bench"]
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    assert recipe.data.limit == pytest.approx(0.4 * 15 * 60, abs=30)
+    assert recipe.training.max_minutes is None and recipe.training.epochs < MOST_EPOCHS
+    taught = load_recipe(str(folder / "recipe.yaml"), list(commands[1][2:])).training
+    assert taught.max_minutes == pytest.approx((1 - MEASURING) * 15 - AROUND_TRAINING, abs=0.5)
+    assert taught.epochs == MOST_EPOCHS and taught.gate_prompts == 2 and taught.max_steps is None
+
+
+@pytest.mark.slow
+def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path) -> None:
+    data = tmp_path / "data" / "sums"
+    data.mkdir(parents=True)
+    rows = [{"messages": prompt.messages} for prompt in load_prompts("arithmetic", None, 40, "train")]
+    own = data / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--prompts", str(own), "--minutes", "2", "--output", "out", "--max-new-tokens", "48"]
+    done = firp("quickstart", "arithmetic", *options, cwd=tmp_path, FIRP_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    commands = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ firp ")]
+    assert commands == ["collect", "collect", "train", "tune", "bench"]
+    rows = json.loads((tmp_path / "out" / "bench" / "bench.json").read_text())["rows"]
+    found = {row["method"]: row for row in rows if row["category"] == "all"}
+    assert found["firp"]["lossless"]["identical"] == found["firp"]["lossless"]["compared"] == 4
+    entries = json.loads((tmp_path / "out" / "predictor" / "tree.json").read_text())["entries"]
+    assert [entry["batch_size"] for entry in entries] == [1]
+    recipe = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    assert recipe.data.limit == 36 and recipe.store == "out/store"
+    again = firp("quickstart", "arithmetic", *options, cwd=tmp_path)
+    assert again.returncode == 2 and "holds an earlier quickstart" in again.stderr

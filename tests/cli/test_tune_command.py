@@ -1,0 +1,75 @@
+"""`firp tune` as a user meets it: trees are written, reported, found again, and foretell what bench measures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.commands import PROMPT, firp
+
+SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "16", "--repeats", "1"]
+SHORT += ["--sittings", "2"]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tree.json`, the report in `report`, and what was printed in `printed`."""
+    folder = tmp_path_factory.mktemp("tuned")
+    where = ["--tree-file", str(folder / "tree.json"), "--output", str(folder / "report")]
+    done = firp("tune", "firp", *SHORT, *where, cwd=folder, FIRP_CACHE_DIR=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    (folder / "printed").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def test_it_writes_trees_and_a_report(tuned: Path) -> None:
+    trees = json.loads((tuned / "tree.json").read_text())
+    assert [entry["batch_size"] for entry in trees["entries"]] == [1, 2]
+    assert trees["tree"] == "chain"  # the default, for other machines, is the predictor's own
+    report = {path.name for path in (tuned / "report").iterdir()}
+    assert {"tune.json", "tune.md", "tune.html", "cost.png", "nodes.png", "batch.png", "acceptance.png"} <= report
+    written = json.loads((tuned / "report" / "tune.json").read_text())
+    assert written["schema"] == "firp.tune/1" and written["environment"]["argv"][1] == "tune"
+    assert written["cost"]["curves"] and written["ladder"] and written["batches"]
+    printed = (tuned / "printed").read_text()
+    assert "calibration: " in printed and "cost of passes: " in printed and "tree.json" in printed
+
+
+def test_costs_are_measured_once_for_a_machine(tuned: Path) -> None:
+    where = ["--tree-file", str(tuned / "again.json"), "--output", str(tuned / "again")]
+    done = firp("tune", "firp", *SHORT, *where, "--no-trial", cwd=tuned, FIRP_CACHE_DIR=str(tuned / "cache"))
+    assert done.returncode == 0 and "kept from an earlier run" in done.stderr, done.stderr
+    written = json.loads((tuned / "again" / "tune.json").read_text())
+    assert all(trial["measured"] is None for trial in written["ladder"])
+
+
+def test_generate_takes_the_tree(tuned: Path) -> None:
+    done = firp("generate", "firp", "--tree", str(tuned / "tree.json"), "--prompt", PROMPT)
+    plain = firp("generate", "--method", "ar", "--prompt", PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == plain.stdout
+
+
+def test_bench_prints_what_was_foretold(tuned: Path) -> None:
+    options = ["--dataset", "arithmetic", "--limit", "2", "--repeats", "1", "--max-new-tokens", "24"]
+    where = ["--tree", str(tuned / "tree.json"), "--output", str(tuned / "bench")]
+    done = firp("bench", "firp", *options, *where, "--methods", "ar,firp")
+    assert done.returncode == 0, done.stderr
+    entry = json.loads((tuned / "tree.json").read_text())["entries"][0]
+    report = json.loads((tuned / "bench" / "bench.json").read_text())
+    row = next(row for row in report["rows"] if row["method"] == "firp")
+    assert row["tree"] == entry["tree"]
+    if entry["tree"] != "none":
+        assert row["predicted"] == entry["predicted"]
+        assert "predicted" in done.stdout
+
+
+def test_a_tree_tuned_elsewhere_is_not_used(tuned: Path) -> None:
+    other = json.loads((tuned / "tree.json").read_text())
+    for entry in other["entries"]:
+        entry["machine"]["device"] = "another machine"
+    (tuned / "other.json").write_text(json.dumps(other))
+    done = firp("generate", "firp", "--tree", str(tuned / "other.json"), "--prompt", PROMPT)
+    assert done.returncode == 0 and "firp tune" in done.stderr, done.stderr

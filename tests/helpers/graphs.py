@@ -1,0 +1,102 @@
+"""Engines whose steps run as if captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from firp_cli.decoding.cuda_graphs import Step, StepGraphs
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.output_ring import OutputRing
+
+
+def with_graphs(engine: Engine) -> tuple[NotedGraphs, Tapes]:
+    tapes = Tapes()
+    engine.graphs = graphs = NotedGraphs(tapes)
+    return graphs, tapes
+
+
+class Arrived:
+    """An event of a device that is done at once."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class LateRing(OutputRing):
+    """A ring that reads as on a CUDA device, one group late. The copies themselves are the CPU's."""
+
+    def __init__(self, batch: int, width: int, every: int, device: torch.device) -> None:
+        super().__init__(batch, width, every, device)
+        self._asynchronous, self._host = True, torch.zeros_like(self._rows)
+
+
+class Tapes:
+    """A capture by tape. Recording runs the step, which on a CUDA device only the first replay would do."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, step: Step) -> Step:
+        self.captured += 1
+        tape = Tape()
+        with tape:
+            step()
+        recorded = [True]
+
+        def replay() -> None:
+            if recorded:
+                recorded.clear()
+            else:
+                self.replayed += 1
+                tape.replay()
+
+        return replay
+
+
+class NotedGraphs(StepGraphs):
+    """Step graphs that note their keys: mode, batch, bucket."""
+
+    def __init__(self, capture: Callable[[Step], Step]) -> None:
+        super().__init__(capture)
+        self.keys: list[Any] = []
+        self.forgotten = 0
+
+    def run(self, key: Hashable, step: Step) -> None:
+        self.keys.append(key)
+        super().run(key, step)
+
+    def forget(self) -> None:
+        self.forgotten += 1
+        super().forget()
+
+
+class Tape(TorchDispatchMode):
+    """The operations of a step as it runs, on which tensors, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        """All operations again. What the tape made itself it makes anew; everything else keeps its place."""
+        made: dict[int, Tensor] = {}
+        for func, args, kwargs, first in self.operations:
+            own = tree_map_only(Tensor, lambda tensor: made.get(id(tensor), tensor), (args, kwargs))
+            result = func(*own[0], **own[1])
+            for before, now in zip(tree_leaves(first), tree_leaves(result), strict=True):
+                if isinstance(before, Tensor):
+                    made[id(before)] = now

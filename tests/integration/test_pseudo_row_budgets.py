@@ -1,0 +1,289 @@
+"""Trees of which only some nodes have pseudo rows: which nodes, what is drafted behind the others, the same tokens."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.sampling import Sampler
+from firp_cli.decoding.step import DecodeStep, cache_shape
+from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anchor
+from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
+from firp_cli.predictors.base import Draft, Predictor
+from firp_cli.results import Generation
+from firp_cli.teacher.teacher import Teacher
+from helpers.models import (
+    FAMILIES,
+    VOCABULARY,
+    embedded_predictor,
+    embedded_prompts,
+    embedded_teacher,
+    generate_reference,
+    make_predictor,
+    random_prompts,
+    sequence_batch,
+    tiny_model,
+    tiny_teacher,
+)
+from helpers.trees import paths_of, random_draft
+
+TOKENS = 16
+TREES = ["dynamic:9@1", "dynamic:9@3", "chain@2", "static:3x2x1@4"]
+KINDS: dict[str, dict[str, Any]] = {
+    "firp": {"kind": "firp", "layer": 2, "steps": 3},
+    "hidden_transfer": {"kind": "hidden_transfer", "layers": [1, 3, 3]},
+}
+kinds = pytest.mark.parametrize("kind", list(KINDS))
+budgets = pytest.mark.parametrize("tree", TREES)
+
+
+def decode(engine: Engine, prompts: list[list[int]], batch: int, tokens: int) -> list[Generation]:
+    places = range(0, len(prompts), batch)
+    return [item for start in places for item in engine.generate(prompts[start : start + batch], tokens)]
+
+
+@cache
+def reference(family: str, prompt: tuple[int, ...]) -> list[int]:
+    return generate_reference(tiny_model(family), list(prompt), TOKENS)
+
+
+@budgets
+@kinds
+@pytest.mark.parametrize(("family", "stack"), [*((family, "lean") for family in FAMILIES), ("qwen2-window", "library")])
+def test_budgets_are_lossless(family: str, stack: str, kind: str, tree: str) -> None:
+    teacher, prompts = tiny_teacher(family, stack == "lean"), random_prompts(4, seed=31)
+    expected = [reference(family, tuple(prompt)) for prompt in prompts]
+    engine = Engine(teacher, make_predictor(teacher, **KINDS[kind]), parse_tree(tree, 3))
+    assert [item.token_ids for item in decode(engine, prompts, 4, TOKENS)] == expected
+    assert [item.token_ids for item in decode(engine, prompts[:1], 1, TOKENS)] == expected[:1]
+
+
+@cache
+def embedded_reference() -> list[list[int]]:
+    return [generate_reference(embedded_teacher().model, prompt, 60) for prompt in embedded_prompts(4)]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@budgets
+@kinds
+def test_budgets_are_lossless_where_drafts_are_right(kind: str, tree: str, batch: int) -> None:
+    """Trained predictors: paths of every length are accepted, and end at nodes with and without pseudo rows."""
+    predictor = embedded_predictor(kind)
+    spec = parse_tree(tree, predictor.steps)
+    got = decode(Engine(embedded_teacher(), predictor, spec), embedded_prompts(4), batch, 60)
+    assert [item.token_ids for item in got] == embedded_reference()
+    lengths = [length for item in got for length in item.accepted_lengths]
+    assert set(lengths) == set(range(1, spec.depth(predictor.steps) + 2))
+    assert sum(lengths) > 2 * len(lengths)
+
+
+@pytest.mark.parametrize("tree", ["dynamic:9", "static:3x2x1", "chain"])
+@kinds
+def test_a_budget_for_every_node_changes_no_step(kind: str, tree: str) -> None:
+    predictor = embedded_predictor(kind)
+    plain = parse_tree(tree, predictor.steps)
+    steps = [
+        [(item.token_ids, item.accepted_lengths, item.emitted) for item in decode(engine, embedded_prompts(2), 2, 40)]
+        for spec in (
+            plain,
+            parse_tree(f"{tree}@{plain.nodes}", predictor.steps),
+            parse_tree(f"{tree}@99", predictor.steps),
+        )
+        for engine in [Engine(embedded_teacher(), predictor, spec)]
+    ]
+    assert steps[0] == steps[1] == steps[2]
+
+
+def test_predictors_without_pseudo_rows_have_no_budget() -> None:
+    predictor = embedded_predictor("medusa")
+    engines = [Engine(embedded_teacher(), predictor, parse_tree(tree, 4)) for tree in ("dynamic:9", "dynamic:9@2")]
+    first, second = (decode(engine, embedded_prompts(2), 2, 40) for engine in engines)
+    assert [item.accepted_lengths for item in first] == [item.accepted_lengths for item in second]
+    assert [item.token_ids for item in first] == [item.token_ids for item in second]
+
+
+def test_the_scratch_holds_the_rows_of_the_budget(teacher: Teacher) -> None:
+    predictor = make_predictor(teacher, **KINDS["firp"])
+    scratch = {
+        tree: cache_shape(teacher, predictor, parse_tree(tree, 3), 1, 10)["scratch"]
+        for tree in ("dynamic:9", "dynamic:9@1", "dynamic:9@3", "chain@2", "static:3x2x1@4", "dynamic:9@50")
+    }
+    assert list(scratch.values()) == [9 + 27, 9 + 3, 9 + 9, 4 + 6, 16 + 12, 9 + 27]
+
+
+class ByParent:
+    """Scores children by their parent's token, or not: a predictor's contract, without its network."""
+
+    steps = 3
+
+    def __init__(self, parent_dependent: bool) -> None:
+        self.parent_dependent = parent_dependent
+
+    def child_candidates(self, draft: Draft, depth: int, parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, nodes = parents.shape
+        shape = (batch, nodes, draft.tokens.shape[-1])
+        log_probs = draft.log_probs[:, depth - 1, None].expand(shape)
+        if self.parent_dependent:
+            log_probs = log_probs - 0.3 * (parents % 3)[:, :, None]
+        return draft.tokens[:, depth - 1, None].expand(shape), log_probs
+
+
+def ending_probabilities(predictor: Any, draft: Draft, tree: Tree, row: int) -> list[float]:
+    """For every node: that the accepted path comes there and to none of its children, by the draft."""
+    own = Draft(draft.tokens[row : row + 1], draft.log_probs[row : row + 1])
+    coming = [1.0]
+    for node in range(1, tree.tokens.shape[1]):
+        parent = int(tree.parents[row, node])
+        depth = int(tree.depth[row, node])
+        tokens, log_probs = predictor.child_candidates(own, depth, tree.tokens[row : row + 1, parent, None])
+        rank = tokens[0, 0].tolist().index(int(tree.tokens[row, node]))
+        coming.append(coming[parent] * float(log_probs[0, 0, rank].double().exp()))
+    ending = list(coming)
+    for node in range(1, len(coming)):
+        ending[int(tree.parents[row, node])] -= coming[node]
+    return ending
+
+
+SPECS = ["dynamic:9", "dynamic:14", "static:3x2x1", "static:2x2", "chain"]
+
+
+def random_tree(spec: str, seed: int, predictor: ByParent, ended: int = 0) -> tuple[Draft, Tree]:
+    """A tree of two sequences, of whose draft the last `ended` steps are missing."""
+    draft = random_draft(2, 3, 30, 13, seed, sharp=6.0)
+    if ended:
+        draft.log_probs[:, -ended:] = -torch.inf
+    return draft, build(parse_tree(f"{spec}@1", 3), predictor, draft, torch.tensor([7, 8]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("parent_dependent", [True, False])
+@pytest.mark.parametrize("ended", [0, 1, 2])
+@pytest.mark.parametrize("spec", SPECS)
+def test_anchors_are_where_the_path_most_likely_ends(spec: str, ended: int, parent_dependent: bool) -> None:
+    predictor = ByParent(parent_dependent)
+    beside_the_root = 0
+    for seed in range(10):
+        draft, tree = random_tree(spec, seed, predictor, ended)
+        for count in (1, 2, 3):
+            anchors = anchor_nodes(tree, count)
+            assert anchors.shape == (2, count)
+            for row in range(2):
+                ending = ending_probabilities(predictor, draft, tree, row)
+                chosen = anchors[row].tolist()
+                assert 0 in chosen
+                assert len(set(chosen)) == count
+                best = sorted(ending[1:], reverse=True)[: count - 1]
+                assert sorted((ending[node] for node in chosen if node), reverse=True) == pytest.approx(best, abs=1e-6)
+                beside_the_root += sum(ending[node] > ending[0] for node in chosen)
+    assert beside_the_root > 0, "an anchor may be likelier than the root"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_nearest_anchor_is_found_going_up(spec: str) -> None:
+    distances = set()
+    for seed in range(8):
+        _, tree = random_tree(spec, seed, ByParent(seed % 2 == 0))
+        anchors = anchor_nodes(tree, 3)[:, torch.randperm(3, generator=torch.Generator().manual_seed(seed))]
+        for node in range(tree.tokens.shape[1]):
+            place, distance = nearest_anchor(tree, anchors, tree.paths[:, node], tree.depth[:, node])
+            for row in range(2):
+                up, found = 0, node
+                while found not in anchors[row].tolist():
+                    up, found = up + 1, int(tree.parents[row, found])
+                assert (int(anchors[row, place[row]]), int(distance[row])) == (found, up)
+                distances.add(up)
+    assert {0, 1} <= distances
+
+
+def prefilled(teacher: Teacher, predictor: Predictor, spec: TreeSpec, prompts: list[list[int]]) -> DecodeStep:
+    stepper = DecodeStep(teacher, predictor, spec, Sampler(0.0, 1.0, 0, torch.device("cpu")), len(prompts), 100)
+    stepper.prefill(prompts, 512)
+    stepper.step(max(map(len, prompts)) - 1, "start")
+    stepper.ring.launched(None, drain=True)
+    return stepper
+
+
+def foreseen(texts: list[list[int]], emitted: list[int], steps: int, breadth: int, seed: int) -> Draft:
+    """A draft that knows what follows at three of four steps, at ranks and with probabilities that are drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = []
+    for text, count in zip(texts, emitted, strict=True):
+        for known in text[count : count + steps]:
+            others = torch.randperm(VOCABULARY, generator=generator).tolist()
+            others.remove(known)
+            rank, right = torch.randint(4, (2,), generator=generator).tolist()
+            tokens.append([*others[: min(rank // 2, breadth - 1)], *([known] if right else []), *others[5:]][:breadth])
+    scores = 2.0 * torch.randn(len(texts), steps, breadth, generator=generator)
+    return Draft(torch.tensor(tokens).view(scores.shape), scores.log_softmax(-1).sort(descending=True).values)
+
+
+@pytest.mark.parametrize("tree", ["dynamic:9@1", "dynamic:9@3", "chain@1", "chain@2", "static:2x2x1@4"])
+@kinds
+@torch.inference_mode()
+def test_a_node_without_pseudo_rows_drafts_from_the_anchor_above_it(kind: str, tree: str) -> None:
+    """The next draft against the training forward at the nearest anchor, whose first steps have been passed already;
+    where the node is an anchor itself, also against a step in which every node is one.
+    """
+    teacher = tiny_teacher("qwen2-window", lean=True)
+    predictor = make_predictor(teacher, **KINDS[kind])
+    spec = parse_tree(tree, predictor.steps)
+    prompts = random_prompts(2, seed=33, low=5, high=9)
+    texts = [generate_reference(teacher.model, prompt, 60, eos_token_id=-1) for prompt in prompts]
+    batches = [
+        sequence_batch(teacher, [prompt + text], [1], list(predictor.required_layers))
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    limited = prefilled(teacher, predictor, spec, prompts)
+    full = prefilled(teacher, predictor, TreeSpec(spec.kind, spec.nodes, spec.paths), prompts)
+    emitted, distances = [1, 1], set()
+    for seed in range(15):
+        draft = foreseen(texts, emitted, predictor.steps, limited._breadth, seed)
+        roots = torch.tensor([text[count - 1] for text, count in zip(texts, emitted, strict=True)])
+        known = build(spec, predictor, draft, roots)
+        anchors = anchor_nodes(known, spec.budget or 1)
+        read = []
+        for stepper in (limited, full):
+            assert torch.equal(stepper._root, roots)
+            stepper._draft.tokens.copy_(draft.tokens)
+            stepper._draft.log_probs.copy_(draft.log_probs)
+            stepper.step(80, "drafted")
+            read.append(stepper.ring.launched(None)[0][1][0])
+        assert read[0] == read[1]
+        for row, (count, *tokens) in enumerate(read[0]):
+            assert tokens[: count + 1] == texts[row][emitted[row] : emitted[row] + count + 1]
+            path = tuple(texts[row][emitted[row] : emitted[row] + count])
+            node, distance = paths_of(known, row).index(path), 0
+            while node not in anchors[row].tolist():
+                node, distance = int(known.parents[row, node]), distance + 1
+            distances.add(distance)
+            place = len(prompts[row]) + emitted[row] - 1 + count - distance
+            states = predictor.draft_states(teacher, batches[row], torch.tensor([[place]]))
+            expected = predictor.draft(teacher, states[0], limited._breadth)
+            check_draft(limited, row, expected, distance)
+            if not distance:
+                check_draft(limited, row, Draft(full._draft.tokens[row, None], full._draft.log_probs[row, None]), 0)
+            emitted[row] += count + 1
+    assert distances >= ({0, 1, 2, 3} if spec.budget == 1 else {0, 1})
+
+
+def check_draft(stepper: DecodeStep, row: int, expected: Draft, distance: int) -> None:
+    """The stepper's draft holds the expected one's steps behind the first `distance`, then nothing."""
+    steps = expected.tokens.shape[1]
+    tokens, log_probs = stepper._draft.tokens[row], stepper._draft.log_probs[row]
+    assert torch.equal(tokens[: steps - distance], expected.tokens[0, distance:])
+    ahead = log_probs[: steps - distance]
+    torch.testing.assert_close(ahead, expected.log_probs[0, distance:], rtol=1e-3, atol=1e-3)
+    assert (log_probs[steps - distance :] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(("tree", "passes"), [("dynamic:3", 1), ("dynamic:8", 2)])
+def test_small_trees_read_the_vocabulary_once_a_step(tree: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_teacher("llama", lean=True)
+    predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
+    calls, head = [], teacher.head
+    monkeypatch.setattr(teacher, "head", lambda states: calls.append(1) or head(states))
+    made = Engine(teacher, predictor, parse_tree(tree, 2)).generate([[3, 9, 4]], 16)[0]
+    assert len(calls) == 1 + passes * made.steps  # the first token's step has a single node

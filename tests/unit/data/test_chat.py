@@ -1,0 +1,263 @@
+"""Rows to messages, messages to tokens, and the loss mask under templates that mark, append, rewrite and merge."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firp_cli.data.chat import (
+    EncodedConversation,
+    assistant_spans,
+    check_masks,
+    encode,
+    encode_prompt,
+    show_spans,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
+from firp_cli.data.datasets import load_prompts, load_records
+from firp_cli.data.formats import to_messages
+from firp_cli.errors import DatasetError, LossMaskError
+from helpers.chat import CHATML, byte_tokenizer, with_template
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The marks leave the end of the turn out, or take the line break in.
+MARKED_SHORT = MARKED.replace(
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
+)
+MARKED_LONG = MARKED.replace(
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+)
+# Like Qwen3's: thinking is opened in the last answer and dropped from those before it.
+REWRITING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% set parts = m['content'].split('</think>') %}"
+    "{% if loop.last %}{{ '<think>' + (parts[0].replace('<think>', '') if parts|length > 1 else '') + '</think>' }}"
+    "{% endif %}"
+    "{{ parts[-1] }}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# No prefix of itself (the number of messages comes first), and a generation prompt that no rendered turn holds.
+COUNTING = (
+    "{{ messages|length|string + ' messages\n' }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{{ m['content']|trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "marked": MARKED,
+    "marked short": MARKED_SHORT,
+    "marked long": MARKED_LONG,
+    "rewriting": REWRITING,
+    "counting": COUNTING,
+}
+
+# "4" and "user" stand in questions too: a search for the answer's text alone would hit the wrong place.
+TURNS = [
+    {"role": "system", "content": "Be brief. 4 is a number."},
+    {"role": "user", "content": "What is 2 + 2? Not 5, user."},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And 4 + 4? 8 or 9?"},
+    {"role": "assistant", "content": "It is 8,\n\nnaïve user \N{GRINNING FACE}!"},
+]
+
+
+def answers(conversation: EncodedConversation, tokenizer: Any) -> list[str]:
+    """The text of every run of masked tokens."""
+    runs: list[list[int]] = []
+    before = False
+    for token, inside in zip(conversation.input_ids, conversation.loss_mask, strict=True):
+        if inside and not before:
+            runs.append([])
+        if inside:
+            runs[-1].append(token)
+        before = inside
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_mask_holds_exactly_what_the_assistant_writes(name: str) -> None:
+    tokenizer = with_template(TEMPLATES[name])
+    conversation = encode(TURNS, tokenizer)
+    last = TURNS[4]["content"] + "<|im_end|>"
+    expected = ["4<|im_end|>", ("<think></think>" if name == "rewriting" else "") + last]
+    assert answers(conversation, tokenizer) == expected
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert tokenizer.decode(conversation.input_ids) == text
+
+
+def test_marks_and_rendering_agree_token_for_token() -> None:
+    marked = encode(TURNS, with_template(MARKED))
+    assert marked == encode(TURNS, with_template(CHATML))
+    assert sum(marked.loss_mask) not in (0, len(marked.loss_mask))
+
+
+def test_a_rewritten_thinking_block_is_masked_only_where_it_is_rendered() -> None:
+    tokenizer = with_template(REWRITING)
+    turns = [
+        TURNS[1],
+        {"role": "assistant", "content": "<think>two and two</think>4"},
+        TURNS[3],
+        {"role": "assistant", "content": "<think>four and four</think>8"},
+    ]
+    expected = ["4<|im_end|>", "<think>four and four</think>8<|im_end|>"]
+    assert answers(encode(turns, tokenizer), tokenizer) == expected
+
+
+def test_a_template_without_generation_prompt_or_system_role() -> None:
+    tokenizer = with_template(LLAMA2)
+    conversation = encode(TURNS[1:], tokenizer)
+    assert answers(conversation, tokenizer) == [" 4 </s>", f" {TURNS[4]['content']} </s>"]
+    with pytest.raises(DatasetError, match="only user and assistant"):
+        encode(TURNS, tokenizer)
+
+
+def test_a_template_without_end_of_turn_masks_the_text_alone() -> None:
+    tokenizer = with_template(NO_END)
+    assert [text.strip() for text in answers(encode(TURNS, tokenizer), tokenizer)] == ["4", TURNS[4]["content"]]
+
+
+def test_without_a_template_prompt_and_answer_are_plain_text() -> None:
+    tokenizer = with_template(None)
+    conversation = encode(TURNS[1:3], tokenizer)
+    assert tokenizer.decode(conversation.input_ids) == f"<s>{TURNS[1]['content']}\n4</s>"
+    assert answers(conversation, tokenizer) == ["\n4</s>"]
+    assert tokenizer.decode(encode_prompt(TURNS[1:2], tokenizer)) == f"<s>{TURNS[1]['content']}"
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, None])
+def test_a_prompt_is_the_beginning_of_its_conversation(template: str | None) -> None:
+    tokenizer = with_template(template)
+    prompt = encode_prompt(TURNS[:2], tokenizer)
+    whole = encode(TURNS[:3], tokenizer)
+    assert whole.input_ids[: len(prompt)] == prompt
+    assert whole.loss_mask.index(True) == len(prompt)
+
+
+def test_spans_are_where_the_text_is() -> None:
+    tokenizer = with_template(COUNTING)
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    spans = assistant_spans(TURNS, tokenizer, text)
+    assert [text[start:end] for start, end in spans] == ["4", TURNS[4]["content"] + "<|im_end|>"]
+    assert text[: spans[0][0]].endswith("assistant\n")
+
+
+def test_truncation_keeps_the_beginning() -> None:
+    tokenizer = with_template(CHATML)
+    whole = encode(TURNS, tokenizer)
+    first = whole.loss_mask.index(True)
+    cut = encode(TURNS, tokenizer, first + 1)
+    assert cut == EncodedConversation(whole.input_ids[: first + 1], whole.loss_mask[: first + 1])
+    assert not any(encode(TURNS, tokenizer, first).loss_mask)
+
+
+def test_useless_masks_are_refused_with_the_rendered_spans() -> None:
+    tokenizer = with_template(CHATML)
+    check_masks(TURNS, tokenizer, 5, 20)
+    with pytest.raises(LossMaskError, match="not one of its tokens") as caught:
+        check_masks(TURNS, tokenizer, 0, 20)
+    assert "[[4<|im_end|>]]" in str(caught.value)
+    with pytest.raises(LossMaskError, match="every one of its tokens"):
+        check_masks(TURNS, tokenizer, 20, 20)
+    assert show_spans(TURNS[:2], tokenizer).count("[[") == 0
+
+
+def test_fingerprints_follow_vocabulary_and_template() -> None:
+    tokenizer = with_template(CHATML)
+    before = tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer)
+    tokenizer("longer text", padding="max_length", truncation=True, max_length=3)
+    assert (tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer)) == before
+    assert template_fingerprint(with_template(MARKED)) != before[1]
+    wider = byte_tokenizer.__wrapped__()
+    wider.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(wider) != before[0]
+    assert tokenizer_fingerprint(byte_tokenizer.__wrapped__()) == before[0]
+
+
+ROWS = {
+    "messages": {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "prompt": "x"},
+    "sharegpt": {"id": 1, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "sharegpt leading answer": {
+        "conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    },
+    "gsm8k": {"question": "Q", "answer": "A<<1+1=2>>"},
+    "prompt and response": {"prompt": "Q", "response": "A"},
+    "alpaca without input": {"instruction": "Q", "input": "", "output": "A", "text": "x"},
+    "parts": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "gpt", "content": "A"}]
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_layouts(name: str) -> None:
+    assert to_messages(ROWS[name], "row 1") == [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+    ]
+
+
+def test_layouts_with_more_to_them() -> None:
+    def contents(row: dict[str, Any]) -> list[str]:
+        return [item["content"] for item in to_messages(row, "row 1")]
+
+    assert contents({"instruction": "Add", "input": "1 2", "output": "3"}) == ["Add\n\n1 2", "3"]
+    assert contents({"system_prompt": "S", "question": "Q", "response": "A"}) == ["S", "Q", "A"]
+    assert contents({"article": "long", "highlights": "short", "id": "x"})[1] == "short"
+    assert contents({"document": "long", "summary": "short"})[0].endswith("long")
+    assert contents({"turns": ["first", "second"], "category": "c"}) == ["first"]
+    code = contents({"prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "", "entry_point": "f"})
+    assert "def f():\n" in code[0] and "return" not in code[0]
+    assert code[1] == "```python\ndef f():\n    return 1\n```"
+    system = {"conversations": [{"from": "system", "value": "S"}, {"from": "user", "value": "Q"}]}
+    assert [item["role"] for item in to_messages(system, "row 1")] == ["system", "user"]
+
+
+def test_calculator_marks_leave_the_sum_as_a_person_writes_it() -> None:
+    row = {"question": "q << 1", "answer": "48/2 = <<48/2=24>>24 clips, 2 << 3\n#### 24"}
+    assert to_messages(row, "row 1")[1]["content"] == "48/2 = 24 clips, 2 << 3\n#### 24"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "x", "label": 1}, r"set row 7: no conversation in its fields \(text, label\)\naccepted: messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, r"row 7, messages\[0\]: unknown role 'wizard'"),
+        ({"messages": ["x"]}, r"row 7, messages\[0\]: expected a mapping"),
+        ({"question": "x", "answer": {"value": "y"}}, "row 7, answer: expected text, got dict"),
+        ({}, "none"),
+    ],
+)
+def test_rows_that_hold_no_conversation(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(DatasetError, match=words):
+        to_messages(row, "set row 7")
+
+
+@pytest.mark.skipif(not os.environ.get("FIRP_DATA_DIR"), reason="FIRP_DATA_DIR names no folder of real data sets")
+def test_real_gsm8k_is_encoded_whole(tmp_path: Path) -> None:
+    tokenizer = with_template(CHATML)
+    for number, row in enumerate(load_records("gsm8k", "test", limit=60), 1):
+        conversation = encode(to_messages(row, f"row {number}"), tokenizer)
+        (answer,) = answers(conversation, tokenizer)
+        assert answer.endswith("<|im_end|>") and "<<" not in answer
+        assert answer.split("####")[1].removesuffix("<|im_end|>").strip() == row["answer"].split("####")[1].strip()
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"question": "Q", "answer": "A"}) + "\n")
+    assert load_prompts(str(file))[0].reference == "A"

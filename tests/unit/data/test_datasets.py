@@ -1,0 +1,208 @@
+"""Data sets by name: the order of lookups, splits, and what is said when a set is not to be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from firp_cli.data.datasets import KNOWN, load_conversations, load_prompts, load_records
+from firp_cli.errors import DatasetError
+from helpers.models import ROOT
+
+REAL = os.environ.get("FIRP_DATA_DIR")
+needs_real = pytest.mark.skipif(not REAL, reason="FIRP_DATA_DIR names no folder of real data sets")
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """No test reaches the hub: each lookup there fails as it does offline."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach it on the Hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    if "real" not in request.node.name:
+        monkeypatch.delenv("FIRP_DATA_DIR", raising=False)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_local_file_comes_first(tmp_path: Path) -> None:
+    path = write(tmp_path / "gsm8k.jsonl", [{"prompt": f"q{n}", "response": f"a{n}"} for n in range(5)])
+    assert [row["prompt"] for row in load_records(str(path), "no such split", limit=2)] == ["q0", "q1"]
+    (prompt,) = load_prompts(str(path), limit=1)
+    assert prompt.messages == [{"role": "user", "content": "q0"}]
+    assert (prompt.reference, prompt.category) == ("a0", "")
+    with pytest.raises(DatasetError, match=r"no such file: .*absent\.jsonl"):
+        load_records(str(tmp_path / "absent.jsonl"))
+
+
+def test_a_json_list_is_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "share.json"
+    path.write_text(json.dumps([{"conversations": [{"from": "human", "value": "q"}]}]))
+    assert load_prompts(str(path))[0].messages[0]["content"] == "q"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [('{"a": 1}\n{"b": \n', "line 2: not valid JSON"), ("[1]\n", "line 1: expected a JSON object, got list")],
+)
+def test_bad_lines_are_named(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(DatasetError, match=words):
+        load_records(str(path))
+
+
+def test_embedded_sets_need_no_folder() -> None:
+    train, test = load_records("arithmetic", "train", limit=3), load_records("arithmetic", "test", limit=3)
+    assert {"question", "answer"} <= set(train[0])
+    assert train != test
+    with pytest.raises(DatasetError, match=r"no split 'validation'.*test, train"):
+        load_records("arithmetic", "validation")
+
+
+def test_the_data_folder_by_option_and_by_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "gsm8k" / "test.jsonl", [{"question": "q", "answer": "a"}])
+    write(tmp_path / "mt_bench" / "question.jsonl", [{"turns": ["one", "two"], "category": "writing"}])
+    write(tmp_path / "own" / "name" / "train.jsonl", [{"prompt": "p", "response": "r"}])
+    assert load_prompts("gsm8k", str(tmp_path))[0].reference == "a"
+    monkeypatch.setenv("FIRP_DATA_DIR", str(tmp_path))
+    (asked,) = load_prompts("mt_bench")
+    assert [item["content"] for item in asked.messages] == ["one"]
+    assert (asked.category, asked.reference) == ("writing", None)
+    assert len(load_conversations("own/name", "train")) == 1
+    with pytest.raises(DatasetError, match=r"no split 'test' in .*own/name; it has: train"):
+        load_prompts("own/name")
+
+
+def test_no_split_takes_the_place_of_another(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k" / "train.jsonl", [{"question": "q", "answer": "a"}])
+    write(tmp_path / "mt_bench" / "question.jsonl", [{"turns": ["one"]}])
+    with pytest.raises(DatasetError, match=r"gsm8k has no split 'test' in .*; it has: train"):
+        load_prompts("gsm8k", str(tmp_path))
+    with pytest.raises(DatasetError, match=r"mt_bench has no split 'train' in .*; it has: question"):
+        load_records("mt_bench", "train", str(tmp_path))
+    with pytest.raises(DatasetError, match=r"humaneval has no split 'train'; it has: test"):
+        load_records("humaneval", "train", str(tmp_path))
+
+
+def test_a_set_with_one_split_serves_prompts_from_it(tmp_path: Path) -> None:
+    write(tmp_path / "alpaca" / "train.jsonl", [{"instruction": "i", "input": "", "output": "o"}])
+    assert load_prompts("alpaca", str(tmp_path))[0].messages[0]["content"] == "i"
+
+
+def test_an_unreachable_set_says_what_was_tried_and_how_to_give_it(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as caught:
+        load_records("gsm8k", "train", str(tmp_path))
+    text = str(caught.value)
+    assert len(text.splitlines()) == 2 and caught.value.exit_code == 2
+    assert f"{tmp_path}/gsm8k/train.jsonl" in text
+    assert "hub or its cache as 'openai/gsm8k'" in text and "Couldn't reach it on the Hub" in text
+    assert "second line" not in text
+    assert "DIR/gsm8k/train.jsonl and give --data-dir DIR" in text
+    with pytest.raises(DatasetError, match=r"did you mean 'gsm8k'; tried: no --data-dir"):
+        load_records("gsm9k", "train")
+    with pytest.raises(DatasetError, match=r"hemingkx/Spec-Bench"):
+        load_prompts("spec_bench")
+    with pytest.raises(DatasetError, match=r"the data folder .*/nowhere does not exist"):
+        load_records("gsm8k", "train", str(tmp_path / "nowhere"))
+
+
+def test_the_hub_is_asked_for_the_published_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def answer(*arguments: Any, **options: Any) -> Any:
+        asked.append((*arguments, options))
+        return datasets.Dataset.from_list([{"prompt": ["one", "two"], "category": "math"}] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    prompts = load_prompts("mt_bench", limit=2)
+    assert [(item.messages[0]["content"], item.category) for item in prompts] == [("one", "math")] * 2
+    load_records("ultrachat", "test")
+    load_records("gsm8k", "test")
+    load_records("someone/set", "train")
+    assert [(hub, options["split"], options.get("name")) for hub, options in asked] == [
+        ("HuggingFaceH4/mt_bench_prompts", "train", None),
+        ("HuggingFaceH4/ultrachat_200k", "test_sft", None),
+        ("openai/gsm8k", "test", "main"),
+        ("someone/set", "train", None),
+    ]
+
+
+def test_offline_fails_at_once() -> None:
+    """The real library with HF_HUB_OFFLINE: one short error, no retries."""
+    code = (
+        "from firp_cli.data.datasets import load_records\nfrom firp_cli.errors import DatasetError\n"
+        "try: load_records('gsm8k', 'train')\nexcept DatasetError as error: print(error)"
+    )
+    values = {key: value for key, value in os.environ.items() if key != "FIRP_DATA_DIR"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=values, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "offline: HF_HUB_OFFLINE is set" in done.stdout and "--data-dir DIR" in done.stdout
+    assert len(done.stdout.splitlines()) == 2
+
+
+@needs_real
+@pytest.mark.parametrize(
+    ("name", "count", "categories"),
+    [("gsm8k", 1319, 1), ("humaneval", 164, 1), ("mt_bench", 80, 8), ("spec_bench", 480, 13)],
+)
+def test_real_sets_are_read_whole(name: str, count: int, categories: int) -> None:
+    prompts = load_prompts(name)
+    assert len(prompts) == count
+    assert len({item.category for item in prompts}) == categories
+    assert all(item.messages[-1]["role"] == "user" and item.messages[-1]["content"] for item in prompts)
+    assert all(item.reference for item in prompts) == (name in ("gsm8k", "humaneval"))
+
+
+@needs_real
+def test_real_gsm8k_train_split() -> None:
+    conversations = load_conversations("gsm8k", "train")
+    assert len(conversations) == 7473
+    assert not any("<<" in item["content"] for messages in conversations for item in messages)
+
+
+def test_every_known_set_has_a_place_to_come_from() -> None:
+    for name, known in KNOWN.items():
+        assert known.hub or known.source or (ROOT / "data" / "datasets" / name).is_dir()
+
+
+def test_several_sets_follow_one_another(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k" / "train.jsonl", [{"question": f"g{n}", "answer": "1"} for n in range(3)])
+    write(tmp_path / "mbpp" / "train.jsonl", [{"text": "t", "code": "c = 1", "test_list": ["assert c == 1"]}] * 3)
+    found = load_prompts("gsm8k, mbpp", str(tmp_path), 2, "train")
+    asked = [prompt.messages[0]["content"] for prompt in found]
+    assert asked == ["g0", "g1", *["t\nYour code should satisfy these tests:\nassert c == 1"] * 2]
+    assert found[2].reference == "```python\nc = 1\n```"
+    assert len(load_conversations("gsm8k,mbpp", "train", str(tmp_path), 1)) == 2
+    for nothing in ("", " , "):
+        with pytest.raises(DatasetError, match="names no data set; known: arithmetic"):
+            load_prompts(nothing)
+    path = write(tmp_path / "a,b.jsonl", [{"prompt": "one"}])
+    assert len(load_prompts(str(path))) == 1
+
+
+def test_chat_has_eight_categories_and_no_prompt_twice() -> None:
+    train, test = (load_prompts("chat", split=split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (200, 80)
+    for prompts in (train, test):
+        categories = [prompt.category for prompt in prompts]
+        assert len(set(categories)) == 8
+        assert {categories.count(name) for name in categories} == {len(prompts) // 8}
+    texts = [prompt.messages[0]["content"] for prompt in (*train, *test)]
+    assert len(set(texts)) == 280
+    rows = load_records("chat", "test")
+    assert all(len(row["turns"]) == (2 if row["category"] == "chat" else 1) for row in rows)

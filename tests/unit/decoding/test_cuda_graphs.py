@@ -1,0 +1,241 @@
+"""Steps captured and replayed: by key and limit with a capture that only notes, and as tapes of a step's operations,
+which replay on the CPU as CUDA graphs do: the same operations on the same tensors, and nothing of Python's part.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+
+from firp_cli.decoding.cuda_graphs import SMALLEST_BUCKET, CaptureError, Step, StepGraphs, bucket
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.step import DecodeStep
+from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.teacher.teacher import Teacher
+from helpers.graphs import NotedGraphs, with_graphs
+from helpers.models import (
+    embedded_predictor,
+    embedded_prompts,
+    embedded_teacher,
+    generate_reference,
+    make_predictor,
+    random_prompts,
+    tiny_model,
+    tiny_teacher,
+)
+
+TOKENS = 30
+
+
+class Noting:
+    """A capture that notes what happens. `failing` from its n-th capture on."""
+
+    def __init__(self, failing: int = 1 << 30, error: Exception | None = None) -> None:
+        self.events: list[str] = []
+        self.captures, self.failing, self.error = 0, failing, error or RuntimeError("no")
+
+    def __call__(self, step: Step) -> Step:
+        self.captures += 1
+        number = self.captures
+        if number >= self.failing:
+            raise self.error
+        self.events.append(f"capture {number}")
+        return lambda: self.events.append(f"replay {number}")
+
+    def eager(self) -> None:
+        self.events.append("eager")
+
+    def since(self) -> list[str]:
+        """What happened since this was last asked."""
+        events, self.events = self.events, []
+        return events
+
+
+def test_a_key_runs_is_captured_and_replayed() -> None:
+    capture = Noting()
+    graphs = StepGraphs(capture)
+    for key in ("a", "b"):
+        graphs.run(key, capture.eager)
+        assert capture.since() == ["eager"]
+    for number, key in enumerate(("a", "b"), start=1):
+        graphs.run(key, capture.eager)
+        assert capture.since() == [f"capture {number}", f"replay {number}"]
+    for number, key in ((1, "a"), (2, "b"), (2, "b"), (1, "a")):
+        graphs.run(key, capture.eager)
+        assert capture.since() == [f"replay {number}"]
+
+
+def test_the_least_recently_used_graph_goes_first() -> None:
+    capture = Noting()
+    graphs = StepGraphs(capture, limit=2)
+    for key in "abab":  # a is graph 1, b graph 2
+        graphs.run(key, capture.eager)
+    graphs.run("a", capture.eager)
+    graphs.run("c", capture.eager)
+    capture.since()
+    graphs.run("c", capture.eager)
+    assert capture.since() == ["capture 3", "replay 3"], "and b's graph went"
+    graphs.run("a", capture.eager)
+    assert capture.since() == ["replay 1"]
+    graphs.run("b", capture.eager)
+    assert capture.since() == ["capture 4", "replay 4"], "its constants are there: no eager run again"
+    graphs.run("c", capture.eager)
+    assert capture.since() == ["capture 5", "replay 5"]
+
+
+def test_a_step_that_cannot_be_captured_is_an_error() -> None:
+    """It is not run, then or silently later on; graphs that are there go on."""
+    capture = Noting(failing=2, error=CaptureError("no; --no-graphs"))
+    graphs = StepGraphs(capture)
+    for key in "aab":
+        graphs.run(key, capture.eager)
+    capture.since()
+    for _ in range(2):
+        with pytest.raises(CaptureError, match="no-graphs"):
+            graphs.run("b", capture.eager)
+        assert capture.since() == [] and not graphs.settled("b")
+    graphs.run("a", capture.eager)
+    assert capture.since() == ["replay 1"]
+
+
+def test_forgotten_graphs_are_captured_anew() -> None:
+    capture = Noting()
+    graphs = StepGraphs(capture)
+    for _ in range(3):
+        graphs.run("a", capture.eager)
+    graphs.forget()
+    capture.since()
+    for _ in range(3):
+        graphs.run("a", capture.eager)
+    assert capture.since() == ["eager", "capture 2", "replay 2", "replay 2"]
+
+
+def test_buckets_are_powers_of_two() -> None:
+    lengths = [1, SMALLEST_BUCKET - 1, SMALLEST_BUCKET, SMALLEST_BUCKET + 1, 1024, 1025, 100_000]
+    assert [bucket(length) for length in lengths] == [256, 256, 256, 512, 1024, 2048, 131_072]
+
+
+@cache
+def reference(number: int, tokens: int) -> list[int]:
+    return generate_reference(embedded_teacher().model, embedded_prompts(5)[number], tokens)
+
+
+METHODS: dict[str, tuple[str | None, str]] = {
+    "ar": (None, ""),
+    "firp": ("firp", "dynamic:9"),
+    "firp-budget": ("firp", "dynamic:9@3"),
+    "hidden_transfer-static": ("hidden_transfer", "static:3x2x1@4"),
+    "medusa": ("medusa", "dynamic:6"),
+}
+
+
+def embedded_engine(method: str, teacher: Teacher | None = None, **sampling: Any) -> Engine:
+    kind, tree = METHODS[method]
+    predictor = embedded_predictor(kind) if kind else None
+    spec = parse_tree(tree, predictor.steps) if predictor else None
+    return Engine(teacher or embedded_teacher(), predictor, spec, **sampling)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_replayed_steps_write_the_same_tokens(method: str, batch: int) -> None:
+    """Three times: by the third one every key has come back, so all steps are replays in the first one's buffers.
+    Sequences end at different times, by EOS and by the limit.
+    """
+    prompts = embedded_prompts(5)[:batch]
+    teacher = copy.copy(embedded_teacher())
+    teacher.eos_token_ids = (*teacher.eos_token_ids, reference(0, TOKENS)[9])
+    engine = embedded_engine(method, teacher)
+    eager = engine.generate(prompts, TOKENS)
+    lengths = [len(item.token_ids) for item in eager]
+    assert batch == 1 or min(lengths) < max(lengths)
+    graphs, tapes = with_graphs(engine)
+    for _ in range(3):
+        before = (len(graphs.keys), tapes.captured, tapes.replayed)
+        got = engine.generate(prompts, TOKENS)
+        assert [item.token_ids for item in got] == [item.token_ids for item in eager]
+        assert [item.accepted_lengths for item in got] == [item.accepted_lengths for item in eager]
+        assert [item.finish_reason for item in got] == [item.finish_reason for item in eager]
+    keys, captured, replayed = before
+    assert tapes.captured == captured > 0
+    assert tapes.replayed - replayed == len(graphs.keys) - keys > 0
+    sizes = [size for _, size, _ in graphs.keys[keys:]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {mode for mode, _, _ in graphs.keys} == {"drafted" if METHODS[method][0] else "plain"}
+
+
+def test_finished_sequences_wait_until_half_of_the_batch_has() -> None:
+    prompts = embedded_prompts(5)
+    engine = embedded_engine("ar")
+    expected = [reference(number, 120) for number in range(5)]
+    ends = sorted((len(text) for text in expected), reverse=True)
+    assert ends[0] > ends[1] > ends[2]
+    engine.graphs = graphs = NotedGraphs(lambda step: step)
+    assert [item.token_ids for item in engine.generate(prompts, 120)] == expected
+    # a step per token behind the first; two of five are left once the third has ended
+    sizes = [size for _, size, _ in graphs.keys]
+    assert [sizes.count(size) for size in (5, 2, 1)] == [ends[2] - 1, ends[1] - ends[2], ends[0] - ends[1]]
+
+
+def test_a_longer_text_takes_the_next_bucket() -> None:
+    prompt = random_prompts(1, seed=41, low=240, high=240)[0]
+    teacher = tiny_teacher("llama", lean=True)
+    engine = Engine(teacher, make_predictor(teacher, kind="firp", layer=2, steps=3))
+    graphs, tapes = with_graphs(engine)
+    got = engine.generate([prompt], 40)[0]
+    expected = generate_reference(tiny_model("llama"), prompt, 40)
+    assert got.token_ids == expected
+    lengths = [length for _, _, length in graphs.keys]
+    assert (lengths[0], lengths[-1]) == (256, 512)
+    assert lengths == sorted(lengths)
+    assert tapes.replayed > 0
+
+
+def test_buffers_are_kept_while_requests_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger one gets new buffers, as large in every way as any before it, and the old graphs go."""
+    monkeypatch.setattr("firp_cli.decoding.engine.CAPACITY_STEP", 32)
+    teacher = tiny_teacher("qwen3", lean=True)
+    engine = Engine(teacher, make_predictor(teacher, kind="firp", layer=2, steps=3))
+    graphs, tapes = with_graphs(engine)
+
+    def check(count: int, length: int, tokens: int) -> DecodeStep:
+        """Decode so many prompts of that length; returns the buffers that this was done in."""
+        prompts = random_prompts(count, seed=count * length + tokens, low=length, high=length)
+        expected = [generate_reference(tiny_model("qwen3"), prompt, tokens) for prompt in prompts]
+        assert [item.token_ids for item in engine.generate(prompts, tokens)] == expected
+        assert engine.kept is not None
+        return engine.kept
+
+    first = check(3, 20, 12)
+    assert (first.most, first.capacity) == (3, 32)
+    assert check(2, 6, 20) is check(1, 27, 5) is check(3, 22, 10) is first
+    assert graphs.forgotten == 0
+    second = check(1, 50, 12)
+    assert (second.most, second.capacity, graphs.forgotten) == (3, 64, 1)
+    third = check(4, 5, 12)
+    assert (third.most, third.capacity, graphs.forgotten) == (4, 64, 2)
+    replayed = tapes.replayed
+    assert check(4, 40, 24) is check(4, 40, 24) is third
+    assert tapes.replayed > replayed
+
+
+def test_without_graphs_no_buffers_stay() -> None:
+    engine = embedded_engine("firp")
+    engine.generate(embedded_prompts(1), 4)
+    assert (engine.graphs, engine.kept) == (None, None)
+
+
+def test_replayed_steps_draw_anew() -> None:
+    """Sampling: the generator's state goes on from replay to replay, as in eager steps."""
+    eager, captured = (embedded_engine("firp", temperature=2.0, top_p=0.9, seed=5) for _ in range(2))
+    _, tapes = with_graphs(captured)
+    texts = set()
+    for _ in range(3):
+        expected = eager.generate(embedded_prompts(1), 30)[0].token_ids
+        assert captured.generate(embedded_prompts(1), 30)[0].token_ids == expected
+        texts.add(tuple(expected))
+    assert len(texts) == 3
+    assert tapes.replayed > 10

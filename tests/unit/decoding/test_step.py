@@ -1,0 +1,347 @@
+"""A decoding step: who sees whom over the cache, attention, and what a step may allocate and move."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from firp_cli.decoding.engine import Engine, EngineOptions
+from firp_cli.decoding.sampling import Sampler
+from firp_cli.decoding.step import DecodeStep, cache_shape
+from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.errors import TeacherError
+from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.forward import forward_rows
+from firp_cli.teacher.attention import (
+    BACKENDS,
+    StepMask,
+    TreeRows,
+    attend,
+    choose_backend,
+    pseudo_positions,
+    rows_allowed,
+)
+from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.teacher import Teacher
+from helpers.models import ROOT, VOCABULARY, generate_reference, make_predictor, random_prompts, tiny_teacher
+
+CPU = torch.device("cpu")
+SECTIONS: dict[str, dict[str, Any] | None] = {
+    "ar": None,
+    "firp": {"kind": "firp", "layer": 2, "steps": 3},
+    "hidden_transfer": {"kind": "hidden_transfer", "layers": [1, 3, 3]},
+    "medusa": {"kind": "medusa", "steps": 3},
+}
+sections = pytest.mark.parametrize("section", list(SECTIONS))
+
+
+@cache
+def step_mask_case() -> tuple[Tensor, Tensor, Tensor]:
+    """Who sees whom among the rows (B, M, M), positions (B, M) and prefix lengths (B,): none, some, all in view."""
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.rand(3, 5, 5, generator=generator) > 0.5
+    lengths = torch.tensor([9, 0, 4])
+    return rows, lengths[:, None] + torch.tensor([0, 1, 1, 2, 3]), lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 50])
+@pytest.mark.parametrize("present", [1, 3, 5])
+def test_step_mask_is_the_element_wise_rule(window: int | None, present: int, dtype: torch.dtype) -> None:
+    """A row sees the committed prefix and its own part of the rows, both no further back than the window."""
+    rows, positions, lengths = step_mask_case()
+    mask = StepMask(rows, positions, lengths, torch.arange(9), dtype).at(window, present)
+    assert isinstance(mask, Tensor)
+    assert (mask.shape, mask.dtype) == ((3, 1, present, 5 + 9), dtype)
+    for b in range(3):
+        for query in range(present):
+            for key in range(5 + 9):
+                position = int(positions[b, key]) if key < 5 else key - 5
+                seen = bool(rows[b, query, key]) if key < 5 else position < int(lengths[b])
+                if window is not None:
+                    seen = seen and int(positions[b, query]) - position < window
+                assert float(mask[b, 0, query, key]) == (0.0 if seen else torch.finfo(dtype).min), (b, query, key)
+
+
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("present", [1, 5])
+def test_exact_lengths_give_the_same_mask(window: int | None, present: int) -> None:
+    """Every sequence as long as the view: nothing is looked up, nothing else is seen."""
+    rows, positions, lengths = step_mask_case()
+    positions, lengths = positions - lengths[:, None] + 9, torch.full_like(lengths, 9)
+    masks = [StepMask(rows, positions, lengths, torch.arange(9), torch.float32, exact=exact) for exact in (True, False)]
+    first, second = (mask.at(window, present) for mask in masks)
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    assert torch.equal(first, second)
+
+
+def test_one_mask_serves_layers_of_both_kinds() -> None:
+    rows, positions, lengths = step_mask_case()
+    mask = StepMask(rows, positions, lengths, torch.arange(9), torch.float32)
+    fresh = {window: StepMask(rows, positions, lengths, torch.arange(9), torch.float32) for window in (None, 3)}
+    for window in (None, 3, None, 3):
+        for present in (2, 5, 4):
+            assert torch.equal(mask.at(window, present), fresh[window].at(window, present))  # type: ignore[arg-type]
+    assert not torch.equal(mask.at(None, 5), mask.at(3, 5))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("present", [2, 5])
+def test_the_kernel_is_told_what_the_mask_says(window: int | None, present: int) -> None:
+    rows, positions, lengths = step_mask_case()
+    mask = StepMask(rows, positions, lengths, torch.arange(9), torch.float32, kernel=True)
+    told = mask.at(window, present)
+    assert mask.at(window, present) is told, "made once, for all layers"
+    dense = StepMask(rows, positions, lengths, torch.arange(9), torch.float32).at(window, present)
+    assert isinstance(told, TreeRows)
+    assert isinstance(dense, Tensor)
+    assert (told.scratch, told.longest, told.window) == (5, 9, window)
+    assert torch.equal(told.lengths, lengths)
+    assert torch.equal(told.positions, positions[:, :present])
+    assert told.bits.is_contiguous()
+    assert told.positions.is_contiguous() or window is None
+    assert (told.bits.shape, told.bits.dtype) == ((3, present, 1), torch.int32)
+    seen = (told.bits >> torch.arange(5)) & 1
+    assert torch.equal(seen == 1, dense[:, 0, :, :5] == 0)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_attention_is_the_definition(heads: tuple[int, int], scaling: float | None) -> None:
+    """Query head h reads key head h // group; one query, head and sequence at a time, in float64."""
+    torch.manual_seed(0)
+    batch, rows, slots, size = 2, 3, 7, 8
+    queries = torch.randn(batch, heads[0], rows, size)
+    keys, values = torch.randn(2, batch, heads[1], slots, size)
+    seen = torch.rand(batch, 1, rows, slots) > 0.4
+    seen[..., 0] = True
+    additive = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    for mask in (additive, None):
+        got = attend(queries, keys, values, mask, scaling)
+        for b in range(batch):
+            for head in range(heads[0]):
+                own = head // (heads[0] // heads[1])
+                for row in range(rows):
+                    scores = keys[b, own].double() @ queries[b, head, row].double()
+                    scores = scores * (size**-0.5 if scaling is None else scaling)
+                    if mask is not None:
+                        scores[~seen[b, 0, row]] = -torch.inf
+                    expected = scores.softmax(0) @ values[b, own].double()
+                    torch.testing.assert_close(got[b, head, row].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend("auto", CPU) == choose_backend("sdpa", CPU) == "sdpa"
+    with pytest.raises(TeacherError, match=f"unknown attention 'flash': choose from {', '.join(BACKENDS)}"):
+        choose_backend("flash", CPU)
+    with pytest.raises(TeacherError, match="CUDA devices"):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+        choose_backend("triton", CPU)
+    cuda = torch.device("cuda")
+    for installed, chosen in ((True, "triton"), (False, "sdpa")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _, found=installed: found or None)
+        assert choose_backend("auto", cuda) == chosen
+        assert choose_backend("sdpa", cuda) == "sdpa"
+    with pytest.raises(TeacherError, match=r"pip install 'firp\[triton\]'"):
+        choose_backend("triton", cuda)
+
+
+@pytest.mark.parametrize("layers", [(2, 2, 2), (1, 3, 3)])
+@torch.no_grad()
+def test_pseudo_rows_of_some_nodes_are_those_of_all_nodes(any_stack: str, layers: tuple[int, ...]) -> None:
+    """Real rows never see pseudo rows, and a node's pseudo rows never those of another node."""
+    teacher = tiny_teacher("mistral-window", any_stack == "lean")
+    predictor = make_predictor(teacher, kind="hidden_transfer", layers=list(layers))
+    ids = torch.tensor(random_prompts(2, seed=3, low=16, high=16))
+    anchors = torch.tensor([[0, 7, 15], [4, 5, 15]])
+    every = torch.arange(16).expand(2, -1)
+    real, pseudo = rows_of(teacher, predictor, ids, every)
+    some_real, some_pseudo = rows_of(teacher, predictor, ids, anchors)
+    torch.testing.assert_close(some_real, real, rtol=1e-4, atol=1e-4)
+    picked = pseudo.gather(2, anchors[:, None, :, None].expand(-1, 3, -1, pseudo.shape[3]))
+    torch.testing.assert_close(some_pseudo, picked, rtol=1e-4, atol=1e-4)
+
+
+def rows_of(teacher: Teacher, predictor: Predictor, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Real rows and pseudo states of one step over an empty prefix, a chain of nodes."""
+    batch, count = ids.shape
+    rows = rows_allowed(torch.ones(count, count, dtype=torch.bool).tril().expand(batch, -1, -1), anchors, 3)
+    positions = torch.arange(count).expand(batch, -1)
+    positions = torch.cat([positions, pseudo_positions(positions, anchors, 3)], dim=1)
+    present = rows.shape[1]
+    shape = cache_shape(teacher, predictor, parse_tree(f"dynamic:{count}", 3), batch, capacity=1)
+    cache = KVCache(**shape, device=CPU)
+    cache.begin(present, 0)
+    real, pseudo = forward_rows(
+        teacher,
+        teacher.embed(ids),
+        positions,
+        StepMask(rows, positions, cache.lengths, cache.prefix_slots(0), torch.float32),
+        transfer_layers=predictor.transfer_layers,
+        make_pseudo_states=predictor.make_pseudo_states,
+        anchors=anchors,
+        cache=cache,
+    )
+    assert pseudo is not None
+    return real, pseudo
+
+
+def new_stepper(teacher: Teacher, section: str, batch: int, capacity: int, tree: str = "dynamic:5") -> DecodeStep:
+    """Prompts of five tokens went through prefill and their first step."""
+    given = SECTIONS[section]
+    predictor = make_predictor(teacher, **given) if given else None
+    spec = parse_tree(tree, predictor.steps) if predictor else None
+    stepper = DecodeStep(teacher, predictor, spec, Sampler(0.0, 1.0, 0, CPU), batch, capacity)
+    stepper.prefill(random_prompts(batch, seed=5, low=5, high=5), 512)
+    stepper.step(4, "start")
+    stepper.step(8, "drafted")
+    return stepper
+
+
+def largest_allocation(work: Callable[[], object]) -> int:
+    """Bytes of the largest block that the allocator gave out meanwhile, inside operations too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def test_the_largest_allocation_is_found_inside_operations() -> None:
+    assert largest_allocation(lambda: torch.zeros(1000, 10)) == 40_000
+    rows = torch.zeros(100, 64)
+    assert largest_allocation(lambda: (rows.t().contiguous().sum(), rows.new_zeros(3))) == 25_600
+    scattered = torch.zeros(300, 300).t()[::2]
+    assert largest_allocation(lambda: torch.nn.functional.layer_norm(scattered, (300,))) >= 180_000
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+@sections
+@torch.inference_mode()
+def test_a_step_copies_no_cache(any_stack: str, section: str, family: str, batch: int) -> None:
+    """Nothing that a step makes grows with what the cache could hold."""
+    stepper = new_stepper(tiny_teacher(family, any_stack == "lean"), section, batch, capacity=4000)
+    layer = stepper.cache.bytes() // (2 * stepper.teacher.num_layers)
+    assert largest_allocation(lambda: stepper.step(12, "drafted")) < layer // 10
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+@sections
+@torch.inference_mode()
+def test_a_lean_step_copies_no_prefix(section: str, family: str, batch: int) -> None:
+    """With thousands of tokens in view: nothing as large as one layer's keys, grouped heads are not repeated."""
+    stepper = new_stepper(tiny_teacher(family, lean=True), section, batch, capacity=4000, tree="dynamic:2")
+    keys = 4 * 3900 * batch * stepper.teacher.kv_heads * stepper.teacher.head_size
+    stepper.cache.set_lengths(torch.full((batch,), 3900))
+    assert largest_allocation(lambda: stepper.step(3900, "drafted")) < keys
+
+
+@torch.inference_mode()
+def test_leaving_copies_one_layer_at_a_time() -> None:
+    stepper = new_stepper(tiny_teacher("llama", lean=True), "firp", 4, capacity=1000)
+    largest = largest_allocation(lambda: stepper.select(torch.tensor([0, 3])))
+    assert largest <= stepper.cache.bytes() // stepper.teacher.num_layers // 2
+
+
+def addresses(stepper: DecodeStep) -> list[int]:
+    keys, values = stepper.cache.update(*torch.zeros(2, 1, stepper.teacher.kv_heads, 0, stepper.teacher.head_size), 0)
+    state = (keys, values, stepper.cache.lengths, stepper._root, stepper._draft.tokens, stepper._draft.log_probs)
+    return [tensor.data_ptr() for tensor in (*state, stepper.ring._rows, stepper.ring._cursor)]
+
+
+@sections
+@torch.inference_mode()
+def test_a_batchs_tensors_keep_their_place(section: str) -> None:
+    """Steps, sequences that leave and the next prompts: a captured step reads and writes the same memory."""
+    stepper = new_stepper(tiny_teacher("llama", lean=True), section, 3, capacity=64)
+
+    def places() -> list[int]:
+        stepper.cache.begin(1, 8)
+        return addresses(stepper)
+
+    first = places()
+    stepper.step(12, "drafted")
+    assert places() == first
+    stepper.select(torch.tensor([0, 2]))
+    stepper.step(16, "drafted")
+    assert places() == first
+    stepper.prefill(random_prompts(2, seed=6), 7)
+    stepper.step(29, "start")
+    assert places() == first
+
+
+@sections
+@torch.inference_mode()
+def test_sequences_that_stay_go_on_as_they_were(section: str) -> None:
+    """Roots, drafts and K/V move together: the remaining sequences emit what they emit in the whole batch."""
+    teacher = tiny_teacher("qwen2-window", lean=True)
+    whole, left = (new_stepper(teacher, section, 4, capacity=120) for _ in range(2))
+    kept = torch.tensor([1, 3])
+    emitted: list[list[list[int]]] = [[], []]
+    whole.ring.launched(None, drain=True)
+    left.ring.launched(None, drain=True)
+    left.select(kept)
+    for _ in range(6):
+        for rows, stepper in zip(emitted, (whole, left), strict=True):
+            stepper.step(100, "drafted")
+            ((_, read),) = stepper.ring.launched(None)
+            rows += read
+    assert [[step[1], step[3]] for step in emitted[0]] == [step[:2] for step in emitted[1]]
+    assert all(0 <= token < VOCABULARY for step in emitted[1] for row in step[:2] for token in row[1 : row[0] + 2])
+
+
+@sections
+@torch.inference_mode()
+def test_an_exact_length_needs_no_mask(section: str) -> None:
+    """One sequence whose length the host knows: the shortcut emits what the masked step emits."""
+    teacher = tiny_teacher("llama", lean=True)
+    masked, exact = (new_stepper(teacher, section, 1, capacity=60) for _ in range(2))
+    for stepper in (masked, exact):
+        stepper.ring.launched(None, drain=True)
+    for _ in range(8):
+        length = int(masked.cache.lengths)
+        masked.step(length + 5, "drafted")
+        exact.step(length, "drafted", exact=True)
+        assert masked.ring.launched(None) == exact.ring.launched(None)
+        assert torch.equal(masked.cache.lengths, exact.cache.lengths)
+
+
+class TestDecodingByTheKernel:
+    """Run in the interpreter, in a process of its own: Triton decides at its first import."""
+
+    __test__ = os.environ.get("TRITON_INTERPRET") == "1"
+
+    @pytest.mark.parametrize("family", ["llama", "mistral-window"])
+    @pytest.mark.parametrize("section", ["ar", "firp"])
+    def test_tokens_are_those_of_generate(self, any_stack: str, section: str, family: str) -> None:
+        given, teacher = SECTIONS[section], tiny_teacher(family, any_stack == "lean")
+        predictor = make_predictor(teacher, **given) if given else None
+        spec = parse_tree("dynamic:3@2", 3) if predictor else None
+        prompts = [random_prompts(1, seed=7, low=length, high=length)[0] for length in (20, 3)]
+        engine = Engine(teacher, predictor, spec, options=EngineOptions(attention="triton"))
+        for prompt, item in zip(prompts, engine.generate(prompts, 5), strict=True):
+            assert item.token_ids == generate_reference(teacher.model, prompt, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(TestDecodingByTheKernel.__test__, reason="this process interprets kernels itself")
+def test_the_kernel_decodes_in_the_interpreter() -> None:
+    settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, *options, f"{__file__}::TestDecodingByTheKernel"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "8 passed" in done.stdout

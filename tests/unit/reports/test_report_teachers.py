@@ -1,0 +1,128 @@
+"""Reports of several teachers: each has its own tables, baselines and headline; labels keep their rows apart."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import replace
+
+import pytest
+
+from firp_cli.reports import figures, html, tables
+from firp_cli.reports import speed_tables as pipeline
+from firp_cli.results import BenchReport, Divergence, Lossless
+from helpers.reports import PNG, Page, bench_report, bench_row, speed_report, speed_row
+
+
+def two_teachers(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all"),)) -> BenchReport:
+    """FIRP and its kind on one teacher, SPEED on a looped one."""
+    report = bench_report(groups)
+    rows = [replace(row, teacher="arithmetic") for row in report.rows]
+    for dataset, category in groups:
+        own = [bench_row("ar"), bench_row("hf"), speed_row()]
+        rows += [replace(row, teacher="looped", dataset=dataset, category=category) for row in own]
+    looped = {**report.teacher, "name": "looped", "dtype": "bfloat16", "fingerprint": "cd" * 8}
+    return replace(report, rows=rows, teachers=[report.teacher, looped])
+
+
+SEVERAL_GROUPS = (("arithmetic", "all"), ("arithmetic", "qa"), ("arithmetic", "rag"), ("gsm8k", "all"), ("all", "all"))
+
+
+def test_two_teachers_have_tables_of_their_own_in_the_terminal() -> None:
+    from rich.console import Console
+
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(tables.bench_tables(two_teachers()))
+    text = console.export_text()
+    first, second = text.split("teacher looped")
+    assert first.startswith("teacher arithmetic ") and "medusa" in first and "speed " not in first.split()
+    second, flow = second.split("pipeline")
+    names = [line.split()[0] for line in second.splitlines() if line.strip()]
+    assert names[-3:] == ["ar", "hf", "speed"] and "firp" not in names and "speed (looped)" in flow
+    console.print(tables.bench_tables(two_teachers(SEVERAL_GROUPS)))
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    titles = [line for line in lines if line.startswith("teacher ")]
+    sets = ("arithmetic", "gsm8k", "all")
+    of = {name: [f"teacher {name}, data set {each}" for each in sets] for name in ("arithmetic", "looped")}
+    categories = "speedup over ar (accepted length)"
+    assert titles[:4] == [*of["arithmetic"], f"teacher arithmetic, {categories}"]
+    assert titles[4:7] == of["looped"] and "1.44 (2.41)" in " ".join(lines)
+    assert sum("arithmetic: rag" in line for line in lines) == 2
+    assert all(line.count("(") == 1 for line in lines if line.startswith("arithmetic: rag 40 2.04"))
+
+
+def test_two_teachers_in_markdown_and_csv() -> None:
+    report = two_teachers()
+    text = tables.bench_markdown(report)
+    assert "| arithmetic | firp | 2.41 [2.35, 2.47] | 360.0 | 1.44 [1.38, 1.51] | 1.86 | 40/40 |" in text
+    assert "| looped | hf | 1.00 | 250.0 | 0.78 [0.75, 0.80] | 1.00 | reference |" in text
+    assert "| looped | speed | 4 | 3472 |" in text and "| speed (looped) | 256 |" in text
+    assert "teachers arithmetic (float32, cpu) and looped (bfloat16, cpu), 40 prompts each, greedy" in text
+    assert "must not be compared with each other" in text
+    for cells in (tables.bench_cells, tables.detail_cells, pipeline.pipeline_cells):
+        headers, lines = cells(report)
+        assert headers[0] == "teacher" and {len(line) for line in lines} == {len(headers)}
+        assert "teacher" not in cells(speed_report())[0]
+    headers, lines = tables.bench_cells(two_teachers(SEVERAL_GROUPS))
+    assert headers[:3] == ["teacher", "prompts", "method"] and lines[-1][:3] == ["looped", "all", "speed"]
+    one = csv.DictReader(io.StringIO(tables.bench_csv(report)))
+    assert [(line["teacher"], line["method"]) for line in one][-2:] == [("looped", "hf"), ("looped", "speed")]
+    assert tables.bench_csv(report).startswith("teacher,") and "teacher" not in tables.bench_csv(bench_report())
+    report.settings["prompts_by_teacher"] = {"arithmetic": 40, "looped": 38}
+    assert "40 and 38 prompts, greedy" in tables.settings_line(report)
+
+
+def test_the_page_of_two_teachers_compares_none_with_the_other() -> None:
+    report = two_teachers(SEVERAL_GROUPS)
+    page = html.bench_html(report, {})
+    Page(page)
+    headlines = re.findall(r'<p class="headline">(.*?)</p>', page)
+    assert [re.sub("<.*?>", "", line)[:38] for line in headlines] == [
+        "Teacher arithmetic: firp decodes 1.44 ",
+        "Teacher looped: speed decodes 2.04 tim",
+    ]
+    assert "weights abababababababab" in page and "weights cdcdcdcdcdcdcdcd" in page
+    assert "speed (looped) 40 of 40" in page and "must not be compared" in page
+    assert "<th class=left>teacher</th><th class=left>prompts</th><th class=left>method</th><th>accepted" in page
+    alone = html.bench_html(bench_report(), {})
+    assert alone.count('class="headline"') == 1 and "Teacher arithmetic" not in alone
+
+
+def test_differences_are_judged_by_each_teachers_own_dtype() -> None:
+    report = two_teachers()
+    firp, speed = report.rows[2], report.rows[-1]
+    firp.lossless = Lossless(40, 39, [Divergence(7, 31, 100, 200, 0.03)])
+    speed.lossless = Lossless(40, 39, [Divergence(8, 3, 100, 200, 0.03)])
+    note = tables.lossless_note(report)
+    assert note
+    exact, near = note.split("; please report this; ")
+    assert exact.startswith("1 output (firp (arithmetic)) differs") and "float32 rounding explains" in exact
+    assert near.startswith("1 output (speed (looped)) differs") and "bfloat16 rounding decides" in near
+    page = html.bench_html(report, {})
+    assert "<td class=left>looped</td><td class=left>speed</td><td class=left>arithmetic</td><td>8</td>" in page
+
+
+def test_figures_of_two_teachers_tell_their_methods_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    texts: dict[str, list[str]] = {}
+
+    def collect(figure: Figure) -> bytes:
+        handles = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+        ticks = [tick.get_text() for axes in figure.axes for tick in axes.get_yticklabels()]
+        texts[figure.axes[0].get_xlabel()] = handles + ticks
+        return PNG
+
+    monkeypatch.setattr(figures, "_png", collect)
+    report = two_teachers(SEVERAL_GROUPS)
+    for row in report.rows:
+        row.method = "firp" if row.method == "speed" else row.method  # one method of both teachers
+    drawn = figures.bench_figures(report)
+    assert list(drawn) == ["speedup", "acceptance", "speedup_by_group", "occupancy"]
+    labels = [label for found in texts.values() for label in found]
+    assert {"ar (arithmetic)", "ar (looped)", "firp (arithmetic)", "firp (looped)"} <= set(labels)
+    assert "firp" not in labels and "firp (looped) (0.72 tokens per tick)" in labels
+    assert [(row.teacher, row.dataset) for row in tables.main_rows(report)] == [("arithmetic", "all")] * 5 + [
+        ("looped", "all")
+    ] * 3

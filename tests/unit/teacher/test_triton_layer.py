@@ -1,0 +1,527 @@
+"""The kernels of a decoding step's layers against plain torch, and layers that run on them against the same layers
+without them.
+
+Kernels are compiled or interpreted as tests/test_tree_attention.py says: `test_in_the_interpreter` runs `TestKernels`
+and `TestLayers` in a process of its own; on a CUDA device they also run here, compiled.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
+
+from firp_cli.decoding.engine import Engine, EngineOptions
+from firp_cli.decoding.sampling import Sampler
+from firp_cli.decoding.step import DecodeStep
+from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.predictors.forward import forward_rows
+from firp_cli.teacher import triton_attention, triton_layer, triton_products
+from firp_cli.teacher.attention import AttentionMask, StepMask
+from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.lean_layers import LeanLayer, LeanStack, RMSNorm
+from firp_cli.teacher.packed_linear import PackedLinear, widens
+from firp_cli.teacher.teacher import Teacher
+from firp_cli.teacher.triton_layer import rotate_and_write, silu_product
+from helpers.layers import new_teacher, some_ids, tolerance_of, varied
+from helpers.models import FAMILIES, generate_reference, make_predictor, random_prompts, tiny_model
+from helpers.triton_offline import compile_only, run_interpreted
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+# Of the size of what is compared. The interpreter cuts numbers off where the compiler rounds them.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+HIDDEN = 50
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: B `batch`, R `rows`, Hk `heads`, G `group`, D `size`."""
+
+    batch: int = 2
+    rows: int = 3
+    heads: int = 2
+    group: int = 2
+    size: int = 64
+    dtype: torch.dtype = torch.float32
+    normed: bool = False
+    shared_angles: bool = False
+
+    @property
+    def joined(self) -> int:
+        return self.heads * (self.group + 2)
+
+
+@dataclass
+class Inputs:
+    joined: Tensor
+    cosine: Tensor
+    sine: Tensor
+    hidden: Tensor
+    norms: list[tuple[Tensor, float]]
+
+
+def make(case: Case, device: str = DEVICE) -> Inputs:
+    """Random inputs; the angles are views of one look-up, the hidden rows the first ones of more."""
+    generator = torch.Generator().manual_seed(case.size + case.rows)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, case.dtype)
+
+    looked_up = numbers(1 if case.shared_angles else case.batch, case.rows + 2, 1, 2 * case.size)[:, : case.rows]
+    cosine, sine = looked_up.chunk(2, dim=-1)
+    joined = numbers(case.batch, case.rows, case.joined * case.size)
+    hidden = numbers(case.batch, case.rows + 1, HIDDEN)[:, : case.rows]
+    norms = [(numbers(case.size), 1e-6), (numbers(case.size), 1e-2)] if case.normed else []
+    return Inputs(joined, cosine, sine, hidden, norms)
+
+
+def heads_first(case: Case, device: str = DEVICE) -> tuple[Tensor, Tensor]:
+    """Places of keys and values as the cache has them, NaN around."""
+    shape = (2, case.batch, case.heads, case.rows + 9, case.size)
+    keys, values = torch.full(shape, float("nan"), dtype=case.dtype, device=device)[:, :, :, 4 : 4 + case.rows].unbind()
+    return keys, values
+
+
+def slots_first(case: Case, device: str = DEVICE) -> tuple[Tensor, Tensor]:
+    """Places of which one slot holds all heads, and keys beside their values."""
+    shape = (case.rows + 2, case.batch, case.heads + 1, 2, case.size + 8)
+    storage = torch.full(shape, float("nan"), dtype=case.dtype, device=device)
+    keys, values = storage[1 : case.rows + 1, :, 1:, :, : case.size].permute(3, 1, 2, 0, 4).unbind()
+    return keys, values
+
+
+def reference(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, heads, R, D) in float32: one head at a time."""
+    parts = [part.cpu().float() for part in (inputs.joined, inputs.cosine, inputs.sine)]
+    heads = parts[0].view(case.batch, case.rows, -1, case.size).unbind(2)
+    cosine, sine = (part[:, :, 0] for part in parts[1:])
+    query_heads, made = case.heads * case.group, []
+    for number, head in enumerate(heads[: query_heads + case.heads]):
+        if inputs.norms:
+            weight, epsilon = inputs.norms[number >= query_heads]
+            head = head / (head.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight.cpu().float()
+        halves = head.chunk(2, dim=-1)
+        made.append(head * cosine + torch.cat([halves[1], halves[0]], dim=-1) * sine)
+    made += heads[query_heads + case.heads :]
+    queries, keys, values = torch.stack(made, dim=1).split([query_heads, case.heads, case.heads], dim=1)
+    return queries, keys, values
+
+
+def near(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got.cpu().float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * expected.abs().max().item()
+    )
+
+
+def check(case: Case, places: Callable[[Case], tuple[Tensor, Tensor]] = heads_first) -> None:
+    inputs, (keys, values) = make(case), places(case)
+    storage, given = keys._base, inputs.hidden.clone()
+    assert storage is not None
+    queries, residual = rotate_and_write(
+        inputs.joined, inputs.cosine, inputs.sine, keys, values, inputs.hidden, *inputs.norms
+    )
+    assert queries.transpose(1, 2).is_contiguous()
+    for got, expected in zip((queries, keys, values), reference(case, inputs), strict=True):
+        near(got, expected, case.dtype)
+    assert residual.is_contiguous()
+    assert torch.equal(residual, given)
+    assert residual.data_ptr() != inputs.hidden.data_ptr()
+    written = storage.numel() - int(storage.isnan().sum())
+    assert written == 2 * keys.numel(), "wrote beside its places"
+
+
+class TestKernels:
+    """On the CUDA device if there is one, else in the interpreter."""
+
+    __test__ = INTERPRETED or DEVICE == "cuda"
+    pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+    @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+    @pytest.mark.parametrize("size", [12, 16, 64, 80, 96, 128, 256])
+    def test_head_sizes(self, size: int, normed: bool) -> None:
+        for layout in (heads_first, slots_first):
+            check(Case(size=size, normed=normed), layout)
+
+    @pytest.mark.parametrize("group", [1, 2, 4, 7])
+    @pytest.mark.parametrize("heads", [1, 2])
+    def test_grouped_heads(self, heads: int, group: int) -> None:
+        check(Case(heads=heads, group=group, normed=True))
+
+    @pytest.mark.parametrize("batch", [1, 3])
+    @pytest.mark.parametrize("rows", [1, 2, 7, 20])
+    def test_rows(self, rows: int, batch: int) -> None:
+        check(Case(batch, rows))
+        check(Case(batch, rows, shared_angles=True), slots_first)
+
+    @dtypes
+    def test_dtypes(self, dtype: torch.dtype) -> None:
+        for normed in (False, True):
+            check(Case(dtype=dtype, normed=normed))
+            check(Case(dtype=dtype, normed=normed, size=12))
+
+    def test_many_heads_share_out_a_short_row(self) -> None:
+        """More heads than parts of the hidden row."""
+        check(Case(heads=30, group=1, size=16))
+
+    @dtypes
+    @pytest.mark.parametrize("features", [1, 64, 511, 512, 1300])
+    def test_silu_product(self, features: int, dtype: torch.dtype) -> None:
+        for rows in (1, 5):
+            joined = torch.randn(rows, 2 * features, generator=torch.Generator().manual_seed(rows)).mul_(6).to(dtype)
+            gate, up = joined.float().chunk(2, dim=-1)
+            near(silu_product(joined.to(DEVICE)), functional.silu(gate) * up, dtype)
+
+    def test_silu_of_extremes_is_torchs(self) -> None:
+        gates = torch.tensor([0.0, -0.0, 30.0, -30.0, 90.0, -90.0, 1e4, -1e4, float("inf"), float("nan")])
+        got = silu_product(torch.stack([gates, torch.ones_like(gates)]).view(1, -1).to(DEVICE)).cpu()[0]
+        torch.testing.assert_close(got, functional.silu(gates), rtol=1e-5, atol=1e-12, equal_nan=True)
+
+
+def new_cache(teacher: Teacher, batch: int) -> KVCache:
+    shape = (teacher.num_layers, batch, 6, 40, teacher.kv_heads, teacher.head_size, teacher.dtype, teacher.device)
+    return KVCache(*shape, spread=3)
+
+
+def prefilled(teacher: Teacher, ids: Tensor) -> KVCache:
+    """A cache of the first 18 positions, of which the second sequence has committed 11."""
+    kv_cache, positions = new_cache(teacher, len(ids)), torch.arange(18, device=teacher.device)[None]
+    kv_cache.begin_chunk(0, 18)
+    slots = kv_cache.prefix_slots(18)[None]
+    mask = AttentionMask(slots <= positions[:, :, None], teacher.dtype, positions, slots)
+    forward_rows(teacher, teacher.embed(ids[:, :18]), positions, mask, cache=kv_cache)
+    kv_cache.set_lengths(torch.tensor([18, 11], device=teacher.device)[: len(ids)])
+    return kv_cache
+
+
+def step_mask(kv_cache: KVCache, depth: list[int], dtype: torch.dtype, kernel: bool) -> tuple[Tensor, StepMask]:
+    """Positions and mask of a chain of rows at these depths, or of a tree whose rows see the first one."""
+    device, count = kv_cache.lengths.device, len(depth)
+    rows = torch.eye(count, device=device).bool()
+    rows[:, 0] = True
+    positions = kv_cache.lengths[:, None] + torch.tensor(depth, device=device)
+    allowed = rows.expand(len(positions), -1, -1)
+    return positions, StepMask(allowed, positions, kv_cache.lengths, kv_cache.prefix_slots(24), dtype, kernel)
+
+
+@torch.no_grad()
+def steps(teacher: Teacher, batch: int, kernel: bool) -> list[Tensor]:
+    """States of a tree's real and pseudo rows, which join at layer 2, then of one row; after each the whole cache."""
+    ids, found = some_ids(batch, 21).to(teacher.device), []
+    kv_cache = prefilled(teacher, ids)
+    for depth, transfer in (([0, 1, 1], (2,)), ([0], ())):
+        nodes, rows = len(depth), len(depth) * (1 + len(transfer))
+        positions, mask = step_mask(
+            kv_cache, depth + [level + 1 for level in depth * len(transfer)], teacher.dtype, kernel
+        )
+        kv_cache.begin(rows, 24)
+        embedded = teacher.embed(ids[:, :nodes])
+        given = embedded.clone()
+        real, pseudo = forward_rows(
+            teacher,
+            embedded,
+            positions,
+            mask,
+            transfer_layers=transfer,
+            make_pseudo_states=lambda first, last, hidden: hidden if first == 0 else 0.5 * hidden,
+            cache=kv_cache,
+        )
+        assert torch.equal(embedded, given), "the caller's rows are his"
+        found += [real, real if pseudo is None else pseudo, kv_cache._store.clone()]
+        path = torch.tensor([[0, 2][:nodes]] * batch, device=teacher.device)
+        kv_cache.commit(path, torch.tensor([2, 1], device=teacher.device)[:batch].clamp(max=nodes))
+    return found
+
+
+class Trace(TorchDispatchMode):
+    """The names of what would launch kernels on a device, in order: torch's operations but for views and allocations,
+    our kernels, and RMS norms, which CUDA devices have one kernel for.
+    """
+
+    FREE = {
+        *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unbind", "split", "alias"),
+        *("detach", "as_strided", "unsqueeze", "squeeze", "empty", "new_empty", "empty_like", "empty_strided"),
+    }
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._within = False
+        for module, kernels in (
+            (triton_products, ("_prepare", "_product")),
+            (triton_layer, ("_rotate_and_write", "_silu_product")),
+            (triton_attention, ("_attend", "_combine")),
+        ):
+            for name in kernels:
+                monkeypatch.setattr(module, name, _Launched(getattr(module, name), self.counted, name))
+        norm = RMSNorm.__call__
+        monkeypatch.setattr(RMSNorm, "__call__", lambda *given: self.counted("norm", lambda: norm(*given)))
+
+    def counted(self, name: str, work: Callable[[], Any]) -> Any:
+        """Work that counts as one launch."""
+        self.names.append(name)
+        self._within = True
+        try:
+            return work()
+        finally:
+            self._within = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not self._within and name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class _Launched:
+    """A kernel whose launches are traced."""
+
+    kernel: Any
+    counted: Callable[[str, Callable[[], Any]], Any]
+    name: str
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return lambda *given, **options: self.counted(self.name, lambda: self.kernel[grid](*given, **options))
+
+
+class TestLayers:
+    """Whole steps through lean layers, on the CUDA device or in the interpreter."""
+
+    __test__ = INTERPRETED or DEVICE == "cuda"
+    pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("name", [*FAMILIES, "3x4", "ouro-loops", "qwen3-loops"])
+    def test_steps_are_those_without_kernels(self, name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        teacher = new_teacher(name)
+        teacher.model.to(DEVICE)
+        assert teacher.use_lean_layers() is None
+        expected = steps(teacher, batch, kernel=False)
+        decoded, original = [], LeanLayer.decode
+        monkeypatch.setattr(LeanLayer, "decode", lambda *given: (decoded.append(1), original(*given))[1])
+        got = steps(teacher, batch, kernel=True)
+        assert len(decoded) == 2 * teacher.num_layers
+        tolerance = tolerance_of(teacher) if DEVICE == "cuda" else tolerance_of(teacher) / 2
+        for one, other in zip(got, expected, strict=True):
+            assert one.shape == other.shape
+            assert (one - other).abs().max().item() <= tolerance * max(1.0, other.abs().max().item())
+
+    def test_biases(self) -> None:
+        """Of every product, those that are added to the residual included."""
+        config = copy.deepcopy(tiny_model("llama").config)
+        config.attention_bias = config.mlp_bias = True
+        torch.manual_seed(1)
+        teacher = Teacher(varied(type(tiny_model("llama"))(config).eval()).to(DEVICE))
+        assert teacher.use_lean_layers() is None
+        for got, expected in zip(steps(teacher, 2, True), steps(teacher, 2, False), strict=True):
+            assert (got - expected).abs().max().item() <= 2e-5 * max(1.0, expected.abs().max().item())
+
+    @pytest.mark.parametrize("rows", [1, 4])
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2", "mistral-window"])
+    def test_a_layer_launches_ten_kernels(
+        self, name: str, batch: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Norm; queries, keys and values; rotation and K/V; attention in two; output and residual; norm; gate and up;
+        silu x up; down and residual.
+        """
+        teacher = new_teacher(name)
+        teacher.model.to(DEVICE)
+        assert teacher.use_lean_layers() is None
+        monkeypatch.setattr(triton_attention, "_multiprocessors", lambda _: 132)
+        with torch.no_grad():  # in inference mode a trace would show operations before they are taken apart
+            ids = some_ids(batch, 21).to(DEVICE)
+            kv_cache = prefilled(teacher, ids)
+            kv_cache.begin(rows, 24)
+            positions, mask = step_mask(kv_cache, list(range(rows)), teacher.dtype, kernel=True)
+            hidden = teacher.embed(ids[:, :rows])
+            rotary = teacher.rotary(hidden, positions)
+            seen = mask.at(teacher.windows[1], rows)
+            with Trace(monkeypatch) as trace:
+                teacher.layer(1, hidden, rotary, positions, seen, kv_cache)
+        products = [trace.names[number] for number in (1, 7)]  # by whatever operation the device does best with
+        expected = ["norm", products[0], "_rotate_and_write", "_attend", "_combine", "addmm_"]
+        assert trace.names == [*expected, "norm", products[1], "_silu_product", "addmm_"]
+
+    @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2"])
+    def test_with_own_products_it_launches_seven(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Queries, keys and values; rotation and K/V; attention in two; output; gate, up and silu; down. The first one
+        prepares its rows, the next ones get them prepared.
+        """
+        teacher = new_teacher(name)
+        teacher.model.to(DEVICE, torch.float16)
+        assert teacher.use_lean_layers() is None
+        teacher.stack.own_products = True  # type: ignore[attr-defined]
+        monkeypatch.setattr(triton_attention, "_multiprocessors", lambda _: 132)
+        with torch.no_grad():
+            ids = some_ids(1, 21).to(DEVICE)
+            kv_cache = prefilled(teacher, ids)
+            kv_cache.begin(3, 24)
+            positions, mask = step_mask(kv_cache, [0, 1, 1], teacher.dtype, kernel=True)
+            hidden = teacher.embed(ids[:, :3])
+            rotary, seen = teacher.rotary(hidden, positions), mask.at(None, 3)
+            with Trace(monkeypatch) as trace:
+                for number in (0, 1):
+                    hidden = teacher.layer(number, hidden, rotary, positions, seen, kv_cache)
+        layer = ["_product", "_rotate_and_write", "_attend", "_combine", *["_product"] * 3]
+        assert trace.names == ["_prepare", *layer, *layer]
+
+    def test_another_activation_keeps_torchs_operations(self) -> None:
+        model = copy.deepcopy(tiny_model("llama"))
+        for layer in model.model.layers:
+            layer.mlp.act_fn = nn.GELU()
+        teacher = Teacher(model.to(DEVICE))
+        assert teacher.use_lean_layers() is None
+        assert isinstance(teacher.stack, LeanStack)
+        assert not any(teacher.stack._in_kernels(layer, torch.zeros(1)) for layer in teacher.stack._layers if layer)
+        for got, expected in zip(steps(teacher, 2, True), steps(teacher, 2, False), strict=True):
+            assert (got - expected).abs().max().item() <= 2e-5 * max(1.0, expected.abs().max().item())
+
+    @pytest.mark.parametrize("tree", ["static:2x1", "dynamic:5@2"])
+    @pytest.mark.parametrize("family", ["llama", "qwen3"])
+    def test_the_engine_writes_what_generate_does(self, family: str, tree: str) -> None:
+        """Sequences of different lengths, the first of which leaves before the other one."""
+        teacher = Teacher(copy.deepcopy(tiny_model(family)).to(DEVICE))
+        assert teacher.use_lean_layers() is None
+        predictor = make_predictor(teacher, kind="firp", layer=2, steps=2).to(DEVICE)
+        options = EngineOptions(attention="triton")
+        engine = Engine(teacher, predictor, parse_tree(tree, predictor.steps), options=options)
+        prompts = random_prompts(2, seed=3, low=3, high=9)
+        got = engine.generate(prompts, 8)
+        assert [item.token_ids for item in got] == [generate_reference(teacher.model, prompt, 8) for prompt in prompts]
+
+    @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+    @dtypes
+    def test_a_layer_is_captured_and_waits_for_nothing(self, dtype: torch.dtype) -> None:
+        """Replayed with other rows and lengths, the captured layer gives what the eager one does."""
+        teacher = Teacher(copy.deepcopy(tiny_model("qwen3")).to("cuda", dtype))
+        assert teacher.use_lean_layers() is None
+        with torch.inference_mode():
+            ids = some_ids(2, 21).cuda()
+            kv_cache = prefilled(teacher, ids)
+            kv_cache.begin(4, 24)
+            hidden = teacher.embed(ids[:, :4])
+            positions, mask = step_mask(kv_cache, [0, 1, 1, 2], dtype, kernel=True)
+            seen, rotary = mask.at(teacher.windows[1], 4), teacher.rotary(hidden, positions)
+            teacher.layer(1, hidden, rotary, positions, seen, kv_cache)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                teacher.layer(1, hidden, rotary, positions, seen, kv_cache)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = teacher.layer(1, hidden, rotary, positions, seen, kv_cache)
+            for seed in range(3):
+                torch.manual_seed(seed)
+                hidden.normal_()
+                kv_cache.lengths.random_(0, 18)
+                graph.replay()
+                replayed = output.clone()
+                torch.testing.assert_close(replayed, teacher.layer(1, hidden, rotary, positions, seen, kv_cache))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels itself")
+@pytest.mark.parametrize("tests", ["TestKernels", "TestLayers"])
+def test_in_the_interpreter(tests: str) -> None:
+    run_interpreted(f"{__file__}::{tests}")
+
+
+@pytest.mark.skipif(
+    INTERPRETED or DEVICE == "cuda", reason="the kernels are interpreted, or compiled for the device here"
+)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once for all numbers of rows. A driver that launches nothing stands in."""
+    loaded = compile_only(monkeypatch, architecture, tmp_path, 1000 + architecture)
+    variants = [(dtype, size) for dtype in (torch.bfloat16, torch.float32) for size in (64, 128)]
+    for dtype, size in variants:
+        for batch, rows in ((1, 1), (1, 2), (1, 16), (2, 5)):
+            for normed in (False, True):
+                case = Case(batch, rows, size=size, dtype=dtype, normed=normed)
+                inputs = make(case)
+                angles, rotated = (inputs.cosine, inputs.sine), heads_first(case)
+                hidden = torch.zeros(batch, rows, 64, dtype=dtype)
+                rotate_and_write(inputs.joined, *angles, *rotated, hidden, *inputs.norms)
+            silu_product(torch.zeros(rows, 2 * size, dtype=dtype))
+    assert sorted(loaded) == sorted(["_rotate_and_write"] * 2 * len(variants) + ["_silu_product"] * len(variants))
+
+
+def test_the_head_gives_float32_where_the_device_can() -> None:
+    """Elsewhere the teacher's own dtype, and never in the way of a gradient."""
+    torch.manual_seed(0)
+    weight, bias, states = torch.randn(40, 16), torch.randn(40), torch.randn(2, 3, 16)
+    assert not widens(torch.bfloat16, torch.device("cpu"))
+    for own_bias in (None, bias.bfloat16()):
+        head = PackedLinear(weight.bfloat16(), own_bias, wide=True)
+        expected = functional.linear(states.bfloat16(), weight.bfloat16(), own_bias)
+        assert torch.equal(head(states.bfloat16()), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_logits_of_half_precision_weights_are_not_rounded(dtype: torch.dtype) -> None:
+    assert widens(dtype, torch.device("cuda:0"))
+    torch.manual_seed(0)
+    weight, bias = torch.randn(4000, 256, device="cuda").to(dtype), torch.randn(4000, device="cuda").to(dtype)
+    for shape in ((1, 1), (2, 5)):
+        states = torch.randn(*shape, 256, device="cuda").to(dtype)
+        for own_bias in (None, bias):
+            logits = PackedLinear(weight, own_bias, wide=True)(states)
+            exact = functional.linear(states.double(), weight.double(), None if own_bias is None else bias.double())
+            assert (logits.dtype, logits.shape) == (torch.float32, (*shape, 4000))
+            torch.testing.assert_close(logits, exact.float(), rtol=1e-5, atol=1e-3)
+    with_gradient = states.clone().requires_grad_(True)
+    PackedLinear(weight, bias, wide=True)(with_gradient).sum().backward()
+    assert with_gradient.grad is not None
+
+
+@pytest.mark.parametrize("section", [{"kind": "firp", "layer": 2, "steps": 2}, {"kind": "medusa", "steps": 2}])
+@pytest.mark.parametrize("tree", ["static:2x1", "dynamic:4", "dynamic:4@2"])
+def test_row_bits_are_kept_where_rows_do_not_change(
+    section: dict[str, Any], tree: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And every step's mask holds the bits of its own rows."""
+    teacher = new_teacher("llama")
+    predictor = make_predictor(teacher, **section)
+    spec = parse_tree(tree, predictor.steps)
+    sampler = Sampler(0.0, 1.0, 0, torch.device("cpu"))
+    stepper = DecodeStep(teacher, predictor, spec, sampler, 3, 40, kernel=True)
+    made: list[StepMask] = []
+
+    def forward(_: Any, real: Tensor, positions: Tensor, mask: StepMask, **given: Any) -> tuple[Tensor, Tensor | None]:
+        made.append(mask)
+        dense = StepMask(mask.rows, positions, mask.lengths, mask.slots, mask.dtype)
+        return forward_rows(teacher, real, positions, dense, **given)
+
+    monkeypatch.setattr("firp_cli.decoding.step.forward_rows", forward)
+    with torch.inference_mode():
+        monkeypatch.setattr(stepper, "kernel", False)  # the prompts' masks are of another kind
+        stepper.cache.use(3)
+        stepper.cache.set_lengths(torch.tensor([3, 5, 4]))
+        monkeypatch.setattr(stepper, "kernel", True)
+        for batch in (3, 2):
+            stepper.select(torch.arange(batch))
+            for mode in ("plain", "start", "drafted", "drafted"):
+                stepper.step(12, mode)  # type: ignore[arg-type]
+                told = made[-1].at(None, made[-1].rows.shape[1])
+                assert torch.equal(told.bits, triton_attention.row_bits(made[-1].rows))  # type: ignore[union-attr]
+    kept = [mask.bits for mask in made]
+    assert all(bits is not None for bits in (kept[0], kept[1], kept[4]))
+    assert (kept[2] is not None) == (kept[3] is kept[2] is not None) == tree.startswith("static")

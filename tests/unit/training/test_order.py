@@ -1,0 +1,66 @@
+"""The order in which a store is gone through: the same for every number of ranks and of readers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from firp_cli.store.reader import Store
+from firp_cli.store.tools import merge_stores
+from firp_cli.training.batches import Order, Prefetcher, Reader
+from helpers.stores import LENGTHS, fill
+
+MICRO, PER_STEP, STEPS = 2, 4, 7  # 24 conversations: 3 steps to an epoch, so three epochs are begun
+
+Read = tuple[int, tuple[float, ...], tuple[int, ...]]  # a conversation: its number, states and anchors
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """24 conversations of six lengths."""
+    folder = tmp_path_factory.mktemp("order")
+    for name in "abcd":
+        fill(folder / name)
+    merge_stores(folder / "all", [folder / name for name in "abcd"])
+    return Store.open(folder / "all")
+
+
+def read(store: Store, seed: int, ranks: int, readers: int, balance: bool, first: int = 0) -> list[Counter[Read]]:
+    """By step what all ranks together read, through as many threads each."""
+    order_of = [
+        Order(range(len(store)), MICRO, PER_STEP, seed, store.lengths if balance else None) for _ in range(ranks)
+    ]
+    steps: list[Counter[Read]] = [Counter() for _ in range(STEPS - first)]
+    for rank, order in enumerate(order_of):
+        reader = Reader(store, 2, 3, seed, torch.device("cpu"), torch.float32)
+        prefetcher = Prefetcher(reader, order.of_rank(first, STEPS, rank, ranks), readers)
+        for number, item in enumerate(prefetcher):
+            batch = item.batch
+            for row, index in enumerate(item.indices):
+                used = item.anchors.index[row][item.anchors.valid[row].any(-1)].tolist()
+                states = batch.final[row, : LENGTHS[index % 6]].flatten().tolist()
+                steps[number // (PER_STEP // ranks)][index, tuple(states), tuple(used)] += 1
+        prefetcher.close()
+    return steps
+
+
+@pytest.mark.parametrize("balance", [False, True], ids=["as shuffled", "balanced"])
+def test_steps_are_the_same_whatever_the_number_of_ranks_and_readers(store: Store, balance: bool) -> None:
+    expected = read(store, 3, 1, 1, balance)
+    assert [step.total() for step in expected] == [MICRO * PER_STEP] * STEPS
+    for ranks in (1, 2, 4):
+        for readers in (1, 2, 3):
+            assert read(store, 3, ranks, readers, balance) == expected, (ranks, readers)
+    assert read(store, 3, 2, 3, balance, first=4) == expected[4:]  # taken up within an epoch
+
+
+def test_an_epoch_is_a_shuffle_of_its_own_that_the_seed_decides(store: Store) -> None:
+    steps = [Counter(index for index, *_ in step) for step in read(store, 3, 2, 2, True)]
+    epochs = [sum(steps[start : start + 3], Counter()) for start in (0, 3)]
+    assert epochs == [Counter(range(24))] * 2 and steps[:3] != steps[3:6]
+    other = [Counter(index for index, *_ in step) for step in read(store, 4, 2, 2, True)]
+    assert other != steps and sum(other[:3], Counter()) == Counter(range(24))
+    orders = [Order(range(24), MICRO, PER_STEP, 3) for _ in range(2)]
+    assert orders[0].epoch(5) == orders[1].epoch(5) != orders[0].epoch(6)

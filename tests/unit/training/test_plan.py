@@ -1,0 +1,171 @@
+"""Plans of chains that nobody runs here: their figures against arithmetic written out from public shapes, and the look
+at a device before a run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from firp_cli import machine
+from firp_cli.cli.app import app
+from firp_cli.config import Recipe
+from firp_cli.errors import CapacityError
+from firp_cli.machine import parse_bytes
+from firp_cli.recipe import load_recipe
+from firp_cli.training.memory_model import memory_lines, remedies, total_bytes
+from firp_cli.training.plan import make_plan, planned_memory
+from firp_cli.training.preflight import preflight
+
+TOKENS, CONVERSATIONS, VOCABULARY, KV_SIZE = 500, 60_000, 128_256, 1024
+SHAPES = {  # hidden size, feed-forward size, layers, transfer layer, ranks, micro-batch
+    "llama-3.1-8b": (4096, 14336, 32, 24, 8, 4),
+    "llama-3.1-70b": (8192, 28672, 80, 60, 16, 2),
+}
+
+
+def shipped(name: str, *changes: str) -> Recipe:
+    return load_recipe(f"{name}-firp", [f"teacher.model={name}", *changes])
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_the_chain_of_a_large_teacher_is_its_arithmetic(name: str):
+    size, feed, layers, transfer, ranks, batch = SHAPES[name]
+    plan = make_plan(shipped(name), ranks, mean_tokens=TOKENS)
+    layer = 2 * size * size + 2 * size * KV_SIZE + 3 * size * feed + 2 * size  # q, o; k, v; gate, up, down; norms
+    assert plan.teacher_parameters == layers * layer + 2 * VOCABULARY * size + size
+    assert plan.chain and plan.memory
+    tokens = CONVERSATIONS * TOKENS
+    assert plan.chain.tokens == tokens
+    # two states, an int32 token and a byte of the mask; scaled rows have two bytes of scale each
+    assert plan.chain.disk["bfloat16"] == tokens * (2 * 2 * size + 5)
+    assert plan.chain.disk["int8"] == plan.chain.disk["float8"] == tokens * (2 * (size + 2) + 5)
+    attention = 2 * TOKENS * size  # 2 products * 2 operations * half of the positions
+    states = tokens * layers * (2 * layer + attention)
+    assert plan.chain.flops["states"] == pytest.approx(states)
+    upper, head = layers - transfer, VOCABULARY * size
+    pseudo = 4 * (upper * 2 * (2 * layer + attention) + 6 * head + 6 * size * size)  # k = 4
+    training = tokens * upper * (2 * layer + attention) + CONVERSATIONS * 64 * pseudo
+    assert plan.chain.flops["training"] == pytest.approx(training)
+    answers = CONVERSATIONS * 512 * (layers * (2 * layer + 2 * 2048 * size) + 2 * head)
+    assert plan.chain.flops["answers"] == pytest.approx(answers)
+    device = 989e12 * ranks * 3600
+    hours = {"states": states / device / 0.35, "training": training / device / 0.35, "answers": answers / device / 0.05}
+    assert plan.chain.hours == pytest.approx(hours)
+    held = upper * layer + head
+    shared = ranks if name.endswith("70b") else 1
+    assert plan.memory["teacher weights"] == -(-held // shared) * 2
+    assert plan.memory["predictor weights"] == 2 * 4 * size * size
+    assert plan.memory["optimizer states"] == 12 * 4 * size * size // ranks
+    assert plan.memory["pseudo rows, for backward"] == 2 * batch * 64 * 4 * upper * (8 * size + 4 * feed)
+    assert plan.memory["total"] < 80e9
+    collecting = {line.name: line.bytes for line in plan.collecting}
+    assert collecting["teacher weights"] == -(-plan.teacher_parameters // shared) * 2
+    assert collecting["states kept"] == 4096 * 2 * size * 2
+    assert sum(collecting.values()) < 80e9
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_the_command_prints_it_and_what_would_fit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    command = ["train", f"{name}-firp", f"teacher.model={name}", "--plan", "--tokens", "500", "--gpus", "8"]
+    small = CliRunner().invoke(app, [*command, "--device-memory", "9GB" if name.endswith("8b") else "16GB"])
+    assert small.exit_code == 0, small.output
+    assert "a rank needs" in small.output and "it fits with" in small.output and "disk, int8" in small.output
+    slow = ["--device-tflops", "100", "--utilisation", "0.5", "--device-memory", "80GB", "--json"]
+    values = json.loads(CliRunner().invoke(app, [*command, *slow]).stdout)
+    chain = values["plan"]["chain"]
+    assert chain["hours"]["states"] == pytest.approx(chain["flops"]["states"] / (8 * 100e12 * 0.5 * 3600))
+    assert values["verdict"].startswith("fits") and not list(tmp_path.iterdir())
+
+
+def changed(recipe: Recipe, remedy: str) -> Recipe:
+    values = recipe.model_dump()
+    for word in remedy.split():
+        (section, field), value = word.split("=")[0].split("."), word.split("=")[1]
+        values[section][field] = int(value) if value.isdigit() else value
+    return Recipe.model_validate(values)
+
+
+ROOMS = [("cached", 10e9), ("cached", 8e9), ("cached", 5e9), ("cached", 4.6e9)]
+
+
+@pytest.mark.parametrize(("mode", "room"), ROOMS)
+def test_every_remedy_makes_it_fit_and_is_the_largest(mode: str, room: float):
+    recipe = shipped("llama-3.1-8b", f"data.mode={mode}", "collect.responder=vllm")
+    planned = planned_memory(recipe, 8)
+    assert planned is not None
+    teacher, parameters, lines = planned
+    assert total_bytes(lines) > room, "else there is nothing to remedy"
+    found = remedies(recipe, teacher, parameters, 8, int(room))
+    assert found
+
+    def need(setting: Recipe) -> int:
+        return total_bytes(memory_lines(setting, teacher, parameters, 8))
+
+    for remedy in found:
+        better = changed(recipe, remedy)
+        assert need(better) <= room, remedy
+        if remedy.startswith("training.anchors"):
+            more = better.training.model_copy(update={"anchors_per_sequence": better.training.anchors_per_sequence + 1})
+            assert need(better.model_copy(update={"training": more})) > room
+
+
+def test_no_remedy_is_one_that_a_recipe_may_not_say():
+    """A teacher in parts writes no answers itself."""
+    found = preflight(shipped("llama-3.1-8b"), 8, 8 * 10**9, "of a toy")
+    assert found is not None and "teacher.sharding" not in found[1]
+
+
+def test_where_nothing_fits_it_says_so():
+    found = preflight(shipped("llama-3.1-8b"), 1, 2 * 10**9, "of a toy")
+    assert found is not None and "no setting makes it fit" in found[1] and "2.0 GB (of a toy)" in found[1]
+
+
+def run_train(tmp_path: Path, *changes: str) -> Any:
+    arguments = ["train", "demo", f"--store={tmp_path / 's'}", f"--output={tmp_path / 'o'}", "data.mode=online"]
+    return CliRunner().invoke(app, [*arguments, "data.dataset=arithmetic", *changes])
+
+
+def test_a_run_that_will_not_fit_is_refused_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "available_memory", lambda: int(1.2e9))
+    monkeypatch.setattr("firp_cli.distributed.launch.launch", lambda *_: pytest.fail("nothing is launched"))
+    result = run_train(tmp_path, "training.micro_batch_size=64")
+    assert isinstance(result.exception, CapacityError) and result.exception.exit_code == 2
+    assert "it fits with training.anchors_per_sequence=" in str(result.exception) or "micro_batch_size=" in str(
+        result.exception
+    )
+    assert "pseudo rows, for backward" in result.stderr and not (tmp_path / "o").exists()
+    monkeypatch.setattr("firp_cli.distributed.launch.launch", lambda *_: True)  # here it would start
+    warned = run_train(tmp_path, "training.micro_batch_size=64", "training.preflight=warn")
+    assert warned.exit_code == 0 and "a rank needs" in warned.stderr
+    silent = run_train(tmp_path, "training.micro_batch_size=64", "training.preflight=ignore")
+    assert silent.exit_code == 0 and "a rank needs" not in silent.stderr
+
+
+def test_memory_is_read_in_people_s_units():
+    assert parse_bytes("80GB") == parse_bytes("80g") == 80 * 10**9
+    assert parse_bytes("64GiB") == 64 * 2**30 and parse_bytes("1.5 MiB") == 3 * 2**19 and parse_bytes("7") == 7
+    for wrong in ("", "GB", "80 apples", "1.2.3GB", "-5GB"):
+        with pytest.raises(CapacityError, match="not an amount of memory"):
+            parse_bytes(wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks at a CPU's memory")
+def test_ranks_share_the_available_memory_and_a_group_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 200000\nactive_file 7\n")
+    assert machine._cgroup_memory_free(tmp_path) == 500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine._cgroup_memory_free(tmp_path) is None
+    monkeypatch.setattr(machine, "available_memory", lambda: 4000)
+    monkeypatch.setattr(machine, "_cgroup_memory_free", lambda: 3000)
+    room = machine.device_room(3)
+    assert room is not None and room[0] == 1000 and "3 ranks" in room[1]

@@ -1,0 +1,104 @@
+"""Walking through written answers as the decoder does, step for step; ranks and probabilities along the way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.evaluation.simulate import trace, walk
+from firp_cli.predictors.base import Predictor
+from firp_cli.teacher.teacher import Teacher
+from firp_cli.tuning.acceptance import Acceptance, ranks, reliability
+from helpers.models import (
+    embedded_predictor,
+    embedded_prompts,
+    embedded_teacher,
+    make_predictor,
+    random_prompts,
+    tiny_teacher,
+)
+
+TREES = [
+    "none",
+    "chain",
+    "chain/2",
+    "dynamic:8",
+    "dynamic:6/2",
+    "static:3x2x1",
+    "chain@1",
+    "dynamic:8@2",
+    "dynamic:9/3@3",
+]
+TOKENS = 40
+
+
+def written(teacher: Teacher, prompts: list[list[int]]) -> list[list[int]]:
+    return [item.token_ids for item in Engine(teacher).generate(prompts, TOKENS)]
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("kind", ["firp", "hidden_transfer", "medusa"])
+def test_a_walk_emits_what_the_decoder_emits(kind: str, tree: str) -> None:
+    teacher, predictor = embedded_teacher(), embedded_predictor(kind)
+    prompts = embedded_prompts(5)
+    spec = parse_tree(tree, predictor.steps)
+    decoded = [Engine(teacher, predictor, spec).generate([prompt], TOKENS)[0] for prompt in prompts]
+    traces = [
+        trace(teacher, predictor, [*prompt, *item.token_ids], len(prompt), 8)
+        for prompt, item in zip(prompts, decoded, strict=True)
+    ]
+    walked = walk(predictor, [item for item in traces if item], spec)
+    assert walked == [item.emitted for item in decoded]
+
+
+def test_an_answer_without_a_step_has_no_trace() -> None:
+    teacher = tiny_teacher()
+    predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
+    assert trace(teacher, predictor, [5, 6, 7, 8], 3, 4) is None
+    short = trace(teacher, predictor, [5, 6, 7, 8, 9], 3, 4)
+    assert short is not None and short.draft.tokens.shape == (1, 2, 4)
+    assert walk(predictor, [short], parse_tree("chain", 2)) == [[1]]  # cut at the answer's end
+
+
+def every_rank(teacher: Teacher, predictor: Predictor, breadth: int) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+    prompts = random_prompts(3, seed=4)
+    answers = written(teacher, prompts)
+    traces = [
+        trace(teacher, predictor, [*prompt, *answer], len(prompt), breadth)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    found, probable = ranks(predictor, [item for item in traces if item])
+    return found, probable, answers
+
+
+def test_ranks_are_places_among_the_candidates() -> None:
+    """With all tokens as candidates every token has a rank, and the ends of answers have none."""
+    teacher = tiny_teacher()
+    predictor = make_predictor(teacher, kind="firp", layer=2, steps=3)
+    found, probable, answers = every_rank(teacher, predictor, teacher.vocab_size)
+    assert len(found) == sum(len(answer) - 1 for answer in answers)
+    assert found.max() < teacher.vocab_size and found[:, 0].min() >= 0
+    assert (found[:, 1] < 0).sum() == len(answers)
+    assert (found[:, 2] < 0).sum() == sum(min(2, len(answer) - 1) for answer in answers)
+    assert probable.sum(axis=2) == pytest.approx(1.0)
+    few, _, _ = every_rank(teacher, predictor, 4)
+    assert np.array_equal(few, np.where(found < 0, -1, np.minimum(found, 4)))
+
+
+def test_chain_acceptance_is_that_of_first_ranks() -> None:
+    teacher, predictor = embedded_teacher(), embedded_predictor("firp")
+    prompts = embedded_prompts(4)
+    traces = [
+        trace(teacher, predictor, [*prompt, *answer], len(prompt), 6)
+        for prompt, answer in zip(prompts, written(teacher, prompts), strict=True)
+    ]
+    found, probable = ranks(predictor, [item for item in traces if item])
+    acceptance = Acceptance(found, 6)
+    first = (found[:, 0] == 0).mean()
+    assert acceptance.rates[0][0] == pytest.approx(first) and first > 0.5
+    bins = reliability(found, probable)
+    assert sum(item.count for item in bins if item.step == 1) == 6 * len(found)
+    high = [item for item in bins if item.step == 1 and item.drafted > 0.9]
+    assert high and high[0].accepted > 0.8  # a draft that is sure is mostly right
