@@ -17,6 +17,7 @@ from typing import Any
 from firp_cli.cli.terminal import progress_bar, quiet_libraries
 from firp_cli.config import Recipe
 from firp_cli.recipe import load_recipe
+from firp_cli.teacher.load import load_teacher
 
 LAYER, STEPS, TREE = 4, 4, "dynamic:8"
 TREES = ("chain", "static:2x2", "static:4x2x1", "dynamic:4", "dynamic:8", "dynamic:16", "dynamic:32")
@@ -159,7 +160,6 @@ def main() -> None:
     quiet_libraries(verbose=False)
     from firp_cli.collecting.collect_store import collect_store
     from firp_cli.collecting.engine_responder import make_responder
-    from firp_cli.teacher.teacher import Teacher
 
     overrides = [
         f"data.limit={arguments.conversations}",
@@ -167,7 +167,7 @@ def main() -> None:
         "training.gate_prompts=0",
     ]
     base = load_recipe("demo", overrides)
-    teacher = Teacher.load(base.teacher)
+    teacher = load_teacher(base.teacher)
     rows = variants(teacher.num_layers)
     store = arguments.output / "store"
     collect_store(

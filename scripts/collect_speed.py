@@ -31,6 +31,7 @@ from firp_cli.collecting.collect_store import collect_store
 from firp_cli.collecting.teacher_states import plan_batches
 from firp_cli.config import DataConfig, TeacherConfig
 from firp_cli.store.reader import Store
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 
 
@@ -147,7 +148,7 @@ def main() -> None:
         command = ["--teacher", arguments.teacher, "--dataset", arguments.dataset, "--limit", str(arguments.limit)]
         compare_ranks(arguments.ranks, [*command, "--layers", str(arguments.layer)], arguments.repeats)
         return
-    teacher = Teacher.load(TeacherConfig(model=arguments.teacher))
+    teacher = load_teacher(TeacherConfig(model=arguments.teacher))
     data = DataConfig(dataset=arguments.dataset, limit=arguments.limit)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "store"

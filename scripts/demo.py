@@ -25,7 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-from firp_cli.reports.tables import rich_table
+from firp_cli.reports.cells import rich_table
 from firp_cli.teacher.source import known_teachers
 
 STORE = Path("stores/demo")

@@ -31,7 +31,8 @@ from firp_cli.config import TeacherConfig
 from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.files import write_json
 from firp_cli.machine import set_threads
-from firp_cli.reports.tables import markdown_table
+from firp_cli.reports.cells import markdown_table
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tuning.cost import CostProbe
 
@@ -101,7 +102,7 @@ def load(name: str, quick: bool) -> Teacher:
     """The random teacher, or one by folder or embedded name, in float32 on the CPU."""
     if name == RANDOM:
         return random_teacher(RANDOM_LLAMA | (QUICK if quick else {}))
-    return Teacher.load(TeacherConfig(model=name, dtype="float32"), "cpu")
+    return load_teacher(TeacherConfig(model=name, dtype="float32"), "cpu")
 
 
 def stacks(teacher: Teacher, library: bool) -> list[Teacher]:

@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 
-from firp_cli.api.loading import LayerChoice, load_teacher
+from firp_cli.api.loading import LayerChoice, load_named_teacher
 from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.cli.bench import load_bench_prompts
 from firp_cli.decoding import step as step_module
@@ -37,7 +37,7 @@ from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.files import write_json
 from firp_cli.machine import set_threads
 from firp_cli.predictors.folder import load_predictor, predictor_folder
-from firp_cli.reports.tables import markdown_table
+from firp_cli.reports.cells import markdown_table
 from firp_cli.teacher.attention import StepMask
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.teacher import Teacher
@@ -387,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = parse(arguments)
     set_threads(known.threads)
     choice = LayerChoice("library" if known.library else "lean")
-    teacher = load_teacher(known.teacher, None, device="cpu", choice=choice)
+    teacher = load_named_teacher(known.teacher, None, device="cpu", choice=choice)
     prompts = load_bench_prompts(known.dataset, known.data_dir, known.limit, teacher)
     found = subjects(teacher, known.methods, known.tree)
     run(found, [prompt.token_ids for prompt in prompts], known.max_new_tokens, known.repeats)

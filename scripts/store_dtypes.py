@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from firp_cli.cli.terminal import progress_bar, quiet_libraries, say
 from firp_cli.config import Recipe
 from firp_cli.recipe import load_recipe
+from firp_cli.teacher.load import load_teacher
 
 if TYPE_CHECKING:
     from firp_cli.store.reader import Store
@@ -72,10 +73,9 @@ def measure(recipe: Recipe, dtypes: Sequence[str], folder: Path, prompts: int) -
     from firp_cli.predictors.folder import load_predictor
     from firp_cli.store.reader import Store
     from firp_cli.store.verify import describe_store
-    from firp_cli.teacher.teacher import Teacher
     from firp_cli.training.trainer import train
 
-    teacher, lean = Teacher.load(recipe.teacher), Teacher.load(recipe.teacher)
+    teacher, lean = load_teacher(recipe.teacher), load_teacher(recipe.teacher)
     lean.use_lean_layers()  # for all but training
     stores = {name: Store.open(path, verify=True) for name, path in prepare(recipe, lean, dtypes, folder).items()}
     held_out = stores["held out"]

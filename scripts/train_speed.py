@@ -25,6 +25,7 @@ from firp_cli.config import Recipe
 from firp_cli.predictors.folder import build_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.store.reader import Store
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import Prefetcher, Reader, split_validation
 from firp_cli.training.deepspeed_engine import ADAM_BETAS
@@ -95,7 +96,7 @@ def main() -> None:
     fixed += ["training.init=identity", "data.regenerate=false"]  # neither is a step
     recipe = load_recipe(arguments.recipe, [*fixed, *arguments.override])
     assert recipe.predictor is not None
-    teacher = Teacher.load(recipe.teacher)
+    teacher = load_teacher(recipe.teacher)
     never = {"validate_every": 10**9, "save_every": 10**9, "validation_fraction": 0.0}
     alone = recipe.model_copy(update={"training": recipe.training.model_copy(update=never)})
     rates: dict[str, list[float]] = {"bare loop": [], "firp train, steps": [], "firp train, whole": []}

@@ -23,7 +23,7 @@ from firp_cli.evaluation.methods import BenchSettings, Method, make_methods
 from firp_cli.evaluation.rows import ALL
 from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.machine import set_threads
-from firp_cli.reports.tables import markdown_table
+from firp_cli.reports.cells import markdown_table
 from firp_cli.results import BenchRow
 
 NODES, BUDGETS = (4, 6, 8, 12), (1, 2, 3, 4)

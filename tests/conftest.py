@@ -25,6 +25,7 @@ from firp_cli.config import TeacherConfig
 from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.decoding import step
 from firp_cli.store.writer import StoreWriter
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from helpers.graphs import Arrived, LateRing
 from helpers.models import FAMILIES, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
@@ -91,7 +92,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store_folder(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 conversations that go round a cycle of words, in two shards."""
     folder = tmp_path_factory.mktemp("store")
-    teacher = Teacher.load(TeacherConfig(model=str(teacher_folder)))
+    teacher = load_teacher(TeacherConfig(model=str(teacher_folder)))
     tokenizer = teacher.tokenizer
     fingerprints = {
         "teacher": teacher.fingerprint,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from firp_cli.assets import DEFAULT_TEACHER, nearest
-from firp_cli.cli.terminal import say
 from firp_cli.config import TeacherConfig
 from firp_cli.decoding.engine import EngineOptions
 from firp_cli.decoding.speed.stages import Ranks
@@ -20,9 +20,11 @@ from firp_cli.machine import default_device, free_bytes, readable_bytes
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import load_predictor, predictor_folder, read_config
 from firp_cli.teacher import cpu_kernels
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import LoadedWeights
 
+LOG = logging.getLogger("firp")  # the program prints it on stderr
 STACKS = ("lean", "library")
 
 
@@ -44,13 +46,13 @@ class LayerChoice:
         if self.layers != "lean":
             return
         if teacher.device.type == "cpu" and teacher.dtype == torch.float32 and cpu_kernels.to_be_compiled():
-            say("compiling kernels for this processor: a few seconds, once")
+            LOG.info("compiling kernels for this processor: a few seconds, once")
         reason = teacher.use_lean_layers(self.compiled)
         if reason:
-            say(reason)
+            LOG.info(reason)
 
 
-def load_teacher(
+def load_named_teacher(
     model: str | None,
     predictor: Path | None,
     dtype: str = "auto",
@@ -67,7 +69,7 @@ def load_teacher(
     looped = trained_for.get("looped")
     config = TeacherConfig.model_validate({"model": name, "dtype": dtype, "looped": looped})
     try:
-        teacher = Teacher.load(config, device)
+        teacher = load_teacher(config, device)
     except TeacherError as error:
         if looped is None or name == trained_for.get("name"):
             raise
@@ -101,7 +103,7 @@ def load_pair(
     """
     folder = predictor_folder(name)
     alone = ranks[1] == 1 or read_config(folder)["predictor"].get("kind") != "speed"
-    teacher = load_teacher(model, folder, dtype, None if alone else "cpu", choice)
+    teacher = load_named_teacher(model, folder, dtype, None if alone else "cpu", choice)
     if not alone:
         share_teacher(teacher, folder, *ranks, choice)
     return teacher, load_predictor(folder, teacher, force), folder
@@ -113,7 +115,8 @@ def teacher_line(held: LoadedWeights) -> str:
     if held.kind == "whole":
         return f"teacher: all {held.of} layers loaded, {readable_bytes(held.held)}{why}"
     shared = f", shared over {held.ranks} ranks" if held.ranks > 1 else ""
-    return f"teacher: {held.layers} of {held.of} layers loaded{shared}, {readable_bytes(held.held)}, {readable_bytes(held.saved)} saved{why}"
+    part = f"{held.layers} of {held.of} layers loaded{shared}"
+    return f"teacher: {part}, {readable_bytes(held.held)}, {readable_bytes(held.saved)} saved{why}"
 
 
 def complete_teacher(config: TeacherConfig, held: LoadedWeights) -> Teacher | str:
@@ -130,7 +133,7 @@ def complete_teacher(config: TeacherConfig, held: LoadedWeights) -> Teacher | st
         )
     config = config.model_copy(update={"device_map": None, "sharding": "none"})
     try:
-        return Teacher.load(config, device)
+        return load_teacher(config, device)
     except (torch.OutOfMemoryError, MemoryError):
         return f"decoding needs the whole teacher, and {device} has no room for its {readable_bytes(needed)}"
 
@@ -153,7 +156,7 @@ def load_trees(
     own = trees.fitting(key, teacher.fingerprint, temperature)
     if trees.entries and not own.entries:
         here = any((entry.machine, entry.teacher) == (key, teacher.fingerprint) for entry in trees.entries)
-        say(
+        LOG.info(
             f"{path} was tuned {'for another temperature' if here else 'on another machine'}, {trees.default} is used: "
             f"`firp tune {folder}` measures this one"
         )

@@ -163,12 +163,12 @@ def _load(
     choice: LayerChoice,
 ) -> tuple[Teacher, dict[str, LoadedPredictor]]:
     """The teacher of a group, and the predictors that its methods need."""
-    from firp_cli.api.loading import load_teacher, load_trees, share_teacher
+    from firp_cli.api.loading import load_named_teacher, load_trees, share_teacher
     from firp_cli.evaluation.methods import LoadedPredictor
     from firp_cli.predictors.folder import load_predictor
 
     device = None if settings.rank == 0 else "cpu"  # other ranks keep a part only, which goes to their device
-    teacher = load_teacher(model, next(iter(group.folders.values()), None), dtype, device, choice)
+    teacher = load_named_teacher(model, next(iter(group.folders.values()), None), dtype, device, choice)
     if settings.rank > 0:
         pipeline = next(folder for name, folder in group.folders.items() if group.kinds[name] == "speed")
         share_teacher(teacher, pipeline, settings.rank, settings.ranks, choice)
@@ -276,9 +276,9 @@ def write_report(report: BenchReport, folder: Path) -> None:
 def _print(report: BenchReport, folder: Path) -> None:
     from rich.console import Console
 
+    from firp_cli.reports.cells import NOTE
     from firp_cli.reports.speed_tables import pipeline_note
     from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
-    from firp_cli.reports.teachers import NOTE
 
     console = Console(highlight=False)
     console.print(settings_line(report), markup=False)

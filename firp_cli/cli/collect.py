@@ -128,9 +128,9 @@ def _check_before_loading(recipe: Recipe, folder: Path, resume: bool, estimate: 
 def _load(recipe: Recipe, chosen: list[int] | None) -> tuple[Teacher, list[int]]:
     """The teacher, and the layers to be kept."""
     from firp_cli.api.loading import teacher_line
-    from firp_cli.distributed.sharding import load_teacher
+    from firp_cli.distributed.sharding import load_for_ranks
 
-    teacher = load_teacher(recipe.teacher)
+    teacher = load_for_ranks(recipe.teacher)
     say(teacher_line(teacher.loaded_weights))
     teacher.use_lean_layers()  # answers and states come faster; where it does not fit the library's layers stay
     return teacher, chosen if chosen is not None else default_layers(recipe, teacher)
@@ -181,7 +181,8 @@ def _print_estimate(figures: dict[str, Any], folder: Path) -> None:
     typer.echo(f"tokens           {figures['tokens']:,} ({counted})")
     typer.echo(f"bytes per token  {figures['bytes_per_token']:,}")
     typer.echo(
-        f"disk             {readable_bytes(figures['total_bytes'])} needed, {readable_bytes(figures['free_bytes'])} free at {folder}"
+        f"disk             {readable_bytes(figures['total_bytes'])} needed, "
+        f"{readable_bytes(figures['free_bytes'])} free at {folder}"
     )
     answering = f", {duration(figures['answering_seconds'])} of it answering" if figures["answering_seconds"] else ""
     rate = f"{figures['rank_tokens_per_second']:,.0f} tokens/s measured on a sample"

@@ -67,7 +67,7 @@ def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
 def _print(checks: list[Check], broken: list[Check]) -> None:
     from rich.console import Console
 
-    from firp_cli.reports.tables import rich_table
+    from firp_cli.reports.cells import rich_table
 
     cells = [[check.name, check.status, check.detail, check.purpose] for check in checks]
     console = Console(highlight=False)
@@ -240,8 +240,8 @@ def _embedded() -> list[Check]:
     fitting: list[str] = []
     try:
         from firp_cli.predictors.folder import load_predictor, read_config
+        from firp_cli.teacher.load import load_teacher
         from firp_cli.teacher.source import known_teachers
-        from firp_cli.teacher.teacher import Teacher
     except ImportError as error:
         return [broken("embedded teacher", error)]
     wanted: dict[str, dict[str, Path]] = {DEFAULT_TEACHER: {}}
@@ -255,7 +255,7 @@ def _embedded() -> list[Check]:
             checks.append(broken(f"predictor {name}", error))
     for model, predictors in wanted.items():
         try:
-            teacher = Teacher.load(TeacherConfig(model=model), device="cpu")
+            teacher = load_teacher(TeacherConfig(model=model), device="cpu")
         except (FirpError, ImportError) as error:
             checks.append(broken("embedded teacher", error))
             continue

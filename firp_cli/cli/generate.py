@@ -142,7 +142,7 @@ def _engine(
     **options: Any,
 ) -> Engine | PipelineEngine:
     """The decoding engine that the options ask for. Method `ar` needs no predictor. A rank keeps its part of it."""
-    from firp_cli.api.loading import load_pair, load_teacher, load_trees
+    from firp_cli.api.loading import load_named_teacher, load_pair, load_trees
     from firp_cli.decoding.make_engine import make_engine
     from firp_cli.distributed.launch import start
     from firp_cli.machine import rank, world_size
@@ -152,7 +152,7 @@ def _engine(
         if tree:
             raise UsageError("plain decoding has no tree: leave --tree or --method ar out")
         folder = predictor_folder(predictor) if predictor else None
-        return make_engine(load_teacher(teacher, folder, choice=choice), **options)
+        return make_engine(load_named_teacher(teacher, folder, choice=choice), **options)
     if predictor is None and teacher is not None:
         raise UsageError(f"no predictor named for {teacher}: give its folder, or --method ar for plain decoding")
     if world_size() > 1:

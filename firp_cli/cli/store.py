@@ -15,6 +15,7 @@ from firp_cli.cli.collect import parse_layers
 from firp_cli.cli.terminal import Json, Verbose, print_json, progress_bar, quiet_libraries
 from firp_cli.errors import FingerprintError, StoreError, UsageError
 from firp_cli.machine import readable_bytes
+from firp_cli.teacher.load import load_teacher
 
 if TYPE_CHECKING:
     from firp_cli.store.verify import Fault
@@ -119,11 +120,10 @@ def _teacher_faults(folder: Path, manifest: dict[str, Any], name: str) -> list[F
     from firp_cli.config import TeacherConfig
     from firp_cli.store.reader import MANIFEST
     from firp_cli.store.verify import Fault
-    from firp_cli.teacher.teacher import Teacher
 
     made_by = manifest["teacher"]
     config = {"model": name, "dtype": made_by.get("dtype", "auto"), "looped": made_by.get("looped")}
-    now = fingerprints(Teacher.load(TeacherConfig.model_validate(config), "cpu", check=False))
+    now = fingerprints(load_teacher(TeacherConfig.model_validate(config), "cpu", check=False))
     remedy = f"name the teacher that made {folder} ({made_by['name']}), or collect a store for {name}"
     return [
         Fault(MANIFEST, f"made with another {mark} (store: {value}, {name}: {now.get(mark)})", remedy)

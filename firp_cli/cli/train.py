@@ -162,13 +162,13 @@ def _train(recipe: Recipe, resume: bool, verify: bool, as_json: bool) -> None:
 def _teacher(recipe: Recipe) -> Teacher:
     """As much of the teacher as the run goes through."""
     from firp_cli.api.loading import teacher_line
-    from firp_cli.distributed.sharding import load_teacher
+    from firp_cli.distributed.sharding import load_for_ranks
 
     assert recipe.predictor is not None
     cached = recipe.data.mode == "cached"
     # predictors of the final state run no layer at all
     lowest = min(recipe.predictor.transfer_layers, default=sys.maxsize) if cached else 0
-    teacher = load_teacher(recipe.teacher, lowest)
+    teacher = load_for_ranks(recipe.teacher, lowest)
     say(teacher_line(teacher.loaded_weights))
     return teacher
 

@@ -56,7 +56,7 @@ def print_plan(
         return
     from rich.console import Console
 
-    from firp_cli.reports.tables import rich_table
+    from firp_cli.reports.cells import rich_table
 
     typer.echo(dump_recipe(recipe))
     console = Console(highlight=False)

@@ -32,7 +32,7 @@ WHOLE_ELEMENTS = 1 << 14  # parameters of at most so many elements (norms, biase
 ALONE = "one rank has nothing to share teacher.sharding=zero3 with: start more with --gpus"
 
 
-def load_teacher(config: TeacherConfig, first: int = 0) -> Teacher:
+def load_for_ranks(config: TeacherConfig, first: int = 0) -> Teacher:
     """The teacher as the recipe wants it on this rank, without its layers below `first`; every rank calls it.
 
     Raises TeacherError as `load_upper`, and for one that cannot be shared out.

@@ -12,11 +12,10 @@ from firp_cli.decoding.speed.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.speed.stage_cache import StageCache
 from firp_cli.decoding.speed.stages import Ranks
 from firp_cli.decoding.speed.tick_log import total
-from firp_cli.evaluation.timing import milliseconds
+from firp_cli.evaluation.timing import PROMPT_TOKEN, milliseconds
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.results import Generation, PipelineReport, TickCost
 from firp_cli.teacher.teacher import Teacher
-from firp_cli.tuning.step_timing import PROMPT_TOKEN
 
 ROUNDS = 7  # timings whose median counts
 TICKS = 24  # ticks, or plain steps, of one timing

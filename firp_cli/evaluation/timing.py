@@ -11,6 +11,7 @@ import torch
 from firp_cli.decoding.cuda_graphs import CudaCapture
 
 Run = Callable[[], object]
+PROMPT_TOKEN = 1  # what timed sequences consist of
 BLOCK_SECONDS = 0.01  # of one timing on a CPU, at least
 BLOCK_SECONDS_CUDA = 0.005
 MOST_CALLS = 200  # of one timing

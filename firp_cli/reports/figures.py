@@ -9,9 +9,8 @@ from typing import Any
 
 from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend
 from firp_cli.reports.canvas import png as _png
+from firp_cli.reports.cells import group_name, main_rows, row_label
 from firp_cli.reports.speed_tables import pipeline_rows
-from firp_cli.reports.tables import group_name, main_rows
-from firp_cli.reports.teachers import row_label
 from firp_cli.results import BenchReport, BenchRow, EvalReport, PipelineReport
 
 LABELLED_BARS = 16  # more have no room for their figures

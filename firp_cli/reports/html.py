@@ -7,9 +7,9 @@ from html import escape
 
 from firp_cli.reports import speed_tables as pipeline
 from firp_cli.reports import tables
+from firp_cli.reports.cells import by_teacher, row_label, teacher_column
 from firp_cli.reports.page import closing, figure, page, table
 from firp_cli.reports.predicted import predicted_lines
-from firp_cli.reports.teachers import by_teacher, row_label, teacher_column
 from firp_cli.results import BenchReport
 
 CAPTIONS = {

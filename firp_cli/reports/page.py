@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from firp_cli.reports.tables import Cells, command_line, environment_items
+from firp_cli.reports.cells import Cells, command_line, environment_items
 
 WIDE = 1600  # dots
 CSS = """

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from firp_cli.reports.tables import DASH, Cells, group_name, main_rows, number
-from firp_cli.reports.teachers import row_label
+from firp_cli.reports.cells import DASH, Cells, group_name, main_rows, number, row_label
 from firp_cli.results import BenchReport, BenchRow
 
 HEADERS = ("predicted accepted length", "predicted speedup")

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from firp_cli.reports.tables import Cells, group_name, main_rows, markdown_table, number, rich_table
-from firp_cli.reports.teachers import row_label, teacher_column
+from firp_cli.reports.cells import (
+    Cells,
+    group_name,
+    main_rows,
+    markdown_table,
+    number,
+    rich_table,
+    row_label,
+    teacher_column,
+)
 from firp_cli.results import BenchReport, BenchRow, EvalReport, PipelineReport, TickCost
 
 if TYPE_CHECKING:

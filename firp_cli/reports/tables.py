@@ -5,13 +5,29 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from firp_cli.reports.teachers import NOTE, by_teacher, row_label, teacher_column
-from firp_cli.results import BenchReport, BenchRow, EvalReport, Interval, PipelineReport, TickCost
+from firp_cli.reports import predicted
+from firp_cli.reports.cells import (
+    DASH,
+    NOTE,
+    Cells,
+    _literal,
+    by_teacher,
+    closing_markdown,
+    group_name,
+    markdown_table,
+    number,
+    rich_table,
+    row_label,
+    teacher_column,
+    with_interval,
+)
+from firp_cli.reports.predicted import predicted_cells, predicted_lines
+from firp_cli.reports.speed_tables import FIGURE, NOTES, pipeline_markdown, pipeline_rows, pipeline_tables
+from firp_cli.results import BenchReport, BenchRow, EvalReport, PipelineReport, TickCost
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -19,36 +35,8 @@ if TYPE_CHECKING:
 
 BENCH_HEADERS = ("method", "accepted length", "tokens/s", "speedup over ar", "over hf", "lossless")
 EVAL_HEADERS = ("step", "top-1", "top-5", "KL (nats)", "anchors")
-DASH = "–"
 # A first difference with a smaller gap between the two logits is a near-tie that the dtype's rounding decides.
 NEAR_TIE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
-
-Cells = list[list[str]]
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A figure with `digits` decimals; a dash for None and NaN."""
-    return DASH if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def with_interval(value: float | None, interval: Interval | None, digits: int = 2) -> str:
-    """`1.52 [1.45, 1.60]`, without brackets when there is no interval."""
-    text = number(value, digits)
-    return text if interval is None or text == DASH else f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
-
-
-def group_name(row: BenchRow) -> str:
-    """`gsm8k`, or `spec_bench: rag` for one category."""
-    return row.dataset if row.category == "all" else f"{row.dataset}: {row.category}"
-
-
-def main_rows(report: BenchReport) -> list[BenchRow]:
-    """One row per method of each teacher: over all data sets where there are several."""
-    rows = []
-    for part in by_teacher(report):
-        whole = [row for row in part.rows if row.category == "all"]
-        rows += [row for row in whole if row.dataset == "all"] or whole
-    return rows
 
 
 def lossless_cell(row: BenchRow, reference: str | None) -> str:
@@ -85,8 +73,6 @@ def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
     """Headers and cells of the second table of the written reports: what the main figures are made of, and what was
     predicted where something was.
     """
-    from firp_cli.reports.predicted import predicted_cells
-
     headers = ["prompts", "method", "tree", "n", "new tokens", "prefill s", "decode s", "steps", "ms/step"]
     headers += ["speedup with prefill", "steps accepting at least 1, 2, ... drafts"]
     cells = [
@@ -117,9 +103,6 @@ def bench_tables(report: BenchReport) -> Group:
     """
     from rich.console import Group
     from rich.text import Text
-
-    from firp_cli.reports.predicted import predicted_lines
-    from firp_cli.reports.speed_tables import pipeline_tables
 
     drawn = [table for part in by_teacher(report) for table in _teacher_tables(part)]
     return Group(*drawn, *map(Text, predicted_lines(report)), *pipeline_tables(report))
@@ -184,34 +167,6 @@ def eval_table(report: EvalReport) -> Table:
     return rich_table(eval_headers(report), eval_cells(report))
 
 
-def rich_table(headers: Sequence[str], cells: Cells, left: int = 0, fixed: bool = True, remark: bool = False) -> Table:
-    """A plain table; the first `left` columns flush left, the others right. `fixed`: cells never wrap. `remark`: the
-    last column is text, flush left, and makes room for the others by wrapping.
-    """
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for place, header in enumerate(headers):
-        text = remark and place == len(headers) - 1
-        justify: Literal["left", "right"] = "left" if text or place < left else "right"
-        table.add_column(header, justify=justify, no_wrap=fixed and not text, overflow="fold")
-    for line in cells:
-        table.add_row(*map(_literal, line))
-    return table
-
-
-def _literal(text: str) -> str:
-    """Text whose brackets are no rich markup."""
-    return text.replace("[", "\\[")
-
-
-def markdown_table(headers: Sequence[str], cells: Cells) -> str:
-    """A pipe table; cells with a pipe in them are escaped."""
-    lines = [headers, ["---"] * len(headers), *cells]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-
 def settings_line(report: BenchReport) -> str:
     """What was measured, in one sentence."""
     settings, parts = report.settings, by_teacher(report)
@@ -235,9 +190,6 @@ def settings_line(report: BenchReport) -> str:
 
 def reading_notes(report: BenchReport) -> list[str]:
     """How the columns are defined, for the written reports."""
-    from firp_cli.reports import predicted
-    from firp_cli.reports.speed_tables import NOTES, pipeline_rows
-
     warmup = report.settings.get("warmup")
     times = "once" if warmup == 1 else f"{warmup} times"
     return [
@@ -288,9 +240,6 @@ def _lossless_note(report: BenchReport) -> str | None:
 
 def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
     """bench.md: tables, definitions, environment and command line; `figures` are names of PNGs beside it."""
-    from firp_cli.reports.predicted import predicted_lines
-    from firp_cli.reports.speed_tables import FIGURE, pipeline_markdown
-
     note, foretold = lossless_note(report), predicted_lines(report)
     parts = [
         "# firp bench\n",
@@ -305,38 +254,6 @@ def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
         *closing_markdown(reading_notes(report), report.environment),
     ]
     return "\n".join(parts)
-
-
-def closing_markdown(notes: Sequence[str], environment: dict[str, Any]) -> list[str]:
-    """The last sections of every Markdown report: definitions, environment, command line."""
-    return [
-        "## How to read this\n",
-        "\n".join(f"- {line}" for line in notes) + "\n",
-        "## Environment\n",
-        "\n".join(f"- {key}: {value}" for key, value in environment_items(environment)) + "\n",
-        "## Reproduce\n",
-        f"```\n{command_line(environment)}\n```\n",
-    ]
-
-
-def environment_items(environment: dict[str, Any]) -> list[tuple[str, str]]:
-    """The environment as printable pairs, argv left to `command_line`."""
-    items = []
-    for key, value in environment.items():
-        if key == "argv" or value is None:
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {version}" for name, version in value.items())
-        items.append((key.replace("_", " "), str(value)))
-    return items
-
-
-def command_line(environment: dict[str, Any]) -> str:
-    """argv as a user would type it."""
-    argv = [str(item) for item in environment.get("argv") or []]
-    if not argv:
-        return ""
-    return shlex.join(["firp" if argv[0].rpartition("/")[2] in ("firp", "__main__.py") else argv[0], *argv[1:]])
 
 
 def bench_csv(report: BenchReport) -> str:

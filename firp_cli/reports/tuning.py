@@ -7,9 +7,9 @@ from html import escape
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from firp_cli.reports.cells import DASH, Cells, closing_markdown, markdown_table, number, rich_table
 from firp_cli.reports.page import closing, figure, page, table
 from firp_cli.reports.predicted import disagreement
-from firp_cli.reports.tables import DASH, Cells, closing_markdown, markdown_table, number, rich_table
 from firp_cli.reports.tuning_figures import acceptance_figure, batch_figure, cost_figure, nodes_figure
 from firp_cli.reports.tuning_tree import drawable, tree_figure
 from firp_cli.results import Prediction

@@ -27,7 +27,7 @@ from firp_cli.teacher.weight_files import LoadedWeights, WeightFiles, weights_fi
 PROBLEMS = (OSError, ValueError, ImportError, KeyError)  # what the library raises for a model that cannot be had
 
 
-def load_whole(config: TeacherConfig, device: torch.device | str | None = None, check: bool = True) -> Teacher:
+def load_teacher(config: TeacherConfig, device: torch.device | str | None = None, check: bool = True) -> Teacher:
     """A teacher by folder, name, hub id or GGUF file, on one device or, by its `device_map`, on several.
 
     Raises TeacherError when it cannot be had or is not supported.
@@ -105,17 +105,17 @@ def load_upper(config: TeacherConfig, first: int, device: torch.device | str | N
     without its embedding: enough to train on states of layer `first`. Its fingerprint is the whole teacher's.
 
     Loads the whole one where a part would not do (looped layers, spread devices, weights under other names);
-    `teacher.loaded_weights` tells. Raises TeacherError as `load_whole`.
+    `teacher.loaded_weights` tells. Raises TeacherError as `load_teacher`.
     """
     if first < 1 or config.device_map is not None:  # accelerate places whole models only
-        return load_whole(config, device)
+        return load_teacher(config, device)
     try:
         teacher = PartialTeacher(config)
         teacher.drop_lower(first)
         teacher.fill(torch.device(device or default_device()))
         return teacher.finished("upper")
     except PartError as error:
-        whole = load_whole(config, device)
+        whole = load_teacher(config, device)
         whole.loaded_weights = LoadedWeights(
             "whole", whole.num_layers, whole.num_layers, whole.weight_bytes, note=str(error)
         )

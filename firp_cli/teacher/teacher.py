@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firp_cli.config import LoopedSection, TeacherConfig
+from firp_cli.config import LoopedSection
 from firp_cli.errors import TeacherError
 from firp_cli.teacher.attention import AttentionMask, LayerMask, Mask, causal_allowed
+from firp_cli.teacher.check import attends_plainly
 from firp_cli.teacher.lean_layers import LeanStack, UnsupportedLayersError
 from firp_cli.teacher.library_layers import Cache, LibraryStack, Stack
 from firp_cli.teacher.looped import LoopedLayers, loop_layers
 from firp_cli.teacher.model_parts import eos_token_ids, original_positions, part, windows
-from firp_cli.teacher.training_masks import AnchoredMask, CausalMask, DenseAnchoredMask, attends_plainly
+from firp_cli.teacher.training_masks import AnchoredMask, CausalMask, DenseAnchoredMask
 from firp_cli.teacher.weight_files import LoadedWeights, weights_fingerprint
 
 LayerHook = Callable[[int, Tensor], None]
@@ -105,13 +106,6 @@ class Teacher:
             torch.backends.cuda.enable_cudnn_sdp(False)
         if check:
             self.check()
-
-    @classmethod
-    def load(cls, config: TeacherConfig, device: torch.device | str | None = None, check: bool = True) -> Teacher:
-        """Load by folder, embedded name or hub id. Raises TeacherError when it cannot be had or is not supported."""
-        from firp_cli.teacher.load import load_whole
-
-        return load_whole(config, device, check)
 
     @property
     def device(self) -> torch.device:

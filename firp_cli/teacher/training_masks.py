@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from firp_cli.teacher.attention import AttentionMask, attend, causal_allowed, mask_levels, rows_allowed
+from firp_cli.teacher.attention import AttentionMask, attend, mask_levels, rows_allowed
 
 if TYPE_CHECKING:
-    from firp_cli.teacher.teacher import Teacher
+    pass
 
 MASK_BUDGET = 1 << 24  # bytes of an additive mask; a larger one is made in pieces, in both passes
 WINDOW_ROWS = 512  # rows of one call under a sliding window
-TRIED_ROWS = 24
 
 
 class CausalRows:
@@ -145,24 +144,3 @@ class DenseAnchoredMask(AnchoredMask):
     def pseudo(self, window: int | None, steps: int) -> Tensor:
         end = self.rows + steps * self.anchors.shape[1]
         return self._mask.additive(window)[:, :, self.rows : end, :end]
-
-
-@torch.no_grad()
-def attends_plainly(teacher: Teacher, index: int) -> bool:
-    """Whether a layer gives under `CausalRows` what it gives under the dense mask: some cap their scores, or add to
-    them.
-    """
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, TRIED_ROWS, teacher.hidden_size, generator=generator).to(teacher.device, teacher.dtype)
-    positions = torch.arange(TRIED_ROWS, device=teacher.device)[None]
-    allowed = causal_allowed(positions.new_full((1,), TRIED_ROWS), TRIED_ROWS)
-    window, rotary = teacher.windows[index], teacher.rotary(states, positions)
-    dense = teacher.sequence_mask(allowed, positions).additive(window)
-    try:
-        expected, found = (
-            teacher.layer(index, states, rotary, positions, mask, None).float() for mask in (dense, CausalRows(window))
-        )
-    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError):
-        return False
-    tolerance = 1e-4 if teacher.dtype == torch.float32 else 5e-2
-    return bool((expected - found).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))

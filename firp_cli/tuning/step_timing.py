@@ -11,8 +11,7 @@ from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.sequences import OutputSequence, Writer
 from firp_cli.decoding.step import Mode
 from firp_cli.decoding.tree_spec import TreeSpec
-
-PROMPT_TOKEN = 1
+from firp_cli.evaluation.timing import PROMPT_TOKEN
 
 
 class TimedStep:

@@ -28,6 +28,7 @@ from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.reports.speed_tables import pipeline_cells, pipeline_note
 from firp_cli.reports.tables import bench_cells
 from firp_cli.results import BenchReport, BenchRow, plain
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TuneReport
 from firp_cli.tuning.calibration import TuneSettings
@@ -287,7 +288,7 @@ def looped(shared: Shared, work: Work) -> None:
     """SPEED on the embedded looped teacher with its embedded predictor, on embedded questions."""
     sizes = shared.sizes
     name = str(shared.dtype).removeprefix("torch.")
-    teacher = Teacher.load(TeacherConfig.model_validate({"model": LOOPED, "dtype": name}), shared.device)
+    teacher = load_teacher(TeacherConfig.model_validate({"model": LOOPED, "dtype": name}), shared.device)
     lean(teacher)
     predictor = load_predictor(predictor_folder(LOOPED_PREDICTOR), teacher, force=True)
     found = load_prompts("arithmetic", None, sizes.bench_prompts)

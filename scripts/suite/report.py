@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.files import write_atomically, write_json
-from firp_cli.reports.tables import markdown_table
+from firp_cli.reports.cells import markdown_table
 from firp_cli.results import plain
 from suite.groups import Found
 

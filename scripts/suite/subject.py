@@ -21,6 +21,7 @@ from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
 from firp_cli.evaluation.run_bench import BenchPrompt
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import load_predictor
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from suite.shapes import empty_model, sections
 from suite.work import Shared
@@ -118,7 +119,7 @@ class Real:
         own = self.shared.dtype
         config = TeacherConfig.model_validate({"model": self.shared.teacher, "dtype": str(own).removeprefix("torch.")})
         with torch.inference_mode(False):
-            teacher = Teacher.load(config, self.shared.device)
+            teacher = load_teacher(config, self.shared.device)
             _ = teacher.fingerprint  # of the weights as they lie in the file
             if dtype not in (None, own):
                 return lean(Teacher(teacher.model.to(dtype), teacher.tokenizer, name=teacher.name))

@@ -19,6 +19,7 @@ from firp_cli.evaluation.methods import BenchSettings, make_methods
 from firp_cli.evaluation.run_bench import BenchPrompt, merge_reports, run_bench
 from firp_cli.predictors.folder import read_config, save_predictor
 from firp_cli.results import BenchReport, plain
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from helpers.commands import invoke
 from helpers.folders import save_prompts, save_teacher
@@ -134,7 +135,7 @@ def two_teachers(tmp_path: Path) -> Path:
         ("looped", looped_model(2, 3), "early", {"kind": "speed"}),
     ):
         saved = save_teacher(tmp_path / folder, model)
-        loaded = Teacher.load(TeacherConfig(model=str(saved)), device="cpu")
+        loaded = load_teacher(TeacherConfig(model=str(saved)), device="cpu")
         save_predictor(make_predictor(loaded, **section), tmp_path / name, loaded)
     save_prompts(tmp_path / "words.jsonl")
     return tmp_path
@@ -151,7 +152,7 @@ def bench_of(work: Path, *arguments: str) -> tuple[Any, BenchReport]:
 
 
 def test_predictors_of_two_teachers_in_one_run(two_teachers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work, load = two_teachers, Teacher.load
+    work, load = two_teachers, load_teacher
     living: list[weakref.ref[Teacher]] = []
 
     def load_alone(*arguments: Any, **options: Any) -> Teacher:
@@ -160,7 +161,7 @@ def test_predictors_of_two_teachers_in_one_run(two_teachers: Path, monkeypatch: 
         living.append(weakref.ref(teacher))
         return teacher
 
-    monkeypatch.setattr(Teacher, "load", load_alone)
+    monkeypatch.setattr("firp_cli.api.loading.load_teacher", load_alone)
     result, report = bench_of(work, str(work / "one"), str(work / "early"))
     rows = [(row.teacher, row.method) for row in report.rows]
     expected = {"teacher": ["ar", "hf", "firp"], "looped": ["ar", "hf", "speed"]}

@@ -20,6 +20,7 @@ from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_met
 from firp_cli.evaluation.run_bench import BenchPrompt, run_bench
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import BenchReport, Prediction, plain
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TunedTree
 from helpers.commands import invoke
@@ -34,7 +35,7 @@ GREEDY = {"temperature": 0.0, "options": EngineOptions()}
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher, a predictor for it and a data set."""
     folder = tmp_path_factory.mktemp("tuned")
-    loaded = Teacher.load(TeacherConfig(model=str(save_teacher(folder / "teacher"))), device="cpu")
+    loaded = load_teacher(TeacherConfig(model=str(save_teacher(folder / "teacher"))), device="cpu")
     save_predictor(make_predictor(loaded, kind="firp", layer=2, steps=3), folder / "one", loaded)
     save_prompts(folder / "words.jsonl")
     return folder

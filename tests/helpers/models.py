@@ -22,6 +22,7 @@ from firp_cli.predictors.base import Draft, Predictor, SequenceBatch
 from firp_cli.predictors.folder import build_predictor, load_predictor, predictor_folder
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.attention import causal_allowed
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.looped_llama import LoopedLlamaConfig, LoopedLlamaForCausalLM
 from firp_cli.teacher.teacher import Teacher
 
@@ -202,7 +203,7 @@ def pipe_teacher(name: str, lean: bool = True) -> tuple[Teacher, int | None]:
 @made_once
 def embedded_teacher() -> Teacher:
     """The embedded teacher on lean layers: its embedded predictors draft well, random ones hardly ever do."""
-    teacher = Teacher.load(TeacherConfig(model="arithmetic"), "cpu")
+    teacher = load_teacher(TeacherConfig(model="arithmetic"), "cpu")
     assert teacher.use_lean_layers() is None
     return teacher
 

@@ -285,7 +285,7 @@ def test_the_engine_halves_its_batch_where_memory_ends(monkeypatch: pytest.Monke
     from firp_cli.teacher.kv_cache import KVCache
 
     room = KVCache.bytes_needed(**cache_shape(teacher, None, None, 3, 40))
-    monkeypatch.setattr("firp_cli.machine.free_bytes", lambda _: room)
+    monkeypatch.setattr("firp_cli.decoding.sequences.free_bytes", lambda _: room)
     found = {reply.number: reply.token_ids for reply in responder.reply(prompts, [6] * 9)}
     assert found == whole and responder._steady.width == 2
 

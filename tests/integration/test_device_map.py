@@ -14,6 +14,7 @@ from firp_cli.decoding.continuous import ContinuousBatcher
 from firp_cli.decoding.engine import Engine
 from firp_cli.errors import TeacherError
 from firp_cli.teacher import load as loading
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.trainer import train
 from helpers.models import LAYERS, sequence_batch, tiny_model, tiny_teacher
@@ -39,7 +40,7 @@ def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_states_losses_and_fingerprint_are_those_of_one_device(config: TeacherConfig, tmp_path: Path):
     importlib.import_module("accelerate")
-    spread, whole = Teacher.load(config), tiny_teacher("llama")
+    spread, whole = load_teacher(config), tiny_teacher("llama")
     assert spread.fingerprint == whole.fingerprint and spread.device == whole.device
     assert all(parameter.is_meta for parameter in spread.layers[1].parameters())
     assert "placed on several devices" in str(spread.use_lean_layers())
@@ -56,7 +57,7 @@ def test_states_losses_and_fingerprint_are_those_of_one_device(config: TeacherCo
 
 
 def test_decoding_wants_one_device(config: TeacherConfig):
-    spread = Teacher.load(config)
+    spread = load_teacher(config)
     for engine in (Engine, ContinuousBatcher):
         with pytest.raises(TeacherError, match=r"on one device: leave teacher\.device_map"):
             engine(spread)
@@ -66,7 +67,7 @@ def test_decoding_wants_one_device(config: TeacherConfig):
 
 
 def test_a_map_to_one_device_changes_nothing(config: TeacherConfig):
-    one = Teacher.load(config.model_copy(update={"device_map": {"": "cpu"}}))
+    one = load_teacher(config.model_copy(update={"device_map": {"": "cpu"}}))
     assert (
         one.loaded_weights.kind == "whole"
         and one.use_lean_layers() is None
@@ -78,7 +79,7 @@ def test_a_map_to_one_device_changes_nothing(config: TeacherConfig):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_states_go_to_a_layers_device_and_come_back(config: TeacherConfig):
     places = {place: "cpu" if place.endswith(("layers.1", "layers.3", "norm")) else 0 for place in PLACES}
-    spread = Teacher.load(config.model_copy(update={"device_map": places}))
+    spread = load_teacher(config.model_copy(update={"device_map": places}))
     assert spread.device.type == "cuda" and spread.loaded_weights.kind == "device_map"
     ids = torch.tensor([[5, 9, 13, 17]], device=spread.device)
     positions = torch.arange(4, device=spread.device)[None]

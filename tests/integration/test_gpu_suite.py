@@ -26,7 +26,7 @@ from firp_cli.config import KINDS, TeacherConfig
 from firp_cli.decoding.tree_file import described, read_trees
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors import folder as registry
-from firp_cli.teacher.teacher import Teacher
+from firp_cli.teacher.load import load_teacher
 from suite import (
     answers,
     bout,
@@ -355,7 +355,7 @@ def test_a_real_teacher_is_answered_trained_tuned_benched_and_replayed(tmp_path:
     torch.manual_seed(3)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
     path = write_gguf(tmp_path / "tiny.gguf", model)
-    teacher = Teacher.load(TeacherConfig.model_validate({"model": str(path), "dtype": "float32"}), "cpu")
+    teacher = load_teacher(TeacherConfig.model_validate({"model": str(path), "dtype": "float32"}), "cpu")
     given = tmp_path / "given"
     section = {"kind": "medusa", "steps": 4, "own_head": False}
     registry.save_predictor(shapes.random_predictor(teacher, section), given, teacher)

@@ -14,7 +14,7 @@ from firp_cli.config import LoopedSection, TeacherConfig
 from firp_cli.errors import TeacherError
 from firp_cli.predictors.folder import predictor_folder, read_config
 from firp_cli.teacher.attention import causal_allowed
-from firp_cli.teacher.load import load_upper
+from firp_cli.teacher.load import load_teacher, load_upper
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import WeightFiles
 from firp_cli.training.trainer import train
@@ -53,7 +53,7 @@ def test_a_part_gives_the_whole_ones_states_and_reads_nothing_below(
     folders: dict[str, Path], family: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ):
     config = TeacherConfig.model_validate({"model": str(folders[family]), "dtype": dtype})
-    whole = Teacher.load(config)
+    whole = load_teacher(config)
     read: list[str] = []
     own = WeightFiles.read
     monkeypatch.setattr(WeightFiles, "read", lambda files, key: (read.append(key), own(files, key))[1])
@@ -121,7 +121,7 @@ def test_names_without_the_models_prefix_are_found(folders: dict[str, Path], tmp
     tiny_model("llama-tied").model.save_pretrained(folder)
     config = TeacherConfig(model=str(folder))
     part = load_upper(config, 2)
-    assert part.loaded_weights.kind == "upper" and part.fingerprint == Teacher.load(config).fingerprint
+    assert part.loaded_weights.kind == "upper" and part.fingerprint == load_teacher(config).fingerprint
 
 
 def test_a_damaged_or_missing_file_is_named(folders: dict[str, Path], tmp_path: Path):

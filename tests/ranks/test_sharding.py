@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from firp_cli.api.loading import teacher_line
 from firp_cli.config import TeacherConfig
-from firp_cli.distributed.sharding import load_teacher
+from firp_cli.distributed.sharding import load_for_ranks
 from firp_cli.errors import RecipeError
 from firp_cli.recipe import load_recipe
 from helpers.chat import byte_tokenizer
@@ -120,7 +120,7 @@ def test_losses_are_those_of_the_whole_teacher(ranks: RankPool, place: Path, tmp
 
 
 def test_one_rank_says_that_there_is_nothing_to_share():
-    teacher = load_teacher(TeacherConfig(sharding="zero3"), 2)
+    teacher = load_for_ranks(TeacherConfig(sharding="zero3"), 2)
     assert teacher.first == 2 and teacher.peers is None
     assert (
         "one rank has nothing to share" in teacher_line(teacher.loaded_weights)

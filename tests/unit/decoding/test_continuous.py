@@ -159,6 +159,6 @@ def test_where_the_host_reads_late_and_steps_are_replayed(monkeypatch: pytest.Mo
 
 def test_memory_that_is_missing_is_said_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher("llama", True)
-    monkeypatch.setattr("firp_cli.machine.free_bytes", lambda _: 1 << 16)
+    monkeypatch.setattr("firp_cli.decoding.sequences.free_bytes", lambda _: 1 << 16)
     with pytest.raises(CapacityError, match="decode fewer at once"):
         list(ContinuousBatcher(teacher).decode(random_prompts(8), [40] * 8, 8))

@@ -38,6 +38,7 @@ from firp_cli.evaluation.run_bench import (
 )
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import BenchReport, Divergence, Generation
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from helpers.commands import invoke
 from helpers.folders import save_prompts, save_teacher
@@ -261,7 +262,7 @@ def test_a_whole_bench_is_lossless_and_counts_what_was_accepted(batch_size: int)
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """A folder with a teacher, a predictor for it and a data set."""
-    loaded = Teacher.load(TeacherConfig(model=str(save_teacher(tmp_path / "teacher"))), device="cpu")
+    loaded = load_teacher(TeacherConfig(model=str(save_teacher(tmp_path / "teacher"))), device="cpu")
     for name, section in (("one", {"kind": "firp", "layer": 2, "steps": 3}), ("two", {"kind": "medusa", "steps": 2})):
         save_predictor(make_predictor(loaded, **section), tmp_path / name, loaded)
     save_prompts(tmp_path / "words.jsonl")
@@ -285,7 +286,7 @@ def test_the_command_writes_a_whole_report(work: Path) -> None:
 
 
 def test_the_command_refuses_an_unknown_method_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Teacher, "load", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr("firp_cli.api.loading.load_teacher", lambda *_, **__: pytest.fail("the teacher was loaded"))
     result = invoke("bench", str(work / "one"), "--dataset", str(work / "words.jsonl"), "--methods", "ar,frip")
     assert isinstance(result.exception, UsageError) and "did you mean 'firp'" in str(result.exception)
 
@@ -294,7 +295,7 @@ def test_the_command_refuses_an_unknown_method_before_loading(work: Path, monkey
 def test_eval_command(work: Path, source: str) -> None:
     given = work / "words.jsonl"
     if source == "--store":
-        loaded = Teacher.load(TeacherConfig(model=str(work / "teacher")), device="cpu")
+        loaded = load_teacher(TeacherConfig(model=str(work / "teacher")), device="cpu")
         given = work / "store"
         collect_store(loaded, DataConfig(dataset=str(work / "words.jsonl"), split="test"), (2,), given)
     out = work / "eval"

@@ -17,8 +17,7 @@ from firp_cli.data.chat import tokenizer_fingerprint
 from firp_cli.errors import TeacherError
 from firp_cli.teacher import gguf as reader
 from firp_cli.teacher import source
-from firp_cli.teacher.load import load_upper
-from firp_cli.teacher.teacher import Teacher
+from firp_cli.teacher.load import load_teacher, load_upper
 from firp_cli.training.plan import skeleton
 from helpers.models import SETTINGS
 
@@ -82,7 +81,7 @@ def test_gguf_teacher_equals_the_model_that_was_written(family: str, tmp_path: P
     kind, architecture, options, fields = FAMILIES[family]
     model = tiny(kind, **options)
     path = write_gguf(tmp_path / "tiny.gguf", model, architecture, fields=fields)
-    teacher = Teacher.load(TeacherConfig(model=str(path)), "cpu")
+    teacher = load_teacher(TeacherConfig(model=str(path)), "cpu")
     assert torch.equal(logits(teacher.model), logits(model))
     assert teacher.dtype == torch.float32 and teacher.name == str(path)
     assert teacher.tokenizer.decode(teacher.tokenizer("2 + 30 = 32").input_ids).endswith("2 + 30 = 32")
@@ -95,23 +94,23 @@ def test_gguf_llama3_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
     plain = 1 / 500000.0 ** (np.arange(0, 16, 2) / 16)
     factors = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
     path = write_gguf(tmp_path / "tiny.gguf", model, tensors={reader.ROPE_FACTORS: factors})
-    teacher = Teacher.load(TeacherConfig(model=str(path)), "cpu")
+    teacher = load_teacher(TeacherConfig(model=str(path)), "cpu")
     assert torch.allclose(logits(teacher.model), logits(model), atol=1e-4)
     odd = write_gguf(tmp_path / "odd.gguf", model, tensors={reader.ROPE_FACTORS: factors + 0.5})
     with pytest.raises(TeacherError, match="rotary factors"):
-        Teacher.load(TeacherConfig(model=str(odd)), "cpu")
+        load_teacher(TeacherConfig(model=str(odd)), "cpu")
 
 
 def test_gguf_weights_are_the_dequantised_ones(tmp_path: Path) -> None:
     model = tiny("Llama")
     path = write_gguf(tmp_path / "tiny.gguf", model, quantised=gguf.GGMLQuantizationType.Q8_0)
-    teacher = Teacher.load(TeacherConfig(model=str(path)), "cpu")
+    teacher = load_teacher(TeacherConfig(model=str(path)), "cpu")
     own, written = dict(teacher.model.named_parameters()), dict(model.named_parameters())
     for name in ("model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
         blocks = gguf.quants.quantize(written[name].detach().numpy(), gguf.GGMLQuantizationType.Q8_0)
         expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
         assert np.array_equal(own[name].numpy(), expected)
-    half = Teacher.load(TeacherConfig(model=str(path), dtype="bfloat16"), "cpu")
+    half = load_teacher(TeacherConfig(model=str(path), dtype="bfloat16"), "cpu")
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.model.lm_head.weight, own["lm_head.weight"].bfloat16())
     teacher.model.save_pretrained(tmp_path / "saved")  # an unpacked model is a plain one
@@ -132,7 +131,7 @@ def test_gguf_teacher_is_the_same_by_file_folder_and_name(tmp_path: Path, monkey
         TeacherConfig(model=str(package), gguf_file="tiny.gguf"),
         TeacherConfig(model="tiny-known"),
     ]
-    teachers = [Teacher.load(config, "cpu") for config in configs]
+    teachers = [load_teacher(config, "cpu") for config in configs]
     assert len({teacher.fingerprint for teacher in teachers}) == 1
     assert len({tokenizer_fingerprint(teacher.tokenizer) for teacher in teachers}) == 1
     assert teachers[3].name == "tiny-known" and teachers[2].name == str(path)
@@ -171,7 +170,7 @@ def test_gguf_damage_is_a_clear_error(tmp_path: Path) -> None:
         damaged = tmp_path / f"{name}.gguf"
         damaged.write_bytes(content)
         with pytest.raises(TeacherError, match=f"{name}.gguf is damaged, truncated or no GGUF file"):
-            Teacher.load(TeacherConfig(model=str(damaged)), "cpu")
+            load_teacher(TeacherConfig(model=str(damaged)), "cpu")
     assert not list((tmp_path / "cache" / "teachers").glob("*/model.safetensors"))
 
 
@@ -181,7 +180,7 @@ def test_gguf_nan_weight_is_refused(tmp_path: Path) -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     path = write_gguf(tmp_path / "tiny.gguf", model)
     with pytest.raises(TeacherError, match=r"up_proj\.weight has NaN"):
-        Teacher.load(TeacherConfig(model=str(path)), "cpu")
+        load_teacher(TeacherConfig(model=str(path)), "cpu")
 
 
 def test_gguf_other_models_are_refused_by_name(tmp_path: Path) -> None:
@@ -195,11 +194,11 @@ def test_gguf_other_models_are_refused_by_name(tmp_path: Path) -> None:
     ):
         path = write_gguf(tmp_path / f"{name}.gguf", model, **options)
         with pytest.raises(TeacherError, match=message):
-            Teacher.load(TeacherConfig(model=str(path)), "cpu")
+            load_teacher(TeacherConfig(model=str(path)), "cpu")
     path = write_gguf(tmp_path / "strange.gguf", tiny("Qwen2"), "qwen2")
     path.write_bytes(path.read_bytes().replace(b"qwen2", b"gptjx"))
     with pytest.raises(TeacherError, match="architecture 'gptjx' is not supported; supported: llama, mistral"):
-        Teacher.load(TeacherConfig(model=str(path)), "cpu")
+        load_teacher(TeacherConfig(model=str(path)), "cpu")
 
 
 def test_gguf_missing_file_says_where_it_was_sought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +214,7 @@ def test_gguf_missing_file_says_where_it_was_sought(tmp_path: Path, monkeypatch:
         (TeacherConfig(model="owner/repository/x.gguf"), "cannot fetch x.gguf of the hub repository owner/repository"),
     ):
         with pytest.raises(TeacherError, match=message):
-            Teacher.load(config, "cpu")
+            load_teacher(config, "cpu")
 
 
 def test_known_teacher_that_is_not_here_names_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +222,7 @@ def test_known_teacher_that_is_not_here_names_both_ways(monkeypatch: pytest.Monk
     known = source.known_teachers()["smollm2-135m"]
     monkeypatch.setattr(source.KnownTeacher, "installed", lambda self: None)
     with pytest.raises(TeacherError, match=f"(?s){re.escape(known.install)}.*{re.escape(known.hub)}"):
-        Teacher.load(TeacherConfig(model="smollm2-135m"), "cpu")
+        load_teacher(TeacherConfig(model="smollm2-135m"), "cpu")
 
 
 def test_gguf_without_room_says_how_much_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,4 +230,4 @@ def test_gguf_without_room_says_how_much_is_needed(tmp_path: Path, monkeypatch: 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(TeacherError, match=r"GB unpacked.*\nset FIRP_CACHE_DIR"):
-        Teacher.load(TeacherConfig(model=str(path)), "cpu")
+        load_teacher(TeacherConfig(model=str(path)), "cpu")

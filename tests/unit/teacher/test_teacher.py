@@ -13,6 +13,7 @@ from firp_cli.errors import TeacherError
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.attention import AttentionMask, StepMask
 from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import LAYERS, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
 
@@ -47,7 +48,7 @@ def test_unknown_architectures_are_refused() -> None:
     with pytest.raises(TeacherError, match="rotary_emb"):
         Teacher(gpt2)
     with pytest.raises(TeacherError, match=r"teacher\.model"):
-        Teacher.load(TeacherConfig(model="/nonexistent/model"))
+        load_teacher(TeacherConfig(model="/nonexistent/model"))
 
 
 def test_fingerprint_follows_the_weights() -> None:

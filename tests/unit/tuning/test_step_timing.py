@@ -13,10 +13,11 @@ from firp_cli.decoding.sequences import Writer
 from firp_cli.decoding.step import Mode
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.evaluation.timing import PROMPT_TOKEN
 from firp_cli.results import Prediction
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.tune_results import TunedTree
-from firp_cli.tuning.step_timing import PROMPT_TOKEN, TimedStep
+from firp_cli.tuning.step_timing import TimedStep
 from helpers.graphs import with_graphs
 from helpers.models import embedded_predictor, embedded_teacher, make_predictor, tiny_teacher
 
