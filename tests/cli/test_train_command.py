@@ -65,7 +65,7 @@ def test_two_ranks_start_themselves(arguments: list[str], tmp_path: Path, monkey
 
 def test_a_plan_starts_nothing(tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("firp_cli.distributed.sharding.load_teacher", lambda *_: pytest.fail("a plan loads no weights"))
+    monkeypatch.setattr("firp_cli.distributed.sharding.load_upper", lambda *_: pytest.fail("a plan loads no weights"))
     monkeypatch.setattr("firp_cli.distributed.launch.launch", lambda *_: pytest.fail("a plan launches nothing"))
     command = ["demo", f"teacher.model={teacher_folder}", "predictor.layer=2", "--plan"]
     result = invoke("train", *command, "--gpus", 4)
