@@ -177,8 +177,8 @@ def main() -> None:
     dtypes = [REFERENCE, *(dtype for dtype in arguments.dtypes if dtype != REFERENCE)]
     rows = measure(recipe, dtypes, arguments.output, arguments.prompts)
     if arguments.json:
-        told = {key: str(value) for key, value in settings.items()}
-        print(json.dumps({"environment": environment(), "settings": told, "rows": rows}, indent=2))
+        described = {key: str(value) for key, value in settings.items()}
+        print(json.dumps({"environment": environment(), "settings": described, "rows": rows}, indent=2))
     else:
         print(markdown(rows))
         print(

@@ -228,15 +228,15 @@ def speeds(report: BenchReport) -> str:
     """Return `firp 2.1 tokens a step, 1.50 x ar, ...`; a pipeline's tokens are counted over as many ticks as it has
     loops.
     """
-    told = []
+    texts = []
     for row in whole(report):
         if row.method not in ("ar", "hf"):
             unit = f"in {row.pipeline.loops} ticks" if row.pipeline else "a step"
-            told.append(
+            texts.append(
                 f"{row.method} {row.accepted_length:.2f} tokens {unit}, {row.speedup or float('nan'):.2f} x ar"
                 f" ({row.lossless.identical}/{row.lossless.compared} identical)"
             )
-    return ", ".join(told)
+    return ", ".join(texts)
 
 
 def _pipelines(report: BenchReport) -> Table:
@@ -254,8 +254,8 @@ def _identical(bout: Bout) -> Table:
     for name, by_reference in bout.identical().items():
         for reference, one in by_reference.items():
             gaps = [one["median_ulps"], one["largest_ulps"]]
-            told = ["" if gap is None else f"{gap:.1f}" for gap in gaps]
-            cells.append([name, reference, f"{one['identical']}/{one['compared']}", *told])
+            quantiles = ["" if gap is None else f"{gap:.1f}" for gap in gaps]
+            cells.append([name, reference, f"{one['identical']}/{one['compared']}", *quantiles])
     headers = ["method", "against", "identical", "median gap, units in the last place", "largest"]
     return Table("Answers compared", headers, cells)
 

@@ -80,7 +80,7 @@ class Bout:
         """Run round after round; `report` is called every few seconds and at the end."""
         self._warm()
         size = len({prompt.dataset for prompt in self.prompts})
-        spent_slowly, slow_round, longest, told = 0.0, 0.0, 0.0, time.perf_counter()
+        spent_slowly, slow_round, longest, reported = 0.0, 0.0, 0.0, time.perf_counter()
         for start in range(0, len(self.prompts), size):
             numbers = range(start, min(start + size, len(self.prompts)))
             slowly = spent_slowly + slow_round <= self.slow_seconds
@@ -91,9 +91,9 @@ class Bout:
             for number in numbers:
                 spent += self._answer(number, slowly)
                 self._compare(number)
-                if time.perf_counter() - told > EVERY:
+                if time.perf_counter() - reported > EVERY:
                     report()
-                    told = time.perf_counter()
+                    reported = time.perf_counter()
             slow_round, spent_slowly = max(slow_round, spent), spent_slowly + spent
             longest = max(longest, time.perf_counter() - began - spent)
         report()

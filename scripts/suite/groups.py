@@ -125,8 +125,8 @@ def _clear(shared: Shared, later: Sequence[Part]) -> None:
 def line(name: str, record: dict[str, Any]) -> str:
     """Return the line that is printed after a part."""
     reason = str(record.get("reason") or record.get("error") or "").partition("\n")[0]
-    told = [text for text in (record["key"], reason, *record["cuts"]) if text]
-    return f"{record['seconds']:6.1f} s  {name:<14} {record['status']:<8} {'; '.join(told)}"
+    details = [text for text in (record["key"], reason, *record["cuts"]) if text]
+    return f"{record['seconds']:6.1f} s  {name:<14} {record['status']:<8} {'; '.join(details)}"
 
 
 def child(plan: Plan, make_shared: Callable[[], Shared], found: Found, path: Path, describe: Callable) -> int:
