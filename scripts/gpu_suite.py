@@ -261,7 +261,7 @@ class Run:
             self.write()
             smoked = self.found.records.get("smoke", {}).get("status", "done")
             if smoked != "done":
-                self.tell("the smoke test failed: the other parts do not run")
+                self.tell("the smoke test failed: nothing else is run")
                 return False
         return all(record["status"] != "failed" for record in self.found.records.values())
 

@@ -76,7 +76,7 @@ def measure(recipe: Recipe, dtypes: Sequence[str], folder: Path, prompts: int) -
     from firp_cli.training.trainer import train
 
     teacher, lean = load_teacher(recipe.teacher), load_teacher(recipe.teacher)
-    lean.use_lean_layers()  # for everything but training
+    lean.use_lean_layers()  # for all but training
     stores = {name: Store.open(path, verify=True) for name, path in prepare(recipe, lean, dtypes, folder).items()}
     held_out = stores["held out"]
     starts = [int(item.loss_mask.int().argmax()) for item in held_out]
@@ -159,7 +159,7 @@ def main() -> None:
     if arguments.quick:
         arguments.conversations, arguments.steps, arguments.prompts = 40, 3, 2
     if arguments.output.exists():
-        parser.error(f"{arguments.output} exists: give another --output, or delete it")
+        parser.error(f"{arguments.output} is there already: give another --output, or delete it")
     quiet_libraries(verbose=False)
     from firp_cli.provenance import environment
 

@@ -38,7 +38,7 @@ def train_predictors(shared: Shared, work: Work) -> None:
     sizes, clock, own = shared.sizes, work.clock, subject(shared)
     teacher = own.teacher()
     made = predictors_for(own, teacher)
-    library = Teacher(teacher.model, teacher.tokenizer, teacher.name, check=False)  # as `firp train` loads it
+    library = Teacher(teacher.model, teacher.tokenizer, teacher.name, check=False)  # as `firp train` has it
     order = sorted(made, key=lambda kind: share(made[kind]), reverse=True)
     sequences = shared.found["sequences"]
     shared.found["predictors"] = {}
