@@ -23,9 +23,9 @@ from firp_cli.distributed.launch import load_deepspeed, start
 from firp_cli.distributed.rank_group import talking
 from firp_cli.errors import TeacherError
 from firp_cli.machine import default_device, is_main, world_size
-from firp_cli.teacher.attention import LayerMask
 from firp_cli.teacher.library_layers import Cache, LibraryStack
 from firp_cli.teacher.load import PartError, PartialTeacher, load_upper
+from firp_cli.teacher.masks import LayerMask
 from firp_cli.teacher.teacher import MissingLayer, Teacher
 
 WHOLE_ELEMENTS = 1 << 14  # parameters of at most so many elements (norms, biases) are whole on every rank

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from firp_cli.teacher.attention import causal_allowed
+from firp_cli.teacher.masks import causal_allowed
 from firp_cli.teacher.training_masks import CausalRows
 
 if TYPE_CHECKING:

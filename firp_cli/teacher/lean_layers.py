@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from firp_cli.teacher.attention import LayerMask, TreeRows, attend, choose_backend
+from firp_cli.teacher.attention import attend, choose_backend
 from firp_cli.teacher.cpu_kernels import PackedLayer, PackedLayers, Weights, takes
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.library_layers import Cache
 from firp_cli.teacher.looped import LayerPass
+from firp_cli.teacher.masks import LayerMask, TreeRows
 from firp_cli.teacher.packed_linear import PackedLinear
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
-from firp_cli.teacher.attention import LayerMask, attend
+from firp_cli.teacher.attention import attend
 from firp_cli.teacher.looped import CACHE_NAMES
+from firp_cli.teacher.masks import LayerMask
 
 KERNEL = "firp_tree"  # what the library's attention interface knows our kernel as
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import TeacherError
 from firp_cli.machine import default_device
-from firp_cli.teacher.attention import LayerMask
 from firp_cli.teacher.library_layers import Cache, Stack
 from firp_cli.teacher.looped_llama import register
+from firp_cli.teacher.masks import LayerMask
 from firp_cli.teacher.source import locate, teacher_name
 from firp_cli.teacher.teacher import MissingLayer, Teacher
 from firp_cli.teacher.weight_files import LoadedWeights, WeightFiles, weights_fingerprint

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from firp_cli.config import LoopedSection
 from firp_cli.errors import TeacherError
-from firp_cli.teacher.attention import AttentionMask, LayerMask, Mask, causal_allowed
 from firp_cli.teacher.check import attends_plainly
 from firp_cli.teacher.lean_layers import LeanStack, UnsupportedLayersError
 from firp_cli.teacher.library_layers import Cache, LibraryStack, Stack
 from firp_cli.teacher.looped import LoopedLayers, loop_layers
+from firp_cli.teacher.masks import AttentionMask, LayerMask, Mask, causal_allowed
 from firp_cli.teacher.model_parts import eos_token_ids, original_positions, part, windows
 from firp_cli.teacher.training_masks import AnchoredMask, CausalMask, DenseAnchoredMask
 from firp_cli.teacher.weight_files import LoadedWeights, weights_fingerprint

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from firp_cli.teacher.attention import AttentionMask, attend, mask_levels, rows_allowed
+from firp_cli.teacher.attention import attend
+from firp_cli.teacher.masks import AttentionMask, mask_levels, rows_allowed
 
 if TYPE_CHECKING:
     pass

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from firp_cli.teacher.attention import causal_allowed
+from firp_cli.teacher.masks import causal_allowed
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import DESCRIBED, FAMILIES, SETTINGS, VOCABULARY, described_model, looped_model, tiny_model
 

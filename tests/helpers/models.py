@@ -21,9 +21,9 @@ from firp_cli.config import KINDS, LoopedSection, PredictorSection, SpeedConfig,
 from firp_cli.predictors.base import Draft, Predictor, SequenceBatch
 from firp_cli.predictors.folder import build_predictor, load_predictor, predictor_folder
 from firp_cli.predictors.speed import SpeedPredictor
-from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.looped_llama import LoopedLlamaConfig, LoopedLlamaForCausalLM
+from firp_cli.teacher.masks import causal_allowed
 from firp_cli.teacher.teacher import Teacher
 
 VOCABULARY, HIDDEN, LAYERS = 97, 48, 4

@@ -13,8 +13,8 @@ from firp_cli.api import loading as command_loading
 from firp_cli.config import LoopedSection, TeacherConfig
 from firp_cli.errors import TeacherError
 from firp_cli.predictors.folder import predictor_folder, read_config
-from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.load import load_teacher, load_upper
+from firp_cli.teacher.masks import causal_allowed
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import WeightFiles
 from firp_cli.training.trainer import train

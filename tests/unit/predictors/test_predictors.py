@@ -17,7 +17,7 @@ from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_sta
 from firp_cli.predictors.base import Predictor, SequenceBatch, largest
 from firp_cli.predictors.folder import load_predictor, predictor_folder, save_predictor
 from firp_cli.predictors.speed import SpeedPredictor
-from firp_cli.teacher.attention import AttentionMask, causal_allowed, pseudo_positions, rows_allowed, step_rows
+from firp_cli.teacher.masks import AttentionMask, causal_allowed, pseudo_positions, rows_allowed, step_rows
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import (
     HIDDEN,

@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.teacher import cpu_kernels
-from firp_cli.teacher.attention import StepMask
 from firp_cli.teacher.cpu_kernels import MOST_ROWS, CompileError, Copy, PackedMatrix, load, missing, to_be_compiled
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.lean_layers import LeanStack
+from firp_cli.teacher.masks import StepMask
 from firp_cli.teacher.packed_linear import OneDNNMatrix, PackedLinear
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import SETTINGS, generate_reference, make_predictor, random_prompts, tiny_model

@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.predictors.forward import forward_rows
-from firp_cli.teacher.attention import AttentionMask, StepMask
 from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.masks import AttentionMask, StepMask
 from firp_cli.teacher.teacher import Teacher
 from helpers.layers import (
     LOOPED,

@@ -16,9 +16,9 @@ from firp_cli.config import LoopedSection
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.speed.stage_cache import StageCache
 from firp_cli.errors import TeacherError
-from firp_cli.teacher.attention import AttentionMask, causal_allowed
 from firp_cli.teacher.looped import LayerGroup, LoopedLayers, layer_groups
 from firp_cli.teacher.looped_llama import LoopedLlamaConfig, LoopedLlamaForCausalLM, register
+from firp_cli.teacher.masks import AttentionMask, causal_allowed
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import (
     DESCRIBED,

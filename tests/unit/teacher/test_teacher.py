@@ -11,9 +11,9 @@ import transformers
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import TeacherError
 from firp_cli.predictors.forward import forward_rows
-from firp_cli.teacher.attention import AttentionMask, StepMask
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.load import load_teacher
+from firp_cli.teacher.masks import AttentionMask, StepMask
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import LAYERS, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
 

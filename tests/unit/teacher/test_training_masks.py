@@ -12,7 +12,8 @@ from torch import Tensor
 
 from firp_cli.predictors.anchors import choose_anchors
 from firp_cli.teacher import training_masks as sequence_attention
-from firp_cli.teacher.attention import AttentionMask, attend, causal_allowed, pseudo_positions
+from firp_cli.teacher.attention import attend
+from firp_cli.teacher.masks import AttentionMask, causal_allowed, pseudo_positions
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.training_masks import AnchoredMask, CausalMask, CausalRows, DenseAnchoredMask
 from helpers.models import make_predictor, random_prompts, sequence_batch, tiny_teacher

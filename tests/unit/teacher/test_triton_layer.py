@@ -28,9 +28,9 @@ from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher import triton_attention, triton_layer, triton_products
-from firp_cli.teacher.attention import AttentionMask, StepMask
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.lean_layers import LeanLayer, LeanStack, RMSNorm
+from firp_cli.teacher.masks import AttentionMask, StepMask
 from firp_cli.teacher.packed_linear import PackedLinear, widens
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.triton_layer import rotate_and_write, silu_product

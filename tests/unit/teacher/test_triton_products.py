@@ -141,9 +141,9 @@ class TestProducts:
         """A decoding step's rows through lean layers, either way, beside torch's layers."""
         import transformers
 
-        from firp_cli.teacher.attention import StepMask
         from firp_cli.teacher.kv_cache import KVCache
         from firp_cli.teacher.lean_layers import LeanStack
+        from firp_cli.teacher.masks import StepMask
         from firp_cli.teacher.teacher import Teacher
 
         torch.manual_seed(0)
