@@ -21,6 +21,7 @@ from firp_cli.teacher.load import load_teacher
 
 if TYPE_CHECKING:
     from firp_cli.store.reader import Store
+    from firp_cli.teacher.check import use_lean_layers
     from firp_cli.teacher.teacher import Teacher
 
 DTYPES = ("float32", "bfloat16", "int8", "float8")
@@ -76,7 +77,7 @@ def measure(recipe: Recipe, dtypes: Sequence[str], folder: Path, prompts: int) -
     from firp_cli.training.trainer import train
 
     teacher, lean = load_teacher(recipe.teacher), load_teacher(recipe.teacher)
-    lean.use_lean_layers()  # for all but training
+    use_lean_layers(lean)  # for all but training
     stores = {name: Store.open(path, verify=True) for name, path in prepare(recipe, lean, dtypes, folder).items()}
     held_out = stores["held out"]
     starts = [int(item.loss_mask.int().argmax()) for item in held_out]

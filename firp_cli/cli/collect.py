@@ -26,6 +26,7 @@ from firp_cli.machine import is_main, readable_bytes
 from firp_cli.recipe import load_recipe
 
 if TYPE_CHECKING:
+    from firp_cli.teacher.check import use_lean_layers
     from firp_cli.teacher.teacher import Teacher
 
 
@@ -132,7 +133,7 @@ def _load(recipe: Recipe, chosen: list[int] | None) -> tuple[Teacher, list[int]]
 
     teacher = load_for_ranks(recipe.teacher)
     say(teacher_line(teacher.loaded_weights))
-    teacher.use_lean_layers()  # answers and states come faster; where it does not fit the library's layers stay
+    use_lean_layers(teacher)  # answers and states come faster; where it does not fit the library's layers stay
     return teacher, chosen if chosen is not None else default_layers(recipe, teacher)
 
 

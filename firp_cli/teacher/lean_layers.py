@@ -22,7 +22,7 @@ from torch.nn import functional
 from firp_cli.teacher.attention import attend, choose_backend
 from firp_cli.teacher.cpu_kernels import PackedLayer, PackedLayers, Weights, takes
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.library_layers import Cache
+from firp_cli.teacher.library_layers import Cache, MissingLayer, placement_hook
 from firp_cli.teacher.looped import LayerPass
 from firp_cli.teacher.masks import LayerMask, TreeRows
 from firp_cli.teacher.packed_linear import PackedLinear
@@ -232,7 +232,7 @@ class LeanStack:
         self._loop_norms: list[RMSNorm | None] = []
         for item in layers:
             own, loop_norm = (item.layer, item.norm) if isinstance(item, LayerPass) else (item, None)
-            released = isinstance(own, nn.Identity)  # another process runs it
+            released = isinstance(own, MissingLayer)  # another process runs it
             if not released and id(own) not in made:
                 made[id(own)] = LeanLayer(own, not compiled, short)  # the compiler chooses its own products
             self._layers.append(None if released else made[id(own)])
@@ -350,7 +350,7 @@ def _only(module: nn.Module, known: set[str]) -> None:
     own = [name for name, _ in module.named_parameters(recurse=False)]
     if strange or own:
         raise UnsupportedLayersError(f"{type(module).__name__} has {', '.join([*strange, *own])}")
-    if hasattr(module, "_hf_hook"):
+    if placement_hook(module) is not None:
         raise UnsupportedLayersError(f"{type(module).__name__} is placed on several devices")
 
 
@@ -358,7 +358,7 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     linear = _child(module, name)
     if type(linear) is not nn.Linear:  # quantised and adapted ones are subclasses
         raise UnsupportedLayersError(f"{name} is a {type(linear).__name__}")
-    if hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks:
+    if placement_hook(linear) is not None or linear._forward_hooks or linear._forward_pre_hooks:
         raise UnsupportedLayersError(f"{name} has hooks")
     return linear
 

@@ -89,7 +89,7 @@ def own_pseudo(steps: int, anchors: int, device: torch.device) -> Tensor:
 
 
 def pseudo_positions(positions_BR: Tensor, anchors_BA: Tensor | None, steps: int) -> Tensor:
-    """(B, k*A) positions of pseudo states: n + i for step i of an anchor at position n. `anchors_BA` None: every row."""
+    """(B, k*A) positions of pseudo states: n + i for step i of an anchor at position n. Anchors None: every row."""
     anchor_positions = positions_BR if anchors_BA is None else positions_BR.gather(1, anchors_BA)
     offsets = torch.arange(1, steps + 1, device=positions_BR.device)
     return (anchor_positions[:, None, :] + offsets[None, :, None]).flatten(1)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.masks import causal_allowed
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import DESCRIBED, FAMILIES, SETTINGS, VOCABULARY, described_model, looped_model, tiny_model
@@ -20,10 +21,10 @@ LOOPS = {f"{name}-loops": DESCRIBED[name] for name in DESCRIBED if name != "rave
 def new_teacher(name: str) -> Teacher:
     """A teacher on the library's layers whose weights nobody else holds; no norm or bias is left at 1 or 0."""
     if name in FAMILIES:
-        return Teacher(varied(copy.deepcopy(tiny_model(name))))
+        return wrap_model(varied(copy.deepcopy(tiny_model(name))))
     if name in LOOPED:
-        return Teacher(varied(copy.deepcopy(looped_model(*LOOPED[name]))))
-    return Teacher(varied(described_model(name.removesuffix("-loops"))), looped=LOOPS[name][1])
+        return wrap_model(varied(copy.deepcopy(looped_model(*LOOPED[name]))))
+    return wrap_model(varied(described_model(name.removesuffix("-loops"))), looped=LOOPS[name][1])
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from firp_cli.decoding.continuous import ContinuousBatcher
 from firp_cli.decoding.engine import Engine
 from firp_cli.errors import TeacherError
 from firp_cli.teacher import load as loading
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.trainer import train
@@ -43,7 +44,7 @@ def test_states_losses_and_fingerprint_are_those_of_one_device(config: TeacherCo
     spread, whole = load_teacher(config), tiny_teacher("llama")
     assert spread.fingerprint == whole.fingerprint and spread.device == whole.device
     assert all(parameter.is_meta for parameter in spread.layers[1].parameters())
-    assert "placed on several devices" in str(spread.use_lean_layers())
+    assert "placed on several devices" in str(use_lean_layers(spread))
     tokens = [[5, 9, 13, 17, 21, 60], [7, 8]]
     mine, theirs = (sequence_batch(one, tokens, [1, 1], [1, 2, 3]) for one in (spread, whole))
     assert torch.equal(mine.final, theirs.final)
@@ -70,7 +71,7 @@ def test_a_map_to_one_device_changes_nothing(config: TeacherConfig):
     one = load_teacher(config.model_copy(update={"device_map": {"": "cpu"}}))
     assert (
         one.loaded_weights.kind == "whole"
-        and one.use_lean_layers() is None
+        and use_lean_layers(one) is None
         and one.fingerprint == tiny_teacher("llama").fingerprint
     )
 

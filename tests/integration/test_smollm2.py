@@ -14,6 +14,7 @@ from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import default_tree
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.recipe import load_recipe
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.source import known_teachers
 from firp_cli.teacher.teacher import Teacher
@@ -31,7 +32,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FIRP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         found = load_teacher(TeacherConfig(model="smollm2-135m"), "cpu")
-    assert found.use_lean_layers() is None
+    assert use_lean_layers(found) is None
     return found
 
 

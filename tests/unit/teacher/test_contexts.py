@@ -13,6 +13,8 @@ import transformers
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.step import PREFILL_ENTRIES
 from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import (
     FAMILIES,
@@ -56,9 +58,9 @@ def long_reference(family: str) -> tuple[list[list[int]], list[list[int]]]:
 @pytest.mark.parametrize("chunk", [512, 100_000])
 @pytest.mark.parametrize("family", ["llama", "qwen2-window"])
 def test_prompts_of_thousands_of_tokens(family: str, chunk: int, section: str) -> None:
-    teacher = Teacher(long_model(family), name="long")
+    teacher = wrap_model(long_model(family), name="long")
     teacher.eos_token_ids = ()
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     prompts, expected = long_reference(family)
     got = engine_for(teacher, section, prefill_chunk=chunk).generate(prompts, 20)
     assert [item.token_ids for item in got] == expected

@@ -22,9 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.teacher import cpu_kernels
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.cpu_kernels import MOST_ROWS, CompileError, Copy, PackedMatrix, load, missing, to_be_compiled
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.lean_layers import LeanStack
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.masks import StepMask
 from firp_cli.teacher.packed_linear import OneDNNMatrix, PackedLinear
 from firp_cli.teacher.teacher import Teacher
@@ -139,8 +141,8 @@ def make_teacher(family: str) -> Teacher:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             elif key.endswith("bias"):
                 parameter.normal_(0.0, 0.3, generator=generator)
-    teacher = Teacher(model.eval(), name=family)
-    assert teacher.use_lean_layers() is None
+    teacher = wrap_model(model.eval(), name=family)
+    assert use_lean_layers(teacher) is None
     return teacher
 
 
@@ -277,7 +279,7 @@ def test_large_values_pass_the_gate() -> None:
         for name, parameter in teacher.model.named_parameters():
             if "gate_proj" in name or "down_proj" in name:
                 parameter.mul_(300.0 if "gate_proj" in name else 0.01)
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     expected = without_kernels(teacher, lambda: run_layers(teacher, 1, 7, apart=True))
     assert expected.isfinite().all()
     assert_near(run_layers(teacher, 1, 7), expected)
@@ -366,8 +368,8 @@ def test_without_kernels_decoding_is_the_same(monkeypatch: pytest.MonkeyPatch) -
     for module in ("firp_cli.teacher.cpu_kernels.missing", "firp_cli.teacher.packed_linear.missing"):
         monkeypatch.setattr(module, lambda: "none")
     model = copy.deepcopy(tiny_model("llama"))
-    teacher, (prompt,) = Teacher(model), random_prompts(1, seed=4)
-    assert teacher.use_lean_layers() is None
+    teacher, (prompt,) = wrap_model(model), random_prompts(1, seed=4)
+    assert use_lean_layers(teacher) is None
     assert isinstance(teacher.stack, LeanStack)
     assert all(layer is not None and layer.packed is None for layer in teacher.stack._layers)
     product = PackedLinear(torch.randn(40, 16))

@@ -16,6 +16,8 @@ from firp_cli.config import LoopedSection
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.speed.stage_cache import StageCache
 from firp_cli.errors import TeacherError
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.looped import LayerGroup, LoopedLayers, layer_groups
 from firp_cli.teacher.looped_llama import LoopedLlamaConfig, LoopedLlamaForCausalLM, register
 from firp_cli.teacher.masks import AttentionMask, causal_allowed
@@ -112,7 +114,7 @@ def test_a_saved_looped_llama_loads_with_its_loops(tmp_path: Path, auto: bool) -
     assert (again.config.unique_layers, again.config.loops, again.config.num_hidden_layers) == (2, 3, 6)
     with torch.no_grad():
         assert torch.equal(again.eval()(ids).logits, model(ids).logits)
-    assert Teacher(again).fingerprint == looped_teacher(2, 3).fingerprint
+    assert wrap_model(again).fingerprint == looped_teacher(2, 3).fingerprint
 
 
 @shapes
@@ -136,15 +138,15 @@ def test_a_teacher_counts_effective_layers(unique: int, loops: int, any_stack: s
     assert teacher.windows == [None] * unique * loops
     assert teacher.looped == LoopedSection(block=unique, loops=loops)
     assert teacher.boundaries() == teacher.boundaries(loops) == tuple(unique * loop for loop in range(1, loops + 1))
-    plain, ids = Teacher(unrolled(teacher.model)), some_ids(2, 30)
-    assert any_stack == "library" or plain.use_lean_layers() is None
+    plain, ids = wrap_model(unrolled(teacher.model)), some_ids(2, 30)
+    assert any_stack == "library" or use_lean_layers(plain) is None
     for got, wanted in zip(plain_states(teacher, ids), plain_states(plain, ids), strict=True):
         torch.testing.assert_close(got, wanted)
 
 
 def test_a_looped_model_that_does_more_is_refused() -> None:
     model = copy.deepcopy(looped_model(2, 3))
-    Teacher(model)
+    wrap_model(model)
     calls: list[int] = []
 
     def in_the_second_loop(_: object, __: object, output: Tensor) -> Tensor:
@@ -153,15 +155,15 @@ def test_a_looped_model_that_does_more_is_refused() -> None:
 
     model.model.layers.unique[1].register_forward_hook(in_the_second_loop)
     with pytest.raises(TeacherError, match="own forward at layer"):
-        Teacher(model)
+        wrap_model(model)
 
 
 def test_fingerprint_and_description_know_the_loops() -> None:
     three, four = (LoopedLlamaForCausalLM(LoopedLlamaConfig(**SETTINGS, unique_layers=2, loops=r)) for r in (3, 4))
     four.load_state_dict(three.state_dict())
-    teachers = [Teacher(three), Teacher(four)]
+    teachers = [wrap_model(three), wrap_model(four)]
     assert teachers[0].fingerprint != teachers[1].fingerprint
-    assert Teacher(copy.deepcopy(three)).fingerprint == teachers[0].fingerprint
+    assert wrap_model(copy.deepcopy(three)).fingerprint == teachers[0].fingerprint
     seen = [item.describe() for item in teachers]
     assert [item["looped"]["loops"] for item in seen] == [3, 4]
     assert [item["layers"] for item in seen] == [6, 8]
@@ -192,12 +194,12 @@ def test_boundaries_of_teachers_without_sharing() -> None:
 def test_described_loops_are_the_models_own_forward(name: str) -> None:
     shape, model, ids = DESCRIBED[name][1], described_model(name), some_ids(2, 30)
     before, own_code = model(ids).logits, isinstance(model, OwnLoops)
-    teacher = Teacher(model, looped=shape)
+    teacher = wrap_model(model, looped=shape)
     assert (teacher.num_layers, teacher.looped) == (shape.effective, shape)
     logits = teacher.head(teacher.norm(plain_states(teacher, ids)[-1]))
     torch.testing.assert_close(logits, model(ids).logits, rtol=1e-3, atol=1e-3)
     assert torch.equal(model(ids).logits, before) == own_code, "a plain checkpoint loops from now on"
-    assert Teacher(model, looped=shape).fingerprint == teacher.fingerprint, "describing it again changes nothing"
+    assert wrap_model(model, looped=shape).fingerprint == teacher.fingerprint, "describing it again changes nothing"
     assert describe_parameters(teacher) == sum(parameter.numel() for parameter in described_model(name).parameters())
 
 
@@ -230,7 +232,7 @@ def test_a_described_plain_checkpoint_generates_looped(name: str, any_stack: str
     for cached in (True, False):
         assert generate_reference(teacher.model, prompt, 24, use_cache=cached) == expected
     assert greedy(teacher, prompt, 24) == expected != generate_reference(tiny_model(DESCRIBED[name][0]), prompt, 24)
-    assert teacher.windows == Teacher(plain).windows
+    assert teacher.windows == wrap_model(plain).windows
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_a_described_plain_checkpoint_generates_looped(name: str, any_stack: str
 )
 def test_wrong_descriptions_are_refused(name: str, shape: LoopedSection, message: str) -> None:
     with pytest.raises(TeacherError, match=message):
-        Teacher(described_model(name), looped=shape)
+        wrap_model(described_model(name), looped=shape)
 
 
 @pytest.mark.parametrize(
@@ -257,12 +259,12 @@ def test_wrong_descriptions_are_refused(name: str, shape: LoopedSection, message
 )
 def test_a_looped_llama_described_otherwise_is_refused(shape: LoopedSection) -> None:
     with pytest.raises(TeacherError, match=r"own shape is .*block=2 .*loops=2 .*leave teacher\.looped out"):
-        Teacher(copy.deepcopy(looped_model(2, 2)), looped=shape)
-    assert Teacher(looped_model(2, 2), looped=LoopedSection(block=2, loops=2)).num_layers == 4
+        wrap_model(copy.deepcopy(looped_model(2, 2)), looped=shape)
+    assert wrap_model(looped_model(2, 2), looped=LoopedSection(block=2, loops=2)).num_layers == 4
 
 
 def test_one_loop_is_the_plain_model() -> None:
-    teacher = Teacher(described_model("llama"), looped=LoopedSection(block=LAYERS, loops=1))
+    teacher = wrap_model(described_model("llama"), looped=LoopedSection(block=LAYERS, loops=1))
     assert teacher.boundaries() == (LAYERS,)
     ids = some_ids()
     torch.testing.assert_close(plain_states(teacher, ids)[-1], plain_states(tiny_teacher("llama"), ids)[-1])

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.errors import CapacityError
-from firp_cli.teacher.teacher import Teacher
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import wrap_model
 from helpers.layers import assert_equal, small_llama, some_ids, states_of
 from helpers.models import SETTINGS, generate_reference, make_predictor, random_prompts
 
@@ -38,10 +39,10 @@ def rotary_model(kind: str) -> Any:
 def test_rotary_variants(any_stack: str, kind: str) -> None:
     """Looked up in a table where they depend on the position alone; past the length that they were trained for."""
     model = rotary_model(kind)
-    teacher, prompts = Teacher(model), random_prompts(3, seed=7, low=2, high=80)
+    teacher, prompts = wrap_model(model), random_prompts(3, seed=7, low=2, high=80)
     expected = states_of(teacher, some_ids(2, 90))
     if any_stack == "lean":
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
         assert_equal(states_of(teacher, some_ids(2, 90)), expected)
     table = teacher.rotary_table(100)
     assert table is not None
@@ -63,10 +64,10 @@ def test_drafts_past_the_context_change_no_token(any_stack: str, kind: str) -> N
     options = {"rope_parameters": rope, "max_position_embeddings": 64 if kind == "dynamic" else 128}
     torch.manual_seed(3)
     model = LlamaForCausalLM(LlamaConfig(**(SETTINGS | options | {"eos_token_id": None}))).eval()
-    teacher = Teacher(model, check=kind == "dynamic")
+    teacher = wrap_model(model, check=kind == "dynamic")
     assert teacher.max_positions == 64
     if any_stack == "lean":
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
     prompt = random_prompts(1, seed=5, low=44, high=44)[0]
     text = generate_reference(model, prompt, 20)
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=3)

@@ -12,7 +12,7 @@ from firp_cli.config import TeacherConfig
 from firp_cli.errors import TeacherError
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.load import load_teacher
+from firp_cli.teacher.load import load_teacher, wrap_model
 from firp_cli.teacher.masks import AttentionMask, StepMask
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import LAYERS, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
@@ -31,10 +31,10 @@ def test_layers_are_the_models_own(stacked_teacher: Teacher) -> None:
 
 def test_a_model_that_does_more_is_refused() -> None:
     model = copy.deepcopy(tiny_model("llama"))
-    Teacher(model)
+    wrap_model(model)
     model.model.register_forward_hook(_scale)
     with pytest.raises(TeacherError, match="logits"):
-        Teacher(model)
+        wrap_model(model)
 
 
 def _scale(module: object, args: object, output: object) -> object:
@@ -46,19 +46,19 @@ def test_unknown_architectures_are_refused() -> None:
     small = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small))
     with pytest.raises(TeacherError, match="rotary_emb"):
-        Teacher(gpt2)
+        wrap_model(gpt2)
     with pytest.raises(TeacherError, match=r"teacher\.model"):
         load_teacher(TeacherConfig(model="/nonexistent/model"))
 
 
 def test_fingerprint_follows_the_weights() -> None:
     model = copy.deepcopy(tiny_model("llama"))
-    first = Teacher(model).fingerprint
-    assert Teacher(copy.deepcopy(model)).fingerprint == first
-    assert Teacher(copy.deepcopy(model).bfloat16(), check=False).fingerprint == first  # the same teacher, rounded
+    first = wrap_model(model).fingerprint
+    assert wrap_model(copy.deepcopy(model)).fingerprint == first
+    assert wrap_model(copy.deepcopy(model).bfloat16(), check=False).fingerprint == first  # the same teacher, rounded
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
-    assert Teacher(model).fingerprint != first
+    assert wrap_model(model).fingerprint != first
 
 
 @pytest.mark.parametrize("batch", [1, 3])

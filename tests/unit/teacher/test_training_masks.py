@@ -13,6 +13,7 @@ from torch import Tensor
 from firp_cli.predictors.anchors import choose_anchors
 from firp_cli.teacher import training_masks as sequence_attention
 from firp_cli.teacher.attention import attend
+from firp_cli.teacher.check import standard_attention
 from firp_cli.teacher.masks import AttentionMask, causal_allowed, pseudo_positions
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.training_masks import AnchoredMask, CausalMask, CausalRows, DenseAnchoredMask
@@ -99,32 +100,29 @@ def test_threads_within_the_librarys_layers_do_not_take_each_others_attention_aw
 def test_the_training_forward_and_its_gradients_are_those_of_dense_masks(stacked_teacher: Teacher, section: dict):
     results = []
     sequences = random_prompts(3, seed=5, low=14, high=30)
-    try:
-        for plain in (True, False):
-            stacked_teacher._plain_attention = plain
-            predictor = make_predictor(stacked_teacher, **section).requires_grad_(True)
-            batch = sequence_batch(stacked_teacher, sequences, [3, 5, 8], list(predictor.required_layers))
-            anchors = choose_anchors(batch, predictor.steps, 6, [1, 2, 3])
-            states = predictor.draft_states(stacked_teacher, batch, anchors.index)[anchors.valid]
-            # the norm makes the sum of squares the same whatever the states are: its gradient would be rounding alone
-            weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
-            (states * weights).sum().backward()
-            results.append([states.detach(), *(parameter.grad for parameter in predictor.parameters())])
-    finally:
-        stacked_teacher._plain_attention = None
+    for standard in (True, False):
+        teacher = Teacher(stacked_teacher.model, name=stacked_teacher.name, standard_attention=standard)
+        teacher.stack = stacked_teacher.stack
+        predictor = make_predictor(teacher, **section).requires_grad_(True)
+        batch = sequence_batch(teacher, sequences, [3, 5, 8], list(predictor.required_layers))
+        anchors = choose_anchors(batch, predictor.steps, 6, [1, 2, 3])
+        states = predictor.draft_states(teacher, batch, anchors.index)[anchors.valid]
+        # the norm makes the sum of squares the same whatever the states are: its gradient would be rounding alone
+        weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+        (states * weights).sum().backward()
+        results.append([states.detach(), *(parameter.grad for parameter in predictor.parameters())])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_layers_with_attention_of_their_own_keep_written_masks(monkeypatch: pytest.MonkeyPatch):
-    """Scores that are capped, as Gemma's, are no plain attention; a plain layer is found to be one."""
+    """Scores that are capped, as Gemma's, are not standard attention; a Llama's are."""
     teacher = tiny_teacher("llama")
-    assert teacher.plain_attention and isinstance(teacher.causal_mask(9).additive(None), CausalRows)
-    monkeypatch.setattr(teacher, "_plain_attention", None)
+    assert teacher.standard_attention and isinstance(teacher.causal_mask(9).additive(None), CausalRows)
     layer = teacher.layer
     monkeypatch.setattr(
         teacher, "layer", lambda *given: layer(*given) * (0.9 if isinstance(given[4], CausalRows) else 1.0)
     )
-    assert not teacher.plain_attention
-    mask = teacher.causal_mask(9).additive(None)
+    assert not standard_attention(teacher)
+    mask = Teacher(teacher.model).causal_mask(9).additive(None)
     assert isinstance(mask, Tensor) and mask.shape == (1, 1, 9, 9)

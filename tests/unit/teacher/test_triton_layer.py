@@ -28,8 +28,10 @@ from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher import triton_attention, triton_layer, triton_products
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.lean_layers import LeanLayer, LeanStack, RMSNorm
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.masks import AttentionMask, StepMask
 from firp_cli.teacher.packed_linear import PackedLinear, widens
 from firp_cli.teacher.teacher import Teacher
@@ -309,7 +311,7 @@ class TestLayers:
     def test_steps_are_those_without_kernels(self, name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
         teacher = new_teacher(name)
         teacher.model.to(DEVICE)
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
         expected = steps(teacher, batch, kernel=False)
         decoded, original = [], LeanLayer.decode
         monkeypatch.setattr(LeanLayer, "decode", lambda *given: (decoded.append(1), original(*given))[1])
@@ -325,8 +327,8 @@ class TestLayers:
         config = copy.deepcopy(tiny_model("llama").config)
         config.attention_bias = config.mlp_bias = True
         torch.manual_seed(1)
-        teacher = Teacher(varied(type(tiny_model("llama"))(config).eval()).to(DEVICE))
-        assert teacher.use_lean_layers() is None
+        teacher = wrap_model(varied(type(tiny_model("llama"))(config).eval()).to(DEVICE))
+        assert use_lean_layers(teacher) is None
         for got, expected in zip(steps(teacher, 2, True), steps(teacher, 2, False), strict=True):
             assert (got - expected).abs().max().item() <= 2e-5 * max(1.0, expected.abs().max().item())
 
@@ -341,7 +343,7 @@ class TestLayers:
         """
         teacher = new_teacher(name)
         teacher.model.to(DEVICE)
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
         monkeypatch.setattr(triton_attention, "_multiprocessors", lambda _: 132)
         with torch.no_grad():  # in inference mode a trace would show operations before they are taken apart
             ids = some_ids(batch, 21).to(DEVICE)
@@ -364,7 +366,7 @@ class TestLayers:
         """
         teacher = new_teacher(name)
         teacher.model.to(DEVICE, torch.float16)
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
         teacher.stack.own_products = True  # type: ignore[attr-defined]
         monkeypatch.setattr(triton_attention, "_multiprocessors", lambda _: 132)
         with torch.no_grad():
@@ -384,8 +386,8 @@ class TestLayers:
         model = copy.deepcopy(tiny_model("llama"))
         for layer in model.model.layers:
             layer.mlp.act_fn = nn.GELU()
-        teacher = Teacher(model.to(DEVICE))
-        assert teacher.use_lean_layers() is None
+        teacher = wrap_model(model.to(DEVICE))
+        assert use_lean_layers(teacher) is None
         assert isinstance(teacher.stack, LeanStack)
         assert not any(teacher.stack._in_kernels(layer, torch.zeros(1)) for layer in teacher.stack._layers if layer)
         for got, expected in zip(steps(teacher, 2, True), steps(teacher, 2, False), strict=True):
@@ -395,8 +397,8 @@ class TestLayers:
     @pytest.mark.parametrize("family", ["llama", "qwen3"])
     def test_the_engine_writes_what_generate_does(self, family: str, tree: str) -> None:
         """Sequences of different lengths, the first of which leaves before the other one."""
-        teacher = Teacher(copy.deepcopy(tiny_model(family)).to(DEVICE))
-        assert teacher.use_lean_layers() is None
+        teacher = wrap_model(copy.deepcopy(tiny_model(family)).to(DEVICE))
+        assert use_lean_layers(teacher) is None
         predictor = make_predictor(teacher, kind="firp", layer=2, steps=2).to(DEVICE)
         options = EngineOptions(attention="triton")
         engine = Engine(teacher, predictor, parse_tree(tree, predictor.steps), options=options)
@@ -408,8 +410,8 @@ class TestLayers:
     @dtypes
     def test_a_layer_is_captured_and_waits_for_nothing(self, dtype: torch.dtype) -> None:
         """Replayed with other rows and lengths, the captured layer gives what the eager one does."""
-        teacher = Teacher(copy.deepcopy(tiny_model("qwen3")).to("cuda", dtype))
-        assert teacher.use_lean_layers() is None
+        teacher = wrap_model(copy.deepcopy(tiny_model("qwen3")).to("cuda", dtype))
+        assert use_lean_layers(teacher) is None
         with torch.inference_mode():
             ids = some_ids(2, 21).cuda()
             kv_cache = prefilled(teacher, ids)

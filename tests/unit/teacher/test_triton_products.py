@@ -141,18 +141,19 @@ class TestProducts:
         """A decoding step's rows through lean layers, either way, beside torch's layers."""
         import transformers
 
+        from firp_cli.teacher.check import use_lean_layers
         from firp_cli.teacher.kv_cache import KVCache
         from firp_cli.teacher.lean_layers import LeanStack
+        from firp_cli.teacher.load import wrap_model
         from firp_cli.teacher.masks import StepMask
-        from firp_cli.teacher.teacher import Teacher
 
         torch.manual_seed(0)
         sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
         config = transformers.Qwen3Config(**sizes, **heads, initializer_range=0.2, attention_bias=True)
         model = transformers.Qwen3ForCausalLM(config).to(DEVICE, torch.float16)
-        teacher = Teacher(model, check=False)
-        assert teacher.use_lean_layers() is None
+        teacher = wrap_model(model, check=False)
+        assert use_lean_layers(teacher) is None
         stack = teacher.stack
         assert isinstance(stack, LeanStack)
         rows, length = 5, 9
