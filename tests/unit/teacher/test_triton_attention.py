@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
 
-from firp_cli.teacher.triton_attention import MAX_SPLITS, plan, row_bits, tree_attention  # noqa: E402
+from firp_cli.teacher.triton_attention import MAX_SPLITS, launch_sizes, row_bits, tree_attention  # noqa: E402
 from helpers.triton_offline import compile_only, run_interpreted  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -46,7 +46,7 @@ class Case:
         return self.scratch + max(self.lengths) + 9
 
 
-BLOCK = plan(1, 1, 1, 128, 4, 1, 1).block_n  # slots of a block of the default case
+BLOCK = launch_sizes(1, 1, 1, 128, 4, 1, 1).block_n  # slots of a block of the default case
 
 
 @dataclass
@@ -190,7 +190,7 @@ class TestKernels:
     @pytest.mark.parametrize("window", [None, 20])
     def test_several_tiles_of_rows(self, window: int | None) -> None:
         case = Case((30,), rows=20, scratch=24, group=4, window=window, splits=2)
-        assert plan(80, 24, 30, 128, 4, 1, 1).tiles == 3
+        assert launch_sizes(80, 24, 30, 128, 4, 1, 1).tiles == 3
         check(case)
 
     def test_layouts(self) -> None:
@@ -298,7 +298,7 @@ def test_plan(itemsize: int, size: int) -> None:
     for packed in (1, 16, 17, 60, 200):
         for prefix in (0, 1, 700, 100_000):
             for heads in (1, 8, 256):
-                made = plan(packed, 20, prefix, size, itemsize, heads, multiprocessors=132)
+                made = launch_sizes(packed, 20, prefix, size, itemsize, heads, multiprocessors=132)
                 for block in (made.block_m, made.block_n):
                     assert block >= 16 and block & (block - 1) == 0
                 assert (made.tiles - 1) * made.block_m < packed <= made.tiles * made.block_m
@@ -311,6 +311,6 @@ def test_plan(itemsize: int, size: int) -> None:
 
 def test_plans_that_matter() -> None:
     """A Llama 8B step on an H200: (block_m, block_n, tiles, splits)."""
-    assert plan(4 * 8, 8, 4096, 128, 2, 8, 132) == (32, 64, 1, 33)
-    assert plan(4 * 8, 8, 100, 128, 2, 8, 132) == (32, 64, 1, 3)
-    assert plan(4 * 32, 32, 4096, 128, 2, 32 * 8, 132) == (32, 64, 4, 1)
+    assert launch_sizes(4 * 8, 8, 4096, 128, 2, 8, 132) == (32, 64, 1, 33)
+    assert launch_sizes(4 * 8, 8, 100, 128, 2, 8, 132) == (32, 64, 1, 3)
+    assert launch_sizes(4 * 32, 32, 4096, 128, 2, 32 * 8, 132) == (32, 64, 4, 1)
