@@ -58,8 +58,9 @@ def check_against_model(teacher: Teacher) -> None:
         difference = (expected.float() - got.float()).abs().max().item()
         if not difference <= rounding(teacher.dtype) * max(1.0, expected.float().abs().max().item()):
             raise TeacherError(
-                f"{teacher.name}: {type(teacher.model).__name__} is not supported: run layer by layer, its states differ "
-                f"from its own forward at {place} by {difference:.2g}; use a Llama, Mistral, Qwen2 or Qwen3 model"
+                f"{teacher.name}: {type(teacher.model).__name__} is not supported: run layer by layer, its states "
+                f"differ from its own forward at {place} by {difference:.2g}; "
+                "use a Llama, Mistral, Qwen2 or Qwen3 model"
             )
 
 
