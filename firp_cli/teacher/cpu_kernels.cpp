@@ -363,8 +363,8 @@ void firp_after(const Layer* given, const Step* step, int threads) {
   }
 }
 
-// `count` layers, one after the other. The step's keys and values are those of the first layer; those of each next layer
-// follow `stride` floats later.
+// `count` layers, one after the other. The step's keys and values are those of the first layer; each next
+// layer's follow `stride` floats later.
 void firp_layers(const Layer* const* layers, int64_t count, const Step* given, int64_t stride, int threads) {
   Step step = *given;
   for (int64_t number = 0; number < count; number++) {

@@ -242,8 +242,8 @@ class Teacher:
         """Run the library's layers through `wrap(library)` from now on.
 
         Args:
-            peers: where several processes hold the teacher together: tells from the work of this process (bool) if any
-                of them has work. A collective.
+            peers: where several processes hold the teacher together, returns True while any of them has work; its
+                argument is whether this process has. A collective.
         """
         self.library = self.stack = wrap(self.library)
         self.peers = peers

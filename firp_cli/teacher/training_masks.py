@@ -72,11 +72,11 @@ class AnchorRows:
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
         """Attend with queries (B, Hq, P, D) to keys and values (B, Hk, T + P, D): (B, Hq, P, D)."""
         batch, width = self.anchors.shape
-        everyone, present = self.all_steps * width, self.steps * width
-        row_bytes = batch * (self.rows + everyone) * queries.element_size()
-        if everyone * row_bytes <= MASK_BUDGET:
+        total, present = self.all_steps * width, self.steps * width
+        row_bytes = batch * (self.rows + total) * queries.element_size()
+        if total * row_bytes <= MASK_BUDGET:
             if self.window not in self.kept:
-                self.kept[self.window] = self.mask(0, everyone, everyone, queries.dtype)
+                self.kept[self.window] = self.mask(0, total, total, queries.dtype)
             mask = self.kept[self.window][:, :, :present, : self.rows + present]
             return attend(queries, keys, values, mask, scaling)
         size = max(1, MASK_BUDGET // row_bytes)

@@ -1,4 +1,4 @@
-"""Position embeddings of every kind: the same on both stacks, looked up where they can be, and lossless."""
+"""Position embeddings of every kind: equal on both stacks, from a look-up table where possible, and lossless."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def rotary_model(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", list(ROTARY))
-def test_rotary_variants(any_stack: str, kind: str) -> None:
-    """Looked up in a table where they depend on the position alone; past the length that they were trained for."""
+def test_rotary_variants_equal_library(any_stack: str, kind: str) -> None:
+    """Compare states and the look-up table, also past the length that the model was trained for."""
     model = rotary_model(kind)
     teacher, prompts = wrap_model(model), random_prompts(3, seed=7, low=2, high=80)
     expected = states_of(teacher, some_ids(2, 90))
@@ -56,8 +56,8 @@ def test_rotary_variants(any_stack: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_drafts_past_the_context_change_no_token(any_stack: str, kind: str) -> None:
-    """There the library would turn the real rows by other angles too."""
+def test_drafts_past_context_change_no_token(any_stack: str, kind: str) -> None:
+    """Past the context the library would rotate the real rows by other angles too."""
     half = SETTINGS["head_dim"] // 2
     factors = {"short_factor": [1.0] * half, "long_factor": [4.0] * half, "original_max_position_embeddings": 64}
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0} | (factors if kind == "longrope" else {})
@@ -77,8 +77,8 @@ def test_drafts_past_the_context_change_no_token(any_stack: str, kind: str) -> N
         Engine(teacher).generate([prompt], 21)
 
 
-def test_rotary_variants_write_different_texts() -> None:
-    """Else the comparison above would not show a variant that is taken for another."""
+def test_rotary_variants_differ() -> None:
+    """Without this the comparison above would not show that one variant is used for another."""
     prompt = random_prompts(1, seed=8, low=80, high=80)[0]
     texts = {kind: tuple(generate_reference(rotary_model(kind), prompt, 20)) for kind in ROTARY if kind != "dynamic"}
     assert len(set(texts.values())) == len(texts)
