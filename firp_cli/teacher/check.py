@@ -80,8 +80,9 @@ def _attends_as_standard(teacher: Teacher, index: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, TOKENS, teacher.hidden_size, generator=generator).to(teacher.device, teacher.dtype)
     positions, mask = _causal(teacher, TOKENS)
-    window, rotary = teacher.windows[index], teacher.rotary(states, positions)
+    window = teacher.windows[index]
     try:
+        rotary = teacher.rotary(states, positions)
         expected, got = (
             teacher.layer(index, states, rotary, positions, layer_mask, None).float()
             for layer_mask in (mask.additive(window), CausalRows(window))
@@ -128,7 +129,7 @@ def _difference(teacher: Teacher, stack: Stack) -> float:
 
 
 def _token_ids(teacher: Teacher) -> Tensor:
-    """(1, T) random tokens, enough to pass short sliding windows."""
+    """Return random tokens (1, T), enough to pass short sliding windows."""
     windows = [window for window in teacher.windows if window]
     tokens = max([TOKENS, *(window + 8 for window in windows if window <= 256)])
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +137,7 @@ def _token_ids(teacher: Teacher) -> Tensor:
 
 
 def _inputs(teacher: Teacher) -> tuple[dict[str, Tensor], Tensor]:
-    """Arguments of the model's own forward, and the states (1, T, d) that the first layer of this process reads."""
+    """Return the arguments of the model's own forward, and the states (1, T, d) that the first layer of this process reads."""
     ids = _token_ids(teacher)
     if teacher.first == 0:
         return {"input_ids": ids}, teacher.embed(ids)
@@ -146,7 +147,7 @@ def _inputs(teacher: Teacher) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def _causal(teacher: Teacher, rows: int) -> tuple[Tensor, AttentionMask]:
-    """Positions (1, T) of one sequence, and its written-out causal mask."""
+    """Return the positions (1, T) of one sequence, and its written-out causal mask."""
     positions = torch.arange(rows, device=teacher.device)[None]
     return positions, teacher.sequence_mask(causal_allowed(positions.new_full((1,), rows), rows), positions)
 

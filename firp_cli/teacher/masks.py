@@ -17,7 +17,10 @@ from torch.nn import functional
 
 
 def causal_allowed(lengths_B: Tensor, rows: int) -> Tensor:
-    """(B, R, R) bool: a row sees itself and the earlier rows of its sequence; no other row sees a row past a length."""
+    """Return (B, R, R) bool: a row sees itself and the earlier rows of its sequence.
+
+    No other row sees a row past a length.
+    """
     index = torch.arange(rows, device=lengths_B.device)
     causal = index[None, :] <= index[:, None]
     inside = index[None, :] < lengths_B[:, None]
@@ -26,7 +29,7 @@ def causal_allowed(lengths_B: Tensor, rows: int) -> Tensor:
 
 
 def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor | None, steps: int) -> Tensor:
-    """(B, M, M) bool over real rows and pseudo states (FIRP section 3: a pseudo state sees what its anchor sees).
+    """Return (B, M, M) bool over real rows and pseudo states (FIRP section 3: a pseudo state sees what its anchor sees).
 
     The pseudo state of step i and anchor a sees every real row that row `anchors[a]` sees, that row itself included,
     and the pseudo states of steps 1..i of the same anchor. Real rows never see pseudo states. `anchors_BA` None: every
@@ -48,7 +51,7 @@ def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor | None, steps: int) -> Ten
 def step_rows(
     ancestors_BNN: Tensor, positions_BN: Tensor, anchors_BA: Tensor | None, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """`rows_allowed` and positions of all rows of a decoding step, in few operations: (B, M, M) and (B, M).
+    """Return `rows_allowed` and positions of all rows of a decoding step, in few operations: (B, M, M) and (B, M).
 
     Each row copies the mask of the node that it grows from; a node grows from itself.
     """
@@ -68,7 +71,7 @@ def step_rows(
 
 @cache  # graphs hold their addresses
 def _step_constants(nodes: int, anchors: int, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Distance of each row from its node (M,), and the pseudo states that each row sees (M, kA)."""
+    """Return the distance of each row from its node (M,), and the pseudo states that each row sees (M, kA)."""
     offsets = torch.arange(1, steps + 1, device=device).repeat_interleave(anchors)
     nothing = torch.zeros(nodes, steps * anchors, dtype=torch.bool, device=device)
     return torch.cat([offsets.new_zeros(nodes), offsets]), torch.cat([nothing, own_pseudo(steps, anchors, device)])
@@ -76,20 +79,20 @@ def _step_constants(nodes: int, anchors: int, steps: int, device: torch.device) 
 
 @cache  # graphs hold their addresses
 def _step_numbers(nodes: int, steps: int, device: torch.device) -> Tensor:
-    """(N(1 + k),) the node of each row, where all nodes have pseudo states."""
+    """Return the node of each row (N(1 + k),), where all nodes have pseudo states."""
     return torch.arange(nodes, device=device).repeat(1 + steps)
 
 
 @lru_cache(maxsize=64)
 def own_pseudo(steps: int, anchors: int, device: torch.device) -> Tensor:
-    """(k*A, k*A) bool: pseudo state (i, a) sees pseudo state (j, a) for j <= i."""
+    """Return (k*A, k*A) bool: pseudo state (i, a) sees pseudo state (j, a) for j <= i."""
     order = torch.ones(steps, steps, dtype=torch.bool, device=device).tril()
     same = torch.eye(anchors, dtype=torch.bool, device=device)
     return (order[:, None, :, None] & same[None, :, None, :]).reshape(steps * anchors, steps * anchors)
 
 
 def pseudo_positions(positions_BR: Tensor, anchors_BA: Tensor | None, steps: int) -> Tensor:
-    """(B, k*A) positions of pseudo states: n + i for step i of an anchor at position n. Anchors None: every row."""
+    """Return the positions (B, k*A) of pseudo states: n + i for step i of an anchor at position n. None: every row."""
     anchor_positions = positions_BR if anchors_BA is None else positions_BR.gather(1, anchors_BA)
     offsets = torch.arange(1, steps + 1, device=positions_BR.device)
     return (anchor_positions[:, None, :] + offsets[None, :, None]).flatten(1)
@@ -97,7 +100,7 @@ def pseudo_positions(positions_BR: Tensor, anchors_BA: Tensor | None, steps: int
 
 @cache  # graphs hold their addresses
 def mask_levels(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scalars that a mask adds to a score where attention is allowed, and where it is not."""
+    """Return the scalars that a mask adds to a score where attention is allowed, and where it is not."""
     return torch.zeros((), dtype=dtype, device=device), torch.full(
         (), torch.finfo(dtype).min, dtype=dtype, device=device
     )
@@ -144,7 +147,7 @@ class AttentionMask:
         self._additive: dict[int | None, Tensor] = {}
 
     def additive(self, window: int | None) -> Tensor:
-        """(B, 1, M, S) additive mask for a layer that sees `window` positions back (None: all)."""
+        """Return the additive mask (B, 1, M, S) of a layer that sees `window` positions back (None: all)."""
         if window not in self._additive:
             allowed = self.allowed
             if window is not None:
