@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from firp_cli.cli.terminal import progress_bar, quiet_libraries, say
 from firp_cli.config import Recipe
 from firp_cli.recipe import load_recipe
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.load import load_teacher
 
 if TYPE_CHECKING:
     from firp_cli.store.reader import Store
-    from firp_cli.teacher.check import use_lean_layers
     from firp_cli.teacher.teacher import Teacher
 
 DTYPES = ("float32", "bfloat16", "int8", "float8")

@@ -26,7 +26,6 @@ from firp_cli.machine import is_main, readable_bytes
 from firp_cli.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from firp_cli.teacher.check import use_lean_layers
     from firp_cli.teacher.teacher import Teacher
 
 
@@ -130,6 +129,7 @@ def _load(recipe: Recipe, chosen: list[int] | None) -> tuple[Teacher, list[int]]
     """The teacher, and the layers to be kept."""
     from firp_cli.api.loading import teacher_line
     from firp_cli.distributed.sharding import load_for_ranks
+    from firp_cli.teacher.check import use_lean_layers
 
     teacher = load_for_ranks(recipe.teacher)
     say(teacher_line(teacher.loaded_weights))

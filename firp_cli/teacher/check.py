@@ -137,7 +137,7 @@ def _token_ids(teacher: Teacher) -> Tensor:
 
 
 def _inputs(teacher: Teacher) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the arguments of the model's own forward, and the states (1, T, d) that the first layer of this process reads."""
+    """Return the arguments of the model's own forward, and the input (1, T, d) of this process's first layer."""
     ids = _token_ids(teacher)
     if teacher.first == 0:
         return {"input_ids": ids}, teacher.embed(ids)
