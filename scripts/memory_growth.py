@@ -42,7 +42,7 @@ def measure(vocabulary: int, length: int, steps: int) -> dict[str, int]:
 
     from firp_cli.config import Recipe
     from firp_cli.distributed.launch import load_deepspeed
-    from firp_cli.teacher.teacher import Teacher
+    from firp_cli.teacher.load import wrap_model
     from firp_cli.training.trainer import train
 
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def measure(vocabulary: int, length: int, steps: int) -> dict[str, int]:
         max_position_embeddings=1 << 14,
         tie_word_embeddings=True,
     )
-    teacher = Teacher(LlamaForCausalLM(config), name=f"random-{vocabulary}")
+    teacher = wrap_model(LlamaForCausalLM(config), name=f"random-{vocabulary}")
     store = [
         Conversation(
             torch.randint(0, vocabulary, (length,)),

@@ -21,6 +21,7 @@ from firp_cli.config import DataConfig, TeacherConfig
 from firp_cli.decoding.continuous import ContinuousBatcher
 from firp_cli.decoding.engine import Engine
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     teacher = load_teacher(TeacherConfig(model=arguments.teacher))
-    teacher.use_lean_layers()
+    use_lean_layers(teacher)
     settings = {"dataset": arguments.dataset, "data_dir": arguments.data_dir, "split": arguments.split}
     data = DataConfig.model_validate({**settings, "limit": arguments.limit, "regenerate": True})
     prompts = sorted((ids.tolist() for ids in build_corpus(load_messages(data), teacher, data).input_ids), key=len)

@@ -32,7 +32,8 @@ from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.files import write_json
 from firp_cli.machine import set_threads
 from firp_cli.reports.cells import markdown_table
-from firp_cli.teacher.load import load_teacher
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import load_teacher, wrap_model
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tuning.cost import CostProbe
 
@@ -95,7 +96,7 @@ def random_teacher(shape: dict[str, Any]) -> Teacher:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return Teacher(LlamaForCausalLM(LlamaConfig(**shape)), name=RANDOM)
+    return wrap_model(LlamaForCausalLM(LlamaConfig(**shape)), name=RANDOM)
 
 
 def load(name: str, quick: bool) -> Teacher:
@@ -107,10 +108,10 @@ def load(name: str, quick: bool) -> Teacher:
 
 def stacks(teacher: Teacher, library: bool) -> list[Teacher]:
     """Return the teacher on the lean layers and, if asked, once more on the library's; both share the weights."""
-    reason = teacher.use_lean_layers()
+    reason = use_lean_layers(teacher)
     if reason is not None:
         raise SystemExit(reason)
-    return [teacher, Teacher(teacher.model, name=teacher.name, check=False)] if library else [teacher]
+    return [teacher, wrap_model(teacher.model, name=teacher.name, check=False)] if library else [teacher]
 
 
 def make_forward(passes: CostProbe, rows: int) -> Forward:

@@ -38,8 +38,8 @@ from firp_cli.files import write_json
 from firp_cli.machine import set_threads
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.reports.cells import markdown_table
-from firp_cli.teacher.attention import StepMask
 from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.masks import StepMask
 from firp_cli.teacher.teacher import Teacher
 
 LAYERS = "layers"

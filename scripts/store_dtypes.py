@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from firp_cli.cli.terminal import progress_bar, quiet_libraries, say
 from firp_cli.config import Recipe
 from firp_cli.recipe import load_recipe
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.load import load_teacher
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def measure(recipe: Recipe, dtypes: Sequence[str], folder: Path, prompts: int) -
     from firp_cli.training.trainer import train
 
     teacher, lean = load_teacher(recipe.teacher), load_teacher(recipe.teacher)
-    lean.use_lean_layers()  # for all but training
+    use_lean_layers(lean)  # for all but training
     stores = {name: Store.open(path, verify=True) for name, path in prepare(recipe, lean, dtypes, folder).items()}
     held_out = stores["held out"]
     starts = [int(item.loss_mask.int().argmax()) for item in held_out]

@@ -20,6 +20,7 @@ from firp_cli.machine import default_device, free_bytes, readable_bytes
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import load_predictor, predictor_folder, read_config
 from firp_cli.teacher import cpu_kernels
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import LoadedWeights
@@ -47,7 +48,7 @@ class LayerChoice:
             return
         if teacher.device.type == "cpu" and teacher.dtype == torch.float32 and cpu_kernels.to_be_compiled():
             LOG.info("compiling kernels for this processor: a few seconds, once")
-        reason = teacher.use_lean_layers(self.compiled)
+        reason = use_lean_layers(teacher, self.compiled)
         if reason:
             LOG.info(reason)
 

@@ -129,10 +129,11 @@ def _load(recipe: Recipe, chosen: list[int] | None) -> tuple[Teacher, list[int]]
     """The teacher, and the layers to be kept."""
     from firp_cli.api.loading import teacher_line
     from firp_cli.distributed.sharding import load_for_ranks
+    from firp_cli.teacher.check import use_lean_layers
 
     teacher = load_for_ranks(recipe.teacher)
     say(teacher_line(teacher.loaded_weights))
-    teacher.use_lean_layers()  # answers and states come faster; where it does not fit the library's layers stay
+    use_lean_layers(teacher)  # answers and states come faster; where it does not fit the library's layers stay
     return teacher, chosen if chosen is not None else default_layers(recipe, teacher)
 
 

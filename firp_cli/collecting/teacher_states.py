@@ -57,7 +57,7 @@ def capture(
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         for row, index in enumerate(batch):
             ids[row, : lengths[index]] = sequences[index]
-        teacher.together(True)
+        teacher.any_has_work(True)
         kept, final = _forward(teacher, ids, set(layers))
         real = [lengths[index] for index in batch]
         states = {f"hidden.{layer}": _real_rows(kept[layer], real) for layer in layers}
@@ -69,7 +69,7 @@ def capture(
 @torch.inference_mode()
 def accompany(teacher: Teacher) -> None:
     """Run along with the other processes that hold the teacher, until none of them captures any more."""
-    while teacher.together(False):
+    while teacher.any_has_work(False):
         _forward(teacher, torch.zeros(1, 1, dtype=torch.long), set())
 
 

@@ -21,8 +21,8 @@ from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anch
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.predictors.base import Draft, Predictor, PseudoStateMaker
 from firp_cli.predictors.forward import forward_rows
-from firp_cli.teacher.attention import AttentionMask, StepMask, step_rows
 from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.masks import AttentionMask, StepMask, step_rows
 from firp_cli.teacher.teacher import Teacher
 
 PREFILL_ENTRIES = 1 << 26  # of a prefill chunk's mask, at most

@@ -2,7 +2,7 @@
 time, gathered when it runs.
 
 Gathering is a collective, so all ranks must run the same layers in the same order. Training does by itself; ranks that
-share out other work ask `teacher.together` before each forward and run along until nobody has any left.
+share out other work ask `teacher.any_has_work` before each forward and run along until nobody has any left.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from firp_cli.distributed.launch import load_deepspeed, start
 from firp_cli.distributed.rank_group import talking
 from firp_cli.errors import TeacherError
 from firp_cli.machine import default_device, is_main, world_size
-from firp_cli.teacher.attention import LayerMask
-from firp_cli.teacher.library_layers import Cache, LibraryStack
+from firp_cli.teacher.library_layers import Cache, LibraryStack, MissingLayer
 from firp_cli.teacher.load import PartError, PartialTeacher, load_upper
-from firp_cli.teacher.teacher import MissingLayer, Teacher
+from firp_cli.teacher.masks import LayerMask
+from firp_cli.teacher.teacher import Teacher
 
 WHOLE_ELEMENTS = 1 << 14  # parameters of at most so many elements (norms, biases) are whole on every rank
 ALONE = "one rank has nothing to share teacher.sharding=zero3 with: start more with --gpus"
@@ -65,8 +65,8 @@ def load_sharded(config: TeacherConfig, first: int = 0) -> Teacher:
             for module in _units(teacher):
                 gather.watch(module)
             gather.expect(sharing.shared)
-            teacher.wrap_library(lambda library: ShardedStack(library, gather, teacher.model.get_output_embeddings()))
-            teacher.peers = _any_works
+            head = teacher.model.get_output_embeddings()
+            teacher.wrap_library(lambda library: ShardedStack(library, gather, head), peers=_any_works)
             held = teacher.weight_bytes + sum(part.numel() * part.element_size() for part in _parts(sharing.shared))
             return vacant.finished("zero3", held, world_size())
     except PartError as error:

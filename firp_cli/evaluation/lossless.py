@@ -8,7 +8,7 @@ import torch
 
 from firp_cli.evaluation.rows import BatchRun
 from firp_cli.results import Divergence
-from firp_cli.teacher.attention import causal_allowed
+from firp_cli.teacher.masks import causal_allowed
 from firp_cli.teacher.teacher import Teacher
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from firp_cli.predictors.base import Predictor, PseudoStateMaker, RowsHook, SequenceBatch
-from firp_cli.teacher.attention import Mask, pseudo_positions
 from firp_cli.teacher.kv_cache import SequenceCache
 from firp_cli.teacher.library_layers import Cache
+from firp_cli.teacher.masks import Mask, pseudo_positions
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.training_masks import AnchoredMask
 
@@ -53,7 +53,7 @@ def forward_rows(
     of A rows join at layer t_i. All rows of a layer run in one call.
 
     Args:
-        positions: (B, M). mask: over the M = R + kA rows, ordered as teacher/attention.py says; None is right only for
+        positions: (B, M). mask: over the M = R + kA rows, ordered as teacher/masks.py says; None is right only for
             one row that sees every slot and has no pseudo states.
         anchors: (B, A) the real rows that pseudo states grow from; None: every row.
         rotary: position embeddings of all rows, where the caller has them.

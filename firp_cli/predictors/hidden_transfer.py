@@ -12,7 +12,7 @@ from firp_cli.errors import PredictorError
 from firp_cli.predictors.base import PseudoStateMaker, RowsHook, SequenceBatch
 from firp_cli.predictors.forward import forward_anchors
 from firp_cli.predictors.linear_maps import LinearMapPredictor
-from firp_cli.teacher.attention import pseudo_positions
+from firp_cli.teacher.masks import pseudo_positions
 from firp_cli.teacher.packed_linear import PackedLinear
 from firp_cli.teacher.teacher import Teacher
 

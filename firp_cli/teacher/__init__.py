@@ -1,1 +1,1 @@
-"""The frozen language model, layer by layer."""
+"""Frozen language model, layer by layer."""

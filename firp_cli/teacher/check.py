@@ -1,36 +1,172 @@
-"""Checks that a teacher's layers give the model's own numbers."""
+"""Comparisons of a teacher's layers with the model's own forward, of its attention with `attend`, and of lean layers
+with the library's.
+
+An architecture that computes more between its layers than `Teacher` does fails the first comparison and is refused.
+Lean layers run only where their logits equal the library's.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from firp_cli.teacher.attention import causal_allowed
+from firp_cli.errors import TeacherError
+from firp_cli.teacher.lean_layers import UnsupportedLayersError
+from firp_cli.teacher.library_layers import MissingLayer, Stack
+from firp_cli.teacher.masks import AttentionMask, causal_allowed
+from firp_cli.teacher.teacher import Teacher, rounding
 from firp_cli.teacher.training_masks import CausalRows
 
-if TYPE_CHECKING:
-    from firp_cli.teacher.teacher import Teacher
-
-TRIED_ROWS = 24
+# Greatest difference of lean logits, relative to their size. Other dtypes round each operation, and on CUDA devices
+# products of joined matrices sum in another order: there it is `rounding`.
+LEAN_TOLERANCE = {("cpu", torch.float32): 1e-5}
+TOKENS = 24
+MODEL_ERRORS = (TypeError, ValueError, AttributeError, RuntimeError)  # raised by layers of an unknown kind
 
 
 @torch.no_grad()
-def attends_plainly(teacher: Teacher, index: int) -> bool:
-    """Whether a layer gives under `CausalRows` what it gives under the dense mask: some cap their scores, or add to
-    them.
+def check_against_model(teacher: Teacher) -> None:
+    """Compare the states after each layer of this process, and the logits, with the model's own forward.
+
+    Raises TeacherError on a difference.
     """
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, TRIED_ROWS, teacher.hidden_size, generator=generator).to(teacher.device, teacher.dtype)
-    positions = torch.arange(TRIED_ROWS, device=teacher.device)[None]
-    allowed = causal_allowed(positions.new_full((1,), TRIED_ROWS), TRIED_ROWS)
-    window, rotary = teacher.windows[index], teacher.rotary(states, positions)
-    dense = teacher.sequence_mask(allowed, positions).additive(window)
+    inputs, start = _inputs(teacher)
+    states: list[Tensor] = []
     try:
-        expected, found = (
-            teacher.layer(index, states, rotary, positions, mask, None).float() for mask in (dense, CausalRows(window))
+        with _passing_layers(teacher.layers):
+            reference = teacher.model(**inputs, output_hidden_states=True, use_cache=False)
+        positions, mask = _causal(teacher, start.shape[1])
+        last = teacher.run(start, positions, mask, teacher.first, on_layer=lambda _, hidden: states.append(hidden))
+        logits = teacher.head(teacher.norm(last))
+    except (*MODEL_ERRORS, KeyError) as error:
+        raise TeacherError(
+            f"{teacher.name}: the layers of {type(teacher.model).__name__} cannot be run one by one ({error}); "
+            "supported: Llama, Mistral, Qwen2, Qwen3 and architectures with the same layer interface"
+        ) from error
+    # a looped model of its own code may report one state per loop, or none, and the library reports a layer's state
+    # before a norm that ends its loop: then only the logits are compared
+    looped = teacher.looped
+    comparable = not (looped and looped.norm_each_loop) and len(reference.hidden_states or ()) == len(states)
+    expected_states = reference.hidden_states[:-1] if comparable else ()
+    pairs = [(f"layer {layer}", pair) for layer, pair in enumerate(zip(expected_states, states, strict=False))]
+    for place, (expected, got) in [*pairs, ("logits", (reference.logits, logits))]:
+        difference = (expected.float() - got.float()).abs().max().item()
+        if not difference <= rounding(teacher.dtype) * max(1.0, expected.float().abs().max().item()):
+            raise TeacherError(
+                f"{teacher.name}: {type(teacher.model).__name__} is not supported: run layer by layer, its states "
+                f"differ from its own forward at {place} by {difference:.2g}; "
+                "use a Llama, Mistral, Qwen2 or Qwen3 model"
+            )
+
+
+def standard_attention(teacher: Teacher) -> bool:
+    """Return True where the layers treat scores as `attend` does, found by running one layer of each window.
+
+    Some architectures cap their scores, or add to them: these need written-out masks.
+    """
+    present = [index for index, layer in enumerate(teacher.layers) if not isinstance(layer, MissingLayer)]
+    first_of_window = {teacher.windows[index]: index for index in reversed(present)}
+    return all(_attends_as_standard(teacher, index) for index in first_of_window.values())
+
+
+@torch.no_grad()
+def _attends_as_standard(teacher: Teacher, index: int) -> bool:
+    """Compare a layer's output under `CausalRows` with that under the dense mask."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, TOKENS, teacher.hidden_size, generator=generator).to(teacher.device, teacher.dtype)
+    positions, mask = _causal(teacher, TOKENS)
+    window = teacher.windows[index]
+    try:
+        rotary = teacher.rotary(states, positions)
+        expected, got = (
+            teacher.layer(index, states, rotary, positions, layer_mask, None).float()
+            for layer_mask in (mask.additive(window), CausalRows(window))
         )
-    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError):
+    except (*MODEL_ERRORS, KeyError):
         return False
     tolerance = 1e-4 if teacher.dtype == torch.float32 else 5e-2
-    return bool((expected - found).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
+    return bool((expected - got).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
+
+
+def use_lean_layers(teacher: Teacher, compiled: bool = False) -> str | None:
+    """Run the lean layers from now on if they give the library's logits; return the reason why not, or None.
+
+    The library's parameters become views into joined matrices. Call it again after moving the model.
+    """
+    kept = f"{type(teacher.model).__name__} keeps the library's layers"
+    if teacher.peers is not None:
+        return f"{kept}: its weights are shared over ranks"
+    tolerance = LEAN_TOLERANCE.get((teacher.device.type, teacher.dtype), rounding(teacher.dtype))
+    teacher.stack = teacher.library
+    whole = not any(isinstance(layer, MissingLayer) for layer in teacher.layers)
+    difference = 0.0
+    try:
+        for short in (True, False):  # the shortest norms round otherwise than the library's, the longer ones as it does
+            lean = teacher.lean_stack(compiled, short)
+            difference = _difference(teacher, lean) if whole else 0.0  # a part was compared when it was whole
+            if difference <= tolerance:
+                teacher.stack = lean
+                return None
+    except (UnsupportedLayersError, *MODEL_ERRORS) as error:
+        return f"{kept}: {error}"
+    return f"{kept}: lean ones differ by {difference:.2g}"
+
+
+@torch.inference_mode()
+def _difference(teacher: Teacher, stack: Stack) -> float:
+    """Return the greatest difference of another stack's logits from the teacher's, relative to their size."""
+    trial = copy.copy(teacher)
+    trial.stack = stack
+    ids = _token_ids(teacher)
+    positions, mask = _causal(teacher, ids.shape[1])
+    expected, got = (item.head(item.norm(item.run(item.embed(ids), positions, mask))) for item in (teacher, trial))
+    return ((expected - got).abs().max() / expected.abs().max().clamp(min=1.0)).item()
+
+
+def _token_ids(teacher: Teacher) -> Tensor:
+    """Return random tokens (1, T), enough to pass short sliding windows."""
+    windows = [window for window in teacher.windows if window]
+    tokens = max([TOKENS, *(window + 8 for window in windows if window <= 256)])
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, teacher.vocab_size, (1, tokens), generator=generator).to(teacher.device)
+
+
+def _inputs(teacher: Teacher) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the arguments of the model's own forward, and the input (1, T, d) of this process's first layer."""
+    ids = _token_ids(teacher)
+    if teacher.first == 0:
+        return {"input_ids": ids}, teacher.embed(ids)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, ids.shape[1], teacher.hidden_size, generator=generator).to(teacher.device, teacher.dtype)
+    return {"inputs_embeds": states}, states
+
+
+def _causal(teacher: Teacher, rows: int) -> tuple[Tensor, AttentionMask]:
+    """Return the positions (1, T) of one sequence, and its written-out causal mask."""
+    positions = torch.arange(rows, device=teacher.device)[None]
+    return positions, teacher.sequence_mask(causal_allowed(positions.new_full((1,), rows), rows), positions)
+
+
+@contextmanager
+def _passing_layers(layers: nn.ModuleList) -> Iterator[None]:
+    """Let states pass missing layers unchanged, so that the model's own forward runs with the layers present."""
+    missing = {index: layer for index, layer in enumerate(layers) if isinstance(layer, MissingLayer)}
+    for index in missing:
+        layers[index] = _PassingLayer()
+    try:
+        yield
+    finally:
+        for index, layer in missing.items():
+            layers[index] = layer
+
+
+class _PassingLayer(nn.Identity):
+    """Stand-in that returns its input and ignores a layer's other arguments."""
+
+    def forward(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
+        return input

@@ -1,10 +1,10 @@
-// Kernels of a decoding step on a CPU: products of few rows with a frozen matrix, and a whole decoder layer of them.
+// Kernels of a decoding step on a CPU: products of few rows with a frozen matrix, and a whole decoder layer.
 //
-// A step is bound by reading the weights. A matrix is kept in panels of LANES outputs, input by input, so that a core
-// reads it in one direction, and fetches it ahead of its use; all rows are multiplied while a panel is in registers. A
-// row's sums run in the same order whatever the other rows are.
+// Reading the weights bounds a decoding step. A matrix is stored in panels of LANES outputs, input by input, so that a
+// core reads it in one direction and prefetches it; all rows are multiplied while a panel is in registers. The order of
+// a row's sums does not depend on the other rows.
 //
-// Compiled by teacher/cpu_kernels.py with GCC or Clang for the processor at hand (GCC's vector extensions, OpenMP).
+// Compiled by teacher/cpu_kernels.py with GCC or Clang for this machine's processor (GCC's vector extensions, OpenMP).
 // Letters: M rows (of all sequences), K inputs, N outputs, D head size, S key/value slots in view.
 
 #include <algorithm>
@@ -24,9 +24,9 @@ constexpr int LANES = 8, REGISTERS = 16;
 constexpr int LANES = 4, REGISTERS = 32;
 #endif
 constexpr int BYTES = 4 * LANES;
-constexpr int AHEAD = 2048 / BYTES;  // inputs that a panel is fetched ahead of its use
+constexpr int AHEAD = 2048 / BYTES;  // inputs by which a panel is prefetched
 constexpr int MOST_ROWS = REGISTERS / 2;  // of one pass over panels: their sums just fit the registers
-constexpr int QUERIES = 8;  // that go over the keys together
+constexpr int QUERIES = 8;  // that read the keys together
 constexpr int MOST_HEAD = 512;  // values of a head
 
 typedef float vec __attribute__((vector_size(BYTES)));
@@ -68,14 +68,14 @@ static inline vec exponential(vec x) {
 
 extern "C" {
 
-// A frozen matrix (N, K): panels[N / LANES, rounded up][K][LANES], and a bias in the same order, or null. In a paired
-// one, of gate and up together (2 N, K), their panels take turns.
+// Frozen matrix (N, K): panels[N / LANES, rounded up][K][LANES], and a bias in the same order, or null. In a paired
+// matrix, gate and up together (2 N, K), panels of gate and up alternate.
 struct Matrix {
   const float *panels, *bias;
   int64_t outputs, inputs;
 };
 
-// Weights of a decoder layer. Norms of queries and keys may be null.
+// Weights of a decoder layer. The norms of queries and keys may be null.
 struct Layer {
   Matrix joined, output, gates, down;
   const float *first_norm, *second_norm, *query_norm, *key_norm;
@@ -83,7 +83,7 @@ struct Layer {
   int64_t size, query_heads, key_heads, head;
 };
 
-// Rows (B, R, d) of a step. Strides count floats; the last dimension of everything is contiguous.
+// Rows (B, R, d) of a decoding step. Strides count floats; the last dimension of each array is contiguous.
 struct Step {
   int64_t batch, rows, slots;
   const float *hidden, *cosine, *sine, *mask;         // (B, R, d), (B or 1, R, D) twice, (B, R, S) or null
@@ -103,7 +103,7 @@ static void pass(const Matrix& matrix, const float* x, int64_t panel, float* y, 
   const float* panels = matrix.panels + panel * K * LANES;
   vec sums[M][V] = {};
   for (int64_t k = 0; k < K; k++) {
-    // at a panel's end the next pass's panels are fetched
+    // at a panel's end the next pass's panels are prefetched
     const float* ahead = panels + (k + AHEAD < K ? k + AHEAD : V * K + k + AHEAD - K) * LANES;
     vec weights[V];
 #pragma GCC unroll 3
@@ -135,7 +135,7 @@ static void pass(const Matrix& matrix, const float* x, int64_t panel, float* y, 
     }
 }
 
-// Panels of a pass: three while a register is left for each sum, each panel's weights and a row's value.
+// Panels of a pass: three where the registers suffice for all sums, each panel's weights and a row's value.
 static constexpr int width(int64_t rows) { return 3 * rows + 4 <= REGISTERS ? 3 : 2; }
 
 template <int M, Kind KIND>
@@ -154,8 +154,8 @@ static Sweep sweep_of(int64_t rows, std::integer_sequence<int, ROWS...>) {
   return all[rows - 1];
 }
 
-// A thread's part of y (M, N) = x (M, K) W^T + b (+ rest). Rows go over a panel in blocks of like size while the cache
-// holds it.
+// A thread's part of y (M, N) = x (M, K) W^T + b (+ rest). Blocks of rows, of nearly equal size, use a panel one after
+// the other while it is in the cache.
 template <Kind KIND>
 static void multiply(const Matrix& matrix, const float* x, int64_t M, float* y, const float* rest, int thread,
                      int threads) {
@@ -194,8 +194,8 @@ static void turn(const float* x, const float* weight, float epsilon, const float
   for (int64_t at = half; at < D; at++) y[at] = (x[at] * cosine[at] + x[at - half] * sine[at]) * factor;
 }
 
-// Attention of up to QUERIES queries (D,), scaled beforehand, over S slots. VECTORS: D / LANES where it is known here and
-// leaves no rest, else 0.
+// Attention of up to QUERIES queries (D,), scaled beforehand, over S slots. VECTORS: D / LANES where it is a constant
+// without remainder, else 0.
 template <int VECTORS>
 static void attend(const float* const* queries, const float* const* masks, int count, const float* keys,
                    const float* values, int64_t row, int64_t slots, int64_t D, float* scores, float* const* outputs) {
@@ -306,7 +306,7 @@ void firp_before(const Layer* given, const Step* step, int threads) {
       const float* x = joined + item * D;
       const int64_t angle = sequence * s.angle_sequence + row * s.angle_row;
       const float *cosine = s.cosine + angle, *sine = s.sine + angle;
-      if (head < layer.query_heads) {  // queries of one key head lie together
+      if (head < layer.query_heads) {  // queries of one key head are adjacent
         const int64_t place = ((sequence * layer.key_heads + head / group) * s.rows + row) * group + head % group;
         turn(x, layer.query_norm, layer.query_epsilon, cosine, sine, layer.scaling, D, s.queries + place * D);
         continue;
@@ -321,7 +321,7 @@ void firp_before(const Layer* given, const Step* step, int threads) {
   }
 }
 
-// The second part: attention, and the feed-forward gated by silu, each added to the rows.
+// The second part of a decoder layer: attention, and the feed-forward gated by silu, each added to the rows.
 void firp_after(const Layer* given, const Step* step, int threads) {
   static thread_local Workspace space;
   const Layer& layer = *given;
@@ -363,8 +363,8 @@ void firp_after(const Layer* given, const Step* step, int threads) {
   }
 }
 
-// `count` layers, one after the other. The step's keys and values are those of the first; a layer's are `stride` behind
-// those of the one before.
+// `count` layers, one after the other. The step's keys and values are those of the first layer; each next
+// layer's follow `stride` floats later.
 void firp_layers(const Layer* const* layers, int64_t count, const Step* given, int64_t stride, int threads) {
   Step step = *given;
   for (int64_t number = 0; number < count; number++) {

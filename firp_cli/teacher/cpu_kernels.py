@@ -1,7 +1,7 @@
 """Products and decoder layers of decoding steps on a CPU: the Python side of cpu_kernels.cpp.
 
-The source is compiled once for each processor, with the C++ compiler that is installed, and kept in the cache folder.
-Without a compiler, or with FIRP_CPU_KERNELS=0, decoding takes torch's operations. float32 only.
+The source is compiled once for each processor, with the installed C++ compiler, into the cache folder. Without a
+compiler, or with FIRP_CPU_KERNELS=0, decoding uses torch's operations. float32 only.
 
 Shapes: M rows, K inputs, N outputs, B sequences, R rows, d hidden size, Hq query heads, Hk key/value heads, D head
 size, S slots.
@@ -38,24 +38,24 @@ FLAGS_X86 = ("-mprefer-vector-width=512",)
 COMPILE_SECONDS = 120.0
 SWITCH = "FIRP_CPU_KERNELS"
 MOST_ROWS = 256  # above, torch's own products are as fast
-MOST_BYTES = 2 << 30  # of copies in one process: beyond, memory is worth more
-MOST_HEAD = 512  # values of a head, at most
+MOST_BYTES = 2 << 30  # of packed copies in one process
+MOST_HEAD = 512  # values of a head
 HUGE_PAGE, BLOCK_BYTES = 2 << 20, 64 << 20
 ALIGNMENT = 16  # floats of a cache line
 
 
 class CompileError(Exception):
-    """Why there are no kernels on this machine."""
+    """Reason why this machine has no kernels."""
 
 
 @cache
 def compiled() -> ctypes.CDLL:
-    """The compiled source, made on the first call on a machine. Raises CompileError."""
+    """Return the compiled source; the first call on a machine compiles it. Raises CompileError."""
     return load()
 
 
 def load(extra: Sequence[str] = ()) -> ctypes.CDLL:
-    """Load the kernels, compiled before with the same flags or now. Raises CompileError.
+    """Load the kernels, and compile them unless they are in the cache. Raises CompileError.
 
     Args:
         extra: more flags for the compiler.
@@ -79,12 +79,12 @@ def load(extra: Sequence[str] = ()) -> ctypes.CDLL:
 
 
 def to_be_compiled() -> bool:
-    """Whether the first use takes the seconds of compiling."""
+    """Return True where the first use compiles, for some seconds."""
     return os.environ.get(SWITCH) != "0" and not _place()[0].exists() and _compiler() is not None
 
 
 def _place(extra: Sequence[str] = ()) -> tuple[Path, tuple[str, ...]]:
-    """Where the kernels of this processor are kept, and the flags that they are compiled with."""
+    """Return the file of this processor's kernels, and the compiler's flags for them."""
     machine = platform.machine()
     flags = (*FLAGS, *(FLAGS_X86 if machine.lower() in ("x86_64", "amd64") else ()), *extra)
     parts = (SOURCE.read_text(encoding="utf-8"), *flags, machine, processor_name(), _instructions())
@@ -93,7 +93,9 @@ def _place(extra: Sequence[str] = ()) -> tuple[Path, tuple[str, ...]]:
 
 
 def _instructions() -> str:
-    """What this processor can do, where the system says: two of one name may differ, as virtual ones do."""
+    """Return this processor's instruction sets, where the system lists them: two processors of one name may differ, as
+    virtual ones do.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -107,13 +109,13 @@ def _compiler() -> str | None:
 
 
 def _compile(path: Path, flags: Sequence[str]) -> None:
-    """Compile to `path`, whole or not at all: several processes may do so at once. Raises CompileError, OSError."""
+    """Compile to `path` and rename into place: several processes may compile at once. Raises CompileError, OSError."""
     compiler = _compiler()
     if compiler is None:
         raise CompileError("no C++ compiler is installed (g++ or clang++)")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        # OpenMP is not linked: its symbols are those of the library that torch has loaded, so that threads are shared
+        # OpenMP is not linked: its symbols come from the library that torch has loaded, so that both share threads
         steps = ([*flags, "-c", str(SOURCE), "-o", "kernels.o"], ["-shared", "kernels.o", "-o", "kernels.so"])
         for arguments in steps:
             try:
@@ -134,7 +136,7 @@ def _compile(path: Path, flags: Sequence[str]) -> None:
 
 @cache
 def missing() -> str | None:
-    """Why this machine does not have the kernels, or None."""
+    """Return the reason why this machine has no kernels, or None."""
     try:
         compiled()
     except CompileError as error:
@@ -168,17 +170,17 @@ class _Step(ctypes.Structure):
 
 
 class _Memory:
-    """Memory for packed matrices in huge pages, where the system has them: a step reads all of it, and with small pages
-    the processor spends a third of that time looking up addresses.
+    """Memory for packed matrices in huge pages, where the system has them. A decoding step reads all of it, and with
+    small pages the processor spends a third of that time on address translation.
     """
 
-    left: Tensor = torch.empty(0)  # of the last block; matrices are cut from its beginning
+    left: Tensor = torch.empty(0)  # rest of the last block; matrices are cut from its beginning
 
     @classmethod
     def take(cls, count: int) -> Tensor:
-        """(count,) float32, aligned to a cache line."""
+        """Return memory for (count,) float32, aligned to a cache line."""
         size = -(-count // ALIGNMENT) * ALIGNMENT
-        with torch.inference_mode(False):  # matrices that are packed outside of it are cut from the same block
+        with torch.inference_mode(False):  # matrices packed outside of inference mode share the block
             if size > len(cls.left):
                 pages = mmap.mmap(
                     -1, max(4 * size, BLOCK_BYTES) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -193,9 +195,9 @@ class _Memory:
 
 
 class Copy:
-    """A copy of a matrix beside its weights. Counts what copies take."""
+    """Copy of a matrix beside its weights. Counts the bytes of all copies."""
 
-    _counted: ClassVar[list[int]] = [0]  # bytes of all that there are; found through `self` when the interpreter ends
+    _counted: ClassVar[list[int]] = [0]  # bytes of all; a list, which `self` still reaches when the interpreter ends
 
     def __init__(self, size: int) -> None:
         self.bytes = size
@@ -206,17 +208,17 @@ class Copy:
 
     @classmethod
     def total(cls) -> int:
-        """Bytes of all copies."""
+        """Return the bytes of all copies."""
         return cls._counted[0]
 
     @classmethod
     def fits(cls, size: int) -> bool:
-        """Whether memory may be spent on another one."""
+        """Return True where another copy of `size` bytes stays within the limit."""
         return cls.total() + size <= MOST_BYTES
 
 
 class PackedMatrix(Copy):
-    """A copy of a float32 matrix (N, K) in the order that the kernels read, with its bias (N,).
+    """Copy of a float32 matrix (N, K) in the order in which the kernels read, with its bias (N,).
 
     Args:
         paired: the matrix is a feed-forward's gate (N, K) above its up (N, K).
@@ -239,7 +241,7 @@ class PackedMatrix(Copy):
         self.own = _Matrix(self._panels.data_ptr(), _address(self._bias), self.outputs, self.inputs)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Rows (..., K) to (..., N)."""
+        """Return the product (..., N) of rows (..., K)."""
         rows = rows.contiguous()
         product = rows.new_empty(*rows.shape[:-1], self.outputs)
         count = rows.numel() // self.inputs
@@ -253,13 +255,12 @@ Norm = tuple[Tensor, float]  # an RMS norm's weight and epsilon
 
 
 class PackedLayer:
-    """A decoder layer in two kernels: norm, attention, norm, feed-forward gated by silu, each behind a
-    residual.
+    """Decoder layer in two kernels: norm, attention, norm and feed-forward gated by silu, with residuals.
 
     Args:
-        matrices: of queries, keys and values together; of attention's output; gate above up; down.
+        matrices: queries, keys and values joined; attention's output; gate above up; down.
         norms: before attention and before the feed-forward. head_norms: of queries and of keys, or empty.
-        heads: of queries and of keys. scaling: of the scores.
+        heads: numbers of query and of key heads. scaling: factor of the scores.
     """
 
     def __init__(
@@ -272,7 +273,7 @@ class PackedLayer:
         scaling: float,
     ) -> None:
         self._matrices = [PackedMatrix(*each, paired=number == 2) for number, each in enumerate(matrices)]
-        self._norms = [*norms, *head_norms]  # their memory is used
+        self._norms = [*norms, *head_norms]  # keeps the memory that the kernels read
         weights = [weight.data_ptr() for weight, _ in self._norms] + [None] * (4 - len(self._norms))
         epsilons = [epsilon for _, epsilon in self._norms] + [0.0] * (4 - len(self._norms))
         sizes = len(norms[0][0]), *heads, head_size
@@ -280,7 +281,7 @@ class PackedLayer:
 
     @staticmethod
     def serves(weight: Tensor, head_size: int, bytes_needed: int) -> bool:
-        """Whether there are kernels for layers of such matrices, and memory may be spent on copies of them."""
+        """Return True where kernels serve layers of such matrices, and copies of them stay within the limit."""
         return (
             weight.device.type == "cpu"
             and weight.dtype == torch.float32
@@ -297,12 +298,12 @@ class PackedLayer:
         mask: Tensor | None,
         seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Rows (B, R, d) to the layer's output (B, R, d).
+        """Return the layer's output (B, R, d) of rows (B, R, d).
 
         Args:
             cosine, sine: (B or 1, R, 1, D), the sine's first half negated.
             mask: additive (B or 1, 1, R, S).
-            seen: takes the rows' keys and values (B, Hk, R, D) and gives those in view, (B, Hk, S, D).
+            seen: takes the rows' keys and values (B, Hk, R, D) and returns those in view, (B, Hk, S, D).
         """
         batch, rows, _ = hidden.shape
         keys, values = hidden.new_empty(2, batch, self.own.key_heads, rows, self.own.head)
@@ -314,7 +315,7 @@ class PackedLayer:
 
 
 class PackedLayers:
-    """Consecutive layers, run in one call: between two of them nothing but the kernels goes through the caches."""
+    """Consecutive layers in one call: between two layers only the kernels use the processor's caches."""
 
     def __init__(self, layers: Sequence[PackedLayer]) -> None:
         self._layers = list(layers)
@@ -330,10 +331,10 @@ class PackedLayers:
         seen: tuple[Tensor, Tensor],
         stride: int,
     ) -> Tensor:
-        """Rows (B, R, d) to the last layer's output. `cosine`, `sine`, `mask`: as a `PackedLayer` takes them.
+        """Return the last layer's output of rows (B, R, d). `cosine`, `sine`, `mask`: see `PackedLayer.__call__`.
 
         Args:
-            written: where the first layer's keys and values go (B, Hk, R, D), among those `seen`, (B, Hk, S, D).
+            written: slots for the first layer's keys and values (B, Hk, R, D), among those `seen`, (B, Hk, S, D).
             stride: floats from a layer's keys and values to the next one's.
         """
         step = _Rows(self._layers[0], hidden, cosine, sine, written)
@@ -343,13 +344,13 @@ class PackedLayers:
 
 
 class _Rows:
-    """A step's rows as the kernels read them, and their output."""
+    """Rows of a decoding step as the kernels read them, and their output."""
 
     def __init__(
         self, layer: PackedLayer, hidden: Tensor, cosine: Tensor, sine: Tensor, places: tuple[Tensor, Tensor]
     ) -> None:
         self.threads = torch.get_num_threads()
-        self._hidden = hidden = hidden.contiguous()  # its memory is used, and the queries'
+        self._hidden = hidden = hidden.contiguous()  # keeps the memory that the kernels use
         self._queries = hidden.new_empty(*hidden.shape[:2], layer.own.query_heads * layer.own.head)
         self.output = torch.empty_like(hidden)
         (own_keys, own_values), angles = places, cosine.stride()
@@ -363,7 +364,7 @@ class _Rows:
 
     def see(self, seen: tuple[Tensor, Tensor], mask: Tensor | None) -> None:
         """Let the rows attend to keys and values (B, Hk, S, D)."""
-        self._seen = own, (keys, values) = self.own, seen  # a cache may have made them for this call alone
+        self._seen = own, (keys, values) = self.own, seen  # keeps their memory: a cache may make them for this call
         assert values.stride() == keys.stride() and keys.stride(3) == 1
         own.slots, own.keys, own.values = keys.shape[2], keys.data_ptr(), values.data_ptr()
         own.key_sequence, own.key_head, own.key_row, _ = keys.stride()
@@ -374,13 +375,13 @@ class _Rows:
 
 
 def takes(hidden: Tensor) -> bool:
-    """Whether the kernels run these rows (B, R, d): few that need no gradient, with nobody looking on."""
+    """Return True where the kernels run rows (B, R, d): at most MOST_ROWS, without gradients and unless `watched`."""
     return 0 < hidden.shape[0] * hidden.shape[1] <= MOST_ROWS and not hidden.requires_grad and not watched()
 
 
 def watched() -> bool:
-    """Whether a TorchDispatchMode is active, as counters of operations are. It sees torch's operations only, so these
-    are what should run.
+    """Return True while a TorchDispatchMode is active, for example a counter of operations. It sees only torch's
+    operations, so these must run then.
     """
     return torch._C._len_torch_dispatch_stack() > 0
 

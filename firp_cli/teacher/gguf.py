@@ -1,9 +1,9 @@
-"""Teachers kept in GGUF files (llama.cpp's format): unpacked once into plain floats, then loaded like any folder.
+"""Teachers in GGUF files (llama.cpp's format): dequantised once, then loaded like any folder.
 
 `unpack` dequantises a file into a folder of safetensors weights, config and tokenizer under the cache folder
-(`FIRP_CACHE_DIR`), named by the file's sha256 and the dtype. The library reads weights and vocabulary; what it leaves
-out of the header is added here or refused: head sizes, scaled rotary positions, sliding windows, end-of-turn tokens and
-the rule that splits text before byte-pair merges. A file that holds more than its model takes is refused.
+(`FIRP_CACHE_DIR`), named by the file's sha256 and the dtype. The library reads weights and vocabulary. Header fields
+that it ignores are read here or refused: head sizes, scaled rotary positions, sliding windows, end-of-turn tokens and
+the rule that splits text before byte-pair merges. A file with tensors that its model does not use is refused.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from firp_cli.files import cache_folder, file_sha256, write_json
 from firp_cli.provenance import fingerprint
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-FORMAT = 1  # of unpacked folders; another number unpacks again
+FORMAT = 1  # version of unpacked folders; a folder of another version is unpacked again
 RECORD = "gguf.json"  # written last: a folder without it is unfinished
 ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (Llama 3.1 and later)
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# vocabularies whose merges were learnt on single digits, by llama.cpp's name of the rule
+# llama.cpp's names of the rules whose merges were learned on single digits
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 log = logging.getLogger("firp")
 
 
 def unpack(path: Path, dtype: torch.dtype) -> Path:
-    """The folder with a GGUF file's weights as `dtype`, made where the cache does not hold it yet.
+    """Return the folder with a GGUF file's weights as `dtype`, made unless the cache has it.
 
     Raises TeacherError: the `gguf` package is missing, the file is damaged, truncated or one of several parts, its
     architecture is not supported, or the disk is full.
@@ -59,12 +59,12 @@ def unpack(path: Path, dtype: torch.dtype) -> Path:
 
 
 def read_config(path: Path) -> Any:
-    """The library's config of a GGUF file's model. Raises TeacherError."""
+    """Return the library's config of a GGUF file's model. Raises TeacherError."""
     return _model_config(path, _Header(path))
 
 
 class _Header:
-    """Fields and tensor table of a file, read by the `gguf` package. Raises TeacherError."""
+    """Header of a file, its fields and tensor table, read by the `gguf` package. Raises TeacherError."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -79,17 +79,17 @@ class _Header:
             self._fields = reader.fields
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.architecture = str(self.get("general.architecture"))
-        except Exception as error:  # the parser of a damaged file raises whatever its bytes lead it to
+        except Exception as error:  # the parser raises any exception on a damaged file
             raise _damaged(path, error) from error
         self._check()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A field's value; `*` stands for the architecture."""
+        """Return a field's value; `*` in the key is the architecture."""
         field = self._fields.get(key.replace("*", getattr(self, "architecture", "")))
         return default if field is None else field.contents()
 
     def _check(self) -> None:
-        """Refuse what is not one of the supported decoders, whole and in one file."""
+        """Refuse files other than a supported decoder, whole and in one file. Raises TeacherError."""
         if self.architecture not in ARCHITECTURES:
             raise TeacherError(
                 f"{self.path}: GGUF architecture {self.architecture!r} is not supported; "
@@ -124,7 +124,7 @@ def _unpack_into(folder: Path, path: Path, dtype: torch.dtype, digest: str) -> N
         model.save_pretrained(temporary, max_shard_size="4GB")
         _load_tokenizer(path, header).save_pretrained(temporary)
         for file in temporary.iterdir():
-            file.chmod(0o644)  # the writer makes weights private; a cache may be shared
+            file.chmod(0o644)  # `save_pretrained` makes weights private; a cache may be shared
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         write_json(temporary / RECORD, {"format": FORMAT, "file": path.name, "sha256": digest, "sizes": sizes})
         temporary.replace(folder)
@@ -133,7 +133,7 @@ def _unpack_into(folder: Path, path: Path, dtype: torch.dtype, digest: str) -> N
 
 
 def _whole(folder: Path, digest: str) -> bool:
-    """Whether a folder holds everything that was unpacked from the file with this sha256."""
+    """Return True where a folder has all that was unpacked from the file with this sha256."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
@@ -143,20 +143,20 @@ def _whole(folder: Path, digest: str) -> bool:
 
 
 def _model_config(path: Path, header: _Header) -> Any:
-    """The library's config, with what it leaves out of the header."""
+    """Return the library's config, with the header's fields that it ignores."""
     from transformers import AutoConfig, LlamaConfig, MistralConfig
 
     try:
-        found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        library_config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         raise _damaged(path, error) from error
-    values = found.to_dict()
-    for unwanted in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures"):
-        values.pop(unwanted, None)
+    values = library_config.to_dict()
+    for unused in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures"):
+        values.pop(unused, None)
     head_size = header.get("*.attention.key_length") or header.get("*.rope.dimension_count")
     values["head_dim"] = int(head_size or values["hidden_size"] // values["num_attention_heads"])
     values["rope_parameters"] = _rope_parameters(path, header, values)
-    kind: Any = type(found)
+    kind: Any = type(library_config)
     if header.architecture in ("llama", "mistral"):
         window = header.get("*.attention.sliding_window")
         kind = MistralConfig if window else LlamaConfig
@@ -172,23 +172,25 @@ def _model_config(path: Path, header: _Header) -> Any:
 
 
 def _rope_parameters(path: Path, header: _Header, values: dict[str, Any]) -> dict[str, Any]:
-    """Rotary positions as the file scales them. Raises TeacherError for a scaling that the library does not have."""
+    """Return the file's scaling of rotary positions. Raises TeacherError for a scaling that the library lacks."""
     base = float(header.get("*.rope.freq_base", 10000.0))
     kind = str(header.get("*.rope.scaling.type", "none"))
     factor = float(header.get("*.rope.scaling.factor", header.get("*.rope.scale_linear", 1.0)))
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    default: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     if kind == "yarn":
         original = int(header.get("*.rope.scaling.original_context_length", values["max_position_embeddings"]))
-        return found | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        return default | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     if kind not in ("none", "linear"):
         raise TeacherError(f"{path}: rotary positions scaled by {kind!r} are not supported from GGUF files")
     if ROPE_FACTORS in header.tensors:
-        return found | _llama3_scaling(path, torch.tensor(header.tensors[ROPE_FACTORS].data), base, values["head_dim"])
-    return found if factor == 1.0 else found | {"rope_type": "linear", "factor": factor}
+        return default | _llama3_scaling(
+            path, torch.tensor(header.tensors[ROPE_FACTORS].data), base, values["head_dim"]
+        )
+    return default if factor == 1.0 else default | {"rope_type": "linear", "factor": factor}
 
 
 def _llama3_scaling(path: Path, factors: Tensor, base: float, head_size: int) -> dict[str, Any]:
-    """The parameters of Llama 3.1's scaling that give these divisors (D/2,) of the rotary frequencies."""
+    """Return the parameters of Llama 3.1's scaling with these divisors (D/2,) of the rotary frequencies."""
     largest = factors.max().item()
     if torch.equal(factors, torch.ones_like(factors)):
         return {}
@@ -202,15 +204,15 @@ def _llama3_scaling(path: Path, factors: Tensor, base: float, head_size: int) ->
 
 
 def _load_model(path: Path, header: _Header, config: Any, dtype: torch.dtype) -> Any:
-    """A model with the file's dequantised weights, as one that was never quantised.
+    """Return a model with the file's dequantised weights, in the form of one that was never quantised.
 
     Raises TeacherError where file and model differ in a tensor, or a weight is NaN or infinite.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    # the file names its tensors by its own architecture, and calls Mistral's llama
+    # tensors are named by the file's architecture, which is llama for Mistral
     reading = LlamaConfig.from_dict(config.to_dict() | {"model_type": "llama"}) if _renamed(header, config) else config
-    auto: Any = AutoModelForCausalLM  # its types know nothing of the loading info
+    auto: Any = AutoModelForCausalLM  # its type hints lack the loading info
     try:
         loaded, info = auto.from_pretrained(
             path.parent, gguf_file=path.name, config=reading, dtype=dtype, output_loading_info=True
@@ -218,13 +220,15 @@ def _load_model(path: Path, header: _Header, config: Any, dtype: torch.dtype) ->
     except Exception as error:
         raise _damaged(path, error) from error
     weights = loaded.state_dict()
-    own = {name for name, _ in loaded.named_parameters()}
+    parameters = {name for name, _ in loaded.named_parameters()}
     stored = set(header.tensors) - {ROPE_FACTORS}
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if wrong or len(stored) != len(own):
-        differ = f"it lacks {', '.join(wrong[:3])}" if wrong else f"{len(stored)} tensors for {len(own)} parameters"
+    if wrong or len(stored) != len(parameters):
+        differ = (
+            f"it lacks {', '.join(wrong[:3])}" if wrong else f"{len(stored)} tensors for {len(parameters)} parameters"
+        )
         raise TeacherError(f"{path}: its tensors are not those of a {type(loaded).__name__}: {differ}")
-    for name in own:
+    for name in parameters:
         if not torch.isfinite(weights[name]).all():
             raise TeacherError(f"{path} is damaged: {name} has NaN or infinite weights; fetch it again")
     with torch.device("meta"):
@@ -235,11 +239,12 @@ def _load_model(path: Path, header: _Header, config: Any, dtype: torch.dtype) ->
 
 
 def _renamed(header: _Header, config: Any) -> bool:
+    """Return True where the model has another architecture than the file, as Mistral's has."""
     return header.architecture in ("llama", "mistral") and config.model_type != "llama"
 
 
 def _load_tokenizer(path: Path, header: _Header) -> Any:
-    """The file's tokenizer, splitting digits where its merges were learnt so. Raises TeacherError."""
+    """Return the file's tokenizer, which splits digits where its merges were learned so. Raises TeacherError."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -255,17 +260,17 @@ def _load_tokenizer(path: Path, header: _Header) -> Any:
 
 
 def _stop_tokens(header: _Header) -> int | list[int] | None:
-    """Ids that end an answer: of the sequence, and of a turn or message where the file names them apart."""
-    ids = [header.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    found = list(dict.fromkeys(int(item) for item in ids if item is not None))
-    return found[0] if len(found) == 1 else found or None
+    """Return the ids that end an answer: of the sequence, and of a turn or message where the file has other ids."""
+    fields = [header.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids = list(dict.fromkeys(int(token) for token in fields if token is not None))
+    return ids[0] if len(ids) == 1 else ids or None
 
 
 def _sha256(path: Path) -> str:
-    """The file's sha256, kept by its size and time of change: reading gigabytes at every load would take seconds."""
+    """Return the file's sha256, cached by size and time of change: reading gigabytes at each load takes seconds."""
     try:
-        facts = path.stat()
-        key = fingerprint([str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ino])
+        status = path.stat()
+        key = fingerprint([str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino])
         stamp = cache_folder() / "teachers" / "sha256" / key
         if stamp.is_file():
             return stamp.read_text(encoding="ascii").strip()
@@ -275,14 +280,14 @@ def _sha256(path: Path) -> str:
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(digest + "\n", encoding="ascii")
-    except OSError:  # without a stamp the file is read again next time
+    except OSError:  # without it the next load reads the file again
         pass
     return digest
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Ranks of one machine unpack one after the other: the first does it, the others find it done."""
+    """Lock a file, so that of a machine's ranks the first unpacks and the others wait for it."""
     with path.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

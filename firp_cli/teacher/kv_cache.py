@@ -1,6 +1,6 @@
 """Key/value caches that a decoder layer writes to and reads from.
 
-A layer calls `update(keys, values, layer_index)` and attends to what comes back; that is all it needs of a cache.
+A layer calls `update(keys, values, layer_index)` and attends to the keys and values returned.
 Shapes: B sequences, H key/value heads, M rows of this forward, R scratch rows, S slots, D head size.
 """
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 class KVCache:
-    """Preallocated K/V of all layers: R scratch slots for the rows of a step, behind them the committed tokens.
+    """Preallocated K/V of all layers: R scratch slots for the rows of a decoding step, then the committed tokens.
 
-    Slot R + p of sequence b holds position p; positions [0, lengths[b]) are committed. A step's rows are written to
-    the last scratch slots, wherever the sequences stand, and `commit` copies the accepted ones behind the prefix. So a
-    step writes to fixed places, the prefix is touched by what is accepted alone, and nothing depends on numbers that
-    only the device knows. All tensors keep their place in memory; `select` moves sequences within it.
+    Slot R + p of sequence b is position p; positions [0, lengths[b]) are committed. A step's rows are written to the
+    last scratch slots, at any length of the sequences, and `commit` copies the accepted ones to the end of the prefix.
+    So a step writes to fixed places, only accepted rows change the prefix, and nothing depends on numbers that only the
+    device has. All tensors keep their place in memory; `select` moves sequences within it.
 
     Args:
-        capacity: positions of the longest sequence. Lengths stop there, however long a finished sequence is decoded on.
+        capacity: positions of the longest sequence. Lengths stop there, also where a finished sequence is decoded on.
         spread: rows that one commit may write past the capacity.
     """
 
@@ -43,7 +43,7 @@ class KVCache:
         self._lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self._numbers = torch.arange(slots, device=device)
         self._sequences = torch.arange(batch, device=device)
-        self._behind = self._numbers + scratch  # slots of the prefix
+        self._prefix_slots = self._numbers + scratch
         self.use(batch)
 
     @staticmethod
@@ -57,7 +57,7 @@ class KVCache:
         dtype: torch.dtype,
         spread: int = 1,
     ) -> int:
-        """Memory of such a cache."""
+        """Return the bytes of such a cache."""
         return layers * 2 * batch * heads * (scratch + capacity + spread) * head_size * dtype.itemsize
 
     def use(self, batch: int) -> None:
@@ -72,48 +72,48 @@ class KVCache:
         self._layers = [(keys[:batch], values[:batch]) for keys, values in self._store]
 
     def prefix_slots(self, longest: int) -> Tensor:
-        """(longest,) the numbers of the first prefix slots, for masks."""
+        """Return the numbers (longest,) of the first prefix slots, for masks."""
         return self._numbers[:longest]
 
     def begin(self, rows: int, longest: int) -> None:
-        """Announce a step of `rows` rows, of which a layer may see the first ones only; `longest` bounds the lengths.
+        """Announce a decoding step of `rows` rows, of which layers may get the first only; `longest`: bound of lengths.
 
-        What a layer gets back are the slots of all the rows, then `longest` slots of the prefix.
+        `update` then returns the slots of all the rows, followed by `longest` slots of the prefix.
         """
         assert rows <= self.scratch and longest <= self.capacity, (rows, self.scratch, longest, self.capacity)
         self._announce(self.scratch - rows, self.scratch - rows, rows, self.scratch + longest)
 
     def begin_chunk(self, start: int, rows: int) -> None:
-        """Announce a forward of the prompts' positions start..start + rows - 1, which are written where they belong.
-        What a layer gets back are the slots of the positions so far.
+        """Announce a forward of the prompts' positions start..start + rows - 1, which are written to their own slots.
+        `update` then returns the slots of the positions so far.
         """
         self._announce(self.scratch, self.scratch + start, rows, self.scratch + start + rows)
 
     def _announce(self, first: int, writes: int, rows: int, end: int) -> None:
-        """Rows go to slots `writes`..; layers see slots first..end-1. All layers' views are made here, in two calls."""
+        """Write rows to slots `writes`..; show layers slots first..end-1. Makes all layers' views in two calls."""
         self._first = first
         store = self._store[:, :, : self.batch]
         self._written = store.narrow(4, writes, rows).unbind()
         self._seen = store.narrow(4, first, end - first).unbind()
 
     def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write (B, H, M, D) keys and values at the announced slots; return those in view, (B, H, S', D) of both."""
-        own_keys, own_values = self.written(layer_index, keys.shape[2])
-        own_keys.copy_(keys)
-        own_values.copy_(values)
+        """Write (B, H, M, D) keys and values to the announced slots; return those in view, (B, H, S', D) of both."""
+        written_keys, written_values = self.written(layer_index, keys.shape[2])
+        written_keys.copy_(keys)
+        written_values.copy_(values)
         return self.seen(layer_index)
 
     def written(self, layer_index: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Views (B, H, rows, D) of the slots announced for a layer's keys and values: whoever writes there himself
-        needs no `update`.
+        """Return views (B, H, rows, D) of the slots announced for a layer's keys and values. A kernel that writes to
+        them needs no `update`.
         """
         keys, values = self._written[layer_index].unbind()
-        if rows != keys.shape[2]:  # layers below the one where all of the step's rows have joined
+        if rows != keys.shape[2]:  # a layer below the one where all of the step's rows are present
             keys, values = keys[:, :, :rows], values[:, :, :rows]
         return keys, values
 
     def seen(self, layer_index: int) -> tuple[Tensor, Tensor]:
-        """Views (B, H, S', D) of the slots in view, of a layer's keys and values."""
+        """Return views (B, H, S', D) of the slots in view, of a layer's keys and values."""
         keys, values = self._seen[layer_index].unbind()
         return keys, values
 
@@ -123,18 +123,18 @@ class KVCache:
         return self._store.stride(0)
 
     def commit(self, path_BP: Tensor, counts_B: Tensor) -> None:
-        """Keep rows `path[b, :counts[b]]` of the last step as the next committed tokens.
+        """Keep rows `path[b, :counts[b]]` of the last decoding step as the next committed tokens.
 
-        Entries past a count may be any row: what they copy lies behind the prefix.
+        Entries past a count may be any row: they are copied to slots after the prefix.
         """
         batch, places = path_BP.shape
         store = self._store[:, :, :batch]
-        if batch == places == 1 and self._first == self.scratch - 1:  # one row: the path is known
+        if batch == places == 1 and self._first == self.scratch - 1:  # one row: there is only one path
             store.index_copy_(4, self.lengths + self.scratch, store.narrow(4, self._first, 1))
             self.set_lengths(self.lengths + counts_B)
             return
         rows = store.narrow(4, self._first, self.scratch - self._first)
-        target = self.lengths[:, None] + self._behind[:places]
+        target = self.lengths[:, None] + self._prefix_slots[:places]
         if batch == 1:
             store.index_copy_(4, target[0], rows.index_select(4, path_BP[0]))
         else:
@@ -148,50 +148,52 @@ class KVCache:
         self.set_lengths(self.lengths + counts_B)
 
     def set_lengths(self, lengths_B: Tensor) -> None:
-        """Commit what stands in the slots up to these lengths (B,)."""
+        """Commit the slots up to these lengths (B,)."""
         torch.clamp(lengths_B, max=self.capacity, out=self.lengths)
 
     @torch.no_grad()
     def fill(self, length: int) -> None:
-        """Commit `length` random positions of every sequence, for measuring: no time depends on their values."""
+        """Commit `length` random positions of every sequence, for timing, which does not depend on the values."""
         self._store.narrow(4, self.scratch, length).normal_()
         self.lengths.fill_(length)
 
     def select(self, sequences: Tensor) -> None:
-        """Keep only these sequences (ascending places in the batch), moved to the front: others have left."""
+        """Keep only these sequences (ascending places in the batch), moved to the front."""
         count = sequences.shape[0]
-        for keys, values in self._store:  # layer by layer, so that the copy is a layer's and not the cache's
+        for keys, values in self._store:  # layer by layer: the copy is then one layer's, not the whole cache's
             keys[:count] = keys[sequences]
             values[:count] = values[sequences]
         self._lengths[:count] = self._lengths[sequences]
         self._narrow(count)
 
     def adopt(self, places: Tensor, other: KVCache, length: int) -> None:
-        """Let the sequences of `other` go on at `places` (n,) of this cache, with its first `length` positions.
+        """Copy the sequences of `other`, their first `length` positions, to `places` (n,) of this cache.
 
-        Nothing of what stood there is left: a NaN behind the new sequences' end would reach them, masked or not.
+        The slots are zeroed first: a NaN after a new sequence's end would reach it, masked or not.
         """
         assert places.shape[0] == other.batch and length <= self.capacity
-        for (keys, values), (own_keys, own_values) in zip(other._layers, self._layers, strict=True):
-            for own, new in ((own_keys, keys), (own_values, values)):
-                own.index_fill_(0, places, 0)
-                own.narrow(2, self.scratch, length).index_copy_(0, places, new.narrow(2, other.scratch, length))
+        for (keys, values), (old_keys, old_values) in zip(other._layers, self._layers, strict=True):
+            for old, new in ((old_keys, keys), (old_values, values)):
+                old.index_fill_(0, places, 0)
+                old.narrow(2, self.scratch, length).index_copy_(0, places, new.narrow(2, other.scratch, length))
         self.lengths.index_copy_(0, places, other.lengths)
 
     def finite(self, sequence: int, length: int) -> bool:
-        """Whether the last layer's keys of the first `length` positions are finite: NaN in a state spreads to them."""
+        """Return True where the last layer's keys of the first `length` positions are finite: NaN in a state reaches
+        them.
+        """
         keys = self._layers[-1][0][sequence].narrow(1, self.scratch, min(length, self.capacity))
         return bool(keys.float().sum().isfinite())
 
     def bytes(self) -> int:
-        """Memory held."""
+        """Return the bytes of the cache."""
         return self._store.numel() * self._store.element_size()
 
 
 class SequenceCache:
     """K/V of one forward over whole sequences: frozen real rows first, then rows that attend to them with gradients.
 
-    While `recording`, a layer's K/V are kept; afterwards `update` returns them with the new rows' K/V behind.
+    While `recording`, a layer's K/V are kept; afterwards `update` returns them followed by the new rows' K/V.
     """
 
     def __init__(self) -> None:
@@ -199,9 +201,9 @@ class SequenceCache:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Same contract as `KVCache.update`; keys and values are (B, H, M, D)."""
+        """Return the keys and values to attend to, as `KVCache.update`; arguments are (B, H, M, D)."""
         if self.recording:
             self._kept[layer_index] = (keys, values)
             return keys, values
-        kept_keys, kept_values = self._kept[layer_index]  # read again where a backward pass runs the layer again
+        kept_keys, kept_values = self._kept[layer_index]  # not removed: a backward pass may run the layer again
         return torch.cat([kept_keys, keys], dim=2), torch.cat([kept_values, values], dim=2)

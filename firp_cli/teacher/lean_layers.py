@@ -1,11 +1,11 @@
-"""The lean twin of a Llama-like decoder: the same numbers with a third of the library's operations.
+"""Lean twin of a Llama-like decoder: the same numbers with a third of the library's operations.
 
-Query, key and value matrices are joined, gate and up matrices too, and nothing is dispatched that a decoding step does
-not need. It serves Llama, Mistral, Qwen2, Qwen3 and whatever else has layers of that kind (biases, norms on queries and
-keys, grouped heads, shared layers, any rotary variant); a model whose logits differ from its library's by more than
-rounding keeps the library's layers. The joined matrices replace the library's own, whose parameters become views into
-them: both stacks run on one copy of the weights. On a CPU there is a second one, for teacher/cpu_kernels.py.
-Weights that change afterwards are seen once the layers are fused again.
+Query, key and value matrices are joined, gate and up matrices too, and only the operations that a decoding step needs
+are dispatched. It serves Llama, Mistral, Qwen2, Qwen3 and other models with layers of that kind (biases, norms on
+queries and keys, grouped heads, shared layers, any rotary variant). A model whose logits differ from its library's by
+more than rounding keeps the library's layers. The joined matrices replace the library's own, whose parameters become
+views into them: both stacks run on one copy of the weights. On a CPU there is a second copy, for
+teacher/cpu_kernels.py. Lean layers see changed weights only after they are built again.
 
 Shapes: B sequences, R rows, d hidden size, Hq query heads, Hk key/value heads, D head size, f feed-forward size.
 """
@@ -19,24 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from firp_cli.teacher.attention import LayerMask, TreeRows, attend, choose_backend
+from firp_cli.teacher.attention import attend, choose_backend
 from firp_cli.teacher.cpu_kernels import PackedLayer, PackedLayers, Weights, takes
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.library_layers import Cache
+from firp_cli.teacher.library_layers import Cache, MissingLayer, placement_hook
 from firp_cli.teacher.looped import LayerPass
+from firp_cli.teacher.masks import LayerMask, TreeRows
 from firp_cli.teacher.packed_linear import PackedLinear
 
 if TYPE_CHECKING:
     from firp_cli.teacher.triton_products import Prepared
 
-OWN_ROWS = 64  # of a step whose products are those of teacher/row_products.py, at most
-SLOWER_SIZES = range(1025, 4096)  # hidden sizes at which torch's products were faster, or nobody has measured
+OWN_ROWS = 64  # most rows of a decoding step that takes the products of teacher/triton_products.py
+SLOWER_SIZES = range(1025, 4096)  # hidden sizes at which torch's products were faster, or that are not measured
 HOPPER = (9, 0)
 
 
 def runs_own_products(weight: Any) -> bool:
-    """Whether teacher/row_products.py serves matrices like this one: bfloat16, on a CUDA device with Triton. In float16
-    rows that are multiplied by a norm's weight before they are normalised may pass the largest number.
+    """Return True where teacher/triton_products.py serves matrices like this one: bfloat16, on a CUDA device with
+    Triton. In float16, rows that are multiplied by a norm's weight before they are normalised may overflow.
     """
     return (
         isinstance(weight, Tensor)
@@ -47,8 +48,9 @@ def runs_own_products(weight: Any) -> bool:
 
 
 def prefers_own_products(head: Any) -> bool:
-    """Whether steps are faster with them than with torch's (head: the matrix (V, d)): on an H200 they were at d 576 and
-    4096 and not at 2048 (scripts/NOTES.md, GPU), and nothing older was tried.
+    """Return True where decoding steps are faster with them than with torch's products (head: the matrix (V, d)).
+
+    On an H200 they were at d 576 and 4096, and not at 2048 (scripts/NOTES.md, GPU). Older devices are not measured.
     """
     return (
         runs_own_products(head)
@@ -58,11 +60,15 @@ def prefers_own_products(head: Any) -> bool:
 
 
 class UnsupportedLayersError(Exception):
-    """Why a model's layers cannot be fused."""
+    """Reason why a model's layers have no lean twins."""
 
 
 class LeanLayer:
-    """One decoder layer as plain matrices: norm, attention, norm, gated feed-forward, each behind a residual."""
+    """One decoder layer as matrices: norm, attention, norm and gated feed-forward, with residuals.
+
+    Args:
+        lean: use packed products, or all of the CPU's kernels. short: see `LeanStack`.
+    """
 
     def __init__(self, layer: nn.Module, lean: bool = True, short: bool = True) -> None:
         attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
@@ -77,7 +83,7 @@ class LeanLayer:
             RMSNorm(part, short) if (part := getattr(attention, name, None)) is not None else None
             for name in ("q_norm", "k_norm")
         )
-        self.head_norms: list[tuple[Tensor, float]] = []  # of queries and of keys, as the kernel takes them, or empty
+        self.head_norms: list[tuple[Tensor, float]] = []  # of queries and of keys, for the kernels, or empty
         if self.query_norm is not None and self.key_norm is not None:
             self.head_norms = [(norm.weight, norm.epsilon) for norm in (self.query_norm, self.key_norm)]
         queries, keys, values, output = (_linear(attention, f"{part}_proj") for part in "qkvo")
@@ -94,7 +100,7 @@ class LeanLayer:
             (gates, gates_bias),
             (down.weight, down.bias),
         ]
-        self.packed: PackedLayer | None = None  # its whole work in one kernel
+        self.packed: PackedLayer | None = None  # the whole layer in the CPU's kernels
         size = sum(weight.nbytes for weight, _ in weights)
         if lean and short and self.activation is functional.silu and PackedLayer.serves(joined, self.head_size, size):
             norms = [(norm.weight, norm.epsilon) for norm in (self.first_norm, self.second_norm)]
@@ -104,22 +110,22 @@ class LeanLayer:
         self.joined, self.output, self.gates, self.down = (PackedLinear(*each, lean) for each in weights)
 
     def before(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (B, R, d) to rotated queries (B, Hq, R, D), rotated keys and values (B, Hk, R, D)."""
+        """Return rotated queries (B, Hq, R, D), rotated keys and values (B, Hk, R, D) of rows (B, R, d)."""
         batch, rows, _ = hidden.shape
         joined = self.joined(self.first_norm(hidden))
         heads = joined.view(batch, rows, -1, self.head_size)
-        turning = heads[:, :, : self.query_heads + self.key_heads]
+        unrotated = heads[:, :, : self.query_heads + self.key_heads]
         if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = turning.split([self.query_heads, self.key_heads], dim=2)
-            turning = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=2)
+            queries, keys = unrotated.split([self.query_heads, self.key_heads], dim=2)
+            unrotated = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=2)
         half = self.head_size // 2
-        turned = torch.addcmul(turning * cosine, turning.roll(half, -1), sine)
+        rotated = torch.addcmul(unrotated * cosine, unrotated.roll(half, -1), sine)
         values = heads[:, :, self.query_heads + self.key_heads :]
-        turned = turned.transpose(1, 2)
-        return turned[:, : self.query_heads], turned[:, self.query_heads :], values.transpose(1, 2)
+        rotated = rotated.transpose(1, 2)
+        return rotated[:, : self.query_heads], rotated[:, self.query_heads :], values.transpose(1, 2)
 
     def after(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The residual rows (B, R, d) and what attention gave (B, Hq, R, D) to the layer's output (B, R, d)."""
+        """Return the layer's output (B, R, d) of the residual rows (B, R, d) and attention's output (B, Hq, R, D)."""
         batch, rows, _ = hidden.shape
         mixed = attended.transpose(1, 2).reshape(batch, rows, -1)
         hidden = hidden + self.output(mixed)
@@ -135,11 +141,11 @@ class LeanLayer:
         seen: tuple[Tensor, Tensor],
         mask: TreeRows,
     ) -> Tensor:
-        """The whole layer for rows (B, R, d) of a decoding step, in ten kernels: what `before`, the cache's `update`,
-        `attend` and `after` do in seventeen or more.
+        """Run the whole layer on rows (B, R, d) of a decoding step in ten kernels; `before`, the cache's `update`,
+        `attend` and `after` take seventeen or more.
 
         Args:
-            written: where the rows' keys and values go (B, Hk, R, D). seen: the slots in view (B, Hk, S, D).
+            written: slots for the rows' keys and values (B, Hk, R, D). seen: the slots in view (B, Hk, S, D).
         """
         from firp_cli.teacher.triton_layer import rotate_and_write, silu_product
 
@@ -162,10 +168,10 @@ class LeanLayer:
         mask: TreeRows,
         following: Tensor | None,
     ) -> tuple[Tensor, Prepared | None]:
-        """`decode` in seven kernels, whose products bring norms, gate and residual along.
+        """Run `decode` in seven kernels, whose products include norms, gate and residual.
 
         Args:
-            following: weight of the norm that comes next, for which the rows are then prepared.
+            following: weight of the next layer's first norm, for which the output rows are prepared.
         """
         from firp_cli.teacher.triton_layer import rotate_and_write
         from firp_cli.teacher.triton_products import add_product, normed_product
@@ -180,11 +186,11 @@ class LeanLayer:
 
 
 class RMSNorm:
-    """A library's RMS norm, x w / sqrt(mean(x^2) + e).
+    """RMS norm of a library module, x w / sqrt(mean(x^2) + e).
 
     Args:
-        short: on a CPU, where torch composes its own of seven operations, take four: the root is the Euclidean length
-            of (x, sqrt(d e)) / sqrt(d). As exact, but rounded otherwise than the library's.
+        short: on a CPU, take four operations instead of the seven of torch's norm: the root is the Euclidean length of
+            (x, sqrt(d e)) / sqrt(d). As exact, but rounded otherwise than the library's.
     """
 
     def __init__(self, module: nn.Module, short: bool = True) -> None:
@@ -206,12 +212,12 @@ class RMSNorm:
 
 
 class LeanStack:
-    """The layers of a model in running order, layers that run several times sharing one `LeanLayer`.
+    """Lean layers of a model in running order; the passes of a shared layer have one `LeanLayer`.
 
     Args:
         layers: the library's layers, or the passes of a looped teacher.
-        compiled: run the bodies before and behind attention through `torch.compile`.
-        short: kernels, and norms of fewer operations, where there are such; they round otherwise than the library.
+        compiled: run the parts before and after attention through `torch.compile`.
+        short: use kernels, and norms of fewer operations, where they exist; they round otherwise than the library.
 
     Raises UnsupportedLayersError for layers of another kind.
     """
@@ -230,13 +236,13 @@ class LeanStack:
         self._layers: list[LeanLayer | None] = []
         self._loop_norms: list[RMSNorm | None] = []
         for item in layers:
-            own, loop_norm = (item.layer, item.norm) if isinstance(item, LayerPass) else (item, None)
-            released = isinstance(own, nn.Identity)  # another process runs it
-            if not released and id(own) not in made:
-                made[id(own)] = LeanLayer(own, not compiled, short)  # the compiler chooses its own products
-            self._layers.append(None if released else made[id(own)])
+            layer, loop_norm = (item.layer, item.norm) if isinstance(item, LayerPass) else (item, None)
+            released = isinstance(layer, MissingLayer)  # another process runs it
+            if not released and id(layer) not in made:
+                made[id(layer)] = LeanLayer(layer, not compiled, short)  # the compiler chooses its own products
+            self._layers.append(None if released else made[id(layer)])
             self._loop_norms.append(None if loop_norm is None else RMSNorm(loop_norm, short))
-        packed = any(layer.packed is not None for layer in made.values())
+        packed = any(lean.packed is not None for lean in made.values())
         self.name = "lean, compiled kernels" if packed else "lean"
         self._norm = RMSNorm(norm, short)
         self._rotary = rotary
@@ -244,17 +250,17 @@ class LeanStack:
         self._compiled = compiled
         self.own_products = prefers_own_products(getattr(head, "weight", None))
         self._runs: dict[tuple[int, int], PackedLayers | None] = {}
-        self._prepared: tuple[int, Prepared | None] = (0, None)  # the layer that they are for, and the last one's rows
+        self._prepared: tuple[int, Prepared | None] = (0, None)  # a layer's index, and its input rows
         if compiled:
-            for layer in made.values():
-                layer.before = torch.compile(layer.before)  # type: ignore[method-assign]
-                layer.after = torch.compile(layer.after)  # type: ignore[method-assign]
+            for lean in made.values():
+                lean.before = torch.compile(lean.before)  # type: ignore[method-assign]
+                lean.after = torch.compile(lean.after)  # type: ignore[method-assign]
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
-        """Cosine and sine (B, R, 1, D), the sine's first half negated: a layer then turns by rolling the halves."""
+        """Return cosine and sine (B, R, 1, D), the sine's first half negated: a layer rotates by rolling the halves."""
         cosine, sine = self._rotary(hidden, positions)
-        negated, kept = sine.chunk(2, dim=-1)
-        return [cosine[:, :, None], torch.cat([-negated, kept], dim=-1)[:, :, None]]
+        first, second = sine.chunk(2, dim=-1)
+        return [cosine[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]]
 
     def norm(self, hidden: Tensor) -> Tensor:
         return self._norm(hidden)
@@ -296,13 +302,13 @@ class LeanStack:
     def run_packed(
         self, start: int, stop: int, hidden: Tensor, rotary: Sequence[Tensor], mask: LayerMask, cache: Cache | None
     ) -> Tensor | None:
-        """h^start (B, R, d) to h^stop in one call, where the CPU's kernels serve all of these layers; else None."""
+        """Return h^stop of h^start (B, R, d) in one call where the CPU's kernels serve all of these layers, or None."""
         if not isinstance(cache, KVCache) or not takes(hidden) or not (mask is None or isinstance(mask, Tensor)):
             return None
         if (start, stop) not in self._runs:
             packed = [layer.packed for layer in self._layers[start:stop] if layer and layer.packed]
-            plain = len(packed) == stop - start and not any(self._loop_norms[start:stop])
-            self._runs[start, stop] = PackedLayers(packed) if plain else None
+            served = len(packed) == stop - start and not any(self._loop_norms[start:stop])
+            self._runs[start, stop] = PackedLayers(packed) if served else None
         run = self._runs[start, stop]
         if run is None:
             return None
@@ -319,7 +325,7 @@ class LeanStack:
         seen: tuple[Tensor, Tensor],
         mask: TreeRows,
     ) -> Tensor:
-        """A layer by `LeanLayer.decode_prepared`. The rows come prepared where the layer before has just made them."""
+        """Run a layer by `LeanLayer.decode_prepared`, on rows that the layer before has prepared if it ran just now."""
         from firp_cli.teacher.triton_products import prepare
 
         number, rows = self._prepared
@@ -332,7 +338,7 @@ class LeanStack:
         return output
 
     def _in_kernels(self, layer: LeanLayer, hidden: Tensor) -> bool:
-        """Whether `LeanLayer.decode` serves a step whose attention is a kernel."""
+        """Return True where `LeanLayer.decode` serves a decoding step whose attention is a kernel."""
         return layer.activation is functional.silu and not self._compiled and not hidden.requires_grad
 
 
@@ -344,12 +350,12 @@ def _child(module: nn.Module, name: str) -> Any:
 
 
 def _only(module: nn.Module, known: set[str]) -> None:
-    """Nothing but known parts may hold parameters or compute: an adapter or a hook would be passed by."""
-    strange = [name for name, _ in module.named_children() if name not in known]
-    own = [name for name, _ in module.named_parameters(recurse=False)]
-    if strange or own:
-        raise UnsupportedLayersError(f"{type(module).__name__} has {', '.join([*strange, *own])}")
-    if hasattr(module, "_hf_hook"):
+    """Refuse parts other than the known ones, which lean layers would skip: adapters, hooks, parameters."""
+    children = [name for name, _ in module.named_children() if name not in known]
+    parameters = [name for name, _ in module.named_parameters(recurse=False)]
+    if children or parameters:
+        raise UnsupportedLayersError(f"{type(module).__name__} has {', '.join([*children, *parameters])}")
+    if placement_hook(module) is not None:
         raise UnsupportedLayersError(f"{type(module).__name__} is placed on several devices")
 
 
@@ -357,14 +363,14 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     linear = _child(module, name)
     if type(linear) is not nn.Linear:  # quantised and adapted ones are subclasses
         raise UnsupportedLayersError(f"{name} is a {type(linear).__name__}")
-    if hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks:
+    if placement_hook(linear) is not None or linear._forward_hooks or linear._forward_pre_hooks:
         raise UnsupportedLayersError(f"{name} has hooks")
     return linear
 
 
 @torch.no_grad()
 def _join(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """The weights (and biases) of linears with one input as one matrix. Their own become views into it."""
+    """Join the weights (and biases) of linears with the same input; the linears' own become views into the result."""
     if len({linear.bias is None for linear in linears}) > 1 or len({linear.weight.device for linear in linears}) > 1:
         raise UnsupportedLayersError("joined matrices differ in their biases or devices")
     joined: list[Tensor] = []
@@ -380,14 +386,14 @@ def _join(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
 
 
 def _adjoining(parts: list[Tensor]) -> Tensor:
-    """The parts as one tensor: where they lie behind one another already (fused before), without a copy."""
+    """Return the parts as one tensor, without a copy where they are adjacent in memory (joined before)."""
     first, size = parts[0], parts[0].element_size()
-    place, together = first.data_ptr(), True
+    address, adjacent = first.data_ptr(), True
     for part in parts:
-        together = together and part.is_contiguous() and part.data_ptr() == place
-        together = together and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        place += part.numel() * size
-    if not together:
+        adjacent = adjacent and part.is_contiguous() and part.data_ptr() == address
+        adjacent = adjacent and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        address += part.numel() * size
+    if not adjacent:
         return torch.cat(parts)
     rows = sum(len(part) for part in parts)
     return first.as_strided((rows, *first.shape[1:]), first.stride())

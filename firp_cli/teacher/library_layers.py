@@ -1,5 +1,7 @@
-"""The library's own decoder layers behind the interface that the lean ones share: the reference, and the way for
-architectures that the lean stack does not know.
+"""A transformers model seen as layers: where it keeps its parts, and `LibraryStack`, which runs its own layers one by
+one.
+
+`LibraryStack` is the reference of the lean layers, and serves architectures that these do not support.
 """
 
 from __future__ import annotations
@@ -12,15 +14,17 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from firp_cli.config import LoopedSection
 from firp_cli.errors import TeacherError
-from firp_cli.teacher.attention import LayerMask, attend
+from firp_cli.teacher.attention import attend
 from firp_cli.teacher.looped import CACHE_NAMES
+from firp_cli.teacher.masks import LayerMask
 
-KERNEL = "firp_tree"  # what the library's attention interface knows our kernel as
+KERNEL = "firp_tree"  # name of `attend` in transformers' attention interface
 
 
 class Cache(Protocol):
-    """What a decoder layer asks of a cache."""
+    """Key/value cache, as a decoder layer uses it."""
 
     def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]: ...
 
@@ -31,15 +35,15 @@ class Stack(Protocol):
     name: str
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
-        """Position embeddings of rows at `positions` (B, R), as this stack's layers read them: each (B, R, ..., D)."""
+        """Return position embeddings of rows at `positions` (B, R) for this stack's layers: each (B, R, ..., D)."""
         ...
 
     def norm(self, hidden: Tensor) -> Tensor:
-        """The final norm."""
+        """Apply the final norm."""
         ...
 
     def head(self, normed: Tensor) -> Tensor:
-        """Normed states (..., d) to logits (..., V), in the teacher's dtype or in float32."""
+        """Return the logits (..., V) of normed states (..., d), in the teacher's dtype or in float32."""
         ...
 
     def layer(
@@ -51,12 +55,19 @@ class Stack(Protocol):
         mask: LayerMask,
         cache: Cache | None,
     ) -> Tensor:
-        """h^index (B, R, d) to h^(index+1)."""
+        """Return h^(index+1) of h^index (B, R, d)."""
         ...
 
 
+class MissingLayer(nn.Identity):
+    """Stand-in for a layer or an embedding that this process does not hold. Raises TeacherError when it runs."""
+
+    def forward(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
+        raise TeacherError("this process does not hold all of the teacher's layers; load the whole teacher")
+
+
 class LibraryStack:
-    """Runs the library's modules as they are. Raises TeacherError where a layer takes no cache that is known."""
+    """The library's modules as they are. Raises TeacherError where a layer takes no known cache."""
 
     name = "library"
 
@@ -64,16 +75,16 @@ class LibraryStack:
         self, teacher: str, layers: nn.ModuleList, norm: nn.Module, rotary: nn.Module, head: nn.Module, config: Any
     ) -> None:
         self.layers, self._norm, self._rotary, self._head, self._config = layers, norm, rotary, head, config
-        # not `layers[0]`: the passes of a looped teacher have no signature of their own
+        # not `layers[0]`: a pass of a looped teacher has no signature of its own
         first = next(iter(layers.children()))
         parameters = inspect.signature(first.forward).parameters
         named = [cache for cache in CACHE_NAMES if cache in parameters]
-        if not named:  # a wrong name would vanish among a layer's further arguments
+        if not named:  # a layer would silently ignore a cache of another name
             raise TeacherError(
-                f"{teacher}: {type(first).__name__} takes no cache that is known ({', '.join(CACHE_NAMES)})"
+                f"{teacher}: {type(first).__name__} has no cache argument of a known name ({', '.join(CACHE_NAMES)})"
             )
         self._cache_name = named[0]
-        self._within, self._guard, self._own = 0, Lock(), ""
+        self._calls, self._lock, self._library_attention = 0, Lock(), ""
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
         return list(self._rotary(hidden, positions))
@@ -108,33 +119,34 @@ class LibraryStack:
 
     @contextmanager
     def _kernel(self) -> Iterator[None]:
-        """The library's layers look up their attention by name at every call; `generate` must not find ours.
+        """Let the library's layers attend by `attend`. They look their attention up by name at every call.
 
-        Threads may run layers side by side (states made on the fly, while a step trains): the last one out restores.
+        The name is restored afterwards, because the model's own `generate` must not use `attend`. Threads may run
+        layers at the same time (collecting on the fly, beside training): the last one restores the name.
         """
         register_kernel()
-        with self._guard:
-            if not self._within:
-                self._own = self._config._attn_implementation
+        with self._lock:
+            if not self._calls:
+                self._library_attention = self._config._attn_implementation
                 self._config._attn_implementation = KERNEL
-            self._within += 1
+            self._calls += 1
         try:
             yield
         finally:
-            with self._guard:
-                self._within -= 1
-                if not self._within:
-                    self._config._attn_implementation = self._own
+            with self._lock:
+                self._calls -= 1
+                if not self._calls:
+                    self._config._attn_implementation = self._library_attention
 
 
 def register_kernel() -> None:
-    """Tell the library's attention interface of `attend`. Calling it again does nothing."""
+    """Register `attend` in transformers' attention interface. Calling it again does nothing."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(KERNEL, _library_attention)
+    AttentionInterface.register(KERNEL, _attend)
 
 
-def _library_attention(
+def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -144,6 +156,50 @@ def _library_attention(
     structured_mask: LayerMask = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The library's contract: heads behind rows in what comes back, and no weights."""
+    """Call `attend` as the library does: the result has heads after rows, and no attention weights follow."""
     output = attend(query, key, value, attention_mask if structured_mask is None else structured_mask, scaling)
     return output.transpose(1, 2), None
+
+
+def placement_hook(module: nn.Module) -> Any:
+    """Return the hook by which accelerate moves a module's inputs to its device; None for a module without one."""
+    return getattr(module, "_hf_hook", None)
+
+
+def part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
+    """Return the decoder's part that has one of these names. Raises TeacherError where there is none."""
+    for name in names:
+        if getattr(base, name, None) is not None:
+            return getattr(base, name)
+    raise TeacherError(
+        f"{teacher}: {type(base).__name__} has no {' or '.join(names)}; supported: Llama, Mistral, Qwen2, Qwen3"
+    )
+
+
+def original_positions(config: Any, default: int) -> int:
+    """Return the number of positions that a model with `longrope` was first trained on."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    count = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return int(count or default)
+
+
+def windows(config: Any, layers: int, looped: LoopedSection | None) -> list[int | None]:
+    """Return the sliding window of each layer in positions, or None."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * layers
+    if looped is not None and len(kinds) == looped.unique:
+        kinds = [kinds[number] for number in looped.order]
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids of tokens that end an answer: from the generation config, else from the tokenizer."""
+    generation = getattr(model, "generation_config", None) or model.config  # a model without `generate` has none
+    ids = getattr(generation, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(tokenizer, "eos_token_id", None)
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)

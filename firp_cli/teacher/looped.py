@@ -1,9 +1,9 @@
-"""Parameter sharing: decoder layers that run several times, seen as the longer list of layers that they act as.
+"""Parameter sharing: decoder layers that run several times, as the list of effective layers.
 
 A looped decoder runs `prelude` layers once, then a block of layers `loops` times in cyclic order, then `coda` layers
-once (arXiv 2310.12072 shares parameters this way; looped models such as Ouro and Raven too). Everything else in this
-package counts *effective* layers: layer l of L = prelude + block * loops + coda. A library layer knows its own number
-only, and its cache slot by it; `LayerPass` gives each pass the slot of its effective layer.
+once (arXiv 2310.12072 shares parameters this way, and so do looped models such as Ouro and Raven). All other files
+count *effective* layers: layer l of L = prelude + block * loops + coda. A library layer takes its cache slot from its
+own number; `LayerPass` gives each pass the slot of its effective layer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import nn
 from firp_cli.config import LoopedSection
 from firp_cli.errors import TeacherError
 
-CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")  # what library layers call their cache
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")  # names of the cache argument in library layers
 
 
 class _EffectiveSlot:
-    """A cache as one pass sees it: whatever number its layer gives, the K/V go to the effective layer's slot."""
+    """Cache of one pass: the K/V go to the slot of the effective layer, not to that of the number its layer passes."""
 
     def __init__(self, cache: Any, index: int) -> None:
         self._cache = cache
@@ -36,7 +36,7 @@ class _EffectiveSlot:
 
 
 class LayerPass:
-    """One pass through a shared layer: called like the layer, it writes its K/V under the effective layer's number.
+    """One pass through a shared layer. Called like the layer; writes its K/V under the effective layer's number.
 
     Args:
         norm: applied to the pass's output, for models that norm the state at the end of every loop.
@@ -57,15 +57,15 @@ class LayerPass:
         return (self.norm(output[0]), *output[1:]) if isinstance(output, tuple) else self.norm(output)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "layer":  # a copy in the making has none yet
+        if name == "layer":  # unset while `copy` makes a copy
             raise AttributeError(name)
         return getattr(self.layer, name)
 
 
 class LoopedLayers(nn.ModuleList):
-    """The unique layers as a module list (parameters and names are theirs); as a sequence, the effective layers.
+    """Module list of the unique layers, with their parameters and names; as a sequence, the effective layers.
 
-    A library decoder that iterates over `self.layers` runs looped once this stands in their place.
+    A library decoder that iterates over `self.layers` runs looped once this list replaces them.
     """
 
     def __init__(self, layers: Iterable[nn.Module], shape: LoopedSection, norm: nn.Module | None = None) -> None:
@@ -76,7 +76,7 @@ class LoopedLayers(nn.ModuleList):
         # the last loop's norm is the model's own final norm, unless a coda follows
         normed = [stop - 1 for stop in shape.boundaries if stop < shape.effective] if shape.norm_each_loop else []
         unique = self.unique
-        # no modules of their own: parameters and hooks are the layers'
+        # passes are no modules: parameters and hooks are the layers'
         self._passes = [
             LayerPass(unique[number], index, norm if index in normed else None)
             for index, number in enumerate(shape.order)
@@ -100,16 +100,16 @@ class LoopedLayers(nn.ModuleList):
 
 
 def loop_layers(model: Any, base: Any, layers: nn.ModuleList, norm: nn.Module, shape: LoopedSection) -> LoopedLayers:
-    """The effective layers of a model that a recipe describes as looped.
+    """Return the effective layers of a model that a recipe describes as looped.
 
-    A model whose own code loops keeps its forward. One whose code runs each layer once (a looped model saved as a plain
-    decoder) gets the looped layers put in place, so that its own forward and `generate` loop too.
+    A model whose own code loops keeps its forward. A model whose code runs each layer once (a looped model saved as an
+    ordinary decoder) gets the looped layers in place of its own, so that its own forward and `generate` loop too.
 
     Raises TeacherError when the description does not fit the model.
     """
     if isinstance(layers, LoopedLayers):
         raise TeacherError(
-            f"teacher.looped says {shape}, the model's own shape is {layers.shape}: leave teacher.looped out"
+            f"teacher.looped is {shape}, the model's own shape is {layers.shape}: leave teacher.looped out"
         )
     if len(layers) != shape.unique:
         raise TeacherError(
@@ -117,7 +117,7 @@ def loop_layers(model: Any, base: Any, layers: nn.ModuleList, norm: nn.Module, s
             f"model has {len(layers)}: correct prelude, block or coda"
         )
     looped = LoopedLayers(list(layers), shape, norm)
-    if model.device.type == "meta":  # a plan's skeleton runs nothing
+    if model.device.type == "meta":  # a model without memory, for a plan, cannot run
         return looped
     calls = _calls(model, layers[shape.prelude])
     if calls == 1 and shape.loops > 1:
@@ -133,7 +133,7 @@ def loop_layers(model: Any, base: Any, layers: nn.ModuleList, norm: nn.Module, s
 
 @torch.no_grad()
 def _calls(model: Any, layer: nn.Module) -> int:
-    """How often the model's own forward runs a layer."""
+    """Return the number of times that the model's own forward runs a layer."""
     seen: list[int] = []
     hook = layer.register_forward_hook(lambda *_: seen.append(1))
     try:
@@ -144,7 +144,7 @@ def _calls(model: Any, layer: nn.Module) -> int:
 
 
 def _lengthen(config: Any, shape: LoopedSection) -> None:
-    """Tell the config of the effective layers: the library sizes its caches and masks by it."""
+    """Set the config to the effective layers: the library sizes its caches and masks by it."""
     kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = shape.effective
     if kinds is not None:
@@ -153,10 +153,10 @@ def _lengthen(config: Any, shape: LoopedSection) -> None:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that one tick of a pipeline runs once, for the tokens at all these stages together.
+    """Layers that one tick of a pipeline runs once, for the tokens at all of its stages together.
 
     Attributes:
-        layers: effective layers, as they count at the first of the stages.
+        layers: effective layers at the first of the stages.
         stages: stage s (from 0) runs loop s + 1.
         stride: effective layers from a stage to the next.
     """
@@ -166,7 +166,7 @@ class LayerGroup:
     stride: int = 0
 
     def within(self, stages: range) -> LayerGroup | None:
-        """The part of this group that `stages` holds, None where it holds nothing."""
+        """Return the part of this group within `stages`, or None."""
         first, last = max(self.stages.start, stages.start), min(self.stages.stop, stages.stop)
         if first >= last:
             return None
@@ -174,15 +174,15 @@ class LayerGroup:
         return LayerGroup(range(self.layers.start + moved, self.layers.stop + moved), range(first, last), self.stride)
 
     def effective(self, stage: int, layer: int) -> int:
-        """The effective number of the group's layer `layer` (from 0) at a stage."""
+        """Return the effective number of the group's layer `layer` (from 0) at a stage."""
         return self.layers.start + (stage - self.stages.start) * self.stride + layer
 
 
 def layer_groups(boundaries: tuple[int, ...], num_layers: int, looped: LoopedSection | None) -> list[LayerGroup]:
-    """The groups of a tick in running order, for the loops that end at `boundaries`.
+    """Return the groups of a tick in running order, for the loops that end at `boundaries`.
 
-    Shared layers form one group over all stages, with a prelude at the first stage and a coda at the last; without
-    sharing each stage has a group of its own.
+    Shared layers form one group over all stages, with a prelude at the first stage and a coda at the last. Without
+    sharing, each stage has its own group.
     """
     last = len(boundaries) - 1
     if looped is None:

@@ -1,6 +1,6 @@
-"""A parameter-shared Llama for transformers: `unique_layers` decoder layers that run `loops` times in cyclic order.
+"""Parameter-shared Llama for transformers: `unique_layers` decoder layers that run `loops` times in cyclic order.
 
-The layers, the norm, the head, the forward and `generate` are the library's own; only the list of layers is looped.
+Layers, norm, head, forward and `generate` are the library's own; only the list of layers is looped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from firp_cli.teacher.looped import LoopedLayers
 
 
 class LoopedLlamaConfig(LlamaConfig):
-    """A Llama configuration whose `num_hidden_layers` counts effective layers: `unique_layers` x `loops`."""
+    """Llama configuration whose `num_hidden_layers` counts effective layers: `unique_layers` x `loops`."""
 
     model_type = "firp_looped_llama"
 

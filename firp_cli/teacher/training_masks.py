@@ -1,8 +1,9 @@
-"""Attention over whole sequences whose mask follows from numbers: nothing of the square of a length is ever made.
+"""Attention over whole sequences under masks that are computed from positions: no tensor grows with the square of a
+length.
 
-Real rows stand at positions 0..T-1 and see themselves and what stands before them. Pseudo states see the real rows up
-to their anchor and earlier pseudo states of that anchor. `AttentionMask` over `causal_allowed` and `rows_allowed` is
-the dense reference of both. Rows past a sequence's length see the padding before them here; nobody reads them.
+Real rows have positions 0..T-1 and see themselves and earlier rows. Pseudo states see the real rows up to their anchor,
+and the pseudo states of earlier steps of that anchor. `AttentionMask` over `causal_allowed` and `rows_allowed` is the
+dense reference of both. Rows past a sequence's length see the padding before them here; their output is not used.
 
 Shapes: B sequences, T real rows, A anchors, k steps, P = k*A pseudo states (all anchors' step 1, then step 2, ...), Hq
 query heads, Hk key/value heads, D head size.
@@ -10,30 +11,26 @@ query heads, Hk key/value heads, D head size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from firp_cli.teacher.attention import AttentionMask, attend, mask_levels, rows_allowed
+from firp_cli.teacher.attention import attend
+from firp_cli.teacher.masks import AttentionMask, mask_levels, rows_allowed
 
-if TYPE_CHECKING:
-    pass
-
-MASK_BUDGET = 1 << 24  # bytes of an additive mask; a larger one is made in pieces, in both passes
-WINDOW_ROWS = 512  # rows of one call under a sliding window
+MASK_BUDGET = 1 << 24  # bytes of an additive mask; a larger one is made in chunks, in forward and backward pass
+WINDOW_ROWS = 512  # rows of one attention call under a sliding window
 
 
 class CausalRows:
-    """Rows 0..T-1 of sequences, each of which sees itself and the `window` - 1 rows before it (None: all)."""
+    """Causal mask of rows 0..T-1: each sees itself and the `window` - 1 rows before it (None: all)."""
 
     def __init__(self, window: int | None) -> None:
         self.window = window
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
-        """Queries (B, Hq, T, D) over keys and values (B, Hk, T, D): (B, Hq, T, D)."""
+        """Attend with queries (B, Hq, T, D) to keys and values (B, Hk, T, D): (B, Hq, T, D)."""
         rows, window = queries.shape[2], self.window
         if window is None or window >= rows:
             grouped = queries.shape[1] != keys.shape[1]
@@ -52,18 +49,18 @@ class CausalRows:
 
 
 class CausalMask:
-    """In place of an `AttentionMask` over `causal_allowed`, for `Teacher.run`."""
+    """Causal mask for `Teacher.run`, equal to an `AttentionMask` over `causal_allowed`."""
 
     def additive(self, window: int | None) -> CausalRows:
         return CausalRows(window)
 
 
 class AnchorRows:
-    """The first `steps` * A pseudo states: keys and values are T real rows, then these pseudo states.
+    """Mask of the first `steps` * A pseudo states over T real rows, then these pseudo states.
 
     Args:
         anchors: (B, A) the real rows that they grow from.
-        kept: where the additive mask of all steps is held for the other layers, by window, if it is small enough.
+        kept: additive masks of all steps by window, shared by the layers; filled here if the mask is small enough.
     """
 
     def __init__(
@@ -73,13 +70,13 @@ class AnchorRows:
         self.window, self.kept = window, kept
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
-        """Queries (B, Hq, P, D) over keys and values (B, Hk, T + P, D): (B, Hq, P, D)."""
+        """Attend with queries (B, Hq, P, D) to keys and values (B, Hk, T + P, D): (B, Hq, P, D)."""
         batch, width = self.anchors.shape
-        everyone, present = self.all_steps * width, self.steps * width
-        row_bytes = batch * (self.rows + everyone) * queries.element_size()
-        if everyone * row_bytes <= MASK_BUDGET:
+        total, present = self.all_steps * width, self.steps * width
+        row_bytes = batch * (self.rows + total) * queries.element_size()
+        if total * row_bytes <= MASK_BUDGET:
             if self.window not in self.kept:
-                self.kept[self.window] = self.mask(0, everyone, everyone, queries.dtype)
+                self.kept[self.window] = self.mask(0, total, total, queries.dtype)
             mask = self.kept[self.window][:, :, :present, : self.rows + present]
             return attend(queries, keys, values, mask, scaling)
         size = max(1, MASK_BUDGET // row_bytes)
@@ -89,14 +86,14 @@ class AnchorRows:
             return attend(part, keys, values, mask, scaling)
 
         pieces = [
-            # the mask would be kept for the backward pass: it is made again there
+            # autograd would keep the mask for the backward pass; the checkpoint makes it again there
             checkpoint(piece, part, keys, values, place * size, use_reentrant=False, preserve_rng_state=False)
             for place, part in enumerate(queries.split(size, dim=2))
         ]
         return torch.cat(pieces, dim=2)
 
     def mask(self, first: int, last: int, present: int, dtype: torch.dtype) -> Tensor:
-        """(B, 1, last - first, T + present) additive mask of pseudo states first..last-1."""
+        """Return the additive mask (B, 1, last - first, T + present) of pseudo states first..last-1."""
         device, width = self.anchors.device, self.anchors.shape[1]
         row = torch.arange(first, last, device=device)
         step, anchor = row // width, self.anchors[:, row % width, None]  # (M,), (B, M, 1); steps from 0
@@ -112,26 +109,26 @@ class AnchorRows:
 
 
 class AnchoredMask:
-    """Masks of `forward_anchors`: sequences of `rows` real rows, with pseudo states of `steps` steps at `anchors`."""
+    """Masks for `forward_anchors`: sequences of `rows` real rows, with pseudo states of `steps` steps at `anchors`."""
 
     def __init__(self, anchors: Tensor, rows: int, steps: int) -> None:
         self.anchors, self.rows, self.steps = anchors, rows, steps
         self._kept: dict[int | None, Tensor] = {}
 
     def real(self, window: int | None) -> Tensor | CausalRows:
-        """Of the real rows among themselves."""
+        """Return the mask of the real rows over themselves."""
         return CausalRows(window)
 
     def pseudo(self, window: int | None, steps: int) -> Tensor | AnchorRows:
-        """Of the pseudo states of the first `steps` steps over the real rows and themselves."""
+        """Return the mask of the first `steps` steps' pseudo states over the real rows and themselves."""
         return AnchorRows(self.anchors, self.rows, steps, self.steps, window, self._kept)
 
 
 class DenseAnchoredMask(AnchoredMask):
-    """The same as one additive matrix over all rows: the reference, and the way for layers with attention of their own.
+    """The same masks as one additive matrix over all rows: the reference, and for layers without standard attention.
 
     Args:
-        allowed: (B, T, T) who sees whom among the real rows. positions: (B, T + P).
+        allowed: (B, T, T) bool: real row m sees real row j. positions: (B, T + P).
     """
 
     def __init__(self, allowed: Tensor, positions: Tensor, anchors: Tensor, steps: int, dtype: torch.dtype) -> None:

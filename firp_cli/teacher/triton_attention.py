@@ -1,14 +1,15 @@
 """Attention of the few rows of a decoding step over a preallocated K/V cache, as Triton kernels (needs `triton`).
 
 Split-K attention, known as Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023): several programs share the keys of one
-sequence and head, each leaves a partial output with the logarithm of its softmax sum, and a second kernel joins them.
+sequence and head, each writes a partial output and the logarithm of its softmax sum, and a second kernel combines them.
 The lengths are read on the device, so that one captured CUDA graph serves every length. Tensors are on a CUDA device;
-on the CPU, TRITON_INTERPRET=1 must be set before anything imports triton, and transformers does.
+on the CPU, TRITON_INTERPRET=1 must be set before anything imports triton, as transformers does.
 
 Shapes: B sequences, Hq query heads, Hk key/value heads, G = Hq / Hk, M query rows, R scratch slots, S slots in view,
 D head size, W = ceil(R / 32). In the kernels the G * M query rows of one key/value head, the packed rows, share
-programs, head fastest: packed row r is row r // G of the step in query head r % G of the group. Suffixes there: M
-packed rows and N slots of a block, D the head size rounded up to a power of two, S splits, C a chunk of them.
+programs, head fastest: packed row r is the step's row r // G in query head r % G of the group. Suffixes of names in the
+kernels: M packed rows and N slots of a block, D the head size rounded up to a power of two, S splits, C a chunk of
+splits.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (A kernel's parameters are pointers and blocks, which have no Python types.)
@@ -27,7 +28,7 @@ from torch import Tensor
 MAX_SPLITS = 128
 
 
-class Plan(NamedTuple):
+class LaunchSizes(NamedTuple):
     """Sizes of a launch: `block_m` packed rows and `block_n` slots at a time; `tiles` * `splits` programs per head."""
 
     block_m: int
@@ -37,28 +38,30 @@ class Plan(NamedTuple):
 
 
 def head_block(size: int) -> int:
-    """The head size as the kernels hold it: a power of two, at least 16 because `tl.dot` needs that."""
+    """Return the head size of the kernels' blocks: a power of two, at least 16 as `tl.dot` requires."""
     return max(16, triton.next_power_of_2(size))
 
 
-def plan(packed: int, scratch: int, prefix: int, size: int, itemsize: int, heads: int, multiprocessors: int) -> Plan:
-    """Tile sizes and grid: enough splits for two programs per multiprocessor, none without a block of slots to read.
+def launch_sizes(
+    packed: int, scratch: int, prefix: int, size: int, itemsize: int, heads: int, multiprocessors: int
+) -> LaunchSizes:
+    """Return tile sizes and grid: splits for two programs per multiprocessor, each with at least one block of slots.
 
     Args:
         packed: G * M rows of each key/value head.
-        scratch, prefix: slots that a row may see: R, and at most so many committed ones.
+        scratch, prefix: slots that a row may see: R, and at most this many committed ones.
         size: D, in elements of `itemsize` bytes.
         heads: B * Hk.
     """
     width = head_block(size)
-    # The largest blocks that ptxas fits into registers with next to no spilling (sm_80 and sm_90, 4 warps); two
-    # blocks of keys and values in flight then take at most 70 KB of shared memory.
+    # The largest blocks that ptxas fits into registers with almost no spilling (sm_80 and sm_90, 4 warps). Two blocks
+    # of keys and values in flight then take at most 70 KB of shared memory.
     block_n = min(64, max(16, (8192 if itemsize <= 2 else 2048) // width))
     block_m = min(64 if itemsize <= 2 and width <= 64 else 32, max(16, triton.next_power_of_2(packed)))
     tiles = triton.cdiv(packed, block_m)
     blocks = triton.cdiv(scratch, block_n) + triton.cdiv(prefix, block_n)
-    wanted = triton.cdiv(2 * multiprocessors, heads * tiles)
-    return Plan(block_m, block_n, tiles, min(wanted, blocks, MAX_SPLITS))
+    splits = triton.cdiv(2 * multiprocessors, heads * tiles)
+    return LaunchSizes(block_m, block_n, tiles, min(splits, blocks, MAX_SPLITS))
 
 
 @lru_cache
@@ -67,12 +70,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def row_bits(allowed: Tensor) -> Tensor:
-    """(B, M, R) bool, row m sees row j, to (B, M, W) int32: bit j % 32 of word j // 32. Capturable in a CUDA graph."""
+    """Pack (B, M, R) bool, row m sees row j, into (B, M, W) int32: bit j % 32 of word j // 32. A CUDA graph can
+    capture it.
+    """
     batch, rows, columns = allowed.shape
     words = triton.cdiv(columns, 32)
     padded = torch.nn.functional.pad(allowed, (0, words * 32 - columns)).view(batch, rows, words, 32)
     shifts = torch.arange(32, dtype=torch.int32, device=allowed.device)
-    # No two terms share a bit, so the sum never carries; bit 31 is the sign and wraps as two's complement should.
+    # No two terms share a bit, so the sum never carries. Bit 31 is the sign and wraps around in two's complement.
     return (padded.to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
 
 
@@ -81,10 +86,10 @@ def _absorb(
     queries_MD, keys_ptr, values_ptr, key_stride, value_stride, slot_N, seen_N, allowed_MN, scale,
     output_MD, top_M, total_M, HEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Take a block's slots, read where `seen`, into the running output, maximum and sum. Exponents are base 2."""
+    """Add a block's slots, read where `seen`, to the running output, maximum and sum. Exponents are base 2."""
     dims_D = tl.arange(0, queries_MD.shape[1])
     wanted_ND = seen_N[:, None] & (dims_D < HEAD)[None, :]
-    at_N = slot_N.to(tl.int64)  # a slot times a stride may pass 2**31
+    at_N = slot_N.to(tl.int64)  # a slot times a stride may exceed 2**31
     keys_ND = tl.load(keys_ptr + (at_N * key_stride)[:, None] + dims_D[None, :], mask=wanted_ND, other=0.0)
     values_ND = tl.load(values_ptr + (at_N * value_stride)[:, None] + dims_D[None, :], mask=wanted_ND, other=0.0)
     if UPCAST:
@@ -93,7 +98,7 @@ def _absorb(
     scores_MN = tl.dot(queries_MD, tl.trans(keys_ND), input_precision="ieee") * scale
     scores_MN = tl.where(allowed_MN, scores_MN, float("-inf"))
     new_top_M = tl.maximum(top_M, tl.max(scores_MN, 1))
-    # For a row that has seen nothing yet: -inf minus -inf would be NaN.
+    # For a row that has seen no slot yet: -inf minus -inf would be NaN.
     reference_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
     weights_MN = tl.exp2(scores_MN - reference_M[:, None])
     shrink_M = tl.exp2(top_M - reference_M)
@@ -105,7 +110,7 @@ def _absorb(
 
 @triton.jit
 def _rows_allowed(bits_ptr, at_M, row_M, real_M, slot_N, scratch):
-    """(M, N): which scratch slots the rows see, by row `at` of the bits, and each its own slot."""
+    """Return (M, N) bool, row sees scratch slot: by row `at` of the bits; every row sees its own slot."""
     words_MN = bits_ptr + (at_M * tl.cdiv(scratch, 32))[:, None] + (slot_N // 32)[None, :]
     words_MN = tl.load(words_MN, mask=real_M[:, None] & (slot_N < scratch)[None, :], other=0)
     set_MN = ((words_MN >> (slot_N % 32)[None, :]) & 1) != 0
@@ -113,9 +118,9 @@ def _rows_allowed(bits_ptr, at_M, row_M, real_M, slot_N, scratch):
 
 
 @triton.jit
-def _leave(parts_ptr, log_sums_ptr, at_M, real_M, output_MD, top_M, total_M, HEAD: tl.constexpr):
-    """Write a split's normalised output and log-sum to row `at`; for a row that saw nothing -inf and no output."""
-    found_M = total_M != 0  # NaN is found too, and handed on
+def _write_part(parts_ptr, log_sums_ptr, at_M, real_M, output_MD, top_M, total_M, HEAD: tl.constexpr):
+    """Write a split's normalised output and log-sum to row `at`; for a row that saw no slot -inf and no output."""
+    found_M = total_M != 0  # also true for NaN, which goes on to the output
     total_M = tl.where(found_M, total_M, 1.0)
     tl.store(log_sums_ptr + at_M, tl.where(found_M, top_M + tl.log2(total_M), float("-inf")), mask=real_M)
     dims_D = tl.arange(0, output_MD.shape[1])
@@ -131,16 +136,14 @@ def _attend(
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of packed rows over one split of the slots that they see; grid (B * Hk, tiles, splits).
+    """Attend with one tile of packed rows to one split of the slots that they see; grid (B * Hk, tiles, splits).
 
-    The blocks of the scratch and of the visible prefix are dealt to the splits in runs of equal number, by the true
-    length: a short prefix uses few splits, and the others read nothing.
+    The splits get runs of equally many blocks of the scratch and of the visible prefix, by the true length: a short
+    prefix uses few splits, and the others read nothing.
     """
-    sequence = tl.program_id(0).to(tl.int64) // HEADS
-    head = tl.program_id(0).to(tl.int64) % HEADS
+    sequence, head = tl.program_id(0).to(tl.int64) // HEADS, tl.program_id(0).to(tl.int64) % HEADS
     packed_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_M = packed_M // GROUP
-    query_head_M = head * GROUP + packed_M % GROUP
+    row_M, query_head_M = packed_M // GROUP, head * GROUP + packed_M % GROUP
     real_M = row_M < rows
     at_M = sequence * rows + row_M
     dims_D = tl.arange(0, BLOCK_D)
@@ -162,14 +165,12 @@ def _attend(
     run = tl.cdiv(blocks, tl.num_programs(2))
     first = tl.program_id(2) * run
     last = tl.minimum(first + run, blocks)
-
     output_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total_M = tl.zeros((BLOCK_M,), tl.float32)
+    top_M, total_M = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for block in range(first, tl.minimum(last, scratch_blocks)):
         slot_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
         allowed_MN = _rows_allowed(bits_ptr, at_M, row_M, real_M, slot_N, scratch)
-        seen_N = tl.max(allowed_MN.to(tl.int32), 0) != 0  # what no row sees may be NaN, and 0 * NaN is NaN
+        seen_N = tl.max(allowed_MN.to(tl.int32), 0) != 0  # slots that no row sees may be NaN, and 0 * NaN is NaN
         output_MD, top_M, total_M = _absorb(
             queries_MD, keys_ptr, values_ptr, key_strides[2], value_strides[2], slot_N, seen_N, allowed_MN, scale,
             output_MD, top_M, total_M, HEAD, UPCAST,
@@ -184,10 +185,10 @@ def _attend(
             queries_MD, keys_ptr, values_ptr, key_strides[2], value_strides[2], scratch + position_N, seen_N,
             allowed_MN, scale, output_MD, top_M, total_M, HEAD, UPCAST,
         )  # fmt: skip
-    # Partial outputs stand as the output does, (B, M, Hq, D), one after another.
+    # Partial outputs have the output's layout, (B, M, Hq, D), one after another.
     part = tl.program_id(2).to(tl.int64) * (tl.num_programs(0) * GROUP * rows)
     at_M = part + at_M * (HEADS * GROUP) + query_head_M
-    _leave(parts_ptr, log_sums_ptr, at_M, real_M, output_MD, top_M, total_M, HEAD)
+    _write_part(parts_ptr, log_sums_ptr, at_M, real_M, output_MD, top_M, total_M, HEAD)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -195,7 +196,7 @@ def _combine(
     parts_ptr, log_sums_ptr, output_ptr, splits,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the splits' outputs of one row and head by their softmax sums; grid (B * M * Hq,)."""
+    """Add the splits' outputs of one row and head, weighted by their softmax sums; grid (B * M * Hq,)."""
     at = tl.program_id(0).to(tl.int64)
     stride = tl.num_programs(0)
     split_S = tl.arange(0, BLOCK_S)
@@ -229,26 +230,23 @@ def tree_attention(
     positions: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Softmax attention of a step's rows over each other and over the committed prefix (Flash-Decoding).
+    """Softmax attention of a step's rows over each other and over the committed prefix (Flash-Decoding): (B, Hq, M, D)
+    in the queries' dtype, whose `.transpose(1, 2)` is contiguous.
 
-    Slots [0, R) hold the K/V of this step's rows, row j in slot j; slots [R, R + length_b) the committed prefix of
-    sequence b, position p in slot R + p. What stands behind, and scratch that no row sees, is never read. Nothing here
-    waits for the device; before a CUDA graph captures it, call it once with the same shapes, for Triton to compile.
+    Slots [0, R) contain the K/V of this step's rows, row j in slot j; slots [R, R + length_b) the committed prefix of
+    sequence b, position p in slot R + p. Slots after these, and scratch that no row sees, are never read. Nothing here
+    waits for the device. Before a CUDA graph captures it, call it once with the same shapes, so that Triton compiles.
 
     Args:
         queries: (B, Hq, M, D) float32, float16 or bfloat16, M <= R; any strides, D contiguous.
         keys, values: (B, Hk, S, D) of the same dtype, Hk dividing Hq; any strides, D contiguous.
         lengths: (B,) integers on the device, at most S - R.
-        bits: (B, M, W) int32 as of `row_bits`: which rows a row sees. It sees itself whatever its own bit.
-        scratch: R.
-        scaling: factor of the scores, usually D ** -0.5.
+        bits: (B, M, W) int32 from `row_bits`: the rows that a row sees. A row always sees itself.
+        scratch: R. scaling: factor of the scores, usually D ** -0.5.
         longest: the host's upper bound of the lengths. Chooses the number of splits and nothing else.
-        window: a row sees the prefix positions p with position - p < window only; None: the whole prefix.
+        window: a row sees only the prefix positions p with position - p < window; None: the whole prefix.
         positions: (B, M) integer positions of the rows, needed with a window.
-        splits: number of splits, in place of the planned one.
-
-    Returns:
-        (B, Hq, M, D) in the queries' dtype; its `.transpose(1, 2)` is contiguous.
+        splits: number of splits, instead of that of `launch_sizes`.
     """
     batch, query_heads, rows, size = queries.shape
     heads = keys.shape[1]
@@ -259,16 +257,16 @@ def tree_attention(
     group = query_heads // heads
     prefix = longest if window is None else min(longest, window)
     processors = _multiprocessors(queries.device)
-    chosen = plan(group * rows, scratch, prefix, size, queries.element_size(), batch * heads, processors)
+    chosen = launch_sizes(group * rows, scratch, prefix, size, queries.element_size(), batch * heads, processors)
     splits = splits or chosen.splits
     output = queries.new_empty(batch, rows, query_heads, size)
     parts = output if splits == 1 else output.new_empty(splits, *output.shape, dtype=torch.float32)
     log_sums = output.new_empty(parts.shape[:-1], dtype=torch.float32)
-    places = (bits.contiguous(), lengths if positions is None else positions.contiguous())
+    row_data = (bits.contiguous(), lengths if positions is None else positions.contiguous())
     interpreted = not isinstance(_attend, triton.JITFunction)  # numpy cannot multiply bfloat16
     with torch.cuda.device_of(queries):
         _attend[batch * heads, chosen.tiles, splits](
-            queries, keys, values, lengths.contiguous(), *places, parts, log_sums,
+            queries, keys, values, lengths.contiguous(), *row_data, parts, log_sums,
             queries.stride()[:3], keys.stride()[:3], values.stride()[:3], rows, scratch, window or 0, scaling * log2(e),
             heads, group, size, head_block(size), chosen.block_m, chosen.block_n, window is not None, interpreted,
             num_warps=4, num_stages=2,

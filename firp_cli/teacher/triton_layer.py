@@ -1,9 +1,9 @@
-"""What a decoding step does in a layer between its products and its attention, as two Triton kernels.
+"""Operations of a decoding step in a layer between its products and its attention, as two Triton kernels.
 
-`rotate_and_write` normalises and rotates a step's queries and keys and writes keys and values where the cache keeps
-them; `silu_product` is the gated feed-forward's activation. Both replace runs of small operations, whose launches cost
-more than their work. As the kernels of teacher/tree_attention.py they run on a CUDA device, can be captured in a CUDA
-graph after one call with the same shapes, and are interpreted on the CPU if TRITON_INTERPRET=1.
+`rotate_and_write` normalises and rotates a step's queries and keys, and writes keys and values to the cache's slots;
+`silu_product` is the gated feed-forward's activation. Both replace sequences of small operations, whose launches take
+longer than their work. Like the kernels of teacher/triton_attention.py they run on a CUDA device, can be captured in a
+CUDA graph after one call with the same shapes, and are interpreted on the CPU if TRITON_INTERPRET=1.
 
 Shapes: B sequences, R rows, d hidden size, Hq query heads, Hk key/value heads, D head size, f feed-forward size. In the
 kernels suffix D is half a head and C a part of a hidden row, both rounded up to a power of two. Arithmetic is float32.
@@ -24,11 +24,11 @@ FEATURES_BLOCK = 512  # of one program of `silu_product`
 
 
 @triton.jit
-def _turn(
+def _rotate(
     first_D, second_D, weight_ptr, epsilon, cosine_ptr, sine_ptr, dims_D, inside_D,
     HEAD: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of a head, normalised and rotated. The sine's first half is negated."""
+    """Normalise and rotate a head, given and returned as its halves. The sine's first half is negated."""
     HALF: tl.constexpr = HEAD // 2
     if NORMED:
         mean = (tl.sum(first_D * first_D, 0) + tl.sum(second_D * second_D, 0)) / HEAD
@@ -46,7 +46,8 @@ def _turn(
 
 
 @triton.jit
-def _leave_head(target_ptr, first_D, second_D, dims_D, inside_D, HEAD: tl.constexpr):
+def _write_head(target_ptr, first_D, second_D, dims_D, inside_D, HEAD: tl.constexpr):
+    """Write the halves of a head."""
     tl.store(target_ptr + dims_D, first_D.to(target_ptr.dtype.element_ty), mask=inside_D)
     tl.store(target_ptr + HEAD // 2 + dims_D, second_D.to(target_ptr.dtype.element_ty), mask=inside_D)
 
@@ -58,7 +59,7 @@ def _rotate_and_write(
     value_strides, rows, QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     NORMED: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row, and a part of its hidden row; grid (B * R, Hq + 2 Hk)."""
+    """Process one head of one row, and copy a part of its hidden row; grid (B * R, Hq + 2 Hk)."""
     at = tl.program_id(0).to(tl.int64)
     sequence = at // rows
     row = at % rows
@@ -76,23 +77,23 @@ def _rotate_and_write(
     cosine_ptr += sequence * cosine_strides[0] + row * cosine_strides[1]
     sine_ptr += sequence * sine_strides[0] + row * sine_strides[1]
     if head < QUERY_HEADS:
-        first_D, second_D = _turn(
+        first_D, second_D = _rotate(
             first_D, second_D, query_weight_ptr, query_epsilon, cosine_ptr, sine_ptr, dims_D, inside_D, HEAD, NORMED
         )
         queries_ptr += (at * QUERY_HEADS + head) * HEAD
-        _leave_head(queries_ptr, first_D, second_D, dims_D, inside_D, HEAD)
+        _write_head(queries_ptr, first_D, second_D, dims_D, inside_D, HEAD)
     elif head < QUERY_HEADS + KEY_HEADS:
-        first_D, second_D = _turn(
+        first_D, second_D = _rotate(
             first_D, second_D, key_weight_ptr, key_epsilon, cosine_ptr, sine_ptr, dims_D, inside_D, HEAD, NORMED
         )
-        own = (head - QUERY_HEADS).to(tl.int64)  # a head times a stride may pass 2**31
-        keys_ptr += sequence * key_strides[0] + own * key_strides[1] + row * key_strides[2]
-        _leave_head(keys_ptr, first_D, second_D, dims_D, inside_D, HEAD)
+        key_head = (head - QUERY_HEADS).to(tl.int64)  # a head times a stride may exceed 2**31
+        keys_ptr += sequence * key_strides[0] + key_head * key_strides[1] + row * key_strides[2]
+        _write_head(keys_ptr, first_D, second_D, dims_D, inside_D, HEAD)
     else:
-        own = (head - QUERY_HEADS - KEY_HEADS).to(tl.int64)
-        values_ptr += sequence * value_strides[0] + own * value_strides[1] + row * value_strides[2]
-        _leave_head(values_ptr, first_D, second_D, dims_D, inside_D, HEAD)
-    # Last: a store waits for what it stores, and loads do not pass it.
+        value_head = (head - QUERY_HEADS - KEY_HEADS).to(tl.int64)
+        values_ptr += sequence * value_strides[0] + value_head * value_strides[1] + row * value_strides[2]
+        _write_head(values_ptr, first_D, second_D, dims_D, inside_D, HEAD)
+    # Last: a store waits for its values, and later loads wait for the store.
     tl.store(copy_ptr + at * HIDDEN + part_C, hidden_C, mask=part_C < HIDDEN)
 
 
@@ -106,10 +107,10 @@ def rotate_and_write(
     query_norm: HeadNorm | None = None,
     key_norm: HeadNorm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Split a step's joined product into heads; rotate queries and keys; write keys and values to their places.
+    """Split a step's joined product into heads; rotate queries and keys; write keys and values to their slots.
 
-    Along the way the hidden rows are copied: a copy is what the layer's products are then added to in place, so that
-    the rows which the caller gave stay as they are.
+    The hidden rows are copied: the layer's products are then added to the copy in place, and the caller's rows do not
+    change.
 
     Args:
         joined: (B, R, (Hq + 2 Hk) D), contiguous: queries, keys, values. float32, float16 or bfloat16.
@@ -134,7 +135,7 @@ def rotate_and_write(
     cosine_strides, sine_strides = (
         (angles.stride(0) if angles.shape[0] > 1 else 0, angles.stride(1)) for angles in (cosine, sine)
     )
-    query_weight, query_epsilon = query_norm or (joined, 0.0)  # without norms nothing is read there
+    query_weight, query_epsilon = query_norm or (joined, 0.0)  # without norms the kernel does not read them
     key_weight, key_epsilon = key_norm or (joined, 0.0)
     hidden_size = hidden.shape[2]
     with torch.cuda.device_of(joined):
@@ -150,7 +151,7 @@ def rotate_and_write(
 
 @triton.jit
 def _silu_product(joined_ptr, product_ptr, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of one row's features; grid (rows, blocks)."""
+    """Compute a block of one row's features; grid (rows, blocks)."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = feature < FEATURES
@@ -162,7 +163,7 @@ def _silu_product(joined_ptr, product_ptr, FEATURES: tl.constexpr, BLOCK: tl.con
 
 
 def silu_product(joined: Tensor) -> Tensor:
-    """silu(gate) * up of joined rows (rows, 2 f), contiguous, the gate first: (rows, f)."""
+    """Return silu(gate) * up (rows, f) of joined rows (rows, 2 f), contiguous, the gate first."""
     rows, both = joined.shape
     assert joined.is_contiguous() and both % 2 == 0
     features = both // 2

@@ -1,12 +1,13 @@
-"""The products of a decoding step's few rows with a layer's matrices on a CUDA device, as Triton kernels.
+"""Products of a decoding step's few rows with a layer's matrices on a CUDA device, as Triton kernels.
 
-Such a product takes the time of reading its matrix, and every small operation around it takes as long as a launch. So
-the products bring along what stands around them: `add_product` adds to the residual rows, multiplies them by the next
-norm's weight and leaves sums of their squares; `normed_product` reads these, applies the norm's factor behind its sums
-(it is a row's own, so it may stand there), and the gate of the feed-forward. A layer is then seven kernels.
+Such a product takes the time of reading its matrix, and each small operation around it takes as long as a launch. So
+the products include the operations around them. `add_product` adds to the residual rows, multiplies them by the next
+norm's weight and writes sums of their squares. `normed_product` reads these sums, multiplies its outputs by the norm's
+factor (one number a row, so it may follow the product), and applies the gate of the feed-forward. A layer is then seven
+kernels.
 
-A row's sums run in one order whatever the other rows are, for up to 32 rows, so that a token's states do not depend on
-the tree that it stands in.
+The order of a row's sums does not depend on the other rows, for up to 32 rows: a token's states do not depend on its
+tree.
 
 Rows and matrices are bfloat16 (or float16, where no row comes near its largest number); sums are float32.
 Shapes: M rows, d hidden size, K inputs, N outputs, P parts of a row's sum of squares. Suffixes in the kernels: M rows,
@@ -25,13 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 64  # of a block, at most
-SHARED_BYTES = 96 << 10  # of a block, so that two share a multiprocessor
+ROWS = 64  # most rows of a block
+SHARED_BYTES = 96 << 10  # most shared memory of a block, so that two fit a multiprocessor
 MOST_STAGES = 6
 
 
 class Tiles(NamedTuple):
-    """Sizes of a launch: outputs and inputs of a block, blocks that are fetched ahead, warps."""
+    """Sizes of a launch: outputs and inputs of a block, blocks fetched ahead, warps."""
 
     outputs: int
     inputs: int
@@ -41,10 +42,10 @@ class Tiles(NamedTuple):
 
 @dataclass
 class Prepared:
-    """Hidden rows on their way through the layers.
+    """Hidden rows between layers, prepared for the next norm.
 
     Attributes:
-        hidden: (..., d) contiguous. scaled: (M, d) the same, multiplied by the weight of the norm that comes next.
+        hidden: (..., d) contiguous. scaled: (M, d) the same, multiplied by the weight of the next norm.
         squares: (M, P) float32 sums of the squares of parts of each row.
     """
 
@@ -56,7 +57,7 @@ class Prepared:
 @triton.jit
 def _prepare(hidden_ptr, norm_ptr, scaled_ptr, squares_ptr, row_stride, D: tl.constexpr, BLOCK: tl.constexpr,
              PARTS: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
-    """A row's product with the norm's weight, and its squares, all of them in the first part; grid (M,)."""
+    """Multiply a row by the norm's weight, and sum its squares into the first part; grid (M,)."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < D
@@ -74,7 +75,7 @@ def _product(
     PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BIAS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
     ADDED: tl.constexpr, PREPARED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One block of outputs of one block of rows; grid (N blocks, M blocks). With GATED the matrix has 2 N rows."""
+    """Compute one block of outputs of one block of rows; grid (N blocks, M blocks). GATED: the matrix has 2 N rows."""
     block = tl.program_id(0)
     out_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -82,14 +83,14 @@ def _product(
     in_K = tl.arange(0, BLOCK_K)
     at_MK = rows_ptr + row_M[:, None] * K + in_K[None, :]
     at_NK = weight_ptr + out_N.to(tl.int64)[:, None] * K + in_K[None, :]
-    if NORMED:  # asked for now, needed behind the loop
+    if NORMED:  # loaded now, used after the loop
         part_P = tl.arange(0, BLOCK_P)
         at_MP = squares_in_ptr + row_M[:, None] * PARTS + part_P[None, :]
         squares_MP = tl.load(at_MP, mask=real_M[:, None] & (part_P < PARTS)[None, :], other=0.0)
     sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     more_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, K, BLOCK_K):
-        wanted_K = (in_K < K - first) | (K % BLOCK_K == 0)  # known at compile time where blocks come out even
+        wanted_K = (in_K < K - first) | (K % BLOCK_K == 0)  # constant at compile time where K is a multiple of a block
         rows_MK = tl.load(at_MK + first, mask=real_M[:, None] & wanted_K[None, :], other=0.0)
         weight_NK = tl.load(at_NK + first, mask=real_N[:, None] & wanted_K[None, :], other=0.0)
         if UPCAST:
@@ -116,7 +117,7 @@ def _product(
         sums_MN += tl.load(output_ptr + at_MN, mask=real_MN, other=0.0).to(tl.float32)
     kept_MN = sums_MN.to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + at_MN, kept_MN, mask=real_MN)
-    if PREPARED:  # of what was stored: the norm is that of the rounded rows
+    if PREPARED:  # from the stored values: the norm is that of the rounded rows
         kept_MN = kept_MN.to(tl.float32)
         squares_M = tl.sum(kept_MN * kept_MN, 1)
         tl.store(squares_ptr + row_M * tl.num_programs(0) + block, squares_M, mask=real_M)
@@ -125,7 +126,7 @@ def _product(
 
 
 def prepare(hidden: Tensor, norm: Tensor) -> Prepared:
-    """Rows (..., d), d contiguous, that no product has prepared, for a norm of weight (d,)."""
+    """Prepare rows (..., d), d contiguous, for a norm of weight (d,)."""
     size = hidden.shape[-1]
     flat = hidden.reshape(-1, size)
     scaled, parts = (
@@ -149,8 +150,8 @@ def normed_product(
     gated: bool = False,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """RMS norm of the rows, then the product with W (N, K) and the bias (N,): (..., N). `gated`: W is (2 N, K) and the
-    result is silu(first half) * second half.
+    """Return the product (..., N) of the rows' RMS norm with W (N, K), plus the bias (N,). `gated`: W is (2 N, K) and
+    the result is silu(first half) * second half.
     """
     hidden, outputs = rows.hidden, len(weight) // (2 if gated else 1)
     result = hidden.new_empty(*hidden.shape[:-1], outputs)
@@ -168,7 +169,7 @@ def add_product(
 ) -> Prepared | None:
     """Add the product of rows (..., K) with W (d, K), and the bias (d,), to the residual rows (..., d) in place.
 
-    Returns them prepared for the norm of weight (d,), if there is one.
+    Returns them prepared for the norm of weight (d,), or None without a norm.
     """
     size = len(weight)
     flat = rows.reshape(-1, rows.shape[-1])
@@ -214,15 +215,15 @@ def _launch(
 
 
 def row_block(count: int) -> int:
-    """Rows of a block for so many rows."""
+    """Return the rows of a block, for `count` rows in all."""
     return max(16, min(ROWS, triton.next_power_of_2(count)))
 
 
 def choose(outputs: int, inputs: int, block: int, gated: bool) -> Tiles:
-    """Tiles for a matrix (N, K), or two of them if `gated`, and blocks of so many rows: enough of them for all
-    multiprocessors, and as much of the matrix under way in each as its shared memory holds.
+    """Return tiles for a matrix (N, K), or two of them if `gated`, and blocks of `block` rows: enough tiles for all
+    multiprocessors, and as many bytes of the matrix in flight in each as its shared memory takes.
 
-    Which were fastest in whole steps of shapes with d 576 and 4096 on an H200 (scripts/NOTES.md, GPU).
+    These tiles were the fastest in whole decoding steps with d 576 and 4096 on an H200 (scripts/NOTES.md, GPU).
     """
     large = outputs >= 4096 and inputs >= 4096
     if large and block == 16:

@@ -1,4 +1,4 @@
-"""A teacher's weights: the safetensors files that hold them, their fingerprint, and the part that a process keeps."""
+"""A teacher's weights: their safetensors files, their fingerprint, and the part that a process keeps."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from torch import Tensor
 
 from firp_cli.errors import TeacherError
 
-SAMPLES = 257  # values of each parameter that a fingerprint looks at
+SAMPLES = 257  # values of each parameter that a fingerprint samples
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def sample_places(count: int) -> Tensor:
-    """Places of the values of a parameter of `count` that a fingerprint looks at: long, ascending."""
+    """Return the flat places (n,) that a fingerprint samples in a parameter of `count` values: long, ascending."""
     return torch.linspace(0, count - 1, min(count, SAMPLES), dtype=torch.float64).long()
 
 
 def weights_fingerprint(
     shapes: Iterable[tuple[str, Sequence[int]]], sample: Callable[[str, Tensor], Tensor], extra: str = ""
 ) -> str:
-    """16 hex digits over parameter names, shapes and sampled values, in the order of the names.
+    """Return 16 hex digits over parameter names, shapes and sampled values, in the order of the names.
 
     Values are rounded to bfloat16: a teacher in float32 and in bfloat16 is the same teacher, and a predictor trained
-    beside one drafts for the other.
+    with one drafts for the other.
 
     Args:
-        sample: a parameter's values at flat places (n,).
-        extra: what else tells one teacher from another.
+        sample: returns a parameter's values at flat places (n,).
+        extra: further text that differs between teachers.
     """
     digest = hashlib.sha256()
     for name, shape in sorted((name, tuple(shape)) for name, shape in shapes):
@@ -49,10 +49,10 @@ def weights_fingerprint(
 
 
 class WeightFiles:
-    """A checkpoint's safetensors files, read tensor by tensor.
+    """Safetensors files of a checkpoint, read tensor by tensor.
 
     Args:
-        source: folder or hub id. prefix: what the names of a whole model have before those of its decoder.
+        source: folder or hub id. prefix: prefix of a whole model's names before those of its decoder.
 
     Raises TeacherError where there are no such files, or one is damaged. Pickles are not read.
     """
@@ -76,13 +76,13 @@ class WeightFiles:
         self._files = {name: single for name in self._map(single)[0] if name != "__metadata__"}
 
     def _shard(self, file: str, revision: str | None, index: Path) -> Path:
-        found = _find(self.source, file, revision)
-        if found is None:
-            raise TeacherError(f"{self.source}: {file} is missing, which {index.name} names; fetch it again")
-        return found
+        path = _find(self.source, file, revision)
+        if path is None:
+            raise TeacherError(f"{self.source}: {file} is missing, which {index.name} lists; fetch it again")
+        return path
 
     def key(self, name: str) -> str | None:
-        """What the files call a parameter; None where they do not have it."""
+        """Return a parameter's name in the files; None where they do not have it."""
         prefix = f"{self._prefix}."
         for candidate in (name, name.removeprefix(prefix), prefix + name):
             if candidate in self._files:
@@ -93,14 +93,14 @@ class WeightFiles:
         return tuple(self._entry(key)["shape"])
 
     def dtype(self, key: str) -> torch.dtype:
-        """The dtype that a tensor is kept in. Raises TeacherError for one that is no floating dtype of a teacher."""
+        """Return a tensor's dtype. Raises TeacherError for a dtype that no teacher has."""
         name = self._entry(key)["dtype"]
         if name not in DTYPES:
-            raise TeacherError(f"{self._files[key]}: {key} is kept as {name}, which is not read in part")
+            raise TeacherError(f"{self._files[key]}: {key} has dtype {name}, which is not read in part")
         return DTYPES[name]
 
     def read(self, key: str) -> Tensor:
-        """A whole tensor, on the CPU, in the file's dtype."""
+        """Return a whole tensor, on the CPU, in the file's dtype."""
         path = self._files[key]
         try:
             with safe_open(path, framework="pt") as stream:
@@ -109,7 +109,7 @@ class WeightFiles:
             raise _damaged(path, error) from error
 
     def sample(self, key: str, places: Tensor) -> Tensor:
-        """Values at flat places (n,); the file is mapped, and only the pages that hold them are read."""
+        """Return values at flat places (n,); the file is mapped, and only the pages with these values are read."""
         header, data = self._map(self._files[key])
         first, end = header[key]["data_offsets"]
         return data[first:end].view(self.dtype(key))[places]
@@ -118,7 +118,7 @@ class WeightFiles:
         return self._map(self._files[key])[0][key]
 
     def _map(self, path: Path) -> tuple[dict[str, Any], Tensor]:
-        """A file's header, and the bytes behind it."""
+        """Return a file's header, and the bytes after it."""
         if path not in self._mapped:
             try:
                 with path.open("rb") as stream:
@@ -140,24 +140,24 @@ def _damaged(path: Path, error: Exception) -> TeacherError:
 
 
 def _find(source: str, file: str, revision: str | None) -> Path | None:
-    """A file of a checkpoint: in its folder, or the hub's cache, or the hub."""
+    """Return a file of a checkpoint: from its folder, the hub's cache or the hub; None where it has none."""
     from transformers.utils import cached_file
 
     if Path(source).is_dir():
         return Path(source) / file if (Path(source) / file).is_file() else None
-    found = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
+    path = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else Path(path)
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """The part of a teacher that this process holds.
+    """Part of a teacher's weights in this process.
 
     Attributes:
         kind: whole, upper (the layers from one on), zero3 (a part of every matrix) or device_map.
-        layers: how many of the teacher's `of` layers this process runs.
-        held: bytes of weights here. saved: bytes that the whole teacher would take beside them.
-        note: why it is no less; empty where there is nothing to say.
+        layers: layers that this process runs, of the teacher's `of`.
+        held: bytes of weights in this process. saved: further bytes that the whole teacher would take.
+        note: the reason why no smaller part was loaded, or the devices; may be empty.
         ranks: processes that hold the teacher together.
     """
 
@@ -170,6 +170,12 @@ class LoadedWeights:
     ranks: int = 1
 
     def describe(self) -> dict[str, Any]:
-        """For manifests and training.json."""
-        told = {"kind": self.kind, "layers": self.layers, "of": self.of, "bytes": self.held, "saved_bytes": self.saved}
-        return told | ({"ranks": self.ranks} if self.ranks > 1 else {}) | ({"note": self.note} if self.note else {})
+        """Return a record for manifests and training.json."""
+        record = {
+            "kind": self.kind,
+            "layers": self.layers,
+            "of": self.of,
+            "bytes": self.held,
+            "saved_bytes": self.saved,
+        }
+        return record | ({"ranks": self.ranks} if self.ranks > 1 else {}) | ({"note": self.note} if self.note else {})

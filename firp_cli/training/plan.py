@@ -127,7 +127,7 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
             model = AutoModelForCausalLM.from_config(
                 found, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code
             )
-        return Teacher(model, name=config.model, check=False, looped=config.looped), None
+        return Teacher(model, name=config.model, looped=config.looped), None
     except (OSError, ValueError, ImportError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return None, f"the config of {config.model} cannot be read: {first}"

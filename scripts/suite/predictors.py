@@ -15,6 +15,7 @@ from firp_cli.files import write_atomically
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import plain
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.local_trainer import train_plain
 from suite.answers import predictors_for, stored
@@ -38,7 +39,7 @@ def train_predictors(shared: Shared, work: Work) -> None:
     sizes, clock, own = shared.sizes, work.clock, subject(shared)
     teacher = own.teacher()
     made = predictors_for(own, teacher)
-    library = Teacher(teacher.model, teacher.tokenizer, teacher.name, check=False)  # as `firp train` has it
+    library = wrap_model(teacher.model, teacher.tokenizer, teacher.name, check=False)  # as `firp train` has it
     order = sorted(made, key=lambda kind: share(made[kind]), reverse=True)
     sequences = shared.found["sequences"]
     shared.found["predictors"] = {}

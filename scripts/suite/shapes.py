@@ -12,6 +12,8 @@ from torch import nn
 from firp_cli.config import KINDS
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import build_predictor
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from suite.sizes import Shape
 from suite.work import Shared
@@ -39,8 +41,8 @@ def shaped(shared: Shared, name: str) -> Teacher:
     shared.free(RANDOM)
     with torch.inference_mode(False):
         model = empty_model(shared.sizes.shapes[name] | NO_TOKENS, shared.device, shared.dtype)
-        teacher = Teacher(model, name=f"{name}-shaped, random weights")
-    reason = teacher.use_lean_layers()
+        teacher = wrap_model(model, name=f"{name}-shaped, random weights")
+    reason = use_lean_layers(teacher)
     if reason:
         raise RuntimeError(reason)
     shared.found[RANDOM] = (name, teacher)

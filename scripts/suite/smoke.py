@@ -16,7 +16,9 @@ from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.base import Predictor
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.lean_layers import LeanStack, runs_own_products
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from suite.shapes import NO_TOKENS, empty_model, random_predictor
 from suite.sizes import Shape
@@ -111,8 +113,8 @@ def _dense(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, lengths:
 
 def _teacher(shared: Shared, dtype: torch.dtype = torch.float32) -> Teacher:
     with torch.inference_mode(False):
-        teacher = Teacher(empty_model(SHAPE | NO_TOKENS, shared.device, dtype), name="smoke")
-    reason = teacher.use_lean_layers()
+        teacher = wrap_model(empty_model(SHAPE | NO_TOKENS, shared.device, dtype), name="smoke")
+    reason = use_lean_layers(teacher)
     if reason:
         raise Failed(reason)
     return teacher

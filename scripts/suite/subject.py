@@ -21,7 +21,8 @@ from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
 from firp_cli.evaluation.run_bench import BenchPrompt
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import load_predictor
-from firp_cli.teacher.load import load_teacher
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import load_teacher, wrap_model
 from firp_cli.teacher.teacher import Teacher
 from suite.shapes import empty_model, sections
 from suite.work import Shared
@@ -70,7 +71,7 @@ def lean(teacher: Teacher) -> Teacher:
     """Put the teacher on lean layers; a teacher that computes in fp32 stays on the library's if they differ by more
     than rounding, since it is the reference. Raises RuntimeError.
     """
-    reason = teacher.use_lean_layers()
+    reason = use_lean_layers(teacher)
     if reason and teacher.dtype != torch.float32:
         raise RuntimeError(reason)
     return teacher
@@ -90,7 +91,7 @@ class Trained:
         with torch.inference_mode(False):
             model = empty_model(found["shape"], self.shared.device, dtype or self.shared.dtype)
             model.load_state_dict(found["state"])
-            return lean(Teacher(model, found["tokenizer"], name="trained on the spot"))
+            return lean(wrap_model(model, found["tokenizer"], name="trained on the spot"))
 
     def asked(self) -> Iterator[list[Message]]:
         corpus, most = self.shared.found["corpus"], self.shared.sizes.answers
@@ -122,7 +123,7 @@ class Real:
             teacher = load_teacher(config, self.shared.device)
             _ = teacher.fingerprint  # computed from the weights as stored in the file
             if dtype not in (None, own):
-                return lean(Teacher(teacher.model.to(dtype), teacher.tokenizer, name=teacher.name))
+                return lean(wrap_model(teacher.model.to(dtype), teacher.tokenizer, name=teacher.name))
             lean(teacher)
         if dtype is None:
             self.shared.found["real teacher"] = teacher

@@ -16,6 +16,8 @@ from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.base import Predictor
 from firp_cli.results import Generation
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import SETTINGS, generate_reference, looped_model, make_predictor, random_prompts, tiny_model
 
@@ -28,7 +30,7 @@ KINDS = [{"kind": "firp", "layer": 2, "steps": 3}, {"kind": "hidden_transfer", "
 
 
 def on_cuda(family: str, dtype: torch.dtype) -> Teacher:
-    return Teacher(copy.deepcopy(tiny_model(family)).to("cuda", dtype), name=family)
+    return wrap_model(copy.deepcopy(tiny_model(family)).to("cuda", dtype), name=family)
 
 
 def predictor_for(teacher: Teacher, section: dict) -> Predictor:
@@ -187,9 +189,9 @@ def wide_teacher(lean: bool, **options: Any) -> Teacher:
     sizes = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 2048, "initializer_range": 0.1}
     torch.manual_seed(4)
     config = transformers.MistralConfig(**(SETTINGS | sizes | {"sliding_window": None} | options))
-    teacher = Teacher(transformers.MistralForCausalLM(config).eval().to("cuda"), name="wide")
+    teacher = wrap_model(transformers.MistralForCausalLM(config).eval().to("cuda"), name="wide")
     if lean:
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
     return teacher
 
 
@@ -240,7 +242,7 @@ def test_lean_layers_decode_what_the_librarys_do(family: str, section: dict | No
     predictor = predictor_for(teacher, section) if section else None
     expected = written(teacher, prompts)
     assert texts(Engine(teacher, predictor), prompts, batch) == expected
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     assert texts(Engine(teacher, predictor), prompts, batch) == expected
 
 
@@ -263,7 +265,7 @@ def test_reading_late_changes_nothing() -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("shape", [(1, 4), (3, 4)], ids=["1x4", "3x4"])
 def test_a_pipeline_equals_generate(shape: tuple[int, int], batch: int) -> None:
-    teacher = Teacher(copy.deepcopy(looped_model(*shape)).to("cuda", torch.float32), name="looped")
+    teacher = wrap_model(copy.deepcopy(looped_model(*shape)).to("cuda", torch.float32), name="looped")
     engine = PipelineEngine(teacher, predictor_for(teacher, {"kind": "speed"}), guard=False)  # type: ignore[arg-type]
     prompts = random_prompts(4, seed=21)
     got = [item for start in range(0, 4, batch) for item in engine.generate(prompts[start : start + batch], 24)]
@@ -273,7 +275,7 @@ def test_a_pipeline_equals_generate(shape: tuple[int, int], batch: int) -> None:
 
 def test_a_tick_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The read of what left comes after the tick's work."""
-    teacher = Teacher(copy.deepcopy(looped_model(2, 3)).to("cuda", torch.float32), name="looped")
+    teacher = wrap_model(copy.deepcopy(looped_model(2, 3)).to("cuda", torch.float32), name="looped")
     engine = PipelineEngine(teacher, predictor_for(teacher, {"kind": "speed"}), guard=False)  # type: ignore[arg-type]
     engine.generate([[5, 6, 7]], 12)
     original = PipelineRun.work

@@ -13,6 +13,7 @@ import transformers
 from firp_cli.collecting.corpus import Corpus
 from firp_cli.config import DataConfig
 from firp_cli.data.chat import EncodedConversation
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from helpers.chat import CHATML, with_template
 
@@ -36,7 +37,7 @@ def make_teacher(seed: int = 0, **settings: Any) -> Teacher:
     }
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(options | settings)))
-    return Teacher(model, tokenizer, name="tiny")
+    return wrap_model(model, tokenizer, name="tiny")
 
 
 def config(dataset: Path, **changes: Any) -> DataConfig:

@@ -1,4 +1,4 @@
-"""Teachers whose layers are compared."""
+"""Teachers and states for comparisons of layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from firp_cli.teacher.attention import causal_allowed
+from firp_cli.teacher.load import wrap_model
+from firp_cli.teacher.masks import causal_allowed
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import DESCRIBED, FAMILIES, SETTINGS, VOCABULARY, described_model, looped_model, tiny_model
 
@@ -18,16 +19,17 @@ LOOPS = {f"{name}-loops": DESCRIBED[name] for name in DESCRIBED if name != "rave
 
 
 def new_teacher(name: str) -> Teacher:
-    """A teacher on the library's layers whose weights nobody else holds; no norm or bias is left at 1 or 0."""
+    """Return a teacher on the library's layers with its own weights; no norm or bias is 1 or 0."""
     if name in FAMILIES:
-        return Teacher(varied(copy.deepcopy(tiny_model(name))))
+        return wrap_model(varied(copy.deepcopy(tiny_model(name))))
     if name in LOOPED:
-        return Teacher(varied(copy.deepcopy(looped_model(*LOOPED[name]))))
-    return Teacher(varied(described_model(name.removesuffix("-loops"))), looped=LOOPS[name][1])
+        return wrap_model(varied(copy.deepcopy(looped_model(*LOOPED[name]))))
+    return wrap_model(varied(described_model(name.removesuffix("-loops"))), looped=LOOPS[name][1])
 
 
 @torch.no_grad()
 def varied(model: Any) -> Any:
+    """Give a model random norms and biases."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -48,7 +50,7 @@ def some_ids(rows: int = 2, length: int = 30) -> Tensor:
 
 @torch.no_grad()
 def states_of(teacher: Teacher, ids: Tensor, stop: int | None = None) -> list[Tensor]:
-    """h^0..h^stop of whole sequences of different lengths and, of a whole run, the normed states and the logits."""
+    """Return h^0..h^stop of sequences of different lengths and, without `stop`, the normed states and the logits."""
     batch, length = ids.shape
     positions = torch.arange(length).expand(batch, length)
     allowed = causal_allowed(length - 5 * torch.arange(batch), length)
@@ -61,12 +63,12 @@ def states_of(teacher: Teacher, ids: Tensor, stop: int | None = None) -> list[Te
 
 
 def assert_equal(got: list[Tensor], expected: list[Tensor], tolerance: float = 2e-5) -> None:
-    """Up to rounding, of the size: another order of the same operations."""
-    for place, (one, other) in enumerate(zip(got, expected, strict=True)):
-        difference = (one - other).abs().max().item()
-        assert difference <= tolerance * max(1.0, other.abs().max().item()), (place, difference)
+    """Compare up to rounding, relative to the size: the operations are the same in another order."""
+    for place, (state, reference) in enumerate(zip(got, expected, strict=True)):
+        difference = (state - reference).abs().max().item()
+        assert difference <= tolerance * max(1.0, reference.abs().max().item()), (place, difference)
 
 
 def tolerance_of(teacher: Teacher) -> float:
-    """A norm behind every loop makes small states large, and their rounding with them."""
+    """Return the tolerance of `assert_equal`: a norm after every loop magnifies small states and their rounding."""
     return 5e-5 if teacher.looped and teacher.looped.norm_each_loop else 2e-5

@@ -21,9 +21,10 @@ from firp_cli.config import KINDS, LoopedSection, PredictorSection, SpeedConfig,
 from firp_cli.predictors.base import Draft, Predictor, SequenceBatch
 from firp_cli.predictors.folder import build_predictor, load_predictor, predictor_folder
 from firp_cli.predictors.speed import SpeedPredictor
-from firp_cli.teacher.attention import causal_allowed
-from firp_cli.teacher.load import load_teacher
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import load_teacher, wrap_model
 from firp_cli.teacher.looped_llama import LoopedLlamaConfig, LoopedLlamaForCausalLM
+from firp_cli.teacher.masks import causal_allowed
 from firp_cli.teacher.teacher import Teacher
 
 VOCABULARY, HIDDEN, LAYERS = 97, 48, 4
@@ -89,9 +90,9 @@ def tiny_model(family: str) -> Any:
 @made_once
 def tiny_teacher(family: str = "llama", lean: bool = False) -> Teacher:
     """A teacher on the library's layers, or on their lean twins."""
-    teacher = Teacher(tiny_model(family), name=f"tiny-{family}")
+    teacher = wrap_model(tiny_model(family), name=f"tiny-{family}")
     if lean:
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
     return teacher
 
 
@@ -105,9 +106,9 @@ def looped_model(unique: int, loops: int, **options: Any) -> Any:
 
 @made_once
 def looped_teacher(unique: int, loops: int, lean: bool = True) -> Teacher:
-    teacher = Teacher(looped_model(unique, loops), name=f"looped-{unique}x{loops}")
+    teacher = wrap_model(looped_model(unique, loops), name=f"looped-{unique}x{loops}")
     if lean:
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
     return teacher
 
 
@@ -185,9 +186,9 @@ def described_model(name: str) -> Any:
 @made_once
 def described_teacher(name: str, lean: bool = True) -> Teacher:
     """A teacher whose loops a recipe describes. One keeps the library's layers: its many norms magnify rounding."""
-    teacher = Teacher(described_model(name), name=f"described-{name}", looped=DESCRIBED[name][1])
+    teacher = wrap_model(described_model(name), name=f"described-{name}", looped=DESCRIBED[name][1])
     if lean:
-        assert teacher.use_lean_layers() is None or name == "raven-norms"
+        assert use_lean_layers(teacher) is None or name == "raven-norms"
     return teacher
 
 
@@ -204,7 +205,7 @@ def pipe_teacher(name: str, lean: bool = True) -> tuple[Teacher, int | None]:
 def embedded_teacher() -> Teacher:
     """The embedded teacher on lean layers: its embedded predictors draft well, random ones hardly ever do."""
     teacher = load_teacher(TeacherConfig(model="arithmetic"), "cpu")
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     return teacher
 
 

@@ -30,6 +30,7 @@ from firp_cli.errors import (
     UsageError,
 )
 from firp_cli.store.reader import Store
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from helpers.chat import byte_tokenizer
 from helpers.collecting import config, contents, make_teacher
@@ -59,7 +60,7 @@ def test_states_of_shared_forwards_are_those_of_one_conversation_alone(family: s
     torch.manual_seed(1)
     model_config = copy.deepcopy(wide.config)
     model_config.initializer_range = 0.1  # states of a real model's size, where 1e-5 is some float32 steps
-    teacher = Teacher(type(wide)(model_config))
+    teacher = wrap_model(type(wide)(model_config))
     lengths = [1, 33, 7, 20, 2, 33, 14, 19, 41]
     sequences = random_ids(lengths)
     layers = [1, 2, 3]

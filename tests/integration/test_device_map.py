@@ -1,4 +1,4 @@
-"""Teachers that accelerate spreads over devices: here the processor and the disk."""
+"""Teachers that accelerate spreads over devices, here CPU and disk."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from firp_cli.decoding.continuous import ContinuousBatcher
 from firp_cli.decoding.engine import Engine
 from firp_cli.errors import TeacherError
 from firp_cli.teacher import load as loading
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.trainer import train
@@ -26,7 +27,7 @@ PLACES += [f"model.layers.{number}" for number in range(LAYERS)]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
-    """A teacher of which two layers stay on the disk."""
+    """Teacher config with two layers on disk."""
     folder = tmp_path_factory.mktemp("spread")
     tiny_model("llama").save_pretrained(folder, max_shard_size="60KB")
     places = {place: "disk" if place.endswith(("layers.1", "layers.3")) else "cpu" for place in PLACES}
@@ -38,12 +39,12 @@ def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_tokenizer", lambda _: None)
 
 
-def test_states_losses_and_fingerprint_are_those_of_one_device(config: TeacherConfig, tmp_path: Path):
+def test_spread_teacher_equals_teacher_on_one_device(config: TeacherConfig, tmp_path: Path):
     importlib.import_module("accelerate")
     spread, whole = load_teacher(config), tiny_teacher("llama")
     assert spread.fingerprint == whole.fingerprint and spread.device == whole.device
     assert all(parameter.is_meta for parameter in spread.layers[1].parameters())
-    assert "placed on several devices" in str(spread.use_lean_layers())
+    assert "placed on several devices" in str(use_lean_layers(spread))
     tokens = [[5, 9, 13, 17, 21, 60], [7, 8]]
     mine, theirs = (sequence_batch(one, tokens, [1, 1], [1, 2, 3]) for one in (spread, whole))
     assert torch.equal(mine.final, theirs.final)
@@ -56,7 +57,7 @@ def test_states_losses_and_fingerprint_are_those_of_one_device(config: TeacherCo
     assert "129.8 kB saved (spread over cpu, disk)" in teacher_line(held)
 
 
-def test_decoding_wants_one_device(config: TeacherConfig):
+def test_decoding_refuses_spread_teacher(config: TeacherConfig):
     spread = load_teacher(config)
     for engine in (Engine, ContinuousBatcher):
         with pytest.raises(TeacherError, match=r"on one device: leave teacher\.device_map"):
@@ -66,18 +67,18 @@ def test_decoding_wants_one_device(config: TeacherConfig):
     assert Engine(whole).generate([[5, 9, 13]], 4)[0].token_ids
 
 
-def test_a_map_to_one_device_changes_nothing(config: TeacherConfig):
+def test_map_to_one_device_loads_whole_teacher(config: TeacherConfig):
     one = load_teacher(config.model_copy(update={"device_map": {"": "cpu"}}))
     assert (
         one.loaded_weights.kind == "whole"
-        and one.use_lean_layers() is None
+        and use_lean_layers(one) is None
         and one.fingerprint == tiny_teacher("llama").fingerprint
     )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_states_go_to_a_layers_device_and_come_back(config: TeacherConfig):
+def test_states_return_from_layers_device(config: TeacherConfig):
     places = {place: "cpu" if place.endswith(("layers.1", "layers.3", "norm")) else 0 for place in PLACES}
     spread = load_teacher(config.model_copy(update={"device_map": places}))
     assert spread.device.type == "cuda" and spread.loaded_weights.kind == "device_map"

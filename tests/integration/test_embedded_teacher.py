@@ -1,4 +1,4 @@
-"""The embedded teachers and their data set: size, precision, tokenizer, accuracy, and the generator behind them."""
+"""Embedded teachers and their data set: size, precision, tokenizer, accuracy, and the generator of its problems."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ def teacher(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def test_folder_is_small(folder: Path) -> None:
+def test_teacher_folder_is_small(folder: Path) -> None:
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= SIZE_LIMIT
 
 
-def test_both_teachers_read_the_same_tokens() -> None:
+def test_embedded_teachers_share_tokenizer() -> None:
     one, other = (AutoTokenizer.from_pretrained(TEACHERS / name) for name in ("arithmetic", "arithmetic-looped"))
     assert one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template
 
 
-def test_the_looped_teacher_shares_its_layers() -> None:
+def test_looped_teacher_shares_layers() -> None:
     register()
     model = AutoModelForCausalLM.from_pretrained(TEACHERS / "arithmetic-looped")
     assert (model.config.unique_layers, model.config.loops, len(model.model.layers)) == (3, 4, 12)
     assert sum(name.endswith("q_proj.weight") for name in model.state_dict()) == 3
 
 
-def test_teacher_loads_in_fp32_with_half_precision_values(teacher) -> None:
+def test_teacher_weights_are_float32_with_half_values(teacher) -> None:
     assert teacher.dtype == torch.float32
     assert all(torch.equal(weight, weight.half().float()) for weight in teacher.state_dict().values())
 
@@ -74,16 +74,16 @@ def test_end_of_turn_stops_greedy_generation(teacher, tokenizer) -> None:
 @pytest.mark.parametrize(
     "text", ["Mia has 12 apples.", "12 + 3\n#### 15", "naïve café € 你好 🙂", "  two  spaces\t\r\n"]
 )
-def test_tokenizer_round_trip(tokenizer, text: str) -> None:
+def test_tokenizer_round_trips(tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_every_digit_is_one_token(tokenizer) -> None:
+def test_tokenizer_splits_digits(tokenizer) -> None:
     tokens = tokenizer.tokenize("Tom has 123 pears and 4.")
     assert [token for token in tokens if any(letter.isdigit() for letter in token)] == ["1", "2", "3", "4"]
 
 
-def test_chat_template(tokenizer) -> None:
+def test_chat_template_ends_turns(tokenizer) -> None:
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == "<|user|>\nHow many?<|end|>\n<|assistant|>\nTwo.<|end|>\n"
@@ -94,7 +94,7 @@ def test_chat_template(tokenizer) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_held_out_problems_are_answered(teacher, tokenizer) -> None:
+def test_teacher_answers_held_out_problems(teacher, tokenizer) -> None:
     rows = read_questions("test.jsonl")[:40]
     prompts = [
         tokenizer.apply_chat_template(
@@ -132,7 +132,7 @@ def test_generated_answers_are_consistent() -> None:
         assert not re.search(r"[{}]", problem.question + problem.answer)
 
 
-def test_splits_are_disjoint() -> None:
+def test_dataset_splits_are_disjoint() -> None:
     train, test = read_questions("train.jsonl"), read_questions("test.jsonl")
     assert (len(train), len(test)) == (4000, 500)
     assert not any(is_held_out(row["question"]) for row in train)

@@ -12,6 +12,7 @@ from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from helpers.decoding import TOKENS, count_reads, references
 from helpers.models import (
@@ -108,7 +109,7 @@ def test_finished_sequences_leave(teacher: Teacher) -> None:
     prompts = random_prompts(4, seed=6)
     texts = references(teacher, prompts, 40)
     ending = texts[0][5]
-    shortened = Teacher(tiny_model("llama"), name="tiny-llama", check=False)
+    shortened = wrap_model(tiny_model("llama"), name="tiny-llama", check=False)
     shortened.eos_token_ids = (ending,)
     expected = [text[: text.index(ending) + 1] if ending in text else text for text in texts]
     assert len(set(map(len, expected))) > 1
@@ -130,7 +131,7 @@ class _Letters:
 def test_stop_strings(teacher: Teacher) -> None:
     prompt = random_prompts(1, seed=7)[0]
     text = references(teacher, [prompt])[0]
-    lettered = Teacher(tiny_model("llama"), _Letters(), check=False)
+    lettered = wrap_model(tiny_model("llama"), _Letters(), check=False)
     stop = _Letters().decode(text[8:11])
     first = next(end for end in range(1, len(text) + 1) if stop in _Letters().decode(text[:end]))
     for predictor in (None, make_predictor(teacher, kind="firp", layer=1, steps=3)):
@@ -187,7 +188,7 @@ def test_sampling_is_plain_sampling() -> None:
     from scipy.stats import chi2
 
     teacher = tiny_teacher("qwen3")
-    soft = Teacher(tiny_model("qwen3"), check=False)
+    soft = wrap_model(tiny_model("qwen3"), check=False)
     soft.eos_token_ids = ()
     prompt = random_prompts(1, seed=9)[0]
     head = soft.head

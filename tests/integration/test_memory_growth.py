@@ -16,7 +16,7 @@ from firp_cli.config import Recipe
 from firp_cli.predictors.anchors import choose_anchors
 from firp_cli.predictors.base import SequenceBatch
 from firp_cli.predictors.folder import build_predictor
-from firp_cli.teacher.teacher import Teacher
+from firp_cli.teacher.load import wrap_model
 from firp_cli.training import objective as objectives
 from firp_cli.training.memory_model import memory_lines
 from firp_cli.training.objective import ObjectiveModule
@@ -72,9 +72,9 @@ def step(vocabulary: int, length: int, anchors: int = 32, window: int | None = N
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
-    teacher = Teacher(LlamaForCausalLM(config), check=False)
+    teacher = wrap_model(LlamaForCausalLM(config), check=False)
     teacher.windows = [window] * LAYERS
-    assert teacher.plain_attention
+    assert teacher.standard_attention
     training = {"micro_batch_size": 2, "anchors_per_sequence": anchors, "init": "identity"}
     recipe = Recipe.model_validate(
         {

@@ -1,4 +1,4 @@
-"""Teachers loaded in part: the states, losses and fingerprint of the whole one, without what lies below."""
+"""Teachers loaded in part have the states, losses and fingerprint of the whole one, without the lower layers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from firp_cli.api import loading as command_loading
 from firp_cli.config import LoopedSection, TeacherConfig
 from firp_cli.errors import TeacherError
 from firp_cli.predictors.folder import predictor_folder, read_config
-from firp_cli.teacher.attention import causal_allowed
 from firp_cli.teacher.load import load_teacher, load_upper
+from firp_cli.teacher.masks import causal_allowed
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import WeightFiles
 from firp_cli.training.trainer import train
@@ -23,12 +23,12 @@ from helpers.models import FAMILIES, LAYERS, tiny_model, tiny_teacher
 from helpers.train_command import FIRP, SETTINGS
 from helpers.training import losses, recipe, store
 
-PIECES = "60KB"  # several files to a checkpoint of these sizes
+PIECES = "60KB"  # splits these checkpoints into several files
 
 
 @pytest.fixture(scope="module")
 def folders(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of every family, in several files, with the tokenizer of one."""
+    """Checkpoints of every family, each in several files, with the tokenizer of one."""
     made = {}
     for family in FAMILIES:
         made[family] = tmp_path_factory.mktemp(family)
@@ -40,7 +40,7 @@ def folders(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def upper_states(teacher: Teacher, states: torch.Tensor, first: int) -> torch.Tensor:
-    """Logits (1, T, V) of states (1, T, d) of layer `first`."""
+    """Return logits (1, T, V) of states (1, T, d) of layer `first`."""
     count = states.shape[1]
     positions = torch.arange(count)[None]
     mask = teacher.sequence_mask(causal_allowed(torch.tensor([count]), count), positions)
@@ -49,7 +49,7 @@ def upper_states(teacher: Teacher, states: torch.Tensor, first: int) -> torch.Te
 
 
 @pytest.mark.parametrize(("family", "dtype"), [*((family, "auto") for family in FAMILIES), ("llama-tied", "bfloat16")])
-def test_a_part_gives_the_whole_ones_states_and_reads_nothing_below(
+def test_partial_teacher_equals_whole_and_reads_upper_layers_only(
     folders: dict[str, Path], family: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ):
     config = TeacherConfig.model_validate({"model": str(folders[family]), "dtype": dtype})
@@ -73,13 +73,13 @@ def test_a_part_gives_the_whole_ones_states_and_reads_nothing_below(
             part.layer(0, states, [], states, None, None)
 
 
-def test_what_is_not_held_is_refused(folders: dict[str, Path]):
+def test_missing_embedding_is_refused(folders: dict[str, Path]):
     part = load_upper(TeacherConfig(model=str(folders["llama"])), 2)
     with pytest.raises(TeacherError, match="load the whole teacher"):
         part.embed(torch.tensor([[3]]))
 
 
-def test_the_embedded_predictors_fit_a_part_of_their_teacher():
+def test_partial_teacher_keeps_fingerprint_of_embedded_predictor():
     trained_for = read_config(predictor_folder("firp"))["teacher"]
     assert load_upper(TeacherConfig(model="arithmetic"), 2).fingerprint == trained_for["fingerprint"]
 
@@ -92,7 +92,7 @@ def test_the_embedded_predictors_fit_a_part_of_their_teacher():
         ({"kind": "medusa", "steps": 2}, 0),
     ],
 )
-def test_losses_are_those_of_the_whole_teacher(folders: dict[str, Path], tmp_path: Path, predictor: dict, layers: int):
+def test_training_losses_equal_whole_teacher(folders: dict[str, Path], tmp_path: Path, predictor: dict, layers: int):
     wanted = recipe(predictor, max_steps=4)
     train(wanted, tiny_teacher("llama"), store(), tmp_path / "whole")
     part = load_upper(TeacherConfig(model=str(folders["llama"])), LAYERS - layers)
@@ -101,7 +101,7 @@ def test_losses_are_those_of_the_whole_teacher(folders: dict[str, Path], tmp_pat
     assert outcome.training is not None and outcome.training["teacher_memory"]["layers"] == layers
 
 
-def test_what_does_not_load_in_part_is_loaded_whole_and_says_why(folders: dict[str, Path], tmp_path: Path):
+def test_unsupported_parts_load_whole_with_note(folders: dict[str, Path], tmp_path: Path):
     shutil.copytree(folders["llama"], tmp_path / "bin")
     for path in (tmp_path / "bin").glob("model*"):
         path.unlink()
@@ -113,7 +113,7 @@ def test_what_does_not_load_in_part_is_loaded_whole_and_says_why(folders: dict[s
     assert found.first == 0 and found.loaded_weights.note == "every loop needs its layers"
 
 
-def test_names_without_the_models_prefix_are_found(folders: dict[str, Path], tmp_path: Path):
+def test_weight_names_without_prefix_are_found(folders: dict[str, Path], tmp_path: Path):
     folder = tmp_path / "base"
     shutil.copytree(folders["llama-tied"], folder)
     for path in folder.glob("model*"):
@@ -124,7 +124,7 @@ def test_names_without_the_models_prefix_are_found(folders: dict[str, Path], tmp
     assert part.loaded_weights.kind == "upper" and part.fingerprint == load_teacher(config).fingerprint
 
 
-def test_a_damaged_or_missing_file_is_named(folders: dict[str, Path], tmp_path: Path):
+def test_damaged_or_missing_file_error_names_file(folders: dict[str, Path], tmp_path: Path):
     shutil.copytree(folders["llama"], tmp_path / "cut")
     path = sorted((tmp_path / "cut").glob("*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-100])
@@ -137,7 +137,7 @@ def test_a_damaged_or_missing_file_is_named(folders: dict[str, Path], tmp_path: 
         WeightFiles(str(tmp_path / "cut"))
 
 
-def test_the_command_reports_what_it_saved_and_decodes_with_the_whole_teacher(
+def test_train_command_reports_saved_bytes_and_gates_with_whole_teacher(
     teacher_folder: Path,
     store_folder: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""The shipped predictors on the real teacher that they were trained for, where it is installed (`make smollm2`)."""
+"""Shipped predictors with the real teacher that they were trained for, where it is installed (`make smollm2`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import default_tree
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.recipe import load_recipe
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.source import known_teachers
 from firp_cli.teacher.teacher import Teacher
@@ -31,26 +32,26 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FIRP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         found = load_teacher(TeacherConfig(model="smollm2-135m"), "cpu")
-    assert found.use_lean_layers() is None
+    assert use_lean_layers(found) is None
     return found
 
 
 @pytest.mark.parametrize("name", PREDICTORS)
-def test_smollm2_predictor_is_small_and_says_what_it_learnt_from(name: str) -> None:
+def test_smollm2_predictor_is_small_and_records_training(name: str) -> None:
     folder = predictor_folder(name)
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 6_000_000
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     assert record["store"]["counts"]["response_tokens"] >= 400_000
     assert "/" not in record["store"]["settings"]["dataset"]
-    shipped, own = load_recipe(str(folder / "recipe.yaml")), load_recipe(name)
-    assert shipped.data == own.data and shipped.data.split == "train"
-    assert shipped.predictor == own.predictor
+    shipped, named = load_recipe(str(folder / "recipe.yaml")), load_recipe(name)
+    assert shipped.data == named.data and shipped.data.split == "train"
+    assert shipped.predictor == named.predictor
 
 
 @installed
 @pytest.mark.slow
 @torch.no_grad()
-def test_smollm2_predictors_draft_and_change_nothing(teacher: Teacher) -> None:
+def test_smollm2_predictors_draft_losslessly(teacher: Teacher) -> None:
     prompts = [encode_prompt(prompt.messages, teacher.tokenizer) for prompt in load_prompts("chat", limit=2)]
     expected = []
     for prompt in prompts:

@@ -17,7 +17,7 @@ from firp_cli.decoding.speed.stages import Ranks
 from firp_cli.distributed.launch import launch, relayed_errors, start
 from firp_cli.errors import UsageError
 from firp_cli.machine import rank, world_size
-from firp_cli.teacher.teacher import Teacher
+from firp_cli.teacher.load import wrap_model
 from helpers.models import ROOT, make_predictor, random_prompts, tiny_model, tiny_teacher
 
 TOKENS = 12
@@ -73,7 +73,7 @@ def test_the_stages_are_shared_out():
 
 
 def test_a_rank_keeps_its_layers_only():
-    teacher = Teacher(copy.deepcopy(tiny_model("llama")), name="whole")
+    teacher = wrap_model(copy.deepcopy(tiny_model("llama")), name="whole")
     whole = sum(parameter.numel() for parameter in teacher.model.parameters())
     fingerprint = teacher.fingerprint
     teacher.release(range(1, 3))

@@ -24,8 +24,8 @@ from firp_cli.decoding.speed.tick_log import TickLog
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.results import Generation
-from firp_cli.teacher.attention import AttentionMask
 from firp_cli.teacher.looped import layer_groups
+from firp_cli.teacher.masks import AttentionMask
 from firp_cli.teacher.teacher import Teacher
 
 EMPTY = -1  # position of a stage without token; token that a stage without successor expects

@@ -11,6 +11,7 @@ from firp_cli.decoding.output_ring import OutputRing
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.step import DecodeStep
 from firp_cli.errors import CapacityError, UsageError
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from helpers.decoding import references
 from helpers.models import VOCABULARY, described_model, looped_teacher, random_prompts, tiny_teacher
@@ -114,7 +115,7 @@ def test_a_bad_prompt_is_refused_when_its_turn_comes(bad: list[int], words: str)
 
 def test_nan_stays_with_its_prompt() -> None:
     """Neither the places that a NaN sequence leaves nor its neighbours are touched."""
-    teacher = Teacher(described_model("llama"), name="nan")
+    teacher = wrap_model(described_model("llama"), name="nan")
     prompts = random_prompts(9, seed=7, low=4)
     expected = [greedy(teacher, prompt, 10) for prompt in prompts]
     rare = next(token for token in range(VOCABULARY) if all(token not in text for text in prompts + expected))

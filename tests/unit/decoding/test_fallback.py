@@ -21,6 +21,7 @@ from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.base import Predictor
 from firp_cli.results import Generation, Prediction
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TunedTree
 from helpers.graphs import with_graphs
@@ -461,7 +462,7 @@ def test_plain_decoding_has_nothing_to_guard() -> None:
 @pytest.mark.parametrize("section", [{"kind": "firp", "layer": 2, "steps": 3}, {"kind": "medusa", "steps": 3}])
 def test_switching_on_cuda(section: dict[str, Any], batch: int, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No step of any mode waits for the host, and replayed or not the tokens are those of `generate`."""
-    teacher = Teacher(copy.deepcopy(tiny_model("llama")).to("cuda", torch.float32), name="llama")
+    teacher = wrap_model(copy.deepcopy(tiny_model("llama")).to("cuda", torch.float32), name="llama")
     predictor = make_predictor(teacher, **section).to(teacher.device, teacher.dtype)
     engine = restless(Engine(teacher, predictor, parse_tree("dynamic:6@3", 3), options=EngineOptions(graphs=graphs)))
     prompts = random_prompts(batch, seed=65)
@@ -490,7 +491,7 @@ def test_sampling_with_switches_is_plain_sampling() -> None:
     """
     from scipy.stats import chi2
 
-    soft = Teacher(tiny_model("qwen3"), check=False)
+    soft = wrap_model(tiny_model("qwen3"), check=False)
     soft.eos_token_ids = ()
     prompt, head = random_prompts(1, seed=9)[0], soft.head
     soft.head = lambda normed: head(normed) * 0.25  # type: ignore[method-assign]

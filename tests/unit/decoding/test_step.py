@@ -21,16 +21,9 @@ from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import TeacherError
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.forward import forward_rows
-from firp_cli.teacher.attention import (
-    BACKENDS,
-    StepMask,
-    TreeRows,
-    attend,
-    choose_backend,
-    pseudo_positions,
-    rows_allowed,
-)
+from firp_cli.teacher.attention import BACKENDS, attend, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.masks import StepMask, TreeRows, pseudo_positions, rows_allowed
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import ROOT, VOCABULARY, generate_reference, make_predictor, random_prompts, tiny_teacher
 

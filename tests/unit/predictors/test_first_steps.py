@@ -17,8 +17,8 @@ from firp_cli.errors import PredictorError
 from firp_cli.predictors.base import Draft, Predictor
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.results import Prediction
-from firp_cli.teacher.attention import StepMask, step_rows
 from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.masks import StepMask, step_rows
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TunedTree
 from helpers.graphs import with_graphs

@@ -17,7 +17,8 @@ from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_sta
 from firp_cli.predictors.base import Predictor, SequenceBatch, largest
 from firp_cli.predictors.folder import load_predictor, predictor_folder, save_predictor
 from firp_cli.predictors.speed import SpeedPredictor
-from firp_cli.teacher.attention import AttentionMask, causal_allowed, pseudo_positions, rows_allowed, step_rows
+from firp_cli.teacher.load import wrap_model
+from firp_cli.teacher.masks import AttentionMask, causal_allowed, pseudo_positions, rows_allowed, step_rows
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import (
     HIDDEN,
@@ -303,7 +304,7 @@ def test_folder_round_trip(teacher: Teacher, tmp_path: Path, section: dict) -> N
 def test_folder_refusals(teacher: Teacher, tmp_path: Path) -> None:
     folder = tmp_path / "p"
     save_predictor(make_predictor(teacher, kind="firp", layer=1, steps=2), folder, teacher)
-    other = Teacher(tiny_model("llama-mha"), name="other")
+    other = wrap_model(tiny_model("llama-mha"), name="other")
     with pytest.raises(FingerprintError, match="--force"):
         load_predictor(folder, other)
     load_predictor(folder, other, force=True)

@@ -1,4 +1,4 @@
-"""Long prompts in chunks, far past a sliding window, and large batches: token for token what `generate` writes."""
+"""Long prompts in chunks, far past a sliding window, and large batches equal `generate` token for token."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import transformers
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.step import PREFILL_ENTRIES
 from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import (
     FAMILIES,
@@ -23,9 +25,11 @@ from helpers.models import (
     tiny_model,
     tiny_teacher,
 )
+from helpers.pairwise import pairwise
 
 SECTIONS: dict[str, dict[str, Any] | None] = {"ar": None, "firp": {"kind": "firp", "layer": 2, "steps": 3}}
 sections = pytest.mark.parametrize("section", list(SECTIONS))
+STACKS = ["lean", "library"]
 LONG = 2100
 
 
@@ -37,7 +41,7 @@ def engine_for(teacher: Teacher, section: str, tree: str = "dynamic:6@3", **opti
 
 @cache
 def long_model(family: str) -> Any:
-    """A model of a family whose context holds thousands of tokens, and whose window some hundreds."""
+    """Return a model of a family with a context of thousands of tokens and a window of some hundreds."""
     name, options = FAMILIES[family]
     if options.get("sliding_window"):
         options = options | {"sliding_window": 300}
@@ -52,21 +56,21 @@ def long_reference(family: str) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, [generate_reference(long_model(family), prompt, 20, eos_token_id=-1) for prompt in prompts]
 
 
-@sections
-@pytest.mark.parametrize("chunk", [512, 100_000])
-@pytest.mark.parametrize("family", ["llama", "qwen2-window"])
-def test_prompts_of_thousands_of_tokens(family: str, chunk: int, section: str) -> None:
-    teacher = Teacher(long_model(family), name="long")
+@pytest.mark.parametrize(
+    ("family", "chunk", "section"), pairwise(["llama", "qwen2-window"], [512, 100_000], list(SECTIONS))
+)
+def test_prefill_long_prompts_equal_generate(family: str, chunk: int, section: str) -> None:
+    teacher = wrap_model(long_model(family), name="long")
     teacher.eos_token_ids = ()
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     prompts, expected = long_reference(family)
     got = engine_for(teacher, section, prefill_chunk=chunk).generate(prompts, 20)
     assert [item.token_ids for item in got] == expected
     assert len(set(expected[0])) > 5
 
 
-def test_a_chunks_mask_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks shrink where prompts are so long that a whole chunk's mask would be large."""
+def test_prefill_chunks_shrink_for_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks shrink where a whole chunk's mask would be large."""
     prompt = random_prompts(1, seed=62, low=100, high=100)[0]
     teacher = tiny_teacher("qwen3", lean=True)
     expected = generate_reference(tiny_model("qwen3"), prompt, 10)
@@ -89,17 +93,18 @@ def crowd(family: str) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @sections
-def test_thirty_two_sequences_of_different_lengths(section: str) -> None:
+def test_decoding_batch_of_32_equals_generate(section: str) -> None:
     prompts, expected = crowd("llama")
     assert len(set(map(len, prompts))) > 20
     got = engine_for(tiny_teacher("llama", lean=True), section).generate(prompts, 16)
     assert [item.token_ids for item in got] == expected
 
 
-@sections
-@pytest.mark.parametrize("family", ["mistral-window", "qwen2-window"])
-def test_far_past_the_window(any_stack: str, family: str, section: str) -> None:
-    """A prompt of three windows, and three more of new tokens; in one chunk, and in chunks within a window."""
+@pytest.mark.parametrize(
+    ("any_stack", "family", "section"), pairwise(STACKS, ["mistral-window", "qwen2-window"], list(SECTIONS))
+)
+def test_decoding_past_window_equals_generate(any_stack: str, family: str, section: str) -> None:
+    """Decode three windows of tokens after a prompt of three windows, in one chunk and in chunks within a window."""
     window = int(FAMILIES[family][1]["sliding_window"])
     prompts = [random_prompts(1, seed=64, low=length, high=length)[0] for length in (3 * window, window // 2)]
     expected = [generate_reference(tiny_model(family), prompt, 40, eos_token_id=-1) for prompt in prompts]

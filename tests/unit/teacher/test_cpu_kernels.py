@@ -1,4 +1,4 @@
-"""The CPU's kernels against torch's operations: products, whole layers, decoding; and machines that cannot compile."""
+"""CPU kernels against torch's operations: products, whole layers, decoding; and machines without a compiler."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.teacher import cpu_kernels
-from firp_cli.teacher.attention import StepMask
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.cpu_kernels import MOST_ROWS, CompileError, Copy, PackedMatrix, load, missing, to_be_compiled
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.lean_layers import LeanStack
+from firp_cli.teacher.load import wrap_model
+from firp_cli.teacher.masks import StepMask
 from firp_cli.teacher.packed_linear import OneDNNMatrix, PackedLinear
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import SETTINGS, generate_reference, make_predictor, random_prompts, tiny_model
 
 needs_kernels = pytest.mark.skipif(missing() is not None, reason=f"no kernels: {missing()}")
 SIZES = [(1, 1), (37, 24), (16, 576), (192, 64), (64, 193), (100, 7)]
-# processors with shorter registers, on one whose compiler knows all of them
+# flags that compile for processors with shorter registers
 OTHER_LANES = {"8": ["-mno-avx512f"], "4": ["-mno-avx"]}
 
 
 @pytest.fixture(params=["own", *OTHER_LANES])
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernels as compiled for this processor, and as for ones with registers of 8 and 4 floats."""
+    """Kernels compiled for this processor, and for ones with registers of 8 and 4 floats."""
     if request.param != "own":
         if platform.machine() != "x86_64":
             pytest.skip("these flags are for x86")
@@ -65,7 +67,7 @@ def test_product_equals_torch(size: tuple[int, int], lanes: str) -> None:
 
 
 @needs_kernels
-def test_product_of_a_row_does_not_depend_on_the_others() -> None:
+def test_product_of_row_ignores_other_rows() -> None:
     weight, rows = some_rows(100, 300), some_rows(40, 300)
     packed = PackedMatrix(weight)
     whole = packed(rows)
@@ -75,7 +77,7 @@ def test_product_of_a_row_does_not_depend_on_the_others() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_product_does_not_depend_on_threads(threads: int) -> None:
+def test_product_ignores_thread_count(threads: int) -> None:
     weight, rows, before = some_rows(100, 300), some_rows(5, 300), torch.get_num_threads()
     packed = PackedMatrix(weight)
     expected = packed(rows)
@@ -87,7 +89,7 @@ def test_product_does_not_depend_on_threads(threads: int) -> None:
 
 
 @needs_kernels
-def test_memory_is_cut_from_aligned_blocks_and_counted() -> None:
+def test_packed_memory_is_aligned_and_counted() -> None:
     gc.collect()
     before = Copy.total()
     matrices = [PackedMatrix(some_rows(size, 64)) for size in (3, 50, 1)]
@@ -101,8 +103,8 @@ def test_memory_is_cut_from_aligned_blocks_and_counted() -> None:
 
 
 @needs_kernels
-def test_matrices_are_packed_in_and_out_of_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever comes first makes the block that both are cut from."""
+def test_packing_works_in_and_out_of_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first matrix allocates the block that both are cut from."""
     weight, bias, rows = some_rows(20, 30), some_rows(1, 20)[0], some_rows(4, 30)
     expected = functional.linear(rows, weight, bias)
     for first in (True, False):
@@ -112,7 +114,7 @@ def test_matrices_are_packed_in_and_out_of_inference_mode(monkeypatch: pytest.Mo
                 torch.testing.assert_close(PackedMatrix(weight, bias)(rows), expected)
 
 
-WIDE: dict[str, Any] = {"initializer_range": 0.1}  # with more weights wide ones make rounding errors grow
+WIDE: dict[str, Any] = {"initializer_range": 0.1}  # with more weights, wide ones increase rounding errors
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -128,7 +130,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_teacher(family: str) -> Teacher:
-    """A teacher on the lean layers; norms and biases are not left at 1 and 0."""
+    """Return a teacher on lean layers; norms and biases are not 1 and 0."""
     name, options = FAMILIES[family]
     torch.manual_seed(4)
     model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**(SETTINGS | options)))
@@ -139,15 +141,15 @@ def make_teacher(family: str) -> Teacher:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             elif key.endswith("bias"):
                 parameter.normal_(0.0, 0.3, generator=generator)
-    teacher = Teacher(model.eval(), name=family)
-    assert teacher.use_lean_layers() is None
+    teacher = wrap_model(model.eval(), name=family)
+    assert use_lean_layers(teacher) is None
     return teacher
 
 
 def run_layers(
     teacher: Teacher, batch: int, rows: int, start: int = 0, stop: int | None = None, apart: bool = False
 ) -> Tensor:
-    """Rows of a step that see some of each other, over prefixes of different lengths; `apart`: layer by layer."""
+    """Run a step's rows, which see some of each other, over prefixes of different lengths; `apart`: layer by layer."""
     context, scratch = 21, rows + 3
     shape = (teacher.num_layers, batch, scratch, 40, teacher.kv_heads, teacher.head_size, teacher.dtype, teacher.device)
     cache = KVCache(*shape, spread=3)
@@ -171,12 +173,12 @@ def run_layers(
 
 
 def without_kernels(teacher: Teacher, run: Callable[[], Tensor]) -> Tensor:
-    """What the lean layers give in torch's operations."""
+    """Return the result of the lean layers in torch's operations."""
     stack = teacher.stack
     assert isinstance(stack, LeanStack)
     layers = {id(layer): layer for layer in stack._layers if layer}.values()
     packed = [layer.packed for layer in layers]
-    assert all(each is not None for each in packed), "these layers run in kernels"
+    assert all(kernel is not None for kernel in packed), "these layers run in kernels"
     runs, stack._runs = stack._runs, {}
     for layer in layers:
         layer.packed = None
@@ -184,8 +186,8 @@ def without_kernels(teacher: Teacher, run: Callable[[], Tensor]) -> Tensor:
         return run()
     finally:
         stack._runs = runs
-        for layer, each in zip(layers, packed, strict=True):
-            layer.packed = each
+        for layer, kernel in zip(layers, packed, strict=True):
+            layer.packed = kernel
 
 
 def assert_near(got: Tensor, expected: Tensor) -> None:
@@ -203,15 +205,15 @@ def test_layers_equal_torch(family: str, batch: int, rows: int) -> None:
 
 
 @needs_kernels
-def test_layers_equal_torch_with_short_registers(lanes: str) -> None:
+def test_layers_with_short_registers_equal_torch(lanes: str) -> None:
     teacher = make_teacher("qwen3-128")
     expected = without_kernels(teacher, lambda: run_layers(teacher, 2, 11, apart=True))
     assert_near(run_layers(teacher, 2, 11), expected)
 
 
 @needs_kernels
-def test_layers_together_equal_layers_one_by_one() -> None:
-    """Bit for bit, from any layer to any other."""
+def test_layers_in_one_call_equal_single_layers() -> None:
+    """Compare bit for bit, from any layer to any later one."""
     teacher = make_teacher("llama-9-3")
     for start, stop in ((0, 4), (1, 3), (2, 3)):
         together = run_layers(teacher, 2, 6, start, stop)
@@ -219,8 +221,8 @@ def test_layers_together_equal_layers_one_by_one() -> None:
 
 
 @needs_kernels
-def test_what_a_cache_makes_lives_until_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache may return tensors that nobody else holds."""
+def test_layers_keep_cache_tensors_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache may return tensors without another reference."""
     teacher, alive = make_teacher("llama-64"), []
     library = cpu_kernels.compiled()
     made: list[weakref.ref[Tensor]] = []
@@ -230,13 +232,13 @@ def test_what_a_cache_makes_lives_until_it_is_read(monkeypatch: pytest.MonkeyPat
 
         @staticmethod
         def firp_after(*given: Any) -> None:
-            alive.append(all(each() is not None for each in made))
+            alive.append(all(reference() is not None for reference in made))
             library.firp_after(*given)
 
     class Fresh:
         def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
             fresh = keys.clone(), values.clone()
-            made[:] = [weakref.ref(each) for each in fresh]
+            made[:] = [weakref.ref(tensor) for tensor in fresh]
             return fresh
 
     monkeypatch.setattr(cpu_kernels, "compiled", lambda: Watching)
@@ -248,18 +250,18 @@ def test_what_a_cache_makes_lives_until_it_is_read(monkeypatch: pytest.MonkeyPat
 
 
 @needs_kernels
-def test_the_callers_rows_stay_as_they_are() -> None:
+def test_layers_keep_callers_rows() -> None:
     teacher = make_teacher("llama-64")
     hidden = torch.randn(1, 3, 256)
-    kept, positions = hidden.clone(), torch.arange(3)[None]
+    before, positions = hidden.clone(), torch.arange(3)[None]
     mask = teacher.sequence_mask(torch.ones(1, 3, 3, dtype=torch.bool).tril(), positions)
     with torch.inference_mode():
         teacher.run(hidden, positions, mask)
-    assert torch.equal(hidden, kept)
+    assert torch.equal(hidden, before)
 
 
 @needs_kernels
-def test_a_row_that_sees_nothing_stays_finite() -> None:
+def test_row_that_sees_no_slot_is_finite() -> None:
     teacher = make_teacher("llama")
     hidden, positions = torch.randn(1, 4, 48), torch.arange(4)[None]
     mask = teacher.sequence_mask(torch.zeros(1, 4, 4, dtype=torch.bool), positions)
@@ -270,14 +272,14 @@ def test_a_row_that_sees_nothing_stays_finite() -> None:
 
 
 @needs_kernels
-def test_large_values_pass_the_gate() -> None:
-    """exp(-x) of a gate far below and far above 0."""
+def test_gate_with_large_values_equals_torch() -> None:
+    """Compare gates whose exp(-x) is far below and far above 0."""
     teacher = make_teacher("llama-64")
     with torch.no_grad():
         for name, parameter in teacher.model.named_parameters():
             if "gate_proj" in name or "down_proj" in name:
                 parameter.mul_(300.0 if "gate_proj" in name else 0.01)
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     expected = without_kernels(teacher, lambda: run_layers(teacher, 1, 7, apart=True))
     assert expected.isfinite().all()
     assert_near(run_layers(teacher, 1, 7), expected)
@@ -291,11 +293,11 @@ def test_decoding_equals_generate(family: str, batch: int) -> None:
     expected = [generate_reference(teacher.model, prompt, 24) for prompt in prompts]
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
     for engine in (Engine(teacher), Engine(teacher, predictor, parse_tree("dynamic:4/2", 2))):
-        assert [each.token_ids for each in engine.generate(prompts, 24)] == expected
+        assert [item.token_ids for item in engine.generate(prompts, 24)] == expected
 
 
 @needs_kernels
-def test_rows_that_need_gradients_take_torch() -> None:
+def test_rows_with_gradients_run_in_torch() -> None:
     teacher = make_teacher("llama")
     hidden, positions = torch.randn(1, 3, 48, requires_grad=True), torch.arange(3)[None]
     mask = teacher.sequence_mask(torch.ones(1, 3, 3, dtype=torch.bool).tril(), positions)
@@ -305,8 +307,8 @@ def test_rows_that_need_gradients_take_torch() -> None:
 
 
 @needs_kernels
-def test_a_dispatch_mode_sees_every_operation() -> None:
-    """Counters of operations find the products of all layers, and of the head."""
+def test_dispatch_mode_sees_every_operation() -> None:
+    """A counter of operations counts the products of all layers and of the head."""
     teacher = make_teacher("llama")
     positions = torch.arange(3)[None]
     mask = teacher.sequence_mask(torch.ones(1, 3, 3, dtype=torch.bool).tril(), positions)
@@ -320,34 +322,34 @@ def test_a_dispatch_mode_sees_every_operation() -> None:
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A machine on which nothing was compiled yet; its cache folder."""
+    """Empty cache folder, as on a machine that has compiled nothing."""
     monkeypatch.setattr(cpu_kernels, "cache_folder", lambda: tmp_path)
     monkeypatch.delenv("CXX", raising=False)
     yield tmp_path
 
 
-def test_without_a_compiler_the_reason_is_given(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_without_compiler_names_reason(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(fresh))
     with pytest.raises(CompileError, match=r"no C\+\+ compiler is installed"):
         load()
-    assert not to_be_compiled(), "nothing is announced that cannot be"
+    assert not to_be_compiled(), "no compilation is announced"
 
 
-def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_quotes_failing_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = fresh / "c++"
     compiler.write_text("#!/bin/sh\necho 'c++: internal error' >&2\nexit 3\n")
     compiler.chmod(compiler.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", str(fresh))
     with pytest.raises(CompileError, match=r"c\+\+: internal error"):
         load()
-    assert not list(fresh.glob("kernels/*")), "nothing half made is left"
+    assert not list(fresh.glob("kernels/*")), "no partial file remains"
 
 
 @needs_kernels
-def test_a_damaged_library_is_refused(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_refuses_damaged_library(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load()
     (library,) = fresh.glob("kernels/cpu-*.so")
-    damaged = fresh / "other" / "kernels" / library.name  # under another path: this one is loaded
+    damaged = fresh / "other" / "kernels" / library.name  # under another path, since this one is loaded
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"no library")
     monkeypatch.setattr(cpu_kernels, "cache_folder", lambda: fresh / "other")
@@ -355,19 +357,19 @@ def test_a_damaged_library_is_refused(fresh: Path, monkeypatch: pytest.MonkeyPat
         load()
 
 
-def test_the_switch_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_obeys_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu_kernels.SWITCH, "0")
     with pytest.raises(CompileError, match="FIRP_CPU_KERNELS=0"):
         load()
 
 
-def test_without_kernels_decoding_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In torch's operations and oneDNN's products."""
+def test_decoding_without_kernels_equals_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode with torch's operations and oneDNN's products."""
     for module in ("firp_cli.teacher.cpu_kernels.missing", "firp_cli.teacher.packed_linear.missing"):
         monkeypatch.setattr(module, lambda: "none")
     model = copy.deepcopy(tiny_model("llama"))
-    teacher, (prompt,) = Teacher(model), random_prompts(1, seed=4)
-    assert teacher.use_lean_layers() is None
+    teacher, (prompt,) = wrap_model(model), random_prompts(1, seed=4)
+    assert use_lean_layers(teacher) is None
     assert isinstance(teacher.stack, LeanStack)
     assert all(layer is not None and layer.packed is None for layer in teacher.stack._layers)
     product = PackedLinear(torch.randn(40, 16))
@@ -376,8 +378,8 @@ def test_without_kernels_decoding_is_the_same(monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_kernels
-def test_copies_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A teacher whose copies would take more keeps torch's operations."""
+def test_copies_stay_within_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers whose copies exceed the limit keep torch's operations."""
     gc.collect()
     monkeypatch.setattr(cpu_kernels, "MOST_BYTES", Copy.total() + 60_000)
     teacher = make_teacher("llama")
@@ -390,8 +392,8 @@ def test_copies_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Engine(teacher).generate([prompt], 16)[0].token_ids == generate_reference(teacher.model, prompt, 16)
 
 
-def test_processors_of_one_name_have_kernels_of_their_own(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Virtual ones are called alike whatever they can do."""
+def test_kernel_file_depends_on_instructions(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Virtual processors of one name may have different instruction sets."""
     places = set()
     for instructions in ("flags: avx2", "flags: avx2 avx512f"):
         monkeypatch.setattr(cpu_kernels, "_instructions", lambda instructions=instructions: instructions)
@@ -400,7 +402,7 @@ def test_processors_of_one_name_have_kernels_of_their_own(fresh: Path, monkeypat
 
 
 @needs_kernels
-def test_kernels_are_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_compiles_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_be_compiled()
     load()
     (library,) = fresh.glob("kernels/*")

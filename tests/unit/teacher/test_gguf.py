@@ -1,4 +1,4 @@
-"""Teachers from GGUF files: the weights that were written, whatever the file is reached by; clear errors for others."""
+"""Teachers from GGUF files equal the models that were written, by every way of naming them; other files are refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_gguf_teacher_equals_the_model_that_was_written(family: str, tmp_path: Path) -> None:
+def test_gguf_teacher_equals_written_model(family: str, tmp_path: Path) -> None:
     kind, architecture, options, fields = FAMILIES[family]
     model = tiny(kind, **options)
     path = write_gguf(tmp_path / "tiny.gguf", model, architecture, fields=fields)
@@ -88,7 +88,7 @@ def test_gguf_teacher_equals_the_model_that_was_written(family: str, tmp_path: P
     assert teacher.windows[0] == (12 if family == "mistral-window" else None)
 
 
-def test_gguf_llama3_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
+def test_gguf_llama3_scaling_follows_factors(tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0, **reader.LLAMA3_ROPE}
     model = tiny("Llama", rope_parameters=rope)
     plain = 1 / 500000.0 ** (np.arange(0, 16, 2) / 16)
@@ -101,23 +101,23 @@ def test_gguf_llama3_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
         load_teacher(TeacherConfig(model=str(odd)), "cpu")
 
 
-def test_gguf_weights_are_the_dequantised_ones(tmp_path: Path) -> None:
+def test_gguf_weights_are_dequantised(tmp_path: Path) -> None:
     model = tiny("Llama")
     path = write_gguf(tmp_path / "tiny.gguf", model, quantised=gguf.GGMLQuantizationType.Q8_0)
     teacher = load_teacher(TeacherConfig(model=str(path)), "cpu")
-    own, written = dict(teacher.model.named_parameters()), dict(model.named_parameters())
+    loaded, written = dict(teacher.model.named_parameters()), dict(model.named_parameters())
     for name in ("model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
         blocks = gguf.quants.quantize(written[name].detach().numpy(), gguf.GGMLQuantizationType.Q8_0)
         expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
-        assert np.array_equal(own[name].numpy(), expected)
+        assert np.array_equal(loaded[name].numpy(), expected)
     half = load_teacher(TeacherConfig(model=str(path), dtype="bfloat16"), "cpu")
     assert half.dtype == torch.bfloat16
-    assert torch.equal(half.model.lm_head.weight, own["lm_head.weight"].bfloat16())
-    teacher.model.save_pretrained(tmp_path / "saved")  # an unpacked model is a plain one
+    assert torch.equal(half.model.lm_head.weight, loaded["lm_head.weight"].bfloat16())
+    teacher.model.save_pretrained(tmp_path / "saved")  # an unpacked model is not quantised
     assert (tmp_path / "saved" / "model.safetensors").is_file()
 
 
-def test_gguf_teacher_is_the_same_by_file_folder_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_teacher_is_equal_by_file_folder_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site" / "tiny_teacher"
     package.mkdir(parents=True)
     path = write_gguf(package / "tiny.gguf", tiny("Qwen2"), "qwen2")
@@ -141,7 +141,7 @@ def test_gguf_teacher_is_the_same_by_file_folder_and_name(tmp_path: Path, monkey
     assert reason is None and planned is not None and planned.parameters == teachers[0].parameters
 
 
-def test_gguf_cache_is_used_again_and_follows_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_cache_is_reused_until_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny("Llama"))
     first = reader.unpack(path, torch.float32)
     parsed = []
@@ -157,7 +157,7 @@ def test_gguf_cache_is_used_again_and_follows_the_file(tmp_path: Path, monkeypat
     assert reader.unpack(path, torch.float32) != first
 
 
-def test_gguf_damage_is_a_clear_error(tmp_path: Path) -> None:
+def test_gguf_damaged_file_is_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny("Llama"))
     data = path.read_bytes()
     for name, content in {
@@ -183,7 +183,7 @@ def test_gguf_nan_weight_is_refused(tmp_path: Path) -> None:
         load_teacher(TeacherConfig(model=str(path)), "cpu")
 
 
-def test_gguf_other_models_are_refused_by_name(tmp_path: Path) -> None:
+def test_gguf_unsupported_models_are_refused(tmp_path: Path) -> None:
     model = tiny("Llama")
     for name, options, message in (
         ("missing", {"left_out": ("blk.1.ffn_up.weight",)}, "tensors are not those of a LlamaForCausalLM"),
@@ -201,14 +201,14 @@ def test_gguf_other_models_are_refused_by_name(tmp_path: Path) -> None:
         load_teacher(TeacherConfig(model=str(path)), "cpu")
 
 
-def test_gguf_missing_file_says_where_it_was_sought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_missing_file_error_names_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "folder").mkdir()
     for name in ("a", "b"):
         write_gguf(tmp_path / "folder" / f"{name}.gguf", tiny("Llama", num_hidden_layers=1))
     for config, message in (
         (TeacherConfig(model=str(tmp_path / "no.gguf")), "no such file"),
-        (TeacherConfig(model=str(tmp_path / "folder")), "several GGUF files: say which .*: a.gguf, b.gguf"),
+        (TeacherConfig(model=str(tmp_path / "folder")), "several GGUF files: name one .*: a.gguf, b.gguf"),
         (TeacherConfig(model=str(tmp_path / "folder"), gguf_file="c.gguf"), "has no file 'c.gguf'.*a.gguf"),
         (TeacherConfig(model="owner/repository", gguf_file="x.gguf"), "cannot fetch x.gguf of the hub repository"),
         (TeacherConfig(model="owner/repository/x.gguf"), "cannot fetch x.gguf of the hub repository owner/repository"),
@@ -217,7 +217,7 @@ def test_gguf_missing_file_says_where_it_was_sought(tmp_path: Path, monkeypatch:
             load_teacher(config, "cpu")
 
 
-def test_known_teacher_that_is_not_here_names_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_known_teacher_error_names_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     known = source.known_teachers()["smollm2-135m"]
     monkeypatch.setattr(source.KnownTeacher, "installed", lambda self: None)
@@ -225,7 +225,7 @@ def test_known_teacher_that_is_not_here_names_both_ways(monkeypatch: pytest.Monk
         load_teacher(TeacherConfig(model="smollm2-135m"), "cpu")
 
 
-def test_gguf_without_room_says_how_much_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_full_disk_error_names_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny("Llama"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)

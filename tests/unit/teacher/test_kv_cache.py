@@ -1,4 +1,4 @@
-"""The K/V cache against lists of numbers: every key says which row wrote it."""
+"""K/V cache against lists of numbers: each key contains the number of the row that wrote it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def new_cache(batch: int, scratch: int, capacity: int, spread: int = 1) -> KVCac
 
 
 def numbered(numbers_BM: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys (B, H, M, D) that hold a number of their row, sequence, head and layer; values hold its negative."""
+    """Return keys (B, H, M, D) with a number of their row, sequence, head and layer, and values with its negative."""
     batch, rows = numbers_BM.shape
     sequence = 10_000.0 * torch.arange(batch)[:, None, None]
     head = 100_000.0 * torch.arange(HEADS)[None, :, None]
@@ -29,12 +29,12 @@ def numbered(numbers_BM: Tensor, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def write(cache: KVCache, numbers_BM: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What every layer gets back for these rows."""
+    """Return the keys and values that every layer gets for these rows."""
     return [cache.update(*numbered(numbers_BM, layer), layer) for layer in range(LAYERS)]
 
 
 def prefill(cache: KVCache, lengths: list[int]) -> None:
-    """Positions 0..longest - 1 of every sequence, of which its length is committed."""
+    """Write positions 0..longest - 1 of every sequence, and commit its length."""
     numbers = torch.arange(max(lengths)).expand(len(lengths), -1)
     cache.begin_chunk(0, max(lengths))
     write(cache, numbers)
@@ -47,7 +47,7 @@ def step(cache: KVCache, rows: int, longest: int, first: int = FIRST_ROW) -> lis
 
 
 def prefix(cache: KVCache, sequence: int, layer: int = 0) -> list[int]:
-    """Numbers of the committed rows, after a check that all heads and dimensions, keys and values agree."""
+    """Return the numbers of the committed rows after a check that heads, dimensions, keys and values agree."""
     count = int(cache.lengths[sequence])
     cache.begin(0, max(1, count))
     nothing = torch.zeros(cache.batch, HEADS, 0, SIZE)
@@ -59,7 +59,7 @@ def prefix(cache: KVCache, sequence: int, layer: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_layer_gets_the_steps_rows_then_the_prefix(batch: int) -> None:
+def test_update_returns_step_rows_then_prefix(batch: int) -> None:
     cache = new_cache(batch, scratch=6, capacity=9)
     prefill(cache, [5, 3, 4][:batch])
     for rows in (1, 4, 6):
@@ -70,8 +70,8 @@ def test_a_layer_gets_the_steps_rows_then_the_prefix(batch: int) -> None:
     assert cache.lengths.tolist() == [5, 3, 4][:batch], "a step commits nothing"
 
 
-def test_layers_may_see_the_first_rows_only() -> None:
-    """Rows that join at a later layer stand behind those that were there before, in the slots announced for them."""
+def test_update_accepts_first_rows_only() -> None:
+    """Rows that join at a later layer follow the earlier ones, in the slots announced for them."""
     cache = new_cache(2, scratch=5, capacity=4)
     prefill(cache, [3, 2])
     cache.begin(5, 3)
@@ -84,8 +84,8 @@ def test_layers_may_see_the_first_rows_only() -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 5])
-def test_a_layer_may_write_and_look_by_itself(rows: int) -> None:
-    """`written` and `seen` are the places of `update`, which copies."""
+def test_written_and_seen_equal_update(rows: int) -> None:
+    """`written` and `seen` return the slots that `update` writes and returns."""
     caches = [new_cache(2, scratch=5, capacity=4) for _ in range(2)]
     for cache in caches:
         prefill(cache, [3, 2])
@@ -100,7 +100,7 @@ def test_a_layer_may_write_and_look_by_itself(rows: int) -> None:
     assert torch.equal(caches[0]._store, caches[1]._store)
 
 
-def test_chunks_are_written_where_they_belong() -> None:
+def test_begin_chunk_writes_prompt_slots() -> None:
     cache = new_cache(2, scratch=3, capacity=8)
     for start, stop in ((0, 3), (3, 4), (4, 7)):
         cache.begin_chunk(start, stop - start)
@@ -113,8 +113,8 @@ def test_chunks_are_written_where_they_belong() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_commit_keeps_the_accepted_rows_in_order(batch: int) -> None:
-    """Paths of different lengths and nodes, several steps behind one another, in every layer."""
+def test_commit_keeps_accepted_rows_in_order(batch: int) -> None:
+    """Commit paths of different lengths and nodes in several steps, and compare every layer."""
     cache = new_cache(batch, scratch=7, capacity=30, spread=4)
     lengths = [5, 1, 8][:batch]
     prefill(cache, lengths)
@@ -138,7 +138,7 @@ def test_commit_keeps_the_accepted_rows_in_order(batch: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_lengths_stop_at_the_capacity(batch: int) -> None:
-    """A finished sequence is decoded on until it leaves; the others' rows, and its own prefix, stay as they were."""
+    """A finished sequence that is decoded on changes neither other sequences' rows nor its own prefix."""
     cache = new_cache(batch, scratch=4, capacity=6, spread=4)
     prefill(cache, [5, 1][:batch])
     paths = torch.tensor([[0, 1, 2, 3]] * batch)
@@ -153,14 +153,14 @@ def test_lengths_stop_at_the_capacity(batch: int) -> None:
     assert cache.lengths.tolist() == [6, 2][:batch]
 
 
-def test_a_step_too_large_is_refused() -> None:
+def test_begin_refuses_too_large_step() -> None:
     cache = new_cache(1, scratch=4, capacity=6)
     for rows, longest in ((5, 3), (4, 7)):
         with pytest.raises(AssertionError):
             cache.begin(rows, longest)
 
 
-def test_sequences_leave_the_cache() -> None:
+def test_select_keeps_remaining_sequences() -> None:
     cache = new_cache(4, scratch=3, capacity=9, spread=2)
     prefill(cache, [4, 2, 6, 3])
     step(cache, 3, longest=6)
@@ -176,7 +176,7 @@ def test_sequences_leave_the_cache() -> None:
     assert (cache.batch, prefix(cache, 0)) == (1, [*before[1], FIRST_ROW + 50])
 
 
-def test_using_it_again_starts_over() -> None:
+def test_use_empties_cache() -> None:
     cache = new_cache(3, scratch=2, capacity=5)
     prefill(cache, [5, 4, 3])
     cache.select(torch.tensor([2]))
@@ -185,17 +185,17 @@ def test_using_it_again_starts_over() -> None:
     prefill(cache, [1, 2])
     assert [prefix(cache, 0), prefix(cache, 1)] == [[0], [0, 1]]
     cache.use(3)
-    assert cache.lengths.tolist() == [0, 0, 0], "the one that had left too"
+    assert cache.lengths.tolist() == [0, 0, 0], "the removed sequence too"
 
 
 def addresses(cache: KVCache) -> list[int]:
-    """Where the lengths, and the first slot that every layer gets back, lie in memory."""
+    """Return the addresses of the lengths and of the first slot of every layer's keys and values."""
     cache.begin(1, 3)
     return [cache.lengths.data_ptr(), *(part.data_ptr() for pair in write(cache, torch.zeros(1, 1)) for part in pair)]
 
 
-def test_tensors_keep_their_place_in_memory() -> None:
-    """Captured steps read and write these addresses."""
+def test_tensors_keep_addresses() -> None:
+    """Captured CUDA graphs read and write these addresses."""
     cache = new_cache(3, scratch=4, capacity=5, spread=3)
     prefill(cache, [3, 3, 3])
     first = addresses(cache)
@@ -211,7 +211,7 @@ def test_tensors_keep_their_place_in_memory() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_known_beforehand(dtype: torch.dtype) -> None:
+def test_bytes_needed_equals_bytes(dtype: torch.dtype) -> None:
     shape: dict[str, Any] = {"layers": 3, "batch": 2, "scratch": 5, "capacity": 11, "heads": 2, "head_size": 8}
     shape["dtype"] = dtype
     cache = KVCache(**shape, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Lean layers against the library's: the same numbers, on the same weights; and which models keep the library's."""
+"""Lean layers equal the library's on the same weights; models of other kinds keep the library's layers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.predictors.forward import forward_rows
-from firp_cli.teacher.attention import AttentionMask, StepMask
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.load import wrap_model
+from firp_cli.teacher.masks import AttentionMask, StepMask
 from firp_cli.teacher.teacher import Teacher
 from helpers.layers import (
     LOOPED,
@@ -46,18 +48,18 @@ families = pytest.mark.parametrize("name", list(FAMILIES))
 
 
 @names
-def test_states_and_logits_are_the_librarys(name: str) -> None:
-    """Of every layer, past any sliding window."""
+def test_lean_states_equal_library(name: str) -> None:
+    """Compare every layer's states, past any sliding window."""
     teacher, ids = new_teacher(name), some_ids()
     expected = states_of(teacher, ids)
-    assert (teacher.stack.name, teacher.use_lean_layers()) == ("library", None)
+    assert (teacher.stack.name, use_lean_layers(teacher)) == ("library", None)
     assert teacher.stack.name.startswith("lean")
     assert_equal(states_of(teacher, ids), expected, tolerance_of(teacher))
 
 
 @torch.no_grad()
 def cached_states(teacher: Teacher, batch: int) -> list[Tensor]:
-    """Prompts of different lengths in chunks, then a tree of four nodes, then one row, over a `KVCache`."""
+    """Return states over a `KVCache`: prompts of different lengths in chunks, a tree of four nodes, then one row."""
     ids = some_ids(batch, 21)
     shape = (teacher.num_layers, batch, 4, 40, teacher.kv_heads, teacher.head_size, teacher.dtype, teacher.device)
     kv_cache, states = KVCache(*shape, spread=3), []
@@ -83,10 +85,10 @@ def cached_states(teacher: Teacher, batch: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @names
-def test_states_over_a_cache_are_the_librarys(name: str, batch: int) -> None:
+def test_lean_cached_states_equal_library(name: str, batch: int) -> None:
     teacher = new_teacher(name)
     expected = cached_states(teacher, batch)
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     assert_equal(cached_states(teacher, batch), expected, tolerance_of(teacher))
 
 
@@ -94,37 +96,37 @@ def test_states_over_a_cache_are_the_librarys(name: str, batch: int) -> None:
     "section", [{"kind": "firp", "layer": 2, "steps": 3}, {"kind": "speed"}], ids=["firp", "speed"]
 )
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "qwen3", "3x4", "ouro-loops"])
-def test_training_sees_the_same_states_and_gradients(name: str, section: dict[str, Any]) -> None:
-    """Real rows kept beside pseudo states that attend to them (`SequenceCache`), and the way back."""
+def test_lean_gradients_equal_library(name: str, section: dict[str, Any]) -> None:
+    """Compare forward and backward pass of pseudo states that attend to cached real rows (`SequenceCache`)."""
     teacher = new_teacher(name)
     if section["kind"] == "speed" and teacher.looped is None:
         section = section | {"loops": 2}
-    found = []
+    results = []
     for _ in range(2):
         predictor = make_predictor(teacher, **section).requires_grad_(True)
         batch = sequence_batch(teacher, some_ids().tolist(), [2, 3], list(predictor.required_layers))
         states = predictor.draft_states(teacher, batch, torch.tensor([[4, 9, 20], [5, 6, 17]]))
         states.square().mean().backward()
-        found.append([states.detach(), *(parameter.grad for parameter in predictor.parameters())])
+        results.append([states.detach(), *(parameter.grad for parameter in predictor.parameters())])
         assert all(parameter.grad is None for parameter in teacher.model.parameters())
-        assert teacher.use_lean_layers() is None
-    for got, expected in zip(found[1], found[0], strict=True):
+        assert use_lean_layers(teacher) is None
+    for got, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 def storages(model: Any) -> dict[int, int]:
-    """Where the parameters' memory lies, and how much it is."""
+    """Return the addresses and sizes of the parameters' memory."""
     parts = [parameter.untyped_storage() for parameter in model.parameters()]
     return {part.data_ptr(): part.nbytes() for part in parts}
 
 
 @names
-def test_both_stacks_run_on_one_copy_of_the_weights(name: str) -> None:
-    """The library's matrices are views into the joined ones, and neither names nor values change."""
+def test_lean_layers_share_library_weights(name: str) -> None:
+    """The library's matrices become views into the joined ones; names and values do not change."""
     teacher = new_teacher(name)
     before, size = copy.deepcopy(teacher.model.state_dict()), sum(storages(teacher.model).values())
     fingerprint, description = teacher.fingerprint, teacher.describe()
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     assert sum(storages(teacher.model).values()) == size
     layers = {id(layer): layer for layer in getattr(teacher.layers, "unique", teacher.layers)}.values()
     for layer in layers:
@@ -140,92 +142,92 @@ def test_both_stacks_run_on_one_copy_of_the_weights(name: str) -> None:
     after = teacher.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
-    assert Teacher(teacher.model, name=teacher.name, looped=teacher.looped).fingerprint == fingerprint
+    assert wrap_model(teacher.model, name=teacher.name, looped=teacher.looped).fingerprint == fingerprint
     assert teacher.describe() == description
 
 
 @families
-def test_fusing_again_takes_new_values(name: str) -> None:
-    """Lean layers may hold copies in an order of their own; the library's parameters are what counts."""
+def test_use_lean_layers_again_takes_new_values(name: str) -> None:
+    """Lean layers may keep packed copies, which must follow the library's parameters."""
     teacher = new_teacher(name)
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     with torch.no_grad():
         teacher.layers[1].self_attn.k_proj.weight.mul_(1.5)
         teacher.layers[2].mlp.up_proj.weight.mul_(0.5)
         teacher.layers[3].input_layernorm.weight.mul_(1.1)
-    assert teacher.use_lean_layers() is None
-    assert_equal(states_of(teacher, some_ids()), states_of(Teacher(teacher.model), some_ids()))
+    assert use_lean_layers(teacher) is None
+    assert_equal(states_of(teacher, some_ids()), states_of(wrap_model(teacher.model), some_ids()))
 
 
 @names
-def test_fusing_again_copies_nothing(name: str) -> None:
-    """Neither by this teacher nor by another one of the same model."""
+def test_use_lean_layers_again_copies_nothing(name: str) -> None:
+    """No copy is made by this teacher, nor by another one of the same model."""
     teacher = new_teacher(name)
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     places = [parameter.data_ptr() for parameter in teacher.model.parameters()]
     states = states_of(teacher, some_ids())
-    other = Teacher(teacher.model, looped=teacher.looped)
+    other = wrap_model(teacher.model, looped=teacher.looped)
     for again in (teacher, other):
-        assert again.use_lean_layers() is None
+        assert use_lean_layers(again) is None
         assert [parameter.data_ptr() for parameter in teacher.model.parameters()] == places
         assert_equal(states_of(again, some_ids()), states)
 
 
-def test_a_moved_model_is_fused_anew() -> None:
+def test_use_lean_layers_after_moving_model() -> None:
     teacher = new_teacher("qwen2")
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     teacher.model.to(torch.float64)
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     double = states_of(teacher, some_ids())[-1]
     teacher.model.to(torch.float32)
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     assert_equal([states_of(teacher, some_ids())[-1].double()], [double.double()])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @families
-def test_half_precision_rounds_no_worse_than_the_library(name: str, dtype: torch.dtype) -> None:
-    """Against the same weights in float32."""
+def test_lean_half_precision_is_as_exact_as_library(name: str, dtype: torch.dtype) -> None:
+    """Compare errors against the same weights in float32."""
     model = varied(copy.deepcopy(tiny_model(name))).to(dtype)
-    exact = states_of(Teacher(copy.deepcopy(model).float()), some_ids())[-1]
-    teacher = Teacher(model)
+    exact = states_of(wrap_model(copy.deepcopy(model).float()), some_ids())[-1]
+    teacher = wrap_model(model)
     errors = []
     for _ in range(2):
         errors.append((states_of(teacher, some_ids())[-1] - exact).abs().mean().item())
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
     assert errors[1] <= 1.2 * errors[0]
     assert errors[0] > 0
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *LOOPED, "llama-norms-loops", "qwen2-window-loops"])
-def test_the_librarys_generate_goes_on_as_before(name: str, tmp_path: Path) -> None:
+def test_lean_layers_keep_librarys_generate(name: str, tmp_path: Path) -> None:
     teacher, prompt = new_teacher(name), random_prompts(1, seed=2)[0]
     expected = generate_reference(teacher.model, prompt, 16)
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     assert generate_reference(teacher.model, prompt, 16) == expected
     assert Engine(teacher).generate([prompt], 16)[0].token_ids == expected
     if name in FAMILIES:
         teacher.model.save_pretrained(tmp_path)
         again = type(teacher.model).from_pretrained(tmp_path)
-        assert Teacher(again).fingerprint == teacher.fingerprint
+        assert wrap_model(again).fingerprint == teacher.fingerprint
 
 
 class OddLinear(nn.Linear):
-    """A linear of another kind, as quantised and adapted ones are."""
+    """Subclass of a linear, as quantised and adapted ones are."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return 1.25 * super().forward(inputs)
 
 
 class DoubledMLP(LlamaMLP):
-    """A gated feed-forward whose numbers are others, with the parts of the usual one."""
+    """Gated feed-forward with the usual parts and other numbers."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2.0 * super().forward(x)
 
 
 def _set(path: str, value: Callable[[Any, Any], Any]) -> Callable[[Any], None]:
-    """Put something in the place of a part of layer 2, made from the part and the config."""
+    """Return a function that replaces a part of layer 2 by `value(part, config)`."""
 
     def change(model: Any) -> None:
         parent, _, name = f"layer.{path}".rpartition(".")
@@ -286,17 +288,17 @@ OTHERS: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 @pytest.mark.parametrize("other", list(OTHERS))
-def test_layers_of_another_kind_stay_the_librarys(other: str) -> None:
+def test_unknown_layers_keep_library(other: str) -> None:
     change, reason = OTHERS[other]
-    teacher = Teacher(varied(copy.deepcopy(tiny_model("llama"))))
-    assert teacher.use_lean_layers() is None
+    teacher = wrap_model(varied(copy.deepcopy(tiny_model("llama"))))
+    assert use_lean_layers(teacher) is None
     change(teacher.model)
-    expected, prompt = states_of(Teacher(teacher.model), some_ids()), random_prompts(1, seed=4)[0]
-    said = teacher.use_lean_layers()
-    assert said is not None
-    assert said.startswith("LlamaForCausalLM keeps the library's layers: ")
-    assert len(said.splitlines()) == 1
-    assert re.search(reason, said)
+    expected, prompt = states_of(wrap_model(teacher.model), some_ids()), random_prompts(1, seed=4)[0]
+    reason_given = use_lean_layers(teacher)
+    assert reason_given is not None
+    assert reason_given.startswith("LlamaForCausalLM keeps the library's layers: ")
+    assert len(reason_given.splitlines()) == 1
+    assert re.search(reason, reason_given)
     assert teacher.stack.name == "library"
     assert all(torch.equal(got, want) for got, want in zip(states_of(teacher, some_ids()), expected, strict=True))
     assert Engine(teacher).generate([prompt], 12)[0].token_ids == generate_reference(teacher.model, prompt, 12)
@@ -311,14 +313,12 @@ def test_layers_of_another_kind_stay_the_librarys(other: str) -> None:
         ("Llama", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, None),
     ],
 )
-def test_architectures_that_fit_or_do_not_decode_alike(
-    architecture: str, options: dict[str, Any], reason: str | None
-) -> None:
+def test_architectures_decode_as_generate(architecture: str, options: dict[str, Any], reason: str | None) -> None:
     torch.manual_seed(5)
     config = getattr(transformers, f"{architecture}Config")(**(SETTINGS | options))
-    teacher = Teacher(varied(getattr(transformers, f"{architecture}ForCausalLM")(config).eval()))
-    said = teacher.use_lean_layers()
-    assert said is None if reason is None else re.search(reason, str(said)), said
+    teacher = wrap_model(varied(getattr(transformers, f"{architecture}ForCausalLM")(config).eval()))
+    reason_given = use_lean_layers(teacher)
+    assert reason_given is None if reason is None else re.search(reason, str(reason_given)), reason_given
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=3)
     for prompt in random_prompts(2, seed=6):
         expected = generate_reference(teacher.model, prompt, 16)
@@ -326,51 +326,51 @@ def test_architectures_that_fit_or_do_not_decode_alike(
             assert engine.generate([prompt], 16)[0].token_ids == expected
 
 
-def test_biases_everywhere() -> None:
+def test_lean_biases_equal_library() -> None:
     model = small_llama(attention_bias=True, mlp_bias=True)
     assert all(linear.bias.abs().sum() > 0 for linear in model.model.layers.modules() if isinstance(linear, nn.Linear))
-    teacher = Teacher(model)
+    teacher = wrap_model(model)
     expected, size = states_of(teacher, some_ids()), sum(storages(model).values())
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     assert_equal(states_of(teacher, some_ids()), expected)
     assert sum(storages(model).values()) == size
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.up_proj.bias.zero_()
-    assert teacher.use_lean_layers() is None
-    assert_equal(states_of(teacher, some_ids()), states_of(Teacher(model), some_ids()))
+    assert use_lean_layers(teacher) is None
+    assert_equal(states_of(teacher, some_ids()), states_of(wrap_model(model), some_ids()))
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["fused-before", "fused-after"])
+@pytest.mark.parametrize("before", [True, False], ids=["lean-before", "lean-after"])
 @families
-def test_released_layers_raise_only_when_run(name: str, before: bool) -> None:
-    """A rank of a pipeline runs its own layers, wherever they were fused."""
+def test_released_layers_raise_when_run(name: str, before: bool) -> None:
+    """A rank of a pipeline runs its own layers, made lean before or after the release."""
     teacher, ids = new_teacher(name), some_ids()
     expected = states_of(teacher, ids)
     fingerprint = teacher.fingerprint
     if before:
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
     teacher.release(range(2))
-    assert (teacher.use_lean_layers(), teacher.stack.name[:4], teacher.fingerprint) == (None, "lean", fingerprint)
+    assert (use_lean_layers(teacher), teacher.stack.name[:4], teacher.fingerprint) == (None, "lean", fingerprint)
     assert_equal(states_of(teacher, ids, stop=2), expected[:3])
     with pytest.raises(AssertionError, match="layer 2 was released"):
         states_of(teacher, ids)
 
 
-def test_a_looped_teacher_keeps_its_shared_layers() -> None:
+def test_release_keeps_shared_layers() -> None:
     teacher, ids = new_teacher("3x4"), some_ids()
     expected = states_of(teacher, ids)
     teacher.release(range(3))
-    assert teacher.use_lean_layers() is None
+    assert use_lean_layers(teacher) is None
     assert_equal(states_of(teacher, ids), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_layers_give_the_same_numbers() -> None:
+def test_compiled_layers_equal_library() -> None:
     teacher, ids = new_teacher("qwen3"), some_ids(1, 20)
     expected, prompt = states_of(teacher, ids), random_prompts(1, seed=9)[0]
-    assert (teacher.use_lean_layers(compiled=True), teacher.stack.name) == (None, "lean")
+    assert (use_lean_layers(teacher, compiled=True), teacher.stack.name) == (None, "lean")
     assert_equal(states_of(teacher, ids), expected)
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
     assert Engine(teacher, predictor).generate([prompt], 6)[0].token_ids == generate_reference(teacher.model, prompt, 6)

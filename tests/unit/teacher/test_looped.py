@@ -1,9 +1,9 @@
-"""Looped teachers: shared layers against the same layers written out, own code against recipe, K/V by stage."""
+"""Looped teachers: shared layers against unrolled ones, the model's own code against a recipe's loops, K/V by stage."""
 
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from firp_cli.config import LoopedSection
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.speed.stage_cache import StageCache
 from firp_cli.errors import TeacherError
-from firp_cli.teacher.attention import AttentionMask, causal_allowed
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.looped import LayerGroup, LoopedLayers, layer_groups
 from firp_cli.teacher.looped_llama import LoopedLlamaConfig, LoopedLlamaForCausalLM, register
+from firp_cli.teacher.masks import AttentionMask, causal_allowed
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import (
     DESCRIBED,
@@ -38,13 +40,14 @@ from helpers.models import (
     tiny_model,
     tiny_teacher,
 )
+from helpers.pairwise import pairwise
 
 SHAPES = [(1, 4), (2, 3), (4, 2), (3, 4)]
 shapes = pytest.mark.parametrize(("unique", "loops"), SHAPES, ids=[f"{unique}x{loops}" for unique, loops in SHAPES])
 
 
 def unrolled(model: Any) -> LlamaForCausalLM:
-    """A plain Llama of u*r layers with the weights of the looped one copied r times, in cyclic order."""
+    """Return an ordinary Llama of u*r layers with the looped one's weights copied r times, in cyclic order."""
     config = model.config
     plain = LlamaForCausalLM(LlamaConfig(**(SETTINGS | {"num_hidden_layers": config.unique_layers * config.loops})))
     plain.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
@@ -61,7 +64,7 @@ def some_ids(rows: int = 2, length: int = 20) -> Tensor:
 
 @torch.no_grad()
 def plain_states(teacher: Teacher, ids: Tensor) -> list[Tensor]:
-    """h^0..h^L of whole sequences (B, T), layer by layer and without a cache."""
+    """Return h^0..h^L of whole sequences (B, T), layer by layer and without a cache."""
     batch, length = ids.shape
     positions = torch.arange(length).expand(batch, length)
     mask = teacher.sequence_mask(causal_allowed(torch.full((batch,), length), length), positions)
@@ -72,17 +75,17 @@ def plain_states(teacher: Teacher, ids: Tensor) -> list[Tensor]:
 
 @shapes
 @torch.no_grad()
-def test_shared_layers_are_the_same_layers_written_out(unique: int, loops: int) -> None:
+def test_looped_states_equal_unrolled_model(unique: int, loops: int) -> None:
     model, plain, ids = looped_model(unique, loops), unrolled(looped_model(unique, loops)), some_ids()
-    own, expected = (item(ids, output_hidden_states=True) for item in (model, plain))
-    torch.testing.assert_close(own.logits, expected.logits)
-    assert len(own.hidden_states) == unique * loops + 1
-    for got, wanted in zip(own.hidden_states, expected.hidden_states, strict=True):
-        torch.testing.assert_close(got, wanted)
+    looped, unrolled_output = (item(ids, output_hidden_states=True) for item in (model, plain))
+    torch.testing.assert_close(looped.logits, unrolled_output.logits)
+    assert len(looped.hidden_states) == unique * loops + 1
+    for got, expected in zip(looped.hidden_states, unrolled_output.hidden_states, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @shapes
-def test_a_looped_llama_keeps_u_layers(unique: int, loops: int) -> None:
+def test_looped_llama_stores_unique_layers(unique: int, loops: int) -> None:
     model = looped_model(unique, loops)
     assert model.config.num_hidden_layers == len(model.model.layers) == unique * loops
     numbers = {name.split(".")[2] for name in model.state_dict() if name.startswith("model.layers.")}
@@ -93,7 +96,7 @@ def test_a_looped_llama_keeps_u_layers(unique: int, loops: int) -> None:
 
 
 @shapes
-def test_generate_needs_no_cache_and_may_use_one(unique: int, loops: int) -> None:
+def test_looped_generate_is_equal_with_and_without_cache(unique: int, loops: int) -> None:
     prompt = random_prompts(1, seed=1, low=6, high=9)[0]
     model = looped_model(unique, loops)
     texts = [generate_reference(model, prompt, 20, use_cache=cached) for cached in (True, False)]
@@ -102,7 +105,7 @@ def test_generate_needs_no_cache_and_may_use_one(unique: int, loops: int) -> Non
 
 
 @pytest.mark.parametrize("auto", [True, False])
-def test_a_saved_looped_llama_loads_with_its_loops(tmp_path: Path, auto: bool) -> None:
+def test_saved_looped_llama_loads_with_loops(tmp_path: Path, auto: bool) -> None:
     register()
     register()
     model, ids = looped_model(2, 3), some_ids()
@@ -112,11 +115,11 @@ def test_a_saved_looped_llama_loads_with_its_loops(tmp_path: Path, auto: bool) -
     assert (again.config.unique_layers, again.config.loops, again.config.num_hidden_layers) == (2, 3, 6)
     with torch.no_grad():
         assert torch.equal(again.eval()(ids).logits, model(ids).logits)
-    assert Teacher(again).fingerprint == looped_teacher(2, 3).fingerprint
+    assert wrap_model(again).fingerprint == looped_teacher(2, 3).fingerprint
 
 
 @shapes
-def test_gradients_of_all_loops_add_up(unique: int, loops: int) -> None:
+def test_looped_gradients_sum_over_loops(unique: int, loops: int) -> None:
     shared, ids = copy.deepcopy(looped_model(unique, loops)).requires_grad_(True).train(), some_ids(1, 10)
     plain = unrolled(shared).requires_grad_(True).train()
     for model in (shared, plain):
@@ -130,21 +133,21 @@ def test_gradients_of_all_loops_add_up(unique: int, loops: int) -> None:
 
 
 @shapes
-def test_a_teacher_counts_effective_layers(unique: int, loops: int, any_stack: str) -> None:
+def test_teacher_counts_effective_layers(unique: int, loops: int, any_stack: str) -> None:
     teacher = looped_teacher(unique, loops, any_stack == "lean")
     assert teacher.num_layers == unique * loops
     assert teacher.windows == [None] * unique * loops
     assert teacher.looped == LoopedSection(block=unique, loops=loops)
     assert teacher.boundaries() == teacher.boundaries(loops) == tuple(unique * loop for loop in range(1, loops + 1))
-    plain, ids = Teacher(unrolled(teacher.model)), some_ids(2, 30)
-    assert any_stack == "library" or plain.use_lean_layers() is None
+    plain, ids = wrap_model(unrolled(teacher.model)), some_ids(2, 30)
+    assert any_stack == "library" or use_lean_layers(plain) is None
     for got, wanted in zip(plain_states(teacher, ids), plain_states(plain, ids), strict=True):
         torch.testing.assert_close(got, wanted)
 
 
-def test_a_looped_model_that_does_more_is_refused() -> None:
+def test_looped_model_with_hook_is_refused() -> None:
     model = copy.deepcopy(looped_model(2, 3))
-    Teacher(model)
+    wrap_model(model)
     calls: list[int] = []
 
     def in_the_second_loop(_: object, __: object, output: Tensor) -> Tensor:
@@ -153,15 +156,15 @@ def test_a_looped_model_that_does_more_is_refused() -> None:
 
     model.model.layers.unique[1].register_forward_hook(in_the_second_loop)
     with pytest.raises(TeacherError, match="own forward at layer"):
-        Teacher(model)
+        wrap_model(model)
 
 
-def test_fingerprint_and_description_know_the_loops() -> None:
+def test_fingerprint_and_description_depend_on_loops() -> None:
     three, four = (LoopedLlamaForCausalLM(LoopedLlamaConfig(**SETTINGS, unique_layers=2, loops=r)) for r in (3, 4))
     four.load_state_dict(three.state_dict())
-    teachers = [Teacher(three), Teacher(four)]
+    teachers = [wrap_model(three), wrap_model(four)]
     assert teachers[0].fingerprint != teachers[1].fingerprint
-    assert Teacher(copy.deepcopy(three)).fingerprint == teachers[0].fingerprint
+    assert wrap_model(copy.deepcopy(three)).fingerprint == teachers[0].fingerprint
     seen = [item.describe() for item in teachers]
     assert [item["looped"]["loops"] for item in seen] == [3, 4]
     assert [item["layers"] for item in seen] == [6, 8]
@@ -170,34 +173,34 @@ def test_fingerprint_and_description_know_the_loops() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "ouro"])
-def test_unnorm_undoes_the_final_norm(name: str, any_stack: str) -> None:
+def test_unnorm_inverts_final_norm(name: str, any_stack: str) -> None:
     teacher = described_teacher(name, any_stack == "lean")
     normed = teacher.norm(3 * torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1)))
     torch.testing.assert_close(teacher.norm(teacher.unnorm(normed)), normed, rtol=1e-4, atol=1e-4)
 
 
-def test_boundaries_of_teachers_without_sharing() -> None:
+def test_boundaries_without_sharing_are_groups() -> None:
     teacher = tiny_teacher("llama")
     assert [teacher.boundaries(loops) for loops in range(1, LAYERS + 1)] == [(4,), (2, 4), (2, 3, 4), (1, 2, 3, 4)]
     for loops in (None, 0, LAYERS + 1):
         with pytest.raises(TeacherError, match=r"tiny-llama runs each of its 4 layers once: .* \(1 to 4\)"):
             teacher.boundaries(loops)
-    with pytest.raises(TeacherError, match=r"looped-2x3 runs its layers 3 times, predictor\.loops says 2"):
+    with pytest.raises(TeacherError, match=r"looped-2x3 runs its layers 3 times, predictor\.loops is 2"):
         looped_teacher(2, 3).boundaries(2)
     assert described_teacher("raven").boundaries() == (3, 5, 7), "the coda belongs to the last loop"
 
 
 @described
 @torch.no_grad()
-def test_described_loops_are_the_models_own_forward(name: str) -> None:
+def test_described_loops_equal_models_forward(name: str) -> None:
     shape, model, ids = DESCRIBED[name][1], described_model(name), some_ids(2, 30)
     before, own_code = model(ids).logits, isinstance(model, OwnLoops)
-    teacher = Teacher(model, looped=shape)
+    teacher = wrap_model(model, looped=shape)
     assert (teacher.num_layers, teacher.looped) == (shape.effective, shape)
     logits = teacher.head(teacher.norm(plain_states(teacher, ids)[-1]))
     torch.testing.assert_close(logits, model(ids).logits, rtol=1e-3, atol=1e-3)
-    assert torch.equal(model(ids).logits, before) == own_code, "a plain checkpoint loops from now on"
-    assert Teacher(model, looped=shape).fingerprint == teacher.fingerprint, "describing it again changes nothing"
+    assert torch.equal(model(ids).logits, before) == own_code, "an ordinary checkpoint loops from now on"
+    assert wrap_model(model, looped=shape).fingerprint == teacher.fingerprint, "describing it again changes nothing"
     assert describe_parameters(teacher) == sum(parameter.numel() for parameter in described_model(name).parameters())
 
 
@@ -206,7 +209,7 @@ def describe_parameters(teacher: Teacher) -> int:
 
 
 def written_out(name: str) -> Any:
-    """A plain checkpoint's described loops as a longer plain model of its family."""
+    """Return an ordinary checkpoint's described loops as a longer ordinary model of its family."""
     model, shape = described_model(name), DESCRIBED[name][1]
     kinds = getattr(model.config, "layer_types", None)
     options = model.config.to_dict() | {"num_hidden_layers": shape.effective}
@@ -222,15 +225,15 @@ def written_out(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window", "qwen3"])
-def test_a_described_plain_checkpoint_generates_looped(name: str, any_stack: str) -> None:
-    """Past its sliding windows too; with and without a cache."""
+def test_described_checkpoint_generates_looped(name: str, any_stack: str) -> None:
+    """Generate past the sliding windows, with and without a cache."""
     teacher, plain = described_teacher(name, any_stack == "lean"), written_out(name)
     prompt = random_prompts(1, seed=2, low=8, high=8)[0]
     expected = generate_reference(plain, prompt, 24)
     for cached in (True, False):
         assert generate_reference(teacher.model, prompt, 24, use_cache=cached) == expected
     assert greedy(teacher, prompt, 24) == expected != generate_reference(tiny_model(DESCRIBED[name][0]), prompt, 24)
-    assert teacher.windows == Teacher(plain).windows
+    assert teacher.windows == wrap_model(plain).windows
 
 
 @pytest.mark.parametrize(
@@ -247,28 +250,28 @@ def test_a_described_plain_checkpoint_generates_looped(name: str, any_stack: str
         ("raven", LoopedSection(prelude=2, block=2, loops=3), "own forward at logits"),
     ],
 )
-def test_wrong_descriptions_are_refused(name: str, shape: LoopedSection, message: str) -> None:
+def test_wrong_loop_descriptions_are_refused(name: str, shape: LoopedSection, message: str) -> None:
     with pytest.raises(TeacherError, match=message):
-        Teacher(described_model(name), looped=shape)
+        wrap_model(described_model(name), looped=shape)
 
 
 @pytest.mark.parametrize(
     "shape", [LoopedSection(block=4, loops=2), LoopedSection(block=2, loops=3), LoopedSection(block=2, loops=1)]
 )
-def test_a_looped_llama_described_otherwise_is_refused(shape: LoopedSection) -> None:
+def test_looped_llama_with_other_description_is_refused(shape: LoopedSection) -> None:
     with pytest.raises(TeacherError, match=r"own shape is .*block=2 .*loops=2 .*leave teacher\.looped out"):
-        Teacher(copy.deepcopy(looped_model(2, 2)), looped=shape)
-    assert Teacher(looped_model(2, 2), looped=LoopedSection(block=2, loops=2)).num_layers == 4
+        wrap_model(copy.deepcopy(looped_model(2, 2)), looped=shape)
+    assert wrap_model(looped_model(2, 2), looped=LoopedSection(block=2, loops=2)).num_layers == 4
 
 
-def test_one_loop_is_the_plain_model() -> None:
-    teacher = Teacher(described_model("llama"), looped=LoopedSection(block=LAYERS, loops=1))
+def test_one_loop_equals_ordinary_model() -> None:
+    teacher = wrap_model(described_model("llama"), looped=LoopedSection(block=LAYERS, loops=1))
     assert teacher.boundaries() == (LAYERS,)
     ids = some_ids()
     torch.testing.assert_close(plain_states(teacher, ids)[-1], plain_states(tiny_teacher("llama"), ids)[-1])
 
 
-def test_looped_layers_are_a_sequence_of_passes() -> None:
+def test_looped_layers_are_sequence_of_passes() -> None:
     layers = looped_model(2, 3).model.layers
     assert isinstance(layers, LoopedLayers)
     assert len(layers) == len(list(layers)) == len(layers[:]) == 6
@@ -282,7 +285,7 @@ def test_looped_layers_are_a_sequence_of_passes() -> None:
     assert len(list(layers.children())) == 2
 
 
-def test_groups_of_a_looped_teacher_with_prelude_and_coda() -> None:
+def test_layer_groups_with_prelude_and_coda() -> None:
     shape = LoopedSection(prelude=1, block=2, coda=1, loops=3)
     prelude, block, coda = layer_groups(shape.boundaries, shape.effective, shape)
     assert prelude == LayerGroup(range(1), range(1))
@@ -300,7 +303,7 @@ def test_groups_of_a_looped_teacher_with_prelude_and_coda() -> None:
 
 
 @pytest.mark.parametrize("loops", [1, 2, 3, 4])
-def test_groups_without_sharing(loops: int) -> None:
+def test_layer_groups_without_sharing(loops: int) -> None:
     boundaries = tiny_teacher("llama").boundaries(loops)
     groups = layer_groups(boundaries, LAYERS, None)
     assert [list(group.stages) for group in groups] == [[stage] for stage in range(loops)]
@@ -317,11 +320,11 @@ def test_groups_without_sharing(loops: int) -> None:
 
 @pytest.mark.parametrize("shape", [shape for _, shape in DESCRIBED.values()], ids=list(DESCRIBED))
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_groups_of_all_ranks_cover_every_layer_once(shape: LoopedSection, parts: int) -> None:
+def test_layer_groups_of_ranks_cover_each_layer_once(shape: LoopedSection, parts: int) -> None:
     cuts = [shape.loops * part // parts for part in range(parts + 1)]
     covered = [
         part.effective(stage, layer)
-        for start, stop in pairwise(cuts)
+        for start, stop in itertools.pairwise(cuts)
         for group in layer_groups(shape.boundaries, shape.effective, shape)
         if (part := group.within(range(start, stop)))
         for stage in part.stages
@@ -331,7 +334,7 @@ def test_groups_of_all_ranks_cover_every_layer_once(shape: LoopedSection, parts:
 
 
 class Stages:
-    """Some stages of a pipe that is fed by hand: every tick, each stage takes what the one before it made."""
+    """Stages of a pipeline, driven by the test: in each tick every stage takes the states of the stage before."""
 
     def __init__(self, teacher: Teacher, loops: int | None, stages: range, batch: int, slots: int) -> None:
         self.teacher, self.stages, self.batch, self.slots = teacher, stages, batch, slots
@@ -342,20 +345,20 @@ class Stages:
 
     @torch.no_grad()
     def tick(self, entering: Tensor, positions: Tensor) -> Tensor:
-        """`entering` (B, d) at the first stage, `positions` (stages, B); states behind every stage."""
+        """Return the states after every stage, for `entering` (B, d) at the first stage and `positions` (stages, B)."""
         hidden = torch.cat([entering[None], self.hidden[:-1]])
         self.cache.begin_tick(positions, self.slots, self.stages.start)
         for group in self.groups:
-            mine = slice(group.stages.start - self.stages.start, group.stages.stop - self.stages.start)
-            rows = positions[mine].reshape(-1, 1)
+            part = slice(group.stages.start - self.stages.start, group.stages.stop - self.stages.start)
+            rows = positions[part].reshape(-1, 1)
             seen = torch.arange(self.slots).expand(len(rows), self.slots)
             mask = AttentionMask(seen[:, None] <= rows[:, :, None], torch.float32, rows, seen)
-            states = hidden[mine].reshape(-1, 1, hidden.shape[-1])
+            states = hidden[part].reshape(-1, 1, hidden.shape[-1])
             rotary = self.teacher.rotary(states, rows.clamp(min=0))
             for layer in group.layers:
                 additive = mask.additive(self.teacher.windows[layer])
                 states = self.teacher.layer(layer, states, rotary, rows.clamp(min=0), additive, self.cache)
-            hidden[mine] = states.view(-1, self.batch, hidden.shape[-1])
+            hidden[part] = states.view(-1, self.batch, hidden.shape[-1])
         self.hidden = hidden
         return hidden
 
@@ -363,15 +366,15 @@ class Stages:
 PIPES = ["3x4", "1x4", "raven", "raven-norms", "ouro", "qwen2-window", "llama/2", "qwen2-window/3"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", PIPES)
-def test_ticks_equal_a_plain_run(name: str, ranks: int, any_stack: str) -> None:
-    """Token n at stage s in tick n + s; the second sequence starts three ticks later. Every stage's states, every tick.
+@pytest.mark.parametrize(("name", "ranks", "any_stack"), pairwise(PIPES, [1, 2], ["lean", "library"]))
+def test_ticks_equal_layerwise_run(name: str, ranks: int, any_stack: str) -> None:
+    """Compare every stage's states in every tick. Token n is at stage s in tick n + s; the second sequence starts three
+    ticks later.
 
     A norm that ends every loop is in the last stage's states where the tick runs it for several stages at once.
     """
     teacher, loops = pipe_teacher(name, any_stack == "lean")
-    tolerance = 2e-4 if any_stack == "library" else 5e-4  # of states up to 90: other row counts, another order
+    tolerance = 2e-4 if any_stack == "library" else 5e-4  # for states up to 90: other row counts sum in another order
     boundaries, ids, late = teacher.boundaries(loops), some_ids(2, 18), torch.tensor([0, 3])
     expected, count, length = plain_states(teacher, ids), len(boundaries), ids.shape[1]
     ends = [*boundaries[:-1], teacher.num_layers]
@@ -385,7 +388,10 @@ def test_ticks_equal_a_plain_run(name: str, ranks: int, any_stack: str) -> None:
         positions = tick - torch.arange(count)[:, None] - late
         positions = torch.where((positions >= 0) & (positions < length), positions, -1)
         entering = teacher.embed(ids.gather(1, positions[0].clamp(min=0)[:, None])[:, 0])
-        arriving = [entering, *(pipe.hidden[-1] for pipe in pipes[:-1])]  # what the rank before made in the last tick
+        arriving = [
+            entering,
+            *(pipe.hidden[-1] for pipe in pipes[:-1]),
+        ]  # the states of the rank before, from the last tick
         states = torch.cat(
             [pipe.tick(state, positions[part]) for pipe, state, part in zip(pipes, arriving, parts, strict=True)]
         )
@@ -401,8 +407,8 @@ def test_ticks_equal_a_plain_run(name: str, ranks: int, any_stack: str) -> None:
     assert checked == 2 * count * length
 
 
-def test_rows_and_ticks_share_their_slots(any_stack: str) -> None:
-    """A prompt went through row by row, ticks follow; a flushed token's slots are written again, never rolled back."""
+def test_stage_cache_rows_and_ticks_share_slots(any_stack: str) -> None:
+    """Run a prompt in rows, then ticks; the slots of flushed tokens are overwritten, never rolled back."""
     teacher = looped_teacher(2, 3, any_stack == "lean")
     ids = some_ids(1, 9)
     expected = plain_states(teacher, ids)[-1][0]
@@ -424,7 +430,7 @@ def test_rows_and_ticks_share_their_slots(any_stack: str) -> None:
     torch.testing.assert_close(torch.stack(got), expected[4:], rtol=2e-4, atol=2e-4)
 
 
-def test_sequences_leave_the_stage_cache() -> None:
+def test_stage_cache_select_keeps_remaining_sequences() -> None:
     cache = StageCache([LayerGroup(range(1), range(2), 1)], 3, 4, torch.device("cpu"))
     cache.begin_tick(torch.tensor([[1, 0, 2], [0, -1, 1]]), 3)
     keys = torch.arange(6.0)[:, None, None, None].expand(6, 2, 1, 5) + 1  # stage by stage, three sequences each

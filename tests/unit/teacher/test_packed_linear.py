@@ -1,4 +1,4 @@
-"""Products of few rows against torch's own."""
+"""Packed products of few rows against torch's own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from firp_cli.teacher import cpu_kernels
-from firp_cli.teacher import packed_linear as products
+from firp_cli.teacher import cpu_kernels, packed_linear
 from firp_cli.teacher.cpu_kernels import MOST_ROWS, Copy, PackedMatrix
 from firp_cli.teacher.packed_linear import OneDNNMatrix, PackedLinear
 
@@ -21,8 +20,8 @@ def some_matrix(bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1,), (2,), (3, 5), (2, 1), (1, 4, 9), (MOST_ROWS,), (MOST_ROWS + 1,), (0,), ()])
-def test_products_are_torchs_own(shape: tuple[int, ...], bias: bool) -> None:
-    """Whichever way they take."""
+def test_product_equals_torch(shape: tuple[int, ...], bias: bool) -> None:
+    """Compare with and without packing."""
     weight, offset = some_matrix(bias)
     rows = torch.randn(*shape, 24)
     expected = functional.linear(rows, weight, offset)
@@ -32,7 +31,7 @@ def test_products_are_torchs_own(shape: tuple[int, ...], bias: bool) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_need_not_lie_together() -> None:
+def test_product_accepts_strided_rows() -> None:
     weight, offset = some_matrix(bias=True)
     product = PackedLinear(weight, offset)
     for rows in (torch.randn(24, 6).t(), torch.randn(4, 48)[:, ::2], torch.randn(3, 24).expand(2, 3, 24)):
@@ -40,14 +39,14 @@ def test_rows_need_not_lie_together() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_take_torchs_own(dtype: torch.dtype) -> None:
+def test_product_of_other_dtypes_is_torchs(dtype: torch.dtype) -> None:
     weight, _ = some_matrix(bias=False)
     product, rows = PackedLinear(weight.to(dtype)), torch.randn(3, 24).to(dtype)
     assert product._packed is None
     assert torch.equal(product(rows), functional.linear(rows, weight.to(dtype)))
 
 
-def test_gradients_reach_the_rows() -> None:
+def test_product_passes_gradients_to_rows() -> None:
     weight, offset = some_matrix(bias=True)
     rows = torch.randn(5, 24, requires_grad=True)
     PackedLinear(weight.requires_grad_(True), offset)(rows).sum().backward()
@@ -58,18 +57,18 @@ def test_gradients_reach_the_rows() -> None:
 
 @pytest.fixture(params=[PackedMatrix, OneDNNMatrix])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Copy]:
-    """Each kind of packed product, taken by every `PackedLinear` that is made."""
+    """Each kind of packed product in turn, used by every new `PackedLinear`."""
     if request.param is OneDNNMatrix:
-        monkeypatch.setattr(products, "missing", lambda: "none")
+        monkeypatch.setattr(packed_linear, "missing", lambda: "none")
     if PackedLinear(torch.randn(8, 8))._packed is None:
-        pytest.skip("this machine does not have it")
+        pytest.skip("this machine has no such kernel")
     assert isinstance(PackedLinear(torch.randn(8, 8))._packed, request.param)
     kind: type[Copy] = request.param
     return kind
 
 
 @pytest.mark.parametrize("size", [(37, 24), (192, 64), (64, 192)])
-def test_packed_products_take_any_number_of_rows(kernel: type[Copy], size: tuple[int, int]) -> None:
+def test_packed_product_accepts_any_row_count(kernel: type[Copy], size: tuple[int, int]) -> None:
     torch.manual_seed(2)
     weight, offset = torch.randn(size), torch.randn(size[0])
     product = PackedLinear(weight, offset)
@@ -78,14 +77,14 @@ def test_packed_products_take_any_number_of_rows(kernel: type[Copy], size: tuple
         torch.testing.assert_close(product(rows), functional.linear(rows, weight, offset), rtol=1e-5, atol=1e-5)
 
 
-def test_a_packed_product_that_is_wrong_is_not_taken(kernel: type[Copy], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_packed_product_is_not_used(kernel: type[Copy], monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = some_matrix(bias=False)
     wrong = lambda self, rows: functional.linear(rows, weight) + (len(rows) > 8)  # noqa: E731
     monkeypatch.setattr(kernel, "__call__", wrong)
     assert PackedLinear(weight)._packed is None
 
 
-def test_copies_are_counted_and_limited(kernel: type[Copy], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_copies_are_counted_and_limited(kernel: type[Copy], monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     weight, _ = some_matrix(bias=False)
     size, before = weight.nbytes, Copy.total()
@@ -98,21 +97,21 @@ def test_copies_are_counted_and_limited(kernel: type[Copy], monkeypatch: pytest.
     torch.testing.assert_close(third(rows), second(rows), rtol=1e-5, atol=1e-5)
     del first, third
     gc.collect()
-    assert Copy.total() == before + size, "a copy that is gone makes room"
+    assert Copy.total() == before + size, "a deleted copy makes room"
     assert PackedLinear(weight)._packed is not None
     del second
     gc.collect()
     assert Copy.total() == before
 
 
-def test_bfloat16_is_fast_where_the_processor_has_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_bfloat16_follows_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for units in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: {"amx_bf16": units}, raising=False)
-        assert products.fast_bfloat16(cpu) == (units and torch.backends.mkldnn.is_available())
+        assert packed_linear.fast_bfloat16(cpu) == (units and torch.backends.mkldnn.is_available())
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"}, raising=False)
-    assert not products.fast_bfloat16(cpu)
+    assert not packed_linear.fast_bfloat16(cpu)
     monkeypatch.setattr(torch.cpu, "get_capabilities", None, raising=False)  # an older torch
     for units in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda units=units: units, raising=False)
-        assert products.fast_bfloat16(cpu) == (units and torch.backends.mkldnn.is_available())
+        assert packed_linear.fast_bfloat16(cpu) == (units and torch.backends.mkldnn.is_available())

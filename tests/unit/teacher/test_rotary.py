@@ -1,4 +1,4 @@
-"""Position embeddings of every kind: the same on both stacks, looked up where they can be, and lossless."""
+"""Position embeddings of every kind: equal on both stacks, from a look-up table where possible, and lossless."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.errors import CapacityError
-from firp_cli.teacher.teacher import Teacher
+from firp_cli.teacher.check import use_lean_layers
+from firp_cli.teacher.load import wrap_model
 from helpers.layers import assert_equal, small_llama, some_ids, states_of
 from helpers.models import SETTINGS, generate_reference, make_predictor, random_prompts
 
@@ -35,13 +36,13 @@ def rotary_model(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", list(ROTARY))
-def test_rotary_variants(any_stack: str, kind: str) -> None:
-    """Looked up in a table where they depend on the position alone; past the length that they were trained for."""
+def test_rotary_variants_equal_library(any_stack: str, kind: str) -> None:
+    """Compare states and the look-up table, also past the length that the model was trained for."""
     model = rotary_model(kind)
-    teacher, prompts = Teacher(model), random_prompts(3, seed=7, low=2, high=80)
+    teacher, prompts = wrap_model(model), random_prompts(3, seed=7, low=2, high=80)
     expected = states_of(teacher, some_ids(2, 90))
     if any_stack == "lean":
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
         assert_equal(states_of(teacher, some_ids(2, 90)), expected)
     table = teacher.rotary_table(100)
     assert table is not None
@@ -55,18 +56,18 @@ def test_rotary_variants(any_stack: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_drafts_past_the_context_change_no_token(any_stack: str, kind: str) -> None:
-    """There the library would turn the real rows by other angles too."""
+def test_drafts_past_context_change_no_token(any_stack: str, kind: str) -> None:
+    """Past the context the library would rotate the real rows by other angles too."""
     half = SETTINGS["head_dim"] // 2
     factors = {"short_factor": [1.0] * half, "long_factor": [4.0] * half, "original_max_position_embeddings": 64}
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0} | (factors if kind == "longrope" else {})
     options = {"rope_parameters": rope, "max_position_embeddings": 64 if kind == "dynamic" else 128}
     torch.manual_seed(3)
     model = LlamaForCausalLM(LlamaConfig(**(SETTINGS | options | {"eos_token_id": None}))).eval()
-    teacher = Teacher(model, check=kind == "dynamic")
+    teacher = wrap_model(model, check=kind == "dynamic")
     assert teacher.max_positions == 64
     if any_stack == "lean":
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
     prompt = random_prompts(1, seed=5, low=44, high=44)[0]
     text = generate_reference(model, prompt, 20)
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=3)
@@ -76,8 +77,8 @@ def test_drafts_past_the_context_change_no_token(any_stack: str, kind: str) -> N
         Engine(teacher).generate([prompt], 21)
 
 
-def test_rotary_variants_write_different_texts() -> None:
-    """Else the comparison above would not show a variant that is taken for another."""
+def test_rotary_variants_differ() -> None:
+    """Without this the comparison above would not show that one variant is used for another."""
     prompt = random_prompts(1, seed=8, low=80, high=80)[0]
     texts = {kind: tuple(generate_reference(rotary_model(kind), prompt, 20)) for kind in ROTARY if kind != "dynamic"}
     assert len(set(texts.values())) == len(texts)

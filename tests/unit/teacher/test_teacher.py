@@ -1,4 +1,4 @@
-"""The layer stack and the K/V cache against the model's own forward."""
+"""Teacher layers and K/V cache against the model's own forward."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import transformers
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import TeacherError
 from firp_cli.predictors.forward import forward_rows
-from firp_cli.teacher.attention import AttentionMask, StepMask
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.load import load_teacher
+from firp_cli.teacher.load import load_teacher, wrap_model
+from firp_cli.teacher.masks import AttentionMask, StepMask
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import LAYERS, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
 
 
-def test_layers_are_the_models_own(stacked_teacher: Teacher) -> None:
-    """Hidden states of every layer, past any sliding window, and the normed final state."""
+def test_layer_states_equal_models_forward(stacked_teacher: Teacher) -> None:
+    """Compare hidden states of every layer, past any sliding window, and the normed final state."""
     ids = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
-    own = stacked_teacher.model(ids, output_hidden_states=True)
+    reference = stacked_teacher.model(ids, output_hidden_states=True)
     batch = sequence_batch(stacked_teacher, ids.tolist(), [1, 1], list(range(LAYERS + 1)))
     for layer in range(LAYERS):
-        assert torch.allclose(batch.hidden[layer], own.hidden_states[layer], atol=1e-4), layer
-    assert torch.allclose(batch.final, own.hidden_states[-1], atol=1e-4)
-    assert torch.allclose(stacked_teacher.head(batch.final), own.logits, atol=1e-3)
+        assert torch.allclose(batch.hidden[layer], reference.hidden_states[layer], atol=1e-4), layer
+    assert torch.allclose(batch.final, reference.hidden_states[-1], atol=1e-4)
+    assert torch.allclose(stacked_teacher.head(batch.final), reference.logits, atol=1e-3)
 
 
-def test_a_model_that_does_more_is_refused() -> None:
+def test_model_with_hook_is_refused() -> None:
     model = copy.deepcopy(tiny_model("llama"))
-    Teacher(model)
+    wrap_model(model)
     model.model.register_forward_hook(_scale)
     with pytest.raises(TeacherError, match="logits"):
-        Teacher(model)
+        wrap_model(model)
 
 
 def _scale(module: object, args: object, output: object) -> object:
@@ -46,25 +46,25 @@ def test_unknown_architectures_are_refused() -> None:
     small = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small))
     with pytest.raises(TeacherError, match="rotary_emb"):
-        Teacher(gpt2)
+        wrap_model(gpt2)
     with pytest.raises(TeacherError, match=r"teacher\.model"):
         load_teacher(TeacherConfig(model="/nonexistent/model"))
 
 
-def test_fingerprint_follows_the_weights() -> None:
+def test_fingerprint_follows_weights() -> None:
     model = copy.deepcopy(tiny_model("llama"))
-    first = Teacher(model).fingerprint
-    assert Teacher(copy.deepcopy(model)).fingerprint == first
-    assert Teacher(copy.deepcopy(model).bfloat16(), check=False).fingerprint == first  # the same teacher, rounded
+    first = wrap_model(model).fingerprint
+    assert wrap_model(copy.deepcopy(model)).fingerprint == first
+    assert wrap_model(copy.deepcopy(model).bfloat16(), check=False).fingerprint == first  # the same teacher, rounded
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
-    assert Teacher(model).fingerprint != first
+    assert wrap_model(model).fingerprint != first
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
-def test_cache_keeps_the_accepted_rows(any_stack: str, batch: int) -> None:
-    """Prefixes of different lengths, five rows, keep some of them: the next row sees what a fresh forward would."""
+def test_cached_step_equals_fresh_forward(any_stack: str, batch: int) -> None:
+    """Commit some of five rows after prefixes of different lengths: the next row equals that of a fresh forward."""
     teacher = tiny_teacher("llama", any_stack == "lean")
     generator = torch.Generator().manual_seed(2)
     lengths = [4, 2, 6][:batch]
@@ -113,7 +113,7 @@ def chunk_mask(positions: torch.Tensor, slots: torch.Tensor) -> AttentionMask:
 def run_step(
     teacher: Teacher, cache: KVCache, rows: torch.Tensor, depth: torch.Tensor, allowed: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """States of a step's rows behind the last layer."""
+    """Return the states of a step's rows after the last layer."""
     cache.begin(rows.shape[1], longest)
     positions = cache.lengths[:, None] + depth
     mask = StepMask(allowed, positions, cache.lengths, cache.prefix_slots(longest), torch.float32)

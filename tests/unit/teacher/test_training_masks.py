@@ -1,4 +1,4 @@
-"""Attention without written-out masks against the dense reference: real rows, pseudo states, windows, pieces."""
+"""Attention without written-out masks against the dense reference: real rows, pseudo states, windows, chunks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from firp_cli.predictors.anchors import choose_anchors
-from firp_cli.teacher import training_masks as sequence_attention
-from firp_cli.teacher.attention import AttentionMask, attend, causal_allowed, pseudo_positions
+from firp_cli.teacher import training_masks
+from firp_cli.teacher.attention import attend
+from firp_cli.teacher.check import standard_attention
+from firp_cli.teacher.masks import AttentionMask, causal_allowed, pseudo_positions
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.training_masks import AnchoredMask, CausalMask, CausalRows, DenseAnchoredMask
-from helpers.models import make_predictor, random_prompts, sequence_batch, tiny_teacher
+from helpers.models import FAMILIES, make_predictor, random_prompts, sequence_batch, tiny_teacher
+from helpers.pairwise import pairwise
 
 WINDOWS = [None, 1, 5, 100]
 
@@ -26,8 +29,8 @@ def rows(seed: int, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("piece", [4, 7, 512])
-def test_causal_rows_attend_as_under_the_dense_mask(window: int | None, piece: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sequence_attention, "WINDOW_ROWS", piece)
+def test_causal_rows_equal_dense_mask(window: int | None, piece: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training_masks, "WINDOW_ROWS", piece)
     batch, count = 2, 23
     queries, keys, values = rows(0, batch, 4, count, 8), rows(1, batch, 2, count, 8), rows(2, batch, 2, count, 8)
     positions = torch.arange(count).expand(batch, count)
@@ -38,13 +41,13 @@ def test_causal_rows_attend_as_under_the_dense_mask(window: int | None, piece: i
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("budget", [1 << 24, 1000, 1])
-def test_pseudo_states_attend_as_under_the_dense_mask(window: int | None, budget: int, monkeypatch: pytest.MonkeyPatch):
-    """With the steps present that there are at a layer, whole or in pieces, and the way back."""
-    monkeypatch.setattr(sequence_attention, "MASK_BUDGET", budget)
+def test_anchor_rows_equal_dense_mask(window: int | None, budget: int, monkeypatch: pytest.MonkeyPatch):
+    """Compare forward and backward pass for the steps present at a layer, whole and in chunks."""
+    monkeypatch.setattr(training_masks, "MASK_BUDGET", budget)
     lengths, anchors, count, steps = torch.tensor([11, 8]), torch.tensor([[0, 4, 9], [2, 3, 7]]), 11, 3
     positions = torch.arange(count).expand(2, count)
-    everyone = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
-    dense = DenseAnchoredMask(causal_allowed(lengths, count), everyone, anchors, steps, torch.float32)
+    all_positions = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
+    dense = DenseAnchoredMask(causal_allowed(lengths, count), all_positions, anchors, steps, torch.float32)
     lean = AnchoredMask(anchors, count, steps)
     for present in (1, 3, 2):
         pseudo = present * anchors.shape[1]
@@ -59,30 +62,30 @@ def test_pseudo_states_attend_as_under_the_dense_mask(window: int | None, budget
             torch.testing.assert_close(found, expected)
 
 
-class HeldMask(CausalMask):
-    """A causal mask whose first layer waits until it is told to go on."""
+class WaitingMask(CausalMask):
+    """Causal mask whose layers wait for the event `go`."""
 
     def __init__(self) -> None:
         self.inside, self.go = Event(), Event()
 
     def additive(self, window: int | None) -> CausalRows:
-        held = self
+        mask = self
 
-        class Held(CausalRows):
+        class WaitingRows(CausalRows):
             def attend(self, *arguments: Any) -> Tensor:
-                held.inside.set()
-                assert held.go.wait(30)
+                mask.inside.set()
+                assert mask.go.wait(30)
                 return super().attend(*arguments)
 
-        return Held(window)
+        return WaitingRows(window)
 
 
-def test_threads_within_the_librarys_layers_do_not_take_each_others_attention_away(teacher: Teacher):
-    """The one that came first leaves first; the other's further layers, and later ones, still find the right one."""
+def test_library_attention_survives_concurrent_threads(teacher: Teacher):
+    """The first thread ends first; the second one's later layers, and later calls, still find the right attention."""
     config, positions = teacher.model.config, torch.arange(9)[None]
-    own, ids = config._attn_implementation, torch.arange(3, 12)[None]
+    implementation, ids = config._attn_implementation, torch.arange(3, 12)[None]
     expected = teacher.run(teacher.embed(ids), positions, CausalMask())
-    first, second = HeldMask(), HeldMask()
+    first, second = WaitingMask(), WaitingMask()
     with ThreadPoolExecutor(2) as pool:
         results = []
         for mask in (first, second):
@@ -91,39 +94,40 @@ def test_threads_within_the_librarys_layers_do_not_take_each_others_attention_aw
         for mask, result in zip((first, second), results, strict=True):
             mask.go.set()
             torch.testing.assert_close(result.result(), expected)
-    assert config._attn_implementation == own
+    assert config._attn_implementation == implementation
 
 
-@pytest.mark.parametrize("section", [{"kind": "firp", "layer": 1}, {"kind": "hidden_transfer", "layers": [1, 2, 3]}])
-def test_the_training_forward_and_its_gradients_are_those_of_dense_masks(stacked_teacher: Teacher, section: dict):
+SECTIONS = [{"kind": "firp", "layer": 1}, {"kind": "hidden_transfer", "layers": [1, 2, 3]}]
+
+
+@pytest.mark.parametrize(("family", "any_stack", "section"), pairwise(list(FAMILIES), ["lean", "library"], SECTIONS))
+def test_training_gradients_equal_dense_masks(family: str, any_stack: str, section: dict):
+    tiny = tiny_teacher(family, any_stack == "lean")
     results = []
     sequences = random_prompts(3, seed=5, low=14, high=30)
-    try:
-        for plain in (True, False):
-            stacked_teacher._plain_attention = plain
-            predictor = make_predictor(stacked_teacher, **section).requires_grad_(True)
-            batch = sequence_batch(stacked_teacher, sequences, [3, 5, 8], list(predictor.required_layers))
-            anchors = choose_anchors(batch, predictor.steps, 6, [1, 2, 3])
-            states = predictor.draft_states(stacked_teacher, batch, anchors.index)[anchors.valid]
-            # the norm makes the sum of squares the same whatever the states are: its gradient would be rounding alone
-            weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
-            (states * weights).sum().backward()
-            results.append([states.detach(), *(parameter.grad for parameter in predictor.parameters())])
-    finally:
-        stacked_teacher._plain_attention = None
+    for standard in (True, False):
+        teacher = Teacher(tiny.model, name=tiny.name, standard_attention=standard)
+        teacher.stack = tiny.stack
+        predictor = make_predictor(teacher, **section).requires_grad_(True)
+        batch = sequence_batch(teacher, sequences, [3, 5, 8], list(predictor.required_layers))
+        anchors = choose_anchors(batch, predictor.steps, 6, [1, 2, 3])
+        states = predictor.draft_states(teacher, batch, anchors.index)[anchors.valid]
+        # the norm makes the sum of squares the same whatever the states are: its gradient would be rounding alone
+        weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+        (states * weights).sum().backward()
+        results.append([states.detach(), *(parameter.grad for parameter in predictor.parameters())])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_layers_with_attention_of_their_own_keep_written_masks(monkeypatch: pytest.MonkeyPatch):
-    """Scores that are capped, as Gemma's, are no plain attention; a plain layer is found to be one."""
+def test_nonstandard_attention_keeps_dense_masks(monkeypatch: pytest.MonkeyPatch):
+    """Scores that are capped, as Gemma's, are not standard attention; a Llama's are."""
     teacher = tiny_teacher("llama")
-    assert teacher.plain_attention and isinstance(teacher.causal_mask(9).additive(None), CausalRows)
-    monkeypatch.setattr(teacher, "_plain_attention", None)
+    assert teacher.standard_attention and isinstance(teacher.causal_mask(9).additive(None), CausalRows)
     layer = teacher.layer
     monkeypatch.setattr(
         teacher, "layer", lambda *given: layer(*given) * (0.9 if isinstance(given[4], CausalRows) else 1.0)
     )
-    assert not teacher.plain_attention
-    mask = teacher.causal_mask(9).additive(None)
+    assert not standard_attention(teacher)
+    mask = Teacher(teacher.model).causal_mask(9).additive(None)
     assert isinstance(mask, Tensor) and mask.shape == (1, 1, 9, 9)

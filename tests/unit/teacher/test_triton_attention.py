@@ -1,7 +1,7 @@
-"""The Triton kernels of a decoding step's attention against dense attention under a mask made element by element.
+"""Triton kernels of a decoding step's attention against dense attention under a mask made element by element.
 
 Triton decides at its first import whether kernels are compiled or interpreted, and transformers imports it. So
-`test_in_the_interpreter` runs `TestKernels` in a process of its own; on a CUDA device they also run here, compiled.
+`test_in_the_interpreter` runs `TestKernels` in a separate process; on a CUDA device they also run here, compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
 
-from firp_cli.teacher.triton_attention import MAX_SPLITS, plan, row_bits, tree_attention  # noqa: E402
+from firp_cli.teacher.triton_attention import MAX_SPLITS, launch_sizes, row_bits, tree_attention  # noqa: E402
 from helpers.triton_offline import compile_only, run_interpreted  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -46,12 +46,12 @@ class Case:
         return self.scratch + max(self.lengths) + 9
 
 
-BLOCK = plan(1, 1, 1, 128, 4, 1, 1).block_n  # slots of a block of the default case
+BLOCK = launch_sizes(1, 1, 1, 128, 4, 1, 1).block_n  # slots of a block of the default case
 
 
 @dataclass
 class Inputs:
-    """Tensors of a case, on the CPU; `mask` (B, M, S), which slots each row sees, is made element by element."""
+    """Tensors of a case, on the CPU; `mask` (B, M, S), row sees slot, is made element by element."""
 
     queries: Tensor
     keys: Tensor
@@ -63,7 +63,7 @@ class Inputs:
 
 
 def slots_first(keys: Tensor) -> Tensor:
-    """The same (B, H, S, D) as a view into a larger storage, NaN elsewhere, that holds a slot of all heads together."""
+    """Return the same (B, H, S, D) as a view into a larger storage, NaN elsewhere; a slot's heads are adjacent."""
     batch, heads, slots, size = keys.shape
     storage = keys.new_full((slots + 3, batch, heads + 1, size + 8), float("nan"))
     view = storage[1 : slots + 1, :, 1:, :size].permute(1, 2, 0, 3)
@@ -71,13 +71,13 @@ def slots_first(keys: Tensor) -> Tensor:
 
 
 def heads_first(keys: Tensor) -> Tensor:
-    """The same as a view of slots [0, S) of a longer (B, H, S', D) storage, NaN behind."""
+    """Return the same as a view of slots [0, S) of a longer (B, H, S', D) storage, NaN after them."""
     batch, heads, slots, size = keys.shape
     return keys.new_full((batch, heads, slots + 5, size), float("nan"))[:, :, :slots].copy_(keys)
 
 
 def make(case: Case) -> Inputs:
-    """Random inputs; rows see themselves and a random choice of scratch slots, some of which no row sees."""
+    """Return random inputs; rows see themselves and random scratch slots, some of which no row sees."""
     generator = torch.Generator().manual_seed(sum(case.lengths) + case.rows)
     batch, rows = len(case.lengths), case.rows
     shape = (2, batch, case.heads, case.slots, case.size)
@@ -104,7 +104,7 @@ def reference(inputs: Inputs) -> Tensor:
 
 
 def attend(case: Case, inputs: Inputs, layout: Callable[[Tensor], Tensor] = slots_first) -> Tensor:
-    """Our attention, NaN in every slot that no row of its sequence sees."""
+    """Run the kernels with NaN in every slot that no row of its sequence sees."""
     unseen = ~inputs.mask.any(1)[:, None, :, None]
     keys, values = (layout(item.masked_fill(unseen, float("nan")).to(DEVICE)) for item in (inputs.keys, inputs.values))
     return tree_attention(
@@ -130,7 +130,7 @@ def check(case: Case) -> None:
 
 
 class TestKernels:
-    """On the CUDA device if there is one, else in the interpreter."""
+    """Kernels on the CUDA device if there is one, else in the interpreter."""
 
     __test__ = INTERPRETED or DEVICE == "cuda"
     pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -156,16 +156,16 @@ class TestKernels:
         check(Case(lengths, splits=splits))
 
     @pytest.mark.parametrize("splits", [1, 2, 4, 7, 40])
-    def test_splits_with_nothing_to_read(self, splits: int) -> None:
+    def test_splits_without_slots(self, splits: int) -> None:
         check(Case((18 * BLOCK, 3, 0), splits=splits))
 
-    def test_longest_sizes_the_grid_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_longest_changes_grid_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("firp_cli.teacher.triton_attention._multiprocessors", lambda _: 8)
         for longest in (37, 100, 5000):
             check(Case((37, 20), longest=longest))
 
     @pytest.mark.parametrize(("scratch", "rows"), [(1, 1), (7, 2), (31, 31), (32, 32), (33, 33), (45, 20), (70, 66)])
-    def test_words_of_bits(self, scratch: int, rows: int) -> None:
+    def test_row_bits_across_words(self, scratch: int, rows: int) -> None:
         check(Case((BLOCK + 3,), scratch=scratch, rows=rows))
         check(Case((BLOCK + 3,), scratch=scratch, rows=rows, splits=3))
 
@@ -174,8 +174,8 @@ class TestKernels:
         for splits in (1, 3):
             check(Case((5 * BLOCK + 3, BLOCK, 2), window=window, splits=splits))
 
-    def test_rows_beyond_the_window_and_apart(self) -> None:
-        """Positions need not follow the length: rows that see no prefix, and one that sees nearly all of it."""
+    def test_rows_beyond_window(self) -> None:
+        """Positions need not follow the length: some rows see no prefix, one sees nearly all of it."""
         case = Case((3 * BLOCK, 3 * BLOCK), rows=2, window=8)
         inputs = make(case)
         inputs.positions = torch.tensor([[3 * BLOCK + 50, 20], [3 * BLOCK + 50, 3 * BLOCK + 60]])
@@ -190,14 +190,14 @@ class TestKernels:
     @pytest.mark.parametrize("window", [None, 20])
     def test_several_tiles_of_rows(self, window: int | None) -> None:
         case = Case((30,), rows=20, scratch=24, group=4, window=window, splits=2)
-        assert plan(80, 24, 30, 128, 4, 1, 1).tiles == 3
+        assert launch_sizes(80, 24, 30, 128, 4, 1, 1).tiles == 3
         check(case)
 
-    def test_layouts(self) -> None:
+    def test_strided_layouts(self) -> None:
         case = Case(heads=2)
         inputs = make(case)
         expected = reference(inputs)
-        together = torch.full((2, 5, 6, 3, 128), float("nan"))[:, :, 1:5, 1]  # heads of a fused projection
+        together = torch.full((2, 5, 6, 3, 128), float("nan"))[:, :, 1:5, 1]  # heads of a joined projection
         apart = together.transpose(1, 2).copy_(inputs.queries)
         rows_first = inputs.queries.transpose(1, 2).contiguous().transpose(1, 2)
         for queries in (apart, rows_first, inputs.queries.contiguous()):
@@ -207,14 +207,14 @@ class TestKernels:
                 assert got.transpose(1, 2).view(2, 5, 4 * 128).shape == (2, 5, 512)
                 torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=2e-5)
 
-    def test_a_row_sees_itself_without_a_bit(self) -> None:
+    def test_row_without_bit_sees_itself(self) -> None:
         case = Case((0,), heads=2, group=1)
         inputs = make(case)
         inputs.allowed = torch.zeros_like(inputs.allowed)
         assert torch.equal(attend(case, inputs).cpu(), inputs.values[:, :, :5])
 
     @pytest.mark.parametrize("splits", [1, 3])
-    def test_a_row_that_is_nan_stays_so_alone(self, splits: int) -> None:
+    def test_nan_row_spoils_no_other(self, splits: int) -> None:
         case = Case((2 * BLOCK,), splits=splits)
         inputs = make(case)
         inputs.queries[0, 1, 2] = float("nan")
@@ -229,8 +229,8 @@ class TestKernels:
 
     @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-    def test_one_graph_serves_every_length(self, dtype: torch.dtype) -> None:
-        """And nothing in it waits for the device."""
+    def test_graph_serves_every_length(self, dtype: torch.dtype) -> None:
+        """Nothing in the graph waits for the device."""
         case = Case((600, 600), heads=2, dtype=dtype, window=300, longest=600)
         inputs = make(case)
         on_device = [item.to(DEVICE) for item in (inputs.queries, inputs.keys, inputs.values, inputs.lengths)]
@@ -262,7 +262,7 @@ class TestKernels:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels itself")
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels")
 def test_in_the_interpreter() -> None:
     run_interpreted(f"{__file__}::TestKernels")
 
@@ -272,14 +272,14 @@ def test_in_the_interpreter() -> None:
 )
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The interpreter forgives types that the compiler does not. A driver that launches nothing stands in."""
+    """The interpreter accepts types that the compiler refuses. The driver here launches nothing."""
     loaded = compile_only(monkeypatch, architecture, tmp_path, architecture)
     for case in (Case(dtype=torch.bfloat16, window=9), Case(dtype=torch.float16, size=96), Case()):
         attend(replace(case, splits=2), make(case))
     assert len(loaded) == 6
 
 
-def test_row_bits() -> None:
+def test_row_bits_pack_columns() -> None:
     for columns in (1, 31, 32, 33, 64, 70):
         allowed = torch.rand(2, 3, columns, generator=torch.Generator().manual_seed(columns)) < 0.5
         allowed[0, 0] = True
@@ -294,11 +294,11 @@ def test_row_bits() -> None:
 
 @pytest.mark.parametrize("size", [12, 64, 96, 128, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_plan(itemsize: int, size: int) -> None:
+def test_launch_sizes_cover_all_rows_and_slots(itemsize: int, size: int) -> None:
     for packed in (1, 16, 17, 60, 200):
         for prefix in (0, 1, 700, 100_000):
             for heads in (1, 8, 256):
-                made = plan(packed, 20, prefix, size, itemsize, heads, multiprocessors=132)
+                made = launch_sizes(packed, 20, prefix, size, itemsize, heads, multiprocessors=132)
                 for block in (made.block_m, made.block_n):
                     assert block >= 16 and block & (block - 1) == 0
                 assert (made.tiles - 1) * made.block_m < packed <= made.tiles * made.block_m
@@ -309,8 +309,8 @@ def test_plan(itemsize: int, size: int) -> None:
                 assert programs >= 2 * 132 or made.splits in (blocks, MAX_SPLITS)
 
 
-def test_plans_that_matter() -> None:
-    """A Llama 8B step on an H200: (block_m, block_n, tiles, splits)."""
-    assert plan(4 * 8, 8, 4096, 128, 2, 8, 132) == (32, 64, 1, 33)
-    assert plan(4 * 8, 8, 100, 128, 2, 8, 132) == (32, 64, 1, 3)
-    assert plan(4 * 32, 32, 4096, 128, 2, 32 * 8, 132) == (32, 64, 4, 1)
+def test_launch_sizes_of_llama_8b() -> None:
+    """Sizes of a Llama 8B step on an H200: (block_m, block_n, tiles, splits)."""
+    assert launch_sizes(4 * 8, 8, 4096, 128, 2, 8, 132) == (32, 64, 1, 33)
+    assert launch_sizes(4 * 8, 8, 100, 128, 2, 8, 132) == (32, 64, 1, 3)
+    assert launch_sizes(4 * 32, 32, 4096, 128, 2, 32 * 8, 132) == (32, 64, 4, 1)

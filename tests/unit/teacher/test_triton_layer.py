@@ -1,8 +1,7 @@
-"""The kernels of a decoding step's layers against plain torch, and layers that run on them against the same layers
-without them.
+"""Triton kernels of a decoding step's layers against torch, and layers with these kernels against layers without.
 
-Kernels are compiled or interpreted as tests/test_tree_attention.py says: `test_in_the_interpreter` runs `TestKernels`
-and `TestLayers` in a process of its own; on a CUDA device they also run here, compiled.
+Kernels are compiled or interpreted as in test_triton_attention.py: `test_in_the_interpreter` runs `TestKernels` and
+`TestLayers` in a separate process; on a CUDA device they also run here, compiled.
 """
 
 from __future__ import annotations
@@ -28,19 +27,22 @@ from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher import triton_attention, triton_layer, triton_products
-from firp_cli.teacher.attention import AttentionMask, StepMask
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.lean_layers import LeanLayer, LeanStack, RMSNorm
+from firp_cli.teacher.load import wrap_model
+from firp_cli.teacher.masks import AttentionMask, StepMask
 from firp_cli.teacher.packed_linear import PackedLinear, widens
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.triton_layer import rotate_and_write, silu_product
 from helpers.layers import new_teacher, some_ids, tolerance_of, varied
 from helpers.models import FAMILIES, generate_reference, make_predictor, random_prompts, tiny_model
+from helpers.pairwise import pairwise
 from helpers.triton_offline import compile_only, run_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-# Of the size of what is compared. The interpreter cuts numbers off where the compiler rounds them.
+# Relative to the numbers' size. The interpreter truncates numbers where the compiler rounds them.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 HIDDEN = 50
@@ -74,7 +76,7 @@ class Inputs:
 
 
 def make(case: Case, device: str = DEVICE) -> Inputs:
-    """Random inputs; the angles are views of one look-up, the hidden rows the first ones of more."""
+    """Return random inputs; the angles are views of one look-up, the hidden rows the first of a larger tensor."""
     generator = torch.Generator().manual_seed(case.size + case.rows)
 
     def numbers(*shape: int) -> Tensor:
@@ -89,14 +91,14 @@ def make(case: Case, device: str = DEVICE) -> Inputs:
 
 
 def heads_first(case: Case, device: str = DEVICE) -> tuple[Tensor, Tensor]:
-    """Places of keys and values as the cache has them, NaN around."""
+    """Return slots for keys and values in the cache's layout, NaN around them."""
     shape = (2, case.batch, case.heads, case.rows + 9, case.size)
     keys, values = torch.full(shape, float("nan"), dtype=case.dtype, device=device)[:, :, :, 4 : 4 + case.rows].unbind()
     return keys, values
 
 
 def slots_first(case: Case, device: str = DEVICE) -> tuple[Tensor, Tensor]:
-    """Places of which one slot holds all heads, and keys beside their values."""
+    """Return slots in a layout with all heads of a slot together, keys beside their values."""
     shape = (case.rows + 2, case.batch, case.heads + 1, 2, case.size + 8)
     storage = torch.full(shape, float("nan"), dtype=case.dtype, device=device)
     keys, values = storage[1 : case.rows + 1, :, 1:, :, : case.size].permute(3, 1, 2, 0, 4).unbind()
@@ -104,7 +106,7 @@ def slots_first(case: Case, device: str = DEVICE) -> tuple[Tensor, Tensor]:
 
 
 def reference(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, heads, R, D) in float32: one head at a time."""
+    """Return queries, keys and values (B, heads, R, D) in float32, computed one head at a time."""
     parts = [part.cpu().float() for part in (inputs.joined, inputs.cosine, inputs.sine)]
     heads = parts[0].view(case.batch, case.rows, -1, case.size).unbind(2)
     cosine, sine = (part[:, :, 0] for part in parts[1:])
@@ -141,16 +143,16 @@ def check(case: Case, places: Callable[[Case], tuple[Tensor, Tensor]] = heads_fi
     assert torch.equal(residual, given)
     assert residual.data_ptr() != inputs.hidden.data_ptr()
     written = storage.numel() - int(storage.isnan().sum())
-    assert written == 2 * keys.numel(), "wrote beside its places"
+    assert written == 2 * keys.numel(), "wrote outside its slots"
 
 
 class TestKernels:
-    """On the CUDA device if there is one, else in the interpreter."""
+    """Kernels on the CUDA device if there is one, else in the interpreter."""
 
     __test__ = INTERPRETED or DEVICE == "cuda"
     pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
-    @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+    @pytest.mark.parametrize("normed", [False, True], ids=["no-norm", "normed"])
     @pytest.mark.parametrize("size", [12, 16, 64, 80, 96, 128, 256])
     def test_head_sizes(self, size: int, normed: bool) -> None:
         for layout in (heads_first, slots_first):
@@ -163,7 +165,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("batch", [1, 3])
     @pytest.mark.parametrize("rows", [1, 2, 7, 20])
-    def test_rows(self, rows: int, batch: int) -> None:
+    def test_row_counts(self, rows: int, batch: int) -> None:
         check(Case(batch, rows))
         check(Case(batch, rows, shared_angles=True), slots_first)
 
@@ -173,8 +175,8 @@ class TestKernels:
             check(Case(dtype=dtype, normed=normed))
             check(Case(dtype=dtype, normed=normed, size=12))
 
-    def test_many_heads_share_out_a_short_row(self) -> None:
-        """More heads than parts of the hidden row."""
+    def test_more_heads_than_hidden_parts(self) -> None:
+        """There are more heads than parts of the hidden row."""
         check(Case(heads=30, group=1, size=16))
 
     @dtypes
@@ -185,7 +187,7 @@ class TestKernels:
             gate, up = joined.float().chunk(2, dim=-1)
             near(silu_product(joined.to(DEVICE)), functional.silu(gate) * up, dtype)
 
-    def test_silu_of_extremes_is_torchs(self) -> None:
+    def test_silu_product_of_extremes_equals_torch(self) -> None:
         gates = torch.tensor([0.0, -0.0, 30.0, -30.0, 90.0, -90.0, 1e4, -1e4, float("inf"), float("nan")])
         got = silu_product(torch.stack([gates, torch.ones_like(gates)]).view(1, -1).to(DEVICE)).cpu()[0]
         torch.testing.assert_close(got, functional.silu(gates), rtol=1e-5, atol=1e-12, equal_nan=True)
@@ -197,7 +199,7 @@ def new_cache(teacher: Teacher, batch: int) -> KVCache:
 
 
 def prefilled(teacher: Teacher, ids: Tensor) -> KVCache:
-    """A cache of the first 18 positions, of which the second sequence has committed 11."""
+    """Return a cache of the first 18 positions, of which the second sequence has committed 11."""
     kv_cache, positions = new_cache(teacher, len(ids)), torch.arange(18, device=teacher.device)[None]
     kv_cache.begin_chunk(0, 18)
     slots = kv_cache.prefix_slots(18)[None]
@@ -208,7 +210,7 @@ def prefilled(teacher: Teacher, ids: Tensor) -> KVCache:
 
 
 def step_mask(kv_cache: KVCache, depth: list[int], dtype: torch.dtype, kernel: bool) -> tuple[Tensor, StepMask]:
-    """Positions and mask of a chain of rows at these depths, or of a tree whose rows see the first one."""
+    """Return positions and mask of rows at these depths, which all see themselves and the first row."""
     device, count = kv_cache.lengths.device, len(depth)
     rows = torch.eye(count, device=device).bool()
     rows[:, 0] = True
@@ -219,7 +221,9 @@ def step_mask(kv_cache: KVCache, depth: list[int], dtype: torch.dtype, kernel: b
 
 @torch.no_grad()
 def steps(teacher: Teacher, batch: int, kernel: bool) -> list[Tensor]:
-    """States of a tree's real and pseudo rows, which join at layer 2, then of one row; after each the whole cache."""
+    """Return states of a tree's real rows and pseudo states, which join at layer 2, then of one row; after each the
+    whole cache.
+    """
     ids, found = some_ids(batch, 21).to(teacher.device), []
     kv_cache = prefilled(teacher, ids)
     for depth, transfer in (([0, 1, 1], (2,)), ([0], ())):
@@ -239,7 +243,7 @@ def steps(teacher: Teacher, batch: int, kernel: bool) -> list[Tensor]:
             make_pseudo_states=lambda first, last, hidden: hidden if first == 0 else 0.5 * hidden,
             cache=kv_cache,
         )
-        assert torch.equal(embedded, given), "the caller's rows are his"
+        assert torch.equal(embedded, given), "the caller's rows are unchanged"
         found += [real, real if pseudo is None else pseudo, kv_cache._store.clone()]
         path = torch.tensor([[0, 2][:nodes]] * batch, device=teacher.device)
         kv_cache.commit(path, torch.tensor([2, 1], device=teacher.device)[:batch].clamp(max=nodes))
@@ -247,8 +251,8 @@ def steps(teacher: Teacher, batch: int, kernel: bool) -> list[Tensor]:
 
 
 class Trace(TorchDispatchMode):
-    """The names of what would launch kernels on a device, in order: torch's operations but for views and allocations,
-    our kernels, and RMS norms, which CUDA devices have one kernel for.
+    """Names of the operations that would launch kernels on a device, in order: torch's, without views and allocations,
+    the Triton kernels, and RMS norms, which are one kernel on CUDA devices.
     """
 
     FREE = {
@@ -271,7 +275,7 @@ class Trace(TorchDispatchMode):
         monkeypatch.setattr(RMSNorm, "__call__", lambda *given: self.counted("norm", lambda: norm(*given)))
 
     def counted(self, name: str, work: Callable[[], Any]) -> Any:
-        """Work that counts as one launch."""
+        """Run work that counts as one launch."""
         self.names.append(name)
         self._within = True
         try:
@@ -288,7 +292,7 @@ class Trace(TorchDispatchMode):
 
 @dataclass
 class _Launched:
-    """A kernel whose launches are traced."""
+    """Kernel whose launches are traced."""
 
     kernel: Any
     counted: Callable[[str, Callable[[], Any]], Any]
@@ -299,17 +303,17 @@ class _Launched:
 
 
 class TestLayers:
-    """Whole steps through lean layers, on the CUDA device or in the interpreter."""
+    """Whole decoding steps through lean layers, on the CUDA device or in the interpreter."""
 
     __test__ = INTERPRETED or DEVICE == "cuda"
     pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
     @pytest.mark.parametrize("batch", [1, 2])
     @pytest.mark.parametrize("name", [*FAMILIES, "3x4", "ouro-loops", "qwen3-loops"])
-    def test_steps_are_those_without_kernels(self, name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_steps_equal_steps_without_kernels(self, name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
         teacher = new_teacher(name)
         teacher.model.to(DEVICE)
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
         expected = steps(teacher, batch, kernel=False)
         decoded, original = [], LeanLayer.decode
         monkeypatch.setattr(LeanLayer, "decode", lambda *given: (decoded.append(1), original(*given))[1])
@@ -320,30 +324,30 @@ class TestLayers:
             assert one.shape == other.shape
             assert (one - other).abs().max().item() <= tolerance * max(1.0, other.abs().max().item())
 
-    def test_biases(self) -> None:
-        """Of every product, those that are added to the residual included."""
+    def test_biases_of_all_products(self) -> None:
+        """Compare biases of every product, including those that are added to the residual."""
         config = copy.deepcopy(tiny_model("llama").config)
         config.attention_bias = config.mlp_bias = True
         torch.manual_seed(1)
-        teacher = Teacher(varied(type(tiny_model("llama"))(config).eval()).to(DEVICE))
-        assert teacher.use_lean_layers() is None
+        teacher = wrap_model(varied(type(tiny_model("llama"))(config).eval()).to(DEVICE))
+        assert use_lean_layers(teacher) is None
         for got, expected in zip(steps(teacher, 2, True), steps(teacher, 2, False), strict=True):
             assert (got - expected).abs().max().item() <= 2e-5 * max(1.0, expected.abs().max().item())
 
-    @pytest.mark.parametrize("rows", [1, 4])
-    @pytest.mark.parametrize("batch", [1, 2])
-    @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2", "mistral-window"])
-    def test_a_layer_launches_ten_kernels(
+    @pytest.mark.parametrize(
+        ("name", "batch", "rows"), pairwise(["llama", "qwen3", "qwen2", "mistral-window"], [1, 2], [1, 4])
+    )
+    def test_layer_launches_ten_kernels(
         self, name: str, batch: int, rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Norm; queries, keys and values; rotation and K/V; attention in two; output and residual; norm; gate and up;
-        silu x up; down and residual.
+        """Kernels: norm; queries, keys and values; rotation and K/V; attention (two); output and residual; norm; gate
+        and up; silu x up; down and residual.
         """
         teacher = new_teacher(name)
         teacher.model.to(DEVICE)
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
         monkeypatch.setattr(triton_attention, "_multiprocessors", lambda _: 132)
-        with torch.no_grad():  # in inference mode a trace would show operations before they are taken apart
+        with torch.no_grad():  # in inference mode a trace shows composite operations
             ids = some_ids(batch, 21).to(DEVICE)
             kv_cache = prefilled(teacher, ids)
             kv_cache.begin(rows, 24)
@@ -353,18 +357,18 @@ class TestLayers:
             seen = mask.at(teacher.windows[1], rows)
             with Trace(monkeypatch) as trace:
                 teacher.layer(1, hidden, rotary, positions, seen, kv_cache)
-        products = [trace.names[number] for number in (1, 7)]  # by whatever operation the device does best with
+        products = [trace.names[number] for number in (1, 7)]  # torch chooses the operation by device
         expected = ["norm", products[0], "_rotate_and_write", "_attend", "_combine", "addmm_"]
         assert trace.names == [*expected, "norm", products[1], "_silu_product", "addmm_"]
 
     @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2"])
-    def test_with_own_products_it_launches_seven(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Queries, keys and values; rotation and K/V; attention in two; output; gate, up and silu; down. The first one
-        prepares its rows, the next ones get them prepared.
+    def test_layer_with_own_products_launches_seven_kernels(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Kernels: queries, keys and values; rotation and K/V; attention (two); output; gate, up and silu; down. The
+        first layer prepares its rows, later layers get them prepared.
         """
         teacher = new_teacher(name)
         teacher.model.to(DEVICE, torch.float16)
-        assert teacher.use_lean_layers() is None
+        assert use_lean_layers(teacher) is None
         teacher.stack.own_products = True  # type: ignore[attr-defined]
         monkeypatch.setattr(triton_attention, "_multiprocessors", lambda _: 132)
         with torch.no_grad():
@@ -380,12 +384,12 @@ class TestLayers:
         layer = ["_product", "_rotate_and_write", "_attend", "_combine", *["_product"] * 3]
         assert trace.names == ["_prepare", *layer, *layer]
 
-    def test_another_activation_keeps_torchs_operations(self) -> None:
+    def test_other_activation_runs_in_torch(self) -> None:
         model = copy.deepcopy(tiny_model("llama"))
         for layer in model.model.layers:
             layer.mlp.act_fn = nn.GELU()
-        teacher = Teacher(model.to(DEVICE))
-        assert teacher.use_lean_layers() is None
+        teacher = wrap_model(model.to(DEVICE))
+        assert use_lean_layers(teacher) is None
         assert isinstance(teacher.stack, LeanStack)
         assert not any(teacher.stack._in_kernels(layer, torch.zeros(1)) for layer in teacher.stack._layers if layer)
         for got, expected in zip(steps(teacher, 2, True), steps(teacher, 2, False), strict=True):
@@ -393,10 +397,10 @@ class TestLayers:
 
     @pytest.mark.parametrize("tree", ["static:2x1", "dynamic:5@2"])
     @pytest.mark.parametrize("family", ["llama", "qwen3"])
-    def test_the_engine_writes_what_generate_does(self, family: str, tree: str) -> None:
-        """Sequences of different lengths, the first of which leaves before the other one."""
-        teacher = Teacher(copy.deepcopy(tiny_model(family)).to(DEVICE))
-        assert teacher.use_lean_layers() is None
+    def test_engine_equals_generate(self, family: str, tree: str) -> None:
+        """Decode sequences of different lengths, the first of which ends before the other."""
+        teacher = wrap_model(copy.deepcopy(tiny_model(family)).to(DEVICE))
+        assert use_lean_layers(teacher) is None
         predictor = make_predictor(teacher, kind="firp", layer=2, steps=2).to(DEVICE)
         options = EngineOptions(attention="triton")
         engine = Engine(teacher, predictor, parse_tree(tree, predictor.steps), options=options)
@@ -406,10 +410,10 @@ class TestLayers:
 
     @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
     @dtypes
-    def test_a_layer_is_captured_and_waits_for_nothing(self, dtype: torch.dtype) -> None:
-        """Replayed with other rows and lengths, the captured layer gives what the eager one does."""
-        teacher = Teacher(copy.deepcopy(tiny_model("qwen3")).to("cuda", dtype))
-        assert teacher.use_lean_layers() is None
+    def test_layer_is_captured_without_sync(self, dtype: torch.dtype) -> None:
+        """The captured layer, replayed with other rows and lengths, equals the eager one."""
+        teacher = wrap_model(copy.deepcopy(tiny_model("qwen3")).to("cuda", dtype))
+        assert use_lean_layers(teacher) is None
         with torch.inference_mode():
             ids = some_ids(2, 21).cuda()
             kv_cache = prefilled(teacher, ids)
@@ -436,7 +440,7 @@ class TestLayers:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels itself")
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels")
 @pytest.mark.parametrize("tests", ["TestKernels", "TestLayers"])
 def test_in_the_interpreter(tests: str) -> None:
     run_interpreted(f"{__file__}::{tests}")
@@ -447,7 +451,7 @@ def test_in_the_interpreter(tests: str) -> None:
 )
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Once for all numbers of rows. A driver that launches nothing stands in."""
+    """Compile one variant for all numbers of rows. The driver here launches nothing."""
     loaded = compile_only(monkeypatch, architecture, tmp_path, 1000 + architecture)
     variants = [(dtype, size) for dtype in (torch.bfloat16, torch.float32) for size in (64, 128)]
     for dtype, size in variants:
@@ -462,29 +466,29 @@ def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest
     assert sorted(loaded) == sorted(["_rotate_and_write"] * 2 * len(variants) + ["_silu_product"] * len(variants))
 
 
-def test_the_head_gives_float32_where_the_device_can() -> None:
-    """Elsewhere the teacher's own dtype, and never in the way of a gradient."""
+def test_wide_head_on_cpu_keeps_dtype() -> None:
+    """On a CPU a wide head returns the teacher's dtype."""
     torch.manual_seed(0)
     weight, bias, states = torch.randn(40, 16), torch.randn(40), torch.randn(2, 3, 16)
     assert not widens(torch.bfloat16, torch.device("cpu"))
-    for own_bias in (None, bias.bfloat16()):
-        head = PackedLinear(weight.bfloat16(), own_bias, wide=True)
-        expected = functional.linear(states.bfloat16(), weight.bfloat16(), own_bias)
+    for some_bias in (None, bias.bfloat16()):
+        head = PackedLinear(weight.bfloat16(), some_bias, wide=True)
+        expected = functional.linear(states.bfloat16(), weight.bfloat16(), some_bias)
         assert torch.equal(head(states.bfloat16()), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_logits_of_half_precision_weights_are_not_rounded(dtype: torch.dtype) -> None:
+def test_wide_head_on_cuda_gives_float32(dtype: torch.dtype) -> None:
     assert widens(dtype, torch.device("cuda:0"))
     torch.manual_seed(0)
     weight, bias = torch.randn(4000, 256, device="cuda").to(dtype), torch.randn(4000, device="cuda").to(dtype)
     for shape in ((1, 1), (2, 5)):
         states = torch.randn(*shape, 256, device="cuda").to(dtype)
-        for own_bias in (None, bias):
-            logits = PackedLinear(weight, own_bias, wide=True)(states)
-            exact = functional.linear(states.double(), weight.double(), None if own_bias is None else bias.double())
+        for some_bias in (None, bias):
+            logits = PackedLinear(weight, some_bias, wide=True)(states)
+            exact = functional.linear(states.double(), weight.double(), None if some_bias is None else bias.double())
             assert (logits.dtype, logits.shape) == (torch.float32, (*shape, 4000))
             torch.testing.assert_close(logits, exact.float(), rtol=1e-5, atol=1e-3)
     with_gradient = states.clone().requires_grad_(True)
@@ -494,10 +498,10 @@ def test_logits_of_half_precision_weights_are_not_rounded(dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("section", [{"kind": "firp", "layer": 2, "steps": 2}, {"kind": "medusa", "steps": 2}])
 @pytest.mark.parametrize("tree", ["static:2x1", "dynamic:4", "dynamic:4@2"])
-def test_row_bits_are_kept_where_rows_do_not_change(
+def test_decode_step_reuses_row_bits_of_static_trees(
     section: dict[str, Any], tree: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And every step's mask holds the bits of its own rows."""
+    """Every step's mask has the bits of its own rows."""
     teacher = new_teacher("llama")
     predictor = make_predictor(teacher, **section)
     spec = parse_tree(tree, predictor.steps)
@@ -512,7 +516,7 @@ def test_row_bits_are_kept_where_rows_do_not_change(
 
     monkeypatch.setattr("firp_cli.decoding.step.forward_rows", forward)
     with torch.inference_mode():
-        monkeypatch.setattr(stepper, "kernel", False)  # the prompts' masks are of another kind
+        monkeypatch.setattr(stepper, "kernel", False)  # the prompts' masks are not for the kernel
         stepper.cache.use(3)
         stepper.cache.set_lengths(torch.tensor([3, 5, 4]))
         monkeypatch.setattr(stepper, "kernel", True)
@@ -520,8 +524,8 @@ def test_row_bits_are_kept_where_rows_do_not_change(
             stepper.select(torch.arange(batch))
             for mode in ("plain", "start", "drafted", "drafted"):
                 stepper.step(12, mode)  # type: ignore[arg-type]
-                told = made[-1].at(None, made[-1].rows.shape[1])
-                assert torch.equal(told.bits, triton_attention.row_bits(made[-1].rows))  # type: ignore[union-attr]
+                tree_rows = made[-1].at(None, made[-1].rows.shape[1])
+                assert torch.equal(tree_rows.bits, triton_attention.row_bits(made[-1].rows))  # type: ignore[union-attr]
     kept = [mask.bits for mask in made]
     assert all(bits is not None for bits in (kept[0], kept[1], kept[4]))
     assert (kept[2] is not None) == (kept[3] is kept[2] is not None) == tree.startswith("static")

@@ -1,7 +1,7 @@
-"""The Triton kernel of a step's products against torch's operations in float64, interpreted or on a CUDA device.
+"""Triton kernel of a step's products against torch's operations in float64, interpreted or on a CUDA device.
 
 Triton decides at its first import whether kernels are compiled or interpreted, and transformers imports it. So
-`test_in_the_interpreter` runs `TestProducts` in a process of its own; on a CUDA device it also runs here, compiled.
+`test_in_the_interpreter` runs `TestProducts` in a separate process; on a CUDA device it also runs here, compiled.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Case:
         return functional.linear(rows, self.weight.double(), self.bias.double() if bias else None)
 
     def check_normed(self, bias: bool = True, tiles: Tiles | None = None) -> Tensor:
-        """Norm, product and gate, against float64."""
+        """Compare norm, product and gate with float64."""
         got = normed_product(
             prepare(self.rows, self.norm), self.weight, self.own_bias(bias), EPSILON, self.gated, tiles
         )
@@ -67,7 +67,7 @@ class Case:
         return got
 
     def check_added(self, bias: bool = True) -> None:
-        """PackedLinear and residual, and the rows prepared for the next norm, against float64."""
+        """Compare product and residual, and the rows prepared for the next norm, with float64."""
         residual = self.residual.clone()
         made = add_product(self.rows, self.weight, self.own_bias(bias), residual, self.following)
         expected = self.residual.double() + self.product(self.rows.double(), bias)
@@ -85,30 +85,30 @@ class Case:
 @pytest.mark.gpu
 class TestProducts:
     @pytest.mark.parametrize("bias", [False, True])
-    def test_what_stands_around_a_product_is_done(self, bias: bool) -> None:
+    def test_product_with_norm_gate_and_residual(self, bias: bool) -> None:
         Case(3, 96, 40).check_normed(bias)
         Case(3, 96, 40, gated=True).check_normed(bias)
         Case(3, 96, 40).check_added(bias)
 
     @pytest.mark.parametrize("dtype", list(TOLERANCE))
     @pytest.mark.parametrize("rows", [1, 2, 16, 17, 40, 64, 70])
-    def test_any_number_of_rows(self, rows: int, dtype: torch.dtype) -> None:
+    def test_row_counts(self, rows: int, dtype: torch.dtype) -> None:
         Case(rows, 64, 48, dtype).check_normed()
         Case(rows, 64, 48, dtype).check_added()
 
     @pytest.mark.parametrize(("inputs", "outputs"), [(20, 7), (64, 16), (100, 33), (256, 64), (512, 1), (576, 70)])
-    def test_sizes_that_no_block_divides(self, inputs: int, outputs: int) -> None:
+    def test_sizes_without_whole_blocks(self, inputs: int, outputs: int) -> None:
         Case(5, inputs, outputs).check_normed()
         Case(5, inputs, outputs, gated=True).check_normed(False)
         Case(5, inputs, outputs).check_added()
 
-    def test_tiles_change_the_order_of_sums_alone(self) -> None:
+    def test_tiles_change_rounding_only(self) -> None:
         case = Case(4, 200, 50)
         for tiles in (Tiles(16, 32, 2, 4), Tiles(32, 64, 3, 4), Tiles(64, 256, 2, 8)):
             case.check_normed(tiles=tiles)
 
-    def test_a_rows_sums_do_not_depend_on_the_other_rows(self) -> None:
-        """What a tree's node gets is what plain decoding gets, bit for bit, up to 32 rows."""
+    def test_row_sums_ignore_other_rows(self) -> None:
+        """A tree's node equals autoregressive decoding bit for bit, up to 32 rows."""
         case = Case(32, 256, 64)
         whole = normed_product(prepare(case.rows, case.norm), case.weight, case.bias, EPSILON)
         added = case.residual.clone()
@@ -120,15 +120,15 @@ class TestProducts:
             add_product(rows, case.weight, None, residual, None)
             assert torch.equal(residual, added[:, :count])
 
-    def test_rows_of_a_larger_tensor(self) -> None:
+    def test_prepare_accepts_strided_rows(self) -> None:
         case = Case(6, 64, 32)
         wide = torch.full((1, 6, 80), float("nan"), dtype=case.dtype, device=DEVICE)
         wide[:, :, :64] = case.rows
         one, two = (prepare(rows, case.norm) for rows in (wide[:, :, :64], case.rows))
         assert torch.equal(one.scaled, two.scaled) and torch.equal(one.squares, two.squares)
 
-    def test_what_one_product_prepares_the_next_one_reads(self) -> None:
-        """As `prepare` would have made it."""
+    def test_added_product_prepares_next_rows(self) -> None:
+        """The prepared rows equal those of `prepare`."""
         first, second = Case(3, 96, 64), Case(3, 64, 40)
         residual = first.residual.clone()
         made = add_product(first.rows, first.weight, first.bias, residual, second.norm)
@@ -137,22 +137,23 @@ class TestProducts:
         got = normed_product(made, second.weight, None, EPSILON)
         assert (got - expected).abs().max() <= 2e-3 * expected.abs().max()
 
-    def test_layers_decode_the_same_with_it(self) -> None:
-        """A decoding step's rows through lean layers, either way, beside torch's layers."""
+    def test_lean_layers_equal_torch_products(self) -> None:
+        """Run a decoding step's rows through lean layers with either kind of product, and through torch's."""
         import transformers
 
-        from firp_cli.teacher.attention import StepMask
+        from firp_cli.teacher.check import use_lean_layers
         from firp_cli.teacher.kv_cache import KVCache
         from firp_cli.teacher.lean_layers import LeanStack
-        from firp_cli.teacher.teacher import Teacher
+        from firp_cli.teacher.load import wrap_model
+        from firp_cli.teacher.masks import StepMask
 
         torch.manual_seed(0)
         sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
         config = transformers.Qwen3Config(**sizes, **heads, initializer_range=0.2, attention_bias=True)
         model = transformers.Qwen3ForCausalLM(config).to(DEVICE, torch.float16)
-        teacher = Teacher(model, check=False)
-        assert teacher.use_lean_layers() is None
+        teacher = wrap_model(model, check=False)
+        assert use_lean_layers(teacher) is None
         stack = teacher.stack
         assert isinstance(stack, LeanStack)
         rows, length = 5, 9
@@ -178,7 +179,7 @@ class TestProducts:
             assert (other - results[0]).abs().max() <= 2e-2 * scale
 
 
-def test_tiles_fit_the_matrix() -> None:
+def test_tiles_fit_matrix_and_memory() -> None:
     for inputs, outputs in ((576, 960), (4096, 6144), (14336, 4096), (100, 7)):
         for block in (16, 32, ROWS):
             for gated in (False, True):
@@ -190,7 +191,7 @@ def test_tiles_fit_the_matrix() -> None:
                 )
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels")
 def test_in_the_interpreter() -> None:
     run_interpreted(f"{__file__}::TestProducts")
 
@@ -198,7 +199,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="kernels are interpreted, or compiled for the device here")
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Once for all numbers of rows that share a block."""
+    """Compile one variant for all numbers of rows that share a block."""
     loaded = compile_only(monkeypatch, architecture, tmp_path, 2000 + architecture)
     for rows in (1, 3, 16):
         case, gated = Case(rows, 128, 64, torch.bfloat16), Case(rows, 128, 64, torch.bfloat16, gated=True)
