@@ -145,12 +145,12 @@ def build_by_level(nodes: int, predictor: TreePredictor, draft: Draft, root: Ten
         tokens.append(frontier_tokens)
         scores.append(frontier_scores)
         widths.append(frontier_tokens.shape[1])
-    levels, own, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
+    levels, node_numbers, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
     every = torch.cat(scores, dim=1)
     order = every[:, 1:].sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, :limit].sort(dim=1).values
     places = torch.nn.functional.pad(chosen + 1, (1, 0))  # candidate number of every node, the root first
-    node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, own.expand(batch, -1))
+    node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, node_numbers.expand(batch, -1))
     above = torch.cat(parents, dim=1).gather(1, chosen)
     parent = torch.nn.functional.pad(node_of.gather(1, above), (1, 0))
     level = levels[places]
@@ -159,14 +159,14 @@ def build_by_level(nodes: int, predictor: TreePredictor, draft: Draft, root: Ten
         parents=parent,
         depth=level,
         ancestors=_ancestors(parent, itself, steps),
-        paths=_paths(parent, level, own, steps),
+        paths=_paths(parent, level, node_numbers, steps),
         scores=every.gather(1, places),
     )
 
 
-def _paths(parents: Tensor, depth: Tensor, own: Tensor, steps: int) -> Tensor:
+def _paths(parents: Tensor, depth: Tensor, node_numbers: Tensor, steps: int) -> Tensor:
     """Return `Tree.paths` (B, N, k + 1) from parents and depth (B, N): climb from every node, then reverse."""
-    climb = [own.expand_as(parents)]
+    climb = [node_numbers.expand_as(parents)]
     for _ in range(steps):
         climb.append(parents.gather(1, climb[-1]))
     ahead = depth[:, :, None] - numbers(steps + 1, parents.device)

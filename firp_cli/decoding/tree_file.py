@@ -115,8 +115,8 @@ def _entries(path: Path, value: dict[str, Any]) -> list[TunedTree]:
 
 def update_trees(path: Path, entries: Sequence[TunedTree]) -> dict[str, Any]:
     """Return the value of a tree.json with these entries. They replace entries of the same machine, teacher, batch
-    size, temperature and nearly the same context; the default and all other entries stay. Raises UsageError where the file
-    is damaged.
+    size, temperature and nearly the same context; the default and all other entries stay. Raises UsageError where the
+    file is damaged.
     """
     value = read_tree_file(path) if path.is_file() else {}
     kept = [entry for entry in _entries(path, value) if not any(_replaces(new, entry) for new in entries)]

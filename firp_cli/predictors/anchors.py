@@ -122,7 +122,7 @@ def compare_rows(draft_logits: Tensor, teacher_logits: Tensor) -> Agreement:
 
 @torch.no_grad()
 def hits(draft_logits: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Return if the teacher's token `best` (M,) is the draft's first, and among its first five: (M,) bool each."""
+    """Return where the teacher's token `best` (M,) is the draft's first, and among its first five: (M,) bool each."""
     likeliest = draft_logits.topk(min(5, draft_logits.shape[-1]), dim=-1).indices
     return likeliest[:, 0] == best, (likeliest == best[:, None]).any(-1)
 

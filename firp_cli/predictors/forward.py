@@ -121,9 +121,9 @@ def forward_anchors(
             real = teacher.layer(index, real, real_rotary, positions, mask.real(window), kept)
         kept.recording = False
         if started:
-            own = (cosine[:, count:end], sine[:, count:end])
+            pseudo_rotary = (cosine[:, count:end], sine[:, count:end])
             rows_mask = mask.pseudo(window, started)
-            pseudo = teacher.layer(index, pseudo, own, all_positions[:, count:end], rows_mask, kept)
+            pseudo = teacher.layer(index, pseudo, pseudo_rotary, all_positions[:, count:end], rows_mask, kept)
     pseudo = pseudo.view(batch, steps, width, size)
     if on_layer:
         on_layer(teacher.num_layers, real, pseudo.transpose(1, 2))

@@ -164,7 +164,7 @@ def test_replayed_steps_write_the_same_tokens(method: str, batch: int) -> None:
     assert tapes.replayed - replayed == len(graphs.keys) - keys > 0
     sizes = [size for _, size, _ in graphs.keys[keys:]]
     assert sizes == sorted(sizes, reverse=True)
-    assert {mode for mode, _, _ in graphs.keys} == {"drafted" if METHODS[method][0] else "plain"}
+    assert {mode for mode, _, _ in graphs.keys} == {"drafted" if METHODS[method][0] else "autoregressive"}
 
 
 def test_finished_sequences_wait_until_half_of_the_batch_has() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.engine import Engine, EngineOptions
-from firp_cli.decoding.fallback import CALIBRATION, FIRST_REST, LONGEST_REST, TREES, PlainFallback, tree_fallback
+from firp_cli.decoding.fallback import CALIBRATION, FIRST_PAUSE, LONGEST_PAUSE, TREES, AutoregressiveFallback, tree_fallback
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.step import DecodeStep, Mode
 from firp_cli.decoding.tree_file import TunedTrees
@@ -40,7 +40,7 @@ from helpers.models import (
 PLAIN, DRAFTED, START = 1.0, 1.5, 1.1  # seconds of a step, by the tests' clock
 
 
-def script(guard: PlainFallback, rate: Callable[[int], float], seconds: float, steps: int) -> list[tuple[str, int]]:
+def script(guard: AutoregressiveFallback, rate: Callable[[int], float], seconds: float, steps: int) -> list[tuple[str, int]]:
     """What the guard asks for where step n would emit rate(n) tokens: runs of speculative ("s") and plain ("p") steps.
     A plain step takes a second.
     """
@@ -58,8 +58,8 @@ def test_what_never_pays_rests_longer_and_longer() -> None:
     """Six clear losses time plain steps, first a few, then enough; every try ends after six more."""
     runs = script(tree_fallback(), lambda _: 1.0, 1.5, 4000)
     early = ("s", TREES.early)
-    rests = [min(FIRST_REST * 2**time, LONGEST_REST) for time in range(8)]
-    expected = [early, ("p", CALIBRATION + FIRST_REST), *(part for rest in rests[1:] for part in (early, ("p", rest)))]
+    rests = [min(FIRST_PAUSE * 2**time, LONGEST_PAUSE) for time in range(8)]
+    expected = [early, ("p", CALIBRATION + FIRST_PAUSE), *(part for rest in rests[1:] for part in (early, ("p", rest)))]
     assert runs[:-1] == expected[: len(runs) - 1]
     assert len(runs) > 14
 
@@ -87,7 +87,7 @@ def test_timing_costs_little_where_speculation_pays() -> None:
 def test_what_was_foretold_is_believed_until_it_was_measured() -> None:
     doubtful = script(tree_fallback(1.2), lambda _: 2.0, 2.4, 200)
     assert doubtful[0] == ("s", TREES.untimed), "2.0 tokens for 1.2 plain steps"
-    assert doubtful[1] == ("p", CALIBRATION + FIRST_REST), "but a step takes 2.4"
+    assert doubtful[1] == ("p", CALIBRATION + FIRST_PAUSE), "but a step takes 2.4"
     losing = script(tree_fallback(2.4), lambda _: 2.0, 1.2, 100)
     assert losing[:2] == [("s", TREES.early), ("p", CALIBRATION)], "it loses, says the prior; not so, says the clock"
     assert tree_fallback(1.7).needed == 1.7
@@ -97,11 +97,11 @@ def test_what_was_foretold_is_believed_until_it_was_measured() -> None:
 def test_a_guard_returns_when_speculation_pays_again() -> None:
     guard = tree_fallback()
     runs = script(guard, lambda number: 1.0 if 100 <= number < 300 else 4.0, 1.5, 1200)
-    away = [number for number, (kind, count) in enumerate(runs) if kind == "p" and count >= FIRST_REST]
+    away = [number for number, (kind, count) in enumerate(runs) if kind == "p" and count >= FIRST_PAUSE]
     assert away and runs[-1][0] == "s"
     assert sum(count for kind, count in runs[away[-1] + 1 :] if kind == "s") > 500
     assert script(guard, lambda _: 1.0, 1.5, 60)[-1][0] == "p"
-    assert guard.rest <= FIRST_REST, "after it paid, the first rest is the shortest again"
+    assert guard.pause <= FIRST_PAUSE, "after it paid, the first rest is the shortest again"
 
 
 def test_a_clear_loss_stops_a_try_early_and_a_doubtful_one_runs_to_its_end() -> None:
@@ -168,9 +168,9 @@ def test_steps_launched_before_a_decision_do_not_count() -> None:
     guard = tree_fallback(1.5)
     for _ in range(TREES.early):
         guard.speculated(1.0, 1.5)
-    rest = guard.rest
+    rest = guard.pause
     guard.speculated(4.0, 1.5)
-    assert (guard.speculating, guard.rest) == (False, rest)
+    assert (guard.speculating, guard.pause) == (False, rest)
 
 
 class Clock:
@@ -179,7 +179,7 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
         self.modes: list[Mode] = []
-        self.seconds: dict[Mode, float] = {"plain": PLAIN, "start": START, "drafted": DRAFTED}
+        self.seconds: dict[Mode, float] = {"autoregressive": PLAIN, "start": START, "drafted": DRAFTED}
 
     def __call__(self) -> float:
         return self.now
@@ -243,16 +243,16 @@ def test_a_predictor_that_is_never_right(clock: Clock, batch: int, read: str, re
     assert [item.token_ids for item in got] == texts
     runs = [(mode, len(list(run))) for mode, run in groupby(clock.modes)]
     if read == "at-once":
-        rest = ("plain", FIRST_REST)
-        assert runs[:3] == [("start", 1), ("drafted", 6), ("plain", CALIBRATION + FIRST_REST)]
-        assert runs[3:6] == [("start", 1), ("drafted", 6), ("plain", 2 * rest[1])]
-    assert clock.modes.count("plain") > 0.7 * TOKENS
+        rest = ("autoregressive", FIRST_PAUSE)
+        assert runs[:3] == [("start", 1), ("drafted", 6), ("autoregressive", CALIBRATION + FIRST_PAUSE)]
+        assert runs[3:6] == [("start", 1), ("drafted", 6), ("autoregressive", 2 * rest[1])]
+    assert clock.modes.count("autoregressive") > 0.7 * TOKENS
     assert all(set(item.accepted_lengths) == {1} and item.steps == TOKENS - 1 for item in got)
     assert all(item.emitted == item.accepted_lengths for item in got)
-    assert all(item.plain == clock.modes.count("plain") for item in got) or read == "late"
+    assert all(item.plain == clock.modes.count("autoregressive") for item in got) or read == "late"
     before = len(clock.modes)
     assert [item.token_ids for item in engine.generate(prompts, TOKENS)] == texts
-    assert clock.modes[before] == "plain", "what was learnt stays: no pseudo rows behind this prompt"
+    assert clock.modes[before] == "autoregressive", "what was learnt stays: no pseudo rows behind this prompt"
 
 
 @pytest.mark.parametrize("read", ["at-once", "late"])
@@ -267,7 +267,7 @@ def test_a_predictor_that_is_always_right(clock: Clock, batch: int, read: str, r
         got = engine.generate(prompts, TOKENS)
         assert [item.token_ids for item in got] == texts
         assert sum(item.plain for item in got) <= batch * TREES.quick
-    assert clock.modes.count("plain") == TREES.quick
+    assert clock.modes.count("autoregressive") == TREES.quick
     assert clock.modes.count("start") == 3 + 1
 
 
@@ -279,7 +279,7 @@ def test_a_predictor_that_is_right_again_later(clock: Clock) -> None:
         got = engine.generate(prompts, TOKENS)[0]
         assert got.token_ids == texts[0]
     runs = [(mode, len(list(run))) for mode, run in groupby(clock.modes)]
-    assert any(mode == "plain" and count >= FIRST_REST for mode, count in runs)
+    assert any(mode == "autoregressive" and count >= FIRST_PAUSE for mode, count in runs)
     assert runs[-1][0] == "drafted"
 
 
@@ -303,9 +303,9 @@ def test_what_is_read_at_once_has_one_mode(clock: Clock, read: str, request: pyt
     modes = [mode for _, mode in unread]
     for place in range(1, len(unread)):
         assert modes[place] == modes[place - 1] or not unread[place][0]
-        assert modes[place] != "drafted" or modes[place - 1] != "plain"
+        assert modes[place] != "drafted" or modes[place - 1] != "autoregressive"
     assert max(count for count, _ in unread) == (7 if read == "late" else 3)
-    assert set(modes) == {"plain", "start", "drafted"}
+    assert set(modes) == {"autoregressive", "start", "drafted"}
 
 
 METHODS = {
@@ -318,7 +318,7 @@ METHODS = {
 }
 
 
-class Restless(PlainFallback):
+class Restless(AutoregressiveFallback):
     """Speculates and rests by dice, whatever pays."""
 
     def __init__(self, seed: int) -> None:
@@ -396,7 +396,7 @@ def test_each_mode_is_a_graph_of_its_own() -> None:
     graphs, tapes = with_graphs(engine)
     for _ in range(4):
         engine.generate(embedded_prompts(1), 60)
-    assert {mode for mode, _, _ in graphs.keys} == {"plain", "start", "drafted"}
+    assert {mode for mode, _, _ in graphs.keys} == {"autoregressive", "start", "drafted"}
     assert tapes.captured == len(set(graphs.keys))
     assert all(graphs.settled(key) for key in graphs.keys)
 
@@ -441,7 +441,7 @@ def test_tuned_trees_bring_their_times_along(clock: Clock) -> None:
         engine = guarded(clock, endless(), predictor, trees)
         clock.modes.clear()
         assert engine.generate(prompts, 100)[0].token_ids == texts[0][:100]
-        assert clock.modes.count("plain") == plain
+        assert clock.modes.count("autoregressive") == plain
 
 
 def test_plain_decoding_has_nothing_to_guard() -> None:

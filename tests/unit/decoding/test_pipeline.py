@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from firp_cli.decoding.fallback import CALIBRATION, FIRST_REST, LONGEST_REST, PlainFallback, pipeline_fallback
+from firp_cli.decoding.fallback import CALIBRATION, FIRST_PAUSE, LONGEST_PAUSE, AutoregressiveFallback, pipeline_fallback
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.speed.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.speed.tick_log import total
@@ -219,7 +219,7 @@ def test_the_guard_changes_no_token(name: str, batch: int, monkeypatch: pytest.M
     the pipeline, a window, ... By the clock of this test a tick takes as long as a plain step.
     """
     monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
-    plain = CALIBRATION + FIRST_REST
+    plain = CALIBRATION + FIRST_PAUSE
     tokens = 1 + 4 + plain + 4 + 7
     teacher = copy.copy(pipe_teacher(name)[0])
     teacher.eos_token_ids = ()
@@ -244,7 +244,7 @@ def test_the_guard_leaves_a_full_pipe_alone(name: str) -> None:
     assert all(item.pipeline is not None and item.pipeline.plain == 0 for item in got)
 
 
-def rest_of(guard: PlainFallback, seconds: float = 1.0) -> int:
+def rest_of(guard: AutoregressiveFallback, seconds: float = 1.0) -> int:
     """Plain steps of `seconds` until the guard pipelines again."""
     steps = 0
     while not guard.speculating:
@@ -253,7 +253,7 @@ def rest_of(guard: PlainFallback, seconds: float = 1.0) -> int:
     return steps
 
 
-def tick_window(guard: PlainFallback, rate: float, seconds: float) -> None:
+def tick_window(guard: AutoregressiveFallback, rate: float, seconds: float) -> None:
     """A window of ticks, unless the guard ends it."""
     for _ in range(guard.window):
         if guard.speculating:
@@ -267,18 +267,18 @@ def test_a_guards_rests_grow_until_it_pays_again() -> None:
     for _ in range(8):
         tick_window(guard, 0.25, 0.5)
         rests.append(rest_of(guard))
-    assert rests == [CALIBRATION + FIRST_REST, *(min(FIRST_REST * 2**time, LONGEST_REST) for time in range(1, 8))]
+    assert rests == [CALIBRATION + FIRST_PAUSE, *(min(FIRST_PAUSE * 2**time, LONGEST_PAUSE) for time in range(1, 8))]
     assert guard.needed == 0.5
     tick_window(guard, 0.5, 0.5)
     tick_window(guard, 0.55, 0.5)
     assert guard.speculating
     tick_window(guard, 0.0, 0.5)
-    assert rest_of(guard) == FIRST_REST, "after it paid, the first rest is the shortest again"
+    assert rest_of(guard) == FIRST_PAUSE, "after it paid, the first rest is the shortest again"
 
 
 def test_a_guard_doubts_an_empty_pipe_and_measures() -> None:
     """The same half token per tick pays where a tick is cheap, and does not where it is dear."""
-    for seconds, rest in ((0.3, CALIBRATION), (0.9, CALIBRATION + FIRST_REST)):
+    for seconds, rest in ((0.3, CALIBRATION), (0.9, CALIBRATION + FIRST_PAUSE)):
         guard = pipeline_fallback(4)
         tick_window(guard, 0.5, seconds)
         assert rest_of(guard) == rest
@@ -288,7 +288,7 @@ def test_a_guard_doubts_an_empty_pipe_and_measures() -> None:
     assert full.speculating and full.needed is None, "a full pipe is not doubted"
     unshared = pipeline_fallback(4, shared=False)
     tick_window(unshared, 0.95, 1.1)
-    assert rest_of(unshared) == CALIBRATION + FIRST_REST
+    assert rest_of(unshared) == CALIBRATION + FIRST_PAUSE
 
 
 def test_sampling_is_plain_sampling() -> None:

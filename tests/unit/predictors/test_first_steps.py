@@ -52,7 +52,7 @@ def test_the_first_steps_draft_what_they_do_among_all(section: str, steps: int) 
     """By training's forward and by decoding's: the same numbers, to the bit where nothing is computed together."""
     teacher = tiny_teacher("qwen2-window", lean=True)
     whole = make_predictor(teacher, **SECTIONS[section])
-    first = whole.first(steps)
+    first = whole.first_steps(steps)
     assert (first.steps, first.kind, first.parent_dependent) == (steps, whole.kind, whole.parent_dependent)
     assert first.transfer_layers == whole.transfer_layers[:steps]
     assert first.describe()["steps"] == steps and first.offsets == whole.offsets[:steps]
@@ -74,7 +74,7 @@ def test_the_same_states_give_the_same_drafts(section: str, steps: int) -> None:
     """What a predictor makes of given states does not depend on the steps behind: exactly."""
     teacher = tiny_teacher("llama", lean=True)
     whole = make_predictor(teacher, **SECTIONS[section])
-    first = whole.first(steps)
+    first = whole.first_steps(steps)
     generator = torch.Generator().manual_seed(3)
     final = torch.randn(5, teacher.hidden_size, generator=generator)
     pseudo = torch.randn(5, 4, teacher.hidden_size, generator=generator) if whole.transfer_layers else None
@@ -95,10 +95,10 @@ def test_the_first_steps_rows_are_those_of_all_steps(section: str) -> None:
     """Pseudo states of one node through decoding's forward and pseudo_state_maker."""
     teacher = tiny_teacher("llama", lean=True)
     whole = make_predictor(teacher, **SECTIONS[section])
-    assert torch.equal(pseudo_rows(teacher, whole.first(4)), pseudo_rows(teacher, whole))
+    assert torch.equal(pseudo_rows(teacher, whole.first_steps(4)), pseudo_rows(teacher, whole))
     for steps in (1, 2, 3):
         torch.testing.assert_close(
-            pseudo_rows(teacher, whole.first(steps)), pseudo_rows(teacher, whole)[:, :steps], rtol=1e-5, atol=1e-5
+            pseudo_rows(teacher, whole.first_steps(steps)), pseudo_rows(teacher, whole)[:, :steps], rtol=1e-5, atol=1e-5
         )
 
 
@@ -126,13 +126,13 @@ def pseudo_rows(teacher: Teacher, predictor: Predictor) -> Tensor:
 def test_the_weights_are_shared(section: str) -> None:
     teacher = tiny_teacher("llama")
     whole = make_predictor(teacher, **SECTIONS[section])
-    assert whole.first(4) is whole
-    first = whole.first(2)
+    assert whole.first_steps(4) is whole
+    first = whole.first_steps(2)
     own = {parameter.data_ptr() for parameter in first.parameters()}
     assert own < {parameter.data_ptr() for parameter in whole.parameters()}
     assert len(whole.state_dict()) == 2 * len(first.state_dict()), "the whole one keeps its steps"
     assert not first.training
-    assert first.first(1).steps == 1
+    assert first.first_steps(1).steps == 1
 
 
 def test_steps_that_cannot_be_left_out() -> None:
@@ -140,11 +140,11 @@ def test_steps_that_cannot_be_left_out() -> None:
     predictor = make_predictor(teacher, **SECTIONS["firp"])
     for steps in (0, -1, 5):
         with pytest.raises(PredictorError, match=f"1 to 4 steps, not {steps}"):
-            predictor.first(steps)
+            predictor.first_steps(steps)
     looped = looped_teacher(2, 3)
     exits = FakeExits(looped, random_prompts(1), lambda n, i: True)
     with pytest.raises(PredictorError, match="speed runs all of its steps"):
-        exits.first(1)
+        exits.first_steps(1)
 
 
 def rows_of(engine: Engine, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], tokens: int) -> list[int]:
@@ -217,7 +217,7 @@ def test_building_looks_at_the_steps_of_the_tree_alone(nodes: int) -> None:
     root = torch.tensor([4, 5])
     built = build(parse_tree(f"dynamic:{nodes}/2", 4), predictor, Draft(tokens, log_probs), root)
     cut = Draft(tokens[:, :2], log_probs[:, :2])
-    slow = build_by_level(nodes, predictor.first(2), cut, root)
+    slow = build_by_level(nodes, predictor.first_steps(2), cut, root)
     assert built.scores is not None and slow.scores is not None
     assert int(built.depth.max()) <= 2
     assert torch.equal(built.scores.sort().values, slow.scores.sort().values)
@@ -248,19 +248,19 @@ def test_plain_steps_cost_what_plain_decoding_does(section: str, monkeypatch: py
     engine = Engine(teacher, predictor, parse_tree("dynamic:4", 4))
     prompt = random_prompts(1, seed=74, low=9, high=9)[0]
     text = generate_reference(tiny_model("llama"), prompt, 8, eos_token_id=-1)
-    stepper, straight = (engine.stepper(engine.plan(1, 9, 20), 1, 40) for _ in range(2))
+    stepper, straight = (engine.stepper(engine.setup(1, 9, 20), 1, 40) for _ in range(2))
     stepper.prefill([prompt], 512)
     calls = []
     monkeypatch.setattr(predictor, "draft_hidden", lambda *_: calls.append(1))
     for length in range(8, 12):
-        stepper.step(length, "plain")
+        stepper.step(length, "autoregressive")
     monkeypatch.undo()
     assert calls == []
     stepper.step(12, "start")
     assert int(stepper.cache.lengths) == len(prompt) + 4
     straight.prefill([prompt + text[:4]], 512)
     straight.step(len(prompt) + 3, "start")
-    for one, other in zip(stepper.state(), straight.state(), strict=True):
+    for one, other in zip(stepper.buffers(), straight.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -290,8 +290,8 @@ def test_an_engine_takes_the_tuned_tree_of_the_batch() -> None:
         assert made[-1].cache.bytes() == engine.cache_bytes(count, longest, 30)
     engine.generate(prompts * 4, 3)
     assert made[-1].tree is None and made[-1].predictor is None
-    assert str(engine.plan(1, 1000, 7000).tree) == "chain/2"
-    assert str(engine.plan(1, 100, 10).tree) == "dynamic:6"
+    assert str(engine.setup(1, 1000, 7000).tree) == "chain/2"
+    assert str(engine.setup(1, 100, 10).tree) == "dynamic:6"
 
 
 def test_another_tree_gets_other_buffers_and_graphs() -> None:
