@@ -212,7 +212,9 @@ def foreseen(texts: list[list[int]], emitted: list[int], steps: int, breadth: in
             others = torch.randperm(VOCABULARY, generator=generator).tolist()
             others.remove(known)
             position, right = torch.randint(4, (2,), generator=generator).tolist()
-            tokens.append([*others[: min(position // 2, breadth - 1)], *([known] if right else []), *others[5:]][:breadth])
+            tokens.append(
+                [*others[: min(position // 2, breadth - 1)], *([known] if right else []), *others[5:]][:breadth]
+            )
     scores = 2.0 * torch.randn(len(texts), steps, breadth, generator=generator)
     return Draft(torch.tensor(tokens).view(scores.shape), scores.log_softmax(-1).sort(descending=True).values)
 

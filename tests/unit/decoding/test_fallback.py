@@ -14,7 +14,14 @@ import torch
 
 from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.engine import Engine, EngineOptions
-from firp_cli.decoding.fallback import CALIBRATION, FIRST_PAUSE, LONGEST_PAUSE, TREES, AutoregressiveFallback, tree_fallback
+from firp_cli.decoding.fallback import (
+    CALIBRATION,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    TREES,
+    AutoregressiveFallback,
+    tree_fallback,
+)
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.step import DecodeStep, Mode
 from firp_cli.decoding.tree_file import TunedTrees

@@ -11,7 +11,13 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from firp_cli.decoding.fallback import CALIBRATION, FIRST_PAUSE, LONGEST_PAUSE, AutoregressiveFallback, pipeline_fallback
+from firp_cli.decoding.fallback import (
+    CALIBRATION,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    AutoregressiveFallback,
+    pipeline_fallback,
+)
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.speed.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.speed.tick_log import total
