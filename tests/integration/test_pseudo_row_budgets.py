@@ -131,7 +131,7 @@ class ByParent:
 
 
 def ending_probabilities(predictor: Any, draft: Draft, tree: Tree, row: int) -> list[float]:
-    """Return for every node the probability, by the draft, that the accepted path reaches it and none of its children."""
+    """Return for every node the draft's probability that the accepted path reaches it and none of its children."""
     row_draft = Draft(draft.tokens[row : row + 1], draft.log_probs[row : row + 1])
     reached = [1.0]
     for node in range(1, tree.tokens.shape[1]):
@@ -223,8 +223,8 @@ def foreseen(texts: list[list[int]], emitted: list[int], steps: int, breadth: in
 @kinds
 @torch.inference_mode()
 def test_node_without_pseudo_rows_drafts_from_its_nearest_anchor(kind: str, tree: str) -> None:
-    """The next draft equals the training forward's at the nearest anchor, without the steps that are passed. If the node
-    is an anchor itself, it also equals the draft of a step in which every node is one.
+    """The next draft equals the training forward's at the nearest anchor, without the passed steps. If the node is an
+    anchor itself, it also equals the draft of a step in which every node is one.
     """
     teacher = tiny_teacher("qwen2-window", lean=True)
     predictor = make_predictor(teacher, **KINDS[kind])

@@ -209,7 +209,7 @@ def test_step_runs_only_the_pseudo_rows_that_the_tree_needs(
     ),
 )
 def test_shallow_trees_write_the_same_tokens(kind: str, tree: str, batch: int) -> None:
-    """Trained predictors: the tokens of `generate`. If every node has pseudo rows, the steps equal those of all steps."""
+    """Trained predictors: the tokens of `generate`. If every node has pseudo rows, also the same steps."""
     teacher, predictor, prompts = embedded_teacher(), embedded_predictor(kind), embedded_prompts(batch)
     spec = parse_tree(tree, 4)
     got = Engine(teacher, predictor, spec).generate(prompts, 40)

@@ -102,7 +102,7 @@ def test_pseudo_positions() -> None:
 def slow_draft_states(
     teacher: Teacher, predictor: TreePredictor, batch: SequenceBatch, row: int, anchor: int
 ) -> Tensor:
-    """Slow reference: append pseudo states after the anchor, one sequence at a time, under a causal mask of all rows."""
+    """Slow reference: append pseudo states after the anchor of one sequence, under a causal mask."""
     layers = predictor.transfer_layers
     states = batch.hidden[layers[0]][row : row + 1, : anchor + 1]
     real = states
