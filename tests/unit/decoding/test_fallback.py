@@ -51,8 +51,8 @@ AUTOREGRESSIVE, DRAFTED, START = 1.0, 1.5, 1.1  # seconds of a step, by the test
 def script(
     fallback: AutoregressiveFallback, rate: Callable[[int], float], seconds: float, steps: int
 ) -> list[tuple[str, int]]:
-    """Return runs of the speculative ("s") and autoregressive ("a") steps that the fallback asks for, where step n would
-    emit rate(n) tokens. An autoregressive step takes a second.
+    """Return the runs of speculative ("s") and autoregressive ("a") steps that the fallback asks for if step n emits
+    rate(n) tokens. An autoregressive step takes a second.
     """
     asked = []
     for number in range(steps):
