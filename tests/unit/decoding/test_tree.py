@@ -123,7 +123,7 @@ def test_breadth_is_the_most_candidates_of_a_node(spec: str, breadth: int, depth
 
 def test_invalid_budgets_are_refused() -> None:
     for budget in ("0", "x", "-1", "1.5", ""):
-        with pytest.raises(UsageError, match=r"dynamic:8@.*number of nodes with pseudo rows, at least 1"):
+        with pytest.raises(UsageError, match=r"dynamic:8@.*number of nodes with pseudo rows after @, at least 1"):
             parse_tree(f"dynamic:8@{budget}", 3)
     with pytest.raises(UsageError, match="no tree 'spiral'"):
         parse_tree("spiral@2", 3)
