@@ -15,10 +15,9 @@ import torch
 
 from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.engine import Engine, EngineOptions
-from firp_cli.decoding.sequences import OutputSequence, Writer, check_fits, check_prompts
+from firp_cli.decoding.sequences import OutputSequence, Writer, check_prompts
 from firp_cli.decoding.step import DecodeStep, DraftSetup
 from firp_cli.errors import UsageError
-from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.teacher import Teacher
 
 ADMITTED = 8  # prompts whose K/V are made in one forward
@@ -101,10 +100,7 @@ class _Admission:
     def __init__(self, engine: Engine, batch: int, longest: int) -> None:
         teacher = self.teacher = engine.teacher
         self.chunk = engine.options.prefill_chunk
-        setup = DraftSetup()
-        needed = KVCache.bytes_needed(**setup.shape.cache(teacher, batch, longest))
-        check_fits(needed, batch, longest, teacher.device)
-        self.stepper = DecodeStep(teacher, setup, engine.sampler, batch, longest)
+        self.stepper = DecodeStep(teacher, DraftSetup(), engine.sampler, batch, longest)
 
     def admit(
         self,

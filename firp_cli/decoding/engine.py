@@ -16,7 +16,7 @@ from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.cuda_graphs import CudaCapture, StepGraphs
 from firp_cli.decoding.fallback import AutoregressiveFallback, tree_fallback
 from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.sequences import OnTokens, OutputSequence, Writer, check_fits, check_prompts
+from firp_cli.decoding.sequences import OnTokens, OutputSequence, Writer, check_prompts
 from firp_cli.decoding.step import DecodeStep, DraftSetup
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree
@@ -169,8 +169,6 @@ class Engine:
             self.graphs.forget()
         del kept  # its memory is free for the new one
         capacity = self._capacity(positions)
-        needed = KVCache.bytes_needed(**setup.shape.cache(self.teacher, batch, capacity))
-        check_fits(needed, batch, capacity, self.teacher.device)
         stepper = DecodeStep(self.teacher, setup, self.sampler, batch, capacity, self._every, self._kernel)
         if self.graphs is not None:
             self.kept = stepper

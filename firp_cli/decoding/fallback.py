@@ -82,26 +82,16 @@ class AutoregressiveFallback:
         self._autoregressive: deque[float] = deque(maxlen=KEPT)  # seconds
         self._since = 0  # speculative steps since autoregressive ones were timed
         self._paid = False
-        self._pause = 0
+        self.pause = 0  # autoregressive steps until the next decision
         self._next_pause = FIRST_PAUSE
         self._tries = 0  # remaining attempts at timing; 0: speculation is given up for this pause
         self._needed_times = 0  # autoregressive steps to time
         self._stale = False  # the times so far are of another context
 
     @property
-    def window(self) -> int:
-        """Speculative steps that are judged together."""
-        return self.policy.window
-
-    @property
     def speculating(self) -> bool:
         """True while steps should be speculative."""
-        return self._pause <= 0
-
-    @property
-    def pause(self) -> int:
-        """Autoregressive steps until the next decision."""
-        return self._pause
+        return self.pause <= 0
 
     @property
     def needed(self) -> float | None:
@@ -137,13 +127,13 @@ class AutoregressiveFallback:
                 self._autoregressive.clear()
                 self._stale = False
             self._autoregressive.append(seconds)
-        self._pause -= 1
-        if self._pause > 0 or not self._tries:
+        self.pause -= 1
+        if self.pause > 0 or not self._tries:
             return
         self._tries -= 1
         missing = self._needed_times if self._stale else self._needed_times - len(self._autoregressive)
         if missing > 0 and self._tries:
-            self._pause = missing
+            self.pause = missing
             return
         self._tries, self._since = 0, 0
         needed = self.needed
@@ -159,13 +149,13 @@ class AutoregressiveFallback:
     def _time(self, steps: int) -> None:
         """Time autoregressive steps until there are `steps` of them."""
         self._needed_times, self._tries = steps, MOST_TRIES
-        self._pause = max(1, steps if self._stale else steps - len(self._autoregressive))
+        self.pause = max(1, steps if self._stale else steps - len(self._autoregressive))
 
     def _judge(self, needed: float, final: bool = False) -> None:
         """Go on, time more autoregressive steps, or pause. `final`: no more times follow."""
         loses, timed = self._loses(needed), len(self._autoregressive)
         if loses and (final or timed >= CALIBRATION):
-            self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)
+            self.pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)
             self._tries, self._since, self._paid = 0, 0, False
             self._rates.clear()
         elif loses:

@@ -23,9 +23,9 @@ class OutputRing:
         self.every = every
         self._rows = torch.zeros(2 * every, batch, 1 + width, dtype=torch.long, device=device)
         self._cursor = torch.zeros(1, dtype=torch.long, device=device)
-        self._asynchronous = device.type == "cuda"
+        self.late = device.type == "cuda"  # the host reads a group while the device works on the next one
         self._host = torch.empty(0)
-        if self._asynchronous:
+        if self.late:
             self._host = torch.empty(self._rows.shape, dtype=torch.long, pin_memory=True)
         self._copies: deque[tuple[Any, slice, torch.cuda.Event]] = deque()
         self._first = self._written = 0
@@ -35,11 +35,6 @@ class OutputRing:
         """Steps that are launched and not read."""
         copied = sum(part.stop - part.start for _, part, _ in self._copies)
         return self._written + copied
-
-    @property
-    def late(self) -> bool:
-        """True if the host reads a group while the device works on the next one."""
-        return self._asynchronous
 
     def push(self, count: Tensor, tokens: Tensor) -> None:
         """Write counts (B,) and tokens (B, P) to the next row, as part of a step."""
@@ -66,7 +61,7 @@ class OutputRing:
         part = slice(self._first, self._first + self._written)
         self._written, self._first = 0, 0 if drain else (part.stop % len(self._rows))
         ready = []
-        if not self._asynchronous:
+        if not self.late:
             ready.append((tag, self._rows[part].tolist()))
         else:
             if part.stop > part.start:

@@ -17,11 +17,8 @@ OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this st
 
 @dataclass
 class OutputSequence:
-    """One prompt's output so far.
-
-    Attributes:
-        committed: its tokens in the K/V cache. accepted_lengths: tokens of each step, up to the sequence's end.
-        autoregressive_steps: steps without a draft, with a predictor. limit: most tokens, if not the writer's.
+    """One prompt's output so far. `committed`: its tokens in the K/V cache; `autoregressive_steps`: steps without a
+    draft, with a predictor; `limit`: most tokens, if not the writer's.
     """
 
     number: int

@@ -19,6 +19,7 @@ from torch.nn.functional import embedding
 from firp_cli.decoding.accept import Accepted, accept, accept_root
 from firp_cli.decoding.output_ring import OutputRing
 from firp_cli.decoding.sampling import Sampler
+from firp_cli.decoding.sequences import check_fits
 from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anchor, numbers, root_tree
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.predictors.base import Draft, PseudoStateMaker, TreePredictor
@@ -99,6 +100,8 @@ class DecodeStep:
         setup: predictor and tree of the steps that have a draft. batch: most sequences. capacity: positions of the
             longest one.
         every: steps between two reads of the host. kernel: attention by the Triton kernel.
+
+    Raises CapacityError where the K/V cache does not fit the device.
     """
 
     def __init__(
@@ -121,7 +124,9 @@ class DecodeStep:
         self._bits: dict[tuple[int, int, int], Tensor] = {}  # graphs hold their addresses
         self._windowed = any(window is not None for window in teacher.windows)
         self._breadth = setup.tree.breadth(teacher.vocab_size) if setup.tree else 1
-        self.cache = KVCache(**setup.shape.cache(teacher, batch, capacity), device=device)
+        cache = setup.shape.cache(teacher, batch, capacity)
+        check_fits(KVCache.bytes_needed(**cache), batch, capacity, device)
+        self.cache = KVCache(**cache, device=device)
         positions = capacity + setup.shape.width + steps
         self._angles = teacher.rotary_table(positions)
         if self._angles is not None:
@@ -129,12 +134,8 @@ class DecodeStep:
             self._last_angle = len(self._angles[0]) - 1 if len(self._angles[0]) < positions else None
             self._angles = [torch.cat([part.flatten(1) for part in self._angles], dim=-1)]  # one look-up for both
         self._root = torch.zeros(batch, dtype=torch.long, device=device)
-        self._draft = Draft(self._root.new_zeros(0), torch.zeros(0, device=device))
-        if predictor is not None:
-            self._draft = Draft(
-                torch.zeros(batch, steps, self._breadth, dtype=torch.long, device=device),
-                torch.zeros(batch, steps, self._breadth, device=device),
-            )
+        shape = (batch, steps, self._breadth)  # empty without a predictor
+        self._draft = Draft(torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device))
         self.ring = OutputRing(batch, setup.shape.width, every, device)
         self._one_pass = ONE_PASS_ROWS_CUDA if device.type == "cuda" else ONE_PASS_ROWS
 

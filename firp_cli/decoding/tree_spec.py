@@ -60,8 +60,8 @@ class TreeSpec:
         return max(map(len, self.paths), default=0)
 
     def drafting(self, steps: int) -> int:
-        """Return how many of a predictor's `steps` must run. Where every node has pseudo rows, no draft uses the steps
-        that no path of the tree reaches.
+        """Return how many of a predictor's `steps` must run. If every node has pseudo rows, no draft uses the
+        steps after the deepest path.
         """
         if self.kind == "none":
             return 0
@@ -186,9 +186,8 @@ def tree_of(path: Path | str, value: dict[str, Any], steps: int) -> TreeSpec:
 
 
 def static_tree(paths: Sequence[tuple[int, ...]], steps: int, name: str = "") -> TreeSpec:
-    """Return the tree of these nodes, given as candidate positions from the root.
-
-    Raises UsageError where a parent is missing or the tree is too deep or too large.
+    """Return the tree of these candidate positions from the root. Raises UsageError where a parent is missing or the
+    tree is too deep or too large.
     """
     ordered = tuple(sorted(set(paths), key=lambda path: (len(path), path)))
     known = {(), *ordered}

@@ -1,7 +1,6 @@
-"""Draft predictors as training, evaluation and decoding see them.
+"""Interfaces of draft predictors: to training a `Predictor`, to decoding a `TreePredictor` that fills draft trees or an
+`ExitPredictor` that starts tokens early in a pipeline.
 
-`Predictor` is what all of them offer to training. Decoding knows two types: a `TreePredictor` fills draft trees, an
-`ExitPredictor` starts tokens early in a pipeline.
 Shapes: B sequences, R real rows, A anchors, k steps, s candidates per node, d hidden size, V vocabulary.
 """
 
@@ -217,10 +216,9 @@ class TreePredictor(Predictor):
         return Draft(tokens, values.clamp(max=0))  # rounding may give a probability above 1
 
     def child_candidates(self, draft: Draft, depth: int, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the candidate children at `depth` (1..k) of nodes with the tokens `parents` (B, M).
-
-        Returns tokens (B, M, s) and their log-probabilities (<= 0) given the parent (B, M, s), descending. These
-        candidates do not depend on the parent's token; a predictor whose steps do overrides this method.
+        """Return the candidate children at `depth` (1..k) of nodes with the tokens `parents` (B, M): tokens (B, M, s)
+        and their log-probabilities (<= 0) given the parent, descending. A predictor whose steps depend on the parent's
+        token overrides this method.
         """
         batch, nodes = parents.shape
         shape = (batch, nodes, draft.tokens.shape[-1])
@@ -228,9 +226,7 @@ class TreePredictor(Predictor):
 
 
 class ExitPredictor(Predictor):
-    """A predictor of early exits: after an exit loop it predicts the next token, which a pipeline starts at once.
-
-    Its steps are its exits: all compare with the teacher's row at the anchor itself.
+    """A predictor of early exits, its steps: after an exit loop it predicts the next token, which a pipeline starts.
 
     Attributes:
         loops: r. exits: the loops after which it predicts. grouping: loops of a teacher without sharing.
@@ -270,11 +266,7 @@ class ExitPredictor(Predictor):
 
 
 class LinearMapPredictor(Predictor):
-    """A predictor with one linear map (d, d) per step, started at the identity, at random or at its ridge solution.
-
-    Attributes:
-        maps: the linear layers, one per step.
-    """
+    """A predictor with one linear map (d, d) per step, started at the identity, at random or at its ridge solution."""
 
     def __init__(self, config: PredictorSection, steps: int, size: int, bias: bool) -> None:
         super().__init__(config, steps)
@@ -300,9 +292,8 @@ class LinearMapPredictor(Predictor):
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` largest of (..., V), in descending order, and their indices.
-
-    Equals `topk` with half of its kernels on a CUDA device: it takes the largest of each part, then of these.
+    """Return the `count` largest of (..., V), in descending order, and their indices. Equals `topk` with half of its
+    kernels on a CUDA device: it takes the largest of each part, then of these.
     """
     size = values.shape[-1]
     parts = max(number for number in range(1, MOST_PARTS + 1) if size % number == 0)

@@ -37,7 +37,7 @@ class LateRing(OutputRing):
 
     def __init__(self, batch: int, width: int, every: int, device: torch.device) -> None:
         super().__init__(batch, width, every, device)
-        self._asynchronous, self._host = True, torch.zeros_like(self._rows)
+        self.late, self._host = True, torch.zeros_like(self._rows)
 
 
 class Tapes:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from firp_cli.decoding.fallback import AutoregressiveFallback, pipeline_fallback
+from firp_cli.decoding.fallback import pipeline_fallback
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import OnTokens, OutputSequence, Writer, check_fits, check_prompts
 from firp_cli.decoding.speed.stage_cache import StageCache
@@ -65,9 +65,8 @@ class PipelineEngine:
         self.sampler = Sampler(temperature, top_p, seed, teacher.device)
         groups = layer_groups(self.boundaries, teacher.num_layers, teacher.looped)
         self.groups = [part for group in groups if (part := group.within(self.stages.mine))]
-        self.fallback: AutoregressiveFallback | None = None
-        if guard and self.stages.size == 1 and self.loops > 1:
-            self.fallback = pipeline_fallback(self.loops, shared=teacher.looped is not None)
+        guarded = guard and self.stages.size == 1 and self.loops > 1
+        self.fallback = pipeline_fallback(self.loops, shared=teacher.looped is not None) if guarded else None
         device, mine, looped = teacher.device, self.stages.mine, teacher.looped
         exits = list(enumerate(predictor.exits)) if predictor else []
         self.places = [place for place, loop in exits if loop - 1 in mine]  # exits of this process
@@ -133,10 +132,8 @@ def pad_rows(table: Tensor, count: int) -> Tensor:
 class PipelineRun:
     """One batch in the pipeline.
 
-    Attributes:
-        position, expected: (r, B) for each stage its token's position, and the token that its successor was started
-            from (EMPTY: none).
-        hidden: (n, B, d), enters this process's stages in the next tick.
+    `position` and `expected` (r, B) are each stage's token's position and the token that its successor was started from
+    (EMPTY: none). `hidden` (n, B, d) enters this process's stages in the next tick.
     """
 
     def __init__(self, engine: PipelineEngine, cache: StageCache, sequences: list[OutputSequence]) -> None:

@@ -17,16 +17,13 @@ from firp_cli.errors import UsageError
 
 
 class PipelineStages:
-    """This rank's part of a pipeline of `loops` stages. A single rank runs them all and sends nothing.
-
-    Attributes:
-        mine: the stages of this rank.
-    """
+    """Stages `mine` of this rank, of a pipeline of `loops` stages. A single rank runs them all and sends nothing."""
 
     def __init__(self, loops: int, rank: int = 0, size: int = 1) -> None:
         if size > loops:
             raise UsageError(f"{size} ranks are too many: the pipeline has {loops} stages, so at most {loops}")
         self.loops, self.rank, self.size = loops, rank, size
+        self.first, self.last = rank == 0, rank == size - 1
         length, longer = divmod(loops, size)
         starts = [length * place + min(place, longer) for place in range(size + 1)]
         self._parts = [range(first, last) for first, last in pairwise(starts)]
@@ -36,14 +33,6 @@ class PipelineStages:
         """Return the layers that this rank's stages run, of a teacher whose loops end at `boundaries`."""
         start = boundaries[self.mine.start - 1] if self.mine.start else 0
         return range(start, num_layers if self.last else boundaries[self.mine.stop - 1])
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def last(self) -> bool:
-        return self.rank == self.size - 1
 
     def pass_on(self, state: Tensor) -> Tensor | None:
         """Send a state to the next rank and return the previous rank's of the same shape; None on the first rank."""

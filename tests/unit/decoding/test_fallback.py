@@ -344,10 +344,10 @@ class Restless(AutoregressiveFallback):
 
     def speculated(self, rate: float, seconds: float | None) -> None:
         if self.speculating and self.dice.random() < 0.4:
-            self._pause = self.dice.randint(1, 4)
+            self.pause = self.dice.randint(1, 4)
 
     def decoded(self, seconds: float | None) -> None:
-        self._pause -= 1
+        self.pause -= 1
 
 
 @cache

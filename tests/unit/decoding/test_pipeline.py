@@ -257,7 +257,7 @@ def pause_of(fallback: AutoregressiveFallback, seconds: float = 1.0) -> int:
 
 def tick_window(fallback: AutoregressiveFallback, rate: float, seconds: float) -> None:
     """Record a window of ticks, or fewer if the fallback pauses them."""
-    for _ in range(fallback.window):
+    for _ in range(fallback.policy.window):
         if fallback.speculating:
             fallback.speculated(rate, seconds)
 
