@@ -38,8 +38,8 @@ class PipelineTrace:
 
     Attributes:
         loops: r. exits: the loops that predict.
-        ticks: passes of the pipeline. left: tokens that it emitted. plain: tokens that were decoded one by one because
-            the pipeline did not pay.
+        ticks: passes of the pipeline. left: tokens that it emitted. autoregressive_tokens: tokens decoded outside it,
+            because it was slower.
         started: tokens that entered. flushes: times that a changed prediction threw younger tokens out. flushed: how
             many it threw out.
         corrected: tokens of `left` whose early prediction of the next token was changed later on.
@@ -51,7 +51,7 @@ class PipelineTrace:
     exits: list[int]
     ticks: int = 0
     left: int = 0
-    plain: int = 0
+    autoregressive_tokens: int = 0
     started: int = 0
     flushes: int = 0
     flushed: int = 0
@@ -62,25 +62,23 @@ class PipelineTrace:
 
 @dataclass
 class Generation:
-    """What one method wrote after one prompt.
+    """Answer of one method to one prompt.
 
-    `accepted_lengths` has one entry per decoding step after prefill: tokens that the step emitted, bonus included
-    (1 for plain decoding). The first new token comes from prefill and belongs to no step, so
-    `len(token_ids) == 1 + sum(accepted_lengths)` unless the last step was cut by EOS, a stop string or the limit.
-    `emitted` says where each run ended: tokens emitted by each step after that cut.
+    `accepted_lengths` has one entry per decoding step after prefill: the tokens that the step emitted, bonus included
+    (1 in autoregressive decoding), up to the answer's end. The first new token comes from prefill and belongs to no
+    step, so `len(token_ids) == 1 + sum(accepted_lengths)`.
     """
 
     prompt_tokens: int
     token_ids: list[int]
     steps: int
     accepted_lengths: list[int]
-    emitted: list[int]
     prefill_seconds: float
     decode_seconds: float
     finish_reason: str  # "eos", "stop" or "length"
     text: str = ""
     pipeline: PipelineTrace | None = None  # for SPEED: a step is a tick, which emits one token or none
-    plain: int = 0  # steps that did not draft, since drafting did not pay
+    autoregressive_steps: int = 0  # steps without a draft, since drafting was slower
 
 
 @dataclass

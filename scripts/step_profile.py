@@ -30,7 +30,7 @@ from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.output_ring import OutputRing
 from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.step import DecodeStep, cache_shape
+from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import default_tree, parse_tree
 from firp_cli.errors import FirpError
 from firp_cli.evaluation.environment import measurement_environment
@@ -122,7 +122,7 @@ class StepClock:
 @contextmanager
 def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
     """Wrap the functions that a step calls, and restore them at the end."""
-    predictor, teacher = engine.plan(1, 1, 1).predictor, engine.teacher
+    predictor, teacher = engine.setup(1, 1, 1).predictor, engine.teacher
     wrapped: list[tuple[Any, str, str]] = [
         (teacher.stack, "layer", LAYERS),
         (teacher, "embed", EMBED),
@@ -295,7 +295,7 @@ def summarise(subject: Subject, wrapper: float) -> Profile:
     add up to a step. The faster half of the steps is used whole instead.
     """
     clock, engine = subject.clock, subject.engine
-    plan = engine.plan(1, 1, 1)
+    setup = engine.setup(1, 1, 1)
     if not clock.steps:
         raise FirpError(f"{subject.method} made no decoding step: the answers have one token")
     ordered = sorted(clock.steps, key=sum)
@@ -310,7 +310,7 @@ def summarise(subject: Subject, wrapper: float) -> Profile:
     return Profile(
         method=subject.method,
         tree=str(engine.tree) if engine.tree else "-",
-        rows=cache_shape(engine.teacher, plan.predictor, plan.tree, 1, 1)["scratch"],
+        rows=setup.shape.rows,
         steps=count,
         tokens_per_step=subject.emitted / count,
         plain=median(subject.plain) * 1e6,

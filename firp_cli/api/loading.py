@@ -12,7 +12,7 @@ import torch
 from firp_cli.assets import DEFAULT_TEACHER, nearest
 from firp_cli.config import TeacherConfig
 from firp_cli.decoding.engine import EngineOptions
-from firp_cli.decoding.speed.stages import Ranks
+from firp_cli.decoding.speed.stages import PipelineStages
 from firp_cli.decoding.tree_file import TunedTrees, read_trees
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree
 from firp_cli.errors import FingerprintError, TeacherError, UsageError
@@ -85,7 +85,7 @@ def load_named_teacher(
 def share_teacher(teacher: Teacher, predictor: Path, rank: int, ranks: int, choice: LayerChoice | None = None) -> None:
     """Keep only the layers that this rank's stages of the predictor's pipeline run, and move them to its device."""
     loops = len(teacher.boundaries(read_config(predictor)["predictor"].get("loops")))
-    part = Ranks(loops, rank, ranks)
+    part = PipelineStages(loops, rank, ranks)
     teacher.release(part.layers(teacher.boundaries(None if teacher.looped else loops), teacher.num_layers))
     teacher.model.to(default_device())
     (choice or LayerChoice()).apply(teacher)

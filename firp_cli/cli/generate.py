@@ -223,7 +223,7 @@ def _record(result: Generation) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "text": result.text,
         "steps": result.steps,
-        "accepted_lengths": result.emitted,
+        "accepted_lengths": result.accepted_lengths,
         "finish_reason": result.finish_reason,
         "prefill_seconds": result.prefill_seconds,
         "decode_seconds": result.decode_seconds,
@@ -244,16 +244,16 @@ def _write_lines(output: Path | None, results: list[Generation]) -> None:
 def _summary(results: list[Generation]) -> str:
     tokens = sum(len(result.token_ids) for result in results)
     steps = sum(result.steps for result in results)
-    decoded = sum(sum(result.emitted) for result in results)
+    decoded = sum(sum(result.accepted_lengths) for result in results)
     seconds = sum(result.decode_seconds for result in results)
     prefill = sum(result.prefill_seconds for result in results)
     speed = f"{decoded / seconds:.1f} tokens/s" if seconds and decoded else "no decoding step"
     pipelines = [result.pipeline for result in results if result.pipeline]
     name, length = "steps", f"accepted length {decoded / steps:.2f}" if steps else "accepted length -"
-    if plain := sum(result.plain for result in results):
+    if plain := sum(result.autoregressive_steps for result in results):
         length += f" ({plain} steps plain, since drafting did not pay)"
     if pipelines and steps:
-        plain = sum(trace.plain for trace in pipelines)
+        plain = sum(trace.autoregressive_tokens for trace in pipelines)
         name, length = "ticks", f"{decoded / steps:.2f} tokens per tick"
         length += f" ({plain} of them decoded plainly, since the pipeline did not pay)" if plain else ""
     return f"{tokens} tokens in {steps} {name}, {length}, {speed}, prefill {prefill:.2f} s"

@@ -1,8 +1,8 @@
-"""Acceptance: which path of a draft tree the teacher's own choices follow.
+"""Acceptance: the path of a draft tree that the teacher's own choices follow.
 
-`targets` holds, for every node, the token that the teacher puts after it: its argmax, or one draw from its distribution
-at temperature > 0. Descending while a child carries that token emits exactly what plain decoding would have chosen or
-drawn, whatever the draft was.
+`targets` is, for every node, the token that the teacher puts after it: its argmax, or one draw from its distribution at
+temperature > 0. Descending while a child carries that token emits exactly the tokens that autoregressive decoding
+chooses or draws, for any draft.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Accepted:
 
     Attributes:
         count: (B,) accepted drafted tokens a. node: (B,) the deepest accepted node.
-        path: (B, P) node numbers root..node in [0, a], then that node again. P = depth of the tree + 1.
-        tokens: (B, P) emitted tokens: a drafted ones, the bonus token at [a], which repeats.
+        path: (B, P) node numbers root..node at [0, a], then that node again. P = depth of the tree + 1.
+        tokens: (B, P) emitted tokens: a drafted ones, then the bonus token, repeated.
         bonus: (B,) the next root.
     """
 
@@ -34,18 +34,18 @@ class Accepted:
 
 
 def accept(tree: Tree, targets: Tensor, depth: int) -> Accepted:
-    """Descend the tree along `targets` (B, N). `depth` is the tree's greatest depth, known on the host."""
+    """Descend the tree along `targets` (B, N). `depth` is the tree's greatest depth, which the host knows."""
     misses = tree.tokens != targets.gather(1, tree.parents)
-    cut = (misses[:, None, 1:] & tree.ancestors[:, :, 1:]).any(-1)  # a miss on the way; the root cannot be one
+    cut = (misses[:, None, 1:] & tree.ancestors[:, :, 1:]).any(-1)  # a miss on the node's path; the root is none
     count, node = tree.depth.masked_fill(cut, -1).max(dim=1)
     width = min(depth + 1, tree.tokens.shape[1])
     index = node[:, None, None].expand(-1, 1, tree.paths.shape[2])
     path = tree.paths.gather(1, index)[:, 0, :width]
-    chosen = targets.gather(1, path)  # what a node's target is, the next node of the path holds
+    chosen = targets.gather(1, path)  # an accepted child's token is its parent's target
     return Accepted(count, node, path, chosen, chosen.gather(1, count[:, None])[:, 0])
 
 
 def accept_root(targets: Tensor) -> Accepted:
-    """`accept` for a tree of the root alone (`targets` (B, 1)): nothing was drafted, the target is the bonus token."""
+    """Accept for a tree of the root alone (`targets` (B, 1)): there is no draft, the target is the bonus token."""
     nothing = torch.zeros_like(targets[:, 0])
     return Accepted(nothing, nothing, nothing[:, None], targets, targets[:, 0])

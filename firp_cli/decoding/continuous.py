@@ -1,8 +1,8 @@
-"""Plain greedy decoding of many prompts: a finished sequence's place in the batch goes to the next prompt at once.
+"""Autoregressive greedy decoding of many prompts: the next prompt takes a finished sequence's place in the batch.
 
-A batch that waits for its longest answer decodes ever fewer rows, and a step of few rows takes hardly less time than
-one of many. Here the batch stays full until no prompt is left (continuous batching: Yu et al., Orca, OSDI 2022). The
-K/V of a new prompt are made in a small cache and copied to the free place, so that steps keep their shapes.
+A batch that waits for its longest answer decodes fewer and fewer rows, and a step of few rows takes hardly less time
+than one of many. Here the batch stays full until no prompt remains (continuous batching: Yu et al., Orca, OSDI 2022).
+The K/V of a new prompt are made in a small cache and copied to the free place, so that steps keep their shapes.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from dataclasses import dataclass
 import torch
 
 from firp_cli.decoding.batch import DecodeBatch
-from firp_cli.decoding.engine import Engine, EngineOptions, Plan
-from firp_cli.decoding.sequences import OutputSequence, Writer, check_fits, check_prompts
-from firp_cli.decoding.step import DecodeStep, cache_shape
+from firp_cli.decoding.engine import Engine, EngineOptions
+from firp_cli.decoding.sequences import OutputSequence, Writer, check_prompts
+from firp_cli.decoding.step import DecodeStep, DraftSetup
 from firp_cli.errors import UsageError
-from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.teacher import Teacher
 
-INTAKE = 8  # prompts whose K/V are made in one forward
+ADMITTED = 8  # prompts whose K/V are made in one forward
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What was written after prompt `number`. `finite`: False where the teacher's states are NaN or infinite."""
+    """Answer to prompt `number`. `finite`: False where the teacher's states are NaN or infinite."""
 
     number: int
     token_ids: list[int]
@@ -37,7 +36,7 @@ class ContinuousBatcher:
     """Decodes any number of prompts in one full batch.
 
     Args:
-        options: how steps are run; what comes out does not depend on it.
+        options: execution of the steps; the tokens do not depend on it.
     """
 
     def __init__(self, teacher: Teacher, options: EngineOptions | None = None) -> None:
@@ -45,28 +44,28 @@ class ContinuousBatcher:
         self.engine = Engine(teacher, options=options)
 
     def forget(self) -> None:
-        """Let go of the cache and the graphs that are kept for the next call."""
+        """Free the cache and the graphs that are kept for the next call."""
         self.engine.kept = None
         if self.engine.graphs is not None:
             self.engine.graphs.forget()
 
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], batch_size: int) -> Iterator[Decoded]:
-        """Each prompt's greedy continuation (EOS included) of at most its own limit, in the order in which they end.
+        """Yield each prompt's greedy continuation (EOS included) of at most its own limit, in the order of their ends.
 
-        Prompts are taken in their order; those of similar lengths side by side waste least. Sequences that have not
-        come out when an error is raised are among the first `batch_size` that are missing.
+        Prompts are taken in order; neighbours of similar lengths waste least. The sequences in the batch when an error
+        is raised are among the first `batch_size` missing ones.
 
-        Raises UsageError on a prompt or limit that cannot be, CapacityError when a prompt and its answer exceed the
-        teacher's context or the batch the device's memory.
+        Raises UsageError on an invalid prompt or limit, CapacityError when a prompt and its answer exceed the teacher's
+        context or the batch exceeds the device's memory.
         """
         if not prompts:
             return
         longest = max(map(len, prompts))
         positions = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         batch = min(batch_size, len(prompts))
-        intake = _Admission(self.engine, min(batch, INTAKE), longest)
-        stepper = self.engine.stepper(Plan(), batch, positions)
+        admission = _Admission(self.engine, min(batch, ADMITTED), longest)
+        stepper = self.engine.stepper(DraftSetup(), batch, positions)
         stepper.cache.use(batch)
         stepper.ring.reset()
         run = DecodeBatch(stepper, [], Writer(self.teacher, max(limits)), self.engine.graphs)
@@ -75,16 +74,16 @@ class ContinuousBatcher:
         while True:
             free = free[: len(waiting)]
             fresh = [waiting.popleft() for _ in free]
-            for start in range(0, len(fresh), INTAKE):
-                part = slice(start, start + INTAKE)
-                intake.admit(stepper, free[part], fresh[part], prompts, limits)
+            for start in range(0, len(fresh), ADMITTED):
+                part = slice(start, start + ADMITTED)
+                admission.admit(stepper, free[part], fresh[part], prompts, limits)
             for place, number in zip(free, fresh, strict=True):
                 count = len(prompts[number])
                 live[place] = OutputSequence(number, count, count - 1, limit=limits[number])
-            run.live = [live[place] for place in range(len(live))]  # launched steps keep the list that was
+            run.live = [live[place] for place in range(len(live))]  # unread steps keep the previous list
             if not run.leave():
                 return
-            known = {item.number for item in run.live if item.finish_reason}  # with graphs they leave by and by
+            known = {item.number for item in run.live if item.finish_reason}  # with graphs they stay for a while
             free = []
             while not free:
                 run.advance()
@@ -96,14 +95,12 @@ class ContinuousBatcher:
 
 
 class _Admission:
-    """Makes the K/V of new prompts in a cache of `batch` sequences and hands them to a running batch."""
+    """Prefill of new prompts in a cache of `batch` sequences, from which a running batch takes them."""
 
     def __init__(self, engine: Engine, batch: int, longest: int) -> None:
         teacher = self.teacher = engine.teacher
         self.chunk = engine.options.prefill_chunk
-        shape = cache_shape(teacher, None, None, batch, longest)
-        check_fits(KVCache.bytes_needed(**shape), batch, longest, teacher.device)
-        self.stepper = DecodeStep(teacher, None, None, engine.sampler, batch, longest)
+        self.stepper = DecodeStep(teacher, DraftSetup(), engine.sampler, batch, longest)
 
     def admit(
         self,
@@ -113,7 +110,7 @@ class _Admission:
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
     ) -> None:
-        """Let prompts `numbers` start at `places` of the running batch. Raises UsageError, CapacityError."""
+        """Start prompts `numbers` at `places` of the running batch. Raises UsageError, CapacityError."""
         for number in numbers:
             check_prompts(self.teacher, [prompts[number]], limits[number])
             if not 0 <= min(prompts[number]) <= max(prompts[number]) < self.teacher.vocab_size:

@@ -1,8 +1,8 @@
-"""CUDA graphs of decoding steps: captured when a step comes back, replayed from then on.
+"""CUDA graphs of decoding steps: captured when a step is run a second time, replayed from then on.
 
-A step works in place on tensors that keep their addresses, so a replay continues where the last one stopped. What a
-graph is for is the caller's key: mode, batch, and bound of the lengths. A step that cannot be captured is an error that
-names what broke it, and leaves the process as it was: to decode without graphs is the user's decision.
+A step works in place on tensors that keep their addresses, so a replay continues where the last one stopped. The caller
+names a graph by a key: mode, batch, and bound of the lengths. A step that cannot be captured raises an error with the
+cause and leaves the process as it was: decoding without graphs is the user's decision.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class CaptureError(TeacherError):
 
 
 def bucket(length: int) -> int:
-    """The length that a graph is captured for where attention reads a dense mask: the next power of two, at least
+    """Return the length for which a graph with a dense attention mask is captured: the next power of two, at least
     SMALLEST_BUCKET. The attention kernel reads true lengths, and one graph at the cache's capacity serves them all.
     """
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 class StepGraphs:
-    """Replays steps by key. The first time a key runs eagerly, which makes its constants and compiles its kernels;
-    the second time it is captured.
+    """Replays of steps by key. The first run of a key is eager, which makes its constants and compiles its kernels; the
+    second one is captured.
 
     Args:
         capture: makes a replay from a step, `CudaCapture` on CUDA devices.
-        limit: graphs kept; the least recently used one goes first.
+        limit: most graphs in memory; the least recently used one is dropped first.
     """
 
     def __init__(self, capture: Callable[[Step], Step], limit: int = MOST_GRAPHS) -> None:
@@ -57,11 +57,11 @@ class StepGraphs:
         self._replays.get(key, step)()
 
     def settled(self, key: Hashable) -> bool:
-        """True where running this key costs what it will cost again: it is neither new nor about to be captured."""
+        """Return True if a run of this key takes its usual time: it is neither eager nor captured."""
         return key in self._replays
 
     def forget(self) -> None:
-        """Drop all graphs: the tensors that they work on are going."""
+        """Drop all graphs, before the tensors that they work on are freed."""
         self._replays.clear()
         self._seen.clear()
         if isinstance(self._capture, CudaCapture):
@@ -72,25 +72,25 @@ class CudaCapture:
     """Captures steps into graphs that share one memory pool: they never run at the same time.
 
     Args:
-        generators: random states that steps draw from; a replay draws anew.
+        generators: random states that steps draw from; every replay draws new numbers.
     """
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
         self._device, self._generators = device, list(generators)
-        self._stream = torch.cuda.Stream(device)  # the same for all: a pool's memory is a stream's own
+        self._stream = torch.cuda.Stream(device)  # the same for all: a pool's memory belongs to one stream
         self.reset()
 
     def reset(self) -> None:
-        """A new pool: the graphs of the old one are gone."""
+        """Start a new pool, after the graphs of the old one were dropped."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step) -> Step:
-        """A replay of the step. Raises CaptureError where it cannot be captured; the next capture starts afresh."""
+        """Return a replay of the step. Raises CaptureError if that fails; the next capture is not affected."""
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
         try:
-            # in inference mode, as decoding runs: a graph's random state made there takes no update from outside it
+            # in inference mode, as decoding: a graph's random state made in it cannot be updated outside it
             with torch.inference_mode(), torch.cuda.device(self._device), self._recording(graph):
                 step()
         except RuntimeError as error:
@@ -106,8 +106,8 @@ class CudaCapture:
 
     @contextlib.contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Record what runs here. As `torch.cuda.graph`, but the stream is put back where the end of a broken capture
-        raises, and what other threads do is no part of it.
+        """Record the operations of this context. As `torch.cuda.graph`, but it restores the stream where the end of a
+        broken capture raises, and does not record other threads.
         """
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -116,14 +116,14 @@ class CudaCapture:
             try:
                 yield
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # the capture is broken, and says so once more
+                with contextlib.suppress(RuntimeError):  # a broken capture raises again at its end
                     graph.capture_end()
                 raise
             graph.capture_end()
 
     def _heal(self) -> None:
-        """Undo what a failed capture leaves behind: torch ends neither the allocator's recording nor the random
-        generators', and every later draw would raise.
+        """Undo a failed capture: torch ends neither the allocator's recording nor the random generators', and every
+        later draw would raise.
         """
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
         end = getattr(torch._C, "_cuda_endAllocateToPool", None)

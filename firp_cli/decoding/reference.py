@@ -1,4 +1,4 @@
-"""The oracle: greedy decoding with the model's own forward: no cache, no tree, one token at a time."""
+"""Reference for tests: greedy decoding with the model's own forward, without cache or tree, one token at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from firp_cli.teacher.teacher import Teacher
 
 @torch.no_grad()
 def greedy(teacher: Teacher, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-    """New tokens after `prompt`, EOS included, from a whole forward for each of them."""
+    """Return the new tokens after `prompt`, EOS included, from a whole forward for each of them."""
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         ids = torch.tensor([tokens], device=teacher.device)

@@ -13,7 +13,7 @@ from firp_cli.errors import UsageError
 class Sampler:
     """Chooses the teacher's token at every node: argmax at temperature 0, else a draw after temperature and top-p.
 
-    The warping is the library's own, in the order that its `generate` applies. Raises UsageError.
+    The warpers are transformers' own, in the order of its `generate`. Raises UsageError.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device) -> None:
@@ -30,13 +30,13 @@ class Sampler:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """float32 logits (B, N, V) to tokens (B, N)."""
+        """Choose tokens (B, N) from float32 logits (B, N, V)."""
         if self.greedy:
-            return logits.max(-1).indices  # as argmax, which takes one core for few rows on a CPU
+            return logits.max(-1).indices  # `argmax` uses one core for few rows on a CPU
         scores = logits.flatten(0, 1)
         for warp in self._warpers:
             scores = warp(None, scores)
         probabilities = scores.softmax(-1)
-        # the first of independent exponential clocks to ring, at these rates, is a draw; `multinomial` asks the host
+        # the first of independent exponential clocks with these rates is a draw; `multinomial` would wait for the host
         clocks = torch.empty_like(probabilities).exponential_(generator=self.generator)
         return (probabilities / clocks).argmax(-1).view(logits.shape[:2])

@@ -1,4 +1,4 @@
-"""What every decoding loop keeps on the host about its prompts: tokens written so far, and where each sequence ends."""
+"""Output sequences on the host, for every decoding loop: the tokens written so far, and where each sequence ends."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from firp_cli.machine import free_bytes, readable_bytes
 from firp_cli.results import Generation, PipelineTrace
 from firp_cli.teacher.teacher import Teacher
 
-OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this step, how many of them were drafted)
+OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this step, number of drafted ones)
 
 
 @dataclass
 class OutputSequence:
-    """One prompt's output so far. `committed`: its tokens in the K/V cache; `plain`: steps that did not draft where
-    others did; `limit`: tokens at most, where it is not the writer's.
+    """One prompt's output so far. `committed`: its tokens in the K/V cache; `autoregressive_steps`: steps without a
+    draft, with a predictor; `limit`: most tokens, if not the writer's.
     """
 
     number: int
@@ -26,16 +26,15 @@ class OutputSequence:
     committed: int = 0
     tokens: list[int] = field(default_factory=list)
     accepted_lengths: list[int] = field(default_factory=list)
-    emitted: list[int] = field(default_factory=list)
     finish_reason: str = ""
     decode_seconds: float = 0.0
     trace: PipelineTrace | None = None
-    plain: int = 0
+    autoregressive_steps: int = 0
     limit: int | None = None
 
 
 class Writer:
-    """Appends tokens to sequences and says where they end: EOS, a stop string, or the limit."""
+    """Appends tokens to sequences up to their ends: EOS, a stop string, or the limit."""
 
     def __init__(
         self, teacher: Teacher, max_new_tokens: int, stop: Sequence[str] = (), on_tokens: OnTokens | None = None
@@ -43,7 +42,7 @@ class Writer:
         self.teacher, self.max_new_tokens, self.stop, self.on_tokens = teacher, max_new_tokens, stop, on_tokens
 
     def write(self, item: OutputSequence, tokens: list[int], drafted: int) -> int:
-        """Append the tokens of a step up to the sequence's end and tell the listener; returns how many were kept."""
+        """Append the tokens of a step up to the sequence's end, call `on_tokens`, and return how many were kept."""
         kept = self._append(item, tokens)
         if self.on_tokens:
             self.on_tokens(item.number, tokens[:kept], min(drafted, kept))
@@ -63,26 +62,25 @@ class Writer:
         return len(tokens)
 
     def _stopped(self, tokens: list[int]) -> bool:
-        """True once the text ends in or just passed a stop string. A token may be as short as one byte of it."""
+        """Return True if the end of the text contains a stop string. A token may be as short as one byte of it."""
         window = 4 * max(map(len, self.stop)) + 8
         tail = self.teacher.tokenizer.decode(tokens[-window:])
         return any(text in tail for text in self.stop)
 
     def generation(self, item: OutputSequence, prefill_seconds: float) -> Generation:
-        """The finished sequence as a record."""
+        """Return the record of a finished sequence."""
         tokenizer = self.teacher.tokenizer
         return Generation(
             prompt_tokens=item.prompt_tokens,
             token_ids=item.tokens,
             steps=len(item.accepted_lengths),
             accepted_lengths=item.accepted_lengths,
-            emitted=item.emitted,
             prefill_seconds=prefill_seconds,
             decode_seconds=item.decode_seconds,
             finish_reason=item.finish_reason,
             text=tokenizer.decode(item.tokens, skip_special_tokens=True) if tokenizer else "",
             pipeline=item.trace,
-            plain=item.plain,
+            autoregressive_steps=item.autoregressive_steps,
         )
 
 
@@ -96,7 +94,7 @@ def check_prompts(teacher: Teacher, prompts: Sequence[Sequence[int]], max_new_to
         if len(prompt) + max_new_tokens > teacher.max_positions:
             raise CapacityError(
                 f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones are asked for, the "
-                f"teacher's context holds {teacher.max_positions}; shorten it, ask for fewer, or skip it"
+                f"teacher's context holds {teacher.max_positions}; shorten the prompt, ask for fewer, or skip it"
             )
 
 

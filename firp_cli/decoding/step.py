@@ -1,14 +1,16 @@
-"""One decoding step on the device: tree, forward, acceptance, K/V, next root, next draft (DESIGN section 2).
+"""One decoding step on the device: tree, forward, acceptance, next root and draft, K/V.
 
-A step works in place on tensors that keep their addresses and asks the host nothing, so it can be captured as a CUDA
-graph. Plain decoding is the same step with a tree of one node, so a speedup compares like with like.
-Shapes: B sequences, N nodes, k steps, A nodes with pseudo rows, M = N + kA rows, P = deepest path, root included.
+A step works in place on tensors that keep their addresses and reads nothing back to the host, so CUDA graphs can
+capture it. Autoregressive decoding is the same step with a tree of one node, so a speedup compares like with like.
+Shapes: B sequences, N nodes, k draft steps, A anchors (nodes with pseudo rows), M = N + kA rows, P = longest path of
+the tree, root included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,68 +19,124 @@ from torch.nn.functional import embedding
 from firp_cli.decoding.accept import Accepted, accept, accept_root
 from firp_cli.decoding.output_ring import OutputRing
 from firp_cli.decoding.sampling import Sampler
+from firp_cli.decoding.sequences import check_fits
 from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anchor, numbers, root_tree
 from firp_cli.decoding.tree_spec import TreeSpec
-from firp_cli.predictors.base import Draft, Predictor, PseudoStateMaker
+from firp_cli.predictors.base import Draft, PseudoStateMaker, TreePredictor
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import AttentionMask, StepMask, step_rows
 from firp_cli.teacher.teacher import Teacher
 
-PREFILL_ENTRIES = 1 << 26  # of a prefill chunk's mask, at most
-# Rows of a sequence whose logits are made in one pass over the vocabulary matrix; more go through it in two: all nodes,
-# then the accepted one's drafts. On a CPU sixteen rows cost less than two passes of few (scripts/NOTES.md, rows); the
-# bound on CUDA devices is a guess, to be measured.
+PREFILL_ENTRIES = 1 << 26  # most entries of a prefill chunk's mask
+# Most rows of a batch whose logits are made in one pass over the vocabulary matrix. More rows take two passes: all
+# nodes, then the accepted one's drafts. On a CPU sixteen rows cost less than two passes of few (scripts/NOTES.md,
+# rows). The bound on CUDA devices is not measured yet.
 ONE_PASS_ROWS, ONE_PASS_ROWS_CUDA = 16, 64
-Mode = Literal["drafted", "start", "plain"]  # a tree; the root alone, with its draft; the root alone, without one
+# a tree from the last step's draft; the root alone, which drafts; the root alone, without a draft
+Mode = Literal["drafted", "start", "autoregressive"]
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes of the largest decoding step of a batch.
+
+    Attributes:
+        nodes: N. steps: k. anchors: A, 0 without pseudo states. rows: M. width: P, the most tokens that a step emits.
+    """
+
+    nodes: int = 1
+    steps: int = 0
+    anchors: int = 0
+    rows: int = 1
+    width: int = 1
+
+    def cache(self, teacher: Teacher, batch: int, capacity: int) -> dict[str, Any]:
+        """Return the arguments of the `KVCache` for such steps. The scratch holds the rows of the largest one."""
+        return {
+            "layers": teacher.num_layers,
+            "batch": batch,
+            "scratch": self.rows,
+            "capacity": capacity,
+            "heads": teacher.kv_heads,
+            "head_size": teacher.head_size,
+            "dtype": teacher.dtype,
+            "spread": self.width,
+        }
+
+
+@dataclass(frozen=True)
+class DraftSetup:
+    """Predictor and tree of a batch's decoding steps. Without them decoding is autoregressive.
+
+    Attributes:
+        predictor: limited to the draft steps that the tree needs. make_pseudo_states: its maps, prepared for decoding.
+        ratio: predicted cost of a step with this tree, in autoregressive steps.
+    """
+
+    predictor: TreePredictor | None = None
+    tree: TreeSpec | None = None
+    make_pseudo_states: PseudoStateMaker | None = None
+    ratio: float | None = None
+    shape: StepShape = StepShape()
+
+    @staticmethod
+    def of(
+        predictor: TreePredictor, tree: TreeSpec, maker: PseudoStateMaker | None = None, ratio: float | None = None
+    ) -> DraftSetup:
+        """Return the setup of a predictor and a tree, with its step's shape."""
+        pseudo = len(predictor.transfer_layers)
+        anchors = (tree.budget or 1) if tree.limited else tree.nodes
+        rows = max(tree.nodes + pseudo * anchors, 1 + pseudo)
+        width = tree.depth(predictor.steps) + 1
+        shape = StepShape(tree.nodes, predictor.steps, anchors if pseudo else 0, rows, width)
+        return DraftSetup(predictor, tree, maker or predictor.make_pseudo_states, ratio, shape)
 
 
 class DecodeStep:
-    """The device's side of a batch: K/V cache, roots, drafts, and the ring of what was emitted.
+    """Device side of a batch: K/V cache, roots, drafts, and the ring of emitted tokens.
 
     Args:
-        tree: the trees of steps that have a draft. batch: sequences at most. capacity: positions of the longest one.
+        setup: predictor and tree of the steps that have a draft. batch: most sequences. capacity: positions of the
+            longest one.
         every: steps between two reads of the host. kernel: attention by the Triton kernel.
-        make_pseudo_states: the predictor's, made ready for decoding.
+
+    Raises CapacityError where the K/V cache does not fit the device.
     """
 
     def __init__(
         self,
         teacher: Teacher,
-        predictor: Predictor | None,
-        tree: TreeSpec | None,
+        setup: DraftSetup,
         sampler: Sampler,
         batch: int,
         capacity: int,
         every: int = 1,
         kernel: bool = False,
-        make_pseudo_states: PseudoStateMaker | None = None,
     ) -> None:
-        self.teacher, self.predictor, self.tree, self.sampler = teacher, predictor, tree, sampler
-        self.make_pseudo_states = make_pseudo_states or (predictor.make_pseudo_states if predictor else None)
-        self.kernel, self.capacity, self.most = kernel, capacity, batch
+        self.teacher, self.sampler, self.kernel = teacher, sampler, kernel
+        self.capacity, self.most = capacity, batch
+        self.predictor, self.tree, self.shape = setup.predictor, setup.tree, setup.shape
+        self.make_pseudo_states = setup.make_pseudo_states
+        predictor, device, steps = setup.predictor, teacher.device, setup.shape.steps
         self._transfer = predictor.transfer_layers if predictor else ()
         self._constant: dict[int, tuple[Tensor, Tensor]] = {}
         self._bits: dict[tuple[int, int, int], Tensor] = {}  # graphs hold their addresses
         self._windowed = any(window is not None for window in teacher.windows)
-        device, steps = teacher.device, predictor.steps if predictor else 0
-        self._breadth = tree.breadth(teacher.vocab_size) if tree else 1
-        self.width = step_width(predictor, tree)
-        self.cache = KVCache(**cache_shape(teacher, predictor, tree, batch, capacity), device=device)
-        positions = capacity + self.width + steps
+        self._breadth = setup.tree.breadth(teacher.vocab_size) if setup.tree else 1
+        cache = setup.shape.cache(teacher, batch, capacity)
+        check_fits(KVCache.bytes_needed(**cache), batch, capacity, device)
+        self.cache = KVCache(**cache, device=device)
+        positions = capacity + setup.shape.width + steps
         self._angles = teacher.rotary_table(positions)
         if self._angles is not None:
             self._angle_shape = self._angles[0].shape[1:]
             self._last_angle = len(self._angles[0]) - 1 if len(self._angles[0]) < positions else None
             self._angles = [torch.cat([part.flatten(1) for part in self._angles], dim=-1)]  # one look-up for both
         self._root = torch.zeros(batch, dtype=torch.long, device=device)
-        self._draft = Draft(self._root.new_zeros(0), torch.zeros(0, device=device))
-        if predictor is not None:
-            self._draft = Draft(
-                torch.zeros(batch, steps, self._breadth, dtype=torch.long, device=device),
-                torch.zeros(batch, steps, self._breadth, device=device),
-            )
-        self.ring = OutputRing(batch, self.width, every, device)
+        shape = (batch, steps, self._breadth)  # empty without a predictor
+        self._draft = Draft(torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device))
+        self.ring = OutputRing(batch, setup.shape.width, every, device)
         self._one_pass = ONE_PASS_ROWS_CUDA if device.type == "cuda" else ONE_PASS_ROWS
 
     @property
@@ -86,8 +144,8 @@ class DecodeStep:
         return self.cache.batch
 
     def prefill(self, prompts: list[list[int]], chunk: int) -> None:
-        """K/V of every prompt but its last token, in chunks; the last tokens become the roots of the first step, the
-        one position whose pseudo rows are run.
+        """Make the K/V of every prompt but its last token, in chunks. The last tokens become the roots of the first
+        step, which runs the first pseudo rows.
         """
         teacher, device, cache = self.teacher, self.teacher.device, self.cache
         cache.use(len(prompts))
@@ -107,75 +165,46 @@ class DecodeStep:
         cache.set_lengths(torch.tensor([len(prompt) - 1 for prompt in prompts], device=device))
         self._root[: len(prompts)].copy_(torch.tensor([prompt[-1] for prompt in prompts], device=device))
 
-    def select(self, sequences: Tensor) -> None:
-        """Keep only these sequences (ascending places in the batch): others have left."""
-        count = sequences.shape[0]
-        for state in (self._root, self._draft.tokens, self._draft.log_probs):
-            if state.numel():
-                state[:count] = state[sequences]
-        self.cache.select(sequences)
-
-    def adopt(self, places: Tensor, other: DecodeStep, length: int) -> None:
-        """Let the sequences that `other` has prefilled, of `length` positions at most, start at `places` (n,) of this
-        batch, which decodes plainly.
-        """
-        assert self.predictor is None
-        self._root[: self.batch].index_copy_(0, places, other._root[: other.batch])
-        self.cache.adopt(places, other.cache, length)
-
-    def state(self) -> list[Tensor]:
-        """What the next step starts from: lengths, roots and drafts of the batch. Their memory stays in place."""
-        batch, draft = self.batch, self._draft
-        state = [self.cache.lengths, self._root[:batch]]
-        return state if self.predictor is None else [*state, draft.tokens[:batch], draft.log_probs[:batch]]
-
     def step(self, longest: int, mode: Mode, exact: bool = False) -> None:
-        """Emit tokens of all sequences; but for a `plain` step draft the next ones.
+        """Emit tokens of all sequences and, except in an `autoregressive` step, draft the next ones.
 
         Args:
             longest: bound of the committed lengths. exact: every sequence has this length.
-            mode: `drafted` builds a tree from the last step's draft, so that step was not a plain one. Without a
-                predictor all steps are plain.
+            mode: `drafted` builds a tree from the last step's draft, so that step was not autoregressive. Without a
+                predictor all steps are autoregressive.
         """
-        batch = self.batch
-        root = self._root[:batch]
-        drafting = self.predictor is not None and mode != "plain"
-        if mode == "drafted" and self.tree is not None and self.predictor is not None:
-            draft = Draft(self._draft.tokens[:batch], self._draft.log_probs[:batch])
-            tree = build(self.tree, self.predictor, draft, root)
-            anchors = anchor_nodes(tree, self.tree.budget or 1) if self.tree.limited and self._transfer else None
-        else:
-            tree, anchors = root_tree(root), None
+        root = self._root[: self.batch]
+        drafting = self.predictor is not None and mode != "autoregressive"
+        # 1. Build the tree of N nodes from the draft distributions.
+        tree, anchors = self._build(root) if mode == "drafted" else (root_tree(root), None)
+        # 2. Run the N nodes through all layers, from layer t_i on also the step-i pseudo states of the anchors.
         real, pseudo = self._forward(tree, anchors, longest, drafting, exact)
+        # 3. Apply the head to the N real rows, and descend while a child's token is its parent's target.
         normed = self.teacher.norm(real)
         logits, drafted = self._logits(normed, pseudo, drafting)
         targets = self.sampler(logits)
         single = tree.tokens.shape[1] == 1
-        accepted = accept_root(targets) if single else accept(tree, targets, self.width - 1)
-        self.cache.commit(accepted.path, accepted.count + 1)
+        accepted = accept_root(targets) if single else accept(tree, targets, self.shape.width - 1)
+        # 4. The bonus token is the next root; the deepest accepted node's pseudo rows are the next draft.
         root.copy_(accepted.bonus)
-        self.ring.push(accepted.count, accepted.tokens)
         if drafting:
             self._draft_next(tree, accepted, anchors, normed, pseudo, drafted)
+        # 5. Move the accepted path's K/V to the prefix; the next step overwrites all other rows.
+        self.cache.commit(accepted.path, accepted.count + 1)
+        self.ring.push(accepted.count, accepted.tokens)
 
-    def _logits(self, normed: Tensor, pseudo: Tensor | None, drafting: bool) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, N, V) of the normed real rows (B, N, d) and, where one pass of the head does for both, those of
-        every anchor's drafts (B, A, k, V), of which the accepted node's are then taken.
-        """
-        predictor, (batch, nodes, size) = self.predictor, normed.shape
-        anchors = nodes if pseudo is None else pseudo.shape[2]
-        rows = nodes + anchors * (predictor.steps if predictor else 0)
-        if not drafting or predictor is None or not predictor.teachers_head or batch * rows > self._one_pass:
-            return self.teacher.head(normed), None
-        own = None if pseudo is None else pseudo.transpose(1, 2).flatten(0, 1)
-        states = predictor.draft_hidden(self.teacher, normed.flatten(0, 1), own)
-        logits = self.teacher.head(torch.cat([normed, states.reshape(batch, -1, size)], dim=1))
-        return logits[:, :nodes], logits[:, nodes:].view(batch, anchors, predictor.steps, -1)
+    def _build(self, root: Tensor) -> tuple[Tree, Tensor | None]:
+        """Build the tree of the last draft, and choose its anchors (B, A); None: every node."""
+        if self.tree is None or self.predictor is None:
+            return root_tree(root), None
+        draft = Draft(self._draft.tokens[: self.batch], self._draft.log_probs[: self.batch])
+        tree = build(self.tree, self.predictor, draft, root)
+        return tree, anchor_nodes(tree, self.shape.anchors) if self.tree.limited and self._transfer else None
 
     def _forward(
         self, tree: Tree, anchors: Tensor | None, longest: int, drafting: bool, exact: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """All rows of a step through all layers: real rows (B, N, d) and pseudo states (B, k, A, d) or None."""
+        """Run all rows of a step through all layers. Return real rows (B, N, d), pseudo states (B, k, A, d) or None."""
         teacher, cache = self.teacher, self.cache
         transfer = self._transfer if drafting else ()
         rows, offsets = self._rows(tree, anchors) if transfer else (tree.ancestors, tree.depth)
@@ -198,9 +227,24 @@ class DecodeStep:
             rotary=self._rotary(positions),
         )
 
+    def _logits(self, normed: Tensor, pseudo: Tensor | None, drafting: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the logits (B, N, V) of the normed real rows (B, N, d), and of every anchor's drafts (B, A, k, V).
+
+        The latter are None where one pass of the head for both does not pay.
+        """
+        predictor, (batch, nodes, size) = self.predictor, normed.shape
+        anchors = nodes if pseudo is None else pseudo.shape[2]
+        rows = nodes + anchors * (predictor.steps if predictor else 0)
+        if not drafting or predictor is None or not predictor.teachers_head or batch * rows > self._one_pass:
+            return self.teacher.head(normed), None
+        flat = None if pseudo is None else pseudo.transpose(1, 2).flatten(0, 1)
+        states = predictor.draft_hidden(self.teacher, normed.flatten(0, 1), flat)
+        logits = self.teacher.head(torch.cat([normed, states.reshape(batch, -1, size)], dim=1))
+        return logits[:, :nodes], logits[:, nodes:].view(batch, anchors, predictor.steps, -1)
+
     def _rows(self, tree: Tree, anchors: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Who sees whom among real and pseudo rows (B, M, M), and their distances from the root (B, M): made once
-        where they do not change from step to step.
+        """Return the mask among real and pseudo rows (B, M, M), and their distances from the root (B, M). They are made
+        once where they are the same at every step.
         """
         steps = len(self._transfer)
         batch, nodes = tree.tokens.shape
@@ -212,12 +256,12 @@ class DecodeStep:
         return rows.expand(batch, -1, -1), offsets.expand(batch, -1)
 
     def _unchanging(self, tree: Tree, anchors: Tensor | None) -> bool:
-        """Whether who sees whom among a step's rows is the same at every step."""
+        """Return True if the mask among a step's rows is the same at every step."""
         static = self.tree is not None and self.tree.kind == "static"
         return anchors is None and (static or tree.tokens.shape[1] == 1)
 
     def _row_bits(self, rows: Tensor, tree: Tree, anchors: Tensor | None) -> Tensor | None:
-        """`row_bits` of rows (B, M, M) for the kernel, made once where they do not change; else None."""
+        """Return the kernel's `row_bits` of rows (B, M, M) that are the same at every step; else None."""
         if not self.kernel or not self._unchanging(tree, anchors):
             return None
         from firp_cli.teacher.triton_attention import row_bits
@@ -225,12 +269,12 @@ class DecodeStep:
         key = (len(rows), tree.tokens.shape[1], rows.shape[1])
         if key not in self._bits:
             if rows.is_cuda and torch.cuda.is_current_stream_capturing():
-                return row_bits(rows)  # made by one graph's replays alone, so no other step may read it
+                return row_bits(rows)  # only this graph's replays make it, so no other step may read it
             self._bits[key] = row_bits(rows)
         return self._bits[key]
 
     def _rotary(self, positions: Tensor) -> list[Tensor] | None:
-        """Position embeddings looked up, where they depend on the position alone."""
+        """Look up position embeddings where they depend on the position alone; else None."""
         if self._angles is None:
             return None
         if self._last_angle is not None:
@@ -247,66 +291,64 @@ class DecodeStep:
         pseudo: Tensor | None,
         drafted: Tensor | None,
     ) -> None:
-        """The next draft, from the accepted node's rows alone. Where that node has no pseudo rows, from the steps of
-        its nearest ancestor's that are still ahead; the missing last ones draft nothing.
+        """Make the next draft from the accepted node's rows alone. A node without pseudo rows takes the steps of its
+        nearest anchor that lie ahead; steps that this anchor does not reach draft nothing.
 
         Args:
-            drafted: the logits of every anchor's drafts (B, A, k, V), where they were made already.
+            drafted: the logits of every anchor's drafts (B, A, k, V), if `_logits` made them.
         """
         assert self.predictor is not None
-        place, behind = accepted.node, None
+        place, passed = accepted.node, None
         if anchors is not None:
-            place, behind = nearest_anchor(tree, anchors, accepted.path, accepted.count)
+            place, passed = nearest_anchor(tree, anchors, accepted.path, accepted.count)
         if drafted is not None:
             choose = self.predictor.candidates
-            draft = draft_behind(_rows_at(drafted, place), behind, lambda rows: choose(rows, self._breadth))
+            draft = shifted_draft(_rows_at(drafted, place), passed, lambda rows: choose(rows, self._breadth))
         else:
             final = normed[:, 0] if pseudo is not None else _rows_at(normed, place)
-            own = None if pseudo is None else _rows_at(pseudo.transpose(1, 2), place)
-            states = self.predictor.draft_hidden(self.teacher, final, own)
+            node_pseudo = None if pseudo is None else _rows_at(pseudo.transpose(1, 2), place)
+            states = self.predictor.draft_hidden(self.teacher, final, node_pseudo)
             predictor, teacher = self.predictor, self.teacher
-            draft = draft_behind(states, behind, lambda rows: predictor.draft(teacher, rows, self._breadth))
+            draft = shifted_draft(states, passed, lambda rows: predictor.draft(teacher, rows, self._breadth))
         self._draft.tokens[: self.batch].copy_(draft.tokens)
         self._draft.log_probs[: self.batch].copy_(draft.log_probs)
 
+    def select(self, sequences: Tensor) -> None:
+        """Keep only these sequences (ascending places in the batch); the others have ended."""
+        count = sequences.shape[0]
+        for state in (self._root, self._draft.tokens, self._draft.log_probs):
+            if state.numel():
+                state[:count] = state[sequences]
+        self.cache.select(sequences)
+
+    def adopt(self, places: Tensor, source: DecodeStep, length: int) -> None:
+        """Start the sequences that `source` has prefilled, of at most `length` positions, at `places` (n,) of this
+        batch, which decodes autoregressively.
+        """
+        assert self.predictor is None
+        self._root[: self.batch].index_copy_(0, places, source._root[: source.batch])
+        self.cache.adopt(places, source.cache, length)
+
+    def buffers(self) -> list[Tensor]:
+        """Return what the next step reads: lengths, roots and drafts of the batch. Steps update them in place."""
+        batch, draft = self.batch, self._draft
+        buffers = [self.cache.lengths, self._root[:batch]]
+        return buffers if self.predictor is None else [*buffers, draft.tokens[:batch], draft.log_probs[:batch]]
+
 
 def _rows_at(rows: Tensor, place: Tensor) -> Tensor:
-    """rows[b, place[b]] of rows (B, A, ...): (B, ...)."""
+    """Return rows[b, place[b]] of rows (B, A, ...): (B, ...)."""
     index = place.view(-1, *[1] * (rows.dim() - 1))
     return rows.gather(1, index.expand(-1, 1, *rows.shape[2:]))[:, 0]
 
 
-def draft_behind(rows: Tensor, behind: Tensor | None, draft: Callable[[Tensor], Draft]) -> Draft:
-    """The draft of nodes from the states or logits (B, k, ...) of an ancestor that is `behind` (B,) tokens back (None:
-    none is): step i from its step i + behind. Steps that the ancestor did not reach have probability 0.
+def shifted_draft(rows: Tensor, passed: Tensor | None, draft: Callable[[Tensor], Draft]) -> Draft:
+    """Return the draft of nodes from the states or logits (B, k, ...) of an ancestor that is `passed` (B,) tokens back
+    (None: the nodes' own): step i from its step i + passed. Steps past the ancestor's last one have probability 0.
     """
-    if behind is None:
+    if passed is None:
         return draft(rows)
     steps = rows.shape[1]
-    ahead = behind[:, None] + numbers(steps, rows.device)
+    ahead = passed[:, None] + numbers(steps, rows.device)
     made = draft(rows.gather(1, ahead.clamp(max=steps - 1)[:, :, None].expand_as(rows)))
     return Draft(made.tokens, made.log_probs.masked_fill((ahead >= steps)[:, :, None], -torch.inf))
-
-
-def cache_shape(
-    teacher: Teacher, predictor: Predictor | None, tree: TreeSpec | None, batch: int, capacity: int
-) -> dict:
-    """What a `KVCache` for these steps is made with. The scratch holds the rows of the largest step."""
-    nodes = tree.nodes if tree and predictor else 1
-    pseudo = len(predictor.transfer_layers) if predictor else 0
-    anchors = nodes if tree is None or not tree.limited else tree.budget or 1
-    return {
-        "layers": teacher.num_layers,
-        "batch": batch,
-        "scratch": max(nodes + pseudo * anchors, 1 + pseudo),
-        "capacity": capacity,
-        "heads": teacher.kv_heads,
-        "head_size": teacher.head_size,
-        "dtype": teacher.dtype,
-        "spread": step_width(predictor, tree),
-    }
-
-
-def step_width(predictor: Predictor | None, tree: TreeSpec | None) -> int:
-    """Tokens that a step may emit: a path of the tree, the bonus token included."""
-    return tree.depth(predictor.steps) + 1 if predictor and tree else 1

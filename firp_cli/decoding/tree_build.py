@@ -1,6 +1,7 @@
-"""Dynamic draft trees: each step the prefixes of highest joint draft probability, found on the device.
+"""Draft trees on the device: dynamic ones (the prefixes of highest joint draft probability) and static ones.
 
-Shapes: B sequences, N nodes (root included), k steps, s candidates per node, C prefixes that may be among the best.
+Shapes: B sequences, N nodes (root included), k draft steps, s candidates per node, C prefixes that may be among the
+best. A candidate's position is its place among its parent's candidates, 0 for the most probable one.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import torch
 from torch import Tensor
 
 from firp_cli.decoding.tree_spec import TreeSpec
-from firp_cli.predictors.base import Draft, Predictor
+from firp_cli.predictors.base import Draft, TreePredictor
 
-MAX_CANDIDATES = 4096  # prefixes that are scored at once
+MAX_CANDIDATES = 4096  # most prefixes that are scored at once
 
 
 @dataclass
 class Tree:
-    """`tokens`, `parents`, `depth`: (B, N) long; `ancestors`: (B, N, N) bool, a row is a node's path with itself;
-    `paths`: (B, N, P) long, the nodes from the root to each node, filled up with that node; `scores`: (B, N) joint
-    draft log-probability of each node given the root, None where nobody asks.
+    """Draft trees of a batch.
+
+    Attributes:
+        tokens, parents, depth: (B, N) long. ancestors: (B, N, N) bool, a row is a node's path, itself included.
+        paths: (B, N, P) long, the nodes from the root to each node, then that node again.
+        scores: (B, N) joint draft log-probability of each node given the root; None where it is not needed.
     """
 
     tokens: Tensor
@@ -33,8 +37,8 @@ class Tree:
     scores: Tensor | None = None
 
 
-def build_best(nodes: int, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
-    """The tree of the root tokens (B,) and the `nodes - 1` best prefixes that the draft's steps can make."""
+def build_best(nodes: int, predictor: TreePredictor, draft: Draft, root: Tensor) -> Tree:
+    """Build the tree of the root tokens (B,) and the `nodes - 1` best prefixes of the draft."""
     if not predictor.parent_dependent:
         candidates = _candidates(nodes, *draft.tokens.shape[1:], root.device)
         if candidates is not None:
@@ -46,9 +50,9 @@ def build_best(nodes: int, predictor: Predictor, draft: Draft, root: Tensor) -> 
 class _Candidates:
     """All prefixes that may be among the best, the root first and parents before children.
 
-    `tokens` (C, k): places of a prefix's tokens among the k * s candidates of a draft, filled up with place k * s.
-    `facts` (C, P + 3): the candidates from the root to it, filled up with itself (P = k + 1); its parent; its depth;
-    the place of its own token, 0 the root's and 1 the draft's first.
+    `tokens` (C, k): indices of a prefix's tokens among the k * s candidates of a draft, padded with k * s.
+    `facts` (C, P + 3): the prefixes from the root to this one, padded with itself (P = k + 1); its parent; its depth;
+    the index of its own token: 0 the root's, 1 the draft's first.
     """
 
     tokens: Tensor
@@ -57,19 +61,19 @@ class _Candidates:
 
 @cache  # graphs hold their addresses
 def _candidates(nodes: int, steps: int, breadth: int, device: torch.device) -> _Candidates | None:
-    """The prefixes whose ranks r_1.. have (r_1 + 1)(r_2 + 1).. < `nodes`; None where they are too many to be worth it.
+    """Return the prefixes whose positions r_1.. have (r_1 + 1)(r_2 + 1).. < `nodes`; None if they are too many.
 
-    Where steps do not depend on the parent's token, every prefix of ranks no greater is as probable as a prefix at
-    least: one with a larger product cannot be among the `nodes - 1` best.
+    Where steps do not depend on the parent's token, a prefix is at most as probable as every prefix of no greater
+    positions. So one with a larger product cannot be among the `nodes - 1` best.
     """
     level: list[tuple[int, ...]] = [()]
     every: list[tuple[int, ...]] = []
     for _ in range(steps):
         level = [
-            (*path, rank)
+            (*path, position)
             for path in level
-            for rank in range(breadth)
-            if math.prod(one + 1 for one in path) * (rank + 1) < nodes
+            for position in range(breadth)
+            if math.prod(above + 1 for above in path) * (position + 1) < nodes
         ]
         every += level
         if len(every) > MAX_CANDIDATES:
@@ -77,7 +81,7 @@ def _candidates(nodes: int, steps: int, breadth: int, device: torch.device) -> _
     number = {path: place for place, path in enumerate([(), *every])}
     tokens, facts = [], []
     for path in number:
-        places = [depth * breadth + rank for depth, rank in enumerate(path)]
+        places = [depth * breadth + position for depth, position in enumerate(path)]
         way = [number[path[:depth]] for depth in range(len(path) + 1)]
         tokens.append(places + [steps * breadth] * (steps - len(path)))
         way_and_parent = [*way, *way[-1:] * (steps - len(path)), number[path[:-1]]]
@@ -86,7 +90,7 @@ def _candidates(nodes: int, steps: int, breadth: int, device: torch.device) -> _
 
 
 def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, root: Tensor) -> Tree:
-    """`build_by_level` for steps that do not depend on the parent's token: all prefixes are scored at once."""
+    """Build the tree where steps do not depend on the parent's token: score all prefixes at once."""
     batch, (count, steps) = root.shape[0], candidates.tokens.shape
     probable = torch.nn.functional.pad(draft.log_probs.flatten(1), (0, 1))
     scores = probable.index_select(1, candidates.tokens.flatten()).view(batch, count, steps).sum(-1)
@@ -112,13 +116,13 @@ def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, ro
 
 @cache  # graphs hold their addresses
 def numbers(count: int, device: torch.device) -> Tensor:
-    """(count,) 0, 1, ..., made once."""
+    """Return (count,) 0, 1, ..., made once."""
     return torch.arange(count, device=device)
 
 
-def build_by_level(nodes: int, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
-    """A dynamic tree of any predictor: each level keeps its `nodes - 1` best prefixes, then the best over all levels
-    are chosen.
+def build_by_level(nodes: int, predictor: TreePredictor, draft: Draft, root: Tensor) -> Tree:
+    """Build the dynamic tree of any predictor: each level keeps its `nodes - 1` best prefixes, then the best of
+    all levels are chosen.
 
     A child's joint probability never exceeds its parent's and the sort is stable with parents first, so the choice is
     closed under ancestors.
@@ -141,12 +145,12 @@ def build_by_level(nodes: int, predictor: Predictor, draft: Draft, root: Tensor)
         tokens.append(frontier_tokens)
         scores.append(frontier_scores)
         widths.append(frontier_tokens.shape[1])
-    levels, own, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
+    levels, node_numbers, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
     every = torch.cat(scores, dim=1)
     order = every[:, 1:].sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, :limit].sort(dim=1).values
     places = torch.nn.functional.pad(chosen + 1, (1, 0))  # candidate number of every node, the root first
-    node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, own.expand(batch, -1))
+    node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, node_numbers.expand(batch, -1))
     above = torch.cat(parents, dim=1).gather(1, chosen)
     parent = torch.nn.functional.pad(node_of.gather(1, above), (1, 0))
     level = levels[places]
@@ -155,14 +159,14 @@ def build_by_level(nodes: int, predictor: Predictor, draft: Draft, root: Tensor)
         parents=parent,
         depth=level,
         ancestors=_ancestors(parent, itself, steps),
-        paths=_paths(parent, level, own, steps),
+        paths=_paths(parent, level, node_numbers, steps),
         scores=every.gather(1, places),
     )
 
 
-def _paths(parents: Tensor, depth: Tensor, own: Tensor, steps: int) -> Tensor:
-    """(B, N, k + 1) `Tree.paths` from parents and depth (B, N): climb from every node, then turn the climb round."""
-    climb = [own.expand_as(parents)]
+def _paths(parents: Tensor, depth: Tensor, node_numbers: Tensor, steps: int) -> Tensor:
+    """Return `Tree.paths` (B, N, k + 1) from parents and depth (B, N): climb from every node, then reverse."""
+    climb = [node_numbers.expand_as(parents)]
     for _ in range(steps):
         climb.append(parents.gather(1, climb[-1]))
     ahead = depth[:, :, None] - numbers(steps + 1, parents.device)
@@ -171,14 +175,14 @@ def _paths(parents: Tensor, depth: Tensor, own: Tensor, steps: int) -> Tensor:
 
 @cache  # graphs hold their addresses
 def _dynamic_shape(widths: tuple[int, ...], nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Constants of a tree: the level of every candidate, node numbers (N,), and the identity (N, N) bool."""
+    """Return constants: the level of every candidate, node numbers (N,), and the identity (N, N) bool."""
     levels = [level for level, width in enumerate(widths) for _ in range(width)]
     itself = torch.eye(nodes, dtype=torch.bool, device=device)
     return torch.tensor(levels, device=device), torch.arange(nodes, device=device), itself
 
 
 def _ancestors(parents: Tensor, itself: Tensor, depth: int) -> Tensor:
-    """(B, N, N) bool from parents (B, N): each round doubles how far up a node sees. `itself`: the identity (N, N)."""
+    """Return (B, N, N) bool from parents (B, N): each round doubles a node's reach. `itself`: identity (N, N)."""
     seen = itself.expand(parents.shape[0], -1, -1).scatter(2, parents[:, :, None], True).float()
     reach = 1
     while reach < depth:
@@ -188,7 +192,7 @@ def _ancestors(parents: Tensor, itself: Tensor, depth: int) -> Tensor:
 
 
 def root_tree(root: Tensor) -> Tree:
-    """The tree of plain decoding: one node per sequence. `root`: (B,) tokens."""
+    """Return the tree of autoregressive decoding: one node per sequence. `root`: (B,) tokens."""
     zeros, itself = _root_shape(root.shape[0], root.device)
     return Tree(root[:, None], zeros, zeros, itself, zeros[:, None])
 
@@ -199,8 +203,8 @@ def _root_shape(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return zeros, torch.ones(batch, 1, 1, dtype=torch.bool, device=device)
 
 
-def build(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
-    """The tree of one step: root tokens (B,) and below them candidates that `predictor.child_candidates` scores."""
+def build(spec: TreeSpec, predictor: TreePredictor, draft: Draft, root: Tensor) -> Tree:
+    """Build a step's tree: root tokens (B,) and below them candidates that the predictor scores."""
     if spec.kind == "none":
         return root_tree(root)
     if spec.kind == "static":
@@ -211,7 +215,7 @@ def build(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> T
 
 @cache  # graphs hold their addresses
 def _static_shape(spec: TreeSpec, device: torch.device) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """parents (N,), depth (N,), ancestors (N, N), paths (N, P), and per depth the (parent node, rank) of its nodes."""
+    """Return parents (N,), depth (N,), ancestors (N, N), paths (N, P), and per depth its nodes' (parent, position)."""
     index = {path: number for number, path in enumerate(((), *spec.paths))}
     parents = [index[path[:-1]] for path in index]
     ancestors = torch.zeros(spec.nodes, spec.nodes, dtype=torch.bool)
@@ -232,22 +236,22 @@ def _static_shape(spec: TreeSpec, device: torch.device) -> tuple[list[Tensor], l
 
 @cache  # graphs hold their addresses
 def _static_places(spec: TreeSpec, breadth: int, device: torch.device) -> Tensor:
-    """(N - 1,) where the tokens of the nodes below the root stand among the k * s candidates of a draft."""
+    """Return (N - 1,) the indices of the nodes' tokens, without the root, among the k * s candidates of a draft."""
     return torch.tensor([(len(path) - 1) * breadth + path[-1] for path in spec.paths], device=device)
 
 
-def _build_static(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tensor) -> Tree:
+def _build_static(spec: TreeSpec, predictor: TreePredictor, draft: Draft, root: Tensor) -> Tree:
     shape, levels = _static_shape(spec, root.device)
     batch = root.shape[0]
     parents, depth, ancestors, paths = (part.expand(batch, *part.shape) for part in shape)
-    if not predictor.parent_dependent and not spec.limited:  # every node's token stands at a place of its own
+    if not predictor.parent_dependent and not spec.limited:  # every node's token has an index of its own
         places = _static_places(spec, draft.tokens.shape[2], root.device)
         tokens = torch.cat([root[:, None], draft.tokens.flatten(1).index_select(1, places)], dim=1)
         return Tree(tokens, parents, depth, ancestors, paths)
     tokens, scores = root[:, None], draft.log_probs.new_zeros(batch, 1)
-    for number, (nodes, ranks) in enumerate(levels, start=1):
+    for number, (nodes, positions) in enumerate(levels, start=1):
         candidates, log_probs = predictor.child_candidates(draft, number, tokens[:, nodes])
-        picks = ranks[None, :, None].expand(batch, -1, 1)
+        picks = positions[None, :, None].expand(batch, -1, 1)
         if spec.limited:
             scores = torch.cat([scores, scores[:, nodes] + log_probs.gather(2, picks)[:, :, 0]], dim=1)
         tokens = torch.cat([tokens, candidates.gather(2, picks)[:, :, 0]], dim=1)
@@ -255,22 +259,22 @@ def _build_static(spec: TreeSpec, predictor: Predictor, draft: Draft, root: Tens
 
 
 def anchor_nodes(tree: Tree, count: int) -> Tensor:
-    """(B, count) the nodes that get pseudo rows: the root, and those where the accepted path most likely ends.
+    """Return the nodes with pseudo rows (B, count): the root, and those where the accepted path most likely ends.
 
-    A path ends at a node if it comes there and to none of its children, by the draft's own probabilities.
+    A path ends at a node if it reaches it and none of its children. The draft gives the probabilities.
     """
     assert tree.scores is not None
-    coming = tree.scores.exp()
-    going_on = torch.zeros_like(coming).scatter_add_(1, tree.parents[:, 1:], coming[:, 1:])
-    ending = coming - going_on
+    reached = tree.scores.exp()
+    passed = torch.zeros_like(reached).scatter_add_(1, tree.parents[:, 1:], reached[:, 1:])
+    ending = reached - passed
     ending[:, 0] = torch.inf  # every node needs an ancestor with pseudo rows
     return ending.topk(count, dim=1).indices
 
 
 def nearest_anchor(tree: Tree, anchors: Tensor, path: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The deepest of `anchors` (B, A) on a path (B, P) of `count` (B,) nodes below the root: its place among them (B,),
-    and its distance from the path's end in tokens (B,).
+    """Return the deepest of `anchors` (B, A) on a path (B, P) of `count` (B,) nodes below the root: its index among the
+    anchors (B,), and its distance from the path's end in tokens (B,).
     """
-    on_path = (anchors[:, :, None] == path[:, None]).any(-1)  # behind its end a path repeats its last node
+    on_path = (anchors[:, :, None] == path[:, None]).any(-1)  # after its end a path repeats its last node
     depth, place = torch.where(on_path, tree.depth.gather(1, anchors), -1).max(dim=1)
     return place, count - depth

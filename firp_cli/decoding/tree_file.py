@@ -1,4 +1,4 @@
-"""Trees that `firp tune` found, by machine, teacher, temperature, batch size and context: the entries of tree.json."""
+"""Tuned trees in tree.json, by machine, teacher, temperature, batch size and context. `firp tune` writes them."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ from firp_cli.errors import UsageError
 from firp_cli.results import plain
 from firp_cli.tune_results import TREES_SCHEMA, TunedTree
 
-KEY = ("machine", "teacher", "batch_size", "temperature")  # what entries have in common that replace one another
-NEAR = 1.5  # factor between the contexts of such entries
+KEY = ("machine", "teacher", "batch_size", "temperature")  # equal in entries that replace one another
+NEAR = 1.5  # largest factor between the contexts of such entries
 
 
 @dataclass(frozen=True)
 class TunedTrees:
-    """A default tree, and those that were found better. `steps`: the predictor's."""
+    """Default tree, and the tuned ones. `steps`: the predictor's."""
 
     default: TreeSpec
     steps: int
     entries: tuple[TunedTree, ...] = ()
 
     def fitting(self, machine: dict[str, Any], teacher: str, temperature: float) -> TunedTrees:
-        """Only the entries of this machine and teacher (its fingerprint), of the nearest temperature. Greedy trees are
-        never used for sampling, nor the other way round.
+        """Keep the entries of this machine and teacher (its fingerprint), of the nearest temperature. Greedy trees are
+        never used for sampling, nor sampling trees for greedy decoding.
         """
-        own = [
+        fitting = [
             entry
             for entry in self.entries
             if (entry.machine, entry.teacher) == (machine, teacher) and (entry.temperature > 0) == (temperature > 0)
         ]
-        nearest = min((entry.temperature for entry in own), key=lambda one: abs(one - temperature), default=None)
-        return replace(self, entries=tuple(entry for entry in own if entry.temperature == nearest))
+        nearest = min(
+            (entry.temperature for entry in fitting), key=lambda known: abs(known - temperature), default=None
+        )
+        return replace(self, entries=tuple(entry for entry in fitting if entry.temperature == nearest))
 
     def entry(self, batch: int, context: int) -> TunedTree | None:
-        """Of the entries whose batch size is nearest, by factors, the one whose context is; None without entries. Of
-        two as near the larger one.
+        """Return the entry with the nearest context among those with the nearest batch size, by factors; None without
+        entries. Of two equally near ones it takes the larger.
         """
 
         def distance(entry: TunedTree) -> tuple[float, int, float, int]:
@@ -49,37 +51,37 @@ class TunedTrees:
         return min(self.entries, key=distance, default=None)
 
     def at(self, batch: int, context: int) -> TreeSpec:
-        """The tree for a batch size and a context: its entry's, without entries the default."""
+        """Return the tree for a batch size and a context: its entry's, without entries the default."""
         entry = self.entry(batch, context)
         return self.default if entry is None else spec_of(entry, self.steps)
 
 
-def _factor(one: int, other: int) -> float:
-    """How far apart two counts are, by factors; rounded, so that 1 and 4 are as far from 2."""
-    return round(abs(math.log(max(1, one)) - math.log(max(1, other))), 9)
+def _factor(first: int, second: int) -> float:
+    """Return the logarithm of the factor between two counts, rounded so that 1 and 4 are equally far from 2."""
+    return round(abs(math.log(max(1, first)) - math.log(max(1, second))), 9)
 
 
 def spec_of(entry: TunedTree, steps: int) -> TreeSpec:
-    """The tree of an entry for a predictor of `steps`. Raises UsageError."""
+    """Return the tree of an entry for a predictor of `steps`. Raises UsageError."""
     if entry.paths is None or entry.tree.startswith("dynamic"):
         return tree_of("entry", {"tree": entry.tree}, steps)
     name = entry.tree.partition("@")[0].partition("/")[0]
     if name == f"static:{len(entry.paths) + 1}":
-        name = ""  # what a tree without a name is called
+        name = ""  # the text form of a tree without a name
     if name == "chain" and entry.steps is not None:
-        name = "static:" + "x".join("1" * len(entry.paths))  # as parse_tree names one that is cut
+        name = "static:" + "x".join("1" * len(entry.paths))  # parse_tree gives this name to a chain of fewer steps
     fields = {"paths": entry.paths, "name": name, "steps": entry.steps, "budget": entry.budget}
     return tree_of("entry", fields, steps)
 
 
 def described(spec: TreeSpec) -> dict[str, Any]:
-    """The fields of a TunedTree that say which tree it is."""
+    """Return the fields of a TunedTree that define its tree."""
     paths = [list(path) for path in spec.paths] if spec.kind == "static" else None
     return {"tree": str(spec), "paths": paths, "steps": spec.steps, "budget": spec.budget, "nodes": spec.nodes}
 
 
 def read_trees(path: Path, steps: int) -> TunedTrees:
-    """A tree.json, with entries or without, for a predictor of `steps`. Raises UsageError."""
+    """Read a tree.json, with entries or without, for a predictor of `steps`. Raises UsageError."""
     value = read_tree_file(path)
     default = tree_of(str(path), value, steps)
     entries = _entries(path, value)
@@ -92,29 +94,29 @@ def read_trees(path: Path, steps: int) -> TunedTrees:
 
 
 def _entries(path: Path, value: dict[str, Any]) -> list[TunedTree]:
-    """Raises UsageError on entries that another version wrote, or that are damaged."""
+    """Return the entries of a tree.json. Raises UsageError if they are damaged or of another version."""
     schema, entries = value.get("schema", TREES_SCHEMA), value.get("entries", [])
     if schema != TREES_SCHEMA or not isinstance(entries, list):
         raise UsageError(
             f"{path} has schema {schema!r}, this firp reads {TREES_SCHEMA!r}: `firp tune` writes a new one"
         )
-    found = []
+    known = []
     for number, item in enumerate(entries):
         try:
             entry = TunedTree.from_plain(item)
             numbers = (entry.batch_size, entry.context, entry.temperature, entry.predicted.step_milliseconds)
-            if not isinstance(entry.tree, str) or not all(isinstance(one, int | float) for one in numbers):
+            if not isinstance(entry.tree, str) or not all(isinstance(number, int | float) for number in numbers):
                 raise TypeError("a field has another type")
         except (TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"{path}: entry {number} is damaged ({error}): `firp tune` writes a new one") from None
-        found.append(entry)
-    return found
+        known.append(entry)
+    return known
 
 
 def update_trees(path: Path, entries: Sequence[TunedTree]) -> dict[str, Any]:
-    """The value of a tree.json with these entries: its default and its other entries stay, those of the same machine,
-    teacher, batch size and temperature, and of nearly the same context, go. Raises UsageError where the file is
-    damaged.
+    """Return the value of a tree.json with these entries. They replace entries of the same machine, teacher, batch
+    size, temperature and nearly the same context; the default and all other entries stay. Raises UsageError where the
+    file is damaged.
     """
     value = read_tree_file(path) if path.is_file() else {}
     kept = [entry for entry in _entries(path, value) if not any(_replaces(new, entry) for new in entries)]

@@ -1,7 +1,7 @@
-"""Draft trees: their specification, and building one from a draft on the device.
+"""Specifications of draft trees: the text form, tree.json files, and the limits of steps and pseudo rows.
 
-Shapes: B sequences, N nodes (root included), k depth, s candidates per node. Nodes stand in order of depth, so a parent
-always precedes its children; node 0 is the root, the last emitted token.
+Nodes are in order of depth, so a parent precedes its children; node 0 is the root, the last emitted token. A child is
+named by its position among its parent's candidates, 0 for the most probable one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from firp_cli.predictors.base import Predictor
 
 DEFAULT_NODES = 8
 MAX_NODES = 1024
-KINDS = ("dynamic", "static", "chain", "none")  # what specifications begin with
+KINDS = ("dynamic", "static", "chain", "none")  # first words of specifications
 NEEDED = "it needs `tree` (a spec), `paths`, or `entries`"
 
 
 @dataclass(frozen=True)
 class TreeSpec:
-    """What tree to build each step.
+    """Specification of the tree that each decoding step builds.
 
-    `static`: `paths` lists nodes as candidate ranks from the root, e.g. (0,), (1,), (0, 0); closed under prefixes.
+    `static`: `paths` lists nodes as candidate positions from the root, e.g. (0,), (1,), (0, 0); closed under prefixes.
     `dynamic`: the `nodes - 1` prefixes of highest joint draft probability, chosen anew each step.
-    `none`: no draft, plain decoding.
-    `budget`: nodes that get pseudo rows, those where the accepted path most likely ends; None: all of them.
-    `steps`: draft steps that are run; None: all that the predictor has.
+    `none`: no draft, autoregressive decoding.
+    `budget`: number of nodes with pseudo rows, those where the accepted path most likely ends; None: all nodes.
+    `steps`: draft steps that are run; None: all steps of the predictor.
     """
 
     kind: str
@@ -50,18 +50,18 @@ class TreeSpec:
 
     @property
     def limited(self) -> bool:
-        """True where some nodes have no pseudo rows."""
+        """True if some nodes have no pseudo rows."""
         return self.budget is not None and self.budget < self.nodes
 
     def depth(self, steps: int) -> int:
-        """Longest path below the root."""
+        """Return the length of the longest path below the root."""
         if self.kind == "dynamic":
             return min(self.steps or steps, steps)
         return max(map(len, self.paths), default=0)
 
     def drafting(self, steps: int) -> int:
-        """How many of a predictor's `steps` need to run. Where every node has pseudo rows, steps that no path of the
-        tree reaches would be thrown away.
+        """Return how many of a predictor's `steps` must run. If every node has pseudo rows, no draft uses the
+        steps after the deepest path.
         """
         if self.kind == "none":
             return 0
@@ -71,16 +71,17 @@ class TreeSpec:
         return min(run, self.depth(run) if self.kind == "static" else self.nodes - 1)
 
     def breadth(self, vocabulary: int) -> int:
-        """Candidates that a node may need."""
+        """Return the most candidates that a node needs."""
         if self.kind == "static":
-            return max((rank for path in self.paths for rank in path), default=0) + 1
+            return max((position for path in self.paths for position in path), default=0) + 1
         return max(1, min(self.nodes - 1, vocabulary))
 
 
 def parse_tree(spec: str, steps: int) -> TreeSpec:
-    """`dynamic:N`, `chain`, `static:4x2x1` (children per node by depth) or a tree.json file, each with `/K` behind it
-    where only K of the predictor's `steps` shall run (a chain is then K deep), and `@B` where only B nodes shall have
-    pseudo rows; or `none`. Raises UsageError.
+    """Parse `dynamic:N`, `chain`, `static:4x2x1` (children per node by depth), a tree.json file, or `none`.
+
+    `/K` after it runs only K of the predictor's `steps` (a chain is then K deep), `@B` after that gives pseudo rows to
+    only B nodes. Raises UsageError.
     """
     if Path(spec).is_file():
         return _from_file(Path(spec), steps)
@@ -89,12 +90,12 @@ def parse_tree(spec: str, steps: int) -> TreeSpec:
     shape, at, budget = spec.rpartition("@")
     if at:
         if not _is_number(budget) or int(budget) < 1 or "@" in shape:
-            raise UsageError(f"tree {spec!r}: behind @ stands the number of nodes with pseudo rows, at least 1")
+            raise UsageError(f"tree {spec!r}: give the number of nodes with pseudo rows after @, at least 1")
         return _with(parse_tree(shape, steps), spec, budget=int(budget))
     shape, slash, run = spec.rpartition("/")
     if slash and (shape.partition(":")[0] in KINDS or Path(shape).is_file()):
         if not _is_number(run) or not 1 <= int(run) <= steps:
-            raise UsageError(f"tree {spec!r}: behind / stands the number of draft steps, 1 to {steps}")
+            raise UsageError(f"tree {spec!r}: give the number of draft steps after /, 1 to {steps}")
         inner = parse_tree(_widths([1] * int(run)) if shape == "chain" else shape, steps)
         return _with(inner, spec, steps=int(run))
     if spec == "chain":
@@ -115,7 +116,7 @@ def parse_tree(spec: str, steps: int) -> TreeSpec:
 
 
 def _with(spec: TreeSpec, text: str, **changes: int) -> TreeSpec:
-    """The tree under a limit that stands behind it in `text`."""
+    """Return the tree with the limit that follows it in `text`."""
     changed = replace(spec, **changes)  # type: ignore[arg-type]
     if spec.kind == "none":
         raise UsageError(f"tree {text!r}: none has no draft to limit")
@@ -137,7 +138,7 @@ def _is_number(text: str) -> bool:
 
 
 def default_tree(folder: Path | None, predictor: Predictor) -> TreeSpec:
-    """The default of the predictor folder's tree.json if it has one, else `dynamic:8`."""
+    """Return the default of the predictor folder's tree.json if it has one, else `dynamic:8`."""
     if folder is not None and (folder / "tree.json").is_file():
         return _from_file(folder / "tree.json", predictor.steps)
     return TreeSpec("dynamic", DEFAULT_NODES)
@@ -148,7 +149,7 @@ def _from_file(path: Path, steps: int) -> TreeSpec:
 
 
 def read_tree_file(path: Path) -> dict[str, Any]:
-    """What a tree.json holds. Raises UsageError."""
+    """Return the contents of a tree.json. Raises UsageError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -159,8 +160,8 @@ def read_tree_file(path: Path) -> dict[str, Any]:
 
 
 def tree_of(path: Path | str, value: dict[str, Any], steps: int) -> TreeSpec:
-    """The tree that a tree.json's value, or one of its entries, stands for: of `paths`, with `name`, `steps` and
-    `budget` if they are there, else of the specification `tree`, else `dynamic:8`. Raises UsageError.
+    """Return the tree of a tree.json's value, or of one of its entries: `paths`, with `name`, `steps` and `budget` if
+    present, else the specification `tree`, else `dynamic:8`. Raises UsageError.
     """
     spec = value.get("tree", f"dynamic:{DEFAULT_NODES}")
     if not isinstance(spec, str) or Path(spec).is_file():
@@ -171,28 +172,32 @@ def tree_of(path: Path | str, value: dict[str, Any], steps: int) -> TreeSpec:
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
     try:
-        paths = [tuple(int(rank) for rank in item) for item in value["paths"]]
+        paths = [tuple(int(position) for position in item) for item in value["paths"]]
         limits = {name: None if value.get(name) is None else int(value[name]) for name in ("steps", "budget")}
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{path}: `paths` are lists of ranks, `steps` and `budget` numbers ({error})") from None
+        raise UsageError(
+            f"{path}: `paths` must be lists of candidate positions, `steps` and `budget` numbers ({error})"
+        ) from None
     if any(limit is not None and limit < 1 for limit in limits.values()) or (limits["steps"] or 1) > steps:
-        raise UsageError(f"{path}: `steps` is 1 to {steps}, `budget` at least 1, got {limits}")
+        raise UsageError(f"{path}: `steps` must be 1 to {steps} and `budget` at least 1, got {limits}")
     tree = replace(static_tree(paths, steps, str(value.get("name") or "")), **limits)  # type: ignore[arg-type]
     _check_steps(tree, str(path))
     return tree
 
 
 def static_tree(paths: Sequence[tuple[int, ...]], steps: int, name: str = "") -> TreeSpec:
-    """The tree of these nodes, ranks from the root. Raises UsageError where a parent lacks, or it is too deep."""
+    """Return the tree of these candidate positions from the root. Raises UsageError where a parent is missing or the
+    tree is too deep or too large.
+    """
     ordered = tuple(sorted(set(paths), key=lambda path: (len(path), path)))
     known = {(), *ordered}
     for path in ordered:
         if len(path) > steps:
             raise UsageError(f"tree {name or list(path)} is {len(path)} deep, the predictor drafts {steps} steps")
         if not path or min(path) < 0 or path[:-1] not in known:
-            raise UsageError(f"tree path {list(path)} lacks its parent or has a negative rank")
+            raise UsageError(f"tree path {list(path)} lacks its parent or has a negative position")
     if not ordered:
-        raise UsageError("a tree without paths drafts nothing: `none` says so")
+        raise UsageError("a tree without paths drafts nothing: use `none`")
     if len(ordered) + 1 > MAX_NODES:
         raise UsageError(f"tree {name} has {len(ordered) + 1} nodes, at most {MAX_NODES} are allowed")
     return TreeSpec("static", len(ordered) + 1, ordered, name)

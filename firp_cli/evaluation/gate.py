@@ -11,7 +11,7 @@ from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree
 from firp_cli.evaluation.simulate import simulate, simulate_ticks
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.teacher import Teacher
 
@@ -36,6 +36,7 @@ def gate(
     if isinstance(predictor, SpeedPredictor):
         means = _pipeline_lengths(teacher, predictor, prompts, max_new_tokens)
     else:
+        assert isinstance(predictor, TreePredictor)
         means = _tree_lengths(teacher, predictor, prompts, tree, max_new_tokens)
     tolerance = GATE_TOLERANCE.get(teacher.dtype, GATE_TOLERANCE_ROUNDED)
     return {
@@ -48,7 +49,7 @@ def gate(
 
 def _tree_lengths(
     teacher: Teacher,
-    predictor: Predictor,
+    predictor: TreePredictor,
     prompts: Sequence[Sequence[int]],
     tree: TreeSpec | str | None,
     max_new_tokens: int,
@@ -61,7 +62,7 @@ def _tree_lengths(
     simulated: list[int] = []
     real: list[int] = []
     for prompt, generation in zip(prompts, generations, strict=True):
-        real += generation.emitted
+        real += generation.accepted_lengths
         simulated += simulate(teacher, predictor, [*prompt, *generation.token_ids], len(prompt), spec)
     return _mean(simulated), _mean(real)
 

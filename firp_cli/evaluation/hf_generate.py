@@ -100,7 +100,6 @@ class HuggingFaceGenerate:
             token_ids=tokens,
             steps=len(ones),
             accepted_lengths=ones,
-            emitted=list(ones),
             prefill_seconds=prefill,
             decode_seconds=decode,
             finish_reason="eos" if ends else "length",

@@ -21,7 +21,7 @@ from firp_cli.errors import StoreError
 from firp_cli.evaluation.simulate import ANCHOR_CHUNK
 from firp_cli.metrics import accepted_length, chain_length
 from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate, compare_rows, target_states
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.predictors.forward import LOGIT_ELEMENTS
 from firp_cli.results import StepQuality
 from firp_cli.teacher.teacher import Teacher
@@ -158,13 +158,14 @@ def _add_rows(
     sums.chain += predictor.accepted(torch.stack(hits, dim=1)).sum(dim=0).cpu()
     if tree is None:
         return
+    assert isinstance(predictor, TreePredictor)
     counts = accepted_counts(teacher, predictor, states, roots, torch.stack(choices, dim=1), tree)
     for place in range(predictor.steps):
         sums.tree[place] += (counts > place).sum().item()
 
 
 def accepted_counts(
-    teacher: Teacher, predictor: Predictor, states: Tensor, roots: Tensor, choices: Tensor, spec: TreeSpec
+    teacher: Teacher, predictor: TreePredictor, states: Tensor, roots: Tensor, choices: Tensor, spec: TreeSpec
 ) -> Tensor:
     """Drafted tokens that the decoder would accept at each of M anchors, (M,) long.
 

@@ -77,7 +77,7 @@ def bench_row(
     """One row from the batches in `runs`; `divergences` is empty for the reference and when sampling."""
     own = runs[method]
     generations = [item for run in own for item in run.generations]
-    emitted = [sum(item.emitted) for item in generations]
+    emitted = [sum(item.accepted_lengths) for item in generations]
     steps = [item.steps for item in generations]
     decode_seconds = sum(run.decode_seconds for run in own)
     passes = sum(run.steps for run in own)
@@ -149,7 +149,7 @@ def speedup_with_prefill(base: Sequence[BatchRun] | None, own: Sequence[BatchRun
 
 def accepted_histogram(generations: Sequence[Generation]) -> list[int]:
     """Entry a: decoding steps that emitted a tokens."""
-    counts = Counter(length for item in generations for length in item.emitted)
+    counts = Counter(length for item in generations for length in item.accepted_lengths)
     return [counts[length] for length in range(max(counts, default=0) + 1)]
 
 

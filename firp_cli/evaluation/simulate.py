@@ -12,7 +12,7 @@ from firp_cli.decoding.accept import accept
 from firp_cli.decoding.tree_build import anchor_nodes, build, nearest_anchor
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.metrics import ticks_per_token
-from firp_cli.predictors.base import Draft, Predictor
+from firp_cli.predictors.base import Draft, TreePredictor
 from firp_cli.predictors.forward import LOGIT_ELEMENTS, sequence_states
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.teacher import Teacher
@@ -72,7 +72,7 @@ class Trace:
 
 @torch.inference_mode()
 def trace(
-    teacher: Teacher, predictor: Predictor, token_ids: Sequence[int], prompt_length: int, breadth: int
+    teacher: Teacher, predictor: TreePredictor, token_ids: Sequence[int], prompt_length: int, breadth: int
 ) -> Trace | None:
     """Draft at every position of an answer; None where it is too short for a decoding step."""
     first, length = prompt_length - 1, len(token_ids)
@@ -91,7 +91,7 @@ def trace(
 
 
 @torch.inference_mode()
-def walk(predictor: Predictor, traces: Sequence[Trace], spec: TreeSpec) -> list[list[int]]:
+def walk(predictor: TreePredictor, traces: Sequence[Trace], spec: TreeSpec) -> list[list[int]]:
     """Tokens that each decoding step with such trees would emit while writing the answers, by answer.
 
     All answers are walked at once, each from accepted node to accepted node, the last step cut at the answer's end. The
@@ -100,7 +100,7 @@ def walk(predictor: Predictor, traces: Sequence[Trace], spec: TreeSpec) -> list[
     if spec.kind == "none":
         return [[1] * (trace.last - trace.first) for trace in traces]
     steps = spec.drafting(predictor.steps)
-    predictor = predictor.first(steps)
+    predictor = predictor.first_steps(steps)
     depth, device = spec.depth(steps), traces[0].ids.device
     breadth = min(spec.breadth(1 << 30), traces[0].draft.tokens.shape[2])
     tokens = torch.cat([trace.draft.tokens[:, :steps, :breadth] for trace in traces])
@@ -141,7 +141,7 @@ def _shifted(draft: Draft, behind: Tensor) -> Draft:
 
 
 def simulate(
-    teacher: Teacher, predictor: Predictor, token_ids: Sequence[int], prompt_length: int, tree: TreeSpec
+    teacher: Teacher, predictor: TreePredictor, token_ids: Sequence[int], prompt_length: int, tree: TreeSpec
 ) -> list[int]:
     """Tokens that each decoding step would emit while writing `token_ids[prompt_length:]`, without decoding.
 

@@ -10,7 +10,7 @@ import torch
 from firp_cli.decoding.sequences import OutputSequence, Writer
 from firp_cli.decoding.speed.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.speed.stage_cache import StageCache
-from firp_cli.decoding.speed.stages import Ranks
+from firp_cli.decoding.speed.stages import PipelineStages
 from firp_cli.decoding.speed.tick_log import total
 from firp_cli.evaluation.timing import PROMPT_TOKEN, milliseconds
 from firp_cli.predictors.speed import SpeedPredictor
@@ -38,7 +38,7 @@ def pipeline_report(
         ranks=ranks,
         ticks=whole.ticks,
         tokens=whole.left,
-        plain_tokens=whole.plain,
+        plain_tokens=whole.autoregressive_tokens,
         tokens_per_tick=rate,
         idle=1.0 - rate,
         flushes=whole.flushes,
@@ -94,9 +94,9 @@ class TimedTick:
     """
 
     def __init__(self, teacher: Teacher, predictor: SpeedPredictor, context: int, stages: int) -> None:
-        ranks = Ranks(predictor.loops)
-        ranks.stages = range(stages)
-        self.engine = PipelineEngine(teacher, predictor, guard=False, ranks=ranks)
+        part = PipelineStages(predictor.loops)
+        part.mine = range(stages)
+        self.engine = PipelineEngine(teacher, predictor, guard=False, stages=part)
         self.item = OutputSequence(0, context)
         cache = StageCache(self.engine.groups, 1, context + predictor.loops, teacher.device)
         self.run = PipelineRun(self.engine, cache, [self.item])
@@ -124,7 +124,7 @@ class TimedTick:
     def layers(self) -> None:
         """The layer groups over the stages that hold a token."""
         self.run.position, self.run.expected, self.run.hidden = self.state
-        self.run.layers(self.run.position[: len(self.engine.ranks.stages)])
+        self.run.layers(self.run.position[: len(self.engine.stages.mine)])
 
     def heads(self) -> None:
         """Exit maps, final norm and head of all stages, and the choice of their tokens."""

@@ -1,7 +1,7 @@
-"""Which positions predictions grow from, and what each is compared with.
+"""Anchors of the predictions, and their targets.
 
 An anchor n is a position whose next token belongs to the response. Step i at n drafts token n+i+1 and is compared with
-the teacher's own row at n+i; it counts only while token n+i+1 is a response token of the same conversation.
+the teacher's own row at n+i. It counts only while token n+i+1 is a response token of the same conversation.
 Shapes: B sequences, T positions, A anchors, k steps, V vocabulary.
 """
 
@@ -44,7 +44,7 @@ def collate(sequences: Sequence[Sequenced]) -> SequenceBatch:
 
 @dataclass
 class Anchors:
-    """`index` (B, A) positions; `valid` (B, A, k) bool: which steps count. Padding anchors have no valid step."""
+    """Positions `index` (B, A), and the steps that count `valid` (B, A, k) bool. Padding anchors have none."""
 
     index: Tensor
     valid: Tensor
@@ -53,9 +53,9 @@ class Anchors:
 def choose_anchors(
     batch: SequenceBatch, steps: int | Sequence[int], limit: int | None = None, seeds: Sequence[int] | None = None
 ) -> Anchors:
-    """Anchors of every sequence, at most `limit` drawn without replacement from its own seed (None: all of them).
+    """Choose the anchors of every sequence: at most `limit`, drawn without replacement by its own seed (None: all).
 
-    The draw depends on the sequence's seed alone, so it is the same whatever the batch or rank it lands in.
+    The draw depends on the sequence's seed alone, so it is the same in every batch and on every rank.
 
     Args:
         steps: k, or the distance of each step's row from the anchor (`Predictor.offsets`).
@@ -86,8 +86,8 @@ def choose_anchors(
 
 
 def target_states(batch: SequenceBatch, anchors: Anchors, offsets: Sequence[int] | None = None) -> Tensor:
-    """The teacher's normed final states at n+i, or n + offsets[i-1]: (B, A, k, d). Steps that do not count hold the
-    last position's.
+    """Return the teacher's normed final states at n+i, or n + offsets[i-1]: (B, A, k, d). Steps past the last position
+    have the last position's state.
     """
     offsets = offsets or range(1, anchors.valid.shape[-1] + 1)
     ahead = anchors.index[:, :, None] + torch.tensor(list(offsets), device=anchors.index.device)
@@ -99,7 +99,7 @@ def target_states(batch: SequenceBatch, anchors: Anchors, offsets: Sequence[int]
 
 @dataclass
 class Agreement:
-    """Per row (M,): divergences of the draft q from the teacher p in nats (total variation in 0..1), and hits.
+    """Comparison of rows (M,): divergences of the draft q from the teacher p in nats (total variation: 0..1), and hits.
 
     `top1`: q's argmax is p's argmax; `top5`: p's argmax is among q's five most probable tokens.
     """
@@ -122,7 +122,7 @@ def compare_rows(draft_logits: Tensor, teacher_logits: Tensor) -> Agreement:
 
 @torch.no_grad()
 def hits(draft_logits: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the teacher's token `best` (M,) is the draft's first choice, and among its first five: (M,) bool each."""
+    """Return where the teacher's token `best` (M,) is the draft's first, and among its first five: (M,) bool each."""
     likeliest = draft_logits.topk(min(5, draft_logits.shape[-1]), dim=-1).indices
     return likeliest[:, 0] == best, (likeliest == best[:, None]).any(-1)
 
@@ -139,7 +139,7 @@ def _total_variation(draft: Tensor, teacher: Tensor) -> Tensor:
     return 0.5 * (teacher.exp() - draft.exp()).abs().sum(-1)
 
 
-# of the log-probabilities (M, V) of draft and teacher: (M,), differentiable in the draft's
+# log-probabilities (M, V) of draft and teacher to (M,), differentiable in the draft's
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl": _kl,
     "cross_entropy": _cross_entropy,

@@ -1,12 +1,13 @@
-"""Predictor kinds by name, and predictor folders on disk.
+"""Registry of predictor kinds, and predictor folders on disk.
 
-A folder holds `predictor.safetensors`, `config.json` (kind and its fields, teacher identity), and, written by training,
-`recipe.yaml`, `training.json` and optionally `tree.json`. Nothing in it is a pickle.
+A folder contains `predictor.safetensors`, `config.json` (kind and its fields, teacher identity), and, written by
+training, `recipe.yaml`, `training.json` and optionally `tree.json`. It contains no pickle.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from firp_cli.assets import embedded_predictors, nearest
-from firp_cli.config import KINDS, FirpConfig, HiddenTransferConfig, MedusaConfig, PredictorSection, SpeedConfig
+from firp_cli.config import KINDS, PredictorSection
 from firp_cli.errors import FingerprintError, PredictorError
 from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.firp import FirpPredictor
 from firp_cli.predictors.hidden_transfer import HiddenTransferPredictor
 from firp_cli.predictors.medusa import MedusaPredictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.teacher import Teacher
 
 FORMAT = 1
+PREDICTORS: dict[str, Callable[[Any, Teacher], Predictor]] = {
+    "firp": FirpPredictor,
+    "hidden_transfer": HiddenTransferPredictor,
+    "medusa": MedusaPredictor,
+    "speed": SpeedPredictor,
+}
 
 
 def build_predictor(config: PredictorSection, teacher: Teacher) -> Predictor:
-    """An uninitialised predictor of the configured kind on the teacher's device. Raises PredictorError."""
-    if isinstance(config, (FirpConfig, HiddenTransferConfig)):
-        predictor: Predictor = HiddenTransferPredictor(config, teacher)
-    elif isinstance(config, MedusaConfig):
-        predictor = MedusaPredictor(config, teacher)
-    elif isinstance(config, SpeedConfig):
-        predictor = SpeedPredictor(config, teacher)
-    else:
-        raise PredictorError(f"unknown predictor kind {type(config).__name__}; known: {', '.join(KINDS)}")
-    return predictor.to(teacher.device)
+    """Return an uninitialised predictor of the configured kind, on the teacher's device. Raises PredictorError."""
+    kind = getattr(config, "kind", type(config).__name__)
+    if kind not in PREDICTORS:
+        raise PredictorError(f"unknown predictor kind {kind}; known: {', '.join(PREDICTORS)}")
+    return PREDICTORS[kind](config, teacher).to(teacher.device)
 
 
 def predictor_folder(name: str) -> Path:
-    """A predictor folder: a path, or the name of an embedded one. Raises PredictorError."""
+    """Return a predictor folder, given its path or the name of an embedded predictor. Raises PredictorError."""
     if (Path(name) / "config.json").is_file():
         return Path(name)
     embedded = embedded_predictors()
@@ -55,7 +58,7 @@ def predictor_folder(name: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a predictor folder. Raises PredictorError."""
+    """Return config.json of a predictor folder. Raises PredictorError."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         format_version = config["format"]
@@ -69,16 +72,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predictor:
-    """A trained predictor, on the teacher's device, in the dtype it was saved in (float32 on a CPU).
+    """Load a trained predictor onto the teacher's device, in the teacher's dtype (float32 on a CPU).
 
-    Raises FingerprintError when it was trained for another teacher, unless `force`; PredictorError when damaged.
+    Raises FingerprintError if it was trained for another teacher, unless `force`; PredictorError if it is damaged.
     """
     config = read_config(folder)
     trained_for = config["teacher"]
     if not force and trained_for.get("fingerprint") != teacher.fingerprint:
         raise FingerprintError(
             f"{folder} was trained for {trained_for.get('name')} (weights {trained_for.get('fingerprint')}), not for "
-            f"{teacher.name} (weights {teacher.fingerprint}); --force uses it all the same"
+            f"{teacher.name} (weights {teacher.fingerprint}); --force uses it anyway"
         )
     section = config["predictor"]
     kind = KINDS.get(section.get("kind"))
@@ -108,6 +111,6 @@ def write_predictor(
     """Write a predictor folder's `predictor.safetensors` and `config.json` from CPU tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "predictor.safetensors")
-    (folder / "predictor.safetensors").chmod(0o644)  # the writer makes it private; colleagues read predictors too
+    (folder / "predictor.safetensors").chmod(0o644)  # `save_file` makes it private, but colleagues read predictors too
     values = {"format": FORMAT, "predictor": config.model_dump(), "teacher": teacher}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -15,12 +15,12 @@ from firp_cli.teacher.masks import Mask, pseudo_positions
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.training_masks import AnchoredMask
 
-LOGIT_ELEMENTS = 1 << 24  # logits held at once
+LOGIT_ELEMENTS = 1 << 24  # most logits in memory at once
 
 
 @torch.inference_mode()
 def sequence_states(teacher: Teacher, predictor: Predictor, token_ids: Sequence[int]) -> SequenceBatch:
-    """One sequence with the states that the predictor reads, as a store would give them."""
+    """Return one sequence with the states that the predictor reads, as a store holds them."""
     ids = torch.tensor([list(token_ids)], device=teacher.device)
     length = ids.shape[1]
     lengths = torch.full((1,), length, device=teacher.device)
@@ -49,14 +49,14 @@ def forward_rows(
     cache: Cache | None = None,
     rotary: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Decoding's forward: h^start of R real rows (B, R, d) through layers start..L-1, where the step-i pseudo states
-    of A rows join at layer t_i. All rows of a layer run in one call.
+    """Run decoding's forward: h^start of R real rows (B, R, d) through layers start..L-1; the step-i pseudo states of A
+    rows join at layer t_i. All rows of a layer run in one call.
 
     Args:
-        positions: (B, M). mask: over the M = R + kA rows, ordered as teacher/masks.py says; None is right only for
-            one row that sees every slot and has no pseudo states.
-        anchors: (B, A) the real rows that pseudo states grow from; None: every row.
-        rotary: position embeddings of all rows, where the caller has them.
+        positions: (B, M). mask: of the M = R + kA rows, in the order of teacher/masks.py; None only for one row
+            that sees every slot and has no pseudo states.
+        anchors: (B, A) the real rows that have pseudo states; None: every row.
+        rotary: position embeddings of all rows, if the caller has them.
 
     Returns the real rows (B, R, d) and the pseudo states (B, k, A, d), both before the final norm.
     """
@@ -91,8 +91,8 @@ def forward_anchors(
     make_pseudo_states: PseudoStateMaker,
     on_layer: RowsHook | None = None,
 ) -> Tensor:
-    """Training's forward: the same rows and mask as `forward_rows` for chosen anchors (B, A), in two calls a layer, so
-    that the frozen real rows keep no graph and gradients run through the pseudo states only.
+    """Run training's forward: the rows and mask of `forward_rows` for chosen anchors (B, A), in two calls a layer. So
+    the frozen real rows keep no graph, and gradients run through the pseudo states only.
 
     Returns pseudo states (B, k, A, d) after the last layer.
     """
@@ -121,9 +121,9 @@ def forward_anchors(
             real = teacher.layer(index, real, real_rotary, positions, mask.real(window), kept)
         kept.recording = False
         if started:
-            own = (cosine[:, count:end], sine[:, count:end])
+            pseudo_rotary = (cosine[:, count:end], sine[:, count:end])
             rows_mask = mask.pseudo(window, started)
-            pseudo = teacher.layer(index, pseudo, own, all_positions[:, count:end], rows_mask, kept)
+            pseudo = teacher.layer(index, pseudo, pseudo_rotary, all_positions[:, count:end], rows_mask, kept)
     pseudo = pseudo.view(batch, steps, width, size)
     if on_layer:
         on_layer(teacher.num_layers, real, pseudo.transpose(1, 2))

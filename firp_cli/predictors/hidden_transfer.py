@@ -1,5 +1,8 @@
-"""FIRP (arXiv 2410.20488) and Hidden Transfer (arXiv 2404.12022): linear maps that predict the intermediate hidden
-states of future tokens. One module serves both; only the transfer layers differ.
+"""Hidden Transfer (arXiv 2404.12022): linear maps that predict the intermediate hidden states of future tokens, each
+step at its own transfer layer.
+
+FIRP (predictors/firp.py) is the case t_1 = ... = t_k.
+Shapes: B sequences, A anchors, k steps, d hidden size, L layers.
 """
 
 from __future__ import annotations
@@ -7,18 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from firp_cli.config import FirpConfig, HiddenTransferConfig
+from firp_cli.config import FirpConfig, HiddenTransferConfig, PredictorSection
 from firp_cli.errors import PredictorError
-from firp_cli.predictors.base import PseudoStateMaker, RowsHook, SequenceBatch
+from firp_cli.predictors.base import LinearMapPredictor, PseudoStateMaker, RowsHook, SequenceBatch, TreePredictor
 from firp_cli.predictors.forward import forward_anchors
-from firp_cli.predictors.linear_maps import LinearMapPredictor
 from firp_cli.teacher.masks import pseudo_positions
 from firp_cli.teacher.packed_linear import PackedLinear
 from firp_cli.teacher.teacher import Teacher
 
 
-class HiddenTransferPredictor(LinearMapPredictor):
-    """W_1..W_k: h~^{t_i}_{n+i} = W_i h_n^{t_i}, run through the frozen layers t_i..L-1 and the teacher's head."""
+class HiddenTransferPredictor(LinearMapPredictor, TreePredictor):
+    """W_1..W_k: h~^{t_i}_{n+i} = W_i h_n^{t_i} runs through the frozen layers t_i..L-1 and the teacher's head."""
 
     def __init__(self, config: FirpConfig | HiddenTransferConfig, teacher: Teacher) -> None:
         super().__init__(config, config.steps, teacher.hidden_size, config.bias)
@@ -39,18 +41,20 @@ class HiddenTransferPredictor(LinearMapPredictor):
 
     def _truncate(self, steps: int) -> None:
         self.maps = self.maps[:steps]
-        firp = isinstance(self.config, FirpConfig)
-        kept = {"steps": steps} if firp else {"layers": list(self.transfer_layers[:steps])}
-        self.config = self.config.model_copy(update=kept)
+        self.config = self._first_config(steps)
+
+    def _first_config(self, steps: int) -> PredictorSection:
+        """Return the configuration of the first `steps` steps."""
+        return self.config.model_copy(update={"layers": list(self.transfer_layers[:steps])})
 
     def make_pseudo_states(self, first: int, last: int, hidden: Tensor) -> Tensor:
         maps = [self.maps[step - 1] for step in range(first, last + 1)]
-        # As one matrix: a slice of three dimensions would go through a batched product, several times slower.
+        # (B * A, d): with three dimensions torch takes a batched product, several times slower
         inputs = hidden.reshape(-1, hidden.shape[-1]).to(maps[0].weight.dtype)  # type: ignore[arg-type]
         return torch.cat([linear(inputs).view_as(hidden) for linear in maps], dim=1).to(hidden.dtype)
 
     def pseudo_state_maker(self) -> PseudoStateMaker:
-        """All maps that enter at a layer as one matrix: they read the same rows."""
+        """Return a maker that joins all maps of a layer to one matrix: they read the same rows."""
         joined: dict[tuple[int, int], PackedLinear] = {}
         for layer in set(self.transfer_layers):
             first = self.transfer_layers.index(layer) + 1

@@ -1,7 +1,7 @@
 """Medusa (arXiv 2401.10774, section 2.1.1): residual heads on the last hidden state, the baseline of both papers.
 
-Head i is `resblocks` blocks x + SiLU(Linear(x)), the linear starting at zero, and a vocabulary matrix: its own, which
-starts as a copy of the teacher's, or the frozen teacher's.
+Head i has `resblocks` blocks x + SiLU(Linear(x)), whose linear layers start at zero, and a vocabulary matrix: its own,
+which starts as a copy of the teacher's, or the teacher's, frozen.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from firp_cli.config import MedusaConfig
 from firp_cli.errors import PredictorError
-from firp_cli.predictors.base import Predictor, RowsHook, SequenceBatch
+from firp_cli.predictors.base import RowsHook, SequenceBatch, TreePredictor
 from firp_cli.teacher.teacher import Teacher
 
 
-class MedusaPredictor(Predictor):
-    """k heads that read the normed final state of the anchor. They see no future and no pseudo states."""
+class MedusaPredictor(TreePredictor):
+    """k heads that read the normed final state of the anchor. It has no pseudo states."""
 
     def __init__(self, config: MedusaConfig, teacher: Teacher) -> None:
         super().__init__(config, config.steps)
@@ -46,7 +46,7 @@ class MedusaPredictor(Predictor):
         self.config = self.config.model_copy(update={"steps": steps})
 
     def _states(self, final: Tensor) -> Tensor:
-        """(..., d) normed final states to (..., k, d)."""
+        """Return the heads' states (..., k, d) from normed final states (..., d)."""
         states = []
         for blocks in self.blocks:
             state = final
@@ -87,5 +87,5 @@ class MedusaPredictor(Predictor):
 
 
 def _linears(blocks: nn.Module) -> list[nn.Linear]:
-    """A head's residual blocks; held in a Sequential, applied with their skip connections by `_states`."""
+    """Return the linear layers of a head's residual blocks; `_states` adds the skip connections."""
     return [module for module in blocks.children() if isinstance(module, nn.Linear)]

@@ -1,7 +1,7 @@
-"""SPEED (arXiv 2310.12072): predictions of the next token from the states behind early loops.
+"""SPEED (arXiv 2310.12072): predictions of the next token from the states after early loops.
 
-An exit head is a learned linear map in front of the teacher's own norm and head: after loop g the state h_n predicts
-what the teacher will put after position n once all r loops have run. Decoding starts the next token from it.
+An exit head is a learned linear map before the teacher's own norm and head: after loop g the state h_n predicts the
+token that the teacher puts after position n once all r loops have run. Decoding starts the next token from it.
 Shapes: E exits, B sequences, T positions, A anchors, d hidden size, V vocabulary.
 """
 
@@ -14,16 +14,12 @@ from torch import Tensor
 
 from firp_cli.config import SpeedConfig
 from firp_cli.errors import PredictorError
-from firp_cli.predictors.base import RowsHook, SequenceBatch
-from firp_cli.predictors.linear_maps import LinearMapPredictor
+from firp_cli.predictors.base import ExitPredictor, LinearMapPredictor, RowsHook, SequenceBatch
 from firp_cli.teacher.teacher import Teacher
 
 
-class SpeedPredictor(LinearMapPredictor):
-    """W_g for each exit loop g: the state after loop g to the one that the final norm reads, at the same position.
-
-    Attributes: `loops` r, `exits` the loops that predict, `threshold` the probability below which no token starts.
-    """
+class SpeedPredictor(LinearMapPredictor, ExitPredictor):
+    """W_g for each exit loop g: from the state after loop g to the one that the final norm reads, at its position."""
 
     def __init__(self, config: SpeedConfig, teacher: Teacher) -> None:
         boundaries = teacher.boundaries(config.loops)
@@ -31,7 +27,7 @@ class SpeedPredictor(LinearMapPredictor):
         if not exits or exits[-1] >= len(boundaries):
             reach = f"1 to {len(boundaries) - 1}" if len(boundaries) > 1 else "none: it has one loop"
             raise PredictorError(
-                f"predictor.exits {list(exits)} is out of range for {teacher.name}: exits lie behind loops {reach}"
+                f"predictor.exits {list(exits)} is out of range for {teacher.name}: exits follow loops {reach}"
             )
         super().__init__(config, len(exits), teacher.hidden_size, config.bias)
         self.exits = exits
@@ -42,24 +38,12 @@ class SpeedPredictor(LinearMapPredictor):
         self._weights = config.exit_weights or [float(loop) for loop in exits]
 
     @property
-    def offsets(self) -> tuple[int, ...]:
-        return (0,) * self.steps
-
-    @property
-    def pipeline(self) -> tuple[int, ...]:
-        return (*self.exits, self.loops)
-
-    @property
     def required_layers(self) -> tuple[int, ...]:
         return self._layers
 
     def loss_weights(self, decay: float) -> list[float]:
-        """The weights of the exits; later ones weigh more, as in the paper (which gives no numbers)."""
+        """Return the weights of the exits; later ones weigh more, as in the paper (which gives no numbers)."""
         return self._weights
-
-    def accepted(self, hits: Tensor) -> Tensor:
-        """An exit's prediction stands when it and all later ones are right (..., E)."""
-        return hits.flip(-1).cumprod(dim=-1).flip(-1)
 
     def draft_states(
         self, teacher: Teacher, batch: SequenceBatch, anchors: Tensor, on_layer: RowsHook | None = None
@@ -69,12 +53,9 @@ class SpeedPredictor(LinearMapPredictor):
         return teacher.norm(torch.stack(self._map(states, range(self.steps)))).movedim(0, 2)
 
     def _map(self, states: Tensor, places: Sequence[int]) -> list[Tensor]:
-        """States (E', ..., d) behind the exit loops in `places` to those in front of the final norm."""
+        """Map states (E', ..., d) after the exit loops in `places` to states before the final norm."""
         pairs = zip((self.maps[place] for place in places), states, strict=True)
         return [linear(state.to(linear.weight.dtype)).to(state.dtype) for linear, state in pairs]
-
-    def draft_hidden(self, teacher: Teacher, node_final: Tensor, pseudo: Tensor | None) -> Tensor:
-        raise NotImplementedError("a speed predictor drafts no tree; decoding/pipeline.py runs it")
 
     def step_logits(self, teacher: Teacher, states: Tensor, step: int) -> Tensor:
         return teacher.head(states)
@@ -82,15 +63,6 @@ class SpeedPredictor(LinearMapPredictor):
     def pipeline_logits(
         self, teacher: Teacher, exits: Tensor | None, final: Tensor | None, places: Sequence[int], normed: bool = False
     ) -> Tensor:
-        """float32 logits of exits and of the last loop, from one pass through norm and head.
-
-        Args:
-            exits: (E', B, d) states behind the exit loops `self.exits[j]` for j in `places`; None: none of them.
-            final: (B, d) state behind the last layer, or None where that layer ran elsewhere.
-            normed: `final` went through the final norm already.
-
-        Returns (E', B, V) or, with `final`, (E' + 1, B, V), the last loop's at the end.
-        """
         rows = [] if exits is None else self._map(exits, places)
         if final is None or not normed:
             return teacher.head(teacher.norm(torch.stack(rows if final is None else [*rows, final])))
@@ -101,6 +73,6 @@ class SpeedPredictor(LinearMapPredictor):
         return self._layers
 
     def ridge_target(self, teacher: Teacher, batch: SequenceBatch, hidden: Tensor) -> Tensor:
-        # the norm forgets a state's length: the input's own keeps the maps near the identity's size
+        # the norm removes a state's length; the input's length keeps the maps near the identity
         length = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().to(hidden.dtype)
         return teacher.unnorm(batch.final) * length

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from firp_cli.evaluation.simulate import Trace
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import TreePredictor
 from firp_cli.tune_results import RankRate, Reliability
 
 PRIOR = 16.0  # anchors' worth of trust in rates by step and rank, against what was counted on one path
@@ -23,7 +23,7 @@ SHOWN_RANKS = 8
 
 
 @torch.inference_mode()
-def ranks(predictor: Predictor, traces: Sequence[Trace]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def ranks(predictor: TreePredictor, traces: Sequence[Trace]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Where the answers' own tokens stand among the candidates, given that all tokens before were drafted: (A, k)
     ranks from 0, s where a token is no candidate, -1 behind the answer's end; and the candidates' probabilities
     (A, k, s).

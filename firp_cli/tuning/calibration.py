@@ -9,7 +9,7 @@ from statistics import median
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.simulate import Trace, trace
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import TreePredictor
 from firp_cli.teacher.teacher import Teacher
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -63,7 +63,7 @@ class Calibration:
 
 
 def calibrate(
-    teacher: Teacher, predictor: Predictor, prompts: Sequence[Sequence[int]], settings: TuneSettings, breadth: int
+    teacher: Teacher, predictor: TreePredictor, prompts: Sequence[Sequence[int]], settings: TuneSettings, breadth: int
 ) -> Calibration:
     """Let the teacher answer the prompts by plain decoding and draft along. Raises UsageError where all answers are
     too short for a decoding step.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from firp_cli.decoding.tree_spec import TreeSpec, parse_tree, static_tree
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import TreePredictor
 from firp_cli.tuning.acceptance import Acceptance
 from firp_cli.tuning.cost import CostModel
 
@@ -48,7 +48,7 @@ class Scored:
         return self.candidate.spec
 
 
-def layer_rows(spec: TreeSpec, predictor: Predictor, layers: int) -> list[int]:
+def layer_rows(spec: TreeSpec, predictor: TreePredictor, layers: int) -> list[int]:
     """Rows per sequence that each layer runs in a step: nodes, and from their layers on the pseudo rows."""
     steps = spec.drafting(predictor.steps)
     anchors = spec.budget if spec.limited and spec.budget else spec.nodes
@@ -56,7 +56,7 @@ def layer_rows(spec: TreeSpec, predictor: Predictor, layers: int) -> list[int]:
     return [spec.nodes + anchors * sum(layer <= number for layer in entering) for number in range(layers)]
 
 
-def shapes(acceptance: Acceptance, predictor: Predictor, most_nodes: int) -> list[Candidate]:
+def shapes(acceptance: Acceptance, predictor: TreePredictor, most_nodes: int) -> list[Candidate]:
     """All trees with pseudo rows for every node: static and dynamic, by steps and nodes."""
     found: dict[TreeSpec, Candidate] = {}
     for steps in range(1, predictor.steps + 1):
@@ -92,7 +92,7 @@ def dynamic_tree(nodes: int, run: int, steps: int) -> TreeSpec:
     return parse_tree(f"dynamic:{nodes}" + (f"/{run}" if run < steps else ""), steps)
 
 
-def with_budgets(candidate: Candidate, predictor: Predictor) -> list[Candidate]:
+def with_budgets(candidate: Candidate, predictor: TreePredictor) -> list[Candidate]:
     """A tree once more with pseudo rows for its likeliest ends only. One that reaches less deep than the predictor may
     run more steps: what lies behind an end without rows of its own comes from them.
     """
@@ -115,7 +115,7 @@ class StepCosts:
     whole steps took beyond their passes, linear in what a step has to handle.
     """
 
-    def __init__(self, model: CostModel, predictor: Predictor, batch: int, context: int) -> None:
+    def __init__(self, model: CostModel, predictor: TreePredictor, batch: int, context: int) -> None:
         self.model, self.predictor, self.batch, self.context = model, predictor, batch, context
         self._weights = np.zeros(len(self._features(PLAIN)))
         self._scale = 1.0
@@ -161,7 +161,7 @@ class StepCosts:
 
 def search(
     candidates: Sequence[Candidate],
-    predictor: Predictor,
+    predictor: TreePredictor,
     cost: Callable[[TreeSpec], float],
     length: Callable[[TreeSpec], float],
     keep: int,

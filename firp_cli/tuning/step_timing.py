@@ -30,16 +30,16 @@ class TimedStep:
 
     @torch.inference_mode()
     def __init__(self, engine: Engine, batch: int, context: int, spec: TreeSpec | None = None) -> None:
-        plan = engine.plan(batch, context, 0) if spec is None else engine.plan_of(spec)
+        setup = engine.setup(batch, context, 0) if spec is None else engine.setup_of(spec)
         self.engine, self.context = engine, context
-        self.mode: Mode = "drafted" if plan.predictor else "plain"
-        self.stepper = engine.stepper(plan, batch, context + engine.ahead(plan))
+        self.mode: Mode = "drafted" if setup.predictor else "autoregressive"
+        self.stepper = engine.stepper(setup, batch, context + engine.ahead(setup))
         endless = copy(engine.teacher)
         endless.eos_token_ids = ()
         self.items = [OutputSequence(number, context, context - 1) for number in range(batch)]
         self.run = DecodeBatch(self.stepper, self.items, Writer(endless, max_new_tokens=1 << 30), engine.graphs)
         self.run.prefill([[PROMPT_TOKEN] * context] * batch, engine.options.prefill_chunk)
-        self.state = [(tensor, tensor.clone()) for tensor in self.stepper.state()]
+        self.state = [(tensor, tensor.clone()) for tensor in self.stepper.buffers()]
 
     @property
     def rows(self) -> int:
@@ -52,7 +52,7 @@ class TimedStep:
 
     def plain(self) -> None:
         """A whole step without a draft, which makes none either: what plain decoding does."""
-        self._step("plain")
+        self._step("autoregressive")
 
     @torch.inference_mode()
     def _step(self, mode: Mode) -> None:
@@ -61,6 +61,6 @@ class TimedStep:
             tensor.copy_(value)
         for item in self.items:
             item.committed = self.context
-            for record in (item.tokens, item.accepted_lengths, item.emitted):
+            for record in (item.tokens, item.accepted_lengths):
                 record.clear()
         self.run.step(mode)

@@ -18,7 +18,7 @@ from firp_cli.evaluation.rows import ALL
 from firp_cli.evaluation.run_bench import BenchPrompt, run_bench
 from firp_cli.evaluation.simulate import replay_speedup, walk
 from firp_cli.evaluation.timing import as_benched, enough_calls, milliseconds, undisturbed
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.results import Prediction
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import CostReport, Trial, TunedTree, TuneReport
@@ -44,7 +44,7 @@ Tell = Callable[[str], None]
 Progress = Callable[[int, int | None], None]
 
 
-def _engine(teacher: Teacher, predictor: Predictor, spec: TreeSpec, settings: TuneSettings) -> Engine:
+def _engine(teacher: Teacher, predictor: TreePredictor, spec: TreeSpec, settings: TuneSettings) -> Engine:
     """An engine that decodes with one tree; PLAIN decodes plainly."""
     return Engine(
         teacher,
@@ -59,7 +59,7 @@ def _engine(teacher: Teacher, predictor: Predictor, spec: TreeSpec, settings: Tu
 
 def time_steps(
     teacher: Teacher,
-    predictor: Predictor,
+    predictor: TreePredictor,
     order: Sequence[TreeSpec],
     batch: int,
     context: int,
@@ -108,7 +108,7 @@ class Tuner:
     def __init__(
         self,
         teacher: Teacher,
-        predictor: Predictor,
+        predictor: TreePredictor,
         settings: TuneSettings,
         default: TreeSpec | None = None,
         tell: Tell = lambda line: None,
@@ -351,7 +351,7 @@ def tune(
     fit.
     """
     settings = settings or TuneSettings()
-    if predictor.pipeline:
+    if not isinstance(predictor, TreePredictor):
         raise UsageError(f"a {predictor.kind} predictor feeds a pipeline, which has no tree to tune")
     room = teacher.max_positions - settings.max_new_tokens
     if settings.context is not None and not 1 <= settings.context <= room:

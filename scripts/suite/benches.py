@@ -211,7 +211,7 @@ def traced(bout: Bout, loaded: dict[str, LoadedPredictor]) -> list[Traced]:
             described(item.tree),
             item.predictor.steps,
             [runs[0].prompt_tokens for runs in bout.made[name].values()],
-            [runs[0].emitted for runs in bout.made[name].values()],
+            [runs[0].accepted_lengths for runs in bout.made[name].values()],
         )
         for name, item in loaded.items()
         if isinstance(item.tree, TreeSpec) and bout.made[name]

@@ -109,10 +109,10 @@ def test_who_is_guarded(guard: bool | None, trees: bool, pipeline: bool) -> None
     )
     assert isinstance(plainly.engine, Engine) and isinstance(drafting.engine, Engine)
     assert isinstance(piping.engine, PipelineEngine)
-    assert (piping.engine.guard is not None) == pipeline
+    assert (piping.engine.fallback is not None) == pipeline
     for engine, guarded in ((plainly.engine, False), (drafting.engine, trees)):
         engine.generate([[5, 9, 33]], 8)
-        assert bool(engine._guards) == guarded
+        assert bool(engine.fallbacks) == guarded
 
 
 @pytest.mark.parametrize(("size", "tree"), [(1, "dynamic:6/3"), (4, "static:2x1")])

@@ -1,9 +1,10 @@
-"""References for decoding."""
+"""References for decoding, and parameters that cover a product of cases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,20 +12,35 @@ import torch
 
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import generate_reference, tiny_model
+from helpers.pairwise import pairwise
 
 TOKENS = 24
 READERS = ["item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "nonzero", "cpu"]
 
 
+def covered(*axes: Sequence[Any]) -> list[Any]:
+    """Return the product of the axes as test parameters. Those beyond a pairwise cover are marked `nightly`."""
+    quick = pairwise(*axes)
+    return [pytest.param(*case, marks=[] if case in quick else pytest.mark.nightly) for case in product(*axes)]
+
+
 def references(teacher: Teacher, prompts: list[list[int]], tokens: int = TOKENS) -> list[list[int]]:
-    return [list(reference(family_of(teacher), tuple(prompt), tokens)) for prompt in prompts]
+    """Return the texts of transformers' `generate`. They must vary: repeated tokens would prove little."""
+    texts = [list(reference(family_of(teacher), tuple(prompt), tokens)) for prompt in prompts]
+    check_variety(texts)
+    return texts
+
+
+def check_variety(texts: list[list[int]]) -> None:
+    """Assert that several texts hold many different tokens."""
+    assert len(texts) < 4 or len({token for text in texts for token in text}) > 8
 
 
 def count_reads(patch: pytest.MonkeyPatch) -> list[str]:
-    """From here on, every call that hands a tensor's value to Python is noted in the list that comes back."""
+    """Return a list that records from now on every call that reads a tensor's value into Python."""
     seen: list[str] = []
 
-    def noting(name: str) -> Callable[..., Any]:
+    def recording(name: str) -> Callable[..., Any]:
         original = getattr(torch.Tensor, name)
 
         def read(*arguments: Any, **options: Any) -> Any:
@@ -34,7 +50,7 @@ def count_reads(patch: pytest.MonkeyPatch) -> list[str]:
         return read
 
     for name in READERS:
-        patch.setattr(torch.Tensor, name, noting(name))
+        patch.setattr(torch.Tensor, name, recording(name))
     return seen
 
 

@@ -1,4 +1,4 @@
-"""Engines whose steps run as if captured."""
+"""Captured steps without a CUDA device: operations recorded on tapes, and rings that are read late."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.output_ring import OutputRing
 
 
-def with_graphs(engine: Engine) -> tuple[NotedGraphs, Tapes]:
+def with_graphs(engine: Engine) -> tuple[RecordingGraphs, Tapes]:
+    """Give an engine graphs that replay tapes."""
     tapes = Tapes()
-    engine.graphs = graphs = NotedGraphs(tapes)
+    engine.graphs = graphs = RecordingGraphs(tapes)
     return graphs, tapes
 
 
 class Arrived:
-    """An event of a device that is done at once."""
+    """Event of a device that completes at once."""
 
     def record(self) -> None:
         pass
@@ -32,15 +33,15 @@ class Arrived:
 
 
 class LateRing(OutputRing):
-    """A ring that reads as on a CUDA device, one group late. The copies themselves are the CPU's."""
+    """Ring that is read as on a CUDA device, one group late, with copies on the CPU."""
 
     def __init__(self, batch: int, width: int, every: int, device: torch.device) -> None:
         super().__init__(batch, width, every, device)
-        self._asynchronous, self._host = True, torch.zeros_like(self._rows)
+        self.late, self._host = True, torch.zeros_like(self._rows)
 
 
 class Tapes:
-    """A capture by tape. Recording runs the step, which on a CUDA device only the first replay would do."""
+    """Capture by tape. Recording runs the step, which on a CUDA device only the first replay does."""
 
     def __init__(self) -> None:
         self.captured = self.replayed = 0
@@ -62,8 +63,8 @@ class Tapes:
         return replay
 
 
-class NotedGraphs(StepGraphs):
-    """Step graphs that note their keys: mode, batch, bucket."""
+class RecordingGraphs(StepGraphs):
+    """Step graphs that record their keys: mode, batch, bucket."""
 
     def __init__(self, capture: Callable[[Step], Step]) -> None:
         super().__init__(capture)
@@ -80,7 +81,7 @@ class NotedGraphs(StepGraphs):
 
 
 class Tape(TorchDispatchMode):
-    """The operations of a step as it runs, on which tensors, in order."""
+    """Operations of a step and their tensors, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,11 +93,11 @@ class Tape(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        """All operations again. What the tape made itself it makes anew; everything else keeps its place."""
+        """Repeat all operations. Tensors that the tape made are made anew; all others keep their addresses."""
         made: dict[int, Tensor] = {}
         for func, args, kwargs, first in self.operations:
-            own = tree_map_only(Tensor, lambda tensor: made.get(id(tensor), tensor), (args, kwargs))
-            result = func(*own[0], **own[1])
+            current = tree_map_only(Tensor, lambda tensor: made.get(id(tensor), tensor), (args, kwargs))
+            result = func(*current[0], **current[1])
             for before, now in zip(tree_leaves(first), tree_leaves(result), strict=True):
                 if isinstance(before, Tensor):
                     made[id(before)] = now

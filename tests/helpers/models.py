@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from firp_cli.config import KINDS, LoopedSection, PredictorSection, SpeedConfig, TeacherConfig
-from firp_cli.predictors.base import Draft, Predictor, SequenceBatch
+from firp_cli.predictors.base import Draft, Predictor, SequenceBatch, TreePredictor
 from firp_cli.predictors.folder import build_predictor, load_predictor, predictor_folder
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.check import use_lean_layers
@@ -268,7 +268,7 @@ def sequence_batch(
     return SequenceBatch(ids, lengths, loss_mask, teacher.norm(last), {layer: states[layer] for layer in layers})
 
 
-class FakePredictor(Predictor):
+class FakePredictor(TreePredictor):
     """Drafts from known continuations: finds where a state stands in them and answers with what follows, or not.
 
     `right(position, step)` says whether the draft of that step is the true token; it is token+1 otherwise. Other

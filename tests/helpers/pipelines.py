@@ -9,6 +9,7 @@ from typing import Any
 from firp_cli.decoding.reference import greedy
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.teacher import Teacher
+from helpers.decoding import check_variety
 from helpers.models import FakeExits, OwnLoops, generate_reference, make_predictor, pipe_teacher, random_prompts
 
 RULES: dict[str, Callable[[int, int], bool]] = {
@@ -21,13 +22,15 @@ TOKENS = 14
 
 
 def references(name: str, prompts: list[list[int]], tokens: int = TOKENS, **options: Any) -> list[list[int]]:
-    """What transformers' `generate` writes; where a model has none, the oracle."""
+    """Return the texts of transformers' `generate`, or of the reference for models without it. They must vary."""
     key = name.split("/")[0] + "/1" if "/" in name else name
-    return [list(_reference(key, tuple(prompt), tokens, **options)) for prompt in prompts]
+    texts = [list(_reference(key, tuple(prompt), tokens, **options)) for prompt in prompts]
+    check_variety(texts)
+    return texts
 
 
 def some_prompts(seed: int = 0) -> list[list[int]]:
-    """Five prompts: one of a single token, shorter than any pipe."""
+    """Return five prompts, one of them of a single token, shorter than any pipe."""
     return [[7 + seed], *random_prompts(4, seed=seed)]
 
 
@@ -38,7 +41,7 @@ def random_exits(teacher: Teacher, loops: int | None, **section: Any) -> SpeedPr
 
 
 def fake_exits(name: str, prompts: list[list[int]], mode: str, **section: Any) -> FakeExits:
-    """Exits that know what follows the prompts, some way past where the tests stop."""
+    """Return exits that know the texts after the prompts, and some tokens more."""
     teacher, loops = pipe_teacher(name)
     texts = references(name, prompts, TOKENS + 6, eos_token_id=-1)  # tokens in flight pass an EOS
     known = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]

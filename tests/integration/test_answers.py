@@ -281,10 +281,10 @@ def test_the_engine_halves_its_batch_where_memory_ends(monkeypatch: pytest.Monke
     teacher, prompts = tiny_teacher("llama", True), random_prompts(9, seed=13)
     responder = EngineResponder(teacher, 8)
     whole = {reply.number: reply.token_ids for reply in responder.reply(prompts, [6] * 9)}
-    from firp_cli.decoding.step import cache_shape
+    from firp_cli.decoding.step import StepShape
     from firp_cli.teacher.kv_cache import KVCache
 
-    room = KVCache.bytes_needed(**cache_shape(teacher, None, None, 3, 40))
+    room = KVCache.bytes_needed(**StepShape().cache(teacher, 3, 40))
     monkeypatch.setattr("firp_cli.decoding.sequences.free_bytes", lambda _: room)
     found = {reply.number: reply.token_ids for reply in responder.reply(prompts, [6] * 9)}
     assert found == whole and responder._steady.width == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
-from helpers.decoding import TOKENS, count_reads, references
+from helpers.decoding import TOKENS, count_reads, covered, references
 from helpers.models import (
+    FAMILIES,
     LAYERS,
     VOCABULARY,
     FakePredictor,
@@ -27,11 +29,17 @@ from helpers.models import (
 )
 
 TREES = ["dynamic:2", "dynamic:9", "chain", "static:3x2x1"]
-KINDS = [
-    {"kind": "firp", "layer": 2, "steps": 3},
-    {"kind": "hidden_transfer", "layers": [1, 3, 3]},
-    {"kind": "medusa", "steps": 3},
-]
+STACKS = ["lean", "library"]
+KINDS: dict[str, dict[str, Any]] = {
+    "firp": {"kind": "firp", "layer": 2, "steps": 3},
+    "hidden_transfer": {"kind": "hidden_transfer", "layers": [1, 3, 3]},
+    "medusa": {"kind": "medusa", "steps": 3},
+}
+RULES: dict[str, Callable[[int, int], bool]] = {
+    "always": lambda n, i: True,
+    "never": lambda n, i: False,
+    "sometimes": lambda n, i: (n * 7 + i) % 3 > 0,
+}
 
 
 def test_oracle_is_generate(any_teacher: Teacher) -> None:
@@ -39,17 +47,11 @@ def test_oracle_is_generate(any_teacher: Teacher) -> None:
     assert greedy(any_teacher, prompt, TOKENS) == references(any_teacher, [prompt])[0]
 
 
-def test_greedy_text_wanders(any_teacher: Teacher) -> None:
-    """The comparisons below would say little about a teacher that repeats one token."""
-    texts = references(any_teacher, random_prompts(4))
-    assert len({token for text in texts for token in text}) > 8
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-def test_plain_decoding_is_generate(stacked_teacher: Teacher, batch: int) -> None:
-    prompts = random_prompts(4)
-    expected = references(stacked_teacher, prompts)
-    engine = Engine(stacked_teacher)
+@pytest.mark.parametrize(("family", "stack", "batch"), covered(list(FAMILIES), STACKS, [1, 4]))
+def test_autoregressive_decoding_is_generate(family: str, stack: str, batch: int) -> None:
+    teacher, prompts = tiny_teacher(family, stack == "lean"), random_prompts(4)
+    expected = references(teacher, prompts)
+    engine = Engine(teacher)
     got = [
         item.token_ids
         for start in range(0, 4, batch)
@@ -58,39 +60,38 @@ def test_plain_decoding_is_generate(stacked_teacher: Teacher, batch: int) -> Non
     assert got == expected
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("section", KINDS, ids=lambda section: section["kind"])
-def test_predictors_are_lossless(stacked_teacher: Teacher, section: dict, tree: str, batch: int) -> None:
-    prompts = random_prompts(4, seed=1)
-    expected = references(stacked_teacher, prompts)
-    predictor = make_predictor(stacked_teacher, **section)
-    engine = Engine(stacked_teacher, predictor, parse_tree(tree, predictor.steps))
+@pytest.mark.parametrize(
+    ("family", "stack", "kind", "tree", "batch"), covered(list(FAMILIES), STACKS, list(KINDS), TREES, [1, 4])
+)
+def test_predictors_are_lossless(family: str, stack: str, kind: str, tree: str, batch: int) -> None:
+    teacher, prompts = tiny_teacher(family, stack == "lean"), random_prompts(4, seed=1)
+    expected = references(teacher, prompts)
+    predictor = make_predictor(teacher, **KINDS[kind])
+    engine = Engine(teacher, predictor, parse_tree(tree, predictor.steps))
     got = [item for start in range(0, 4, batch) for item in engine.generate(prompts[start : start + batch], TOKENS)]
     assert [item.token_ids for item in got] == expected
     for item in got:
-        assert sum(item.emitted) + 1 == len(item.token_ids)
+        assert sum(item.accepted_lengths) + 1 == len(item.token_ids)
         assert item.steps == len(item.accepted_lengths)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("mode", ["always", "never", "sometimes"])
-@pytest.mark.parametrize("fake", [FakePredictor, ParentPredictor])
-def test_fakes_are_lossless(any_stack: str, fake: type[FakePredictor], mode: str, tree: str, batch: int) -> None:
-    teacher = tiny_teacher("llama", any_stack == "lean")
+@pytest.mark.parametrize(
+    ("stack", "fake", "mode", "tree", "batch"),
+    covered(STACKS, [FakePredictor, ParentPredictor], list(RULES), TREES, [1, 4]),
+)
+def test_fakes_are_lossless(stack: str, fake: type[FakePredictor], mode: str, tree: str, batch: int) -> None:
+    teacher = tiny_teacher("llama", stack == "lean")
     prompts = random_prompts(4, seed=2)
     expected = references(teacher, prompts)
-    rules = {"always": lambda n, i: True, "never": lambda n, i: False, "sometimes": lambda n, i: (n * 7 + i) % 3 > 0}
     sequences = [prompt + text for prompt, text in zip(prompts, expected, strict=True)]
-    predictor = fake(teacher, sequences, 3, rules[mode])
+    predictor = fake(teacher, sequences, 3, RULES[mode])
     engine = Engine(teacher, predictor, parse_tree(tree, 3))
     got = [item for start in range(0, 4, batch) for item in engine.generate(prompts[start : start + batch], TOKENS)]
     assert [item.token_ids for item in got] == expected
     lengths = [length for item in got for length in item.accepted_lengths]
     if fake is FakePredictor and mode == "always":
         deepest = 1 if tree == "dynamic:2" else 3
-        full = [length for item in got for length in item.accepted_lengths[:-1]]  # the last one may pass the known text
+        full = [length for item in got for length in item.accepted_lengths[:-1]]  # the last one is cut at the limit
         assert set(full) == {deepest + 1}
     if fake is FakePredictor and mode == "never":
         assert set(lengths) == {1}
@@ -120,7 +121,7 @@ def test_finished_sequences_leave(teacher: Teacher) -> None:
 
 
 class _Letters:
-    """A tokenizer of one character per token, for stop strings."""
+    """Tokenizer of one character per token, for stop strings."""
 
     eos_token_id = None
 
@@ -183,7 +184,7 @@ def first_token_counts(teacher: Teacher, prompt: list[int], draws: int, predicto
 def test_sampling_is_plain_sampling() -> None:
     """Chi-square over the second and third sampled token: trees against the teacher's exact distribution.
 
-    The exact marginal sums over every first token; its prefix is drafted, so acceptance decides most draws.
+    The exact marginal sums over all first tokens. The prefix is drafted, so acceptance decides most draws.
     """
     from scipy.stats import chi2
 
@@ -192,7 +193,7 @@ def test_sampling_is_plain_sampling() -> None:
     soft.eos_token_ids = ()
     prompt = random_prompts(1, seed=9)[0]
     head = soft.head
-    soft.head = lambda normed: head(normed) * 0.25  # type: ignore[method-assign]  # flat enough for many outcomes
+    soft.head = lambda normed: head(normed) * 0.25  # type: ignore[method-assign]  # flat: many outcomes
     text = greedy(teacher, prompt, 8)
     predictor = FakePredictor(teacher, [prompt + text], 3, lambda n, i: i % 2 == 1)
     draws = 4000
@@ -206,18 +207,19 @@ def test_sampling_is_plain_sampling() -> None:
         expected = exact * counts.sum()
         common = expected >= 5
         observed = torch.cat([counts[common], counts[~common].sum()[None]])
-        wanted = torch.cat([expected[common], expected[~common].sum()[None]])
-        statistic = ((observed - wanted) ** 2 / wanted.clamp(min=1e-9)).sum().item()
-        assert statistic < chi2.ppf(0.999, len(wanted) - 1), (place, statistic)
+        expected = torch.cat([expected[common], expected[~common].sum()[None]])
+        statistic = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+        assert statistic < chi2.ppf(0.999, len(expected) - 1), (place, statistic)
 
 
-@pytest.mark.parametrize("tree", ["dynamic:5", "static:2x2", "dynamic:5@2"])
-@pytest.mark.parametrize("section", KINDS, ids=lambda section: section["kind"])
-def test_a_step_reads_nothing_back(any_stack: str, section: dict, tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stack", "kind", "tree"), covered(STACKS, list(KINDS), ["dynamic:5", "static:2x2", "dynamic:5@2"])
+)
+def test_step_reads_no_value(stack: str, kind: str, tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside a step no tensor's value reaches Python."""
-    teacher = tiny_teacher("qwen2-window", any_stack == "lean")
-    engine = Engine(teacher, make_predictor(teacher, **section), parse_tree(tree, 3))
-    engine.generate([[5, 6, 7], [8, 9]], 12)  # constants of a tree are made once
+    teacher = tiny_teacher("qwen2-window", stack == "lean")
+    engine = Engine(teacher, make_predictor(teacher, **KINDS[kind]), parse_tree(tree, 3))
+    engine.generate([[5, 6, 7], [8, 9]], 12)  # makes the constants of the tree
     original, steps, reads = DecodeStep.step, [], []
 
     def guarded(*arguments: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Trees of which only some nodes have pseudo rows: which nodes, what is drafted behind the others, the same tokens."""
+"""Trees with pseudo rows for some nodes only: the chosen nodes, the drafts after other nodes, the same tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.step import DecodeStep, cache_shape
+from firp_cli.decoding.step import DecodeStep, DraftSetup
 from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anchor
 from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
-from firp_cli.predictors.base import Draft, Predictor
+from firp_cli.predictors.base import Draft, TreePredictor
 from firp_cli.results import Generation
 from firp_cli.teacher.teacher import Teacher
+from helpers.decoding import covered
 from helpers.models import (
     FAMILIES,
     VOCABULARY,
@@ -37,8 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "firp": {"kind": "firp", "layer": 2, "steps": 3},
     "hidden_transfer": {"kind": "hidden_transfer", "layers": [1, 3, 3]},
 }
+TEACHERS = [*((family, "lean") for family in FAMILIES), ("qwen2-window", "library")]
 kinds = pytest.mark.parametrize("kind", list(KINDS))
-budgets = pytest.mark.parametrize("tree", TREES)
 
 
 def decode(engine: Engine, prompts: list[list[int]], batch: int, tokens: int) -> list[Generation]:
@@ -51,10 +52,9 @@ def reference(family: str, prompt: tuple[int, ...]) -> list[int]:
     return generate_reference(tiny_model(family), list(prompt), TOKENS)
 
 
-@budgets
-@kinds
-@pytest.mark.parametrize(("family", "stack"), [*((family, "lean") for family in FAMILIES), ("qwen2-window", "library")])
-def test_budgets_are_lossless(family: str, stack: str, kind: str, tree: str) -> None:
+@pytest.mark.parametrize(("stacked", "kind", "tree"), covered(TEACHERS, list(KINDS), TREES), ids=str)
+def test_budgets_are_lossless(stacked: tuple[str, str], kind: str, tree: str) -> None:
+    family, stack = stacked
     teacher, prompts = tiny_teacher(family, stack == "lean"), random_prompts(4, seed=31)
     expected = [reference(family, tuple(prompt)) for prompt in prompts]
     engine = Engine(teacher, make_predictor(teacher, **KINDS[kind]), parse_tree(tree, 3))
@@ -67,10 +67,8 @@ def embedded_reference() -> list[list[int]]:
     return [generate_reference(embedded_teacher().model, prompt, 60) for prompt in embedded_prompts(4)]
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@budgets
-@kinds
-def test_budgets_are_lossless_where_drafts_are_right(kind: str, tree: str, batch: int) -> None:
+@pytest.mark.parametrize(("kind", "tree", "batch"), covered(list(KINDS), TREES, [1, 4]))
+def test_budgets_are_lossless_with_trained_predictors(kind: str, tree: str, batch: int) -> None:
     """Trained predictors: paths of every length are accepted, and end at nodes with and without pseudo rows."""
     predictor = embedded_predictor(kind)
     spec = parse_tree(tree, predictor.steps)
@@ -83,14 +81,14 @@ def test_budgets_are_lossless_where_drafts_are_right(kind: str, tree: str, batch
 
 @pytest.mark.parametrize("tree", ["dynamic:9", "static:3x2x1", "chain"])
 @kinds
-def test_a_budget_for_every_node_changes_no_step(kind: str, tree: str) -> None:
+def test_budget_for_every_node_changes_no_step(kind: str, tree: str) -> None:
     predictor = embedded_predictor(kind)
-    plain = parse_tree(tree, predictor.steps)
+    whole = parse_tree(tree, predictor.steps)
     steps = [
-        [(item.token_ids, item.accepted_lengths, item.emitted) for item in decode(engine, embedded_prompts(2), 2, 40)]
+        [(item.token_ids, item.accepted_lengths) for item in decode(engine, embedded_prompts(2), 2, 40)]
         for spec in (
-            plain,
-            parse_tree(f"{tree}@{plain.nodes}", predictor.steps),
+            whole,
+            parse_tree(f"{tree}@{whole.nodes}", predictor.steps),
             parse_tree(f"{tree}@99", predictor.steps),
         )
         for engine in [Engine(embedded_teacher(), predictor, spec)]
@@ -98,7 +96,7 @@ def test_a_budget_for_every_node_changes_no_step(kind: str, tree: str) -> None:
     assert steps[0] == steps[1] == steps[2]
 
 
-def test_predictors_without_pseudo_rows_have_no_budget() -> None:
+def test_budget_does_not_limit_predictors_without_pseudo_rows() -> None:
     predictor = embedded_predictor("medusa")
     engines = [Engine(embedded_teacher(), predictor, parse_tree(tree, 4)) for tree in ("dynamic:9", "dynamic:9@2")]
     first, second = (decode(engine, embedded_prompts(2), 2, 40) for engine in engines)
@@ -106,17 +104,17 @@ def test_predictors_without_pseudo_rows_have_no_budget() -> None:
     assert [item.token_ids for item in first] == [item.token_ids for item in second]
 
 
-def test_the_scratch_holds_the_rows_of_the_budget(teacher: Teacher) -> None:
+def test_scratch_has_the_rows_of_the_budget(teacher: Teacher) -> None:
     predictor = make_predictor(teacher, **KINDS["firp"])
     scratch = {
-        tree: cache_shape(teacher, predictor, parse_tree(tree, 3), 1, 10)["scratch"]
+        tree: DraftSetup.of(predictor, parse_tree(tree, 3)).shape.cache(teacher, 1, 10)["scratch"]
         for tree in ("dynamic:9", "dynamic:9@1", "dynamic:9@3", "chain@2", "static:3x2x1@4", "dynamic:9@50")
     }
     assert list(scratch.values()) == [9 + 27, 9 + 3, 9 + 9, 4 + 6, 16 + 12, 9 + 27]
 
 
 class ByParent:
-    """Scores children by their parent's token, or not: a predictor's contract, without its network."""
+    """Child scores that depend on the parent's token, or not: a predictor's interface without its network."""
 
     steps = 3
 
@@ -133,18 +131,18 @@ class ByParent:
 
 
 def ending_probabilities(predictor: Any, draft: Draft, tree: Tree, row: int) -> list[float]:
-    """For every node: that the accepted path comes there and to none of its children, by the draft."""
-    own = Draft(draft.tokens[row : row + 1], draft.log_probs[row : row + 1])
-    coming = [1.0]
+    """Return for every node the draft's probability that the accepted path reaches it and none of its children."""
+    row_draft = Draft(draft.tokens[row : row + 1], draft.log_probs[row : row + 1])
+    reached = [1.0]
     for node in range(1, tree.tokens.shape[1]):
         parent = int(tree.parents[row, node])
         depth = int(tree.depth[row, node])
-        tokens, log_probs = predictor.child_candidates(own, depth, tree.tokens[row : row + 1, parent, None])
-        rank = tokens[0, 0].tolist().index(int(tree.tokens[row, node]))
-        coming.append(coming[parent] * float(log_probs[0, 0, rank].double().exp()))
-    ending = list(coming)
-    for node in range(1, len(coming)):
-        ending[int(tree.parents[row, node])] -= coming[node]
+        tokens, log_probs = predictor.child_candidates(row_draft, depth, tree.tokens[row : row + 1, parent, None])
+        position = tokens[0, 0].tolist().index(int(tree.tokens[row, node]))
+        reached.append(reached[parent] * float(log_probs[0, 0, position].double().exp()))
+    ending = list(reached)
+    for node in range(1, len(reached)):
+        ending[int(tree.parents[row, node])] -= reached[node]
     return ending
 
 
@@ -152,17 +150,15 @@ SPECS = ["dynamic:9", "dynamic:14", "static:3x2x1", "static:2x2", "chain"]
 
 
 def random_tree(spec: str, seed: int, predictor: ByParent, ended: int = 0) -> tuple[Draft, Tree]:
-    """A tree of two sequences, of whose draft the last `ended` steps are missing."""
+    """Return a tree of two sequences, and its draft, whose last `ended` steps are missing."""
     draft = random_draft(2, 3, 30, 13, seed, sharp=6.0)
     if ended:
         draft.log_probs[:, -ended:] = -torch.inf
     return draft, build(parse_tree(f"{spec}@1", 3), predictor, draft, torch.tensor([7, 8]))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("parent_dependent", [True, False])
-@pytest.mark.parametrize("ended", [0, 1, 2])
-@pytest.mark.parametrize("spec", SPECS)
-def test_anchors_are_where_the_path_most_likely_ends(spec: str, ended: int, parent_dependent: bool) -> None:
+@pytest.mark.parametrize(("spec", "ended", "parent_dependent"), covered(SPECS, [0, 1, 2], [True, False]))
+def test_anchors_are_the_likeliest_ends_of_the_path(spec: str, ended: int, parent_dependent: bool) -> None:
     predictor = ByParent(parent_dependent)
     beside_the_root = 0
     for seed in range(10):
@@ -182,7 +178,7 @@ def test_anchors_are_where_the_path_most_likely_ends(spec: str, ended: int, pare
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_the_nearest_anchor_is_found_going_up(spec: str) -> None:
+def test_nearest_anchor_is_the_first_upwards(spec: str) -> None:
     distances = set()
     for seed in range(8):
         _, tree = random_tree(spec, seed, ByParent(seed % 2 == 0))
@@ -190,16 +186,17 @@ def test_the_nearest_anchor_is_found_going_up(spec: str) -> None:
         for node in range(tree.tokens.shape[1]):
             place, distance = nearest_anchor(tree, anchors, tree.paths[:, node], tree.depth[:, node])
             for row in range(2):
-                up, found = 0, node
-                while found not in anchors[row].tolist():
-                    up, found = up + 1, int(tree.parents[row, found])
-                assert (int(anchors[row, place[row]]), int(distance[row])) == (found, up)
+                up, ancestor = 0, node
+                while ancestor not in anchors[row].tolist():
+                    up, ancestor = up + 1, int(tree.parents[row, ancestor])
+                assert (int(anchors[row, place[row]]), int(distance[row])) == (ancestor, up)
                 distances.add(up)
     assert {0, 1} <= distances
 
 
-def prefilled(teacher: Teacher, predictor: Predictor, spec: TreeSpec, prompts: list[list[int]]) -> DecodeStep:
-    stepper = DecodeStep(teacher, predictor, spec, Sampler(0.0, 1.0, 0, torch.device("cpu")), len(prompts), 100)
+def prefilled(teacher: Teacher, predictor: TreePredictor, spec: TreeSpec, prompts: list[list[int]]) -> DecodeStep:
+    sampler = Sampler(0.0, 1.0, 0, torch.device("cpu"))
+    stepper = DecodeStep(teacher, DraftSetup.of(predictor, spec), sampler, len(prompts), 100)
     stepper.prefill(prompts, 512)
     stepper.step(max(map(len, prompts)) - 1, "start")
     stepper.ring.launched(None, drain=True)
@@ -207,15 +204,17 @@ def prefilled(teacher: Teacher, predictor: Predictor, spec: TreeSpec, prompts: l
 
 
 def foreseen(texts: list[list[int]], emitted: list[int], steps: int, breadth: int, seed: int) -> Draft:
-    """A draft that knows what follows at three of four steps, at ranks and with probabilities that are drawn."""
+    """Return a draft with the true token at three of four steps, at random positions and with random probabilities."""
     generator = torch.Generator().manual_seed(seed)
     tokens = []
     for text, count in zip(texts, emitted, strict=True):
         for known in text[count : count + steps]:
             others = torch.randperm(VOCABULARY, generator=generator).tolist()
             others.remove(known)
-            rank, right = torch.randint(4, (2,), generator=generator).tolist()
-            tokens.append([*others[: min(rank // 2, breadth - 1)], *([known] if right else []), *others[5:]][:breadth])
+            position, right = torch.randint(4, (2,), generator=generator).tolist()
+            tokens.append(
+                [*others[: min(position // 2, breadth - 1)], *([known] if right else []), *others[5:]][:breadth]
+            )
     scores = 2.0 * torch.randn(len(texts), steps, breadth, generator=generator)
     return Draft(torch.tensor(tokens).view(scores.shape), scores.log_softmax(-1).sort(descending=True).values)
 
@@ -223,9 +222,9 @@ def foreseen(texts: list[list[int]], emitted: list[int], steps: int, breadth: in
 @pytest.mark.parametrize("tree", ["dynamic:9@1", "dynamic:9@3", "chain@1", "chain@2", "static:2x2x1@4"])
 @kinds
 @torch.inference_mode()
-def test_a_node_without_pseudo_rows_drafts_from_the_anchor_above_it(kind: str, tree: str) -> None:
-    """The next draft against the training forward at the nearest anchor, whose first steps have been passed already;
-    where the node is an anchor itself, also against a step in which every node is one.
+def test_node_without_pseudo_rows_drafts_from_its_nearest_anchor(kind: str, tree: str) -> None:
+    """The next draft equals the training forward's at the nearest anchor, without the passed steps. If the node is an
+    anchor itself, it also equals the draft of a step in which every node is one.
     """
     teacher = tiny_teacher("qwen2-window", lean=True)
     predictor = make_predictor(teacher, **KINDS[kind])
@@ -270,7 +269,7 @@ def test_a_node_without_pseudo_rows_drafts_from_the_anchor_above_it(kind: str, t
 
 
 def check_draft(stepper: DecodeStep, row: int, expected: Draft, distance: int) -> None:
-    """The stepper's draft holds the expected one's steps behind the first `distance`, then nothing."""
+    """Assert that the stepper's draft has the expected one's steps after the first `distance`, then nothing."""
     steps = expected.tokens.shape[1]
     tokens, log_probs = stepper._draft.tokens[row], stepper._draft.log_probs[row]
     assert torch.equal(tokens[: steps - distance], expected.tokens[0, distance:])
@@ -280,7 +279,7 @@ def check_draft(stepper: DecodeStep, row: int, expected: Draft, distance: int) -
 
 
 @pytest.mark.parametrize(("tree", "passes"), [("dynamic:3", 1), ("dynamic:8", 2)])
-def test_small_trees_read_the_vocabulary_once_a_step(tree: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_trees_apply_the_head_once_a_step(tree: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher("llama", lean=True)
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
     calls, head = [], teacher.head

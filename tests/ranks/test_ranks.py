@@ -13,7 +13,7 @@ import pytest
 
 from firp_cli.decoding.make_engine import make_engine
 from firp_cli.decoding.speed.pipeline import PipelineEngine
-from firp_cli.decoding.speed.stages import Ranks
+from firp_cli.decoding.speed.stages import PipelineStages
 from firp_cli.distributed.launch import launch, relayed_errors, start
 from firp_cli.errors import UsageError
 from firp_cli.machine import rank, world_size
@@ -37,9 +37,9 @@ def decoded(number: int, size: int) -> list[dict[str, Any]]:
     for family, lean, temperature, section in CASES:
         teacher = tiny_teacher(family, lean)
         predictor = make_predictor(teacher, kind="speed", **section)
-        part = Ranks(predictor.loops, number, size)
+        part = PipelineStages(predictor.loops, number, size)
         sampling = {"temperature": temperature, "seed": 3}
-        engine = PipelineEngine(teacher, predictor, guard=False, ranks=part, prefill_chunk=4, **sampling)
+        engine = PipelineEngine(teacher, predictor, guard=False, stages=part, prefill_chunk=4, **sampling)
         generations = engine.generate(prompts, TOKENS)
         ticks = [item.pipeline.ticks for item in generations if item.pipeline]
         found.append({"tokens": [item.token_ids for item in generations], "ticks": ticks})
@@ -61,15 +61,15 @@ def test_ranks_write_the_tokens_of_one_process(count: int, tmp_path: Path, monke
 def test_the_stages_are_shared_out():
     for loops in (1, 2, 3, 5, 8):
         for size in range(1, loops + 1):
-            parts = [Ranks(loops, number, size) for number in range(size)]
-            assert [stage for part in parts for stage in part.stages] == list(range(loops))
-            lengths = [len(part.stages) for part in parts]
+            parts = [PipelineStages(loops, number, size) for number in range(size)]
+            assert [stage for part in parts for stage in part.mine] == list(range(loops))
+            lengths = [len(part.mine) for part in parts]
             assert max(lengths) - min(lengths) <= 1
             boundaries = tuple(range(2, 2 * loops + 1, 2))
             layers = [layer for part in parts for layer in part.layers(boundaries, 2 * loops)]
             assert layers == list(range(2 * loops))
     with pytest.raises(UsageError, match="has 2 stages, so at most 2"):
-        Ranks(2, 0, 3)
+        PipelineStages(2, 0, 3)
 
 
 def test_a_rank_keeps_its_layers_only():

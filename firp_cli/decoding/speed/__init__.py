@@ -1,1 +1,1 @@
-"""SPEED's decoding loop (arXiv 2310.12072): a pipeline over the loops of a shared decoder."""
+"""Decoding loop of SPEED (arXiv 2310.12072): a pipeline over the loops of a shared decoder."""

@@ -1,16 +1,17 @@
 """SPEED's decoding loop (arXiv 2310.12072): up to r tokens in flight, each at another loop of a shared decoder.
 
-A tick runs every layer group once for the tokens at all stages together. What the exits and the last loop then predict
-decides, on the device, which token starts and which younger ones are thrown out: a token whose successor was started
-from another prediction than it makes now flushes all that are younger and starts anew. A token that leaves the last
-loop is exact, so the output is that of plain decoding. The host reads what left, once a tick.
+A tick runs every layer group once for the tokens at all stages together. The predictions of the exits and the last loop
+decide, on the device, which token starts and which younger ones are flushed: if a token's prediction differs from the
+one that its successor was started from, all younger tokens are flushed and its new prediction starts. A token that
+leaves the last loop is exact, so the output equals that of autoregressive decoding. The host reads the tokens that
+left, once a tick.
 Shapes: B sequences, r stages (loops), n stages of this process, d hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,60 +20,63 @@ from firp_cli.decoding.fallback import pipeline_fallback
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import OnTokens, OutputSequence, Writer, check_fits, check_prompts
 from firp_cli.decoding.speed.stage_cache import StageCache
-from firp_cli.decoding.speed.stages import Ranks
+from firp_cli.decoding.speed.stages import PipelineStages
 from firp_cli.decoding.speed.tick_log import TickLog
+from firp_cli.predictors.base import ExitPredictor
 from firp_cli.predictors.forward import forward_rows
-from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.results import Generation
 from firp_cli.teacher.looped import layer_groups
 from firp_cli.teacher.masks import AttentionMask
 from firp_cli.teacher.teacher import Teacher
 
-EMPTY = -1  # position of a stage without token; token that a stage without successor expects
+EMPTY = -1  # position of a stage without token; expected token of a stage without successor
 
 
 class PipelineEngine:
     """Decodes prompts with a teacher whose loops work on several tokens at once.
 
     Args:
-        predictor: early exits; None starts a token only when its predecessor has left (plain decoding in the pipe).
-        loops: stages where there is no predictor and no sharing that says so.
-        guard: fall back to plain decoding where the pipeline does not pay. Several ranks never do.
-        ranks: this process's stages; None runs them all.
+        predictor: early exits; None starts a token only after its predecessor has left (autoregressive decoding).
+        loops: number of stages of a teacher without sharing, without a predictor.
+        guard: fall back to autoregressive decoding while the pipeline is slower. Several ranks never fall back.
+        stages: this process's stages; None runs them all.
+        clock: seconds, for the fallback and the reported times.
     """
 
     def __init__(
         self,
         teacher: Teacher,
-        predictor: SpeedPredictor | None = None,
+        predictor: ExitPredictor | None = None,
         loops: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         prefill_chunk: int = 512,
         guard: bool = True,
-        ranks: Ranks | None = None,
+        stages: PipelineStages | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         teacher.need_whole("decoding")
         self.teacher, self.predictor, self.prefill_chunk = teacher, predictor, prefill_chunk
         self.boundaries = teacher.boundaries(predictor.grouping if predictor else loops)
         self.loops = len(self.boundaries)
-        self.ranks = ranks or Ranks(self.loops)
+        self.stages = stages or PipelineStages(self.loops)
+        self.clock = clock
         self.sampler = Sampler(temperature, top_p, seed, teacher.device)
         groups = layer_groups(self.boundaries, teacher.num_layers, teacher.looped)
-        self.groups = [part for group in groups if (part := group.within(self.ranks.stages))]
-        guarded = guard and self.ranks.size == 1 and self.loops > 1
-        self.guard = pipeline_fallback(self.loops, shared=teacher.looped is not None) if guarded else None
-        device, mine, looped = teacher.device, self.ranks.stages, teacher.looped
+        self.groups = [part for group in groups if (part := group.within(self.stages.mine))]
+        guarded = guard and self.stages.size == 1 and self.loops > 1
+        self.fallback = pipeline_fallback(self.loops, shared=teacher.looped is not None) if guarded else None
+        device, mine, looped = teacher.device, self.stages.mine, teacher.looped
         exits = list(enumerate(predictor.exits)) if predictor else []
         self.places = [place for place, loop in exits if loop - 1 in mine]  # exits of this process
         rows = [loop - 1 - mine.start for _, loop in exits if loop - 1 in mine]
         adjoining = rows == list(range(len(rows)))
-        # stages of this process behind which an exit predicts; a slice is a view, an index a copy
+        # stages of this process after which an exit predicts; a slice gives a view, an index a copy
         self.exit_stages = slice(len(rows)) if adjoining else torch.tensor(rows, device=device)
-        self.predicting = torch.tensor([*rows, len(mine) - 1] if self.ranks.last else rows, device=device).long()
+        self.predicting = torch.tensor([*rows, len(mine) - 1] if self.stages.last else rows, device=device).long()
         self.stage_numbers = torch.arange(self.loops, device=device)[:, None]
-        # a norm that ends every loop (Ouro), run for several stages at once, has normed the last stage's state too
+        # a norm at the end of every loop (Ouro), run for several stages at once, norms the last stage's state too
         self.normed = bool(looped and looped.norm_each_loop and not looped.coda and len(mine) > 1)
         self.windowed = any(window is not None for window in teacher.windows)
 
@@ -87,14 +91,14 @@ class PipelineEngine:
         """Decode the prompts (token ids) as one batch; sequences that finish leave it. With several ranks every one
         calls this with the same arguments and gets the same result.
 
-        The first new token comes from prefill; then the pipe starts empty, so its filling counts as decoding. A step of
-        the record is a tick, a token decoded outside the pipe counts r of them.
+        The first new token comes from prefill. Then the pipe starts empty, so its filling counts as decoding. A step of
+        the record is a tick; a token decoded outside the pipe counts as r ticks.
 
         Raises CapacityError when a prompt and its answer exceed the teacher's context, UsageError on an empty prompt.
         """
         check_prompts(self.teacher, prompts, max_new_tokens)
         writer = Writer(self.teacher, max_new_tokens, stop, on_tokens)
-        began = time.perf_counter()
+        began = self.clock()
         sequences = [
             OutputSequence(number, len(prompt), committed=len(prompt)) for number, prompt in enumerate(prompts)
         ]
@@ -106,82 +110,82 @@ class PipelineEngine:
         tokens = run.prefill(prompts)
         for item, token in zip(sequences, tokens.tolist(), strict=True):
             writer.write(item, [token], 0)
-        prefilled = time.perf_counter()
-        while run.drop_finished(time.perf_counter() - prefilled):
+        prefilled = self.clock()
+        while run.drop_finished(self.clock() - prefilled):
             run.advance(writer)
         for item, trace in zip(sequences, run.log.traces(), strict=True):
             item.trace = trace
         return [writer.generation(item, prefilled - began) for item in sequences]
 
     def cache_bytes(self, batch: int, longest_prompt: int, max_new_tokens: int) -> int:
-        """Memory of the K/V cache that such a batch comes to hold, one for each loop."""
+        """Return the size of such a batch's K/V cache, which has K/V of every loop."""
         teacher, slots = self.teacher, longest_prompt + max_new_tokens + self.loops + 1
         layers = sum(len(group.layers) * len(group.stages) for group in self.groups)
         return layers * 2 * batch * teacher.kv_heads * slots * teacher.head_size * teacher.dtype.itemsize
 
 
 def pad_rows(table: Tensor, count: int) -> Tensor:
-    """The table with its last row repeated up to `count` rows."""
+    """Return the table with its last row repeated up to `count` rows."""
     return torch.cat([table, table[-1:].expand(count - len(table), *table.shape[1:])])
 
 
 class PipelineRun:
-    """One batch on its way through the pipeline.
+    """One batch in the pipeline.
 
-    `position` and `expected` (r, B) say for each stage where its token stands and which token its successor was started
-    from (EMPTY: none yet). `hidden` (n, B, d) enters this process's stages in the next tick.
+    `position` and `expected` (r, B) are each stage's token's position and the token that its successor was started from
+    (EMPTY: none). `hidden` (n, B, d) enters this process's stages in the next tick.
     """
 
     def __init__(self, engine: PipelineEngine, cache: StageCache, sequences: list[OutputSequence]) -> None:
-        self.engine, self.teacher, self.ranks, self.cache = engine, engine.teacher, engine.ranks, cache
+        self.engine, self.teacher, self.stages, self.cache = engine, engine.teacher, engine.stages, cache
         self.live = list(sequences)
         exits = engine.predictor.exits if engine.predictor else ()
         self.log = TickLog(engine.loops, exits, len(sequences))
         self.filled = False
         self.slots = torch.arange(cache.slots, device=engine.teacher.device)
         self.angles = engine.teacher.rotary_table(cache.slots)
-        if self.angles is not None and len(self.angles[0]) < cache.slots:  # a token in flight may be past the context
+        if self.angles is not None and len(self.angles[0]) < cache.slots:  # a token in flight may lie past the context
             self.angles = [pad_rows(part, cache.slots) for part in self.angles]
         empty = torch.empty(0, dtype=torch.long, device=engine.teacher.device)
         self.position, self.expected, self.hidden = empty, empty, empty
-        self.nothing = empty  # (1, B) of EMPTY
+        self.no_token = empty  # (1, B) of EMPTY
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """K/V of all prompts at every loop, in chunks; returns the tokens behind them (B,)."""
-        device, engine, ranks = self.teacher.device, self.engine, self.ranks
+        """Make the K/V of all prompts at every loop, in chunks; return the tokens after them (B,)."""
+        device, engine, stages = self.teacher.device, self.engine, self.stages
         counts = torch.tensor([len(prompt) for prompt in prompts], device=device)
         width = max(map(len, prompts))
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-        layers = ranks.layers(engine.boundaries, self.teacher.num_layers)
+        layers = stages.layers(engine.boundaries, self.teacher.num_layers)
         final = torch.empty(0)
         for start in range(0, width, engine.prefill_chunk):
             chunk = ids[:, start : start + engine.prefill_chunk]
             rows = chunk.shape[1]
             positions = torch.arange(start, start + rows, device=device).expand(len(prompts), rows)
             hidden = self.teacher.embed(chunk)
-            if not ranks.first:
-                hidden = ranks.receive(hidden)
+            if not stages.first:
+                hidden = stages.receive(hidden)
             self.cache.begin_rows(positions, start + rows)
             mask = self._mask(positions, start + rows)
             hidden = self.teacher.run(hidden, positions, mask, layers.start, layers.stop, self.cache)
-            if not ranks.last:
-                ranks.send(hidden)
+            if not stages.last:
+                stages.send(hidden)
             # the last token of a prompt may lie in any chunk
             place = counts - 1 - start
             row = hidden.gather(1, place.clamp(0, rows - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
             final = row if not start else torch.where((place >= 0)[:, None], row, final)
-        if not ranks.last:
-            return ranks.from_last(torch.empty_like(counts))
-        return ranks.from_last(engine.sampler(self.teacher.head(self.teacher.norm(final))[:, None])[:, 0])
+        if not stages.last:
+            return stages.from_last(torch.empty_like(counts))
+        return stages.from_last(engine.sampler(self.teacher.head(self.teacher.norm(final))[:, None])[:, 0])
 
     def _mask(self, positions: Tensor, view: int) -> AttentionMask:
-        """Rows (B, M) see all slots up to their own position."""
+        """Return the mask of rows (B, M), which see all slots up to their own position."""
         slots = self.slots[:view]
         allowed = slots <= positions[:, :, None]
         return AttentionMask(allowed, self.teacher.dtype, positions, slots.expand(positions.shape[0], view))
 
     def drop_finished(self, seconds: float) -> bool:
-        """Let finished sequences leave the batch; returns whether any is left."""
+        """Remove finished sequences from the batch; return True while any remains."""
         for item in self.live:
             item.decode_seconds = seconds
         kept = [place for place, item in enumerate(self.live) if not item.finish_reason]
@@ -190,24 +194,25 @@ class PipelineRun:
             self.cache.select(index)
             if self.filled:
                 self.position, self.expected = self.position[:, index], self.expected[:, index]
-                self.hidden, self.nothing = self.hidden[:, index], self.nothing[:, index]
+                self.hidden, self.no_token = self.hidden[:, index], self.no_token[:, index]
                 self.log.select(kept)
         self.live = [self.live[place] for place in kept]
         return bool(kept)
 
     def advance(self, writer: Writer) -> None:
-        """One tick, or one plain step where the guard says so."""
-        guard, began = self.engine.guard, time.perf_counter()
-        if guard is None or guard.speculating:
+        """Run one tick, or one autoregressive step while the fallback pauses the pipeline."""
+        fallback, clock = self.engine.fallback, self.engine.clock
+        began = clock()
+        if fallback is None or fallback.speculating:
             if not self.filled:
                 self.fill()
             rate = self.tick(writer)
-            if guard is not None:
-                guard.speculated(rate, time.perf_counter() - began)
+            if fallback is not None:
+                fallback.speculated(rate, clock() - began)
         else:
-            self.filled = False  # what was in flight is dropped
+            self.filled = False  # tokens in flight are dropped
             self.step(writer)
-            guard.decoded(time.perf_counter() - began)
+            fallback.decoded(clock() - began)
 
     def fill(self) -> None:
         """Put the last exact tokens into the first stage of an empty pipe."""
@@ -216,21 +221,20 @@ class PipelineRun:
         self.position = torch.full((self.engine.loops, batch), EMPTY, device=device)
         self.position[0] = torch.tensor([item.committed for item in self.live], device=device)
         self.expected = torch.full_like(self.position, EMPTY)
-        self.nothing = self.expected[:1]
+        self.no_token = self.expected[:1]
         state = self.teacher.embed(tokens)
-        self.hidden = state.new_zeros(len(self.ranks.stages), *state.shape)
-        if self.ranks.first:
+        self.hidden = state.new_zeros(len(self.stages.mine), *state.shape)
+        if self.stages.first:
             self.hidden[0] = state
         self.log.begin([item.number for item in self.live])
         self.filled = True
 
     def tick(self, writer: Writer) -> float:
-        """Every stage runs its loop once, and the host reads what left; returns the tokens that did per sequence."""
+        """Run every stage's loop once and read the tokens that left; return their number per sequence."""
         emitted = 0
         for item, position, expected, token in zip(self.live, *self.work().tolist(), strict=True):
             left = position != EMPTY
             item.accepted_lengths.append(int(left))
-            item.emitted.append(int(left))
             if left:
                 emitted += 1
                 item.committed += 1
@@ -238,24 +242,24 @@ class PipelineRun:
         return emitted / len(self.live)
 
     def work(self) -> Tensor:
-        """A tick's work, none of which waits for the host. Returns of the last stage (3, B): its token's position
-        (EMPTY where nothing leaves), the token its successor was started from, and the exact one.
+        """Do a tick's work, without waiting for the host. Return for the last stage (3, B): its token's position (EMPTY
+        where no token leaves), the token that its successor was started from, and the exact one.
         """
-        stages = self.ranks.stages
+        stages = self.stages.mine
         out = self.layers(self.position[stages.start : stages.stop])
         predicted, sure = self.predict(out)
-        arrived = self.ranks.pass_on(out[-1])
-        predicted = self.ranks.share(predicted)
+        arrived = self.stages.pass_on(out[-1])
+        predicted = self.stages.share(predicted)
         tick = torch.stack([self.position, self.expected, predicted])
         self.log.add(tick)
-        started = self._decide(predicted, None if sure is None else self.ranks.share(sure))
+        started = self._decide(predicted, None if sure is None else self.stages.share(sure))
         first = self.teacher.embed(started) if arrived is None else arrived
         self.hidden = torch.cat([first[None], out[:-1]])
         return tick[:, -1]
 
     def layers(self, position: Tensor) -> Tensor:
-        """The layer groups over this process's stages (n, B): states behind their loops (n, B, d)."""
-        teacher, first, batch = self.teacher, self.ranks.stages.start, len(self.live)
+        """Run the layer groups over this process's stages (n, B); return the states after their loops (n, B, d)."""
+        teacher, first, batch = self.teacher, self.stages.mine.start, len(self.live)
         # no token in flight is further than r - 1 positions from the oldest one, which follows what was committed
         view = max(item.committed for item in self.live) + self.engine.loops
         self.cache.begin_tick(position, view, first)
@@ -270,25 +274,25 @@ class PipelineRun:
         for group in self.engine.groups:
             place, count = group.stages.start - first, len(group.stages)
             part = slice(place * batch, (place + count) * batch)
-            own = [angles[part] for angles in rotary]
+            angles = [table[part] for table in rotary]
             states = hidden[place : place + count].flatten(0, 1)[:, None]
             for layer in group.layers:
                 seen = mask.additive(teacher.windows[layer])[part]
-                states = teacher.layer(layer, states, own, rows[part], seen, self.cache)
+                states = teacher.layer(layer, states, angles, rows[part], seen, self.cache)
             states = states.view(count, batch, -1)
             hidden = torch.cat([hidden[:place], states, hidden[place + count :]]) if count < len(hidden) else states
         return hidden
 
     def predict(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What each of this process's stages predicts behind its token (n, B), and, with a threshold, which
-        predictions are sure enough to start one (n, B). A stage without exit predicts what it did before.
+        """Return what this process's stages predict after their tokens (n, B) and, with a threshold, which of these
+        predictions are probable enough to start a token (n, B). A stage without exit repeats its last prediction.
         """
-        engine, predictor, stages = self.engine, self.engine.predictor, self.ranks.stages
+        engine, predictor, stages = self.engine, self.engine.predictor, self.stages.mine
         predicted = self.expected[stages.start : stages.stop]
         sure = None if predictor is None or predictor.threshold is None else torch.ones_like(predicted)
         if not len(engine.predicting):
             return predicted, sure
-        final = out[-1] if self.ranks.last else None
+        final = out[-1] if self.stages.last else None
         if predictor is None:
             assert final is not None
             logits = self.teacher.head(final if engine.normed else self.teacher.norm(final))[None]
@@ -303,16 +307,16 @@ class PipelineRun:
             probable = logits.softmax(-1).amax(-1) >= predictor.threshold
             sure = sure.index_copy(0, engine.predicting, probable.long())
             if final is not None:
-                sure[-1] = 1  # exact: nothing to doubt
+                sure[-1] = 1  # exact
         if len(engine.predicting) == len(stages):
             return chosen, sure
         return predicted.index_copy(0, engine.predicting, chosen), sure
 
     def _decide(self, predicted: Tensor, sure: Tensor | None) -> Tensor:
-        """The next tick's positions and expectations from all predictions (r, B); returns the tokens (B,) that start.
+        """Set the next tick's positions and expected tokens from all predictions (r, B); return the new tokens (B,).
 
-        The oldest token whose prediction is not the one that its successor was started from decides: it has none yet,
-        or all younger ones are flushed.
+        The oldest token whose prediction differs from the one that its successor was started from decides: it has no
+        successor yet, or all younger tokens are flushed.
         """
         stages = self.engine.stage_numbers
         changed = (predicted != self.expected) & (self.position >= 0)
@@ -322,15 +326,15 @@ class PipelineRun:
         if sure is not None:
             starts = starts & (sure.gather(0, place)[0] > 0)
         both = torch.stack([self.position + 1, predicted]).gather(1, place.expand(2, -1, -1))
-        young = torch.where(starts, both, EMPTY)  # (2, 1, B): where the new token stands, and which it is
+        young = torch.where(starts, both, EMPTY)  # (2, 1, B): the new token's position, and the token
         kept = torch.where(stages >= oldest, self.position, EMPTY)
         expected = torch.where(stages == oldest, young[1], self.expected)
         self.position = torch.cat([young[0], kept[:-1]])
-        self.expected = torch.cat([self.nothing, expected[:-1]])
+        self.expected = torch.cat([self.no_token, expected[:-1]])
         return young[1, 0].clamp(min=0)
 
     def step(self, writer: Writer) -> None:
-        """One token per sequence without the pipeline: one row through one layer after the other."""
+        """Decode one token per sequence without the pipeline: one row through one layer after the other."""
         teacher, device = self.teacher, self.teacher.device
         positions = torch.tensor([[item.committed] for item in self.live], device=device)
         tokens = torch.tensor([[item.tokens[-1]] for item in self.live], device=device)
@@ -344,6 +348,5 @@ class PipelineRun:
         for item, token in zip(self.live, chosen.tolist(), strict=True):
             item.committed += 1
             item.accepted_lengths += [*waiting, 1]
-            item.emitted += [*waiting, 1]
-            self.log.plain[item.number] += 1
+            self.log.autoregressive_tokens[item.number] += 1
             writer.write(item, [token], 0)

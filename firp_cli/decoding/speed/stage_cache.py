@@ -1,8 +1,8 @@
-"""K/V of a pipeline: kept per effective layer, with the stage as part of the batch dimension.
+"""K/V cache of a pipeline: kept per effective layer, with the stage as part of the batch dimension.
 
-A tick runs a group's layers once for the tokens at all of its stages; each stage has K/V of its own. Slot p of a
-sequence holds position p, and a row only ever sees slots up to its own position: a flushed token's K/V lies behind
-every position that may look, until the token that takes its place overwrites it. So nothing is ever rolled back.
+A tick runs a group's layers once for the tokens at all of its stages; each stage has its own K/V. Slot p of a sequence
+holds position p, and a row sees only slots up to its own position. A flushed token's K/V lies after all positions that
+read it until the token that replaces it overwrites it, so no K/V is rolled back.
 Shapes: B sequences, H key/value heads, M rows, n stages, S slots, D head size, d hidden size.
 """
 
@@ -46,7 +46,7 @@ class StageCache:
         self._view = view
 
     def _row_offsets(self) -> list[Tensor]:
-        """Where each stage's and sequence's slots begin in a group's store (n, B)."""
+        """Return the first slot of each stage and sequence in a group's store (n, B)."""
         counts = [len(group.stages) for group in self.groups]
         return [
             (torch.arange(count * self.batch, device=self.device) * self.slots).view(count, self.batch)
@@ -59,10 +59,11 @@ class StageCache:
         self._rows, self._tick, self._view = (positions + row).flatten(), None, view
 
     def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values at the announced positions and return what is to be attended to, of both.
+        """Write keys and values at the announced positions and return the keys and values to attend to.
 
-        In a tick (n*B, H, 1, D) of all stages of a group, stage by stage, under the layer's number at the first stage;
-        returns (n*B, H, view, D). In a forward of rows (B, H, M, D) of one effective layer; returns (B, H, view, D).
+        A tick gives (n*B, H, 1, D) of all stages of a group, stage by stage, under the layer's number at the first
+        stage, and gets (n*B, H, view, D). A forward of rows gives (B, H, M, D) of one effective layer and gets
+        (B, H, view, D).
         """
         number, layer, stage = self._places[layer_index]
         store = self._stores[number]

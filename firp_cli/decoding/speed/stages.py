@@ -1,6 +1,6 @@
-"""A pipeline's stages spread over processes: who runs which, and what travels between them each tick.
+"""Stages of a pipeline on one or several ranks: their assignment, and the states and predictions sent each tick.
 
-Every rank runs its own stages and gets all predictions, so all ranks take the same decisions without a master.
+Every rank runs its own stages and receives all predictions, so all ranks take the same decisions without a master.
 Shapes: B sequences, M rows, n stages of this rank, r stages, d hidden size.
 """
 
@@ -16,33 +16,26 @@ from torch import Tensor
 from firp_cli.errors import UsageError
 
 
-class Ranks:
-    """This process's part of a pipeline of `loops` stages. One process runs them all and sends nothing."""
+class PipelineStages:
+    """Stages `mine` of this rank, of a pipeline of `loops` stages. A single rank runs them all and sends nothing."""
 
     def __init__(self, loops: int, rank: int = 0, size: int = 1) -> None:
         if size > loops:
             raise UsageError(f"{size} ranks are too many: the pipeline has {loops} stages, so at most {loops}")
         self.loops, self.rank, self.size = loops, rank, size
+        self.first, self.last = rank == 0, rank == size - 1
         length, longer = divmod(loops, size)
         starts = [length * place + min(place, longer) for place in range(size + 1)]
         self._parts = [range(first, last) for first, last in pairwise(starts)]
-        self.stages = self._parts[rank]
+        self.mine = self._parts[rank]
 
     def layers(self, boundaries: Sequence[int], num_layers: int) -> range:
-        """The layers that this process's stages run, of a teacher whose loops end at `boundaries`."""
-        start = boundaries[self.stages.start - 1] if self.stages.start else 0
-        return range(start, num_layers if self.last else boundaries[self.stages.stop - 1])
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def last(self) -> bool:
-        return self.rank == self.size - 1
+        """Return the layers that this rank's stages run, of a teacher whose loops end at `boundaries`."""
+        start = boundaries[self.mine.start - 1] if self.mine.start else 0
+        return range(start, num_layers if self.last else boundaries[self.mine.stop - 1])
 
     def pass_on(self, state: Tensor) -> Tensor | None:
-        """Send a state to the next rank and return the previous rank's, of the same shape; None on the first rank."""
+        """Send a state to the next rank and return the previous rank's of the same shape; None on the first rank."""
         received = None
         waiting = []
         if not self.last:
@@ -56,17 +49,17 @@ class Ranks:
         return received
 
     def receive(self, like: Tensor) -> Tensor:
-        """What the previous rank sends with `send`, in the shape of `like`."""
+        """Return the state that the previous rank sends with `send`, in the shape of `like`."""
         state = torch.empty_like(like)
         dist.recv(state, self.rank - 1)
         return state
 
     def send(self, state: Tensor) -> None:
-        """Hand a state to the next rank, which waits for it in `receive`."""
+        """Send a state to the next rank, which waits for it in `receive`."""
         dist.send(state.contiguous(), self.rank + 1)
 
     def share(self, predictions: Tensor) -> Tensor:
-        """This rank's predictions (n, B) to those of all stages (r, B)."""
+        """Return the predictions of all stages (r, B), given this rank's (n, B)."""
         if self.size == 1:
             return predictions
         widest = len(self._parts[0])
@@ -77,7 +70,7 @@ class Ranks:
         return torch.cat([part[: len(stages)] for part, stages in zip(gathered, self._parts, strict=True)])
 
     def from_last(self, tokens: Tensor) -> Tensor:
-        """The last rank's tokens, on every rank."""
+        """Return the last rank's tokens, on every rank."""
         if self.size > 1:
             dist.broadcast(tokens, self.size - 1)
         return tokens

@@ -1,12 +1,13 @@
-"""Refilled batches write what `generate` writes after each prompt alone, token for token in fp32."""
+"""Continuous batches: the tokens of `generate` after each prompt alone, in fp32."""
 
 from __future__ import annotations
 
 import pytest
 
-from firp_cli.decoding import continuous as refill_module
+from firp_cli.decoding import continuous
 from firp_cli.decoding.continuous import ContinuousBatcher, Decoded
 from firp_cli.decoding.cuda_graphs import StepGraphs
+from firp_cli.decoding.engine import EngineOptions
 from firp_cli.decoding.output_ring import OutputRing
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.step import DecodeStep
@@ -24,13 +25,13 @@ def limits_of(count: int) -> list[int]:
 
 
 def decoded(teacher: Teacher, prompts: list[list[int]], limits: list[int], batch: int) -> list[list[int]]:
-    found = list(ContinuousBatcher(teacher).decode(prompts, limits, batch))
-    assert sorted(item.number for item in found) == list(range(len(prompts)))
-    assert all(item.finite for item in found)
-    return [item.token_ids for item in sorted(found, key=lambda item: item.number)]
+    answers = list(ContinuousBatcher(teacher).decode(prompts, limits, batch))
+    assert sorted(item.number for item in answers) == list(range(len(prompts)))
+    assert all(item.finite for item in answers)
+    return [item.token_ids for item in sorted(answers, key=lambda item: item.number)]
 
 
-def test_every_family_writes_what_generate_writes(stacked_teacher: Teacher) -> None:
+def test_every_family_writes_the_tokens_of_generate(stacked_teacher: Teacher) -> None:
     """Llama, Mistral and Qwen2 with sliding windows shorter than the prompts, Qwen3; lean and library layers."""
     prompts = random_prompts(9, seed=5)
     limits = limits_of(len(prompts))
@@ -39,14 +40,14 @@ def test_every_family_writes_what_generate_writes(stacked_teacher: Teacher) -> N
     assert decoded(stacked_teacher, prompts, limits, 4) == expected
 
 
-def test_looped_teachers_too() -> None:
+def test_looped_teachers_write_the_reference_tokens() -> None:
     teacher = looped_teacher(2, 3)
     prompts = random_prompts(6, seed=2)
     assert decoded(teacher, prompts, [9] * 6, 3) == [greedy(teacher, prompt, 9) for prompt in prompts]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 13, 40])
-def test_the_batch_size_changes_nothing(batch: int) -> None:
+def test_batch_size_changes_no_token(batch: int) -> None:
     teacher, prompts = tiny_teacher("llama", True), random_prompts(13, seed=8)
     limits = limits_of(13)
     expected = [greedy(teacher, *pair) for pair in zip(prompts, limits, strict=True)]
@@ -54,7 +55,7 @@ def test_the_batch_size_changes_nothing(batch: int) -> None:
 
 
 def test_places_are_refilled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step runs with a free place while a prompt waits; the last ones shrink the batch."""
+    """No step runs with a free place while a prompt waits; at the end the batch shrinks."""
     teacher, prompts, limits = tiny_teacher("llama", True), random_prompts(12, seed=1), [2, 9, 4] * 4
     batches: list[int] = []
     step = DecodeStep.step
@@ -65,11 +66,11 @@ def test_places_are_refilled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(DecodeStep, "step", counted)
     texts = decoded(teacher, prompts, limits, 4)
-    assert sum(batches) == sum(map(len, texts))  # every row of every step emitted a token that was wanted
+    assert sum(batches) == sum(map(len, texts))  # every row of every step emitted a token of an answer
     assert batches == sorted(batches, reverse=True) and batches.count(4) >= len(batches) // 2
 
 
-def test_answers_come_as_they_end_and_prompts_in_order() -> None:
+def test_answers_are_yielded_as_they_end() -> None:
     teacher, prompts = tiny_teacher("llama", True), random_prompts(6, seed=1, low=3)
     order = [item.number for item in ContinuousBatcher(teacher).decode(prompts, [12, 2, 2, 2, 2, 2], 2)]
     assert order[:4] == [1, 2, 3, 4] and set(order[4:]) == {0, 5}
@@ -88,7 +89,7 @@ def test_stop_tokens_end_an_answer_and_are_kept(monkeypatch: pytest.MonkeyPatch)
     assert len(found[1]) == 1 and len(found[0]) <= 5
 
 
-def test_prompts_of_one_token_and_up_to_the_last_position() -> None:
+def test_prompts_of_one_token_and_of_the_whole_context() -> None:
     teacher = tiny_teacher("qwen3", True)
     full = [random_prompts(1, seed=4, low=506, high=506)[0], [5], [6]]
     assert decoded(teacher, full, [6, 7, 7], 2) == [
@@ -100,7 +101,7 @@ def test_prompts_of_one_token_and_up_to_the_last_position() -> None:
 
 
 @pytest.mark.parametrize(("bad", "words"), [([], "is empty"), ([3, VOCABULARY], "token id outside"), ([-1], "outside")])
-def test_a_bad_prompt_is_refused_when_its_turn_comes(bad: list[int], words: str) -> None:
+def test_bad_prompt_is_refused_when_it_is_admitted(bad: list[int], words: str) -> None:
     teacher, prompts = tiny_teacher("llama", True), random_prompts(4, seed=6)
     found: list[Decoded] = []
     with pytest.raises(UsageError, match=words):
@@ -110,11 +111,11 @@ def test_a_bad_prompt_is_refused_when_its_turn_comes(bad: list[int], words: str)
     with pytest.raises(UsageError):
         while True:
             found.append(next(decoding))
-    assert {item.number for item in found} >= {0, 1, 2}  # what ended before came out
+    assert {item.number for item in found} >= {0, 1, 2}  # earlier answers were yielded
 
 
 def test_nan_stays_with_its_prompt() -> None:
-    """Neither the places that a NaN sequence leaves nor its neighbours are touched."""
+    """A NaN sequence affects neither its neighbours nor the next sequence in its place."""
     teacher = wrap_model(described_model("llama"), name="nan")
     prompts = random_prompts(9, seed=7, low=4)
     expected = [greedy(teacher, prompt, 10) for prompt in prompts]
@@ -126,39 +127,39 @@ def test_nan_stays_with_its_prompt() -> None:
     assert [item.token_ids for item in found if item.finite] == expected
 
 
-def test_long_prompts_come_in_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_admitted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, prompts = tiny_teacher("mistral-window", True), random_prompts(7, seed=9, low=2, high=90)
-    monkeypatch.setattr(refill_module, "INTAKE", 2)
-    options = refill_module.EngineOptions(prefill_chunk=16)
+    monkeypatch.setattr(continuous, "ADMITTED", 2)
+    options = EngineOptions(prefill_chunk=16)
     found = sorted(ContinuousBatcher(teacher, options).decode(prompts, [12] * 7, 4), key=lambda item: item.number)
     assert [item.token_ids for item in found] == [greedy(teacher, prompt, 12) for prompt in prompts]
 
 
-def test_where_the_host_reads_late_and_steps_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CUDA device: graphs, and reads some steps behind, so that finished sequences go on for a while."""
+def test_late_reads_and_replayed_steps_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA device: with graphs and late reads, so that finished sequences are decoded for a while."""
     teacher, prompts = tiny_teacher("llama", True), random_prompts(15, seed=11)
     limits = limits_of(15)
-    refiller = ContinuousBatcher(teacher, refill_module.EngineOptions(read_every=3))
-    refiller.engine.graphs = StepGraphs(lambda step: step)
-    held: list[tuple[object, list[list[list[int]]]]] = []
+    batcher = ContinuousBatcher(teacher, EngineOptions(read_every=3))
+    batcher.engine.graphs = StepGraphs(lambda step: step)
+    delayed: list[tuple[object, list[list[list[int]]]]] = []
     launched = OutputRing.launched
 
     def late(self: OutputRing, tag: object, drain: bool = False) -> list[tuple[object, list[list[list[int]]]]]:
-        held.extend(launched(self, tag, drain))
-        ready = held[:] if drain else held[:-1]
-        del held[: len(ready)]
+        delayed.extend(launched(self, tag, drain))
+        ready = delayed[:] if drain else delayed[:-1]
+        del delayed[: len(ready)]
         return ready
 
     monkeypatch.setattr(OutputRing, "launched", late)
-    found = sorted(refiller.decode(prompts, limits, 4), key=lambda item: item.number)
+    found = sorted(batcher.decode(prompts, limits, 4), key=lambda item: item.number)
     assert [item.token_ids for item in found] == [
         greedy(teacher, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)
     ]
-    again = sorted(refiller.decode(prompts[:5], limits[:5], 4), key=lambda item: item.number)  # on the kept buffers
+    again = sorted(batcher.decode(prompts[:5], limits[:5], 4), key=lambda item: item.number)  # in the kept buffers
     assert [item.token_ids for item in again] == [item.token_ids for item in found[:5]]
 
 
-def test_memory_that_is_missing_is_said_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher("llama", True)
     monkeypatch.setattr("firp_cli.decoding.sequences.free_bytes", lambda _: 1 << 16)
     with pytest.raises(CapacityError, match="decode fewer at once"):

@@ -1,5 +1,6 @@
-"""Steps captured and replayed: by key and limit with a capture that only notes, and as tapes of a step's operations,
-which replay on the CPU as CUDA graphs do: the same operations on the same tensors, and nothing of Python's part.
+"""Captured and replayed steps: keys and limits with a capture that records calls, and tapes of a step's operations.
+
+A tape replays on the CPU as a CUDA graph does: the same operations on the same tensors, without the Python code.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.teacher.teacher import Teacher
-from helpers.graphs import NotedGraphs, with_graphs
+from helpers.graphs import RecordingGraphs, with_graphs
 from helpers.models import (
     embedded_predictor,
     embedded_prompts,
@@ -30,8 +31,8 @@ from helpers.models import (
 TOKENS = 30
 
 
-class Noting:
-    """A capture that notes what happens. `failing` from its n-th capture on."""
+class RecordingCapture:
+    """Capture that records its calls. It raises from the `failing`-th capture on."""
 
     def __init__(self, failing: int = 1 << 30, error: Exception | None = None) -> None:
         self.events: list[str] = []
@@ -49,13 +50,13 @@ class Noting:
         self.events.append("eager")
 
     def since(self) -> list[str]:
-        """What happened since this was last asked."""
+        """Return the calls since the last `since`."""
         events, self.events = self.events, []
         return events
 
 
-def test_a_key_runs_is_captured_and_replayed() -> None:
-    capture = Noting()
+def test_key_runs_then_is_captured_then_replayed() -> None:
+    capture = RecordingCapture()
     graphs = StepGraphs(capture)
     for key in ("a", "b"):
         graphs.run(key, capture.eager)
@@ -68,8 +69,8 @@ def test_a_key_runs_is_captured_and_replayed() -> None:
         assert capture.since() == [f"replay {number}"]
 
 
-def test_the_least_recently_used_graph_goes_first() -> None:
-    capture = Noting()
+def test_least_recently_used_graph_is_dropped_first() -> None:
+    capture = RecordingCapture()
     graphs = StepGraphs(capture, limit=2)
     for key in "abab":  # a is graph 1, b graph 2
         graphs.run(key, capture.eager)
@@ -77,18 +78,18 @@ def test_the_least_recently_used_graph_goes_first() -> None:
     graphs.run("c", capture.eager)
     capture.since()
     graphs.run("c", capture.eager)
-    assert capture.since() == ["capture 3", "replay 3"], "and b's graph went"
+    assert capture.since() == ["capture 3", "replay 3"], "and b's graph is dropped"
     graphs.run("a", capture.eager)
     assert capture.since() == ["replay 1"]
     graphs.run("b", capture.eager)
-    assert capture.since() == ["capture 4", "replay 4"], "its constants are there: no eager run again"
+    assert capture.since() == ["capture 4", "replay 4"], "its constants exist: no eager run again"
     graphs.run("c", capture.eager)
     assert capture.since() == ["capture 5", "replay 5"]
 
 
-def test_a_step_that_cannot_be_captured_is_an_error() -> None:
-    """It is not run, then or silently later on; graphs that are there go on."""
-    capture = Noting(failing=2, error=CaptureError("no; --no-graphs"))
+def test_failed_capture_is_an_error() -> None:
+    """The step is not run, then or later; existing graphs are still replayed."""
+    capture = RecordingCapture(failing=2, error=CaptureError("no; --no-graphs"))
     graphs = StepGraphs(capture)
     for key in "aab":
         graphs.run(key, capture.eager)
@@ -101,8 +102,8 @@ def test_a_step_that_cannot_be_captured_is_an_error() -> None:
     assert capture.since() == ["replay 1"]
 
 
-def test_forgotten_graphs_are_captured_anew() -> None:
-    capture = Noting()
+def test_forgotten_graphs_are_captured_again() -> None:
+    capture = RecordingCapture()
     graphs = StepGraphs(capture)
     for _ in range(3):
         graphs.run("a", capture.eager)
@@ -142,8 +143,8 @@ def embedded_engine(method: str, teacher: Teacher | None = None, **sampling: Any
 @pytest.mark.parametrize("batch", [1, 3, 5])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_replayed_steps_write_the_same_tokens(method: str, batch: int) -> None:
-    """Three times: by the third one every key has come back, so all steps are replays in the first one's buffers.
-    Sequences end at different times, by EOS and by the limit.
+    """In the third run every key is captured, so all steps are replays in the first run's buffers. Sequences end at
+    different times, by EOS and by the limit.
     """
     prompts = embedded_prompts(5)[:batch]
     teacher = copy.copy(embedded_teacher())
@@ -164,23 +165,23 @@ def test_replayed_steps_write_the_same_tokens(method: str, batch: int) -> None:
     assert tapes.replayed - replayed == len(graphs.keys) - keys > 0
     sizes = [size for _, size, _ in graphs.keys[keys:]]
     assert sizes == sorted(sizes, reverse=True)
-    assert {mode for mode, _, _ in graphs.keys} == {"drafted" if METHODS[method][0] else "plain"}
+    assert {mode for mode, _, _ in graphs.keys} == {"drafted" if METHODS[method][0] else "autoregressive"}
 
 
-def test_finished_sequences_wait_until_half_of_the_batch_has() -> None:
+def test_finished_sequences_stay_until_half_of_the_batch_has_finished() -> None:
     prompts = embedded_prompts(5)
     engine = embedded_engine("ar")
     expected = [reference(number, 120) for number in range(5)]
     ends = sorted((len(text) for text in expected), reverse=True)
     assert ends[0] > ends[1] > ends[2]
-    engine.graphs = graphs = NotedGraphs(lambda step: step)
+    engine.graphs = graphs = RecordingGraphs(lambda step: step)
     assert [item.token_ids for item in engine.generate(prompts, 120)] == expected
-    # a step per token behind the first; two of five are left once the third has ended
+    # a step per token after the first; two of five remain once the third has ended
     sizes = [size for _, size, _ in graphs.keys]
     assert [sizes.count(size) for size in (5, 2, 1)] == [ends[2] - 1, ends[1] - ends[2], ends[0] - ends[1]]
 
 
-def test_a_longer_text_takes_the_next_bucket() -> None:
+def test_longer_text_takes_the_next_bucket() -> None:
     prompt = random_prompts(1, seed=41, low=240, high=240)[0]
     teacher = tiny_teacher("llama", lean=True)
     engine = Engine(teacher, make_predictor(teacher, kind="firp", layer=2, steps=3))
@@ -195,14 +196,14 @@ def test_a_longer_text_takes_the_next_bucket() -> None:
 
 
 def test_buffers_are_kept_while_requests_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A larger one gets new buffers, as large in every way as any before it, and the old graphs go."""
+    """A larger request gets new buffers, at least as large as all before, and the old graphs are dropped."""
     monkeypatch.setattr("firp_cli.decoding.engine.CAPACITY_STEP", 32)
     teacher = tiny_teacher("qwen3", lean=True)
     engine = Engine(teacher, make_predictor(teacher, kind="firp", layer=2, steps=3))
     graphs, tapes = with_graphs(engine)
 
     def check(count: int, length: int, tokens: int) -> DecodeStep:
-        """Decode so many prompts of that length; returns the buffers that this was done in."""
+        """Decode `count` prompts of `length` tokens; return the buffers of the batch."""
         prompts = random_prompts(count, seed=count * length + tokens, low=length, high=length)
         expected = [generate_reference(tiny_model("qwen3"), prompt, tokens) for prompt in prompts]
         assert [item.token_ids for item in engine.generate(prompts, tokens)] == expected
@@ -222,14 +223,14 @@ def test_buffers_are_kept_while_requests_fit(monkeypatch: pytest.MonkeyPatch) ->
     assert tapes.replayed > replayed
 
 
-def test_without_graphs_no_buffers_stay() -> None:
+def test_engine_without_graphs_keeps_no_buffers() -> None:
     engine = embedded_engine("firp")
     engine.generate(embedded_prompts(1), 4)
     assert (engine.graphs, engine.kept) == (None, None)
 
 
-def test_replayed_steps_draw_anew() -> None:
-    """Sampling: the generator's state goes on from replay to replay, as in eager steps."""
+def test_replayed_steps_draw_new_numbers() -> None:
+    """In sampling the generator's state advances from replay to replay, as in eager steps."""
     eager, captured = (embedded_engine("firp", temperature=2.0, top_p=0.9, seed=5) for _ in range(2))
     _, tapes = with_graphs(captured)
     texts = set()

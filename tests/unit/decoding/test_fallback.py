@@ -1,4 +1,4 @@
-"""The guard of draft trees: when it decodes plainly by a clock of the test's own, and that no token changes for it."""
+"""Fallback of draft trees: its decisions by the test's own clock, and that it changes no token."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ import torch
 
 from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.engine import Engine, EngineOptions
-from firp_cli.decoding.fallback import CALIBRATION, FIRST_REST, LONGEST_REST, TREES, PlainFallback, tree_fallback
+from firp_cli.decoding.fallback import (
+    CALIBRATION,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    TREES,
+    AutoregressiveFallback,
+    tree_fallback,
+)
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.step import DecodeStep, Mode
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import parse_tree
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import TreePredictor
 from firp_cli.results import Generation, Prediction
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TunedTree
+from helpers.decoding import covered
 from helpers.graphs import with_graphs
 from helpers.models import (
     VOCABULARY,
@@ -38,82 +46,88 @@ from helpers.models import (
     tiny_teacher,
 )
 
-PLAIN, DRAFTED, START = 1.0, 1.5, 1.1  # seconds of a step, by the tests' clock
+AUTOREGRESSIVE, DRAFTED, START = 1.0, 1.5, 1.1  # seconds of a step, by the tests' clock
 
 
-def script(guard: PlainFallback, rate: Callable[[int], float], seconds: float, steps: int) -> list[tuple[str, int]]:
-    """What the guard asks for where step n would emit rate(n) tokens: runs of speculative ("s") and plain ("p") steps.
-    A plain step takes a second.
+def script(
+    fallback: AutoregressiveFallback, rate: Callable[[int], float], seconds: float, steps: int
+) -> list[tuple[str, int]]:
+    """Return the runs of speculative ("s") and autoregressive ("a") steps that the fallback asks for if step n emits
+    rate(n) tokens. An autoregressive step takes a second.
     """
     asked = []
     for number in range(steps):
-        asked.append("s" if guard.speculating else "p")
-        if guard.speculating:
-            guard.speculated(rate(number), seconds)
+        asked.append("s" if fallback.speculating else "a")
+        if fallback.speculating:
+            fallback.speculated(rate(number), seconds)
         else:
-            guard.decoded(1.0)
+            fallback.decoded(1.0)
     return [(kind, len(list(run))) for kind, run in groupby(asked)]
 
 
-def test_what_never_pays_rests_longer_and_longer() -> None:
-    """Six clear losses time plain steps, first a few, then enough; every try ends after six more."""
+def test_pauses_grow_while_speculation_loses() -> None:
+    """Six clear losses start the timing of autoregressive steps; every later try ends after six steps."""
     runs = script(tree_fallback(), lambda _: 1.0, 1.5, 4000)
     early = ("s", TREES.early)
-    rests = [min(FIRST_REST * 2**time, LONGEST_REST) for time in range(8)]
-    expected = [early, ("p", CALIBRATION + FIRST_REST), *(part for rest in rests[1:] for part in (early, ("p", rest)))]
+    pauses = [min(FIRST_PAUSE * 2**time, LONGEST_PAUSE) for time in range(8)]
+    expected = [
+        early,
+        ("a", CALIBRATION + FIRST_PAUSE),
+        *(part for pause in pauses[1:] for part in (early, ("a", pause))),
+    ]
     assert runs[:-1] == expected[: len(runs) - 1]
     assert len(runs) > 14
 
 
 @pytest.mark.parametrize(("rate", "first"), [(3.0, TREES.early), (4.5, TREES.untimed)])
-def test_what_always_pays_never_rests(rate: float, first: int) -> None:
-    """Plain steps are timed once, soon if it is doubted, and again after hundreds of steps: two of them each time."""
+def test_speculation_that_pays_is_never_paused(rate: float, first: int) -> None:
+    """Autoregressive steps are timed once, early if the rate is doubted, and again after hundreds of steps."""
     runs = script(tree_fallback(), lambda _: rate, 1.5, 900)
-    quick = ("p", TREES.quick)
+    quick = ("a", TREES.quick)
     retime = ("s", TREES.retime)
     assert runs[:6] == [("s", first), quick, retime, quick, retime, quick]
-    assert {count for kind, count in runs if kind == "p"} == {TREES.quick}
+    assert {count for kind, count in runs if kind == "a"} == {TREES.quick}
 
 
 def test_timing_costs_little_where_speculation_pays() -> None:
-    """Of an answer of 128 tokens, at twice the speed: under two hundredths; nothing with a prior."""
-    for guard, most in ((tree_fallback(), 0.02), (tree_fallback(1.5), 0.0)):
-        runs = script(guard, lambda _: 3.0, 1.5, 43)
-        plain = sum(count for kind, count in runs if kind == "p")
-        began = sum(kind == "p" for kind, _ in runs)
-        lost = plain * (1 - 1.5 / 3.0) + began * (1.15 - 1.5 / 3.0)
+    """In an answer of 128 tokens, at twice the throughput: under 2%, and nothing with a predicted ratio."""
+    for fallback, most in ((tree_fallback(), 0.02), (tree_fallback(1.5), 0.0)):
+        runs = script(fallback, lambda _: 3.0, 1.5, 43)
+        timed = sum(count for kind, count in runs if kind == "a")
+        began = sum(kind == "a" for kind, _ in runs)
+        lost = timed * (1 - 1.5 / 3.0) + began * (1.15 - 1.5 / 3.0)
         assert lost / (128 / 2.0) <= most
 
 
-def test_what_was_foretold_is_believed_until_it_was_measured() -> None:
+def test_predicted_ratio_holds_until_steps_are_timed() -> None:
     doubtful = script(tree_fallback(1.2), lambda _: 2.0, 2.4, 200)
-    assert doubtful[0] == ("s", TREES.untimed), "2.0 tokens for 1.2 plain steps"
-    assert doubtful[1] == ("p", CALIBRATION + FIRST_REST), "but a step takes 2.4"
+    assert doubtful[0] == ("s", TREES.untimed), "2.0 tokens for 1.2 autoregressive steps"
+    assert doubtful[1] == ("a", CALIBRATION + FIRST_PAUSE), "but a step takes 2.4"
     losing = script(tree_fallback(2.4), lambda _: 2.0, 1.2, 100)
-    assert losing[:2] == [("s", TREES.early), ("p", CALIBRATION)], "it loses, says the prior; not so, says the clock"
+    assert losing[:2] == [("s", TREES.early), ("a", CALIBRATION)], "it loses by the prediction, not by the clock"
     assert tree_fallback(1.7).needed == 1.7
     assert tree_fallback().needed is None
 
 
-def test_a_guard_returns_when_speculation_pays_again() -> None:
-    guard = tree_fallback()
-    runs = script(guard, lambda number: 1.0 if 100 <= number < 300 else 4.0, 1.5, 1200)
-    away = [number for number, (kind, count) in enumerate(runs) if kind == "p" and count >= FIRST_REST]
+def test_fallback_ends_when_speculation_pays_again() -> None:
+    fallback = tree_fallback()
+    runs = script(fallback, lambda number: 1.0 if 100 <= number < 300 else 4.0, 1.5, 1200)
+    away = [number for number, (kind, count) in enumerate(runs) if kind == "a" and count >= FIRST_PAUSE]
     assert away and runs[-1][0] == "s"
     assert sum(count for kind, count in runs[away[-1] + 1 :] if kind == "s") > 500
-    assert script(guard, lambda _: 1.0, 1.5, 60)[-1][0] == "p"
-    assert guard.rest <= FIRST_REST, "after it paid, the first rest is the shortest again"
+    assert script(fallback, lambda _: 1.0, 1.5, 60)[-1][0] == "a"
+    assert fallback.pause <= FIRST_PAUSE, "after it paid, the first pause is the shortest again"
 
 
-def test_a_clear_loss_stops_a_try_early_and_a_doubtful_one_runs_to_its_end() -> None:
+def test_clear_loss_ends_a_try_early() -> None:
     for rates, length in (([1.0], TREES.early), ([1.0, 3.0, 1.0, 3.0, 1.0, 2.5], TREES.trial)):
-        guard = tree_fallback(2.0)
-        runs = script(guard, lambda number, rates=rates: rates[number % len(rates)], 2.0, 40)
+        fallback = tree_fallback(2.0)
+        runs = script(fallback, lambda number, rates=rates: rates[number % len(rates)], 2.0, 40)
         assert runs[0] == ("s", length)
 
 
-def test_noise_does_not_flap() -> None:
-    """Losses against the better way of the two, by simulation; close to break-even there is little to lose."""
+def test_noise_costs_little() -> None:
+    """Losses against the better of the two ways, by simulation; close to break-even they are small."""
     for pays, ratio, most in (
         (0.6, 1.3, 0.02),
         (0.6, 1.8, 0.025),
@@ -123,64 +137,67 @@ def test_noise_does_not_flap() -> None:
     ):
         lost = []
         for seed in range(8):
-            dice, guard, spent, made, speculative = random.Random(seed), tree_fallback(), 0.0, 0, 0.0
+            dice, fallback, spent, made, speculative = random.Random(seed), tree_fallback(), 0.0, 0, 0.0
             while made < 2000:
                 slow = (1 + abs(dice.gauss(0, 0.1))) * (3 if dice.random() < 0.02 else 1)
-                if guard.speculating:
+                if fallback.speculating:
                     rate = 1 + next((n for n in range(4) if dice.random() > pays), 4)
-                    guard.speculated(rate, ratio * slow)
+                    fallback.speculated(rate, ratio * slow)
                     spent, made = spent + ratio * slow, made + rate
                 else:
-                    guard.decoded(slow)
+                    fallback.decoded(slow)
                     spent, made = spent + slow, made + 1
             speculative = 2000 * ratio / sum(pays**n for n in range(5))
             lost.append(spent / 1.12 / min(2000, speculative) - 1)
         assert sum(lost) / len(lost) < most, (pays, ratio)
 
 
-def test_times_that_say_nothing_are_not_used() -> None:
-    """Steps that were captured meanwhile: plain steps go on until some were timed, or it is given up."""
-    guard = tree_fallback()
+def test_unusable_times_are_ignored() -> None:
+    """Captured steps have no usable time: autoregressive steps go on until some are timed."""
+    fallback = tree_fallback()
     for _ in range(TREES.early):
-        guard.speculated(1.0, 1.5)
-    guard.decoded(None)
-    guard.decoded(None)
-    assert not guard.speculating and guard.needed is None
-    guard.decoded(1.0)
-    guard.decoded(1.0)
-    assert guard.needed == 1.5
+        fallback.speculated(1.0, 1.5)
+    fallback.decoded(None)
+    fallback.decoded(None)
+    assert not fallback.speculating and fallback.needed is None
+    fallback.decoded(1.0)
+    fallback.decoded(1.0)
+    assert fallback.needed == 1.5
+
+
+def test_timing_ends_without_usable_times() -> None:
     blind = tree_fallback()
     runs = []
     for _ in range(60):
         runs.append(blind.speculating)
         (blind.speculated(1.0, None) if blind.speculating else blind.decoded(None))
     assert blind.needed is None
-    assert 0 < runs.count(False) < 30, "what cannot be measured is not rested from for ever"
+    assert 0 < runs.count(False) < 30, "the pause ends although nothing was timed"
     (blind.speculated(1.0, 9.9) if blind.speculating else blind.decoded(9.9))
-    resting = tree_fallback(2.0)
+    paused = tree_fallback(2.0)
     for _ in range(TREES.early):
-        resting.speculated(1.0, 2.0)
-    while not resting.speculating:
-        resting.decoded(None)
-    assert resting.needed == 2.0
+        paused.speculated(1.0, 2.0)
+    while not paused.speculating:
+        paused.decoded(None)
+    assert paused.needed == 2.0
 
 
 def test_steps_launched_before_a_decision_do_not_count() -> None:
-    guard = tree_fallback(1.5)
+    fallback = tree_fallback(1.5)
     for _ in range(TREES.early):
-        guard.speculated(1.0, 1.5)
-    rest = guard.rest
-    guard.speculated(4.0, 1.5)
-    assert (guard.speculating, guard.rest) == (False, rest)
+        fallback.speculated(1.0, 1.5)
+    pause = fallback.pause
+    fallback.speculated(4.0, 1.5)
+    assert (fallback.speculating, fallback.pause) == (False, pause)
 
 
 class Clock:
-    """Goes on with every step, by its kind; notes the kinds."""
+    """Clock that every step advances by its mode's time; it records the modes."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.modes: list[Mode] = []
-        self.seconds: dict[Mode, float] = {"plain": PLAIN, "start": START, "drafted": DRAFTED}
+        self.seconds: dict[Mode, float] = {"autoregressive": AUTOREGRESSIVE, "start": START, "drafted": DRAFTED}
 
     def __call__(self) -> float:
         return self.now
@@ -188,7 +205,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Engines' steps take the time that this clock says; `guarded` engines look at it."""
+    """Steps advance this clock; `guarded` engines read it."""
     clock, original = Clock(), DecodeStep.step
 
     def step(stepper: DecodeStep, longest: int, mode: Mode, exact: bool = False) -> None:
@@ -200,11 +217,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def guarded(clock: Clock, teacher: Teacher, predictor: Predictor, tree: Any = "chain", **options: Any) -> Engine:
+def guarded(clock: Clock, teacher: Teacher, predictor: TreePredictor, tree: Any = "chain", **options: Any) -> Engine:
     spec = parse_tree(tree, predictor.steps) if isinstance(tree, str) else tree
-    engine = Engine(teacher, predictor, spec, guard=True, **options)
-    engine.clock = clock
-    return engine
+    return Engine(teacher, predictor, spec, guard=True, clock=clock, **options)
 
 
 TOKENS = 240
@@ -220,11 +235,11 @@ def endless() -> Teacher:
 @cache
 def answers() -> list[tuple[list[int], list[int]]]:
     prompts = random_prompts(4, seed=61)
-    return [(one, generate_reference(tiny_model("llama"), one, TOKENS, eos_token_id=-1)) for one in prompts]
+    return [(prompt, generate_reference(tiny_model("llama"), prompt, TOKENS, eos_token_id=-1)) for prompt in prompts]
 
 
 def known(count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts, and what the teacher writes after them."""
+    """Return prompts, and the teacher's texts after them."""
     return [prompt for prompt, _ in answers()[:count]], [text for _, text in answers()[:count]]
 
 
@@ -234,7 +249,7 @@ def fake(count: int, right: Callable[[int, int], bool]) -> FakePredictor:
 
 @pytest.mark.parametrize("read", ["at-once", "late"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_predictor_that_is_never_right(clock: Clock, batch: int, read: str, request: pytest.FixtureRequest) -> None:
+def test_predictor_never_right_is_paused(clock: Clock, batch: int, read: str, request: pytest.FixtureRequest) -> None:
     if read == "late":
         request.getfixturevalue("late")
     prompts, texts = known(batch)
@@ -244,21 +259,21 @@ def test_a_predictor_that_is_never_right(clock: Clock, batch: int, read: str, re
     assert [item.token_ids for item in got] == texts
     runs = [(mode, len(list(run))) for mode, run in groupby(clock.modes)]
     if read == "at-once":
-        rest = ("plain", FIRST_REST)
-        assert runs[:3] == [("start", 1), ("drafted", 6), ("plain", CALIBRATION + FIRST_REST)]
-        assert runs[3:6] == [("start", 1), ("drafted", 6), ("plain", 2 * rest[1])]
-    assert clock.modes.count("plain") > 0.7 * TOKENS
+        assert runs[:3] == [("start", 1), ("drafted", 6), ("autoregressive", CALIBRATION + FIRST_PAUSE)]
+        assert runs[3:6] == [("start", 1), ("drafted", 6), ("autoregressive", 2 * FIRST_PAUSE)]
+    assert clock.modes.count("autoregressive") > 0.7 * TOKENS
     assert all(set(item.accepted_lengths) == {1} and item.steps == TOKENS - 1 for item in got)
-    assert all(item.emitted == item.accepted_lengths for item in got)
-    assert all(item.plain == clock.modes.count("plain") for item in got) or read == "late"
+    assert all(item.autoregressive_steps == clock.modes.count("autoregressive") for item in got) or read == "late"
     before = len(clock.modes)
     assert [item.token_ids for item in engine.generate(prompts, TOKENS)] == texts
-    assert clock.modes[before] == "plain", "what was learnt stays: no pseudo rows behind this prompt"
+    assert clock.modes[before] == "autoregressive", "the pause goes on: no pseudo rows after this prompt"
 
 
 @pytest.mark.parametrize("read", ["at-once", "late"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_predictor_that_is_always_right(clock: Clock, batch: int, read: str, request: pytest.FixtureRequest) -> None:
+def test_predictor_always_right_is_not_paused(
+    clock: Clock, batch: int, read: str, request: pytest.FixtureRequest
+) -> None:
     if read == "late":
         request.getfixturevalue("late")
     prompts, texts = known(batch)
@@ -267,12 +282,12 @@ def test_a_predictor_that_is_always_right(clock: Clock, batch: int, read: str, r
     for _ in range(3):
         got = engine.generate(prompts, TOKENS)
         assert [item.token_ids for item in got] == texts
-        assert sum(item.plain for item in got) <= batch * TREES.quick
-    assert clock.modes.count("plain") == TREES.quick
+        assert sum(item.autoregressive_steps for item in got) <= batch * TREES.quick
+    assert clock.modes.count("autoregressive") == TREES.quick
     assert clock.modes.count("start") == 3 + 1
 
 
-def test_a_predictor_that_is_right_again_later(clock: Clock) -> None:
+def test_predictor_right_again_is_used_again(clock: Clock) -> None:
     prompts, texts = known(1)
     middle = range(len(prompts[0]) + 60, len(prompts[0]) + 110)
     engine = guarded(clock, endless(), fake(1, lambda n, i: n not in middle))
@@ -280,17 +295,19 @@ def test_a_predictor_that_is_right_again_later(clock: Clock) -> None:
         got = engine.generate(prompts, TOKENS)[0]
         assert got.token_ids == texts[0]
     runs = [(mode, len(list(run))) for mode, run in groupby(clock.modes)]
-    assert any(mode == "plain" and count >= FIRST_REST for mode, count in runs)
+    assert any(mode == "autoregressive" and count >= FIRST_PAUSE for mode, count in runs)
     assert runs[-1][0] == "drafted"
 
 
 @pytest.mark.parametrize("read", ["at-once", "late"])
-def test_what_is_read_at_once_has_one_mode(clock: Clock, read: str, request: pytest.FixtureRequest) -> None:
-    """A switch reads everything first, and a tree follows a step that drafted."""
+def test_steps_read_together_have_one_mode(clock: Clock, read: str, request: pytest.FixtureRequest) -> None:
+    """A change of mode reads all steps first, and a tree follows a step that drafted."""
     if read == "late":
         request.getfixturevalue("late")
     prompts, _ = known(1)
-    engine = restless(guarded(clock, endless(), fake(1, lambda n, i: True), options=EngineOptions(read_every=4)))
+    predictor = fake(1, lambda n, i: True)
+    options = EngineOptions(read_every=4)
+    engine = Engine(endless(), predictor, parse_tree("chain", 3), guard=Restless(0), clock=clock, options=options)
     unread: list[tuple[int, Mode]] = []
     original = DecodeBatch.step
 
@@ -304,9 +321,9 @@ def test_what_is_read_at_once_has_one_mode(clock: Clock, read: str, request: pyt
     modes = [mode for _, mode in unread]
     for place in range(1, len(unread)):
         assert modes[place] == modes[place - 1] or not unread[place][0]
-        assert modes[place] != "drafted" or modes[place - 1] != "plain"
+        assert modes[place] != "drafted" or modes[place - 1] != "autoregressive"
     assert max(count for count, _ in unread) == (7 if read == "late" else 3)
-    assert set(modes) == {"plain", "start", "drafted"}
+    assert set(modes) == {"autoregressive", "start", "drafted"}
 
 
 METHODS = {
@@ -319,8 +336,8 @@ METHODS = {
 }
 
 
-class Restless(PlainFallback):
-    """Speculates and rests by dice, whatever pays."""
+class Restless(AutoregressiveFallback):
+    """Fallback that pauses at random."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(TREES)
@@ -328,16 +345,10 @@ class Restless(PlainFallback):
 
     def speculated(self, rate: float, seconds: float | None) -> None:
         if self.speculating and self.dice.random() < 0.4:
-            self._rest = self.dice.randint(1, 4)
+            self.pause = self.dice.randint(1, 4)
 
     def decoded(self, seconds: float | None) -> None:
-        self._rest -= 1
-
-
-def restless(engine: Engine, seed: int = 0) -> Engine:
-    guard = Restless(seed)
-    engine._guards_of = lambda plan: lambda batch: guard  # type: ignore[method-assign]
-    return engine
+        self.pause -= 1
 
 
 @cache
@@ -346,15 +357,13 @@ def reference(number: int) -> list[int]:
 
 
 def outcome(item: Generation) -> tuple[Any, ...]:
-    return item.token_ids, item.emitted, item.finish_reason
+    return item.token_ids, item.accepted_lengths, item.finish_reason
 
 
-@pytest.mark.parametrize("run", ["at-once", "late", "graphs"])
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("method", list(METHODS))
-def test_switching_changes_no_token(method: str, batch: int, run: str, request: pytest.FixtureRequest) -> None:
-    """Trained predictors, sequences that end by EOS in the middle of steps, a guard that changes its mind all the time:
-    read at once, late, and with steps that are replayed.
+@pytest.mark.parametrize(("method", "batch", "run"), covered(list(METHODS), [1, 4], ["at-once", "late", "graphs"]))
+def test_mode_changes_change_no_token(method: str, batch: int, run: str, request: pytest.FixtureRequest) -> None:
+    """Trained predictors, sequences that end by EOS in the middle of steps, and random pauses; read at once, read late,
+    and with replayed steps.
     """
     if run == "late":
         request.getfixturevalue("late")
@@ -367,61 +376,65 @@ def test_switching_changes_no_token(method: str, batch: int, run: str, request: 
         text[: min([place + 1 for place, token in enumerate(text) if token in teacher.eos_token_ids], default=60)]
         for text in texts
     ]
-    engine = Engine(teacher, predictor, parse_tree(tree, predictor.steps), options=EngineOptions(read_every=3))
-    restless(engine)
+    spec, options = parse_tree(tree, predictor.steps), EngineOptions(read_every=3)
+    engine = Engine(teacher, predictor, spec, guard=Restless(0), options=options)
     tapes = with_graphs(engine)[1] if run == "graphs" else None
-    modes: set[int] = set()
+    lengths: set[int] = set()
     for _ in range(4 if run == "graphs" else 2):
         got = engine.generate(embedded_prompts(4)[:batch], 60)
         assert [item.token_ids for item in got] == expected
         for item in got:
-            assert sum(item.emitted) + 1 == len(item.token_ids)
-            modes |= set(item.emitted)
-    assert 1 in modes and len(modes) > 1
+            assert sum(item.accepted_lengths) + 1 == len(item.token_ids)
+            lengths |= set(item.accepted_lengths)
+    assert 1 in lengths and len(lengths) > 1
     assert tapes is None or tapes.replayed > 0
 
 
-@pytest.mark.parametrize("family", ["mistral-window", "qwen2-window", "qwen3"])
-@pytest.mark.parametrize("section", [{"kind": "firp", "layer": 2, "steps": 3}, {"kind": "medusa", "steps": 3}])
-def test_switching_changes_no_token_of_other_teachers(section: dict[str, Any], family: str, any_stack: str) -> None:
-    teacher = tiny_teacher(family, any_stack == "lean")
+@pytest.mark.parametrize(
+    ("section", "family", "stack"),
+    covered(
+        [{"kind": "firp", "layer": 2, "steps": 3}, {"kind": "medusa", "steps": 3}],
+        ["mistral-window", "qwen2-window", "qwen3"],
+        ["lean", "library"],
+    ),
+)
+def test_mode_changes_change_no_token_of_other_teachers(section: dict[str, Any], family: str, stack: str) -> None:
+    teacher = tiny_teacher(family, stack == "lean")
     prompts = random_prompts(4, seed=63)
-    engine = restless(Engine(teacher, make_predictor(teacher, **section), parse_tree("dynamic:5", 3)))
+    engine = Engine(teacher, make_predictor(teacher, **section), parse_tree("dynamic:5", 3), guard=Restless(0))
     for prompt, item in zip(prompts, engine.generate(prompts, 24), strict=True):
         assert item.token_ids == generate_reference(tiny_model(family), prompt, 24)
 
 
-def test_each_mode_is_a_graph_of_its_own() -> None:
+def test_each_mode_has_its_own_graph() -> None:
     predictor = embedded_predictor("firp")
-    engine = restless(Engine(embedded_teacher(), predictor, parse_tree("dynamic:8", 4)))
+    engine = Engine(embedded_teacher(), predictor, parse_tree("dynamic:8", 4), guard=Restless(0))
     graphs, tapes = with_graphs(engine)
     for _ in range(4):
         engine.generate(embedded_prompts(1), 60)
-    assert {mode for mode, _, _ in graphs.keys} == {"plain", "start", "drafted"}
+    assert {mode for mode, _, _ in graphs.keys} == {"autoregressive", "start", "drafted"}
     assert tapes.captured == len(set(graphs.keys))
     assert all(graphs.settled(key) for key in graphs.keys)
 
 
-def test_times_of_captured_steps_reach_no_guard() -> None:
-    """With graphs a key runs once by itself and is captured the second time: neither says what it will cost."""
-    heard: list[float | None] = []
+def test_times_of_captured_steps_are_not_used() -> None:
+    """With graphs the first run of a key is eager and the second one is captured: both take longer than usual."""
+    recorded: list[float | None] = []
 
-    class Listening(Restless):
+    class Recording(Restless):
         def speculated(self, rate: float, seconds: float | None) -> None:
-            heard.append(seconds)
+            recorded.append(seconds)
 
     predictor = embedded_predictor("firp")
-    engine = Engine(embedded_teacher(), predictor, parse_tree("dynamic:8", 4))
-    guard = Listening(0)
-    engine._guards_of = lambda plan: lambda batch: guard  # type: ignore[method-assign]
+    engine = Engine(embedded_teacher(), predictor, parse_tree("dynamic:8", 4), guard=Recording(0))
     with_graphs(engine)
     engine.generate(embedded_prompts(1), 30)
-    assert heard[:2] == [None, None]
-    assert len(heard) > 4 and all(second is not None for second in heard[2:])
+    assert recorded[:2] == [None, None]
+    assert len(recorded) > 4 and all(second is not None for second in recorded[2:])
 
 
-def test_sizes_have_guards_of_their_own(clock: Clock) -> None:
-    """What is learnt of one sequence says nothing about four; two trees differ as well."""
+def test_batch_sizes_have_their_own_fallbacks(clock: Clock) -> None:
+    """Times of one sequence are not used for four."""
     prompts, texts = known(4)
     engine = guarded(clock, endless(), fake(4, lambda n, i: False))
     engine.generate(prompts[:1], 40)
@@ -429,30 +442,30 @@ def test_sizes_have_guards_of_their_own(clock: Clock) -> None:
     assert clock.modes[1:7] == ["drafted"] * 6
     assert [item.token_ids for item in engine.generate(prompts, 40)] == [text[:40] for text in texts]
     assert clock.modes[first : first + 7] == ["start"] + ["drafted"] * 6
-    assert len(engine._guards) == 2
+    assert len(engine.fallbacks) == 2
 
 
-def test_tuned_trees_bring_their_times_along(clock: Clock) -> None:
-    """The foretold ratio stands for plain steps that nobody has timed yet."""
+def test_tuned_trees_give_their_predicted_ratio(clock: Clock) -> None:
+    """The predicted ratio is used until autoregressive steps are timed."""
     prompts, texts = known(1)
     predictor = fake(1, lambda n, i: True)
-    for step, plain in ((1.5, 0), (6.0, CALIBRATION)):
+    for step, timed in ((1.5, 0), (6.0, CALIBRATION)):
         entry = TunedTree({}, "", 1, 128, 0.0, "chain/3", Prediction(4.0, step, 1.0, 4.0 / step))
         trees = TunedTrees(parse_tree("dynamic:8", 3), 3, (entry,))
         engine = guarded(clock, endless(), predictor, trees)
         clock.modes.clear()
         assert engine.generate(prompts, 100)[0].token_ids == texts[0][:100]
-        assert clock.modes.count("plain") == plain
+        assert clock.modes.count("autoregressive") == timed
 
 
-def test_plain_decoding_has_nothing_to_guard() -> None:
+def test_autoregressive_decoding_has_no_fallback() -> None:
     teacher, prompts = embedded_teacher(), embedded_prompts(1)
     for engine in (
         Engine(teacher, guard=True),
         Engine(teacher, embedded_predictor("firp"), parse_tree("none", 4), guard=True),
     ):
         assert engine.generate(prompts, 60)[0].token_ids == reference(0)
-        assert engine._guards == {}
+        assert engine.fallbacks == {}
 
 
 @pytest.mark.gpu
@@ -460,11 +473,14 @@ def test_plain_decoding_has_nothing_to_guard() -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("section", [{"kind": "firp", "layer": 2, "steps": 3}, {"kind": "medusa", "steps": 3}])
-def test_switching_on_cuda(section: dict[str, Any], batch: int, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step of any mode waits for the host, and replayed or not the tokens are those of `generate`."""
+def test_mode_changes_on_cuda(
+    section: dict[str, Any], batch: int, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step of any mode waits for the host, and the tokens are those of `generate`, replayed or not."""
     teacher = wrap_model(copy.deepcopy(tiny_model("llama")).to("cuda", torch.float32), name="llama")
     predictor = make_predictor(teacher, **section).to(teacher.device, teacher.dtype)
-    engine = restless(Engine(teacher, predictor, parse_tree("dynamic:6@3", 3), options=EngineOptions(graphs=graphs)))
+    options = EngineOptions(graphs=graphs)
+    engine = Engine(teacher, predictor, parse_tree("dynamic:6@3", 3), guard=Restless(0), options=options)
     prompts = random_prompts(batch, seed=65)
     expected = [generate_reference(teacher.model, prompt, 40) for prompt in prompts]
     assert [item.token_ids for item in engine.generate(prompts, 40)] == expected
@@ -485,9 +501,9 @@ def test_switching_on_cuda(section: dict[str, Any], batch: int, graphs: bool, mo
 
 
 @pytest.mark.slow
-def test_sampling_with_switches_is_plain_sampling() -> None:
-    """Chi-square over the second and third token against the teacher's exact distribution: the mode of a step depends
-    on what was accepted before, and must not lean on the token to come.
+def test_sampling_with_mode_changes_is_exact() -> None:
+    """Chi-square over the first two tokens against the teacher's exact distribution: the mode of a step may depend on
+    the accepted tokens, but not on the next one.
     """
     from scipy.stats import chi2
 
@@ -499,7 +515,8 @@ def test_sampling_with_switches_is_plain_sampling() -> None:
     predictor = FakePredictor(soft, [prompt + text], 3, lambda n, i: i % 2 == 1)
     counts = torch.zeros(2, VOCABULARY)
     for seed in range(80):
-        engine = restless(Engine(soft, predictor, parse_tree("dynamic:6", 3), temperature=1.0, seed=seed), seed)
+        tree = parse_tree("dynamic:6", 3)
+        engine = Engine(soft, predictor, tree, temperature=1.0, seed=seed, guard=Restless(seed))
         for item in engine.generate([prompt] * 50, 3):
             counts[0, item.token_ids[0]] += 1
             counts[1, item.token_ids[1]] += 1
@@ -512,6 +529,6 @@ def test_sampling_with_switches_is_plain_sampling() -> None:
         expected = exact * observed.sum()
         common = expected >= 5
         got = torch.cat([observed[common], observed[~common].sum()[None]])
-        wanted = torch.cat([expected[common], expected[~common].sum()[None]])
-        statistic = ((got - wanted) ** 2 / wanted.clamp(min=1e-9)).sum().item()
-        assert statistic < chi2.ppf(0.999, len(wanted) - 1)
+        expected = torch.cat([expected[common], expected[~common].sum()[None]])
+        statistic = ((got - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+        assert statistic < chi2.ppf(0.999, len(expected) - 1)

@@ -1,4 +1,4 @@
-"""What a request takes is known and said before it is taken."""
+"""Memory of a request: its K/V cache is known and checked before it is allocated."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError
 from firp_cli.machine import free_bytes, readable_bytes
+from helpers.decoding import covered
 from helpers.models import looped_teacher, make_predictor, random_prompts, tiny_teacher
 
 CPU = torch.device("cpu")
@@ -32,11 +33,11 @@ METHODS: dict[str, tuple[dict[str, Any] | None, str]] = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("method", list(METHODS))
-def test_the_cache_takes_what_was_said(method: str, graphs: bool, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the rows that the last steps may write past the capacity."""
+@pytest.mark.parametrize(("method", "graphs", "batch"), covered(list(METHODS), [False, True], [1, 3]))
+def test_cache_bytes_is_the_allocated_size(
+    method: str, graphs: bool, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size includes the rows that the last steps may write past the capacity."""
     section, tree = METHODS[method]
     teacher = tiny_teacher("llama", lean=True)
     predictor = make_predictor(teacher, **section) if section else None
@@ -49,36 +50,34 @@ def test_the_cache_takes_what_was_said(method: str, graphs: bool, batch: int, mo
     prompts = random_prompts(batch, seed=51)
     engine.generate(prompts, 20)
     longest = max(map(len, prompts))
-    said = engine.cache_bytes(batch, longest, 20)
+    announced = engine.cache_bytes(batch, longest, 20)
     (stepper,) = made
     assert stepper.capacity == (CAPACITY_STEP if graphs else longest + 20)
     slot = teacher.num_layers * 2 * batch * teacher.kv_heads * teacher.head_size * 4
-    assert stepper.cache.bytes() == said
-    # by hand: a slot for every row of the largest step, every position, and every token that a step may emit past them
+    assert stepper.cache.bytes() == announced
+    # by hand: slots for the rows of the largest step, for all positions, and for the tokens that a step emits past them
     rows = {"ar": 1, "firp": 36, "firp-budget": 15, "hidden_transfer": 30, "medusa": 4}[method]
-    assert said == (rows + stepper.capacity + stepper.width) * slot
+    assert announced == (rows + stepper.capacity + stepper.shape.width) * slot
 
 
 @pytest.mark.parametrize("loops", [(2, 3), (1, 4)])
-def test_a_pipelines_cache_takes_what_was_said(loops: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_cache_bytes_is_the_allocated_size(loops: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = looped_teacher(*loops)
     engine = PipelineEngine(teacher, make_predictor(teacher, kind="speed"), guard=False)  # type: ignore[arg-type]
     made: list[StageCache] = []
 
-    def noting(*arguments: Any) -> StageCache:
+    def recording(*arguments: Any) -> StageCache:
         made.append(StageCache(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(pipeline, "StageCache", noting)
-    engine.generate([[5, 6, 7], [8]], 1)  # one token, so that nobody leaves before the other
+    monkeypatch.setattr(pipeline, "StageCache", recording)
+    engine.generate([[5, 6, 7], [8]], 1)  # one token, so that both sequences end together
     (cache,) = made
     assert sum(store.nbytes for store in cache._stores if store is not None) == engine.cache_bytes(2, 3, 1)
 
 
 @pytest.mark.parametrize("section", [None, {"kind": "firp", "layer": 2, "steps": 3}, {"kind": "speed", "loops": 2}])
-def test_what_does_not_fit_is_refused_with_the_numbers(
-    section: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_that_does_not_fit_is_refused(section: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher("llama")
     predictor = make_predictor(teacher, **section) if section else None
     engine: Any
@@ -95,10 +94,10 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
     ):
         engine.generate([[5, 6, 7], [8]], 100)
     monkeypatch.setattr(sequences, "free_bytes", lambda device: None)
-    assert len(engine.generate([[5, 6, 7]], 3)) == 1, "where the machine does not say, nothing is refused"
+    assert len(engine.generate([[5, 6, 7]], 3)) == 1, "without a known limit nothing is refused"
 
 
-def test_sizes_are_said_in_the_unit_that_fits() -> None:
+def test_sizes_are_printed_in_the_fitting_unit() -> None:
     sizes = (0, 999, 100_000, 128 * 10**6, 999.94e6, 2.5e9, 7e12)
     assert [readable_bytes(size) for size in sizes] == [
         *("0 B", "999 B", "100.0 kB", "128.0 MB", "999.9 MB", "2.5 GB", "7.0 TB")
@@ -108,7 +107,7 @@ def test_sizes_are_said_in_the_unit_that_fits() -> None:
     check_fits(1, 3, 77, CPU)
 
 
-def test_free_memory_is_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_the_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = free_bytes(CPU)
     assert free is None or 1 << 20 < free < 1 << 50
     for text, expected in (("MemTotal: 9 kB\nMemAvailable:   1234 kB\n", 1234 * 1024), ("MemTotal: 9 kB\n", None)):

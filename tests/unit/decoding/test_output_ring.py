@@ -1,4 +1,4 @@
-"""What steps emitted, read by the host in groups, some steps late: nothing lost, nothing twice, the same tokens."""
+"""Output ring: the host reads steps in groups, some steps late, without loss or repetition."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from firp_cli.decoding.output_ring import OutputRing, Rows
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.results import Generation
 from firp_cli.teacher.teacher import Teacher
+from helpers.decoding import covered
 from helpers.graphs import LateRing
 from helpers.models import embedded_predictor, embedded_prompts, embedded_teacher, generate_reference
 
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def push(ring: OutputRing, number: int, batch: int = 2, width: int = 3) -> list[list[int]]:
-    """One step's rows: a count and tokens of its own for every sequence. Returns what the host should read."""
+    """Push one step's rows, with different counts and tokens for every sequence; return the rows to be read."""
     rows = [[number % 3, *(100 * number + 10 * place + token for token in range(width))] for place in range(batch)]
     ring.push(torch.tensor([row[0] for row in rows]), torch.tensor([row[1:] for row in rows]))
     return rows
@@ -29,7 +30,7 @@ def push(ring: OutputRing, number: int, batch: int = 2, width: int = 3) -> list[
 
 @pytest.mark.parametrize("every", [1, 3, 4])
 def test_rows_are_read_in_order_and_once(every: int) -> None:
-    """Long enough to come round several times."""
+    """Long enough to wrap round several times."""
     ring = OutputRing(2, 3, every, CPU)
     pushed: Rows = []
     read: Rows = []
@@ -58,8 +59,8 @@ def test_draining_reads_everything_and_starts_over(before: int) -> None:
         assert found == ([("second", second)] if number == 3 else [])
 
 
-def test_rows_come_back_with_their_groups_tag() -> None:
-    """A group's tag says which sequences the batch held; the rows of fewer sequences have room behind them."""
+def test_rows_are_returned_with_their_groups_tag() -> None:
+    """A group's tag names the sequences of the batch; rows of fewer sequences are padded."""
     ring = OutputRing(3, 3, 2, CPU)
     found = []
     for number, (batch, tag) in enumerate([(3, "abc"), (3, "abc"), (1, "b"), (1, "b"), (2, "bc"), (2, "bc")]):
@@ -71,8 +72,8 @@ def test_rows_come_back_with_their_groups_tag() -> None:
     assert found == ["abc", "b", "bc"]
 
 
-def test_steps_that_emit_less_than_others_leave_the_rest_alone() -> None:
-    """Plain steps have one token, tree steps several; a count says how many of a row's tokens are its own."""
+def test_short_steps_leave_the_rest_of_a_row() -> None:
+    """Autoregressive steps emit one token, tree steps several; a count gives the number of a row's tokens."""
     ring = OutputRing(1, 4, 2, CPU)
     push(ring, 1, batch=1, width=4)
     ring.launched(None)
@@ -82,7 +83,7 @@ def test_steps_that_emit_less_than_others_leave_the_rest_alone() -> None:
     assert rows[1][0][:2] == [2, 200]
 
 
-def test_a_reset_forgets_what_was_not_read() -> None:
+def test_reset_drops_unread_rows() -> None:
     ring = OutputRing(2, 3, 3, CPU)
     for number in range(5):
         push(ring, number)
@@ -96,7 +97,7 @@ def test_a_reset_forgets_what_was_not_read() -> None:
 
 @pytest.mark.usefixtures("late")
 @pytest.mark.parametrize("every", [1, 3, 4])
-def test_a_group_is_read_when_the_next_one_was_launched(every: int) -> None:
+def test_late_ring_reads_a_group_after_the_next_launch(every: int) -> None:
     ring = LateRing(2, 3, every, CPU)
     pushed, read = [], []
     for number in range(5 * every + 1):
@@ -115,7 +116,7 @@ def test_a_group_is_read_when_the_next_one_was_launched(every: int) -> None:
 
 
 @pytest.mark.usefixtures("late")
-def test_a_late_ring_forgets_too() -> None:
+def test_reset_of_a_late_ring_drops_unread_rows() -> None:
     ring = LateRing(1, 3, 2, CPU)
     for number in range(5):
         push(ring, number, batch=1)
@@ -131,7 +132,7 @@ def test_a_late_ring_forgets_too() -> None:
 
 
 def outcome(item: Generation) -> tuple[Any, ...]:
-    return item.token_ids, item.accepted_lengths, item.emitted, item.finish_reason, item.steps
+    return item.token_ids, item.accepted_lengths, item.finish_reason, item.steps
 
 
 @cache
@@ -140,21 +141,20 @@ def reference(number: int, tokens: int) -> list[int]:
 
 
 def ending_early(expected: list[list[int]], place: int) -> Teacher:
-    """The embedded teacher with one more EOS: the token at a place of the first text."""
+    """Return the embedded teacher with one more EOS: the token at a place of the first text."""
     teacher = copy.copy(embedded_teacher())
     teacher.eos_token_ids = (*teacher.eos_token_ids, expected[0][place])
     return teacher
 
 
-@pytest.mark.parametrize("ring", ["at-once", "late"])
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("kind", [None, "firp"])
-@pytest.mark.parametrize("tokens", [2, 5, 40])
-def test_reading_late_changes_nothing(
+@pytest.mark.parametrize(
+    ("kind", "batch", "tokens", "ring"), covered([None, "firp"], [1, 4], [40, 5, 2], ["at-once", "late"])
+)
+def test_reading_late_changes_no_token(
     kind: str | None, batch: int, tokens: int, ring: str, request: pytest.FixtureRequest
 ) -> None:
-    """Sequences end by EOS in the middle of a step, by their limit, in different steps; until the host knows, the
-    device decodes on past their end.
+    """Sequences end by EOS in the middle of a step or by their limit, in different steps. The device decodes past their
+    ends until the host has read them.
     """
     if ring == "late":
         request.getfixturevalue("late")
@@ -179,4 +179,9 @@ def test_reading_late_changes_nothing(
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert {item.finish_reason for item in got} >= ({"eos", "length"} if tokens == 40 and batch == 4 else {"eos"})
     if predictor and tokens == 40:
-        assert any(item.emitted[-1] < item.accepted_lengths[-1] for item in got), "it ended in the middle of a step"
+        whole = Engine(embedded_teacher(), predictor, tree).generate(prompts, tokens + 5)
+        ends = [
+            (item.accepted_lengths[-1], uncut.accepted_lengths[item.steps - 1])
+            for item, uncut in zip(got, whole, strict=True)
+        ]
+        assert any(cut < uncut for cut, uncut in ends), "it ended in the middle of a step"

@@ -1,23 +1,28 @@
-"""SPEED's pipeline: token for token transformers' `generate`, tick for tick a simulation of single tokens."""
+"""SPEED's pipeline: the tokens of transformers' `generate`, ticks, and the fallback."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import time
 from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chi2
 
-from firp_cli.decoding.fallback import CALIBRATION, FIRST_REST, LONGEST_REST, PlainFallback, pipeline_fallback
+from firp_cli.decoding.fallback import (
+    CALIBRATION,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    AutoregressiveFallback,
+    pipeline_fallback,
+)
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.speed.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.speed.tick_log import total
 from firp_cli.errors import CapacityError, TeacherError, UsageError
 from firp_cli.results import Generation
-from helpers.decoding import count_reads
+from helpers.decoding import count_reads, covered
 from helpers.models import (
     DESCRIBED,
     FAMILIES,
@@ -32,7 +37,7 @@ from helpers.pipelines import RULES, TOKENS, fake_exits, random_exits, reference
 
 SHAPES = ["1x4", "2x3", "4x2", "3x4"]
 OWN_CODE = [name for name, (family, _) in DESCRIBED.items() if family == "own"]
-PLAIN = [name for name, (family, _) in DESCRIBED.items() if family != "own"]
+DESCRIBED_LLAMAS = [name for name, (family, _) in DESCRIBED.items() if family != "own"]
 UNSHARED = [f"{family}/{loops}" for family in FAMILIES for loops in (1, 2, 3, 4)]
 
 
@@ -44,17 +49,14 @@ def batches(engine: PipelineEngine, prompts: list[list[int]], size: int, tokens:
     ]
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *OWN_CODE, *PLAIN, *UNSHARED])
-def test_greedy_text_wanders(name: str) -> None:
-    """The comparisons below would say little about a teacher that repeats one token."""
-    assert len({token for text in references(name, some_prompts()) for token in text}) > 8
-
-
 @pytest.mark.parametrize(
     ("name", "stack"),
     [
-        *((name, "lean") for name in (*SHAPES, *OWN_CODE, *PLAIN, *UNSHARED)),
-        *((name, "library") for name in ("2x3", *OWN_CODE, *PLAIN, "llama/2", "qwen2-window/3", "mistral-window/4")),
+        *((name, "lean") for name in (*SHAPES, *OWN_CODE, *DESCRIBED_LLAMAS, *UNSHARED)),
+        *(
+            (name, "library")
+            for name in ("2x3", *OWN_CODE, *DESCRIBED_LLAMAS, "llama/2", "qwen2-window/3", "mistral-window/4")
+        ),
     ],
 )
 def test_random_exits_are_lossless(name: str, stack: str) -> None:
@@ -91,19 +93,19 @@ def test_fakes_are_lossless(name: str, mode: str) -> None:
             assert trace.ticks == trace.left + filling, "once it is full, every tick emits a token"
             assert item.accepted_lengths == [0] * filling + [1] * trace.left
             assert trace.corrected == 0
-            if item.finish_reason == "length":  # behind an EOS in flight nothing is right or wrong
+            if item.finish_reason == "length":  # after an EOS in flight no prediction is right or wrong
                 assert (trace.flushes, trace.flushed) == (0, 0)
             assert trace.hits == [trace.left] * len(predictor.exits)
         if mode == "never":
-            assert trace.ticks == loops * trace.left, "what decoding without early exits takes"
+            assert trace.ticks == loops * trace.left, "as without early exits"
             assert item.accepted_lengths == ([0] * (loops - 1) + [1]) * trace.left
             assert trace.corrected == trace.left
             assert not any(trace.hits)
 
 
 @pytest.mark.parametrize(("name", "first"), [("1x4", 2), ("3x4", 3), ("2x3", 2), ("llama/4", 2)])
-def test_always_right_from_a_later_exit_on(name: str, first: int) -> None:
-    """A successor starts `first` ticks behind its predecessor; the first token leaves after r."""
+def test_fakes_right_from_a_later_exit_on(name: str, first: int) -> None:
+    """A successor starts `first` ticks after its predecessor; the first token leaves after r."""
     prompts = some_prompts(seed=2)
     predictor = fake_exits(name, prompts, "always", exits=[first])
     for item, text in zip(
@@ -121,7 +123,7 @@ def test_always_right_from_a_later_exit_on(name: str, first: int) -> None:
 @pytest.mark.parametrize(
     "name", [*SHAPES, "ouro", "raven", "raven-norms", "qwen2-window", "mistral-window/3", "llama/1"]
 )
-def test_without_predictor_one_token_is_in_flight(name: str) -> None:
+def test_pipeline_without_predictor_has_one_token_in_flight(name: str) -> None:
     teacher, loops = pipe_teacher(name)
     prompts = some_prompts(seed=5)
     got = PipelineEngine(teacher, None, loops=loops, guard=False).generate(prompts, TOKENS)
@@ -142,8 +144,8 @@ def test_long_prompts_in_chunks(name: str) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 @pytest.mark.parametrize("name", ["1x4", "raven", "llama/4"])
-def test_short_answers(name: str, tokens: int) -> None:
-    """Shorter than the pipe: it is never full."""
+def test_answers_shorter_than_the_pipe(name: str, tokens: int) -> None:
+    """The pipe is never full."""
     prompts = some_prompts(seed=6)
     expected = [text[:tokens] for text in references(name, prompts)]
     predictor = fake_exits(name, prompts, "always")
@@ -156,7 +158,7 @@ def test_short_answers(name: str, tokens: int) -> None:
 @pytest.mark.parametrize("mode", list(RULES))
 @pytest.mark.parametrize("name", ["1x4", "2x3", "raven", "qwen2-window/3"])
 def test_eos_in_flight(name: str, mode: str) -> None:
-    """EOS ends a sequence, keeps the EOS token, drops what is in flight behind it, and the others go on."""
+    """EOS ends a sequence, keeps the EOS token, drops the tokens in flight after it, and the others go on."""
     prompts = some_prompts(seed=7)
     texts = references(name, prompts)
     teacher = copy.copy(pipe_teacher(name)[0])
@@ -176,8 +178,8 @@ def test_eos_in_flight(name: str, mode: str) -> None:
     assert "eos" in {item.finish_reason for item in got}
 
 
-def test_callback_hands_on_every_token() -> None:
-    """In order, one at a time; drafted are those that the last exit had foreseen."""
+def test_callback_gets_every_token() -> None:
+    """In order, one at a time; drafted tokens are those that the last exit predicted."""
     prompts = some_prompts(seed=8)
     seen: list[list[int]] = [[] for _ in prompts]
     drafted = [0] * len(prompts)
@@ -214,87 +216,87 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("name", ["1x4", "2x3", "raven", "ouro", "qwen2-window", "mistral-window/3", "llama/2"])
-def test_the_guard_changes_no_token(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exits that are never right: a window of ticks (4r: four tokens), 8 tokens that time plain steps and 32 without
-    the pipeline, a window, ... By the clock of this test a tick takes as long as a plain step.
+def test_fallback_changes_no_token(name: str, batch: int) -> None:
+    """Exits that are never right: a window of ticks (4r: four tokens), 8 tokens that time autoregressive steps, 32 more
+    without the pipeline, a window, ... By this test's clock a tick takes as long as an autoregressive step.
     """
-    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
-    plain = CALIBRATION + FIRST_REST
-    tokens = 1 + 4 + plain + 4 + 7
+    outside = CALIBRATION + FIRST_PAUSE
+    tokens = 1 + 4 + outside + 4 + 7
     teacher = copy.copy(pipe_teacher(name)[0])
     teacher.eos_token_ids = ()
     prompts = some_prompts(seed=9)[:batch]
     expected = [greedy(teacher, prompt, tokens) for prompt in prompts]
     known = [prompt + text for prompt, text in zip(prompts, expected, strict=True)]
     predictor = FakeExits(teacher, known, RULES["never"], loops=pipe_teacher(name)[1])
-    for item, text in zip(PipelineEngine(teacher, predictor).generate(prompts, tokens), expected, strict=True):
+    engine = PipelineEngine(teacher, predictor, clock=itertools.count().__next__)
+    for item, text in zip(engine.generate(prompts, tokens), expected, strict=True):
         trace, loops = item.pipeline, predictor.loops
         assert item.token_ids == text
         assert trace is not None
-        assert (trace.ticks, trace.left, trace.plain) == (2 * 4 * loops, 8, plain + 7)
-        assert item.steps == trace.ticks + loops * trace.plain == len(item.accepted_lengths)
-        assert item.accepted_lengths == item.emitted == ([0] * (loops - 1) + [1]) * (tokens - 1)
+        assert (trace.ticks, trace.left, trace.autoregressive_tokens) == (2 * 4 * loops, 8, outside + 7)
+        assert item.steps == trace.ticks + loops * trace.autoregressive_tokens == len(item.accepted_lengths)
+        assert item.accepted_lengths == ([0] * (loops - 1) + [1]) * (tokens - 1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_guard_leaves_a_full_pipe_alone(name: str) -> None:
+def test_full_pipe_is_not_paused(name: str) -> None:
     prompts = some_prompts(seed=10)
     got = PipelineEngine(pipe_teacher(name)[0], fake_exits(name, prompts, "always")).generate(prompts, TOKENS)
     assert [item.token_ids for item in got] == references(name, prompts)
-    assert all(item.pipeline is not None and item.pipeline.plain == 0 for item in got)
+    assert all(item.pipeline is not None and item.pipeline.autoregressive_tokens == 0 for item in got)
 
 
-def rest_of(guard: PlainFallback, seconds: float = 1.0) -> int:
-    """Plain steps of `seconds` until the guard pipelines again."""
+def pause_of(fallback: AutoregressiveFallback, seconds: float = 1.0) -> int:
+    """Return the number of autoregressive steps of `seconds` until the pipeline runs again."""
     steps = 0
-    while not guard.speculating:
-        guard.decoded(seconds)
+    while not fallback.speculating:
+        fallback.decoded(seconds)
         steps += 1
     return steps
 
 
-def tick_window(guard: PlainFallback, rate: float, seconds: float) -> None:
-    """A window of ticks, unless the guard ends it."""
-    for _ in range(guard.window):
-        if guard.speculating:
-            guard.speculated(rate, seconds)
+def tick_window(fallback: AutoregressiveFallback, rate: float, seconds: float) -> None:
+    """Record a window of ticks, or fewer if the fallback pauses them."""
+    for _ in range(fallback.policy.window):
+        if fallback.speculating:
+            fallback.speculated(rate, seconds)
 
 
-def test_a_guards_rests_grow_until_it_pays_again() -> None:
-    """A tick takes half a plain step: half a token per tick breaks even."""
-    guard = pipeline_fallback(4)
-    rests = []
+def test_pauses_grow_until_the_pipeline_pays_again() -> None:
+    """A tick takes half an autoregressive step: half a token per tick breaks even."""
+    fallback = pipeline_fallback(4)
+    pauses = []
     for _ in range(8):
-        tick_window(guard, 0.25, 0.5)
-        rests.append(rest_of(guard))
-    assert rests == [CALIBRATION + FIRST_REST, *(min(FIRST_REST * 2**time, LONGEST_REST) for time in range(1, 8))]
-    assert guard.needed == 0.5
-    tick_window(guard, 0.5, 0.5)
-    tick_window(guard, 0.55, 0.5)
-    assert guard.speculating
-    tick_window(guard, 0.0, 0.5)
-    assert rest_of(guard) == FIRST_REST, "after it paid, the first rest is the shortest again"
+        tick_window(fallback, 0.25, 0.5)
+        pauses.append(pause_of(fallback))
+    assert pauses == [CALIBRATION + FIRST_PAUSE, *(min(FIRST_PAUSE * 2**time, LONGEST_PAUSE) for time in range(1, 8))]
+    assert fallback.needed == 0.5
+    tick_window(fallback, 0.5, 0.5)
+    tick_window(fallback, 0.55, 0.5)
+    assert fallback.speculating
+    tick_window(fallback, 0.0, 0.5)
+    assert pause_of(fallback) == FIRST_PAUSE, "after it paid, the first pause is the shortest again"
 
 
-def test_a_guard_doubts_an_empty_pipe_and_measures() -> None:
-    """The same half token per tick pays where a tick is cheap, and does not where it is dear."""
-    for seconds, rest in ((0.3, CALIBRATION), (0.9, CALIBRATION + FIRST_REST)):
-        guard = pipeline_fallback(4)
-        tick_window(guard, 0.5, seconds)
-        assert rest_of(guard) == rest
+def test_fallback_times_an_empty_pipe() -> None:
+    """The same half token per tick pays with cheap ticks, and does not with expensive ones."""
+    for seconds, pause in ((0.3, CALIBRATION), (0.9, CALIBRATION + FIRST_PAUSE)):
+        fallback = pipeline_fallback(4)
+        tick_window(fallback, 0.5, seconds)
+        assert pause_of(fallback) == pause
     full = pipeline_fallback(4)
     for _ in range(5):
         tick_window(full, 0.95, 0.9)
     assert full.speculating and full.needed is None, "a full pipe is not doubted"
     unshared = pipeline_fallback(4, shared=False)
     tick_window(unshared, 0.95, 1.1)
-    assert rest_of(unshared) == CALIBRATION + FIRST_REST
+    assert pause_of(unshared) == CALIBRATION + FIRST_PAUSE
 
 
-def test_sampling_is_plain_sampling() -> None:
+def test_sampling_is_exact() -> None:
     """Chi-square over the first three sampled tokens: the pipeline against the teacher's exact distribution.
 
-    The exact marginals sum over all prefixes; exits that know likely texts start most tokens early, some of them wrong.
+    The exact marginals sum over all prefixes. Exits that know likely texts start most tokens early, some of them wrong.
     """
     teacher, prompt, draws, likely = copy.copy(looped_teacher(2, 3)), [7, 23], 4000, 12
     teacher.eos_token_ids = ()
@@ -324,18 +326,24 @@ def test_sampling_is_plain_sampling() -> None:
         common = expected >= 5
         assert common.sum() > 10
         observed = torch.cat([counts[place][common], counts[place][~common].sum()[None]])
-        wanted = torch.cat([expected[common], expected[~common].sum()[None]])
-        statistic = ((observed - wanted) ** 2 / wanted.clamp(min=1e-9)).sum().item()
-        assert statistic < chi2.ppf(0.999, len(wanted) - 1), (place, statistic)
+        expected = torch.cat([expected[common], expected[~common].sum()[None]])
+        statistic = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+        assert statistic < chi2.ppf(0.999, len(expected) - 1), (place, statistic)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("section", [{}, {"exits": [2], "threshold": 0.5}], ids=str)
-@pytest.mark.parametrize("name", ["2x3", "raven", "ouro", "qwen2-window/3"])
-def test_a_tick_reads_once(
+@pytest.mark.parametrize(
+    ("name", "section", "options"),
+    covered(
+        ["2x3", "raven", "ouro", "qwen2-window/3"],
+        [{}, {"exits": [2], "threshold": 0.5}],
+        [{}, {"temperature": 1.0, "top_p": 0.9}],
+    ),
+    ids=str,
+)
+def test_tick_reads_once(
     name: str, section: dict[str, Any], options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What left the pipe, all at once, is the only value that reaches Python."""
+    """Only the tokens that left the pipe reach Python, in one read."""
     teacher, loops = pipe_teacher(name)
     engine = PipelineEngine(teacher, random_exits(teacher, loops, **section), guard=False, **options)
     original, reads = PipelineRun.tick, []

@@ -1,4 +1,4 @@
-"""A decoding step: who sees whom over the cache, attention, and what a step may allocate and move."""
+"""A decoding step: its mask over the cache, attention, and the memory that a step allocates and moves."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from torch import Tensor
 
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.step import DecodeStep, cache_shape
+from firp_cli.decoding.step import DecodeStep, DraftSetup
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import TeacherError
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.attention import BACKENDS, attend, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import StepMask, TreeRows, pseudo_positions, rows_allowed
 from firp_cli.teacher.teacher import Teacher
+from helpers.decoding import covered
 from helpers.models import ROOT, VOCABULARY, generate_reference, make_predictor, random_prompts, tiny_teacher
 
 CPU = torch.device("cpu")
@@ -39,18 +40,18 @@ sections = pytest.mark.parametrize("section", list(SECTIONS))
 
 @cache
 def step_mask_case() -> tuple[Tensor, Tensor, Tensor]:
-    """Who sees whom among the rows (B, M, M), positions (B, M) and prefix lengths (B,): none, some, all in view."""
+    """Return a mask among rows (B, M, M), positions (B, M) and prefix lengths (B,): none, some, all slots in view."""
     generator = torch.Generator().manual_seed(4)
     rows = torch.rand(3, 5, 5, generator=generator) > 0.5
     lengths = torch.tensor([9, 0, 4])
     return rows, lengths[:, None] + torch.tensor([0, 1, 1, 2, 3]), lengths
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 1, 3, 6, 50])
-@pytest.mark.parametrize("present", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("window", "present", "dtype"), covered([None, 1, 3, 6, 50], [1, 3, 5], [torch.float32, torch.bfloat16])
+)
 def test_step_mask_is_the_element_wise_rule(window: int | None, present: int, dtype: torch.dtype) -> None:
-    """A row sees the committed prefix and its own part of the rows, both no further back than the window."""
+    """A row sees the committed prefix and its part of the rows, both no further back than the window."""
     rows, positions, lengths = step_mask_case()
     mask = StepMask(rows, positions, lengths, torch.arange(9), dtype).at(window, present)
     assert isinstance(mask, Tensor)
@@ -68,7 +69,7 @@ def test_step_mask_is_the_element_wise_rule(window: int | None, present: int, dt
 @pytest.mark.parametrize("window", [None, 3, 50])
 @pytest.mark.parametrize("present", [1, 5])
 def test_exact_lengths_give_the_same_mask(window: int | None, present: int) -> None:
-    """Every sequence as long as the view: nothing is looked up, nothing else is seen."""
+    """Every sequence is as long as the view, so the mask needs no lengths."""
     rows, positions, lengths = step_mask_case()
     positions, lengths = positions - lengths[:, None] + 9, torch.full_like(lengths, 9)
     masks = [StepMask(rows, positions, lengths, torch.arange(9), torch.float32, exact=exact) for exact in (True, False)]
@@ -77,7 +78,7 @@ def test_exact_lengths_give_the_same_mask(window: int | None, present: int) -> N
     assert torch.equal(first, second)
 
 
-def test_one_mask_serves_layers_of_both_kinds() -> None:
+def test_step_mask_serves_layers_with_and_without_window() -> None:
     rows, positions, lengths = step_mask_case()
     mask = StepMask(rows, positions, lengths, torch.arange(9), torch.float32)
     fresh = {window: StepMask(rows, positions, lengths, torch.arange(9), torch.float32) for window in (None, 3)}
@@ -90,21 +91,21 @@ def test_one_mask_serves_layers_of_both_kinds() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("present", [2, 5])
-def test_the_kernel_is_told_what_the_mask_says(window: int | None, present: int) -> None:
+def test_kernel_rows_equal_the_dense_mask(window: int | None, present: int) -> None:
     rows, positions, lengths = step_mask_case()
     mask = StepMask(rows, positions, lengths, torch.arange(9), torch.float32, kernel=True)
-    told = mask.at(window, present)
-    assert mask.at(window, present) is told, "made once, for all layers"
+    tree_rows = mask.at(window, present)
+    assert mask.at(window, present) is tree_rows, "made once, for all layers"
     dense = StepMask(rows, positions, lengths, torch.arange(9), torch.float32).at(window, present)
-    assert isinstance(told, TreeRows)
+    assert isinstance(tree_rows, TreeRows)
     assert isinstance(dense, Tensor)
-    assert (told.scratch, told.longest, told.window) == (5, 9, window)
-    assert torch.equal(told.lengths, lengths)
-    assert torch.equal(told.positions, positions[:, :present])
-    assert told.bits.is_contiguous()
-    assert told.positions.is_contiguous() or window is None
-    assert (told.bits.shape, told.bits.dtype) == ((3, present, 1), torch.int32)
-    seen = (told.bits >> torch.arange(5)) & 1
+    assert (tree_rows.scratch, tree_rows.longest, tree_rows.window) == (5, 9, window)
+    assert torch.equal(tree_rows.lengths, lengths)
+    assert torch.equal(tree_rows.positions, positions[:, :present])
+    assert tree_rows.bits.is_contiguous()
+    assert tree_rows.positions.is_contiguous() or window is None
+    assert (tree_rows.bits.shape, tree_rows.bits.dtype) == ((3, present, 1), torch.int32)
+    seen = (tree_rows.bits >> torch.arange(5)) & 1
     assert torch.equal(seen == 1, dense[:, 0, :, :5] == 0)
 
 
@@ -123,13 +124,13 @@ def test_attention_is_the_definition(heads: tuple[int, int], scaling: float | No
         got = attend(queries, keys, values, mask, scaling)
         for b in range(batch):
             for head in range(heads[0]):
-                own = head // (heads[0] // heads[1])
+                group = head // (heads[0] // heads[1])
                 for row in range(rows):
-                    scores = keys[b, own].double() @ queries[b, head, row].double()
+                    scores = keys[b, group].double() @ queries[b, head, row].double()
                     scores = scores * (size**-0.5 if scaling is None else scaling)
                     if mask is not None:
                         scores[~seen[b, 0, row]] = -torch.inf
-                    expected = scores.softmax(0) @ values[b, own].double()
+                    expected = scores.softmax(0) @ values[b, group].double()
                     torch.testing.assert_close(got[b, head, row].double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -143,7 +144,7 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_backend("triton", CPU)
     cuda = torch.device("cuda")
     for installed, chosen in ((True, "triton"), (False, "sdpa")):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda _, found=installed: found or None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _, spec=installed: spec or None)
         assert choose_backend("auto", cuda) == chosen
         assert choose_backend("sdpa", cuda) == "sdpa"
     with pytest.raises(TeacherError, match=r"pip install 'firp\[triton\]'"):
@@ -152,8 +153,8 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("layers", [(2, 2, 2), (1, 3, 3)])
 @torch.no_grad()
-def test_pseudo_rows_of_some_nodes_are_those_of_all_nodes(any_stack: str, layers: tuple[int, ...]) -> None:
-    """Real rows never see pseudo rows, and a node's pseudo rows never those of another node."""
+def test_pseudo_rows_do_not_depend_on_other_anchors(any_stack: str, layers: tuple[int, ...]) -> None:
+    """Real rows see no pseudo rows, and a node's pseudo rows none of another node."""
     teacher = tiny_teacher("mistral-window", any_stack == "lean")
     predictor = make_predictor(teacher, kind="hidden_transfer", layers=list(layers))
     ids = torch.tensor(random_prompts(2, seed=3, low=16, high=16))
@@ -166,15 +167,15 @@ def test_pseudo_rows_of_some_nodes_are_those_of_all_nodes(any_stack: str, layers
     torch.testing.assert_close(some_pseudo, picked, rtol=1e-4, atol=1e-4)
 
 
-def rows_of(teacher: Teacher, predictor: Predictor, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Real rows and pseudo states of one step over an empty prefix, a chain of nodes."""
+def rows_of(teacher: Teacher, predictor: TreePredictor, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return real rows and pseudo states of one step over an empty prefix, a chain of nodes."""
     batch, count = ids.shape
     rows = rows_allowed(torch.ones(count, count, dtype=torch.bool).tril().expand(batch, -1, -1), anchors, 3)
     positions = torch.arange(count).expand(batch, -1)
     positions = torch.cat([positions, pseudo_positions(positions, anchors, 3)], dim=1)
     present = rows.shape[1]
-    shape = cache_shape(teacher, predictor, parse_tree(f"dynamic:{count}", 3), batch, capacity=1)
-    cache = KVCache(**shape, device=CPU)
+    setup = DraftSetup.of(predictor, parse_tree(f"dynamic:{count}", 3))
+    cache = KVCache(**setup.shape.cache(teacher, batch, capacity=1), device=CPU)
     cache.begin(present, 0)
     real, pseudo = forward_rows(
         teacher,
@@ -191,11 +192,11 @@ def rows_of(teacher: Teacher, predictor: Predictor, ids: Tensor, anchors: Tensor
 
 
 def new_stepper(teacher: Teacher, section: str, batch: int, capacity: int, tree: str = "dynamic:5") -> DecodeStep:
-    """Prompts of five tokens went through prefill and their first step."""
+    """Return a stepper after the prefill and the first two steps of prompts of five tokens."""
     given = SECTIONS[section]
     predictor = make_predictor(teacher, **given) if given else None
-    spec = parse_tree(tree, predictor.steps) if predictor else None
-    stepper = DecodeStep(teacher, predictor, spec, Sampler(0.0, 1.0, 0, CPU), batch, capacity)
+    setup = DraftSetup.of(predictor, parse_tree(tree, predictor.steps)) if predictor else DraftSetup()
+    stepper = DecodeStep(teacher, setup, Sampler(0.0, 1.0, 0, CPU), batch, capacity)
     stepper.prefill(random_prompts(batch, seed=5, low=5, high=5), 512)
     stepper.step(4, "start")
     stepper.step(8, "drafted")
@@ -203,14 +204,14 @@ def new_stepper(teacher: Teacher, section: str, batch: int, capacity: int, tree:
 
 
 def largest_allocation(work: Callable[[], object]) -> int:
-    """Bytes of the largest block that the allocator gave out meanwhile, inside operations too."""
+    """Return the bytes of the largest block that is allocated during `work`, also inside operations."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-def test_the_largest_allocation_is_found_inside_operations() -> None:
+def test_largest_allocation_sees_inside_operations() -> None:
     assert largest_allocation(lambda: torch.zeros(1000, 10)) == 40_000
     rows = torch.zeros(100, 64)
     assert largest_allocation(lambda: (rows.t().contiguous().sum(), rows.new_zeros(3))) == 25_600
@@ -218,23 +219,22 @@ def test_the_largest_allocation_is_found_inside_operations() -> None:
     assert largest_allocation(lambda: torch.nn.functional.layer_norm(scattered, (300,))) >= 180_000
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "mistral-window"])
-@sections
+@pytest.mark.parametrize(
+    ("section", "family", "stack", "batch"),
+    covered(list(SECTIONS), ["llama", "mistral-window"], ["lean", "library"], [1, 3]),
+)
 @torch.inference_mode()
-def test_a_step_copies_no_cache(any_stack: str, section: str, family: str, batch: int) -> None:
-    """Nothing that a step makes grows with what the cache could hold."""
-    stepper = new_stepper(tiny_teacher(family, any_stack == "lean"), section, batch, capacity=4000)
+def test_step_copies_no_cache(section: str, family: str, stack: str, batch: int) -> None:
+    """No allocation of a step grows with the cache's capacity."""
+    stepper = new_stepper(tiny_teacher(family, stack == "lean"), section, batch, capacity=4000)
     layer = stepper.cache.bytes() // (2 * stepper.teacher.num_layers)
     assert largest_allocation(lambda: stepper.step(12, "drafted")) < layer // 10
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "mistral-window"])
-@sections
+@pytest.mark.parametrize(("section", "family", "batch"), covered(list(SECTIONS), ["llama", "mistral-window"], [1, 3]))
 @torch.inference_mode()
-def test_a_lean_step_copies_no_prefix(section: str, family: str, batch: int) -> None:
-    """With thousands of tokens in view: nothing as large as one layer's keys, grouped heads are not repeated."""
+def test_lean_step_copies_no_prefix(section: str, family: str, batch: int) -> None:
+    """With thousands of tokens in view no allocation is as large as a layer's keys: grouped heads are not repeated."""
     stepper = new_stepper(tiny_teacher(family, lean=True), section, batch, capacity=4000, tree="dynamic:2")
     keys = 4 * 3900 * batch * stepper.teacher.kv_heads * stepper.teacher.head_size
     stepper.cache.set_lengths(torch.full((batch,), 3900))
@@ -242,7 +242,7 @@ def test_a_lean_step_copies_no_prefix(section: str, family: str, batch: int) -> 
 
 
 @torch.inference_mode()
-def test_leaving_copies_one_layer_at_a_time() -> None:
+def test_select_copies_one_layer_at_a_time() -> None:
     stepper = new_stepper(tiny_teacher("llama", lean=True), "firp", 4, capacity=1000)
     largest = largest_allocation(lambda: stepper.select(torch.tensor([0, 3])))
     assert largest <= stepper.cache.bytes() // stepper.teacher.num_layers // 2
@@ -256,8 +256,8 @@ def addresses(stepper: DecodeStep) -> list[int]:
 
 @sections
 @torch.inference_mode()
-def test_a_batchs_tensors_keep_their_place(section: str) -> None:
-    """Steps, sequences that leave and the next prompts: a captured step reads and writes the same memory."""
+def test_tensors_of_a_batch_keep_their_addresses(section: str) -> None:
+    """During steps, when sequences leave, and for the next prompts: a captured step uses the same memory."""
     stepper = new_stepper(tiny_teacher("llama", lean=True), section, 3, capacity=64)
 
     def places() -> list[int]:
@@ -277,17 +277,17 @@ def test_a_batchs_tensors_keep_their_place(section: str) -> None:
 
 @sections
 @torch.inference_mode()
-def test_sequences_that_stay_go_on_as_they_were(section: str) -> None:
-    """Roots, drafts and K/V move together: the remaining sequences emit what they emit in the whole batch."""
+def test_remaining_sequences_go_on_unchanged(section: str) -> None:
+    """Roots, drafts and K/V move together: the remaining sequences emit the tokens of the whole batch."""
     teacher = tiny_teacher("qwen2-window", lean=True)
-    whole, left = (new_stepper(teacher, section, 4, capacity=120) for _ in range(2))
+    whole, selected = (new_stepper(teacher, section, 4, capacity=120) for _ in range(2))
     kept = torch.tensor([1, 3])
     emitted: list[list[list[int]]] = [[], []]
     whole.ring.launched(None, drain=True)
-    left.ring.launched(None, drain=True)
-    left.select(kept)
+    selected.ring.launched(None, drain=True)
+    selected.select(kept)
     for _ in range(6):
-        for rows, stepper in zip(emitted, (whole, left), strict=True):
+        for rows, stepper in zip(emitted, (whole, selected), strict=True):
             stepper.step(100, "drafted")
             ((_, read),) = stepper.ring.launched(None)
             rows += read
@@ -297,8 +297,8 @@ def test_sequences_that_stay_go_on_as_they_were(section: str) -> None:
 
 @sections
 @torch.inference_mode()
-def test_an_exact_length_needs_no_mask(section: str) -> None:
-    """One sequence whose length the host knows: the shortcut emits what the masked step emits."""
+def test_exact_length_needs_no_mask(section: str) -> None:
+    """For one sequence of known length the step without a mask emits the masked step's tokens."""
     teacher = tiny_teacher("llama", lean=True)
     masked, exact = (new_stepper(teacher, section, 1, capacity=60) for _ in range(2))
     for stepper in (masked, exact):
@@ -312,7 +312,7 @@ def test_an_exact_length_needs_no_mask(section: str) -> None:
 
 
 class TestDecodingByTheKernel:
-    """Run in the interpreter, in a process of its own: Triton decides at its first import."""
+    """Tests for the interpreter, in a separate process: Triton chooses it at its first import."""
 
     __test__ = os.environ.get("TRITON_INTERPRET") == "1"
 

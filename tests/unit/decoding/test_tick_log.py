@@ -1,4 +1,4 @@
-"""A pipeline tick for tick against a simulation of single tokens, and what its record counts."""
+"""A pipeline's ticks and their record against a simulation of single tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from helpers.pipelines import TOKENS, fake_exits, random_exits, references, some
 
 @dataclass
 class Predicted:
-    """What a token's prefix makes each loop predict (None: no exit there), and whether a token may start from it."""
+    """Prediction of each loop for a token's prefix (None: no exit), and if a token may start from it."""
 
     tokens: list[int | None]
     sure: list[bool]
@@ -34,7 +34,7 @@ class Predicted:
 class Flying:
     prefix: tuple[int, ...]
     loop: int = 0
-    expected: int | None = None  # what its successor was started from
+    expected: int | None = None  # the token that its successor was started from
 
 
 Predict = Callable[[tuple[int, ...]], Predicted]
@@ -43,7 +43,7 @@ Predict = Callable[[tuple[int, ...]], Predicted]
 def simulate(
     predict: Predict, prompt: Iterable[int], tokens: int, exits: tuple[int, ...], loops: int, eos: tuple[int, ...] = ()
 ) -> tuple[list[int], list[int], PipelineTrace]:
-    """The pipeline as the paper tells it: output, tokens that left by tick, and the record."""
+    """Simulate the paper's pipeline; return the output, the tokens that left by tick, and the record."""
     prefix = tuple(prompt)
     output = [predict(prefix).tokens[-1]]
     trace = PipelineTrace(loops, list(exits), hits=[0] * len(exits))
@@ -58,22 +58,22 @@ def simulate(
         leaving = pipe[0] if pipe[0].loop == loops else None
         left_by_tick.append(int(leaving is not None))
         if leaving:
-            said = predict(leaving.prefix).tokens
-            output.append(said[-1])
-            right = [said[loop - 1] == said[-1] for loop in exits]
+            predicted = predict(leaving.prefix).tokens
+            output.append(predicted[-1])
+            right = [predicted[loop - 1] == predicted[-1] for loop in exits]
             trace.left += 1
             trace.hits = [hits + hit for hits, hit in zip(trace.hits, right, strict=True)]
             trace.corrected += not all(right)
         for place, token in enumerate(pipe):
-            said = predict(token.prefix)
-            now = said.tokens[token.loop - 1]
+            predicted = predict(token.prefix)
+            now = predicted.tokens[token.loop - 1]
             if now is None or now == token.expected:
                 continue
             if token.expected is not None:
                 trace.flushes += 1
                 trace.flushed += len(pipe) - place - 1
             del pipe[place + 1 :]
-            token.expected = now if said.sure[token.loop - 1] else None
+            token.expected = now if predicted.sure[token.loop - 1] else None
             if token.expected is not None:
                 pipe.append(Flying((*token.prefix, now)))
             break
@@ -83,7 +83,7 @@ def simulate(
 
 
 def predictions(teacher: Teacher, predictor: SpeedPredictor) -> Predict:
-    """Every exit and the last loop behind a prefix, from a forward of all of it without cache and pipeline."""
+    """Return the predictions of all exits and the last loop after a prefix, from whole forwards without a cache."""
 
     @cache
     def predict(prefix: tuple[int, ...]) -> Predicted:
@@ -91,18 +91,18 @@ def predictions(teacher: Teacher, predictor: SpeedPredictor) -> Predict:
         batch = sequence_batch(teacher, [list(prefix)], [1], layers)
         states = torch.stack([batch.hidden[layer][:, -1] for layer in layers])
         logits = predictor.pipeline_logits(teacher, states, None, range(len(layers)))[:, 0]
-        said = Predicted([None] * predictor.loops, [True] * predictor.loops)
+        predicted = Predicted([None] * predictor.loops, [True] * predictor.loops)
         for loop, row in zip(predictor.exits, logits, strict=True):
-            said.tokens[loop - 1] = int(row.argmax())
-            said.sure[loop - 1] = predictor.threshold is None or bool(row.softmax(0).max() >= predictor.threshold)
-        said.tokens[-1] = int(teacher.head(batch.final[0, -1]).argmax())
-        return said
+            predicted.tokens[loop - 1] = int(row.argmax())
+            predicted.sure[loop - 1] = predictor.threshold is None or bool(row.softmax(0).max() >= predictor.threshold)
+        predicted.tokens[-1] = int(teacher.head(batch.final[0, -1]).argmax())
+        return predicted
 
     return predict
 
 
 def check_against_simulation(name: str, predictor: SpeedPredictor, prompts: list[list[int]]) -> list[PipelineTrace]:
-    """Tokens, steps and the whole record of a batch equal each prompt's simulation."""
+    """Assert that tokens, steps and the whole record of a batch equal each prompt's simulation."""
     teacher = pipe_teacher(name)[0]
     predict = predictions(teacher, predictor)
     got = PipelineEngine(teacher, predictor, guard=False).generate(prompts, TOKENS)
@@ -111,7 +111,7 @@ def check_against_simulation(name: str, predictor: SpeedPredictor, prompts: list
             predict, prompt, TOKENS, predictor.exits, predictor.loops, teacher.eos_token_ids
         )
         assert output == item.token_ids == text
-        assert item.accepted_lengths == item.emitted == left_by_tick
+        assert item.accepted_lengths == left_by_tick
         assert item.pipeline == trace
         assert item.steps == trace.ticks
     return [item.pipeline for item in got if item.pipeline]
@@ -133,7 +133,7 @@ def check_against_simulation(name: str, predictor: SpeedPredictor, prompts: list
     ],
     ids=str,
 )
-def test_every_tick_is_the_simulations(name: str, section: dict[str, Any]) -> None:
+def test_every_tick_equals_the_simulation(name: str, section: dict[str, Any]) -> None:
     prompts = some_prompts(seed=3)
     traces = check_against_simulation(name, fake_exits(name, prompts, "sometimes", **section), prompts)
     whole = total(traces)
@@ -145,8 +145,8 @@ def test_every_tick_is_the_simulations(name: str, section: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(("name", "exits"), [("1x4", [1, 3]), ("2x3", None), ("qwen2-window/3", [2])], ids=str)
-def test_only_sure_predictions_start_tokens(name: str, exits: list[int] | None) -> None:
-    """A random exit doubts often, but not always; a fake one is 81% sure."""
+def test_threshold_starts_only_sure_predictions(name: str, exits: list[int] | None) -> None:
+    """A random exit is sometimes above the threshold; a fake one predicts with probability 0.81."""
     prompts = some_prompts(seed=4)[:4]
     teacher, loops = pipe_teacher(name)
     unsure, free = (
@@ -171,28 +171,28 @@ def test_only_sure_predictions_start_tokens(name: str, exits: list[int] | None) 
     assert unsure.started == unsure.left
 
 
-def test_ticks_per_token_is_the_simulations() -> None:
-    """Random predictions at every exit, of every prefix: the figure is exact between the first token and the last."""
+def test_ticks_per_token_equals_the_simulation() -> None:
+    """With random predictions at every exit the value is exact between the first token and the last."""
     generator = np.random.default_rng(0)
     for exits, loops in [((1, 2, 3), 4), ((2,), 4), ((1, 3), 5), ((1,), 2), ((1, 2), 3), ((4,), 6)]:
         rates, tokens = generator.uniform(0.2, 0.9, len(exits)), 120
         hits = generator.random((tokens + loops, len(exits))) < rates
 
         def predict(prefix: tuple[int, ...], hits: Any = hits, exits: Any = exits, loops: int = loops) -> Predicted:
-            """The true text is 0, 0, 0, ...: what a wrong prefix predicts is anything."""
+            """The true text is 0, 0, 0, ...; a wrong prefix predicts random tokens."""
             draw = random.Random(str(prefix))
-            said = Predicted([None] * loops, [True] * loops)
+            predicted = Predicted([None] * loops, [True] * loops)
             for place, loop in enumerate(exits):
                 wrong = draw.randrange(1, 4)
                 right = not any(prefix) and hits[len(prefix) - 2, place]
-                said.tokens[loop - 1] = (0 if right else wrong) if not any(prefix) else draw.randrange(4)
-            said.tokens[-1] = draw.randrange(4) if any(prefix) else 0
-            return said
+                predicted.tokens[loop - 1] = (0 if right else wrong) if not any(prefix) else draw.randrange(4)
+            predicted.tokens[-1] = draw.randrange(4) if any(prefix) else 0
+            return predicted
 
         output, left_by_tick, trace = simulate(predict, (0,), tokens + 1, exits, loops)
         assert output == [0] * (tokens + 1)
         settled = np.flip(np.logical_and.accumulate(np.flip(hits, 1), axis=1), 1)[: tokens - 1].sum(0)
-        between = (trace.ticks - loops) / (tokens - 1)  # the first token takes r ticks whatever the exits do
+        between = (trace.ticks - loops) / (tokens - 1)  # the first token always takes r ticks
         expected = ticks_per_token(settled, [tokens - 1] * len(exits), (*exits, loops))
         assert between == pytest.approx(expected)
         assert sum(left_by_tick) == trace.left == tokens

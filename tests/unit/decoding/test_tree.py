@@ -1,4 +1,4 @@
-"""Draft trees and acceptance against slow, obvious searches."""
+"""Draft trees and acceptance against slow searches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.tree_build import Tree, build, build_by_level, root_tree
 from firp_cli.decoding.tree_spec import default_tree, parse_tree
 from firp_cli.errors import UsageError
-from firp_cli.predictors.base import Draft, Predictor
+from firp_cli.predictors.base import Draft, TreePredictor
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import make_predictor
 from helpers.trees import paths_of, random_draft
 
 
 def best_prefixes(draft: Draft, row: int, nodes: int) -> set[tuple[int, ...]]:
-    """The `nodes - 1` most probable token paths by enumerating every path."""
+    """Return the `nodes - 1` most probable token paths, by enumerating every path."""
     steps, breadth = draft.tokens.shape[1:]
     scored = []
     for depth in range(1, steps + 1):
@@ -34,12 +34,12 @@ def best_prefixes(draft: Draft, row: int, nodes: int) -> set[tuple[int, ...]]:
 
 
 @pytest.fixture
-def predictor(teacher: Teacher) -> Predictor:
+def predictor(teacher: Teacher) -> TreePredictor:
     return make_predictor(teacher, kind="firp", layer=1, steps=3)
 
 
 @pytest.mark.parametrize("nodes", [2, 5, 9, 14])
-def test_dynamic_tree_is_the_best_set_of_prefixes(predictor: Predictor, nodes: int) -> None:
+def test_dynamic_tree_is_the_best_set_of_prefixes(predictor: TreePredictor, nodes: int) -> None:
     for seed in range(20):
         draft = random_draft(2, 3, 30, nodes - 1, seed, sharp=2.0)
         tree = build(parse_tree(f"dynamic:{nodes}", 3), predictor, draft, torch.tensor([7, 8]))
@@ -54,19 +54,19 @@ def check_structure(tree: Tree, row: int, paths: list[tuple[int, ...]]) -> None:
     assert [len(path) for path in paths] == tree.depth[row].tolist()
     assert tree.depth[row].tolist() == sorted(tree.depth[row].tolist())
     for node, path in enumerate(paths):
-        ancestors = {other for other in range(len(paths)) if paths[other] == path[: len(paths[other])]}
+        ancestors = {above for above in range(len(paths)) if paths[above] == path[: len(paths[above])]}
         assert set(tree.ancestors[row, node].nonzero()[:, 0].tolist()) == ancestors
 
 
-def test_certain_drafts_keep_parents_first(predictor: Predictor) -> None:
-    """Probability 1 at every step ties a child with its parent; the choice must still be closed under ancestors."""
+def test_certain_drafts_keep_parents_first(predictor: TreePredictor) -> None:
+    """With probability 1 at every step a child ties with its parent; the choice is still closed under ancestors."""
     log_probs = torch.tensor([[[0.0, -50.0, -50.0]] * 3])
     draft = Draft(torch.tensor([[[4, 5, 6]] * 3]), log_probs)
     tree = build(parse_tree("dynamic:4", 3), predictor, draft, torch.tensor([9]))
     assert paths_of(tree, 0)[1:] == [(4,), (4, 4), (4, 4, 4)]
 
 
-def test_static_trees(predictor: Predictor, tmp_path: Path) -> None:
+def test_static_trees(predictor: TreePredictor, tmp_path: Path) -> None:
     draft = random_draft(1, 3, 30, 4, 0)
     ranked = draft.tokens[0].tolist()
     tree = build(parse_tree("static:2x1", 3), predictor, draft, torch.tensor([9]))
@@ -81,11 +81,11 @@ def test_static_trees(predictor: Predictor, tmp_path: Path) -> None:
     assert paths_of(chain, 0)[-1] == tuple(ranked[level][0] for level in range(3))
     file = tmp_path / "tree.json"
     file.write_text(json.dumps({"paths": [[0], [1], [0, 2]]}))
-    own = build(parse_tree(str(file), 3), predictor, draft, torch.tensor([9]))
-    assert paths_of(own, 0)[-1] == (ranked[0][0], ranked[1][2])
+    from_file = build(parse_tree(str(file), 3), predictor, draft, torch.tensor([9]))
+    assert paths_of(from_file, 0)[-1] == (ranked[0][0], ranked[1][2])
 
 
-def test_tree_files_and_refusals(predictor: Predictor, tmp_path: Path) -> None:
+def test_tree_files_and_refusals(predictor: TreePredictor, tmp_path: Path) -> None:
     assert str(default_tree(None, predictor)) == "dynamic:8"
     (tmp_path / "tree.json").write_text(json.dumps({"tree": "dynamic:5"}))
     assert default_tree(tmp_path, predictor).nodes == 5
@@ -99,31 +99,31 @@ def test_tree_files_and_refusals(predictor: Predictor, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", ["dynamic:8", "chain", "static:3x2x1"])
 @pytest.mark.parametrize("budget", [1, 2, 3])
-def test_a_budget_stands_behind_the_tree(shape: str, budget: int) -> None:
-    plain, spec = parse_tree(shape, 3), parse_tree(f"{shape}@{budget}", 3)
+def test_budget_follows_the_tree(shape: str, budget: int) -> None:
+    whole, spec = parse_tree(shape, 3), parse_tree(f"{shape}@{budget}", 3)
     assert (spec.budget, spec.limited, str(spec)) == (budget, True, f"{shape}@{budget}")
-    assert (plain.budget, plain.limited, str(plain)) == (None, False, shape)
-    assert (spec.kind, spec.nodes, spec.paths) == (plain.kind, plain.nodes, plain.paths)
+    assert (whole.budget, whole.limited, str(whole)) == (None, False, shape)
+    assert (spec.kind, spec.nodes, spec.paths) == (whole.kind, whole.nodes, whole.paths)
     assert parse_tree(str(spec), 3) == spec
-    for enough in (plain.nodes, plain.nodes + 5):
-        whole = parse_tree(f"{shape}@{enough}", 3)
-        assert not whole.limited
-        assert parse_tree(str(whole), 3) == plain
+    for enough in (whole.nodes, whole.nodes + 5):
+        unlimited = parse_tree(f"{shape}@{enough}", 3)
+        assert not unlimited.limited
+        assert parse_tree(str(unlimited), 3) == whole
 
 
 @pytest.mark.parametrize(
     ("spec", "breadth", "depth"),
     [("dynamic:9", 8, 3), ("dynamic:2", 1, 3), ("dynamic:60", 40, 3), ("chain", 1, 3), ("static:3x2", 3, 2)],
 )
-def test_as_many_candidates_as_a_node_may_need(spec: str, breadth: int, depth: int) -> None:
-    """A dynamic tree may put all its nodes below the root; a vocabulary has no more than its tokens."""
+def test_breadth_is_the_most_candidates_of_a_node(spec: str, breadth: int, depth: int) -> None:
+    """A dynamic tree may have all its nodes below the root; the vocabulary is an upper bound."""
     for tree in (parse_tree(spec, 3), parse_tree(f"{spec}@2", 3)):
         assert (tree.breadth(40), tree.depth(3)) == (breadth, depth)
 
 
-def test_budgets_that_cannot_be() -> None:
+def test_invalid_budgets_are_refused() -> None:
     for budget in ("0", "x", "-1", "1.5", ""):
-        with pytest.raises(UsageError, match=r"dynamic:8@.*number of nodes with pseudo rows, at least 1"):
+        with pytest.raises(UsageError, match=r"dynamic:8@.*number of nodes with pseudo rows after @, at least 1"):
             parse_tree(f"dynamic:8@{budget}", 3)
     with pytest.raises(UsageError, match="no tree 'spiral'"):
         parse_tree("spiral@2", 3)
@@ -131,7 +131,7 @@ def test_budgets_that_cannot_be() -> None:
         parse_tree("static:2x2x2x2@2", 3)
 
 
-def test_tree_files_may_name_a_budget(predictor: Predictor, tmp_path: Path) -> None:
+def test_tree_file_may_have_a_budget(predictor: TreePredictor, tmp_path: Path) -> None:
     file = tmp_path / "tree.json"
     file.write_text(json.dumps({"tree": "dynamic:8@3"}))
     for spec in (default_tree(tmp_path, predictor), parse_tree(str(file), 3)):
@@ -146,7 +146,7 @@ def test_tree_files_may_name_a_budget(predictor: Predictor, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("spec", ["dynamic:9@2", "static:3x2@2"])
-def test_scores_are_joint_probabilities(predictor: Predictor, spec: str) -> None:
+def test_scores_are_joint_probabilities(predictor: TreePredictor, spec: str) -> None:
     draft = random_draft(2, 3, 30, 8, 3)
     tree = build(parse_tree(spec, 3), predictor, draft, torch.tensor([7, 8]))
     assert tree.scores is not None
@@ -158,12 +158,12 @@ def test_scores_are_joint_probabilities(predictor: Predictor, spec: str) -> None
 
 
 def walk(tree: Tree, targets: Tensor, row: int) -> list[int]:
-    """Acceptance as a person would do it: descend while a child carries the node's target."""
+    """Descend while a child carries the node's target; return the path."""
     node, path = 0, [0]
     while True:
-        wanted = int(targets[row, node])
+        target = int(targets[row, node])
         children = [c for c in range(1, tree.tokens.shape[1]) if int(tree.parents[row, c]) == node]
-        follow = [c for c in children if int(tree.tokens[row, c]) == wanted]
+        follow = [c for c in children if int(tree.tokens[row, c]) == target]
         if not follow:
             return path
         node = follow[0]
@@ -171,7 +171,7 @@ def walk(tree: Tree, targets: Tensor, row: int) -> list[int]:
 
 
 @pytest.mark.parametrize("spec", ["dynamic:7", "chain", "static:3x2x2"])
-def test_acceptance_is_a_walk(predictor: Predictor, spec: str) -> None:
+def test_acceptance_is_a_walk(predictor: TreePredictor, spec: str) -> None:
     generator = torch.Generator().manual_seed(1)
     depths = set()
     for seed in range(60):
@@ -211,12 +211,12 @@ def test_sampler_follows_temperature_and_top_p() -> None:
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 6, 9, 17, 40])
-def test_scoring_all_prefixes_at_once_builds_the_tree_of_the_levels(predictor: Predictor, nodes: int) -> None:
-    """With steps cut off (probability 0) too: those prefixes fill the tree up, parents first."""
+def test_prefix_scoring_builds_the_tree_of_build_by_level(predictor: TreePredictor, nodes: int) -> None:
+    """Also with steps of probability 0: their prefixes fill the tree up, parents first."""
     assert not predictor.parent_dependent
     for seed in range(20):
         draft = random_draft(2, 3, 50, nodes - 1, seed)
-        draft.tokens = torch.arange(nodes - 1).expand(2, 3, -1)  # so that a path says which ranks it took
+        draft.tokens = torch.arange(nodes - 1).expand(2, 3, -1)  # a path then lists its positions
         if seed % 4 == 0:
             draft.log_probs[:, 2] = -torch.inf
         root = torch.tensor([1, 2])

@@ -46,22 +46,22 @@ def trees(*entries: TunedTree) -> TunedTrees:
         (4, 9999, "dynamic:14"),
     ],
 )
-def test_the_nearest_entry_by_factors(batch: int, context: int, tree: str) -> None:
+def test_entry_is_the_nearest_by_factors(batch: int, context: int, tree: str) -> None:
     """Batch sizes 1, 4, 16; the size decides first, then the context, 128 or 1024 for a single sequence."""
-    found = trees(
+    tuned = trees(
         entry(1, "dynamic:11"), entry(1, "dynamic:21", context=1024), entry(4, "dynamic:14"), entry(16, "dynamic:26")
     )
-    assert str(found.at(batch, context)) == tree
-    chosen = found.entry(batch, context)
+    assert str(tuned.at(batch, context)) == tree
+    chosen = tuned.entry(batch, context)
     assert chosen is not None and chosen.tree == tree
 
 
-def test_without_entries_the_default() -> None:
+def test_trees_without_entries_give_the_default() -> None:
     assert trees().at(3, 100) == DEFAULT
     assert trees().entry(3, 100) is None
 
 
-def test_only_the_same_machine_and_teacher_fit() -> None:
+def test_fitting_keeps_one_machine_and_teacher() -> None:
     all_entries = (entry(1), entry(2, machine=THERE), entry(4, teacher="xyz"), entry(8))
     found = trees(*all_entries).fitting(dict(HERE), "abc", 0.0)
     assert [item.batch_size for item in found.entries] == [1, 8]
@@ -69,7 +69,7 @@ def test_only_the_same_machine_and_teacher_fit() -> None:
     assert trees(*all_entries).fitting({}, "abc", 0.0).entries == ()
 
 
-def test_greedy_and_sampling_never_mix() -> None:
+def test_fitting_does_not_mix_greedy_and_sampling() -> None:
     some = [entry(number, temperature=number / 10) for number in (0, 2, 7, 8)]
     for temperature, expected in ((0.0, 0.0), (0.1, 0.2), (0.4, 0.2), (0.5, 0.7), (0.74, 0.7), (2.0, 0.8)):
         found = trees(*some).fitting(HERE, "abc", temperature)
@@ -94,7 +94,7 @@ SPECS = [
 
 
 @pytest.mark.parametrize("text", SPECS)
-def test_entries_keep_their_tree(text: str) -> None:
+def test_entries_round_trip_their_tree(text: str) -> None:
     spec = parse_tree(text, 4)
     item = replace(entry(), **described(spec))
     assert spec_of(item, 4) == spec
@@ -104,12 +104,12 @@ def test_entries_keep_their_tree(text: str) -> None:
 
 @pytest.mark.parametrize("limits", [{}, {"budget": 2}, {"steps": 3}, {"steps": 4, "budget": 1}])
 @pytest.mark.parametrize("name", ["", "own"])
-def test_trees_without_a_shape_keep_their_paths(name: str, limits: dict[str, int]) -> None:
+def test_entries_round_trip_paths_without_a_shape(name: str, limits: dict[str, int]) -> None:
     spec = replace(static_tree([(0,), (1,), (0, 0), (0, 2), (0, 0, 0)], 4, name), **limits)  # type: ignore[arg-type]
     assert spec_of(replace(entry(), **described(spec)), 4) == spec
 
 
-def test_a_cut_chain_that_runs_more_steps_is_no_longer_chain() -> None:
+def test_cut_chain_with_other_steps_is_named_static() -> None:
     cut = parse_tree("chain/2", 4)
     for steps, text in ((2, "chain/2@1"), (3, "static:1x1/3@1"), (None, "static:1x1@1")):
         spec = replace(cut, steps=steps, budget=1)
@@ -122,7 +122,7 @@ def write(path: Path, **value: Any) -> Path:
     return path
 
 
-def test_files_of_every_kind_are_read(tmp_path: Path, teacher: Teacher) -> None:
+def test_read_trees_reads_files_of_every_kind(tmp_path: Path, teacher: Teacher) -> None:
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=4)
     file = tmp_path / "tree.json"
     entries = [plain(entry(1)), plain(entry(4, "none"))]
@@ -149,12 +149,12 @@ DAMAGED: list[tuple[Any, str]] = [
     ({}, "is not a tree file: it needs"),
     ({"tree": 8}, "`tree` must be a spec such as dynamic:8, not 8"),
     ({"tree": "spiral"}, "tree.json: no tree 'spiral'"),
-    ({"tree": "dynamic:8/5"}, "behind / stands the number of draft steps, 1 to 4"),
-    ({"paths": [["x"]]}, "`paths` are lists of ranks"),
-    ({"paths": 3}, "`paths` are lists of ranks"),
+    ({"tree": "dynamic:8/5"}, "give the number of draft steps after /, 1 to 4"),
+    ({"paths": [["x"]]}, "`paths` must be lists of candidate positions"),
+    ({"paths": 3}, "`paths` must be lists of candidate positions"),
     ({"paths": []}, "a tree without paths drafts nothing"),
-    ({"paths": [[0]], "steps": 5}, "`steps` is 1 to 4, `budget` at least 1"),
-    ({"paths": [[0]], "budget": 0}, "`steps` is 1 to 4, `budget` at least 1"),
+    ({"paths": [[0]], "steps": 5}, "`steps` must be 1 to 4 and `budget` at least 1"),
+    ({"paths": [[0]], "budget": 0}, "`steps` must be 1 to 4 and `budget` at least 1"),
     ({"paths": [[0], [0, 0]], "steps": 1}, "is 2 deep, it needs at least as many draft steps"),
     ({"entries": {}}, "schema"),
     ({"schema": "firp.trees/9", "entries": []}, "has schema 'firp.trees/9', this firp reads"),
@@ -169,7 +169,7 @@ DAMAGED: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("value", "message"), DAMAGED)
-def test_a_damaged_file_is_named_in_one_line(value: Any, message: str, tmp_path: Path) -> None:
+def test_damaged_file_is_refused_in_one_line(value: Any, message: str, tmp_path: Path) -> None:
     file = tmp_path / "tree.json"
     file.write_text(value if isinstance(value, str) else json.dumps(value))
     with pytest.raises(UsageError, match=message) as caught:
@@ -178,7 +178,7 @@ def test_a_damaged_file_is_named_in_one_line(value: Any, message: str, tmp_path:
     assert "tree.json" in str(caught.value) or "drafts nothing" in str(caught.value)
 
 
-def test_updating_replaces_what_has_the_same_key(tmp_path: Path) -> None:
+def test_update_replaces_entries_of_the_same_key(tmp_path: Path) -> None:
     file = tmp_path / "tree.json"
     first = update_trees(file, [entry(1), entry(4)])
     assert first == {"schema": TREES_SCHEMA, "entries": [plain(entry(1)), plain(entry(4))]}
@@ -207,7 +207,7 @@ def test_updating_replaces_what_has_the_same_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", SPECS)
-def test_specifications_are_said_as_they_are_read(text: str) -> None:
+def test_specifications_round_trip(text: str) -> None:
     spec = parse_tree(text, 4)
     assert str(spec) == text
     assert parse_tree(str(spec), 4) == spec
@@ -232,19 +232,19 @@ def test_specifications_are_said_as_they_are_read(text: str) -> None:
         ("static:2x2/3@1", 2, 3),
     ],
 )
-def test_as_many_steps_as_a_tree_needs(text: str, depth: int, drafting: int) -> None:
+def test_drafting_is_the_number_of_needed_steps(text: str, depth: int, drafting: int) -> None:
     spec = parse_tree(text, 4)
     assert (spec.depth(4), spec.drafting(4)) == (depth, drafting)
 
 
 @pytest.mark.parametrize("run", ["0", "5", "x", "-1", "", "1.5"])
-@pytest.mark.parametrize("shape", ["dynamic:8", "chain", "static:2"])
-def test_steps_that_cannot_be(shape: str, run: str) -> None:
-    with pytest.raises(UsageError, match="behind / stands the number of draft steps, 1 to 4"):
-        parse_tree(f"{shape}/{run}", 4)
+def test_invalid_steps_are_refused(run: str) -> None:
+    for shape in ("dynamic:8", "chain", "static:2"):
+        with pytest.raises(UsageError, match="give the number of draft steps after /, 1 to 4"):
+            parse_tree(f"{shape}/{run}", 4)
 
 
-def test_limits_that_do_not_fit_the_tree() -> None:
+def test_limits_that_do_not_fit_are_refused() -> None:
     for bad in ("none/2", "none@1", "none/1@1"):
         with pytest.raises(UsageError, match="none has no draft to limit"):
             parse_tree(bad, 4)
@@ -254,7 +254,7 @@ def test_limits_that_do_not_fit_the_tree() -> None:
         parse_tree("no/such/tree.json", 4)
 
 
-def test_limits_may_stand_behind_a_file(tmp_path: Path) -> None:
+def test_limits_may_follow_a_file(tmp_path: Path) -> None:
     file = write(tmp_path / "tree.json", tree="dynamic:5")
     assert parse_tree(f"{file}/2@3", 4) == TreeSpec("dynamic", 5, budget=3, steps=2)
     own = write(tmp_path / "own.json", paths=[[0], [0, 1]], name="own")

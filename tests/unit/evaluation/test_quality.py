@@ -125,7 +125,7 @@ def test_the_simulated_walk_is_what_the_decoder_does(section: dict[str, Any], tr
         prompts = random_prompts(5, seed=21)
         for prompt, real in zip(prompts, Engine(teacher, predictor, spec).generate(prompts, 40), strict=True):
             walk = quality.simulate(teacher, predictor, [*prompt, *real.token_ids], len(prompt), spec)
-            assert walk == real.emitted
+            assert walk == real.accepted_lengths
 
 
 def test_simulating_no_step_gives_nothing(teacher: Teacher) -> None:

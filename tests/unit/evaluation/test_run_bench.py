@@ -53,7 +53,7 @@ from helpers.models import (
 
 def generation(emitted: list[int], prefill: float, decode: float, tokens: list[int] | None = None) -> Generation:
     ids = tokens or list(range(10, 11 + sum(emitted)))
-    return Generation(4, ids, len(emitted), list(emitted), list(emitted), prefill, decode, "length")
+    return Generation(4, ids, len(emitted), list(emitted), prefill, decode, "length")
 
 
 def run(number: int, emitted: list[int], prefill: float, decode: float, category: str = "") -> BatchRun:
@@ -221,7 +221,7 @@ def test_hf_baseline_pads_left_cuts_at_eos_and_ignores_the_models_own_penalties(
     assert teacher.model.generation_config is own
     assert [item.token_ids for item in generations] == expected
     assert all(item.prefill_seconds > 0 and item.decode_seconds > 0 for item in generations)
-    assert all(item.steps == len(item.token_ids) - 1 == sum(item.emitted) for item in generations)
+    assert all(item.steps == len(item.token_ids) - 1 == sum(item.accepted_lengths) for item in generations)
 
 
 def test_hf_baseline_samples_with_its_own_seed(teacher: Teacher) -> None:

@@ -1,4 +1,4 @@
-"""The pseudo-state forward: masks against an element-wise loop, training against decoding, folders on disk."""
+"""Predictors: masks against an element-wise loop, training's forward against decoding's, folders on disk."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from firp_cli.config import KINDS as CONFIGS
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import FingerprintError, PredictorError, TeacherError
 from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_states
-from firp_cli.predictors.base import Predictor, SequenceBatch, largest
-from firp_cli.predictors.folder import load_predictor, predictor_folder, save_predictor
+from firp_cli.predictors.base import SequenceBatch, TreePredictor, largest
+from firp_cli.predictors.folder import PREDICTORS, load_predictor, predictor_folder, save_predictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.masks import AttentionMask, causal_allowed, pseudo_positions, rows_allowed, step_rows
 from firp_cli.teacher.teacher import Teacher
+from helpers.decoding import covered
 from helpers.models import (
+    FAMILIES,
     HIDDEN,
     LAYERS,
     described_teacher,
@@ -39,6 +42,7 @@ KINDS = [
     {"kind": "medusa", "steps": 3},
     {"kind": "medusa", "steps": 2, "own_head": False, "resblocks": 2},
 ]
+STACKS = ["lean", "library"]
 EXITS = [
     {"kind": "speed", "loops": 3},
     {"kind": "speed", "loops": 4, "exits": [1, 3], "exit_weights": [1.0, 3.0], "bias": True, "threshold": 0.4},
@@ -73,7 +77,7 @@ def test_rows_mask_is_the_element_wise_rule() -> None:
 
 
 @pytest.mark.parametrize("anchored", [True, False])
-def test_the_rows_of_a_step_are_those_of_the_slow_rule(anchored: bool) -> None:
+def test_step_rows_are_those_of_rows_allowed(anchored: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for steps, nodes in ((1, 1), (3, 5), (4, 8)):
         ancestors = torch.rand(2, nodes, nodes, generator=generator) > 0.5
@@ -96,8 +100,10 @@ def test_pseudo_positions() -> None:
     assert positions.tolist() == [[13, 11, 14, 12]]
 
 
-def plain_draft_states(teacher: Teacher, predictor: Predictor, batch: SequenceBatch, row: int, anchor: int) -> Tensor:
-    """Slow oracle: append pseudo states behind the anchor one sequence at a time, a plain causal mask, all rows."""
+def slow_draft_states(
+    teacher: Teacher, predictor: TreePredictor, batch: SequenceBatch, row: int, anchor: int
+) -> Tensor:
+    """Slow reference: append pseudo states after the anchor of one sequence, under a causal mask."""
     layers = predictor.transfer_layers
     states = batch.hidden[layers[0]][row : row + 1, : anchor + 1]
     real = states
@@ -123,45 +129,45 @@ def plain_draft_states(teacher: Teacher, predictor: Predictor, batch: SequenceBa
     return teacher.norm(rows[0, anchor + 1 :])
 
 
-@pytest.mark.parametrize("section", KINDS[:3], ids=lambda section: str(section))
-def test_training_forward_is_the_plain_forward(stacked_teacher: Teacher, section: dict) -> None:
-    """A causal mask over [real rows <= n, pseudo 1..k] is what the definition says for a single anchor."""
-    predictor = make_predictor(stacked_teacher, **section)
+@pytest.mark.parametrize(("family", "stack", "section"), covered(list(FAMILIES), STACKS, KINDS[:3]), ids=str)
+def test_training_forward_is_the_slow_forward(family: str, stack: str, section: dict) -> None:
+    """For a single anchor the definition is a causal mask over [real rows <= n, pseudo 1..k]."""
+    teacher = tiny_teacher(family, stack == "lean")
+    predictor = make_predictor(teacher, **section)
     sequences = random_prompts(3, seed=11, low=14, high=20)
-    batch = sequence_batch(stacked_teacher, sequences, [4, 5, 6], list(predictor.required_layers))
+    batch = sequence_batch(teacher, sequences, [4, 5, 6], list(predictor.required_layers))
     anchors = torch.tensor([[4, 9, 12], [5, 6, 7], [6, 8, 10]])
     with torch.no_grad():
-        states = predictor.draft_states(stacked_teacher, batch, anchors)
+        states = predictor.draft_states(teacher, batch, anchors)
         for row in range(3):
             for place in range(3):
-                slow = plain_draft_states(stacked_teacher, predictor, batch, row, int(anchors[row, place]))
+                slow = slow_draft_states(teacher, predictor, batch, row, int(anchors[row, place]))
                 assert torch.allclose(states[row, place], slow, atol=2e-4), (row, place)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layers", [(2, 2, 2), (1, 3, 3), (1, 2, 3), (1, 1, 2)])
 @torch.no_grad()
-def test_maps_of_a_layer_as_one_matrix(teacher: Teacher, layers: tuple[int, ...], bias: bool) -> None:
-    """Decoding's joined maps make the pseudo states of the single ones, in the same order of rows."""
+def test_pseudo_state_maker_equals_the_single_maps(teacher: Teacher, layers: tuple[int, ...], bias: bool) -> None:
+    """Decoding's joined maps give the pseudo states of the single maps, in the same order of rows."""
     predictor = make_predictor(teacher, kind="hidden_transfer", layers=list(layers), bias=bias)
-    make_pseudo_states, hidden = (
-        predictor.pseudo_state_maker(),
-        torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1)),
-    )
+    make_pseudo_states = predictor.pseudo_state_maker()
+    hidden = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1))
     for layer in set(layers):
-        steps = [step for step, own in enumerate(layers, start=1) if own == layer]
+        steps = [step for step, entered in enumerate(layers, start=1) if entered == layer]
         got = make_pseudo_states(steps[0], steps[-1], hidden)
         torch.testing.assert_close(got, predictor.make_pseudo_states(steps[0], steps[-1], hidden), rtol=1e-5, atol=1e-5)
         singly = [predictor.make_pseudo_states(step, step, hidden) for step in steps]
         torch.testing.assert_close(got, torch.cat(singly, dim=1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("section", KINDS, ids=lambda section: str(section))
-def test_decoder_drafts_what_training_predicts(stacked_teacher: Teacher, section: dict) -> None:
-    """The draft that the decoder makes at a prefix equals the training forward's at that position, token for token."""
-    predictor = make_predictor(stacked_teacher, **section)
+@pytest.mark.parametrize(("family", "stack", "section"), covered(list(FAMILIES), STACKS, KINDS), ids=str)
+def test_decoder_drafts_what_training_predicts(family: str, stack: str, section: dict) -> None:
+    """The decoder's draft at a prefix equals the training forward's at that position, token for token."""
+    teacher = tiny_teacher(family, stack == "lean")
+    predictor = make_predictor(teacher, **section)
     prompts = random_prompts(2, seed=12, low=5, high=9)
-    texts = [greedy(stacked_teacher, prompt, 20) for prompt in prompts]
+    texts = [greedy(teacher, prompt, 20) for prompt in prompts]
     sequences = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     drafts: list[tuple[int, list[list[int]]]] = []
     original = predictor.candidates
@@ -174,16 +180,16 @@ def test_decoder_drafts_what_training_predicts(stacked_teacher: Teacher, section
     predictor.candidates = recording  # type: ignore[method-assign, assignment]
     for row, prompt in enumerate(prompts):
         drafts.clear()
-        got = Engine(stacked_teacher, predictor, parse_tree("dynamic:5", predictor.steps)).generate([prompt], 20)[0]
+        got = Engine(teacher, predictor, parse_tree("dynamic:5", predictor.steps)).generate([prompt], 20)[0]
         assert got.token_ids == texts[row]
         places, anchor = [len(prompt) - 1], len(prompt) - 1
         for accepted in got.accepted_lengths[:-1]:
             anchor += accepted
             places.append(anchor)
-        batch = sequence_batch(stacked_teacher, [sequences[row]], [len(prompt)], list(predictor.required_layers))
+        batch = sequence_batch(teacher, [sequences[row]], [len(prompt)], list(predictor.required_layers))
         with torch.no_grad():
-            states = predictor.draft_states(stacked_teacher, batch, torch.tensor([places]))
-            expected = original(predictor.logits(stacked_teacher, states[0]), 2).tokens.tolist()
+            states = predictor.draft_states(teacher, batch, torch.tensor([places]))
+            expected = original(predictor.logits(teacher, states[0]), 2).tokens.tolist()
         assert [tokens[0] for _, tokens in drafts[: len(places)]] == expected
 
 
@@ -203,7 +209,7 @@ def test_only_the_predictor_gets_gradients(stacked_teacher: Teacher) -> None:
 def test_anchors_and_targets(teacher: Teacher) -> None:
     batch = sequence_batch(teacher, [list(range(3, 13)), list(range(3, 9))], [4, 3], [])
     anchors = choose_anchors(batch, 3)
-    # Row 0: tokens 4..9 are the response. Anchor n needs n+1 and n+2 in it: n = 3..7. Step i needs n+i+1 <= 9.
+    # Row 0: the response is tokens 4..9. Anchor n needs n+1 and n+2 in it: n = 3..7. Step i needs n+i+1 <= 9.
     assert anchors.index[0].tolist() == [3, 4, 5, 6, 7]
     assert anchors.valid[0].sum(1).tolist() == [3, 3, 3, 2, 1]
     assert anchors.index[1, :2].tolist() == [2, 3]
@@ -222,10 +228,10 @@ def test_anchors_and_targets(teacher: Teacher) -> None:
 
 
 @pytest.mark.parametrize("name", ["2x3", "raven", "ouro", "qwen3"])
-def test_an_exit_is_a_map_before_norm_and_head(name: str) -> None:
+def test_exit_is_a_map_before_norm_and_head(name: str) -> None:
     """Training's states and decoding's logits, element by element; some exits only, with or without the last loop."""
-    own = {"2x3": lambda: looped_teacher(2, 3), "qwen3": lambda: tiny_teacher("qwen3")}
-    teacher = own[name]() if name in own else described_teacher(name)
+    made = {"2x3": lambda: looped_teacher(2, 3), "qwen3": lambda: tiny_teacher("qwen3")}
+    teacher = made[name]() if name in made else described_teacher(name)
     predictor = make_predictor(teacher, kind="speed", bias=True, loops=3 if name == "qwen3" else None)
     assert isinstance(predictor, SpeedPredictor)
     layers = [teacher.boundaries(3)[loop - 1] for loop in (1, 2)]
@@ -241,8 +247,8 @@ def test_an_exit_is_a_map_before_norm_and_head(name: str) -> None:
                 for step, (layer, linear) in enumerate(zip(layers, predictor.maps, strict=True)):
                     mapped = linear.weight @ batch.hidden[layer][b, n] + linear.bias
                     torch.testing.assert_close(states[b, place, step], teacher.norm(mapped), rtol=1e-4, atol=1e-4)
-                    wanted = teacher.head(teacher.norm(mapped))
-                    torch.testing.assert_close(logits[step][b, place], wanted, rtol=1e-4, atol=1e-3)
+                    exit_logits = teacher.head(teacher.norm(mapped))
+                    torch.testing.assert_close(logits[step][b, place], exit_logits, rtol=1e-4, atol=1e-3)
         rows = torch.arange(2)
         exits = torch.stack([batch.hidden[layer][rows, anchors[:, 1]] for layer in layers])
         before, normed = batch.hidden[teacher.num_layers][rows, anchors[:, 1]], batch.final[rows, anchors[:, 1]]
@@ -260,9 +266,9 @@ def test_an_exit_is_a_map_before_norm_and_head(name: str) -> None:
 
 
 def test_exits_out_of_range(teacher: Teacher) -> None:
-    with pytest.raises(PredictorError, match=r"exits \[1, 3\] is out of range for tiny-llama: .* behind loops 1 to 2"):
+    with pytest.raises(PredictorError, match=r"exits \[1, 3\] is out of range for tiny-llama: .* follow loops 1 to 2"):
         make_predictor(teacher, kind="speed", loops=3, exits=[1, 3])
-    with pytest.raises(PredictorError, match=r"exits \[4\] is out of range for looped-1x4: .* behind loops 1 to 3"):
+    with pytest.raises(PredictorError, match=r"exits \[4\] is out of range for looped-1x4: .* follow loops 1 to 3"):
         make_predictor(looped_teacher(1, 4), kind="speed", exits=[4])
     for exits in (None, [1]):
         with pytest.raises(PredictorError, match="none: it has one loop"):
@@ -284,6 +290,10 @@ def test_compare_rows_is_the_definition() -> None:
         assert torch.isclose(got.cross_entropy[row], -q[target[row].argmax()].log(), atol=1e-5)
         assert bool(got.top1[row]) == (int(draft[row].argmax()) == int(target[row].argmax()))
         assert bool(got.top5[row]) == (int(target[row].argmax()) in draft[row].topk(5).indices.tolist())
+
+
+def test_every_configured_kind_has_a_predictor() -> None:
+    assert list(PREDICTORS) == list(CONFIGS)
 
 
 def test_transfer_layer_out_of_range(teacher: Teacher) -> None:
@@ -322,7 +332,7 @@ def test_folder_refusals(teacher: Teacher, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "count"), [(4096, 7), (128_256, 15), (49_152, 1), (997, 5), (256, 40), (64, 64)])
-def test_the_largest_are_those_of_topk(size: int, count: int) -> None:
+def test_largest_equals_topk(size: int, count: int) -> None:
     """Vocabularies with parts, without (a prime), and too small for them."""
     values = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(size))
     best, places = largest(values, count)

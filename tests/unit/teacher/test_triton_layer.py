@@ -23,7 +23,7 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install triton"
 
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.step import DecodeStep
+from firp_cli.decoding.step import DecodeStep, DraftSetup
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher import triton_attention, triton_layer, triton_products
@@ -506,7 +506,7 @@ def test_decode_step_reuses_row_bits_of_static_trees(
     predictor = make_predictor(teacher, **section)
     spec = parse_tree(tree, predictor.steps)
     sampler = Sampler(0.0, 1.0, 0, torch.device("cpu"))
-    stepper = DecodeStep(teacher, predictor, spec, sampler, 3, 40, kernel=True)
+    stepper = DecodeStep(teacher, DraftSetup.of(predictor, spec), sampler, 3, 40, kernel=True)
     made: list[StepMask] = []
 
     def forward(_: Any, real: Tensor, positions: Tensor, mask: StepMask, **given: Any) -> tuple[Tensor, Tensor | None]:
@@ -522,7 +522,7 @@ def test_decode_step_reuses_row_bits_of_static_trees(
         monkeypatch.setattr(stepper, "kernel", True)
         for batch in (3, 2):
             stepper.select(torch.arange(batch))
-            for mode in ("plain", "start", "drafted", "drafted"):
+            for mode in ("autoregressive", "start", "drafted", "drafted"):
                 stepper.step(12, mode)  # type: ignore[arg-type]
                 tree_rows = made[-1].at(None, made[-1].rows.shape[1])
                 assert torch.equal(tree_rows.bits, triton_attention.row_bits(made[-1].rows))  # type: ignore[union-attr]

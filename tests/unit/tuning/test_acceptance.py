@@ -50,7 +50,7 @@ def test_a_walk_emits_what_the_decoder_emits(kind: str, tree: str) -> None:
         for prompt, item in zip(prompts, decoded, strict=True)
     ]
     walked = walk(predictor, [item for item in traces if item], spec)
-    assert walked == [item.emitted for item in decoded]
+    assert walked == [item.accepted_lengths for item in decoded]
 
 
 def test_an_answer_without_a_step_has_no_trace() -> None:

@@ -25,7 +25,7 @@ TREES = {"dynamic:6": 6 * 5, "dynamic:6/2": 6 * 3, "dynamic:6@2": 6 + 8, "static
 
 
 def state_of(probe: TimedStep) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in probe.stepper.state()]
+    return [tensor.clone() for tensor in probe.stepper.buffers()]
 
 
 @pytest.mark.parametrize("run", ["at-once", "late", "graphs"])
@@ -86,7 +86,7 @@ def test_a_probe_makes_the_engines_own_step(kind: str, monkeypatch: pytest.Monke
 
     def noting(run: DecodeBatch, mode: Mode) -> None:
         step(run, mode)
-        states.append([tensor.clone() for tensor in run.stepper.state()])
+        states.append([tensor.clone() for tensor in run.stepper.buffers()])
         modes.append(mode)
 
     monkeypatch.setattr(DecodeBatch, "step", noting)
