@@ -16,7 +16,7 @@ TUNE_SCHEMA = "firp.tune/1"
 Interval = tuple[float, float]
 
 
-def plain(record: Any) -> Any:
+def as_json(record: Any) -> Any:
     """A record as JSON values; NaN and infinities become None."""
     value = asdict(record) if hasattr(record, "__dataclass_fields__") else record
     return _finite(value)
@@ -164,7 +164,7 @@ class PipelineReport:
     predicted_speedup: float | None = None
 
     @staticmethod
-    def from_plain(value: dict[str, Any] | None) -> PipelineReport | None:
+    def from_json(value: dict[str, Any] | None) -> PipelineReport | None:
         """The report read back from its JSON form."""
         if value is None:
             return None
@@ -232,7 +232,7 @@ class BenchReport:
     schema: str = BENCH_SCHEMA
 
     @staticmethod
-    def from_plain(value: dict[str, Any]) -> BenchReport:
+    def from_json(value: dict[str, Any]) -> BenchReport:
         """The report read back from its JSON form."""
         rows = []
         for row in value["rows"]:
@@ -244,7 +244,7 @@ class BenchReport:
             known = {item.name for item in fields(BenchRow)}
             kept = {key: item for key, item in row.items() if key in known}
             prediction = Prediction(**foretold) if foretold else None
-            traced = PipelineReport.from_plain(pipeline)
+            traced = PipelineReport.from_json(pipeline)
             rows.append(BenchRow(**kept, lossless=record, pipeline=traced, predicted=prediction))
         keys = ("environment", "teacher", "settings", "skipped_long", "schema")
         return BenchReport(rows=rows, teachers=value.get("teachers", []), **{key: value[key] for key in keys})

@@ -59,7 +59,7 @@ class CostReport:
         return max((abs(check.error) for check in self.checks), default=0.0)
 
     @staticmethod
-    def from_plain(value: dict[str, Any]) -> CostReport:
+    def from_json(value: dict[str, Any]) -> CostReport:
         """The report read back from its JSON form."""
         curves = [CostCurve(**curve) for curve in value["curves"]]
         checks = [CostCheck(**check) for check in value["checks"]]
@@ -94,7 +94,7 @@ class TunedTree:
     probabilities: list[float] | None = None
 
     @staticmethod
-    def from_plain(value: dict[str, Any]) -> TunedTree:
+    def from_json(value: dict[str, Any]) -> TunedTree:
         """The entry read back from its JSON form."""
         return TunedTree(**{**value, "predicted": Prediction(**value["predicted"])})
 

@@ -133,9 +133,9 @@ def main() -> int:
         f"1..{trained.loops} tokens " + " ".join(f"{value:.2f}" for value in cost.rows)
     )
     if arguments.output:
-        from firp_cli.results import plain
+        from firp_cli.results import as_json
 
-        arguments.output.write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
+        arguments.output.write_text(json.dumps(as_json(report), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

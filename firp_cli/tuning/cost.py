@@ -23,7 +23,7 @@ from firp_cli.evaluation.environment import machine_key, measurement_environment
 from firp_cli.evaluation.timing import Run, captured, enough_calls, milliseconds, undisturbed
 from firp_cli.files import cache_folder, write_json
 from firp_cli.provenance import fingerprint
-from firp_cli.results import plain
+from firp_cli.results import as_json
 from firp_cli.teacher.attention import StepMask, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.teacher import Teacher
@@ -335,9 +335,9 @@ def load_or_measure(
     path = saved_cost(teacher, split, asked, key)
     if not again:
         try:
-            return CostReport.from_plain(json.loads(path.read_text(encoding="utf-8"))), True
+            return CostReport.from_json(json.loads(path.read_text(encoding="utf-8"))), True
         except (OSError, ValueError, TypeError, KeyError):
             pass  # none, or a damaged one: it is measured again
     report = measure_cost(teacher, split, batches, contexts, most_rows, seconds, attention, graphs, progress)
-    write_json(path, plain(report))
+    write_json(path, as_json(report))
     return report, False

@@ -278,7 +278,7 @@ def test_the_command_writes_a_whole_report(work: Path) -> None:
     assert result.exit_code == 0, (result.output, result.exception)
     for text in ("ar", "hf", "firp", "medusa", "3/3", "bench.html"):
         assert text in result.stdout
-    report = BenchReport.from_plain(json.loads((out / "bench.json").read_text()))
+    report = BenchReport.from_json(json.loads((out / "bench.json").read_text()))
     assert [row.method for row in report.rows] == ["ar", "hf", "firp", "medusa"]
     assert all(row.dataset == "words" and row.prompts == 3 for row in report.rows)
     assert {"bench.json", "bench.csv", "bench.md", "bench.html", "speedup.png"} <= {path.name for path in out.iterdir()}

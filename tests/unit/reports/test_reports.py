@@ -17,7 +17,7 @@ from firp_cli.results import (
     EvalReport,
     Lossless,
     StepQuality,
-    plain,
+    as_json,
 )
 from helpers.reports import PNG, Page, bench_report, pipeline_report, speed_report, speed_row
 
@@ -42,7 +42,7 @@ def with_divergence(gap: float, dtype: str) -> BenchReport:
 def test_json_round_trip() -> None:
     report = bench_report()
     report.rows[0].lossless.divergences.append(Divergence(1, 2, 3, 4, 0.5))
-    assert BenchReport.from_plain(json.loads(json.dumps(plain(report)))).rows[0] == report.rows[0]
+    assert BenchReport.from_json(json.loads(json.dumps(as_json(report)))).rows[0] == report.rows[0]
 
 
 def test_csv_has_every_row_and_figure() -> None:
@@ -157,7 +157,7 @@ def test_the_note_on_loops_that_share_nothing() -> None:
 
 def test_pipeline_round_trip_and_csv() -> None:
     report = speed_report(speed_row(), speed_row("speed_2", cost=False))
-    again = BenchReport.from_plain(json.loads(json.dumps(plain(report))))
+    again = BenchReport.from_json(json.loads(json.dumps(as_json(report))))
     assert [row.pipeline for row in again.rows] == [row.pipeline for row in report.rows]
     assert tables.bench_csv(again) == tables.bench_csv(report)
     plain_decoding, speed, unmeasured = csv.DictReader(io.StringIO(tables.bench_csv(report)))

@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from firp_cli.reports import html, predicted, tables, tuning
 from firp_cli.reports.tuning_figures import near_checks, nearest_curve, shortened
 from firp_cli.reports.tuning_tree import drawable, ordinal, tree_layout
-from firp_cli.results import BenchReport, Prediction, plain
+from firp_cli.results import BenchReport, Prediction, as_json
 from firp_cli.tune_results import CostCheck, CostCurve, CostReport, RankRate, Reliability, Trial, TunedTree, TuneReport
 from helpers.reports import PNG, Page, bench_report, bench_row
 
@@ -316,12 +316,12 @@ def foretold_report(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all")
 
 def test_bench_round_trip_with_predictions() -> None:
     report = foretold_report()
-    again = BenchReport.from_plain(json.loads(json.dumps(plain(report))))
+    again = BenchReport.from_json(json.loads(json.dumps(as_json(report))))
     assert [row.predicted for row in again.rows] == [row.predicted for row in report.rows]
     assert again.rows[2].predicted == Prediction(2.35, 5.5, 3.3, 1.41) and again.rows[0].predicted is None
     assert tables.bench_csv(again) == tables.bench_csv(report)
-    tuned = plain(entry(8))
-    assert TunedTree.from_plain(json.loads(json.dumps(tuned))) == entry(8)
+    tuned = as_json(entry(8))
+    assert TunedTree.from_json(json.loads(json.dumps(tuned))) == entry(8)
 
 
 def test_predictions_in_bench_reports() -> None:

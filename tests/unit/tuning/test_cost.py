@@ -9,7 +9,7 @@ import torch
 
 from firp_cli.evaluation.environment import machine_key
 from firp_cli.evaluation.timing import as_benched, milliseconds, undisturbed
-from firp_cli.results import plain
+from firp_cli.results import as_json
 from firp_cli.tune_results import CostCurve, CostReport
 from firp_cli.tuning import cost as module
 from firp_cli.tuning.cost import CostModel, CostProbe, load_or_measure, measure_cost
@@ -110,7 +110,7 @@ def test_measuring_a_small_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     for one in measured.curves:
         assert one.rows[0] == 1 and one.rows[-1] == 256
         assert min(*one.lower, *one.upper, *one.head) > 0
-    assert CostReport.from_plain(plain(measured)) == measured
+    assert CostReport.from_json(as_json(measured)) == measured
     model = CostModel(measured)
     assert sum(model.parts(256, 4, 32)) > sum(model.parts(1, 1, 16))
 

@@ -11,7 +11,7 @@ import pytest
 from firp_cli.decoding.tree_file import read_trees, update_trees
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
-from firp_cli.results import plain
+from firp_cli.results import as_json
 from firp_cli.tune_results import TREES_SCHEMA
 from firp_cli.tuning import tuner as module
 from firp_cli.tuning.calibration import TuneSettings
@@ -57,7 +57,7 @@ def test_a_predictor_that_is_often_right_gets_a_tree() -> None:
     assert [trial.nodes for trial in report.ladder if trial.measured] != []
     assert report.acceptance[0].rate > 0.5 and report.acceptance[0].count > 50
     assert any("calibration" in line for line in told) and any("batch 2" in line for line in told)
-    assert json.dumps(plain(report), allow_nan=False)
+    assert json.dumps(as_json(report), allow_nan=False)
 
 
 def test_a_trial_without_time_tries_the_chosen_trees_alone(monkeypatch: pytest.MonkeyPatch) -> None:
