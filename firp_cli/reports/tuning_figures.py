@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend, png
-from firp_cli.tune_results import CostCheck, CostCurve, RankRate, Reliability, Trial, TunedTree, TuneReport
+from firp_cli.tune_results import CandidateRate, CostCheck, CostCurve, Reliability, Trial, TunedTree, TuneReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,7 +240,7 @@ def acceptance_figure(report: TuneReport) -> bytes:
         return png(figure)
 
 
-def _ranks(axes: Axes, rates: Sequence[RankRate], step: int, colour: str, marker: str) -> None:
+def _ranks(axes: Axes, rates: Sequence[CandidateRate], step: int, colour: str, marker: str) -> None:
     """One step's line; its name says of how many parents."""
     ordered = sorted(rates, key=lambda item: item.rank)
     counts = sorted({item.count for item in ordered})

@@ -23,7 +23,7 @@ class Timed:
 def probe(engine: Engine, batch: int, context: int, plain: bool = False) -> Run:
     """A step of a batch with so many tokens in the cache, ready to be run again and again."""
     held = TimedStep(engine, batch, context)
-    run = held.plain if plain else held.step
+    run = held.ar_step if plain else held.step
     for _ in range(UNTIMED):
         run()
     return run

@@ -10,8 +10,11 @@ import torch
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import StoreError
-from firp_cli.evaluation import quality
+from firp_cli.evaluation import quality, simulate
+from firp_cli.evaluation.gate import gate
+from firp_cli.evaluation.simulate import simulate_answer
 from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.forward import sequence_states
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import make_predictor, random_prompts, sequence_batch, tiny_teacher
 
@@ -49,7 +52,7 @@ def slow_evaluation(teacher: Teacher, predictor: Predictor, sequences: list[Stor
     hits, valid = [], []
     for item in sequences:
         logits = teacher.model(item.input_ids[None]).logits[0]
-        batch = quality.sequence_states(teacher, predictor, item.input_ids.tolist())
+        batch = sequence_states(teacher, predictor, item.input_ids.tolist())
         for n in range(len(item.input_ids) - 2):
             if not (item.loss_mask[n + 1] and item.loss_mask[n + 2]):
                 continue
@@ -117,34 +120,34 @@ def test_nothing_to_evaluate_is_an_error(teacher: Teacher) -> None:
 @pytest.mark.parametrize("tree", ["dynamic:12", "chain", "static:4x2x1"])
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section["kind"])
 def test_the_simulated_walk_is_what_the_decoder_does(section: dict[str, Any], tree: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(quality, "ANCHOR_CHUNK", 10)
+    monkeypatch.setattr(simulate, "ANCHOR_CHUNK", 10)
     for family in ("llama", "mistral-window"):
         teacher = tiny_teacher(family)
         predictor = make_predictor(teacher, **section)
         spec = parse_tree(tree, 3)
         prompts = random_prompts(5, seed=21)
         for prompt, real in zip(prompts, Engine(teacher, predictor, spec).generate(prompts, 40), strict=True):
-            walk = quality.simulate(teacher, predictor, [*prompt, *real.token_ids], len(prompt), spec)
+            walk = simulate_answer(teacher, predictor, [*prompt, *real.token_ids], len(prompt), spec)
             assert walk == real.emitted
 
 
 def test_simulating_no_step_gives_nothing(teacher: Teacher) -> None:
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
-    assert quality.simulate(teacher, predictor, [3, 4, 5, 6], 3, parse_tree("chain", 2)) == []
+    assert simulate_answer(teacher, predictor, [3, 4, 5, 6], 3, parse_tree("chain", 2)) == []
 
 
 def test_the_gate_agrees_and_notices_when_training_and_decoding_differ(teacher: Teacher, monkeypatch: Any) -> None:
     predictor = make_predictor(teacher, kind="firp", layer=3, steps=3)
     prompts = random_prompts(4, seed=31)
-    passed = quality.gate(teacher, predictor, prompts, "dynamic:16", 24)
+    passed = gate(teacher, predictor, prompts, "dynamic:16", 24)
     assert passed["agree"] and passed["prompts"] == 4
     assert passed["simulated"] == pytest.approx(passed["real"]) and passed["real"] > 1.0
     too_long = [[5] * teacher.max_positions]
-    assert quality.gate(teacher, predictor, [*prompts, *too_long], "dynamic:16", 24) == passed
-    assert quality.gate(teacher, predictor, too_long, None, 24)["prompts"] == 0
+    assert gate(teacher, predictor, [*prompts, *too_long], "dynamic:16", 24) == passed
+    assert gate(teacher, predictor, too_long, None, 24)["prompts"] == 0
     # A training forward that looks one position back no longer describes the decoder.
     whole = predictor.draft_states
     monkeypatch.setattr(
         predictor, "draft_states", lambda teacher, batch, anchors: whole(teacher, batch, (anchors - 1).clamp(min=0))
     )
-    assert not quality.gate(teacher, predictor, prompts, "dynamic:16", 24)["agree"]
+    assert not gate(teacher, predictor, prompts, "dynamic:16", 24)["agree"]

@@ -36,6 +36,7 @@ from firp_cli.evaluation.run_bench import (
     run_bench,
     spread,
 )
+from firp_cli.machine import readable_bytes
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import BenchReport, Divergence, Generation
 from firp_cli.teacher.load import load_teacher
@@ -178,18 +179,21 @@ def all_kinds(settings: BenchSettings) -> list[Method]:
 
 def test_memory_is_said_for_the_largest_batch_that_fits() -> None:
     """By hand: a sequence's slot takes 4 layers x 2 x 2 heads x 12 x 4 = 768 bytes; 500 positions need 1 + 1 slots
-    more to decode plainly, 9 x 4 + 4 for nine nodes with three pseudo rows each, 2 + 1 for two loops.
+    more for autoregressive decoding, 9 x 4 + 4 for nine nodes with three pseudo rows each, 2 + 1 for two loops.
     """
     prompts = [BenchPrompt([1] * length, "set") for length in (40, 100, 113, 7)]  # 113 + 400 exceed 512
     settings = BenchSettings(max_new_tokens=400, batch_size=2)
     methods = all_kinds(settings)
     slots = {"ar": 502, "firp": 540, "speed": 503}
     for size, batch in ((2, 2), (3, 3), (8, 3)):
-        sizes = ", ".join(f"{name} {768 * batch * count / 1e3:.1f} kB" for name, count in slots.items())
+        for method in methods:
+            if method.engine is not None:
+                assert method.engine.cache_bytes(batch, 100, 400) == 768 * batch * slots[method.name]
+        sizes = ", ".join(f"{name} {readable_bytes(768 * batch * count)}" for name, count in slots.items())
         line = memory_line(methods, prompts, replace(settings, batch_size=size), 512)
         assert line == f"K/V cache for {batch} x 500 positions: {sizes}"
     none = memory_line(methods[1:2], prompts, settings, 512)
-    assert none == "K/V cache for 2 x 500 positions: none of ours"
+    assert none == "K/V cache for 2 x 500 positions: none"
     assert memory_line(methods, prompts, settings, 400).startswith("K/V cache for 1 x 400 positions: ar 307.2 kB")
 
 

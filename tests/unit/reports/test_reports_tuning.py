@@ -19,7 +19,7 @@ from firp_cli.reports import html, predicted, tables, tuning
 from firp_cli.reports.tuning_figures import near_checks, nearest_curve, shortened
 from firp_cli.reports.tuning_tree import drawable, ordinal, tree_layout
 from firp_cli.results import BenchReport, Prediction, as_json
-from firp_cli.tune_results import CostCheck, CostCurve, CostReport, RankRate, Reliability, Trial, TunedTree, TuneReport
+from firp_cli.tune_results import CostCheck, CostCurve, CostReport, CandidateRate, Reliability, Trial, TunedTree, TuneReport
 from helpers.reports import PNG, Page, bench_report, bench_row
 
 ROWS = [1, 2, 4, 8, 16, 24, 32, 48, 64]
@@ -106,7 +106,7 @@ def tune_report(*entries: TunedTree, measured: bool = True, break_even: int | No
         for place in range(10)
     ]
     acceptance = [
-        RankRate(step, rank, round(12000 * 0.6 ** (step - 1)), RATES[step - 1][rank])
+        CandidateRate(step, rank, round(12000 * 0.6 ** (step - 1)), RATES[step - 1][rank])
         for step in range(1, 5)
         for rank in range(10)
     ]

@@ -7,10 +7,10 @@ import pytest
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
-from firp_cli.evaluation.simulate import trace, walk
+from firp_cli.evaluation.simulate import make_trace, simulate_steps
 from firp_cli.predictors.base import Predictor
 from firp_cli.teacher.teacher import Teacher
-from firp_cli.tuning.acceptance import Acceptance, ranks, reliability
+from firp_cli.tuning.acceptance import Acceptance, candidate_positions, reliability
 from helpers.models import (
     embedded_predictor,
     embedded_prompts,
@@ -46,30 +46,30 @@ def test_a_walk_emits_what_the_decoder_emits(kind: str, tree: str) -> None:
     spec = parse_tree(tree, predictor.steps)
     decoded = [Engine(teacher, predictor, spec).generate([prompt], TOKENS)[0] for prompt in prompts]
     traces = [
-        trace(teacher, predictor, [*prompt, *item.token_ids], len(prompt), 8)
+        make_trace(teacher, predictor, [*prompt, *item.token_ids], len(prompt), 8)
         for prompt, item in zip(prompts, decoded, strict=True)
     ]
-    walked = walk(predictor, [item for item in traces if item], spec)
+    walked = simulate_steps(predictor, [item for item in traces if item], spec)
     assert walked == [item.emitted for item in decoded]
 
 
 def test_an_answer_without_a_step_has_no_trace() -> None:
     teacher = tiny_teacher()
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
-    assert trace(teacher, predictor, [5, 6, 7, 8], 3, 4) is None
-    short = trace(teacher, predictor, [5, 6, 7, 8, 9], 3, 4)
+    assert make_trace(teacher, predictor, [5, 6, 7, 8], 3, 4) is None
+    short = make_trace(teacher, predictor, [5, 6, 7, 8, 9], 3, 4)
     assert short is not None and short.draft.tokens.shape == (1, 2, 4)
-    assert walk(predictor, [short], parse_tree("chain", 2)) == [[1]]  # cut at the answer's end
+    assert simulate_steps(predictor, [short], parse_tree("chain", 2)) == [[1]]  # cut at the answer's end
 
 
 def every_rank(teacher: Teacher, predictor: Predictor, breadth: int) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
     prompts = random_prompts(3, seed=4)
     answers = written(teacher, prompts)
     traces = [
-        trace(teacher, predictor, [*prompt, *answer], len(prompt), breadth)
+        make_trace(teacher, predictor, [*prompt, *answer], len(prompt), breadth)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    found, probable = ranks(predictor, [item for item in traces if item])
+    found, probable = candidate_positions(predictor, [item for item in traces if item])
     return found, probable, answers
 
 
@@ -91,10 +91,10 @@ def test_chain_acceptance_is_that_of_first_ranks() -> None:
     teacher, predictor = embedded_teacher(), embedded_predictor("firp")
     prompts = embedded_prompts(4)
     traces = [
-        trace(teacher, predictor, [*prompt, *answer], len(prompt), 6)
+        make_trace(teacher, predictor, [*prompt, *answer], len(prompt), 6)
         for prompt, answer in zip(prompts, written(teacher, prompts), strict=True)
     ]
-    found, probable = ranks(predictor, [item for item in traces if item])
+    found, probable = candidate_positions(predictor, [item for item in traces if item])
     acceptance = Acceptance(found, 6)
     first = (found[:, 0] == 0).mean()
     assert acceptance.rates[0][0] == pytest.approx(first) and first > 0.5

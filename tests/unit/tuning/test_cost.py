@@ -46,10 +46,10 @@ def fake_curve(monkeypatch: pytest.MonkeyPatch, time: object) -> module._Curve:
     """A curve whose passes of M rows take `time(M)` in their lower part."""
     made = object.__new__(module._Curve)
     made.seconds = 1.0
-    made.found, made.ones, made.checks = {1: (time(1), 0.0, 0.0)}, [1.0], []  # type: ignore[operator]
+    made.times, made.ones, made.checks = {1: (time(1), 0.0, 0.0)}, [1.0], []  # type: ignore[operator]
 
     def measure(rows: int) -> tuple[float, float, float]:
-        return made.found.setdefault(rows, (time(rows), 0.0, 0.0))  # type: ignore[operator]
+        return made.times.setdefault(rows, (time(rows), 0.0, 0.0))  # type: ignore[operator]
 
     monkeypatch.setattr(made, "measure", measure)
     return made
@@ -58,7 +58,7 @@ def fake_curve(monkeypatch: pytest.MonkeyPatch, time: object) -> module._Curve:
 def test_a_straight_line_needs_no_further_points(monkeypatch: pytest.MonkeyPatch) -> None:
     line = fake_curve(monkeypatch, lambda rows: 1.0 + 0.1 * rows)
     line.refine(64, until=float("inf"))
-    assert sorted(line.found) == [1, 2, 64] and [rows for rows, _, _ in line.checks] == [11]
+    assert sorted(line.times) == [1, 2, 64] and [rows for rows, _, _ in line.checks] == [11]
 
 
 def test_a_bend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,11 +69,11 @@ def test_a_bend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     bent = fake_curve(monkeypatch, time)
     bent.refine(256, until=float("inf"))
-    knots = sorted(bent.found)
+    knots = sorted(bent.times)
     for rows, said, got in bent.checks:
         assert abs(said / got - 1) <= module.TOLERANCE and rows not in knots
     model = CostModel(
-        report([CostCurve(1, 1, knots, *([part[place] for part in map(bent.found.get, knots)] for place in range(3)))])
+        report([CostCurve(1, 1, knots, *([part[place] for part in map(bent.times.get, knots)] for place in range(3)))])
     )  # type: ignore[index]
     errors = [abs(sum(model.parts(rows, 1, 1)) / time(rows) - 1) for rows in range(1, 257)]
     assert max(errors) < 0.15 and sum(errors) / len(errors) < 0.03
@@ -82,7 +82,7 @@ def test_a_bend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_time_means_the_coarse_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     coarse = fake_curve(monkeypatch, lambda rows: float(rows**2))
     coarse.refine(64, until=0.0)
-    assert sorted(coarse.found) == [1, 2, 64] and not coarse.checks
+    assert sorted(coarse.times) == [1, 2, 64] and not coarse.checks
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window"])

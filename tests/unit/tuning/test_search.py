@@ -12,7 +12,7 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.tune_results import CostCurve, CostReport
 from firp_cli.tuning.acceptance import Acceptance
 from firp_cli.tuning.cost import CostModel
-from firp_cli.tuning.search import PLAIN, Candidate, StepCosts, layer_rows, search, shapes, with_budgets
+from firp_cli.tuning.search import NO_TREE, Candidate, StepCosts, layer_rows, search, shapes, with_budgets
 from helpers.models import make_predictor, tiny_teacher
 
 STEPS, BREADTH = 3, 3
@@ -30,7 +30,7 @@ def some_ranks(seed: int, count: int = 60, steps: int = STEPS, breadth: int = BR
 
 def value_of(acceptance: Acceptance, path: tuple[int, ...]) -> float:
     """How likely a path is accepted, counted anew: one factor per step, the model's own definition."""
-    value, chosen = 1.0, acceptance.ranks
+    value, chosen = 1.0, acceptance.positions
     for step, rank in enumerate(path):
         chosen = chosen[chosen[:, step] >= 0]
         hits = int((chosen[:, step] == rank).sum())
@@ -93,7 +93,7 @@ def test_acceptance_is_counted_where_the_parent_was_accepted() -> None:
     assert acceptance.counts == [5, 3]  # the fourth left the candidates, the fifth ends
     assert acceptance.rates[0].tolist() == [0.6, 0.2, 0.0]
     assert acceptance.rates[1].tolist() == pytest.approx([2 / 3, 1 / 3, 0.0])
-    shown = {(rate.step, rate.rank): (rate.count, rate.rate) for rate in acceptance.by_rank()}
+    shown = {(rate.step, rate.rank): (rate.count, rate.rate) for rate in acceptance.by_candidate()}
     assert shown[1, 0] == (5, 0.6) and shown[2, 1] == (3, pytest.approx(1 / 3))
     assert len(list(itertools.chain(shown))) == 6
 
@@ -154,7 +154,7 @@ def test_rows_of_layers() -> None:
     assert layer_rows(parse_tree("chain/1", 3), firp, 4) == [2, 2, 4, 4]
     transfer = make_predictor(tiny_teacher(), kind="hidden_transfer", layers=[1, 2, 3])
     assert layer_rows(parse_tree("dynamic:4", 3), transfer, 4) == [4, 8, 12, 16]
-    assert layer_rows(PLAIN, firp, 4) == [1, 1, 1, 1]
+    assert layer_rows(NO_TREE, firp, 4) == [1, 1, 1, 1]
 
 
 def test_step_costs_learn_what_passes_leave_out() -> None:
@@ -163,17 +163,19 @@ def test_step_costs_learn_what_passes_leave_out() -> None:
     costs = StepCosts(CostModel(CostReport({}, {}, {}, 2, 4, [curve], [], 0.0)), predictor, 1, 100)
 
     def truth(spec: TreeSpec) -> float:
-        return costs.passes(spec) + (0.4 + 0.05 * spec.nodes + 0.1 * (spec.kind == "dynamic") if spec != PLAIN else 0.2)
+        return costs.passes(spec) + (
+            0.4 + 0.05 * spec.nodes + 0.1 * (spec.kind == "dynamic") if spec != NO_TREE else 0.2
+        )
 
     names = ["chain", "chain/2", "dynamic:2", "dynamic:8", "dynamic:4/2", "dynamic:8@2", "static:2x2", "dynamic:12/1"]
     probes = [parse_tree(name, 3) for name in names]
-    costs.fit({spec: truth(spec) for spec in [PLAIN, *probes]})
+    costs.fit({spec: truth(spec) for spec in [NO_TREE, *probes]})
     for spec in probes:
         assert costs(spec) == pytest.approx(truth(spec), rel=1e-6)
     for name in ("dynamic:10", "dynamic:6@1", "static:3x1"):
         spec = parse_tree(name, 3)
         assert costs(spec) == pytest.approx(truth(spec), rel=0.02)
-    assert costs(PLAIN) == truth(PLAIN)
+    assert costs(NO_TREE) == truth(NO_TREE)
     said = costs(probes[3])
-    costs.settle({PLAIN: 3.0, probes[3]: 1.2 * truth(probes[3]), probes[0]: 1.2 * truth(probes[0])})
-    assert costs(PLAIN) == 3.0 and costs(probes[3]) == pytest.approx(1.2 * said)
+    costs.settle({NO_TREE: 3.0, probes[3]: 1.2 * truth(probes[3]), probes[0]: 1.2 * truth(probes[0])})
+    assert costs(NO_TREE) == 3.0 and costs(probes[3]) == pytest.approx(1.2 * said)

@@ -51,8 +51,8 @@ def test_every_call_is_the_same_step(
         begin(cache, count, longest)
 
     monkeypatch.setattr(KVCache, "begin", noting)
-    after: dict[str, list[list[torch.Tensor]]] = {"step": [], "plain": []}
-    for name in ("step", "plain", "step", "plain"):
+    after: dict[str, list[list[torch.Tensor]]] = {"step": [], "ar_step": []}
+    for name in ("step", "ar_step", "step", "ar_step"):
         for _ in range(25):
             getattr(probe, name)()
             after[name].append(state_of(probe))
@@ -61,7 +61,7 @@ def test_every_call_is_the_same_step(
             for one, other in zip(state, each[0], strict=True):  # seen from afar a prefix rounds otherwise
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 if run == "late" else 0.0)
     assert all(50 < length <= 55 for length in after["step"][0][0].tolist())
-    assert after["plain"][0][0].tolist() == [51] * batch
+    assert after["ar_step"][0][0].tolist() == [51] * batch
     if run != "graphs":
         assert {count for count, _ in rows} == {TREES[tree], 1}
         assert max(longest for _, longest in rows) <= (50 if run == "at-once" else 50 + 8 * 5)

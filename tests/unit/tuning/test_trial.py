@@ -56,5 +56,5 @@ def test_no_more_prompts_than_were_kept_back() -> None:
 def test_seconds_are_those_of_predicted_decoding() -> None:
     trials = [Trial("chain", 4, 2, 10, Prediction(2.0, 30.0, 20.0, speedup)) for speedup in (2.0, 0.5)]
     bout = make_bout(trials, 100.0)
-    assert (bout.batch, bout.plain) == (4, pytest.approx(2.0)) and bout.trees == pytest.approx((1.0, 4.0))
+    assert (bout.batch, bout.ar) == (4, pytest.approx(2.0)) and bout.trees == pytest.approx((1.0, 4.0))
     assert str(TrialSize(2, 2, 2, 1, 3.2)) == "2 of 2 prompts, 2 repeats, 1 tree, about 3 s"

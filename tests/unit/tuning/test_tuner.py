@@ -34,9 +34,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FIRP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("firp_cli.evaluation.timing.BLOCK_SECONDS", 0.001)
     monkeypatch.setattr("firp_cli.tuning.cost.ROUNDS", 3)
-    monkeypatch.setattr(module, "ROUNDS", 3)
-    monkeypatch.setattr(module, "SITTINGS", 1)
-    monkeypatch.setattr(module, "LEAST_SITTINGS", 1)
+    monkeypatch.setattr(module, "REPEATS", 3)
+    monkeypatch.setattr(module, "TIMING_ROUNDS", 1)
+    monkeypatch.setattr(module, "LEAST_TIMING_ROUNDS", 1)
     monkeypatch.setattr(module, "LADDER", (2, 8))
 
 
@@ -103,12 +103,12 @@ def tuner_of(lengths: dict[str, float], times: dict[str, float], monkeypatch: py
     tuner.learn(embedded_prompts(4))
     tuner.measure()
 
-    def walked(spec: Any) -> list[list[int]]:
+    def emitted(spec: Any) -> list[list[int]]:
         steps = 100
         total = round(lengths.get(str(spec), 1.0) * steps)
         return [[total // steps + (place < total % steps) for place in range(steps)]]
 
-    monkeypatch.setattr(tuner, "walked", walked)
+    monkeypatch.setattr(tuner, "emitted", emitted)
 
     whole_steps_take(times, 5.0, monkeypatch)
     names = [name for name in lengths if parse_tree(name, 4) != tuner.default]
@@ -215,7 +215,7 @@ def test_batches_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -
     tuner = Tuner(teacher, predictor, settings(batches=(1, 2, 8, 16)), tell=told.append)
     limit = 2
     tuner.learn(embedded_prompts(4))
-    assert tuner.batches == [1, 2] and told == ["batch 8 and more are left out: no room for 8"]
+    assert tuner.batches == [1, 2] and told == ["batch sizes from 8 on are skipped: no room for 8"]
     limit = 0
     with pytest.raises(CapacityError):
         tuner.learn(embedded_prompts(4))
