@@ -89,7 +89,7 @@ def bootstrap_ratio_of_ratios(
     repeats: int = REPEATS,
     seed: int = 0,
 ) -> Interval:
-    """Return the 95% percentile interval of (sum base_seconds / sum base_tokens) / (sum seconds / sum tokens), a speedup.
+    """Return the 95% percentile interval of (sum base_seconds / sum base_tokens) / (sum seconds / sum tokens).
 
     Prompts are resampled jointly: entry p of all four lists belongs to prompt p.
     """

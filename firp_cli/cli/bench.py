@@ -276,14 +276,14 @@ def write_report(report: BenchReport, folder: Path) -> None:
 def _print(report: BenchReport, folder: Path) -> None:
     from rich.console import Console
 
-    from firp_cli.reports.cells import NOTE
+    from firp_cli.reports.cells import TEACHERS_NOTE
     from firp_cli.reports.speed_tables import pipeline_note
     from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
 
     console = Console(highlight=False)
     console.print(settings_line(report), markup=False)
     console.print(bench_tables(report))
-    for note in (NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):
+    for note in (TEACHERS_NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):
         if note:
             console.print(note, markup=False)
     console.print(f"report: {folder / 'bench.html'}", markup=False, soft_wrap=True)
