@@ -139,7 +139,10 @@ def test_pipeline_cells_show_statistics_and_tick_costs() -> None:
     cost = several.rows[1].pipeline and several.rows[1].pipeline.cost
     assert cost and "decision 0.15; one loop of one token 1.75 (a tick costs 1.33 x" in speed_tables.tick_line(cost)
     unmeasured = speed_report(speed_row(cost=False))
-    assert speed_tables.tick_cells(unmeasured)[1] == [] and speed_tables.pipeline_cells(unmeasured)[1][0][-3] == tables.DASH
+    assert (
+        speed_tables.tick_cells(unmeasured)[1] == []
+        and speed_tables.pipeline_cells(unmeasured)[1][0][-3] == tables.DASH
+    )
     assert speed_tables.pipeline_cells(bench_report())[1] == [] == speed_tables.pipeline_tables(bench_report())
 
 
@@ -168,7 +171,7 @@ def test_pipeline_survives_json_and_csv() -> None:
     assert "pipeline" not in tables.bench_csv(bench_report())
 
 
-def test_pipeline_in_markdown_and_html() -> None:
+def test_markdown_and_html_have_a_pipeline_section() -> None:
     report = speed_report()
     drawn = figures.bench_figures(report)
     text = tables.bench_markdown(report, list(drawn))
@@ -184,7 +187,7 @@ def test_pipeline_in_markdown_and_html() -> None:
     assert "ipeline" not in without and "tick" not in without
 
 
-def test_terminal_table_of_pipelines_is_narrow() -> None:
+def test_pipeline_terminal_table_fits_80_columns() -> None:
     from rich.console import Console
 
     console = Console(width=80, file=io.StringIO(), record=True)
@@ -195,7 +198,7 @@ def test_terminal_table_of_pipelines_is_narrow() -> None:
     assert "exit accuracy 0.81 0.93 0.97 0.81 0.93 0.97" in lines and "predicted speedup 2.17 –" in lines
 
 
-def test_eval_of_a_pipeline() -> None:
+def test_eval_report_of_early_exits() -> None:
     steps = [StepQuality(loop, 0.7 + 0.08 * loop, 0.85 + 0.04 * loop, 1.1 - 0.3 * loop, 4000) for loop in (1, 2, 3)]
     report = replace(eval_report(), steps=steps, similarity={}, pipeline=pipeline_report())
     assert tables.eval_headers(report)[0] == "exit" and tables.eval_headers(eval_report())[0] == "step"
@@ -208,7 +211,7 @@ def test_eval_of_a_pipeline() -> None:
     assert list(drawn) == ["quality", "occupancy"] and all(image.startswith(PNG) for image in drawn.values())
 
 
-def test_pipeline_figures() -> None:
+def test_bench_figures_show_pipeline_occupancy() -> None:
     drawn = figures.bench_figures(speed_report())
     assert list(drawn) == ["speedup", "occupancy"] and all(image.startswith(PNG) for image in drawn.values())
     both = bench_report()
