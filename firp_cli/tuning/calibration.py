@@ -53,6 +53,11 @@ class TuneSettings:
         if not self.batches or min(self.batches) < 1:
             raise UsageError(f"batch sizes must be at least 1, got {', '.join(map(str, self.batches)) or 'none'}")
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of an engine for sampling."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+
     def describe(self) -> dict[str, Any]:
         """Return the settings under the keys of tune.json."""
         return {"sittings" if name == "timing_rounds" else name: value for name, value in asdict(self).items()}
@@ -80,13 +85,7 @@ def calibrate(
 
     Raises UsageError when all answers are too short for a decoding step.
     """
-    engine = Engine(
-        teacher,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        options=settings.engine,
-    )
+    engine = Engine(teacher, options=settings.engine, **settings.sampling)
     traces, tokens, middles = [], 0, []
     for start in range(0, len(prompts), ANSWER_BATCH):
         part = prompts[start : start + ANSWER_BATCH]

@@ -192,19 +192,14 @@ def search(
     def deepest(spec: TreeSpec) -> float:
         return 1.0 + spec.depth(spec.drafting(predictor.steps))
 
-    whole = [candidate for candidate in candidates if fits(candidate.spec)]
-    consider(whole, deepest)
+    consider([candidate for candidate in candidates if fits(candidate.spec)], deepest)
     known = {scored.spec: scored.length for scored in best}
 
     def unlimited(spec: TreeSpec) -> float:
         return known.get(shapes_of[spec], deepest(spec))
 
-    limited = [
-        (variant, candidate.spec)
-        for candidate in candidates
-        for variant in with_budgets(candidate, predictor)
-        if fits(variant.spec)
-    ]
+    pairs = ((variant, whole.spec) for whole in candidates for variant in with_budgets(whole, predictor))
+    limited = [(variant, shape) for variant, shape in pairs if fits(variant.spec)]
     shapes_of = {variant.spec: shape for variant, shape in limited}
     consider([variant for variant, _ in limited], unlimited)
     return best

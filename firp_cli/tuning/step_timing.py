@@ -77,15 +77,7 @@ class TimedStep:
 
 def make_tree_engine(teacher: Teacher, predictor: Predictor, spec: TreeSpec, settings: TuneSettings) -> Engine:
     """Return an engine that decodes with one tree; with `none` it decodes autoregressively."""
-    return Engine(
-        teacher,
-        predictor,
-        spec,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        options=settings.engine,
-    )
+    return Engine(teacher, predictor, spec, options=settings.engine, **settings.sampling)
 
 
 def time_steps(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.evaluation.methods import BenchSettings, Method
@@ -105,23 +106,13 @@ def decode_trees(
     settings: TuneSettings,
 ) -> list[Prediction]:
     """Decode prompts with each tree and autoregressively; return the measured performance of each tree."""
-    bench_settings = BenchSettings(
-        settings.max_new_tokens,
-        batch,
-        settings.temperature,
-        settings.top_p,
-        repeats,
-        WARMUP,
-        seed=settings.seed,
-        engine=settings.engine,
-    )
+    shared: dict[str, Any] = {"engine": settings.engine, **settings.sampling}
+    bench_settings = BenchSettings(settings.max_new_tokens, batch, repeats=repeats, warmup=WARMUP, **shared)
     trees = {str(number): spec for number, spec in enumerate(specs)} | {"ar": NO_TREE}
     engines = {name: make_tree_engine(teacher, predictor, spec, settings) for name, spec in trees.items()}
     methods = [Method(name, engine.generate, engine=engine) for name, engine in engines.items()]
     report = run_bench(teacher, [BenchPrompt(list(ids), "held") for ids in prompts], methods, bench_settings)
     rows = {row.method: row for row in report.rows if row.category == ALL}
-    ar = rows.pop("ar").step_milliseconds
-    return [
-        Prediction(row.accepted_length, row.step_milliseconds, ar, row.speedup or float("nan"))
-        for row in (rows[str(number)] for number in range(len(specs)))
-    ]
+    ar = rows["ar"].step_milliseconds
+    measured = [rows[str(number)] for number in range(len(specs))]
+    return [Prediction(row.accepted_length, row.step_milliseconds, ar, row.speedup or math.nan) for row in measured]
