@@ -81,7 +81,7 @@ def _cost_title(report: TuneReport, curve: CostCurve) -> str:
 
 
 def _chosen(report: TuneReport) -> TunedTree | None:
-    """The choice for the first batch size, where it is a tree."""
+    """Return the choice for the first batch size, if it is a tree."""
     return next((entry for entry in report.entries[:1] if entry.tree != "none"), None)
 
 

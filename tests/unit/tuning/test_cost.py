@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,19 +118,20 @@ def test_load_or_measure_reuses_costs_of_machine_and_teacher(monkeypatch: pytest
     monkeypatch.setenv("FIRP_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("firp_cli.evaluation.timing.BLOCK_SECONDS", 0.001)
     teacher = tiny_teacher("llama")
-    first, kept = load_or_measure(teacher, 2, [1], [16], 4)
+    measure = partial(load_or_measure, seconds=0.2)
+    first, kept = measure(teacher, 2, [1], [16], 4)
     assert not kept
-    second, kept = load_or_measure(teacher, 2, [1], [16], 4)
+    second, kept = measure(teacher, 2, [1], [16], 4)
     assert kept and second == first
-    assert load_or_measure(teacher, 2, [1], [16], 4, again=True)[1] is False
-    assert load_or_measure(teacher, 1, [1], [16], 4)[1] is False
-    assert load_or_measure(tiny_teacher("qwen3"), 2, [1], [16], 4)[1] is False
+    assert measure(teacher, 2, [1], [16], 4, again=True)[1] is False
+    assert measure(teacher, 1, [1], [16], 4)[1] is False
+    assert measure(tiny_teacher("qwen3"), 2, [1], [16], 4)[1] is False
     another = machine_key(teacher) | {"threads": 64}
     monkeypatch.setattr(module, "machine_key", lambda *_: another)
-    assert load_or_measure(teacher, 2, [1], [16], 4)[1] is False
+    assert measure(teacher, 2, [1], [16], 4)[1] is False
     for file in (tmp_path / "costs").iterdir():
         file.write_text("{}")
-    assert load_or_measure(teacher, 2, [1], [16], 4)[1] is False  # damaged: measured again
+    assert measure(teacher, 2, [1], [16], 4)[1] is False  # damaged: measured again
 
 
 def test_as_benched_is_the_mean_over_medians_of_three() -> None:
