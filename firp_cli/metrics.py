@@ -1,7 +1,7 @@
-"""Definitions of the figures that training, eval and bench report. Plain numpy, no torch.
+"""Definitions of the metrics that training, eval and bench report. Uses numpy, imports no torch.
 
-A chain draft of k steps is accepted up to its first miss; the teacher's own bonus token always comes on top, so an
-accepted length lies in 1..1+k.
+A chain draft of k steps is accepted up to its first miss, and the teacher adds a bonus token, so an accepted length is
+in 1..1+k.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from numpy.typing import ArrayLike, NDArray
 from firp_cli.results import Interval
 
 REPEATS = 2000
-BLOCK_ELEMENTS = 1 << 22  # resampled prompt indices held at once
+BLOCK_ELEMENTS = 1 << 22  # resampled prompt indices in memory
 
 
 def joint_hits(hits: ArrayLike, valid: ArrayLike | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Chain hits and anchor counts by step from a hit matrix.
+    """Return chain hits and anchor counts by draft step from a hit matrix.
 
     Args:
         hits: (anchors, k), true where step i drafted the teacher's token.
-        valid: (anchors, k), true where step i counts; by default run_on_all.
+        valid: (anchors, k), true where step i counts; None: everywhere.
 
     Returns:
         `joint` (k,): anchors whose steps 1..i all hit; `counts` (k,): anchors at which step i counts.
@@ -34,18 +34,18 @@ def joint_hits(hits: ArrayLike, valid: ArrayLike | None = None) -> tuple[NDArray
 
 
 def chain_length(joint: ArrayLike, counts: ArrayLike) -> float:
-    """Expected accepted length of a greedy chain: 1 + sum over i of P(steps 1..i all hit) = 1 + sum joint_i / counts_i.
+    """Return the expected accepted length of a greedy chain: 1 + sum over i of P(steps 1..i all hit).
 
-    A step that no anchor counts adds nothing.
+    P is joint_i / counts_i; a step that no anchor counts adds nothing.
     """
     chain, total = np.asarray(joint, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     return float(1.0 + np.divide(chain, total, out=np.zeros_like(chain), where=total > 0).sum())
 
 
 def ticks_per_token(settled: ArrayLike, counts: ArrayLike, pipeline: Sequence[int]) -> float:
-    """Expected ticks of a SPEED pipeline between a token's start and that of its right successor.
+    """Return the expected ticks of a SPEED pipeline between the start of a token and that of its right successor.
 
-    The successor starts for good after the first exit from which all predictions are right, else after the last loop.
+    The successor starts after the first exit from which on all predictions are right, else after the last loop.
 
     Args:
         settled: (E,) tokens whose predictions are right from exit j on. counts: (E,) tokens.
@@ -57,15 +57,15 @@ def ticks_per_token(settled: ArrayLike, counts: ArrayLike, pipeline: Sequence[in
 
 
 def accepted_length(joint: ArrayLike, counts: ArrayLike, pipeline: Sequence[int] = ()) -> float:
-    """Expected accepted length: of a greedy chain, or of a `pipeline` the tokens it emits in the ticks that plain
-    decoding takes for one (r of them).
+    """Return the expected accepted length of a greedy chain; with a `pipeline` the expected tokens in r ticks, which
+    autoregressive decoding needs for one.
     """
     return pipeline[-1] / ticks_per_token(joint, counts, pipeline) if pipeline else chain_length(joint, counts)
 
 
 def chain_length_of_hits(hits: ArrayLike, valid: ArrayLike | None = None) -> float:
-    """Expected accepted length of a greedy chain from per-anchor hits (anchors, k): 1 + the averaged sum of the
-    cumulative products along the steps. Steps of one anchor are not taken to be independent.
+    """Return the expected accepted length of a greedy chain from per-anchor hits (anchors, k): 1 + the mean sum of the
+    cumulative products along the steps. The steps of an anchor are not assumed to be independent.
     """
     return chain_length(*joint_hits(hits, valid))
 
@@ -73,9 +73,9 @@ def chain_length_of_hits(hits: ArrayLike, valid: ArrayLike | None = None) -> flo
 def bootstrap_ratio(
     numerators: Sequence[float], denominators: Sequence[float], repeats: int = REPEATS, seed: int = 0
 ) -> Interval:
-    """95% percentile interval of sum(numerators) / sum(denominators), resampling prompts with replacement.
+    """Return the 95% percentile interval of sum(numerators) / sum(denominators), resampling prompts with replacement.
 
-    Entry p of both belongs to prompt p (tokens and steps, for an accepted length). Equal input, equal interval.
+    Entry p of both belongs to prompt p (tokens and steps, for an accepted length). Equal input gives equal intervals.
     """
     top, bottom = _columns(numerators, denominators)
     return _interval(lambda picks: top[picks].sum(axis=1) / bottom[picks].sum(axis=1), len(top), repeats, seed)
@@ -89,10 +89,9 @@ def bootstrap_ratio_of_ratios(
     repeats: int = REPEATS,
     seed: int = 0,
 ) -> Interval:
-    """95% percentile interval of a speedup: (sum base_seconds / sum base_tokens) / (sum seconds / sum tokens).
+    """Return the 95% percentile interval of (sum base_seconds / sum base_tokens) / (sum seconds / sum tokens).
 
-    Prompts are resampled jointly: entry p of all four belongs to prompt p, so a prompt that is slow for both counts
-    for both.
+    Prompts are resampled jointly: entry p of all four lists belongs to prompt p.
     """
     base_time, base_count, time, count = _columns(base_seconds, base_tokens, seconds, tokens)
 
@@ -114,7 +113,7 @@ def _columns(*columns: Sequence[float]) -> tuple[NDArray[np.float64], ...]:
 def _interval(
     statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], prompts: int, repeats: int, seed: int
 ) -> Interval:
-    """2.5 and 97.5 percentiles of `statistic` over `repeats` draws of `prompts` prompts, in blocks of bounded size."""
+    """Return the 2.5 and 97.5 percentiles of `statistic` over `repeats` draws of `prompts` prompts, drawn in blocks."""
     generator = np.random.default_rng(seed)
     block = max(1, BLOCK_ELEMENTS // prompts)
     values = []

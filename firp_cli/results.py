@@ -1,6 +1,6 @@
-"""Result records: plain data that commands write as JSON and reports draw. No torch here.
+"""Results that commands write as JSON and reports draw. Imports no torch.
 
-Rates are fractions of 1, times are seconds unless the name says otherwise, intervals are (low, high) at 95%.
+Rates are fractions of 1, times are in seconds unless the name gives another unit, and intervals are (low, high) at 95%.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ TUNE_SCHEMA = "firp.tune/1"
 Interval = tuple[float, float]
 
 
-def plain(record: Any) -> Any:
-    """A record as JSON values; NaN and infinities become None."""
-    value = asdict(record) if hasattr(record, "__dataclass_fields__") else record
+def as_json(result: Any) -> Any:
+    """Return a dataclass or a value as JSON values; NaN and infinities become None."""
+    value = asdict(result) if hasattr(result, "__dataclass_fields__") else result
     return _finite(value)
 
 
@@ -34,17 +34,17 @@ def _finite(value: Any) -> Any:
 
 @dataclass
 class PipelineTrace:
-    """What a SPEED pipeline did for one sequence, or, added up, for several.
+    """Counts of a SPEED pipeline for one sequence, or their sums over several sequences.
 
     Attributes:
-        loops: r. exits: the loops that predict.
-        ticks: passes of the pipeline. left: tokens that it emitted. autoregressive_tokens: tokens decoded outside it,
-            because it was slower.
-        started: tokens that entered. flushes: times that a changed prediction threw younger tokens out. flushed: how
-            many it threw out.
-        corrected: tokens of `left` whose early prediction of the next token was changed later on.
+        loops: r, the loops of the teacher. exits: the loops that predict.
+        ticks: passes of the pipeline. left: tokens that it emitted. autoregressive_tokens: tokens decoded
+            without the pipeline, while it was slower.
+        started: tokens that entered. flushes: changed predictions that discarded younger tokens. flushed: discarded
+            tokens.
+        corrected: tokens of `left` whose early prediction of the next token changed in a later loop.
         hits: by exit, predictions that the last loop confirmed, out of `left`.
-        occupancy: tokens in flight, tick by tick.
+        occupancy: tokens in flight, by tick.
     """
 
     loops: int
@@ -65,7 +65,7 @@ class Generation:
     """Answer of one method to one prompt.
 
     `accepted_lengths` has one entry per decoding step after prefill: the tokens that the step emitted, bonus included
-    (1 in autoregressive decoding), up to the answer's end. The first new token comes from prefill and belongs to no
+    (1 in autoregressive decoding), up to the answer's end. Prefill gives the first new token, which belongs to no
     step, so `len(token_ids) == 1 + sum(accepted_lengths)`.
     """
 
@@ -77,13 +77,13 @@ class Generation:
     decode_seconds: float
     finish_reason: str  # "eos", "stop" or "length"
     text: str = ""
-    pipeline: PipelineTrace | None = None  # for SPEED: a step is a tick, which emits one token or none
-    autoregressive_steps: int = 0  # steps without a draft, since drafting was slower
+    pipeline: PipelineTrace | None = None  # SPEED: a step is a tick, which emits one token or none
+    autoregressive_steps: int = 0  # steps without a draft, made while drafting was slower
 
 
 @dataclass
 class Divergence:
-    """First token at which an output differs from the baseline's. `logit_gap`: logit of expected minus that of got."""
+    """First token at which an output differs from the reference. `logit_gap`: logit of expected minus that of got."""
 
     prompt: int
     position: int
@@ -94,7 +94,7 @@ class Divergence:
 
 @dataclass
 class Lossless:
-    """Token-for-token comparison with the baseline."""
+    """Token-for-token comparison with the reference: numbers of prompts, and where outputs diverge."""
 
     compared: int = 0
     identical: int = 0
@@ -103,13 +103,14 @@ class Lossless:
 
 @dataclass
 class TickCost:
-    """Where a pipeline's tick goes, measured apart from decoding, in milliseconds.
+    """Time of a SPEED pipeline's tick and of its parts, in milliseconds, measured separately from decoding.
 
     Attributes:
         context: tokens in the K/V cache while measuring. tick: a tick with a token at every stage.
-        step: a plain decoding step of one token. loop: one loop of it, step / r.
-        layers, heads, decision: the tick's parts: shared layers over all stages; exit maps, norm and head; what
-            starts, what is flushed, and the read of what left. rows: the layers' time for 1..r tokens in flight.
+        step: an autoregressive decoding step of one token. loop: one loop of it, step / r.
+        layers, heads, decision: parts of the tick. Shared layers over all stages; exit maps, norm and head; choice of
+            the tokens to start and to flush, with the copy of emitted tokens to the host.
+        rows: time of the layers for 1..r tokens in flight.
     """
 
     context: int
@@ -123,25 +124,25 @@ class TickCost:
 
     @property
     def relative(self) -> float:
-        """A tick in loops of one token."""
+        """Cost of a tick, in loops of one token."""
         return self.tick / self.loop
 
 
 @dataclass
 class PipelineReport:
-    """What a SPEED pipeline did over all sequences of a row. Rates are fractions of 1.
+    """Statistics of a SPEED pipeline over all sequences of a row. Rates are fractions of 1.
 
     Attributes:
         loops: r. exits: the loops that predict. shared: the loops share their parameters. ranks: processes.
-        ticks, tokens: ticks and the tokens that left the pipe in them. plain_tokens: decoded outside the pipe, because
-            it did not pay.
-        tokens_per_tick: tokens / ticks; a full pipe gives 1, plain decoding 1 / r.
-        idle: share of ticks from which nothing left. flushes: changed predictions that threw younger tokens out;
-            flushed: share of started tokens that were thrown out.
-        corrected: share of tokens whose early prediction of the next one was changed later on.
-        exit_accuracy: by exit, predictions that the last loop confirmed.
-        occupancy: tick by tick, tokens in flight, averaged over the sequences that still ran.
-        cost: measured tick; predicted_speedup: tokens_per_tick x r / relative tick cost, for tokens in the pipe.
+        ticks, tokens: ticks, and the tokens that the pipeline emitted in them. plain_tokens: tokens decoded
+            autoregressively while the pipeline was slower.
+        tokens_per_tick: tokens / ticks; 1 for a full pipeline, 1 / r for autoregressive decoding.
+        idle: share of ticks that emitted no token. flushes: changed predictions that discarded younger tokens.
+            flushed: share of started tokens that were discarded.
+        corrected: share of tokens whose early prediction of the next token changed in a later loop.
+        exit_accuracy: by exit, share of predictions that the last loop confirmed.
+        occupancy: by tick, mean tokens in flight over the sequences that still ran.
+        cost: measured tick. predicted_speedup: tokens_per_tick x r / relative tick cost, for tokens in the pipeline.
     """
 
     loops: int
@@ -162,8 +163,8 @@ class PipelineReport:
     predicted_speedup: float | None = None
 
     @staticmethod
-    def from_plain(value: dict[str, Any] | None) -> PipelineReport | None:
-        """The report read back from its JSON form."""
+    def from_json(value: dict[str, Any] | None) -> PipelineReport | None:
+        """Return the report that JSON values describe."""
         if value is None:
             return None
         cost = value.get("cost")
@@ -172,9 +173,10 @@ class PipelineReport:
 
 @dataclass
 class Prediction:
-    """What a tree is expected to bring on one machine, at one batch size and context.
+    """Performance of a tree on one machine, at one batch size and context; `Trial.measured` holds measured values.
 
-    `ar_milliseconds`, `step_milliseconds`: a plain step and a step of this tree. `speedup`: over plain decoding.
+    `accepted_length`: tokens per decoding step. `step_milliseconds`, `ar_milliseconds`: a step with this tree and an
+    autoregressive one. `speedup`: over autoregressive decoding.
     """
 
     accepted_length: float
@@ -185,7 +187,7 @@ class Prediction:
 
 @dataclass
 class BenchRow:
-    """One method on one data set (or one category of it). Field names are DESIGN section 5's."""
+    """Measurements of one method on one data set, or on one category of it."""
 
     dataset: str
     category: str
@@ -209,16 +211,16 @@ class BenchRow:
     step_milliseconds: float
     lossless: Lossless
     tree: str | None = None
-    speedup_with_prefill: float | None = None  # Spec-Bench's definition: wall time including prefill
-    pipeline: PipelineReport | None = None  # SPEED: a step is a tick; accepted length counts tokens in r ticks
-    predicted: Prediction | None = None  # what `firp tune` foretold for this tree, batch size and machine
-    teacher: str | None = None  # label of its teacher; set only where the report has several
+    speedup_with_prefill: float | None = None  # Spec-Bench's definition: wall time, prefill included
+    pipeline: PipelineReport | None = None  # SPEED: a step is a tick; accepted length is tokens per r ticks
+    predicted: Prediction | None = None  # by `firp tune`, for this tree, batch size and machine
+    teacher: str | None = None  # label of its teacher, in a report of several
 
 
 @dataclass
 class BenchReport:
-    """A whole bench run. `teachers`: where several were measured, each in the order of the rows' labels; `teacher` is
-    then the first of them. A row's speedup is over its own teacher's baseline.
+    """Results of a bench run. In a report of several teachers `teachers` lists them in the order of the rows' labels,
+    and `teacher` is the first. A row's speedup is over the baseline of its own teacher.
     """
 
     environment: dict[str, Any]
@@ -230,27 +232,26 @@ class BenchReport:
     schema: str = BENCH_SCHEMA
 
     @staticmethod
-    def from_plain(value: dict[str, Any]) -> BenchReport:
-        """The report read back from its JSON form."""
+    def from_json(value: dict[str, Any]) -> BenchReport:
+        """Return the report that JSON values describe."""
         rows = []
         for row in value["rows"]:
             row = dict(row)
-            lossless, pipeline = row.pop("lossless"), row.pop("pipeline", None)
-            foretold = row.pop("predicted", None)
+            lossless, predicted = row.pop("lossless"), row.pop("predicted", None)
             marks = [Divergence(**mark) for mark in lossless["divergences"]]
-            record = Lossless(lossless["compared"], lossless["identical"], marks)
+            compared = Lossless(lossless["compared"], lossless["identical"], marks)
+            pipeline = PipelineReport.from_json(row.pop("pipeline", None))
             known = {item.name for item in fields(BenchRow)}
             kept = {key: item for key, item in row.items() if key in known}
-            prediction = Prediction(**foretold) if foretold else None
-            traced = PipelineReport.from_plain(pipeline)
-            rows.append(BenchRow(**kept, lossless=record, pipeline=traced, predicted=prediction))
+            prediction = Prediction(**predicted) if predicted else None
+            rows.append(BenchRow(**kept, lossless=compared, pipeline=pipeline, predicted=prediction))
         keys = ("environment", "teacher", "settings", "skipped_long", "schema")
         return BenchReport(rows=rows, teachers=value.get("teachers", []), **{key: value[key] for key in keys})
 
 
 @dataclass
 class StepQuality:
-    """Quality of step i's draft against the teacher's own row at n+i, averaged over anchors."""
+    """Quality of draft step i, averaged over anchors n: agreement with the teacher's row at n+i. `kl` in nats."""
 
     step: int
     top1: float
@@ -261,7 +262,7 @@ class StepQuality:
 
 @dataclass
 class EvalReport:
-    """What `firp eval` measured. `similarity[l]`: cosine(pseudo, real) at layer l by step; None before it starts."""
+    """Results of `firp eval`. `similarity[l]`: cosine(pseudo, real) at layer l by draft step; None below its layer."""
 
     environment: dict[str, Any]
     teacher: dict[str, Any]
@@ -272,5 +273,5 @@ class EvalReport:
     expected_accepted_length_tree: float
     tree: str
     similarity: dict[int, list[float | None]]
-    pipeline: PipelineReport | None = None  # SPEED: `steps` are its exits, by loop
+    pipeline: PipelineReport | None = None  # SPEED: `steps` are the exits, by loop
     schema: str = EVAL_SCHEMA

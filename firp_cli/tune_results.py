@@ -1,4 +1,4 @@
-"""Results of `firp tune`: measured costs, acceptance, trials and trees. Plain data, no torch."""
+"""Results of `firp tune`: measured costs, acceptance, trials and trees. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ TREES_SCHEMA = "firp.trees/1"
 
 @dataclass
 class CostCurve:
-    """Time of a pass of `rows` rows per sequence, by part, in milliseconds: layers below the first transfer layer,
-    layers from there on, final norm with head. Between two row counts the time is taken as linear.
+    """Times of passes of `rows` rows per sequence, by part, in milliseconds. `lower`: layers below the first transfer
+    layer; `upper`: layers from there on; `head`: final norm and head. Between two row counts the time is linear.
     """
 
     batch_size: int
@@ -26,7 +26,7 @@ class CostCurve:
 
 @dataclass
 class CostCheck:
-    """A point that the curves were not made from: the whole pass in milliseconds, and what the curves say of it."""
+    """Time of a whole pass that no curve contains, in milliseconds: predicted by the curves, and measured."""
 
     batch_size: int
     context: int
@@ -36,13 +36,13 @@ class CostCheck:
 
     @property
     def error(self) -> float:
-        """Relative to what was measured."""
+        """Relative error of the prediction: predicted / measured - 1."""
         return self.predicted / self.measured - 1
 
 
 @dataclass
 class CostReport:
-    """The cost of passes on one machine. `split`: layers of the lower part, of `layers`; `seconds`: what it took."""
+    """Cost of passes on one machine. `split`: layers of the lower part, out of `layers`. `seconds`: of measuring."""
 
     environment: dict[str, Any]
     machine: dict[str, Any]
@@ -55,12 +55,12 @@ class CostReport:
 
     @property
     def residual(self) -> float:
-        """Largest relative error of the checks."""
+        """Largest relative error of the checks, as a fraction."""
         return max((abs(check.error) for check in self.checks), default=0.0)
 
     @staticmethod
-    def from_plain(value: dict[str, Any]) -> CostReport:
-        """The report read back from its JSON form."""
+    def from_json(value: dict[str, Any]) -> CostReport:
+        """Return the report that JSON values describe."""
         curves = [CostCurve(**curve) for curve in value["curves"]]
         checks = [CostCheck(**check) for check in value["checks"]]
         return CostReport(**{**value, "curves": curves, "checks": checks})
@@ -68,15 +68,16 @@ class CostReport:
 
 @dataclass
 class TunedTree:
-    """The best tree found for one batch size: an entry of tree.json.
+    """Best tree for one batch size: an entry of tree.json.
 
     Attributes:
-        machine: what must be the same for the entry to be used. teacher: weight fingerprint.
-        tree: its specification, `none` where no tree pays. paths: nodes of a static tree, as ranks from the root; of a
-            dynamic one those that it most likely has.
-        steps, budget: draft steps that are run, nodes with pseudo rows; None: all.
-        nodes, rows: real rows of a step, and all of its rows, per sequence.
-        probabilities: by node, the root first, how likely it is accepted.
+        machine: key of the machine; the entry is used only where it is equal. teacher: weight fingerprint.
+        tree: specification; `none` where no tree is faster than autoregressive decoding.
+        paths: nodes as positions among the candidates of each step, from the root; for a dynamic tree the most likely
+            nodes.
+        steps: draft steps that are run. budget: nodes with pseudo rows. None stands for all.
+        nodes, rows: real rows of a decoding step, and all of its rows, per sequence.
+        probabilities: by node, the root first, probability that the node is accepted.
     """
 
     machine: dict[str, Any]
@@ -94,14 +95,14 @@ class TunedTree:
     probabilities: list[float] | None = None
 
     @staticmethod
-    def from_plain(value: dict[str, Any]) -> TunedTree:
-        """The entry read back from its JSON form."""
+    def from_json(value: dict[str, Any]) -> TunedTree:
+        """Return the entry that JSON values describe."""
         return TunedTree(**{**value, "predicted": Prediction(**value["predicted"])})
 
 
 @dataclass
 class Trial:
-    """A tree that was tried. `measured`: decoded for real, on calibration prompts that did not choose the tree."""
+    """Predicted performance of a tree. `measured`: by decoding prompts that were not used to choose the tree."""
 
     tree: str
     batch_size: int
@@ -112,8 +113,10 @@ class Trial:
 
 
 @dataclass
-class RankRate:
-    """Of `count` accepted parents, the share whose successor was the candidate of `rank` (0: the most probable)."""
+class CandidateRate:
+    """Acceptance of one candidate of a draft step: the share of `count` accepted parents whose next token was the
+    candidate at position `rank` (0: the most probable).
+    """
 
     step: int
     rank: int
@@ -123,7 +126,7 @@ class RankRate:
 
 @dataclass
 class Reliability:
-    """Candidates of step `step` by the draft's own probability: the mean of a bin, and the share that was right."""
+    """Candidates of one draft step in one bin of probability: the mean drafted probability, and the accepted share."""
 
     step: int
     count: int
@@ -133,13 +136,14 @@ class Reliability:
 
 @dataclass
 class TuneReport:
-    """What `firp tune` measured and chose.
+    """Results of `firp tune`.
 
     Attributes:
-        calibration: data set, prompts, tokens, anchors, size of the trial. acceptance: by step and rank. reliability:
-            by step and bin.
+        calibration: data set, prompts, tokens, anchors, size of the trial. acceptance: by draft step and candidate.
+            reliability: by draft step and bin.
         entries: the choice for each batch size. ladder: the best tree of each number of nodes, at the first batch
-            size. batches: the chosen tree at each batch size. break_even: smallest batch size at which no tree pays.
+            size. batches: the best tree at each batch size, also where it is slower than autoregressive decoding.
+            break_even: smallest batch size at which every tree is slower.
     """
 
     environment: dict[str, Any]
@@ -147,7 +151,7 @@ class TuneReport:
     predictor: dict[str, Any]
     settings: dict[str, Any]
     calibration: dict[str, Any]
-    acceptance: list[RankRate]
+    acceptance: list[CandidateRate]
     reliability: list[Reliability]
     cost: CostReport
     entries: list[TunedTree]

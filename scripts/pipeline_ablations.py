@@ -19,7 +19,7 @@ from firp_cli.api.loading import load_pair
 from firp_cli.cli.bench import load_bench_prompts
 from firp_cli.config import SpeedConfig
 from firp_cli.decoding.speed.pipeline import PipelineEngine
-from firp_cli.evaluation.methods import BenchSettings, Method, make_methods
+from firp_cli.evaluation.methods import BenchSettings, Method, make_methods, pipeline_details
 from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.predictors.folder import build_predictor
 from firp_cli.predictors.speed import SpeedPredictor
@@ -113,7 +113,8 @@ def main() -> int:
     for variant in variants(trained.loops):
         predictor = build(variant, trained, teacher)
         engine = PipelineEngine(teacher, predictor, guard=variant.guard)
-        methods.append(Method(variant.name, engine.generate, exits=predictor))
+        details = pipeline_details(teacher, predictor)
+        methods.append(Method(variant.name, engine.generate, add_details=details))
     prompts = load_bench_prompts(arguments.dataset, arguments.data_dir, arguments.prompts, teacher)
     report = run_bench(
         teacher,
@@ -134,9 +135,9 @@ def main() -> int:
         f"1..{trained.loops} tokens " + " ".join(f"{value:.2f}" for value in cost.rows)
     )
     if arguments.output:
-        from firp_cli.results import plain
+        from firp_cli.results import as_json
 
-        arguments.output.write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
+        arguments.output.write_text(json.dumps(as_json(report), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -139,9 +139,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.brute_force:
         sys.stdout.write(verdict(rows) + "\n")
     if arguments.output:
-        from firp_cli.results import plain
+        from firp_cli.results import as_json
 
-        arguments.output.write_text(json.dumps({name: plain(row) for name, row in rows.items()}, indent=2))
+        arguments.output.write_text(json.dumps({name: as_json(row) for name, row in rows.items()}, indent=2))
     return 0
 
 

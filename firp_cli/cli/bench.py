@@ -117,9 +117,9 @@ def bench(
     folder = output or default_output(dataset)
     write_report(whole, folder)
     if as_json:
-        from firp_cli.results import plain
+        from firp_cli import results
 
-        print_json(plain(whole))
+        print_json(results.as_json(whole))
     else:
         _print(whole, folder)
 
@@ -261,9 +261,9 @@ def write_report(report: BenchReport, folder: Path) -> None:
     from firp_cli.reports.figures import bench_figures
     from firp_cli.reports.html import bench_html
     from firp_cli.reports.tables import bench_csv, bench_markdown
-    from firp_cli.results import plain
+    from firp_cli.results import as_json
 
-    write_json(folder / "bench.json", plain(report))
+    write_json(folder / "bench.json", as_json(report))
     figures = bench_figures(report)
     files = {f"{name}.png": image for name, image in figures.items()}
     files["bench.csv"] = bench_csv(report).encode()
@@ -276,14 +276,14 @@ def write_report(report: BenchReport, folder: Path) -> None:
 def _print(report: BenchReport, folder: Path) -> None:
     from rich.console import Console
 
-    from firp_cli.reports.cells import NOTE
+    from firp_cli.reports.cells import TEACHERS_NOTE
     from firp_cli.reports.speed_tables import pipeline_note
     from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
 
     console = Console(highlight=False)
     console.print(settings_line(report), markup=False)
     console.print(bench_tables(report))
-    for note in (NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):
+    for note in (TEACHERS_NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):
         if note:
             console.print(note, markup=False)
     console.print(f"report: {folder / 'bench.html'}", markup=False, soft_wrap=True)

@@ -92,9 +92,9 @@ def evaluate(
     target = output or Path("runs") / f"eval-{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
     write_report(report, target)
     if as_json:
-        from firp_cli.results import plain
+        from firp_cli import results
 
-        print_json(plain(report))
+        print_json(results.as_json(report))
     else:
         _print(report, target)
 
@@ -207,9 +207,9 @@ def write_report(report: EvalReport, folder: Path) -> None:
     """eval.json and the figures as PNG, each whole or absent."""
     from firp_cli.files import write_atomically, write_json
     from firp_cli.reports.figures import eval_figures
-    from firp_cli.results import plain
+    from firp_cli.results import as_json
 
-    write_json(folder / "eval.json", plain(report))
+    write_json(folder / "eval.json", as_json(report))
     for name, image in eval_figures(report).items():
         write_atomically(folder / f"{name}.png", lambda path, image=image: path.write_bytes(image))  # type: ignore[misc]
 

@@ -299,11 +299,11 @@ def _note_gate(output: Path, found: dict[str, Any]) -> dict[str, Any]:
     import json
 
     from firp_cli.files import write_json
-    from firp_cli.results import plain
+    from firp_cli.results import as_json
 
     path = output / "training.json"
     record = json.loads(path.read_text(encoding="utf-8"))
-    record["gate"] = plain(found)
+    record["gate"] = as_json(found)
     write_json(path, record)
     return record
 

@@ -37,8 +37,8 @@ def print_plan(
         mean_tokens: of a conversation, where there is no store yet.
         device_tflops, utilisation: a device's peak in 1e12 operations per second, and the share of it that is reached.
     """
+    from firp_cli import results
     from firp_cli.machine import parse_bytes, readable_bytes
-    from firp_cli.results import plain
     from firp_cli.training.plan import make_plan
     from firp_cli.training.preflight import preflight
     from firp_cli.training.time_model import PEAK_FLOPS, UTILISATION, Speed
@@ -52,7 +52,8 @@ def print_plan(
     if room is not None and checked is not None and found.memory is not None:
         verdict = checked[1] or f"fits: a rank needs {readable_bytes(found.memory['total'])} of {readable_bytes(room)}"
     if as_json:
-        print_json({"recipe": recipe.model_dump(), "plan": plain(found), "device_memory": room, "verdict": verdict})
+        plan = results.as_json(found)
+        print_json({"recipe": recipe.model_dump(), "plan": plan, "device_memory": room, "verdict": verdict})
         return
     from rich.console import Console
 

@@ -106,7 +106,7 @@ def tune(
         trial=trial,
         repeats=repeats,
         again=remeasure,
-        sittings=sittings,
+        timing_rounds=sittings,
         engine=EngineOptions(attention=attention, graphs=graphs),
     )
     folder = predictor_folder(predictor)
@@ -124,9 +124,9 @@ def _publish(report: TuneReport, target: Path, output: Path, as_json: bool) -> N
     """Write the report's files and print it."""
     write_report(report, output)
     if as_json:
-        from firp_cli.results import plain
+        from firp_cli import results
 
-        print_json(plain(report))
+        print_json(results.as_json(report))
     else:
         _print(report, target, output)
 
@@ -222,9 +222,9 @@ def write_report(report: TuneReport, folder: Path) -> None:
     """tune.json, tune.md, tune.html and the figures as PNG, each whole or absent."""
     from firp_cli.files import write_atomically, write_json
     from firp_cli.reports.tuning import tune_figures, tune_html, tune_markdown
-    from firp_cli.results import plain
+    from firp_cli.results import as_json
 
-    write_json(folder / "tune.json", plain(report))
+    write_json(folder / "tune.json", as_json(report))
     figures = tune_figures(report)
     files = {f"{name}.png": image for name, image in figures.items()}
     files["tune.md"] = tune_markdown(report, list(figures)).encode()

@@ -10,7 +10,7 @@ from typing import Any
 
 from firp_cli.decoding.tree_spec import TreeSpec, read_tree_file, tree_of
 from firp_cli.errors import UsageError
-from firp_cli.results import plain
+from firp_cli.results import as_json
 from firp_cli.tune_results import TREES_SCHEMA, TunedTree
 
 KEY = ("machine", "teacher", "batch_size", "temperature")  # equal in entries that replace one another
@@ -103,7 +103,7 @@ def _entries(path: Path, value: dict[str, Any]) -> list[TunedTree]:
     known = []
     for number, item in enumerate(entries):
         try:
-            entry = TunedTree.from_plain(item)
+            entry = TunedTree.from_json(item)
             numbers = (entry.batch_size, entry.context, entry.temperature, entry.predicted.step_milliseconds)
             if not isinstance(entry.tree, str) or not all(isinstance(number, int | float) for number in numbers):
                 raise TypeError("a field has another type")
@@ -121,7 +121,7 @@ def update_trees(path: Path, entries: Sequence[TunedTree]) -> dict[str, Any]:
     value = read_tree_file(path) if path.is_file() else {}
     kept = [entry for entry in _entries(path, value) if not any(_replaces(new, entry) for new in entries)]
     default = {name: item for name, item in value.items() if name not in ("schema", "entries")}
-    return {"schema": TREES_SCHEMA, **default, "entries": [plain(entry) for entry in (*kept, *entries)]}
+    return {"schema": TREES_SCHEMA, **default, "entries": [as_json(entry) for entry in (*kept, *entries)]}
 
 
 def _replaces(new: TunedTree, old: TunedTree) -> bool:

@@ -1,1 +1,1 @@
-"""Quality, speed and losslessness of predictors."""
+"""Quality, speedup and losslessness of predictors."""

@@ -1,4 +1,4 @@
-"""Predictors by teacher: what one bench measures of each. Reads config.json files, loads no weights."""
+"""Groups of predictors by teacher, and the methods that a bench measures with each. Loads no weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from firp_cli.predictors.folder import read_config
 
 @dataclass(frozen=True)
 class Group:
-    """Predictors of one teacher, and what is measured with it.
+    """Predictors of one teacher, and the methods to measure with it.
 
     Attributes:
-        teacher: as the user or the predictors' config.json names it; None: the default one.
+        teacher: name from the user or from the predictors' config.json; None: the default teacher.
         folders, kinds: of its predictors, by method name. methods: names to measure.
-        label: what reports call the teacher where several are measured.
+        label: name of the teacher in reports of several teachers.
     """
 
     teacher: str | None
@@ -30,21 +30,21 @@ class Group:
 
 
 def group_by_teacher(folders: Sequence[Path], teacher: str | None = None) -> list[Group]:
-    """Predictor folders by the teacher that they were trained for, in order of first appearance; all in one group where
-    `teacher` is given. One group without predictors where there is no folder.
+    """Group predictor folders by the teacher that they were trained for, in order of first appearance.
 
-    A model folder and a hub id may name the same teacher: then the fingerprint tells. Raises PredictorError.
+    All are in one group if `teacher` is given; without folders there is one group without predictors. A model folder
+    and a hub id of the same teacher are recognised by the fingerprint. Raises PredictorError.
     """
     configs = {folder: read_config(folder) for folder in dict.fromkeys(folders)}
     if teacher is not None or not configs:
         return [_group(teacher, configs)]
     groups: list[dict[Path, dict[str, Any]]] = []
     for folder, config in configs.items():
-        known = (group for group in groups if any(_same(config["teacher"], each["teacher"]) for each in group.values()))
-        own = next(known, None)
-        if own is None:
-            groups.append(own := {})
-        own[folder] = config
+        alike = (g for g in groups if any(_same(config["teacher"], member["teacher"]) for member in g.values()))
+        group = next(alike, None)
+        if group is None:
+            groups.append(group := {})
+        group[folder] = config
     return [_group(next(iter(group.values()))["teacher"].get("name"), group) for group in groups]
 
 
@@ -60,10 +60,10 @@ def _group(teacher: str | None, configs: dict[Path, dict[str, Any]]) -> Group:
 
 
 def choose_groups(wanted: Sequence[str] | None, groups: Sequence[Group]) -> list[Group]:
-    """The groups to measure, with their methods: the baselines and all predictors of each, or those of `wanted`.
+    """Return the groups to measure, with their methods: the baselines and all predictors of each, or those of `wanted`.
 
-    Where `wanted` names predictors, groups that have none of them are left out. Raises UsageError with the nearest name
-    when no group has a method of that name.
+    If `wanted` names predictors, groups without any of them are dropped. Raises UsageError with the nearest name when
+    no group has a method of that name.
     """
     known = list(dict.fromkeys(name for group in groups for name in group.folders))
     names = choose_methods(wanted, known)
@@ -80,8 +80,8 @@ def choose_groups(wanted: Sequence[str] | None, groups: Sequence[Group]) -> list
 
 
 def embedded_folders(teacher: str | None, wanted: Sequence[str] | None) -> list[Path]:
-    """The shipped predictors of `teacher`; without one of all embedded teachers, or of the default one where `wanted`
-    names baselines alone. Those of a teacher that is not embedded are for whoever names it or them.
+    """Return the shipped predictors of `teacher`. Without `teacher`: those of all embedded teachers, or of the default
+    one if `wanted` names only baselines. Predictors of other teachers must be named, or their teacher must be.
     """
     if teacher is None and wanted and all(name in BASELINES for name in wanted):
         teacher = DEFAULT_TEACHER
@@ -90,6 +90,6 @@ def embedded_folders(teacher: str | None, wanted: Sequence[str] | None) -> list[
 
 
 def teacher_labels(names: Sequence[str]) -> list[str]:
-    """What reports call teachers: their names, of folders the last part where no other teacher's is the same."""
+    """Return the teachers' names in reports: of a folder its last part, if no other teacher has the same."""
     short = [Path(name).name if Path(name).is_absolute() else name for name in names]
     return [label if short.count(label) == 1 else name for name, label in zip(names, short, strict=True)]

@@ -14,7 +14,7 @@ from firp_cli.teacher.teacher import Teacher
 
 
 def measurement_environment(teacher: Teacher) -> dict[str, Any]:
-    """`provenance.environment` with what only torch knows: threads, device name, CUDA version."""
+    """Return `provenance.environment` with threads, layer backend, device name and CUDA version from torch."""
     values = environment()
     values["torch_threads"] = torch.get_num_threads()
     values["layers"] = teacher.stack.name
@@ -25,7 +25,7 @@ def measurement_environment(teacher: Teacher) -> dict[str, Any]:
 
 
 def machine_key(teacher: Teacher, attention: str = "auto", graphs: bool = True) -> dict[str, Any]:
-    """What must be the same for a time measured here to hold: device, threads, number format, layers, torch."""
+    """Return the properties that must be equal for a time measured here to be valid: device, threads, dtype, torch."""
     device = teacher.device
     cuda = device.type == "cuda"
     return {

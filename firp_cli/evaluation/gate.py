@@ -1,4 +1,4 @@
-"""Check that decoding accepts what training predicts."""
+"""Check that decoding accepts the tokens that the training forward predicts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree
-from firp_cli.evaluation.simulate import simulate, simulate_ticks
+from firp_cli.evaluation.simulate import simulate_answer, simulate_ticks
 from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.teacher import Teacher
 
-GATE_TOLERANCE = {torch.float32: 0.02}  # relative; elsewhere rounding flips near-ties between the two forwards
+GATE_TOLERANCE = {torch.float32: 0.02}  # relative; in other dtypes rounding flips near-ties between the two forwards
 GATE_TOLERANCE_ROUNDED = 0.1
 
 
@@ -26,24 +26,24 @@ def gate(
     tree: TreeSpec | str | None,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """Decode the prompts greedily, simulate the very output, and compare mean accepted lengths.
+    """Decode the prompts greedily, simulate the same output, and compare mean accepted lengths.
 
-    Prompts that leave the answer no room in the teacher's context are left out. Returns `simulated` and `real` (tokens
-    per decoding step, bonus included; for early exits tokens in r ticks), `prompts` (how many were decoded), and
-    `agree`.
+    Prompts that leave no room for the answer in the teacher's context are skipped. Returns `simulated` and `real`
+    (tokens per decoding step, bonus included; for early exits tokens in r ticks), `prompts` (number of decoded
+    prompts), and `agree`.
     """
     prompts = [prompt for prompt in prompts if len(prompt) + max_new_tokens <= teacher.max_positions]
     if isinstance(predictor, SpeedPredictor):
-        means = _pipeline_lengths(teacher, predictor, prompts, max_new_tokens)
+        simulated, real = _pipeline_lengths(teacher, predictor, prompts, max_new_tokens)
     else:
         assert isinstance(predictor, TreePredictor)
-        means = _tree_lengths(teacher, predictor, prompts, tree, max_new_tokens)
+        simulated, real = _tree_lengths(teacher, predictor, prompts, tree, max_new_tokens)
     tolerance = GATE_TOLERANCE.get(teacher.dtype, GATE_TOLERANCE_ROUNDED)
     return {
-        "simulated": means[0],
-        "real": means[1],
+        "simulated": simulated,
+        "real": real,
         "prompts": len(prompts),
-        "agree": abs(means[0] - means[1]) <= tolerance * means[1],
+        "agree": abs(simulated - real) <= tolerance * real,
     }
 
 
@@ -54,7 +54,7 @@ def _tree_lengths(
     tree: TreeSpec | str | None,
     max_new_tokens: int,
 ) -> tuple[float, float]:
-    """Simulated and decoded tokens per step."""
+    """Return simulated and decoded tokens per step."""
     if isinstance(tree, str):
         tree = parse_tree(tree, predictor.steps)
     spec = tree or default_tree(None, predictor)
@@ -63,7 +63,7 @@ def _tree_lengths(
     real: list[int] = []
     for prompt, generation in zip(prompts, generations, strict=True):
         real += generation.accepted_lengths
-        simulated += simulate(teacher, predictor, [*prompt, *generation.token_ids], len(prompt), spec)
+        simulated += simulate_answer(teacher, predictor, [*prompt, *generation.token_ids], len(prompt), spec)
     return _mean(simulated), _mean(real)
 
 
@@ -74,12 +74,13 @@ def _mean(lengths: Sequence[int]) -> float:
 def _pipeline_lengths(
     teacher: Teacher, predictor: SpeedPredictor, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[float, float]:
-    """Simulated and decoded tokens in r ticks."""
+    """Return simulated and decoded tokens in r ticks."""
     engine = PipelineEngine(teacher, predictor, guard=False)
-    left = simulated = ticks = 0
+    tokens = simulated = ticks = 0
     for prompt, generation in zip(prompts, engine.generate(prompts, max_new_tokens) if prompts else [], strict=True):
         assert generation.pipeline is not None
-        left += generation.pipeline.left
+        tokens += generation.pipeline.left
         ticks += generation.pipeline.ticks
         simulated += simulate_ticks(teacher, predictor, [*prompt, *generation.token_ids], len(prompt))
-    return tuple(predictor.loops * left / count if count else 1.0 for count in (simulated, ticks))  # type: ignore[return-value]
+    lengths = [predictor.loops * tokens / count if count else 1.0 for count in (simulated, ticks)]
+    return lengths[0], lengths[1]

@@ -1,6 +1,6 @@
-"""The outside baseline: transformers' own `generate`, timed and counted as our engine counts.
+"""Baseline `hf`: transformers' own `generate`, with times and counts defined as in this package's engine.
 
-Its token ids at temperature 0 are what every other method must reproduce.
+At temperature 0 all other methods must reproduce its token ids.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from firp_cli.teacher.teacher import Teacher
 
 
 class HuggingFaceGenerate:
-    """The method `hf`: `model.generate` with nothing on but what was asked for, whatever the model's own generation
-    config says.
+    """Method `hf`: `model.generate` with the given sampling options only; the model's generation config is not used.
 
     Args:
         temperature: 0 is greedy. top_p: applied after temperature.
@@ -33,10 +32,10 @@ class HuggingFaceGenerate:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
-        """Decode the prompts (token ids) as one left-padded batch, EOS included in what comes back.
+        """Decode the prompts (token ids) as one left-padded batch. Returned token ids include EOS.
 
-        Prefill ends when the first new token is chosen; `decode_seconds` is the rest of the call, the same for every
-        sequence of the batch.
+        Prefill ends when the first new token is chosen; `decode_seconds` is the rest of the call, the same for all
+        sequences of the batch.
         """
         device = self.teacher.device
         width = max(map(len, prompts))
@@ -58,7 +57,7 @@ class HuggingFaceGenerate:
         return [self._generation(len(prompt), row, prefill, decode) for prompt, row in zip(prompts, rows, strict=True)]
 
     def _padding(self) -> int:
-        """A token to pad with: the attention mask hides it, so any will do."""
+        """Return a padding token; any will do, since the attention mask hides it."""
         padding = getattr(self.teacher.tokenizer, "pad_token_id", None)
         if padding is not None:
             return int(padding)
@@ -81,7 +80,7 @@ class HuggingFaceGenerate:
 
     @contextmanager
     def _seeded(self, device: torch.device) -> Iterator[None]:
-        """`generate` draws from the global generator: seed it for sampling only, and put it back."""
+        """Seed torch's global generator, from which `generate` samples, and restore it afterwards."""
         if not self.temperature:
             yield
             return
@@ -108,7 +107,7 @@ class HuggingFaceGenerate:
 
 
 class _FirstToken:
-    """A stopping criterion that stops nothing: it notes when the first new token is there."""
+    """Stopping criterion that never stops: it records the time of the first new token."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = 0.0
@@ -124,8 +123,8 @@ class _FirstToken:
 
 @contextmanager
 def _bare_generation(model: Any) -> Iterator[None]:
-    """`generate` fills what a config leaves open from the model's own generation config (penalties, suppressed tokens):
-    take that away while it runs.
+    """Remove the model's generation config for the duration: `generate` takes unset options (penalties, suppressed
+    tokens) from it.
     """
     from transformers import GenerationConfig
 

@@ -1,4 +1,4 @@
-"""Outputs compared token for token, and how close the teacher itself was where they part."""
+"""Token-for-token comparison of outputs, and the teacher's logit gap where they diverge."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from firp_cli.teacher.teacher import Teacher
 
 
 def compare_tokens(
-    teacher: Teacher, prompts: Sequence[Sequence[int]], reference: Sequence[BatchRun], other: Sequence[BatchRun]
+    teacher: Teacher, prompts: Sequence[Sequence[int]], reference: Sequence[BatchRun], compared: Sequence[BatchRun]
 ) -> dict[int, Divergence | None]:
-    """Number of a prompt (token ids) to its first divergence from the reference, None where all tokens are equal."""
-    found: dict[int, Divergence | None] = {}
-    for expected_run, got_run in zip(reference, other, strict=True):
-        for number, one, two in zip(expected_run.numbers, expected_run.generations, got_run.generations, strict=True):
-            found[number] = first_divergence(teacher, number, prompts[number], one.token_ids, two.token_ids)
-    return found
+    """Return the first divergence from the reference by index of the prompt; None where all tokens are equal."""
+    divergences: dict[int, Divergence | None] = {}
+    for expected_run, got_run in zip(reference, compared, strict=True):
+        pairs = zip(expected_run.numbers, expected_run.generations, got_run.generations, strict=True)
+        for number, expected, got in pairs:
+            divergences[number] = first_divergence(teacher, number, prompts[number], expected.token_ids, got.token_ids)
+    return divergences
 
 
 def first_divergence(
     teacher: Teacher, number: int, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]
 ) -> Divergence | None:
-    """Where `got` leaves `expected`, and how far apart the teacher's logits of the two tokens are there.
+    """Return the first divergence of `got` from `expected`, with the gap of the teacher's logits of the two tokens.
 
-    A side that ended earlier has token -1 and no gap (NaN).
+    If one side is shorter, its token is -1 and the gap is NaN.
     """
     if list(expected) == list(got):
         return None
@@ -44,7 +45,7 @@ def first_divergence(
 
 @torch.inference_mode()
 def next_token_logits(teacher: Teacher, token_ids: Sequence[int]) -> torch.Tensor:
-    """The teacher's float32 logits (V,) behind `token_ids`, from one whole forward."""
+    """Return the teacher's float32 logits (V,) after `token_ids`, from one forward over all of them."""
     ids = torch.tensor([list(token_ids)], device=teacher.device)
     count = ids.shape[1]
     positions = torch.arange(count, device=teacher.device)[None]

@@ -1,10 +1,11 @@
-"""Methods that a bench compares: plain decoding, transformers' generate and predictors."""
+"""Methods that a bench compares: autoregressive decoding, transformers' `generate` and predictors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from firp_cli.assets import nearest
@@ -15,33 +16,48 @@ from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
+from firp_cli.evaluation.rows import BatchRun, runs_of
+from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
-from firp_cli.results import Generation
+from firp_cli.results import BenchRow, Generation
 from firp_cli.teacher.teacher import Teacher
 
 BASELINES = ("ar", "hf")
 Generate = Callable[[Sequence[Sequence[int]], int], list[Generation]]
+AddDetails = Callable[[Sequence[BenchRow], Sequence[BatchRun], "BenchSettings"], None]
 
 
 @dataclass
 class Method:
-    """Something that decodes: `generate(prompts, max_new_tokens)` returns one Generation per prompt."""
+    """Way to decode that a bench measures.
+
+    Attributes:
+        generate: `generate(prompts, max_new_tokens)` returns one Generation per prompt.
+        predictor: folder of its predictor. tree: specification of its draft tree.
+        engine: the engine of this package that decodes; None for others.
+        on_all_ranks: all ranks must call `generate`, since they share the work.
+        add_details: sets the fields of the method's rows that only methods of its kind have.
+    """
 
     name: str
     generate: Generate
-    predictor: str | None = None  # folder that the predictor came from
+    predictor: str | None = None
     tree: str | None = None
-    exits: SpeedPredictor | None = None  # of a pipeline
-    engine: Engine | PipelineEngine | None = None  # of ours
+    engine: Engine | PipelineEngine | None = None
+    on_all_ranks: bool = False
+    add_details: AddDetails | None = None
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What every method is measured under. `warmup`: times that each method decodes the longest batch, uncounted.
+    """Conditions that all methods are measured under.
 
-    `ranks`: processes that share a pipeline's stages, of which this is `rank`. `guard`: predictors may fall back to
-    plain decoding; None: those that feed a pipeline. `engine`: how our engine runs its steps.
+    Attributes:
+        warmup: uncounted times that each method decodes the longest batch.
+        rank, ranks: this process among those that share a pipeline's stages.
+        guard: predictors fall back to autoregressive decoding while drafting is slower; None: only pipelines do.
+        engine: how this package's engine runs its steps.
     """
 
     max_new_tokens: int = 128
@@ -59,7 +75,7 @@ class BenchSettings:
 
 @dataclass
 class LoadedPredictor:
-    """A predictor with the trees it is measured with (None: it feeds a pipeline) and the folder it came from."""
+    """Predictor with its draft trees (None for early exits) and its folder."""
 
     predictor: Predictor
     tree: TreeSpec | TunedTrees | None
@@ -67,18 +83,17 @@ class LoadedPredictor:
 
 
 def predictor_names(kinds: Sequence[tuple[str, Path]]) -> list[str]:
-    """A method name for each (kind, folder): the kind, or the folder where a kind stands twice."""
+    """Return a method name for each (kind, folder): the kind, or the folder where several have the same kind."""
     names = []
     for kind, folder in kinds:
-        shared = [other for name, other in kinds if name == kind]
-        folders = [other.name for other in shared]
-        unique = len(shared) == 1
-        names.append(kind if unique else folder.name if folders.count(folder.name) == 1 else str(folder))
+        alike = [path for name, path in kinds if name == kind]
+        folders = [path.name for path in alike]
+        names.append(kind if len(alike) == 1 else folder.name if folders.count(folder.name) == 1 else str(folder))
     return names
 
 
 def choose_methods(wanted: Sequence[str] | None, predictors: Sequence[str]) -> list[str]:
-    """The methods to measure, in order; None takes all. Raises UsageError with the nearest name."""
+    """Return the methods to measure, in order; None takes all. Raises UsageError with the nearest name."""
     known = [*BASELINES, *predictors]
     if wanted is None:
         return known
@@ -91,20 +106,60 @@ def choose_methods(wanted: Sequence[str] | None, predictors: Sequence[str]) -> l
 def make_methods(
     teacher: Teacher, predictors: dict[str, LoadedPredictor], names: Sequence[str], settings: BenchSettings
 ) -> list[Method]:
-    """Methods by name: `ar` and the predictors in the same engine, `hf` outside it."""
+    """Return methods by name: `ar` and the predictors use this package's engines, `hf` does not."""
     options: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed}
     methods = []
     for name in names:
         if name == "hf":
             methods.append(Method(name, HuggingFaceGenerate(teacher, **options).generate))
         elif name == "ar":
-            plain = make_engine(teacher, options=settings.engine, **options)
-            methods.append(Method(name, plain.generate, engine=plain))
+            engine = make_engine(teacher, options=settings.engine, **options)
+            methods.append(Method(name, engine.generate, engine=engine))
         else:
-            loaded = predictors[name]
-            shared: dict[str, Any] = {"rank": settings.rank, "ranks": settings.ranks, "guard": settings.guard}
-            engine = make_engine(teacher, loaded.predictor, loaded.tree, options=settings.engine, **shared, **options)
-            tree = str(loaded.tree) if isinstance(loaded.tree, TreeSpec) else None
-            exits = loaded.predictor if isinstance(loaded.predictor, SpeedPredictor) else None
-            methods.append(Method(name, engine.generate, str(loaded.folder), tree, exits, engine))
+            methods.append(_drafting_method(name, teacher, predictors[name], settings, options))
     return methods
+
+
+def _drafting_method(
+    name: str, teacher: Teacher, loaded: LoadedPredictor, settings: BenchSettings, options: dict[str, Any]
+) -> Method:
+    predictor, tree = loaded.predictor, loaded.tree
+    shared: dict[str, Any] = {"rank": settings.rank, "ranks": settings.ranks, "guard": settings.guard}
+    engine = make_engine(teacher, predictor, tree, options=settings.engine, **shared, **options)
+    method = Method(name, engine.generate, str(loaded.folder), engine=engine)
+    if isinstance(predictor, SpeedPredictor):
+        method.on_all_ranks, method.add_details = True, pipeline_details(teacher, predictor)
+    elif isinstance(tree, TreeSpec):
+        method.tree = str(tree)
+    elif tree is not None:
+        method.add_details = tuned_tree_details(tree)
+    return method
+
+
+def tuned_tree_details(trees: TunedTrees) -> AddDetails:
+    """Return a function that records the tree of a typical batch in a method's rows, with its predicted performance."""
+
+    def add(rows: Sequence[BenchRow], runs: Sequence[BatchRun], settings: BenchSettings) -> None:
+        longest = median(max(item.prompt_tokens for item in run.generations) for run in runs)
+        context = int(longest) + settings.max_new_tokens // 2
+        entry = trees.entry(settings.batch_size, context)
+        for row in rows:
+            row.tree = str(trees.at(settings.batch_size, context))
+            row.predicted = entry.predicted if entry else None
+
+    return add
+
+
+def pipeline_details(teacher: Teacher, predictor: SpeedPredictor) -> AddDetails:
+    """Return a function that adds the pipeline's statistics to a method's rows, with the cost of a tick in the middle
+    of a typical answer.
+    """
+
+    def add(rows: Sequence[BenchRow], runs: Sequence[BatchRun], settings: BenchSettings) -> None:
+        middle = [item.prompt_tokens + len(item.token_ids) // 2 for run in runs for item in run.generations]
+        cost = measure_tick(teacher, predictor, int(median(middle))) if settings.ranks == 1 else None
+        for row in rows:
+            generations = [item for run in runs_of(row.dataset, row.category, runs) for item in run.generations]
+            row.pipeline = pipeline_report(generations, teacher.looped is not None, settings.ranks, cost)
+
+    return add

@@ -1,5 +1,4 @@
-"""How good a predictor's drafts are, measured on stored conversations with training's own forward, and the check that
-the decoder accepts what that forward promises.
+"""Quality of a predictor's drafts, measured on stored conversations with the training forward.
 
 Shapes: B sequences, T positions, A anchors, k steps, M anchors of one chunk, N tree nodes, V vocabulary, d hidden size.
 """
@@ -30,7 +29,7 @@ Progress = Callable[[int, int | None], None]
 
 
 class Sequences(Protocol):
-    """A store, or anything like a list of its sequences."""
+    """A store, or a list of its sequences."""
 
     def __len__(self) -> int: ...
 
@@ -39,7 +38,7 @@ class Sequences(Protocol):
 
 @dataclass
 class Quality:
-    """What `evaluate` measured: the measured part of an EvalReport."""
+    """Measured part of an EvalReport."""
 
     steps: list[StepQuality]
     expected_accepted_length_chain: float
@@ -51,7 +50,7 @@ class Quality:
 
 @dataclass
 class _Sums:
-    """Running sums by step i = 1..k; `chain` and `tree` count the anchors whose draft is accepted up to step i."""
+    """Running sums by draft step i = 1..k; `chain`, `tree`: anchors whose draft is accepted up to step i."""
 
     steps: int
     counts: Tensor = field(init=False)
@@ -78,11 +77,11 @@ def evaluate(
     batch_size: int = 4,
     progress: Progress = lambda done, total: None,
 ) -> Quality:
-    """Compare every anchor's draft with the teacher's own rows (the first `limit` sequences).
+    """Compare the draft of every anchor with the teacher's own rows, over the first `limit` sequences.
 
-    The expected accepted length of the chain counts argmax drafts; that of `tree` counts the nodes that the decoder's
-    own tree would hold. Both include the bonus token. Early exits have no tree: their steps are the exits, and both
-    lengths are the tokens that a pipeline emits in r ticks. Raises StoreError when no sequence has an anchor.
+    The expected accepted length of the chain counts argmax drafts; that of `tree` counts the nodes that the decoder
+    would accept. Both include the bonus token. Early exits have no tree: their steps are the exits, and both lengths
+    are the tokens that a pipeline emits in r ticks. Raises StoreError when no sequence has an anchor.
     """
     count = min(len(sequences), limit or len(sequences))
     sums = _Sums(predictor.steps)
@@ -110,14 +109,14 @@ def evaluate(
 
 
 def _row_chunks(rows: tuple[Tensor, ...], elements_per_row: int) -> Iterator[tuple[Tensor, ...]]:
-    """The same row range of every tensor, few enough rows to hold their logits."""
+    """Yield the same row range of every tensor, with few enough rows for their logits to fit."""
     size = max(1, LOGIT_ELEMENTS // elements_per_row)
     for start in range(0, len(rows[0]), size):
         yield tuple(part[start : start + size] for part in rows)
 
 
 def _similarity_hook(sums: _Sums, index_BA: Tensor, valid_BAk: Tensor) -> Callable[[int, Tensor, Tensor], None]:
-    """Adds cosine(pseudo state of step i at anchor n, real state at n+i) at every layer that has pseudo states."""
+    """Return a hook that adds cosine(pseudo state of step i at anchor n, real state at n+i), layer by layer."""
 
     def on_layer(layer: int, real: Tensor, pseudo: Tensor) -> None:
         started = pseudo.shape[2]
@@ -142,7 +141,7 @@ def _add_rows(
     valid: Tensor,
     roots: Tensor,
 ) -> None:
-    """Add M anchors: draft states and target states (M, k, d), valid (M, k), root tokens (M,)."""
+    """Add M anchors to the sums: draft states and target states (M, k, d), valid (M, k), root tokens (M,)."""
     choices, hits = [], []
     for step in range(1, predictor.steps + 1):
         teacher_logits = teacher.head(target_rows[:, step - 1])
@@ -167,11 +166,11 @@ def _add_rows(
 def accepted_counts(
     teacher: Teacher, predictor: TreePredictor, states: Tensor, roots: Tensor, choices: Tensor, spec: TreeSpec
 ) -> Tensor:
-    """Drafted tokens that the decoder would accept at each of M anchors, (M,) long.
+    """Return the number of drafted tokens that the decoder would accept at each of M anchors, (M,) long.
 
     Args:
-        states: (M, k, d) from `draft_states`. roots: (M,) the tokens behind the anchors.
-        choices: (M, k') what the teacher puts behind the root, behind that token, and so on; -1 where nothing counts.
+        states: (M, k, d) from `draft_states`. roots: (M,) the tokens after the anchors.
+        choices: (M, k') the teacher's tokens after the root, in order; -1 where none counts.
     """
     draft = predictor.draft(teacher, states, spec.breadth(teacher.vocab_size))
     tree = build(spec, predictor, draft, roots)

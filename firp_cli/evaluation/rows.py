@@ -1,8 +1,8 @@
-"""From decoded batches to the rows of a bench table: arithmetic only.
+"""Rows of a bench table, computed from decoded batches.
 
-Speed figures pool seconds and tokens over batches; intervals are bootstraps over batches (speed) and prompts (accepted
-length). Accepted length, histogram and acceptance by step count what reached the output: tokens that the last step
-drafted past EOS or the limit do not count.
+Throughput and speedup pool seconds and tokens over batches. Intervals are bootstraps over batches (speedup) and over
+prompts (accepted length). Accepted length, histogram and acceptance by step count the tokens of the output: tokens that
+the last step drafted after EOS or after the limit do not count.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ ALL = "all"
 
 @dataclass
 class BatchRun:
-    """One batch decoded by one method, its repeats folded into one.
+    """Batch decoded by one method, its repeats folded into one.
 
-    `decode_tokens` are the tokens behind the first of each sequence, which prefill paid for.
+    `decode_tokens`: new tokens without the first of each sequence, which prefill gives.
     """
 
     dataset: str
@@ -35,18 +35,23 @@ class BatchRun:
 
     @property
     def steps(self) -> int:
-        """Forward passes of the batch: those of its longest sequence."""
+        """Decoding steps of the batch: those of its longest sequence."""
         return max((item.steps for item in self.generations), default=0)
 
 
-Runs = Mapping[str, Sequence[BatchRun]]  # method name to its batches, in one order for all methods
+Runs = Mapping[str, Sequence[BatchRun]]  # method name to its batches, in the same order for all methods
+
+
+def runs_of(dataset: str, category: str, runs: Sequence[BatchRun]) -> list[BatchRun]:
+    """Return the runs of a data set and category; ALL stands for any."""
+    return [run for run in runs if dataset in (ALL, run.dataset) and category in (ALL, run.category)]
 
 
 def bench_rows(
     method: str, runs: Runs, divergences: Mapping[int, Divergence | None], temperature: float
 ) -> list[BenchRow]:
-    """A method's rows: each data set as a whole, its categories where it has several, all data sets where there are
-    several.
+    """Return a method's rows: each data set as a whole, its categories if it has several, and all data sets together
+    if there are several.
     """
     datasets = list(dict.fromkeys(run.dataset for run in runs[method]))
     groups = []
@@ -58,10 +63,7 @@ def bench_rows(
         groups.append((ALL, ALL))
     rows = []
     for dataset, category in groups:
-        chosen = {
-            name: [run for run in each if dataset in (ALL, run.dataset) and category in (ALL, run.category)]
-            for name, each in runs.items()
-        }
+        chosen = {name: runs_of(dataset, category, batches) for name, batches in runs.items()}
         rows.append(bench_row(dataset, category, method, chosen, divergences, temperature))
     return rows
 
@@ -74,14 +76,14 @@ def bench_row(
     divergences: Mapping[int, Divergence | None],
     temperature: float,
 ) -> BenchRow:
-    """One row from the batches in `runs`; `divergences` is empty for the reference and when sampling."""
+    """Return one row from the batches in `runs`; `divergences` is empty for the reference and when sampling."""
     own = runs[method]
     generations = [item for run in own for item in run.generations]
     emitted = [sum(item.accepted_lengths) for item in generations]
     steps = [item.steps for item in generations]
     decode_seconds = sum(run.decode_seconds for run in own)
     passes = sum(run.steps for run in own)
-    # a pipeline's step is a tick, one loop of a teacher's r: its accepted length counts the tokens of r ticks
+    # a pipeline's step is a tick, one of the teacher's r loops: its accepted length is tokens per r ticks
     loops = next((item.pipeline.loops for item in generations if item.pipeline), None)
     ratio = loops or 1
     base = runs.get("ar")
@@ -112,7 +114,7 @@ def bench_row(
 
 
 def _accepted_interval(emitted: list[int], steps: list[int], ratio: int) -> Interval | None:
-    """95% interval over prompts; none where every step emits one token."""
+    """Return the 95% interval over prompts; None when every step emits one token."""
     if not ratio * sum(emitted) > sum(steps) > 0:
         return None
     low, high = bootstrap_ratio(emitted, steps)
@@ -120,14 +122,14 @@ def _accepted_interval(emitted: list[int], steps: list[int], ratio: int) -> Inte
 
 
 def speedup(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> float | None:
-    """Ratio of pooled decode seconds per token: the baseline's over this method's."""
+    """Return the ratio of pooled decode seconds per token: the baseline's over this method's."""
     if not base or not (sum(run.decode_tokens for run in base) and sum(run.decode_tokens for run in own)):
         return None
     return _seconds_per_token(base) / _seconds_per_token(own)
 
 
 def speedup_interval(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> Interval | None:
-    """95% bootstrap interval of `speedup` over batches."""
+    """Return the 95% bootstrap interval of `speedup` over batches."""
     if speedup(base, own) is None or base is None or len(own) < 2:
         return None
     return bootstrap_ratio_of_ratios(
@@ -139,8 +141,8 @@ def speedup_interval(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -
 
 
 def speedup_with_prefill(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> float | None:
-    """Spec-Bench's definition: mean over questions of new tokens per second of wall time, prefill included, against the
-    baseline's mean. With several sequences in a batch a batch stands for a question.
+    """Return the speedup by Spec-Bench's definition: mean over questions of new tokens per second of wall time, prefill
+    included, over the baseline's mean. With several sequences in a batch, each batch counts as a question.
     """
     if not base:
         return None
@@ -148,20 +150,20 @@ def speedup_with_prefill(base: Sequence[BatchRun] | None, own: Sequence[BatchRun
 
 
 def accepted_histogram(generations: Sequence[Generation]) -> list[int]:
-    """Entry a: decoding steps that emitted a tokens."""
+    """Return a histogram: entry a is the number of decoding steps that emitted a tokens."""
     counts = Counter(length for item in generations for length in item.accepted_lengths)
     return [counts[length] for length in range(max(counts, default=0) + 1)]
 
 
 def acceptance_by_step(generations: Sequence[Generation]) -> list[float]:
-    """Share of decoding steps that emitted at least i drafted tokens, i = 1..k; empty for plain decoding."""
+    """Return the share of decoding steps that emitted at least i drafted tokens, i = 1..k; empty without drafts."""
     histogram = accepted_histogram(generations)
     steps = sum(histogram)
     return [sum(histogram[drafted + 1 :]) / steps for drafted in range(1, len(histogram) - 1)] if steps else []
 
 
 def lossless(runs: Sequence[BatchRun], divergences: Mapping[int, Divergence | None]) -> Lossless:
-    """How many of the runs' prompts were compared and how many are identical, with where the others diverge."""
+    """Count the prompts that were compared and the identical outputs, and list the divergences of the others."""
     compared = [number for run in runs for number in run.numbers if number in divergences]
     marks = [mark for number in compared if (mark := divergences[number]) is not None]
     return Lossless(len(compared), len(compared) - len(marks), marks)

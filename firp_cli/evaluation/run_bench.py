@@ -1,7 +1,8 @@
-"""Fair measuring: every method in one process, on the same prompts, warmed up, interleaved, prefill apart from decode.
+"""Bench loop: all methods in one process, on the same prompts, warmed up and interleaved. Prefill and decoding are
+timed separately.
 
-The first new token comes from prefill, so decode seconds pay for `len(token_ids) - 1` tokens. With several sequences in
-a batch the batch shares its time: seconds are pooled over batches, and the bootstrap draws batches.
+Prefill gives the first new token, so decode seconds belong to `len(token_ids) - 1` tokens. The sequences of a batch
+share its time: seconds are pooled over batches, and the bootstrap draws batches.
 """
 
 from __future__ import annotations
@@ -10,18 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 
-from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.bench_groups import teacher_labels
 from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.evaluation.lossless import compare_tokens
 from firp_cli.evaluation.methods import BenchSettings, Method
-from firp_cli.evaluation.rows import ALL, BatchRun, Runs, bench_rows
-from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
+from firp_cli.evaluation.rows import BatchRun, Runs, bench_rows
 from firp_cli.machine import readable_bytes
-from firp_cli.predictors.speed import SpeedPredictor
-from firp_cli.results import BenchReport, BenchRow, Divergence, Generation
+from firp_cli.results import BenchReport, Divergence, Generation
 from firp_cli.teacher.teacher import Teacher
 
 Progress = Callable[[int, int | None], None]
@@ -29,7 +26,7 @@ Progress = Callable[[int, int | None], None]
 
 @dataclass(frozen=True)
 class BenchPrompt:
-    """One question, ready for the teacher."""
+    """Encoded prompt with its data set and category."""
 
     token_ids: list[int]
     dataset: str
@@ -38,7 +35,7 @@ class BenchPrompt:
 
 @dataclass
 class Batch:
-    """Prompts decoded together: one data set, one category. `numbers` are their places in the prompt list."""
+    """Prompts decoded together, of one data set and category. `numbers` are their indices in the prompt list."""
 
     dataset: str
     category: str
@@ -48,9 +45,9 @@ class Batch:
 def fit_prompts(
     prompts: Sequence[BenchPrompt], max_positions: int, max_new_tokens: int, skip_long: bool
 ) -> tuple[list[BenchPrompt], int]:
-    """The prompts that leave room for the answer, and how many were skipped.
+    """Return the prompts that leave room for the answer, and the number of skipped ones.
 
-    Raises CapacityError when one is too long and `skip_long` is off, or when none is left.
+    Raises CapacityError when a prompt is too long and `skip_long` is off, or when none fits.
     """
     room = max_positions - max_new_tokens
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= room]
@@ -59,19 +56,20 @@ def fit_prompts(
     if skipped and not skip_long:
         raise CapacityError(
             f"{skipped} of {len(prompts)} prompts are too long (the longest has {longest} tokens): the teacher's "
-            f"context of {max_positions} leaves {room} beside {max_new_tokens} new tokens\n"
-            "--skip-long leaves them out and counts them, a smaller --max-new-tokens makes room"
+            f"context of {max_positions} has room for {room} beside {max_new_tokens} new tokens\n"
+            "--skip-long skips and counts them, a smaller --max-new-tokens makes room"
         )
     if not fitting:
         raise CapacityError(
             f"no prompt fits: the shortest has {min((len(prompt.token_ids) for prompt in prompts), default=0)} tokens, "
-            f"the teacher's context of {max_positions} leaves {room} beside {max_new_tokens} new tokens"
+            f"the teacher's context of {max_positions} has room for {room} beside {max_new_tokens} new tokens; lower "
+            "--max-new-tokens"
         )
     return fitting, skipped
 
 
 def spread(categories: Sequence[str], limit: int) -> list[int]:
-    """Places of at most `limit` prompts, in order, taken from every category in turn, so that none is left out."""
+    """Return the indices of at most `limit` prompts, in order, taken from every category in turn."""
     queues: dict[str, list[int]] = {}
     for place, category in enumerate(categories):
         queues.setdefault(category, []).append(place)
@@ -81,7 +79,7 @@ def spread(categories: Sequence[str], limit: int) -> list[int]:
 
 
 def make_batches(prompts: Sequence[BenchPrompt], size: int) -> list[Batch]:
-    """Batches of `size` prompts that share data set and category, in the order of the prompts."""
+    """Return batches of `size` prompts of the same data set and category, in the order of the prompts."""
     open_batches: dict[tuple[str, str], Batch] = {}
     batches = []
     for number, prompt in enumerate(prompts):
@@ -97,7 +95,7 @@ def make_batches(prompts: Sequence[BenchPrompt], size: int) -> list[Batch]:
 def memory_line(
     methods: Sequence[Method], prompts: Sequence[BenchPrompt], settings: BenchSettings, max_positions: int
 ) -> str:
-    """What the K/V caches of the largest batch will take, for each method that runs in our engine."""
+    """Return one line with the K/V cache size of the largest batch, for each method with an engine of this package."""
     fitting = [len(prompt.token_ids) for prompt in prompts]
     fitting = [length for length in fitting if length + settings.max_new_tokens <= max_positions] or [0]
     batch, longest = min(settings.batch_size, len(fitting)), max(fitting)
@@ -107,7 +105,7 @@ def memory_line(
         if method.engine is not None
     ]
     positions = longest + settings.max_new_tokens
-    return f"K/V cache for {batch} x {positions} positions: {', '.join(sizes) or 'none of ours'}"
+    return f"K/V cache for {batch} x {positions} positions: {', '.join(sizes) or 'none'}"
 
 
 def measure(
@@ -119,8 +117,8 @@ def measure(
 ) -> Runs:
     """Decode every batch with every method `repeats` times and fold the repeats.
 
-    Methods take turns within each batch, and the one that begins changes from batch to batch and repeat to repeat, so
-    that a machine that slows down slows them all.
+    Methods take turns within each batch, and the first one changes from batch to batch and from repeat to repeat, so
+    that a slowdown of the machine affects all of them.
     """
     total = len(methods) * (settings.warmup + settings.repeats * len(batches))
     repeats: dict[str, list[list[list[Generation]]]] = {method.name: [[] for _ in batches] for method in methods}
@@ -138,7 +136,7 @@ def measure(
 def turns(
     methods: Sequence[Method], batches: int, settings: BenchSettings, warm: int = 0
 ) -> Iterator[tuple[Method, int, bool]]:
-    """(method, number of the batch, whether it counts) in the order of measuring. `warm`: the batch to warm up with."""
+    """Yield (method, index of the batch, True if it counts) in the order of measuring. `warm`: the warm-up batch."""
     for method in methods:
         for _ in range(settings.warmup):
             yield method, warm, False
@@ -150,7 +148,7 @@ def turns(
 
 
 def longest_batch(prompts: Sequence[BenchPrompt], batches: Sequence[Batch]) -> int:
-    """The batch to warm up with: behind the longest prompt no buffer has to grow, and no step is captured anew."""
+    """Return the index of the warm-up batch. After the longest prompt no buffer grows and no step is captured again."""
     lengths = [max(len(ids) for ids in _tokens(prompts, batch)) for batch in batches]
     return max(range(len(batches)), key=lambda place: lengths[place], default=0)
 
@@ -166,18 +164,18 @@ def follow_bench(
     max_positions: int,
     skip_long: bool = False,
 ) -> None:
-    """What a rank other than the first does during `run_bench`: its part of every pipeline, in the same order."""
+    """Run the part of a rank other than the first in `run_bench`: methods that all ranks share, in the same order."""
     fitting, _ = fit_prompts(prompts, max_positions, settings.max_new_tokens, skip_long)
     batches = make_batches(fitting, settings.batch_size)
     for method, place, _ in turns(methods, len(batches), settings, longest_batch(fitting, batches)):
-        if method.exits is not None:
+        if method.on_all_ranks:
             method.generate(_tokens(fitting, batches[place]), settings.max_new_tokens)
 
 
 def fold(batch: Batch, repeats: Sequence[Sequence[Generation]]) -> BatchRun:
-    """One run of a batch from its repeats: the first one's tokens at the median seconds per token.
+    """Fold the repeats of a batch into one run: the tokens of the first repeat at the median seconds per token.
 
-    Greedy repeats write the same tokens, so this is the median time; sampled ones differ in length, so time is
+    Greedy repeats write the same tokens, so this is the median time; sampled ones differ in length, so times are
     compared per token.
     """
     tokens = [sum(max(0, len(item.token_ids) - 1) for item in repeat) for repeat in repeats]
@@ -195,7 +193,7 @@ def fold(batch: Batch, repeats: Sequence[Sequence[Generation]]) -> BatchRun:
 
 
 def reference_method(names: Sequence[str], temperature: float) -> str | None:
-    """The method whose tokens the others must reproduce: transformers' `generate`, else `ar`; none when sampling."""
+    """Return the method whose tokens the others must reproduce: `hf`, else `ar`; None when sampling."""
     if temperature > 0:
         return None
     return next((name for name in ("hf", "ar") if name in names), None)
@@ -226,13 +224,12 @@ def run_bench(
                 divergences[name] = compare_tokens(teacher, token_ids, runs[reference], runs[name])
     rows = []
     for method in methods:
-        own = bench_rows(method.name, runs, divergences.get(method.name, {}), settings.temperature)
-        for row in own:
+        method_rows = bench_rows(method.name, runs, divergences.get(method.name, {}), settings.temperature)
+        for row in method_rows:
             row.predictor, row.tree, row.batch_size = method.predictor, method.tree, settings.batch_size
-        _add_tuned(own, method, fitting, batches, settings)
-        if method.exits is not None:
-            _add_pipeline(own, method.exits, runs[method.name], teacher, settings)
-        rows += own
+        if method.add_details is not None:
+            method.add_details(method_rows, runs[method.name], settings)
+        rows += method_rows
     order = {name: place for place, name in enumerate(dict.fromkeys((row.dataset, row.category) for row in rows))}
     rows.sort(key=lambda row: order[row.dataset, row.category])
     return BenchReport(
@@ -245,9 +242,9 @@ def run_bench(
 
 
 def merge_reports(reports: Sequence[BenchReport]) -> BenchReport:
-    """One report of several teachers' benches, which ran under the same settings: every row says whose it is.
+    """Return one report of several teachers' benches under the same settings, with each row labelled by its teacher.
 
-    A single report is returned as it is.
+    A single report is returned unchanged.
     """
     first = reports[0]
     if len(reports) == 1:
@@ -268,38 +265,3 @@ def merge_reports(reports: Sequence[BenchReport]) -> BenchReport:
         skipped_long=sum(report.skipped_long for report in reports),
         teachers=[report.teacher for report in reports],
     )
-
-
-def _add_tuned(
-    rows: Sequence[BenchRow],
-    method: Method,
-    prompts: Sequence[BenchPrompt],
-    batches: Sequence[Batch],
-    settings: BenchSettings,
-) -> None:
-    """Give the rows of tuned trees the one that a typical batch took, and what was foretold of it."""
-    trees = method.engine.tree if isinstance(method.engine, Engine) else None
-    if not isinstance(trees, TunedTrees):
-        return
-    longest = median(max(map(len, _tokens(prompts, batch))) for batch in batches)
-    context = int(longest) + settings.max_new_tokens // 2
-    entry = trees.entry(settings.batch_size, context)
-    for row in rows:
-        row.tree = str(trees.at(settings.batch_size, context))
-        row.predicted = entry.predicted if entry else None
-
-
-def _add_pipeline(
-    rows: Sequence[BenchRow],
-    predictor: SpeedPredictor,
-    runs: Sequence[BatchRun],
-    teacher: Teacher,
-    settings: BenchSettings,
-) -> None:
-    """Give a method's rows their pipeline's record, with the cost of a tick at the middle of a typical answer."""
-    middle = [item.prompt_tokens + len(item.token_ids) // 2 for run in runs for item in run.generations]
-    cost = measure_tick(teacher, predictor, int(median(middle))) if settings.ranks == 1 else None
-    for row in rows:
-        chosen = [run for run in runs if row.dataset in (ALL, run.dataset) and row.category in (ALL, run.category)]
-        generations = [item for run in chosen for item in run.generations]
-        row.pipeline = pipeline_report(generations, teacher.looped is not None, settings.ranks, cost)

@@ -1,4 +1,13 @@
-"""What decoding would take, from how many tokens each step emitted and what a step costs."""
+"""Simulation of decoding over answers that are already written, without decoding them.
+
+Three simulators, one for each question:
+
+- `simulate_steps` (`simulate_answer` for one answer): tokens that each decoding step with a draft tree emits;
+- `simulate_ticks`: ticks that a SPEED pipeline takes;
+- `simulate_time` (`simulate_speedup` over autoregressive decoding): time of the steps, at a given time per step.
+
+Shapes: S sequences, T positions, A anchors, k draft steps, s candidates per step.
+"""
 
 from __future__ import annotations
 
@@ -20,43 +29,45 @@ from firp_cli.teacher.teacher import Teacher
 ANCHOR_CHUNK = 128  # anchors of one forward
 
 
-def replay(emitted: Sequence[Sequence[int]], batch: int, step: Callable[[int], float], halving: bool = False) -> float:
-    """Time of decoding the sequences in batches of `batch`, in their order.
+def simulate_time(
+    emitted: Sequence[Sequence[int]], batch: int, step: Callable[[int], float], halving: bool = False
+) -> float:
+    """Return the time of decoding the sequences in batches of `batch`, in their order.
 
     Args:
-        emitted: by sequence, tokens of each step. step: time of a step of so many live sequences.
-        halving: finished sequences leave once half of the batch has (with CUDA graphs), not at once.
+        emitted: by sequence, tokens of each decoding step. step: time of a step with that many live sequences.
+        halving: finished sequences leave the batch once half of it has finished (as with CUDA graphs), not at once.
     """
     total = 0.0
     for start in range(0, len(emitted), batch):
         lengths = sorted(len(steps) for steps in emitted[start : start + batch])
-        held = len(lengths)
+        size = len(lengths)
         for number in range(lengths[-1]):
             live = sum(1 for length in lengths if length > number)
-            if not halving or 2 * live <= held:
-                held = live
-            total += step(held)
+            if not halving or 2 * live <= size:
+                size = live
+            total += step(size)
     return total
 
 
-def replay_speedup(
+def simulate_speedup(
     emitted: Sequence[Sequence[int]],
     batch: int,
     step: Callable[[int], float],
-    plain: Callable[[int], float],
+    ar_step: Callable[[int], float],
     halving: bool = False,
 ) -> float:
-    """Speedup over plain decoding of the same tokens, where a plain step of so many sequences takes `plain`."""
+    """Return the speedup over autoregressive decoding of the same tokens, whose step takes `ar_step(live)`."""
     ones = [[1] * sum(steps) for steps in emitted]
-    return replay(ones, batch, plain, halving) / replay(emitted, batch, step, halving)
+    return simulate_time(ones, batch, ar_step, halving) / simulate_time(emitted, batch, step, halving)
 
 
 @dataclass
 class Trace:
-    """A written answer with what the predictor drafts at its positions.
+    """Written answer with the predictor's drafts at its positions.
 
     Attributes:
-        ids: (T,) long. first: the anchor of the first draft; anchors are first..T-3.
+        ids: (T,) long. first: the first anchor; anchors are first..T-3.
         draft: of every anchor, tokens and log_probs (A, k, s).
     """
 
@@ -66,15 +77,15 @@ class Trace:
 
     @property
     def last(self) -> int:
-        """The position behind the last anchor."""
+        """The position after the last anchor."""
         return self.ids.shape[0] - 2
 
 
 @torch.inference_mode()
-def trace(
+def make_trace(
     teacher: Teacher, predictor: TreePredictor, token_ids: Sequence[int], prompt_length: int, breadth: int
 ) -> Trace | None:
-    """Draft at every position of an answer; None where it is too short for a decoding step."""
+    """Draft at every position of an answer; return None where it is too short for a decoding step."""
     first, length = prompt_length - 1, len(token_ids)
     if length - prompt_length < 2:
         return None
@@ -91,11 +102,11 @@ def trace(
 
 
 @torch.inference_mode()
-def walk(predictor: TreePredictor, traces: Sequence[Trace], spec: TreeSpec) -> list[list[int]]:
-    """Tokens that each decoding step with such trees would emit while writing the answers, by answer.
+def simulate_steps(predictor: TreePredictor, traces: Sequence[Trace], spec: TreeSpec) -> list[list[int]]:
+    """Return the tokens that each decoding step with such trees emits while writing the answers, by answer.
 
-    All answers are walked at once, each from accepted node to accepted node, the last step cut at the answer's end. The
-    first new token is prefill's and belongs to no step.
+    All answers advance together, each from accepted node to accepted node; the end of an answer cuts its last step.
+    Prefill gives the first new token, which belongs to no step.
     """
     if spec.kind == "none":
         return [[1] * (trace.last - trace.first) for trace in traces]
@@ -111,53 +122,54 @@ def walk(predictor: TreePredictor, traces: Sequence[Trace], spec: TreeSpec) -> l
     lasts = firsts + sizes
     width = max(trace.ids.shape[0] for trace in traces) + steps + 2
     ids = torch.stack([torch.nn.functional.pad(trace.ids, (0, width - len(trace.ids)), value=-1) for trace in traces])
-    anchor, behind, emitted = firsts.clone(), torch.zeros_like(firsts), []
+    anchor, lag, emitted = firsts.clone(), torch.zeros_like(firsts), []
     budgeted = spec.limited and bool(predictor.transfer_layers)
     while bool((anchor < lasts).any()):
         here = torch.minimum(anchor, lasts - 1)
-        place = torch.maximum(here - behind, firsts) + offset  # an answer that has ended stays within its own drafts
+        place = torch.maximum(here - lag, firsts) + offset  # an answer that has ended stays within its own drafts
         draft = Draft(tokens[place], log_probs[place])
         if budgeted:
-            draft = _shifted(draft, behind)
+            draft = _shifted(draft, lag)
         tree = build(spec, predictor, draft, ids.gather(1, here[:, None] + 1)[:, 0])
         accepted = accept(tree, ids.gather(1, here[:, None] + 2 + tree.depth), depth)
         count = accepted.count + 1
         emitted.append(torch.minimum(count, lasts - anchor).clamp(min=0))
         if budgeted:
-            _, behind = nearest_anchor(tree, anchor_nodes(tree, spec.budget or 1), accepted.path, accepted.count)
+            _, lag = nearest_anchor(tree, anchor_nodes(tree, spec.budget or 1), accepted.path, accepted.count)
         anchor = anchor + count
     return [[count for count in row if count] for row in torch.stack(emitted, dim=1).tolist()]
 
 
-def _shifted(draft: Draft, behind: Tensor) -> Draft:
-    """The draft of a node from its ancestor's, `behind` (S,) tokens back: step i from its step i + behind. Steps that
-    the ancestor did not reach have probability 0. One head serves all steps of predictors with pseudo states.
+def _shifted(draft: Draft, lag: Tensor) -> Draft:
+    """Return the draft of a node from that of its ancestor `lag` (S,) tokens earlier: step i from its step i + lag.
+
+    Steps that the ancestor did not reach have probability 0. One head serves all steps of predictors with pseudo
+    states, so any of its steps may stand for another.
     """
     steps = draft.tokens.shape[1]
-    ahead = behind[:, None] + torch.arange(steps, device=behind.device)
+    ahead = lag[:, None] + torch.arange(steps, device=lag.device)
     index = ahead.clamp(max=steps - 1)[:, :, None].expand_as(draft.tokens)
     log_probs = draft.log_probs.gather(1, index).masked_fill((ahead >= steps)[:, :, None], -torch.inf)
     return Draft(draft.tokens.gather(1, index), log_probs)
 
 
-def simulate(
+def simulate_answer(
     teacher: Teacher, predictor: TreePredictor, token_ids: Sequence[int], prompt_length: int, tree: TreeSpec
 ) -> list[int]:
-    """Tokens that each decoding step would emit while writing `token_ids[prompt_length:]`, without decoding.
+    """Return the tokens that each decoding step emits while writing `token_ids[prompt_length:]`.
 
-    Training's forward drafts at every anchor; the walk then goes from accepted node to accepted node as the decoder
-    does.
+    The drafts come from the training forward, so a difference from real decoding is a fault of one of them.
     """
-    written = trace(teacher, predictor, token_ids, prompt_length, tree.breadth(teacher.vocab_size))
-    return walk(predictor, [written], tree)[0] if written else []
+    trace = make_trace(teacher, predictor, token_ids, prompt_length, tree.breadth(teacher.vocab_size))
+    return simulate_steps(predictor, [trace], tree)[0] if trace else []
 
 
 @torch.inference_mode()
 def simulate_ticks(teacher: Teacher, predictor: SpeedPredictor, token_ids: Sequence[int], prompt_length: int) -> int:
-    """Ticks that a pipeline would take to write `token_ids[prompt_length + 1:]`, from training's forward alone.
+    """Return the ticks that a pipeline takes to write `token_ids[prompt_length + 1:]`, from the training forward alone.
 
-    A token's right successor starts for good after the first exit from which on all predictions are right, or after the
-    last loop (no threshold); the last token but one takes r ticks to leave.
+    The right successor of a token starts after the first exit from which on all predictions are right, or after the
+    last loop (without a threshold). The last token but one takes r ticks to leave.
     """
     if len(token_ids) - prompt_length < 2:
         return 0

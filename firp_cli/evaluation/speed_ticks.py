@@ -1,4 +1,4 @@
-"""A SPEED pipeline's diagnostics: its records added up, and the cost of its tick measured apart from decoding."""
+"""Statistics of a SPEED pipeline, and the cost of its tick, measured separately from decoding."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.results import Generation, PipelineReport, TickCost
 from firp_cli.teacher.teacher import Teacher
 
-ROUNDS = 7  # timings whose median counts
-TICKS = 24  # ticks, or plain steps, of one timing
+ROUNDS = 7  # timings, of which the median is taken
+TICKS = 24  # ticks, or autoregressive steps, of one timing
 
 
 def pipeline_report(
     generations: Sequence[Generation], shared: bool, ranks: int = 1, cost: TickCost | None = None
 ) -> PipelineReport | None:
-    """What the pipeline did over these sequences; None where none went through one."""
+    """Return the statistics over these sequences; None if no pipeline decoded them."""
     traces = [item.pipeline for item in generations if item.pipeline is not None]
     whole = total(traces)
     if whole is None:
@@ -57,9 +57,9 @@ def _share(part: int, whole: int) -> float:
 
 @torch.inference_mode()
 def measure_tick(teacher: Teacher, predictor: SpeedPredictor, context: int) -> TickCost:
-    """Time a tick with a token at every stage, its parts, and a plain step, all at `context` cached tokens, in turns.
+    """Time a tick with a token at every stage, its parts and an autoregressive step, at `context` cached tokens.
 
-    The tokens are arbitrary: a tick costs the same whatever it holds.
+    Timings take turns. The tokens are arbitrary: the cost does not depend on them.
     """
     stages = [TimedTick(teacher, predictor, context, count) for count in range(1, predictor.loops + 1)]
     whole = stages[-1]
@@ -73,24 +73,24 @@ def measure_tick(teacher: Teacher, predictor: SpeedPredictor, context: int) -> T
     for _ in range(ROUNDS):
         for name, run in parts.items():
             measured[name].append(milliseconds(run, TICKS, teacher.device, warm=1))
-    found = {name: median(times) for name, times in measured.items()}
-    rows = [found[f"rows {count}"] for count in range(1, predictor.loops + 1)]
+    medians = {name: median(times) for name, times in measured.items()}
+    rows = [medians[f"rows {count}"] for count in range(1, predictor.loops + 1)]
     return TickCost(
         context=context,
-        tick=found["tick"],
-        step=found["step"],
-        loop=found["step"] / predictor.loops,
+        tick=medians["tick"],
+        step=medians["step"],
+        loop=medians["step"] / predictor.loops,
         layers=rows[-1],
-        heads=found["heads"],
-        decision=max(0.0, found["tick"] - rows[-1] - found["heads"]),
+        heads=medians["heads"],
+        decision=max(0.0, medians["tick"] - rows[-1] - medians["heads"]),
         rows=rows,
     )
 
 
 class TimedTick:
-    """One sequence of `context` cached tokens with a token at each of the first `stages` stages.
+    """Sequence of `context` cached tokens with a token at each of the first `stages` stages.
 
-    Every call starts from that state again. The tokens are arbitrary: shapes, and so the cost, do not depend on them.
+    Every call starts from that state. The tokens are arbitrary: shapes, and so the cost, do not depend on them.
     """
 
     def __init__(self, teacher: Teacher, predictor: SpeedPredictor, context: int, stages: int) -> None:
@@ -116,21 +116,21 @@ class TimedTick:
         self.item.committed, self.item.tokens, self.item.finish_reason = self.context, [PROMPT_TOKEN], ""
 
     def tick(self) -> None:
-        """A whole tick, the read of what left included."""
+        """Run a whole tick, with the copy of the emitted token to the host."""
         self.run.position, self.run.expected, self.run.hidden = self.state
         self.run.tick(self.writer)
         self._reset()
 
     def layers(self) -> None:
-        """The layer groups over the stages that hold a token."""
+        """Run the layer groups over the stages that hold a token."""
         self.run.position, self.run.expected, self.run.hidden = self.state
         self.run.layers(self.run.position[: len(self.engine.stages.mine)])
 
     def heads(self) -> None:
-        """Exit maps, final norm and head of all stages, and the choice of their tokens."""
+        """Run the exit maps, final norm and head of all stages, and choose their tokens."""
         self.run.predict(self.out)
 
     def step(self) -> None:
-        """A plain decoding step of one token."""
+        """Run an autoregressive decoding step of one token."""
         self.run.step(self.writer)
         self._reset()

@@ -1,4 +1,4 @@
-"""Timing on any device: on CUDA through graphs, as decoding runs."""
+"""Timing of calls on any device; on CUDA through graphs, as in decoding."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import torch
 from firp_cli.decoding.cuda_graphs import CudaCapture
 
 Run = Callable[[], object]
-PROMPT_TOKEN = 1  # what timed sequences consist of
-BLOCK_SECONDS = 0.01  # of one timing on a CPU, at least
+PROMPT_TOKEN = 1  # token of timed sequences
+BLOCK_SECONDS = 0.01  # least duration of one timing on a CPU
 BLOCK_SECONDS_CUDA = 0.005
-MOST_CALLS = 200  # of one timing
+MOST_CALLS = 200  # in one timing
 UNTIMED = 3  # calls before the first timing
 
 
 def milliseconds(run: Run, calls: int, device: torch.device, warm: int = 0) -> float:
-    """Milliseconds of one call, averaged over `calls` of them, behind `warm` uncounted ones: what ran before has taken
-    the caches.
-    """
+    """Return the milliseconds of a call, averaged over `calls`, after `warm` uncounted ones that refill the caches."""
     for _ in range(warm):
         run()
     _wait(device)
@@ -33,24 +31,24 @@ def milliseconds(run: Run, calls: int, device: torch.device, warm: int = 0) -> f
 
 
 def undisturbed(times: Sequence[float]) -> float:
-    """The lower quartile: others on the machine only ever add to a time."""
+    """Return the lower quartile: other load on the machine only adds to a time."""
     return float(np.quantile(np.asarray(times), 0.25))
 
 
 def as_benched(times: Sequence[float]) -> float:
-    """What a bench makes of such times: the mean over medians of three repeats."""
+    """Return the time that a bench would report: the mean over medians of three repeats."""
     count = max(1, len(times) // 3)
     return float(np.mean([np.median(times[place::count]) for place in range(count)]))
 
 
 def enough_calls(run: Run, device: torch.device) -> int:
-    """Calls that fill a timing. Runs it a few times: a step of an engine with graphs is captured in the second."""
+    """Return the calls that fill a timing. Calls it a few times first: with graphs the second call captures a step."""
     wanted = BLOCK_SECONDS_CUDA if device.type == "cuda" else BLOCK_SECONDS
     return max(1, min(MOST_CALLS, round(1000 * wanted / max(1e-3, milliseconds(run, 1, device, warm=UNTIMED)))))
 
 
 def captured(run: Run, device: torch.device) -> Run:
-    """The run as a graph on CUDA devices; elsewhere itself. Warmed up in both cases. Raises CaptureError."""
+    """Return `run` as a CUDA graph, on other devices unchanged; warmed up in both cases. Raises CaptureError."""
     run()
     if device.type != "cuda":
         return run

@@ -1,5 +1,5 @@
-"""What all figures share: canvas, style, legend, PNG bytes. Colours are Okabe and Ito's, which colour-blind readers can
-tell apart.
+"""Canvas, style, legend and PNG bytes of all figures. The colours are Okabe and Ito's, which colour-blind readers can
+distinguish.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LEGEND_MARK, LEGEND_LETTER = 0.56, 0.061  # inches
 
 @contextmanager
 def canvas(width: float, height: float) -> Iterator[Figure]:
-    """An empty figure in inches, drawn without a display and without touching pyplot's global state."""
+    """Yield an empty figure, sizes in inches, that needs no display and does not change pyplot's global state."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def canvas(width: float, height: float) -> Iterator[Figure]:
 
 
 def legend(figure: Figure, most: int) -> None:
-    """The lines' legend above the figure, in as many columns as have room, but no more than `most`."""
+    """Draw the legend above the figure, in as many columns as fit, at most `most`."""
     labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
     widths = sorted((LEGEND_MARK + LEGEND_LETTER * len(label) for label in labels), reverse=True)
     columns = next((count for count in range(most, 1, -1) if sum(widths[:count]) <= figure.get_figwidth()), 1)
@@ -54,7 +54,7 @@ def legend(figure: Figure, most: int) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
+    """Return the figure as the bytes of a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=DOTS_PER_INCH)
     return stream.getvalue()

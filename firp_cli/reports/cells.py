@@ -1,4 +1,4 @@
-"""Cells and small tables that all reports share."""
+"""Cells, tables and closing sections that all reports share."""
 
 from __future__ import annotations
 
@@ -10,37 +10,36 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from firp_cli.results import BenchReport, BenchRow, Interval
 
-NOTE = (
-    "Each teacher has its own baselines (ar, hf), measured with it; teachers were measured one after the other, and "
-    "figures of different teachers must not be compared with each other"
+TEACHERS_NOTE = (
+    "Each teacher has its own baselines (ar, hf); teachers were measured one after the other, and figures of different "
+    "teachers must not be compared with each other"
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
-
 
 DASH = "–"
 Cells = list[list[str]]
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A figure with `digits` decimals; a dash for None and NaN."""
+    """Return a number with `digits` decimals; a dash for None and NaN."""
     return DASH if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def with_interval(value: float | None, interval: Interval | None, digits: int = 2) -> str:
-    """`1.52 [1.45, 1.60]`, without brackets when there is no interval."""
+    """Return `1.52 [1.45, 1.60]`, without brackets when there is no interval."""
     text = number(value, digits)
     return text if interval is None or text == DASH else f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
 def group_name(row: BenchRow) -> str:
-    """`gsm8k`, or `spec_bench: rag` for one category."""
+    """Return `gsm8k`, or `spec_bench: rag` for one category."""
     return row.dataset if row.category == "all" else f"{row.dataset}: {row.category}"
 
 
 def main_rows(report: BenchReport) -> list[BenchRow]:
-    """One row per method of each teacher: over all data sets where there are several."""
+    """Return one row per method and teacher: over all data sets together if there are several."""
     rows = []
     for part in by_teacher(report):
         whole = [row for row in part.rows if row.category == "all"]
@@ -49,8 +48,9 @@ def main_rows(report: BenchReport) -> list[BenchRow]:
 
 
 def rich_table(headers: Sequence[str], cells: Cells, left: int = 0, fixed: bool = True, remark: bool = False) -> Table:
-    """A plain table; the first `left` columns flush left, the others right. `fixed`: cells never wrap. `remark`: the
-    last column is text, flush left, and makes room for the others by wrapping.
+    """Return a table for the terminal with the first `left` columns flush left, the others flush right.
+
+    `fixed`: cells never wrap. `remark`: the last column is text, flush left, and wraps to make room for the others.
     """
     from rich import box
     from rich.table import Table
@@ -61,23 +61,23 @@ def rich_table(headers: Sequence[str], cells: Cells, left: int = 0, fixed: bool 
         justify: Literal["left", "right"] = "left" if text or place < left else "right"
         table.add_column(header, justify=justify, no_wrap=fixed and not text, overflow="fold")
     for line in cells:
-        table.add_row(*map(_literal, line))
+        table.add_row(*map(literal, line))
     return table
 
 
-def _literal(text: str) -> str:
-    """Text whose brackets are no rich markup."""
+def literal(text: str) -> str:
+    """Return the text with brackets escaped, which are markup for rich."""
     return text.replace("[", "\\[")
 
 
 def markdown_table(headers: Sequence[str], cells: Cells) -> str:
-    """A pipe table; cells with a pipe in them are escaped."""
+    """Return a Markdown table; pipes in cells are escaped."""
     lines = [headers, ["---"] * len(headers), *cells]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def closing_markdown(notes: Sequence[str], environment: dict[str, Any]) -> list[str]:
-    """The last sections of every Markdown report: definitions, environment, command line."""
+    """Return the last sections of every Markdown report: definitions, environment, command line."""
     return [
         "## How to read this\n",
         "\n".join(f"- {line}" for line in notes) + "\n",
@@ -89,7 +89,7 @@ def closing_markdown(notes: Sequence[str], environment: dict[str, Any]) -> list[
 
 
 def environment_items(environment: dict[str, Any]) -> list[tuple[str, str]]:
-    """The environment as printable pairs, argv left to `command_line`."""
+    """Return the environment as printable pairs, without argv (see `command_line`)."""
     items = []
     for key, value in environment.items():
         if key == "argv" or value is None:
@@ -101,7 +101,7 @@ def environment_items(environment: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def command_line(environment: dict[str, Any]) -> str:
-    """argv as a user would type it."""
+    """Return argv as a user would type it."""
     argv = [str(item) for item in environment.get("argv") or []]
     if not argv:
         return ""
@@ -109,7 +109,7 @@ def command_line(environment: dict[str, Any]) -> str:
 
 
 def by_teacher(report: BenchReport) -> list[BenchReport]:
-    """A report for each teacher; the report itself where it has one."""
+    """Return a report for each teacher; the report itself if it has one teacher."""
     if not report.teachers:
         return [report]
     labels = dict.fromkeys(row.teacher for row in report.rows)
@@ -120,14 +120,12 @@ def by_teacher(report: BenchReport) -> list[BenchReport]:
 
 
 def row_label(row: BenchRow) -> str:
-    """The method, with its teacher where the report has several: `speed (arithmetic-looped)`."""
+    """Return the method, with its teacher in a report of several: `speed (arithmetic-looped)`."""
     return f"{row.method} ({row.teacher})" if row.teacher else row.method
 
 
-def teacher_column(
-    rows: Sequence[BenchRow], headers: Sequence[str], cells: list[list[str]]
-) -> tuple[list[str], list[list[str]]]:
-    """A table of `rows`, one line each, with a leading column that names the teacher where the report has several."""
+def teacher_column(rows: Sequence[BenchRow], headers: Sequence[str], cells: Cells) -> tuple[list[str], Cells]:
+    """Add a leading column with the teacher to a table of `rows`, one line each, in a report of several teachers."""
     if not any(row.teacher for row in rows):
         return list(headers), cells
     return ["teacher", *headers], [[row.teacher or "", *line] for row, line in zip(rows, cells, strict=True)]

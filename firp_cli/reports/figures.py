@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend
-from firp_cli.reports.canvas import png as _png
+from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend, png
 from firp_cli.reports.cells import group_name, main_rows, row_label
 from firp_cli.reports.speed_tables import pipeline_rows
 from firp_cli.results import BenchReport, BenchRow, EvalReport, PipelineReport
 
-LABELLED_BARS = 16  # more have no room for their figures
+LABELLED_BARS = 16  # with more there is no room for labels
 
 
 def bench_figures(report: BenchReport) -> dict[str, bytes]:
-    """PNGs by name: `speedup`, `acceptance`, with several data sets or categories `speedup_by_group`, and for pipelines
-    `occupancy`.
+    """Return PNGs by name: `speedup`, `acceptance`, with several data sets or categories `speedup_by_group`, and for
+    pipelines `occupancy`.
     """
     main = main_rows(report)
     drafted = [row for row in main if row.acceptance_by_step]
@@ -36,14 +35,14 @@ def bench_figures(report: BenchReport) -> dict[str, bytes]:
 
 
 def _errors(row: BenchRow) -> tuple[float, float]:
-    """How far the interval reaches below and above the speedup."""
+    """Return the extent of the interval below and above the speedup."""
     if row.speedup is None or row.speedup_interval is None:
         return 0.0, 0.0
     return max(0.0, row.speedup - row.speedup_interval[0]), max(0.0, row.speedup_interval[1] - row.speedup)
 
 
 def _speedup(rows: Sequence[BenchRow]) -> bytes:
-    """Speedup of each method over both baselines, with the interval over `ar`."""
+    """Draw the speedup of each method over both baselines, with the interval over `ar`."""
     with canvas(6.4, 0.9 + 0.55 * len(rows)) as figure:
         axes = figure.subplots()
         places = list(range(len(rows)))
@@ -55,7 +54,7 @@ def _speedup(rows: Sequence[BenchRow]) -> bytes:
             xerr=list(zip(*(_errors(row) for row in rows), strict=True)),
             color=COLOURS[0],
             error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": "#222222"},
-            label="over ar, plain decoding in the same engine (95% interval)",
+            label="over ar, autoregressive decoding in the same engine (95% interval)",
         )
         if any(row.speedup_hf for row in rows):
             values = [row.speedup_hf or 0.0 for row in rows]
@@ -79,11 +78,11 @@ def _speedup(rows: Sequence[BenchRow]) -> bytes:
         whose = "its own teacher's" if any(row.teacher for row in rows) else "the"
         axes.set_xlabel(f"decoding speed relative to {whose} baseline (ratio; 1 = as fast)")
         figure.legend(loc="outside upper left", ncols=2)
-        return _png(figure)
+        return png(figure)
 
 
 def _acceptance(rows: Sequence[BenchRow]) -> bytes:
-    """Left: share of steps that accepted at least i drafts. Right: how many tokens steps emitted."""
+    """Draw the share of steps that accepted at least i drafts (left) and the tokens emitted by a step (right)."""
     with canvas(8.4, 3.2) as figure:
         left, right = figure.subplots(1, 2)
         deepest = max(len(row.accepted_histogram) for row in rows)
@@ -109,23 +108,23 @@ def _acceptance(rows: Sequence[BenchRow]) -> bytes:
         right.set_xlabel("tokens emitted by a step (bonus included)")
         right.set_ylabel("share of steps")
         legend(figure, 3)
-        return _png(figure)
+        return png(figure)
 
 
 def _speedup_by_group(rows: Sequence[BenchRow]) -> bytes:
-    """Speedup over `ar` in each data set and category, with intervals."""
+    """Draw the speedup over `ar` in each data set and category, with intervals."""
     groups = list(dict.fromkeys(group_name(row) for row in rows))
     drafting = [row for row in rows if row.speedup and row.method not in ("ar", "hf")]
     methods = list(dict.fromkeys(row_label(row) for row in drafting or rows if row.speedup))
     with canvas(6.8, 1.1 + 0.38 * len(groups)) as figure:
         axes = figure.subplots()
         for number, method in enumerate(methods):
-            own = [row for row in rows if row_label(row) == method and row.speedup]
+            chosen = [row for row in rows if row_label(row) == method and row.speedup]
             offset = (number - (len(methods) - 1) / 2) * 0.6 / len(methods)
             axes.errorbar(
-                [row.speedup or 0.0 for row in own],
-                [groups.index(group_name(row)) + offset for row in own],
-                xerr=list(zip(*(_errors(row) for row in own), strict=True)),
+                [row.speedup or 0.0 for row in chosen],
+                [groups.index(group_name(row)) + offset for row in chosen],
+                xerr=list(zip(*(_errors(row) for row in chosen), strict=True)),
                 fmt=MARKERS[number % len(MARKERS)],
                 color=COLOURS[number % len(COLOURS)],
                 markersize=5,
@@ -139,14 +138,14 @@ def _speedup_by_group(rows: Sequence[BenchRow]) -> bytes:
         whose = "its own teacher's ar" if any(row.teacher for row in rows) else "ar"
         axes.set_xlabel(f"decoding speed relative to {whose} (ratio, 95% interval; 1 = as fast)")
         legend(figure, 4)
-        return _png(figure)
+        return png(figure)
 
 
 def _occupancy(pipelines: Mapping[str, PipelineReport]) -> bytes:
-    """Left: tokens in flight by tick. Right: how often each exit's prediction stands, and how many tokens' did not."""
+    """Draw the tokens in flight by tick (left), and the accuracy of each exit with the corrected share (right)."""
     loops = sorted({pipeline.loops for pipeline in pipelines.values()})
     exits = sorted({loop for pipeline in pipelines.values() for loop in pipeline.exits})
-    apart = len(exits) + 0.4  # the place of the corrected share, beside the exits
+    apart = len(exits) + 0.4  # x of the corrected share, beside the exits
     width = 0.8 / len(pipelines)
     bars_in_all = sum(len(pipeline.exits) + 1 for pipeline in pipelines.values())
     with canvas(8.4, 3.2) as figure:
@@ -176,11 +175,11 @@ def _occupancy(pipelines: Mapping[str, PipelineReport]) -> bytes:
         right.set_xlabel("exit loop: share that the last loop confirmed")
         right.set_ylabel("share of tokens")
         legend(figure, 3)
-        return _png(figure)
+        return png(figure)
 
 
 def eval_figures(report: EvalReport) -> dict[str, bytes]:
-    """PNGs by name: `quality` by step, for predictors with pseudo states `similarity` by layer and step, and for
+    """Return PNGs by name: `quality` by step, for predictors with pseudo states `similarity` by layer and step, and for
     pipelines `occupancy`.
     """
     figures = {"quality": _quality(report)}
@@ -192,7 +191,7 @@ def eval_figures(report: EvalReport) -> dict[str, bytes]:
 
 
 def _quality(report: EvalReport) -> bytes:
-    """Left: top-1 and top-5 by step, or by exit loop of a pipeline. Right: the distance from the teacher."""
+    """Draw top-1 and top-5 (left) and KL (right) by draft step, or by exit loop of a pipeline."""
     drafter = "exit" if report.pipeline else "draft"
     steps_are = "exit loop g (predicts the next token)" if report.pipeline else "step i (drafts the token i + 1 ahead)"
     with canvas(8.0, 3.1) as figure:
@@ -219,11 +218,11 @@ def _quality(report: EvalReport) -> bytes:
             axes.set_xticks(steps)
             axes.set_xlabel(steps_are)
             axes.margins(x=0.12)
-        return _png(figure)
+        return png(figure)
 
 
 def _similarity(report: EvalReport) -> bytes:
-    """Heat map of cosine(pseudo, real): layers upwards as the states run, steps to the right."""
+    """Draw a heat map of cosine(pseudo, real), with layers upwards and steps to the right."""
     layers = sorted(report.similarity)
     steps = max(len(values) for values in report.similarity.values())
     grid = [[_cell(report.similarity[layer], step) for step in range(steps)] for layer in layers]
@@ -243,7 +242,7 @@ def _similarity(report: EvalReport) -> bytes:
         axes.set_xlabel("step i")
         axes.set_ylabel("after layer")
         figure.colorbar(image, ax=axes, label="cosine(pseudo, real state)")
-        return _png(figure)
+        return png(figure)
 
 
 def _cell(values: Sequence[Any], step: int) -> float:

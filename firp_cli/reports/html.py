@@ -1,28 +1,27 @@
-"""A bench run as one page that needs nothing else: tables, figures inside, environment, how to run it again."""
+"""Report of `firp bench` as one self-contained HTML page: tables, embedded figures, environment, command line."""
 
 from __future__ import annotations
 
 import math
 from html import escape
 
-from firp_cli.reports import speed_tables as pipeline
-from firp_cli.reports import tables
+from firp_cli.reports import speed_tables, tables
 from firp_cli.reports.cells import by_teacher, row_label, teacher_column
 from firp_cli.reports.page import closing, figure, page, table
 from firp_cli.reports.predicted import predicted_lines
 from firp_cli.results import BenchReport
 
 CAPTIONS = {
-    "speedup": "Decoding speed relative to both baselines; prefill left out.",
-    "acceptance": "How often drafts are accepted, and how many tokens one pass of the teacher emits.",
-    "speedup_by_group": "Decoding speed relative to plain decoding, by data set and category.",
-    "occupancy": "Tokens in the pipeline at each tick, and how often early exits predict what the last loop does.",
+    "speedup": "Decoding speed relative to both baselines, without prefill.",
+    "acceptance": "Acceptance of drafts, and tokens emitted by one pass of the teacher.",
+    "speedup_by_group": "Decoding speed relative to autoregressive decoding, by data set and category.",
+    "occupancy": "Tokens in the pipeline at each tick, and agreement of early exits with the last loop.",
 }
 DIVERGENCES_SHOWN = 50
 
 
 def bench_html(report: BenchReport, figures: dict[str, bytes]) -> str:
-    """The page. `figures` are PNGs by name, as `figures.bench_figures` makes them."""
+    """Return the page. `figures`: PNGs by name, from `figures.bench_figures`."""
     headers, cells = tables.bench_cells(report)
     detail_headers, details = tables.detail_cells(report)
     body = [
@@ -31,8 +30,8 @@ def bench_html(report: BenchReport, figures: dict[str, bytes]) -> str:
         *map(_headline, by_teacher(report)),
         table(headers, cells, headers.index("method") + 1),
         *(f"<p>{escape(line)}.</p>" for line in predicted_lines(report)),
-        *(figure(CAPTIONS[name], image) for name, image in figures.items() if name != pipeline.FIGURE),
-        _pipeline(report, figures.get(pipeline.FIGURE)),
+        *(figure(CAPTIONS[name], image) for name, image in figures.items() if name != speed_tables.FIGURE),
+        _pipeline(report, figures.get(speed_tables.FIGURE)),
         "<h2>Same output?</h2>",
         _lossless(report),
         "<h2>Details</h2>",
@@ -43,7 +42,7 @@ def bench_html(report: BenchReport, figures: dict[str, bytes]) -> str:
 
 
 def _headline(report: BenchReport) -> str:
-    """The best method of one teacher in one sentence."""
+    """Return a sentence on the best method of one teacher."""
     whole = [row for row in report.rows if row.category == "all" and row.method not in ("ar", "hf") and row.speedup]
     whole = [row for row in whole if row.dataset == "all"] or whole
     if not whole:
@@ -54,16 +53,16 @@ def _headline(report: BenchReport) -> str:
     owner = f"Teacher {escape(best.teacher)}: " if best.teacher else ""
     return (
         f'<p class="headline">{owner}<strong>{escape(best.method)}</strong> decodes {best.speedup:.2f} times as fast '
-        f"as plain decoding in the same engine{over_hf}, at {length} ({escape(best.dataset)}).</p>"
+        f"as autoregressive decoding in the same engine{over_hf}, at {length} ({escape(best.dataset)}).</p>"
     )
 
 
 def _pipeline(report: BenchReport, occupancy: bytes | None) -> str:
-    """What pipelines did, where they cannot gain, and where a tick goes; empty without pipelines."""
-    headers, cells = pipeline.pipeline_cells(report)
+    """Return the section on pipelines: statistics, note, parts of a tick; empty without pipelines."""
+    headers, cells = speed_tables.pipeline_cells(report)
     if not cells:
         return ""
-    note, (tick_headers, ticks) = pipeline.pipeline_note(report), pipeline.tick_cells(report)
+    note, (tick_headers, ticks) = speed_tables.pipeline_note(report), speed_tables.tick_cells(report)
     named = headers.index("method") + 1
     columns = [" ".join(line[:named]) for line in cells]
     lines = [[header, *(line[place] for line in cells)] for place, header in enumerate(headers) if place >= named]
@@ -71,21 +70,19 @@ def _pipeline(report: BenchReport, occupancy: bytes | None) -> str:
         "<h2>Pipeline</h2>",
         f'<p class="note">{escape(note)}.</p>' if note else "",
         table(["", *columns], lines, 1),
-        figure(CAPTIONS[pipeline.FIGURE], occupancy) if occupancy else "",
-        f"<p>Where a tick goes, in milliseconds:</p>{table(tick_headers, ticks, 1)}" if ticks else "",
+        figure(CAPTIONS[speed_tables.FIGURE], occupancy) if occupancy else "",
+        f"<p>Parts of a tick, in milliseconds:</p>{table(tick_headers, ticks, 1)}" if ticks else "",
     ]
     return "\n".join(part for part in parts if part)
 
 
 def _lossless(report: BenchReport) -> str:
-    """What was compared, the note on differences, and where they are."""
+    """Return the section on identical outputs: counts, the note on differences, and a table of them."""
     reference = report.settings.get("reference")
     if not reference:
-        return (
-            "<p>Sampled output is not compared token by token.</p>"
-            if report.settings.get("temperature")
-            else ("<p>Nothing to compare with: neither hf nor ar was measured.</p>")
-        )
+        sampled = report.settings.get("temperature")
+        reason = "sampled output differs by chance" if sampled else "neither hf nor ar was measured"
+        return f"<p>Outputs are not compared: {reason}.</p>"
     whole = [row for row in report.rows if row.category == "all" and row.dataset != "all" and row.lossless.compared]
     counts = ", ".join(
         f"{row_label(row)} {row.lossless.identical} of {row.lossless.compared} ({row.dataset})" for row in whole
@@ -109,5 +106,5 @@ def _lossless(report: BenchReport) -> str:
     ]
     headers = ["method", "data set", "prompt", "new token", "expected", "got", "logit gap"]
     headers, cells = teacher_column([row for row, _ in marks[:DIVERGENCES_SHOWN]], headers, cells)
-    more = f"<p>{len(marks) - len(cells)} more stand in bench.json.</p>" if len(marks) > len(cells) else ""
+    more = f"<p>bench.json lists {len(marks) - len(cells)} more.</p>" if len(marks) > len(cells) else ""
     return f'{text}<p class="note">{escape(note)}.</p>{table(headers, cells, headers.index("prompt"))}{more}'

@@ -1,4 +1,4 @@
-"""What all HTML reports share: one page that needs nothing else, its tables and figures, and how it came to be."""
+"""Parts of all HTML reports: the self-contained page, its tables and figures, and the closing sections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from firp_cli.reports.cells import Cells, command_line, environment_items
 
-WIDE = 1600  # dots
+WIDE = 1600  # pixels
 CSS = """
 :root { --ink: #1d2430; --soft: #5b6573; --line: #dfe3e8; --accent: #0072b2; }
 * { box-sizing: border-box; }
@@ -43,7 +43,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    """The whole document; empty parts of `body` are left out."""
+    """Return the whole document; empty parts of `body` are skipped."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -54,7 +54,7 @@ def page(title: str, body: Sequence[str]) -> str:
 
 
 def table(headers: Sequence[str], cells: Cells, left: int) -> str:
-    """The first `left` columns flush left."""
+    """Return a table with the first `left` columns flush left."""
 
     def line(tag: str, values: Sequence[str]) -> str:
         marked = (
@@ -69,7 +69,7 @@ def table(headers: Sequence[str], cells: Cells, left: int) -> str:
 
 
 def figure(caption: str, image: bytes) -> str:
-    """A PNG inside the page, as wide as the page; a wider one keeps letters that can be read, and scrolls."""
+    """Return an embedded PNG, scaled to the page; one wider than WIDE keeps its size and scrolls, to stay readable."""
     caption = escape(caption)
     kind = ' class="wide"' if int.from_bytes(image[16:20], "big") > WIDE else ""
     data = base64.b64encode(image).decode("ascii")
@@ -78,7 +78,7 @@ def figure(caption: str, image: bytes) -> str:
 
 
 def closing(notes: Sequence[str], environment: dict[str, Any], teachers: Sequence[dict[str, Any]]) -> list[str]:
-    """The last sections: definitions, environment with the teachers, command line."""
+    """Return the last sections: definitions, environment with the teachers, command line."""
     return [
         "<h2>How to read this</h2>",
         "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in notes) + "</ul>",

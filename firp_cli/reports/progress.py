@@ -12,7 +12,7 @@ LINE_SECONDS = 10.0
 
 @contextmanager
 def console_progress(description: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield `progress(done, total)`; total None shows a count without an end."""
+    """Yield `progress(done, total)`; with total None only the count is shown."""
     if not sys.stderr.isatty():
         yield _line_progress(description)
         return
@@ -31,7 +31,7 @@ def console_progress(description: str) -> Iterator[Callable[[int, int | None], N
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("remaining"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -1,4 +1,4 @@
-"""What a SPEED pipeline did, as cells and lines for every report: its ticks, their cost, the speed that follows."""
+"""Tables and lines on SPEED pipelines for all reports: ticks, their cost, and the predicted speedup."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from firp_cli.results import BenchReport, BenchRow, EvalReport, PipelineReport, 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-FIGURE = "occupancy"  # stands in the pipeline's own section
+FIGURE = "occupancy"  # shown in the pipeline's own section
 HEADERS = (
     "loops",
     "ticks",
@@ -29,7 +29,7 @@ HEADERS = (
     "flushes",
     "flushed tokens",
     "corrected early",
-    "plain tokens",
+    "ar tokens",
     "exit loops",
     "exit accuracy",
     "tick ms / loop ms",
@@ -45,47 +45,47 @@ TICK_HEADERS = (
     "decision",
     "one loop of one token",
     "tick / loop",
-    "plain step",
+    "ar step",
     "layers for 1, 2, ... tokens",
 )
 NO_GAIN = (
-    "the teacher's layers are not shared between loops, so every tick runs them all and no gain is to be expected on "
-    "one device (--gpus N spreads the groups over N devices)"
+    "the teacher's loops do not share layers, so every tick runs all of them and no gain is to be expected on one "
+    "device (--gpus N distributes the groups over N devices)"
 )
 NOTES = (
     "Rows with a pipeline (SPEED): a step is a tick, in which every token in flight runs one more of the r loops. "
-    "Accepted length is tokens per r ticks: plain decoding has 1, a full pipe r.",
-    "Tokens per tick: tokens that left the pipe over ticks; a full pipe gives 1, plain decoding 1 / r. Idle ticks: "
-    "share of ticks in which no token left. Plain tokens were decoded outside the pipe, where it did not pay.",
-    "Flushes: changed predictions that threw younger tokens out; flushed tokens: share of the started ones that were "
-    "thrown out. Corrected early: share of tokens whose early prediction of the next one was changed by a later loop. "
+    "Accepted length is tokens per r ticks: 1 for autoregressive decoding, r for a full pipeline.",
+    "Tokens per tick: emitted tokens over ticks; 1 for a full pipeline, 1 / r for autoregressive decoding. Idle ticks: "
+    "share of ticks that emitted no token. Ar tokens: decoded autoregressively while the pipeline was slower.",
+    "Flushes: changed predictions that discarded younger tokens; flushed tokens: share of started tokens that were "
+    "discarded. Corrected early: share of tokens whose early prediction of the next token changed in a later loop. "
     "Exit accuracy: by exit loop, share of predictions that the last loop confirmed.",
-    "Predicted speedup: tokens per tick x r / relative tick cost, for tokens in the pipe. The relative tick cost is a "
-    "full tick over one loop of one token (a plain step / r), measured apart from decoding.",
+    "Predicted speedup: tokens per tick x r / relative tick cost, for tokens in the pipeline. The relative tick cost "
+    "is a full tick over one loop of one token (an autoregressive step / r), measured separately from decoding.",
 )
 
 
 def pipeline_rows(rows: Sequence[BenchRow]) -> list[tuple[BenchRow, PipelineReport]]:
-    """The rows that have a pipeline, with it."""
+    """Return the rows that have a pipeline, with it."""
     return [(row, row.pipeline) for row in rows if row.pipeline is not None]
 
 
 def pipeline_cells(report: BenchReport) -> tuple[list[str], Cells]:
-    """Headers and cells, one line per row with a pipeline; leading columns name the teacher and the group where there
-    are several.
+    """Return headers and cells, one line per row with a pipeline; leading columns name the teacher and the group if
+    there are several.
     """
     several = len({group_name(row) for row in report.rows}) > 1
-    found = pipeline_rows(report.rows)
+    pairs = pipeline_rows(report.rows)
     cells = []
-    for row, pipeline in found:
+    for row, pipeline in pairs:
         group = [group_name(row)] if several else []
         cells.append([*group, row.method, *_figures(pipeline, row.speedup)])
     headers = [*(["prompts"] if several else []), "method", *HEADERS]
-    return teacher_column([row for row, _ in found], headers, cells)
+    return teacher_column([row for row, _ in pairs], headers, cells)
 
 
 def _figures(pipeline: PipelineReport, speedup: float | None) -> list[str]:
-    """Cells under HEADERS."""
+    """Return cells under HEADERS."""
     cost = pipeline.cost
     return [
         str(pipeline.loops),
@@ -105,7 +105,7 @@ def _figures(pipeline: PipelineReport, speedup: float | None) -> list[str]:
 
 
 def tick_cells(report: BenchReport) -> tuple[list[str], Cells]:
-    """Headers and cells of where a tick goes, in milliseconds: one line per method whose tick was measured."""
+    """Return headers and cells of the parts of a tick in milliseconds, one line per method with a measured tick."""
     cells = [
         [
             method,
@@ -119,12 +119,12 @@ def tick_cells(report: BenchReport) -> tuple[list[str], Cells]:
 
 
 def _costs(report: BenchReport) -> dict[str, TickCost]:
-    """Measured ticks by method; the groups of a method share theirs."""
+    """Return measured ticks by method; all groups of a method have the same."""
     return {row_label(row): pipeline.cost for row, pipeline in pipeline_rows(report.rows) if pipeline.cost}
 
 
 def tick_line(cost: TickCost) -> str:
-    """Where a tick goes, in one line."""
+    """Return the parts of a tick in one line."""
     return (
         f"tick {number(cost.tick)} ms: layers {number(cost.layers)}, heads {number(cost.heads)}, decision "
         f"{number(cost.decision)}; one loop of one token {number(cost.loop)} (a tick costs {number(cost.relative)} x "
@@ -133,22 +133,22 @@ def tick_line(cost: TickCost) -> str:
 
 
 def pipeline_note(report: BenchReport) -> str | None:
-    """One line where a pipeline cannot gain: no layers shared and one process. None otherwise."""
-    found = pipeline_rows(report.rows)
-    methods = dict.fromkeys(row_label(row) for row, pipeline in found if not pipeline.shared and pipeline.ranks == 1)
+    """Return a note on pipelines that cannot gain: no layers are shared, and there is one process. Else None."""
+    pairs = pipeline_rows(report.rows)
+    methods = dict.fromkeys(row_label(row) for row, pipeline in pairs if not pipeline.shared and pipeline.ranks == 1)
     return f"{', '.join(methods)}: {NO_GAIN}" if methods else None
 
 
 def pipeline_tables(report: BenchReport) -> list[RenderableType]:
-    """For the terminal: one column per method and one line per figure, then where the tick goes. Empty without
-    pipelines.
+    """Return the tables for the terminal: one column per method and one line per metric, then the parts of a tick.
+    Empty without pipelines.
     """
     from rich.text import Text
 
-    found = pipeline_rows(main_rows(report))
-    if not found:
+    pairs = pipeline_rows(main_rows(report))
+    if not pairs:
         return []
-    columns = [[row_label(row), *_figures(pipeline, row.speedup)] for row, pipeline in found]
+    columns = [[row_label(row), *_figures(pipeline, row.speedup)] for row, pipeline in pairs]
     headers, *cells = map(list, zip(["pipeline", *HEADERS], *columns, strict=True))
     costs = _costs(report)
     lines = [
@@ -158,7 +158,7 @@ def pipeline_tables(report: BenchReport) -> list[RenderableType]:
 
 
 def pipeline_markdown(report: BenchReport, figures: Sequence[str]) -> list[str]:
-    """The section of bench.md; empty without pipelines."""
+    """Return the section of bench.md; empty without pipelines."""
     headers, cells = pipeline_cells(report)
     if not cells:
         return []
@@ -167,19 +167,19 @@ def pipeline_markdown(report: BenchReport, figures: Sequence[str]) -> list[str]:
         "## Pipeline\n",
         markdown_table(headers, cells),
         *([f"{note}.\n"] if note else []),
-        *(["Where a tick goes, in milliseconds:\n", markdown_table(*ticks)] if ticks[1] else []),
+        *(["Parts of a tick, in milliseconds:\n", markdown_table(*ticks)] if ticks[1] else []),
         *([f"![{FIGURE}]({FIGURE}.png)\n"] if FIGURE in figures else []),
     ]
 
 
 def eval_pipeline_lines(report: EvalReport) -> list[str]:
-    """For the terminal, below the table of the exits; empty without a pipeline."""
+    """Return lines for the terminal, below the table of the exits; empty without a pipeline."""
     pipeline = report.pipeline
     if pipeline is None:
         return []
     loops, rate = pipeline.loops, number(pipeline.tokens_per_tick)
     lines = [
-        f"tokens per tick: {rate} of at most 1; plain decoding has {number(1 / loops)} ({loops} loops)",
+        f"tokens per tick: {rate} of at most 1; {number(1 / loops)} for autoregressive decoding ({loops} loops)",
         f"corrected early: {number(pipeline.corrected)} of the tokens; idle ticks: {number(pipeline.idle)}",
     ]
     if pipeline.cost:

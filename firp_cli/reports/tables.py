@@ -1,4 +1,4 @@
-"""Records as tables: rich for the terminal, Markdown and CSV for files. One function makes the cells of all three."""
+"""Tables of `firp bench` and `firp eval`: rich for the terminal, Markdown and CSV for files, from the same cells."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from firp_cli.reports import predicted
 from firp_cli.reports.cells import (
     DASH,
-    NOTE,
+    TEACHERS_NOTE,
     Cells,
-    _literal,
     by_teacher,
     closing_markdown,
     group_name,
+    literal,
     markdown_table,
     number,
     rich_table,
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 
 BENCH_HEADERS = ("method", "accepted length", "tokens/s", "speedup over ar", "over hf", "lossless")
 EVAL_HEADERS = ("step", "top-1", "top-5", "KL (nats)", "anchors")
-# A first difference with a smaller gap between the two logits is a near-tie that the dtype's rounding decides.
+# Up to this gap of the two logits a first difference is a near-tie that rounding in this dtype decides.
 NEAR_TIE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 
 
 def lossless_cell(row: BenchRow, reference: str | None) -> str:
-    """`40/40`, or that this is the reference, or a dash when nothing was compared."""
+    """Return `40/40`, `reference`, or a dash when nothing was compared."""
     if row.method == reference:
         return "reference"
     return f"{row.lossless.identical}/{row.lossless.compared}" if row.lossless.compared else DASH
 
 
 def bench_cells(report: BenchReport) -> tuple[list[str], Cells]:
-    """Headers and cells of the main table; leading columns name the teacher, and the data set or category, where there
-    are several.
+    """Return headers and cells of the main table; leading columns name the teacher, and the data set or category, if
+    there are several.
     """
     headers = list(BENCH_HEADERS)
     cells = [_main_cells(row, report.settings.get("reference")) for row in report.rows]
@@ -70,8 +70,8 @@ def _main_cells(row: BenchRow, reference: str | None) -> list[str]:
 
 
 def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
-    """Headers and cells of the second table of the written reports: what the main figures are made of, and what was
-    predicted where something was.
+    """Return headers and cells of the second table of the written reports: totals of the main table, and
+    predictions if there are any.
     """
     headers = ["prompts", "method", "tree", "n", "new tokens", "prefill s", "decode s", "steps", "ms/step"]
     headers += ["speedup with prefill", "steps accepting at least 1, 2, ... drafts"]
@@ -91,15 +91,14 @@ def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
         ]
         for row in report.rows
     ]
-    foretold, more = predicted_cells(report.rows)
-    cells = [[*line, *own] for line, own in zip(cells, more, strict=True)]
-    return teacher_column(report.rows, [*headers, *foretold], cells)
+    added_headers, added_cells = predicted_cells(report.rows)
+    cells = [[*line, *added] for line, added in zip(cells, added_cells, strict=True)]
+    return teacher_column(report.rows, [*headers, *added_headers], cells)
 
 
 def bench_tables(report: BenchReport) -> Group:
-    """The main table for the terminal, one for each teacher and data set, narrow enough for 80 columns: headers on two
-    lines, accepted lengths without their interval. Predictions follow in lines, categories and pipelines in tables of
-    their own.
+    """Return the main tables for the terminal, one for each teacher and data set, at most 80 columns wide: headers on
+    two lines, accepted lengths without their interval. Categories, predictions and pipelines follow.
     """
     from rich.console import Group
     from rich.text import Text
@@ -109,7 +108,7 @@ def bench_tables(report: BenchReport) -> Group:
 
 
 def _teacher_tables(report: BenchReport) -> list[Table]:
-    """One teacher's main tables and its categories; titles name it where the rows do."""
+    """Return a teacher's main tables and its categories; titles name the teacher if the rows do."""
     reference = report.settings.get("reference")
     owner = f"teacher {report.rows[0].teacher}" if report.rows and report.rows[0].teacher else ""
     datasets = list(dict.fromkeys(row.dataset for row in report.rows))
@@ -118,8 +117,8 @@ def _teacher_tables(report: BenchReport) -> list[Table]:
         rows = [row for row in report.rows if (row.dataset, row.category) == (dataset, "all")]
         cells = [_main_cells(replace(row, accepted_length_interval=None), reference) for row in rows]
         table = rich_table([header.replace(" ", "\n", 1) for header in BENCH_HEADERS], cells, left=1)
-        of_several = dataset if len(datasets) > 1 else ""
-        drawn.append(_titled(table, owner, f"data set {dataset}" if owner and of_several else of_several))
+        name = dataset if len(datasets) > 1 else ""
+        drawn.append(_titled(table, owner, f"data set {name}" if owner and name else name))
     headers, cells = category_cells(report)
     if cells:
         drawn.append(_titled(rich_table(headers, cells, left=1), owner, "speedup over ar (accepted length)"))
@@ -127,30 +126,31 @@ def _teacher_tables(report: BenchReport) -> list[Table]:
 
 
 def _titled(table: Table, *parts: str) -> Table:
-    """The table under those of `parts` that are not empty."""
+    """Return the table with the non-empty `parts` as its title."""
     title = ", ".join(part for part in parts if part)
     if title:
-        table.title, table.title_justify = _literal(title), "left"
+        table.title, table.title_justify = literal(title), "left"
     return table
 
 
 def category_cells(report: BenchReport) -> tuple[list[str], Cells]:
-    """Headers and cells of one teacher's categories: prompts, then `speedup (accepted length)` of each drafting
+    """Return headers and cells of a teacher's categories: prompts, then `speedup (accepted length)` of each drafting
     method.
     """
     rows = [row for row in report.rows if row.category != "all"]
     methods = [name for name in dict.fromkeys(row.method for row in rows) if name not in ("ar", "hf")]
-    found = {(group_name(row), row.method): row for row in rows}
+    by_method = {(group_name(row), row.method): row for row in rows}
     cells = []
     for group in dict.fromkeys(group_name(row) for row in rows):
-        own = [found[group, method] for method in methods]
+        drafting = [by_method[group, method] for method in methods]
         prompts = next(row.prompts for row in rows if group_name(row) == group)
-        cells.append([group, str(prompts), *(f"{number(row.speedup)} ({number(row.accepted_length)})" for row in own)])
+        speedups = [f"{number(row.speedup)} ({number(row.accepted_length)})" for row in drafting]
+        cells.append([group, str(prompts), *speedups])
     return ["", "prompts", *methods], cells if methods else []
 
 
 def eval_cells(report: EvalReport) -> Cells:
-    """Cells under `eval_headers`."""
+    """Return cells under `eval_headers`."""
     return [
         [str(item.step), number(item.top1, 3), number(item.top5, 3), number(item.kl, 3), str(item.anchors)]
         for item in report.steps
@@ -158,21 +158,21 @@ def eval_cells(report: EvalReport) -> Cells:
 
 
 def eval_headers(report: EvalReport) -> list[str]:
-    """EVAL_HEADERS; a pipeline's lines are its exits, by loop."""
+    """Return EVAL_HEADERS; the rows of early exits are exits, by loop, not draft steps."""
     return ["exit" if report.pipeline else EVAL_HEADERS[0], *EVAL_HEADERS[1:]]
 
 
 def eval_table(report: EvalReport) -> Table:
-    """Draft quality by step for the terminal."""
+    """Return the table of draft quality by step for the terminal."""
     return rich_table(eval_headers(report), eval_cells(report))
 
 
 def settings_line(report: BenchReport) -> str:
-    """What was measured, in one sentence."""
+    """Return the settings in one sentence."""
     settings, parts = report.settings, by_teacher(report)
     temperature = settings.get("temperature", 0.0)
     how = "greedy" if not temperature else f"temperature {temperature:g}, top-p {settings.get('top_p', 1.0):g}"
-    skipped = f" ({report.skipped_long} longer than the context left out)" if report.skipped_long else ""
+    skipped = f" ({report.skipped_long} longer than the context skipped)" if report.skipped_long else ""
     repeats = settings.get("repeats")
     taken = "measured once" if repeats == 1 else f"medians over {repeats} repeats"
     names = [
@@ -189,35 +189,35 @@ def settings_line(report: BenchReport) -> str:
 
 
 def reading_notes(report: BenchReport) -> list[str]:
-    """How the columns are defined, for the written reports."""
+    """Return the definitions of the columns, for the written reports."""
     warmup = report.settings.get("warmup")
     times = "once" if warmup == 1 else f"{warmup} times"
     return [
-        "Accepted length: tokens emitted per decoding step, the bonus token included; plain decoding has 1.",
-        "Speedup: seconds per token of decoding, pooled, the baseline's over the method's. Prefill and the first token "
-        "(prefill pays for it) are left out.",
-        "Brackets: 95% bootstrap interval over prompts (over batches for speed at batch size > 1).",
-        "ar is plain decoding in the same engine; hf is transformers' own generate.",
-        "Speedup with prefill is Spec-Bench's definition: mean over prompts of tokens per second of wall time, over "
-        "ar's.",
-        f"Before measuring, each method decoded the first batch {times}, uncounted; methods then took turns batch by "
-        "batch.",
-        *([f"{NOTE}."] if report.teachers else []),
+        "Accepted length: tokens emitted per decoding step, bonus token included; 1 for autoregressive decoding.",
+        "Speedup: pooled decode seconds per token, the baseline's over the method's. Prefill and the first token "
+        "(which prefill gives) do not count.",
+        "Brackets: 95% bootstrap interval over prompts (speedup: over batches, if the batch size is above 1).",
+        "ar: autoregressive decoding in the same engine. hf: transformers' own generate.",
+        "Speedup with prefill, as defined by Spec-Bench: mean over prompts of tokens per second of wall time, over "
+        "that of ar.",
+        f"Before measuring, each method decoded the longest batch {times}, uncounted; methods then took turns within "
+        "each batch.",
+        *([f"{TEACHERS_NOTE}."] if report.teachers else []),
         *([predicted.NOTE] if any(row.predicted for row in report.rows) else []),
         *(NOTES if pipeline_rows(report.rows) else ()),
     ]
 
 
 def lossless_note(report: BenchReport) -> str | None:
-    """One line on outputs that differ from the reference's, of each teacher that has such; None when all are the same
-    or nothing was compared.
+    """Return a note on outputs that differ from the reference, for each teacher with such outputs; None if all are
+    identical or nothing was compared.
     """
     notes = [note for part in by_teacher(report) if (note := _lossless_note(part))]
     return "; ".join(notes) or None
 
 
 def _lossless_note(report: BenchReport) -> str | None:
-    """The note on one teacher's outputs."""
+    """Return the note on one teacher's outputs."""
     whole = [row for row in report.rows if row.category == "all" and row.dataset != "all"]
     marks = [mark for row in whole for mark in row.lossless.divergences]
     if not marks:
@@ -239,13 +239,13 @@ def _lossless_note(report: BenchReport) -> str | None:
 
 
 def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
-    """bench.md: tables, definitions, environment and command line; `figures` are names of PNGs beside it."""
-    note, foretold = lossless_note(report), predicted_lines(report)
+    """Return bench.md: tables, definitions, environment and command line. `figures`: names of PNGs in its folder."""
+    note, predictions = lossless_note(report), predicted_lines(report)
     parts = [
         "# firp bench\n",
         settings_line(report) + ".\n",
         markdown_table(*bench_cells(report)),
-        *(["\n".join(f"- {line}" for line in foretold) + "\n"] if foretold else []),
+        *(["\n".join(f"- {line}" for line in predictions) + "\n"] if predictions else []),
         *([note + ".\n"] if note else []),
         *(f"![{name}]({name}.png)\n" for name in figures if name != FIGURE),
         *pipeline_markdown(report, figures),
@@ -257,8 +257,8 @@ def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
 
 
 def bench_csv(report: BenchReport) -> str:
-    """bench.csv: one line per row, every field; intervals as two columns, lists joined by spaces. `pipeline_` and
-    `predicted_` columns only where a row has such, a leading `teacher` only where there are several.
+    """Return bench.csv: one line per row with every field; intervals as two columns, lists joined by spaces. There are
+    `pipeline_` and `predicted_` columns if a row has them, and a leading `teacher` if there are several.
     """
     stream = io.StringIO()
     lines = [_flat(row) for row in report.rows]
@@ -290,7 +290,7 @@ def _flat(row: BenchRow) -> dict[str, Any]:
 
 
 def _flat_pipeline(pipeline: PipelineReport) -> dict[str, Any]:
-    """Every field but the occupancy, which is as long as the run."""
+    """Return all fields but the occupancy, which is as long as the run."""
     flat: dict[str, Any] = {}
     for item in fields(PipelineReport):
         value = getattr(pipeline, item.name)

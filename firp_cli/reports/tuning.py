@@ -1,4 +1,4 @@
-"""What `firp tune` measured and chose, for the terminal, as Markdown and as one HTML page."""
+"""Report of `firp tune`: tables for the terminal, Markdown and one HTML page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHOICE_HEADERS = (
     "rows",
     "accepted length",
     "step ms",
-    "plain ms",
+    "ar ms",
     "predicted speedup",
     "measured speedup",
     "off by %",
@@ -42,26 +42,26 @@ LADDER_HEADERS = (
 )
 CHECK_HEADERS = ("batch size", "context", "rows", "predicted ms", "measured ms", "off by %")
 CAPTIONS = {
-    "cost": "What a pass of the teacher costs by its rows; open circles were measured apart from the curves.",
-    "nodes": "What the best tree of each number of nodes brings, at the first batch size.",
-    "batch": "What the chosen tree brings at each batch size; 1 is plain decoding.",
+    "cost": "Time of a pass of the teacher by its rows; open circles are measurements that the curves do not contain.",
+    "nodes": "Performance of the best tree of each number of nodes, at the first batch size.",
+    "batch": "Speedup of the best tree at each batch size; 1 is autoregressive decoding.",
     "tree": "The chosen tree.",
-    "acceptance": "How often the candidate of each rank is right, and how far the draft's own probabilities hold.",
+    "acceptance": "Accuracy of each candidate by its order, and reliability of the drafted probabilities.",
 }
 NOTES = (
-    "Accepted length: tokens emitted per decoding step, the bonus token included; plain decoding has 1.",
-    "Speedup: over plain decoding in the same engine, decode time only.",
-    "Predicted: from acceptance on the calibration prompts and the measured cost of passes. Measured: decoded for "
-    "real, on calibration prompts that did not choose the tree. Off by: predicted over measured, minus 1.",
+    "Accepted length: tokens emitted per decoding step, bonus token included; 1 for autoregressive decoding.",
+    "Speedup: over autoregressive decoding (ar) in the same engine, decode time only.",
+    "Predicted: from acceptance on the calibration prompts and the measured cost of passes. Measured: by decoding "
+    "prompts that were not used to choose the tree. Off by: predicted over measured, minus 1.",
     "Nodes: tokens of the tree, the root included. Rows: all rows of a step, per sequence, rows for drafting included. "
-    "Step ms and plain ms: a step of the tree and one of plain decoding, predicted.",
-    "Checks of the cost curves are passes that the curves were not made from.",
-    "Break-even: the smallest batch size at which no tree pays.",
+    "Step ms and ar ms: a step with the tree and an autoregressive one, predicted.",
+    "Checks of the cost curves are measured passes that the curves do not contain.",
+    "Break-even: the smallest batch size at which no tree pays: none is predicted to be clearly faster than ar.",
 )
 
 
 def tune_figures(report: TuneReport) -> dict[str, bytes]:
-    """PNGs by name: `cost`, `nodes`, `batch`, `tree`, `acceptance`; those without anything to show are left out."""
+    """Return PNGs by name: `cost`, `nodes`, `batch`, `tree`, `acceptance`, without those that would be empty."""
     figures = {}
     if report.cost.curves:
         figures["cost"] = cost_figure(report)
@@ -69,61 +69,59 @@ def tune_figures(report: TuneReport) -> dict[str, bytes]:
         figures["nodes"] = nodes_figure(report)
     if len({trial.batch_size for trial in report.batches}) > 1:
         figures["batch"] = batch_figure(report)
-    shown = drawable(report.entries)
-    if shown:
-        figures["tree"] = tree_figure(shown)
+    if entry := drawable(report.entries):
+        figures["tree"] = tree_figure(entry)
     if report.acceptance:
         figures["acceptance"] = acceptance_figure(report)
     return figures
 
 
 def percent_off(predicted: float | None, measured: float | None) -> str:
-    """`+2.1`: in percent of what was measured; a dash where there is nothing to compare."""
+    """Return `+2.1`, the error in percent of the measured value; a dash if a value is missing."""
     value = disagreement(predicted, measured)
     return DASH if value is None else f"{100 * value:+.1f}"
 
 
 def measured_at(report: TuneReport, batch_size: int) -> Prediction | None:
-    """What the chosen tree brought at a batch size, where it was decoded there."""
+    """Return the measured performance of the best tree at a batch size, if the trial decoded it."""
     return next((trial.measured for trial in report.batches if trial.batch_size == batch_size and trial.measured), None)
 
 
 def choice_cells(report: TuneReport) -> Cells:
-    """Cells under CHOICE_HEADERS: one line per batch size."""
+    """Return cells under CHOICE_HEADERS, one line per batch size."""
     return [_choice(entry, measured_at(report, entry.batch_size)) for entry in report.entries]
 
 
 def _choice(entry: TunedTree, measured: Prediction | None) -> list[str]:
-    foretold, found = entry.predicted, measured.speedup if measured else None
+    predicted, speedup = entry.predicted, measured.speedup if measured else None
     return [
         str(entry.batch_size),
         entry.tree,
         str(entry.rows),
-        number(foretold.accepted_length),
-        number(foretold.step_milliseconds),
-        number(foretold.ar_milliseconds),
-        number(foretold.speedup),
-        number(found),
-        percent_off(foretold.speedup, found),
+        number(predicted.accepted_length),
+        number(predicted.step_milliseconds),
+        number(predicted.ar_milliseconds),
+        number(predicted.speedup),
+        number(speedup),
+        percent_off(predicted.speedup, speedup),
     ]
 
 
 def ladder_cells(report: TuneReport) -> Cells:
-    """Cells under LADDER_HEADERS: one line per number of nodes."""
+    """Return cells under LADDER_HEADERS, one line per number of nodes."""
     return [_rung(trial) for trial in sorted(report.ladder, key=lambda trial: trial.nodes)]
 
 
 def _rung(trial: Trial) -> list[str]:
-    foretold, measured = trial.predicted, trial.measured
     cells = [str(trial.nodes), trial.tree]
     for name in ("accepted_length", "speedup"):
-        predicted, found = getattr(foretold, name), getattr(measured, name, None)
-        cells += [number(predicted), number(found), percent_off(predicted, found)]
+        predicted, measured = getattr(trial.predicted, name), getattr(trial.measured, name, None)
+        cells += [number(predicted), number(measured), percent_off(predicted, measured)]
     return cells
 
 
 def check_cells(report: TuneReport) -> Cells:
-    """Cells under CHECK_HEADERS."""
+    """Return cells under CHECK_HEADERS, one line per check."""
     return [
         [
             *map(str, (check.batch_size, check.context, check.rows)),
@@ -136,7 +134,7 @@ def check_cells(report: TuneReport) -> Cells:
 
 
 def summary_lines(report: TuneReport) -> list[str]:
-    """One line each: how well the cost curves hold, what trees were judged by, where none pays."""
+    """Return a line each on the cost curves, the calibration and the break-even."""
     return [_cost_line(report), _calibration_line(report), _break_even_line(report)]
 
 
@@ -148,10 +146,10 @@ def _cost_line(report: TuneReport) -> str:
 
 
 def _calibration_line(report: TuneReport) -> str:
-    found = report.calibration
+    calibration = report.calibration
     names = (("prompts", "prompt"), ("tokens", "token"), ("anchors", "anchor"))
-    counts = [_counted(found[name], singular) for name, singular in names if isinstance(found.get(name), int)]
-    dataset = found.get("dataset")
+    counts = [_counted(calibration[name], noun) for name, noun in names if isinstance(calibration.get(name), int)]
+    dataset = calibration.get("dataset")
     context = sorted({entry.context for entry in report.entries})
     tuned = f"; tuned for {' and '.join(map(str, context))} tokens in the cache" if context else ""
     return f"calibration: {', '.join(counts)}{f' of {dataset}' if dataset else ''}{tuned}"
@@ -171,7 +169,7 @@ def _counted(count: int, singular: str) -> str:
 
 
 def lead_line(report: TuneReport) -> str:
-    """Teacher, predictor, and how it was decoded."""
+    """Return teacher, predictor and sampling in one line."""
     teacher, predictor = report.teacher, report.predictor
     folder = predictor.get("folder")
     name = " ".join(
@@ -184,7 +182,7 @@ def lead_line(report: TuneReport) -> str:
 
 
 def headline(report: TuneReport) -> str | None:
-    """The best choice in one sentence; None where no tree pays."""
+    """Return a sentence on the best choice; None if no tree pays."""
     paying = [entry for entry in report.entries if entry.tree != "none"]
     if not paying:
         return None
@@ -192,13 +190,13 @@ def headline(report: TuneReport) -> str | None:
     measured = measured_at(report, best.batch_size)
     also = f"; measured: {number(measured.speedup)} times" if measured else ""
     return (
-        f"{best.tree} is predicted to decode {number(best.predicted.speedup)} times as fast as plain decoding at batch "
-        f"size {best.batch_size}, at {number(best.predicted.accepted_length)} tokens per step{also}"
+        f"{best.tree} is predicted to decode {number(best.predicted.speedup)} times as fast as autoregressive "
+        f"decoding at batch size {best.batch_size}, at {number(best.predicted.accepted_length)} tokens per step{also}"
     )
 
 
 def tune_tables(report: TuneReport) -> Group:
-    """For the terminal: the choice for each batch size, the ladder, and the summary, within 100 columns."""
+    """Return the choices, the ladder and the summary for the terminal, at most 100 columns wide."""
     from rich.console import Group
     from rich.text import Text
 
@@ -211,7 +209,7 @@ def tune_tables(report: TuneReport) -> Group:
 
 
 def _narrow(headers: Sequence[str], cells: Cells) -> Table:
-    """Headers on two lines, columns close together; on a terminal that is too narrow, cells are folded, never cut."""
+    """Return a table with headers on two lines and little padding; on a narrow terminal cells are folded, never cut."""
     drawn = rich_table([header.replace(" ", "\n", 1) for header in headers], cells, fixed=False)
     drawn.padding = (0, 1, 0, 0)
     drawn.columns[headers.index("tree")].no_wrap = True
@@ -219,7 +217,7 @@ def _narrow(headers: Sequence[str], cells: Cells) -> Table:
 
 
 def tune_markdown(report: TuneReport, figures: Sequence[str] = ()) -> str:
-    """tune.md: tables, definitions, environment and command line; `figures` are names of PNGs beside it."""
+    """Return tune.md: tables, definitions, environment and command line. `figures`: names of PNGs in its folder."""
     ladder, checks = ladder_cells(report), check_cells(report)
     best = headline(report)
     parts = [
@@ -237,7 +235,7 @@ def tune_markdown(report: TuneReport, figures: Sequence[str] = ()) -> str:
 
 
 def tune_html(report: TuneReport, figures: dict[str, bytes]) -> str:
-    """The page. `figures` are PNGs by name, as `tune_figures` makes them."""
+    """Return the page. `figures`: PNGs by name, from `tune_figures`."""
     ladder, checks = ladder_cells(report), check_cells(report)
     best = headline(report)
     body = [

@@ -1,4 +1,4 @@
-"""Figures of `firp tune` as PNG bytes: what passes cost, what trees of each size bring, which drafts are right."""
+"""Figures of `firp tune` as PNG bytes: cost of passes, performance of trees by size, accuracy of drafts."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend, png
-from firp_cli.tune_results import CostCheck, CostCurve, RankRate, Reliability, Trial, TunedTree, TuneReport
+from firp_cli.tune_results import CandidateRate, CostCheck, CostCurve, Reliability, Trial, TunedTree, TuneReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GREY = "#555555"
 MEASURED, PREDICTED, CHOSEN = COLOURS[5], COLOURS[0], COLOURS[2]
-TICKS_APART = 0.055  # of the axis
+TICKS_APART = 0.055  # least distance, as a share of the axis
 LONGEST_NAME = 28
 LEAST_MARK, MOST_MARK = 10.0, 110.0  # areas in square points
 
 
 def shortened(name: str) -> str:
-    """A tree's name where there is little room."""
+    """Return a tree's name with at most LONGEST_NAME characters."""
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 def nearest_curve(report: TuneReport) -> CostCurve:
-    """The curve nearest to the first choice, by batch size and then context."""
+    """Return the curve nearest to the first choice, by batch size and then context."""
     first = report.entries[0] if report.entries else None
     batch, context = (first.batch_size, first.context) if first else (1, 0)
     return min(report.cost.curves, key=lambda curve: (abs(curve.batch_size - batch), abs(curve.context - context)))
 
 
 def near_checks(report: TuneReport, curve: CostCurve) -> list[CostCheck]:
-    """The checks of a curve's batch size at the context nearest to it."""
-    own = [check for check in report.cost.checks if check.batch_size == curve.batch_size]
-    nearest = min((check.context for check in own), key=lambda context: abs(context - curve.context), default=0)
-    return [check for check in own if check.context == nearest]
+    """Return the checks at a curve's batch size and at the context nearest to its own."""
+    checks = [check for check in report.cost.checks if check.batch_size == curve.batch_size]
+    nearest = min((check.context for check in checks), key=lambda context: abs(context - curve.context), default=0)
+    return [check for check in checks if check.context == nearest]
 
 
 def cost_figure(report: TuneReport) -> bytes:
-    """Milliseconds of a pass against its rows, by part, with the checks and the rows of the chosen tree."""
+    """Draw the milliseconds of a pass by its rows and parts, with the checks and the rows of the chosen tree."""
     curve = nearest_curve(report)
     whole = [sum(parts) for parts in zip(curve.lower, curve.upper, curve.head, strict=True)]
     split, layers = report.cost.split, report.cost.layers
@@ -56,12 +56,12 @@ def cost_figure(report: TuneReport) -> bytes:
             axes.plot(curve.rows, values, color=colour, marker=".", markersize=5, linewidth=1.5, label=label)
         checks = near_checks(report, curve)
         if checks:
-            other = "" if checks[0].context == curve.context else f" at context {checks[0].context}"
+            context = "" if checks[0].context == curve.context else f" at context {checks[0].context}"
             rows, times = [check.rows for check in checks], [check.measured for check in checks]
-            said = [check.predicted for check in checks]
-            if other:
-                axes.plot(rows, said, "x", color=GREY, markersize=6, label=f"curves say{other}")
-            label = f"measured check{other}"
+            predicted = [check.predicted for check in checks]
+            if context:
+                axes.plot(rows, predicted, "x", color=GREY, markersize=6, label=f"predicted{context}")
+            label = f"measured check{context}"
             axes.plot(rows, times, "o", color=MEASURED, mfc="none", mew=1.4, markersize=8, label=label)
         axes.set_ylim(0, 1.12 * max([*whole, *(check.measured for check in checks)]))
         axes.set_xlim(0, 1.03 * max([*curve.rows, *(check.rows for check in checks), *_chosen_rows(report)]))
@@ -81,7 +81,7 @@ def _cost_title(report: TuneReport, curve: CostCurve) -> str:
 
 
 def _chosen(report: TuneReport) -> TunedTree | None:
-    """The choice for the first batch size, where it is a tree."""
+    """Return the choice for the first batch size, if it is a tree."""
     return next((entry for entry in report.entries[:1] if entry.tree != "none"), None)
 
 
@@ -91,7 +91,7 @@ def _chosen_rows(report: TuneReport) -> list[int]:
 
 
 def _mark_rows(axes: Axes, report: TuneReport) -> None:
-    """A vertical line at the rows of the chosen tree's step, named on the side that has room."""
+    """Draw a vertical line at the rows of the chosen tree's step, labelled on the side that has room."""
     chosen = _chosen(report)
     if chosen:
         left, right = axes.get_xlim()
@@ -117,7 +117,7 @@ def _vertical(axes: Axes, x: float, text: str, rightwards: bool, colour: str = C
 
 
 def _doubling(axes: Axes, values: Iterable[int]) -> None:
-    """An axis on which every doubling takes the same room, with as many of `values` named as there is room for."""
+    """Make the x axis logarithmic with base 2, with ticks at as many of `values` as have room."""
     ordered = sorted(set(values))
     low, high = math.log2(ordered[0]), math.log2(ordered[-1])
     room = (high - low) or 1.0
@@ -132,7 +132,7 @@ def _doubling(axes: Axes, values: Iterable[int]) -> None:
 
 
 def nodes_figure(report: TuneReport) -> bytes:
-    """Left: accepted length against the number of nodes. Right: speedup. Lines are predicted, markers measured."""
+    """Draw accepted length (left) and speedup (right) by number of nodes. Lines are predicted, markers measured."""
     ladder = sorted(report.ladder, key=lambda trial: trial.nodes)
     chosen = _chosen(report)
     with canvas(8.4, 3.4) as figure:
@@ -140,7 +140,7 @@ def nodes_figure(report: TuneReport) -> bytes:
         for axes, name, label in zip(
             panels,
             ("accepted_length", "speedup"),
-            ("accepted length (tokens per step)", "speedup over plain decoding"),
+            ("accepted length (tokens per step)", "speedup over autoregressive decoding"),
             strict=True,
         ):
             _predicted_and_measured(axes, [trial.nodes for trial in ladder], ladder, name)
@@ -167,25 +167,24 @@ def nodes_figure(report: TuneReport) -> bytes:
 
 
 def _predicted_and_measured(axes: Axes, places: Sequence[int], trials: Sequence[Trial], name: str) -> None:
-    """A line of predictions; open markers where a trial was decoded for real. `name`: field of a Prediction."""
+    """Draw a line of predictions, and open markers for measured trials. `name`: field of a Prediction."""
     values = [getattr(trial.predicted, name) for trial in trials]
     axes.plot(places, values, color=PREDICTED, marker=".", markersize=6, linewidth=1.5, label="predicted")
     pairs = zip(places, trials, strict=True)
-    found = [(place, getattr(trial.measured, name)) for place, trial in pairs if trial.measured]
-    if found:
-        at, measured = zip(*found, strict=True)
-        axes.plot(at, measured, "o", color=MEASURED, mfc="none", mew=1.4, markersize=8, label="measured")
+    points = [(place, getattr(trial.measured, name)) for place, trial in pairs if trial.measured]
+    if points:
+        axes.plot(*zip(*points, strict=True), "o", color=MEASURED, mfc="none", mew=1.4, markersize=8, label="measured")
 
 
 def batch_figure(report: TuneReport) -> bytes:
-    """Speedup of the chosen tree against batch size, and where no tree pays any more."""
+    """Draw the speedup of the best tree by batch size, and the break-even."""
     trials = sorted(report.batches, key=lambda trial: trial.batch_size)
     sizes = [trial.batch_size for trial in trials]
     with canvas(6.4, 3.4) as figure:
         axes = figure.subplots()
         _predicted_and_measured(axes, sizes, trials, "speedup")
         _name_sizes(axes, trials)
-        axes.axhline(1.0, color=GREY, linewidth=1.0, linestyle="--", label="plain decoding")
+        axes.axhline(1.0, color=GREY, linewidth=1.0, linestyle="--", label="autoregressive decoding")
         _doubling(axes, sizes)
         low, high = axes.get_ylim()
         room = 0.18 * (high - min(low, 1.0))
@@ -197,13 +196,13 @@ def batch_figure(report: TuneReport) -> bytes:
             rightwards = math.log2(report.break_even) < (math.log2(sizes[0]) + math.log2(sizes[-1])) / 2
             _vertical(axes, report.break_even, "break-even", rightwards)
         axes.set_xlabel("batch size")
-        axes.set_ylabel("speedup over plain decoding")
+        axes.set_ylabel("speedup over autoregressive decoding")
         legend(figure, 3)
         return png(figure)
 
 
 def _name_sizes(axes: Axes, trials: Sequence[Trial]) -> None:
-    """How many nodes each chosen tree has, on the side of the line that has room; `none` below."""
+    """Write the number of nodes of each tree on the side of the line that has room; `none` below."""
     for trial, after in zip_longest(trials, trials[1:]):
         rising = after is not None and after.predicted.speedup > trial.predicted.speedup
         text, side, offset = f"{trial.nodes} nodes", "left", (5, -13 if rising else 6)
@@ -215,7 +214,7 @@ def _name_sizes(axes: Axes, trials: Sequence[Trial]) -> None:
 
 
 def acceptance_figure(report: TuneReport) -> bytes:
-    """Left: how often the candidate of each rank is right. Right: the draft's own probability against that."""
+    """Draw the accuracy of each candidate by its order (left), and the reliability of drafted probabilities (right)."""
     steps = sorted({rate.step for rate in report.acceptance} | {item.step for item in report.reliability})
     with canvas(8.4, 3.7) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.1, 1.0))
@@ -227,9 +226,9 @@ def acceptance_figure(report: TuneReport) -> bytes:
         deepest = max((item.rank for item in report.acceptance), default=0) + 1
         left.set_xticks(range(1, deepest + 1, max(1, math.ceil(deepest / 12))))
         left.set_ylim(bottom=0)
-        left.set_xlabel("rank of the candidate (1: most probable)")
+        left.set_xlabel("order of the candidate (1: most probable)")
         left.set_ylabel("share of accepted parents")
-        left.set_title("How often each candidate is right")
+        left.set_title("Accuracy of each candidate")
         right.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle="--", zorder=1)
         right.set_xlim(0, 1)
         right.set_ylim(0, 1)
@@ -240,8 +239,8 @@ def acceptance_figure(report: TuneReport) -> bytes:
         return png(figure)
 
 
-def _ranks(axes: Axes, rates: Sequence[RankRate], step: int, colour: str, marker: str) -> None:
-    """One step's line; its name says of how many parents."""
+def _ranks(axes: Axes, rates: Sequence[CandidateRate], step: int, colour: str, marker: str) -> None:
+    """Draw the line of a draft step; its label gives the number of parents."""
     ordered = sorted(rates, key=lambda item: item.rank)
     counts = sorted({item.count for item in ordered})
     of = (
@@ -252,7 +251,7 @@ def _ranks(axes: Axes, rates: Sequence[RankRate], step: int, colour: str, marker
 
 
 def _bins(axes: Axes, bins: Sequence[Reliability], most: int, colour: str, marker: str) -> None:
-    """One step's bins; a marker's area grows with its count."""
+    """Draw the bins of a draft step; a marker's area grows with the count."""
     ordered = sorted(bins, key=lambda item: item.drafted)
     at, shares = [item.drafted for item in ordered], [item.accepted for item in ordered]
     areas = [LEAST_MARK + (MOST_MARK - LEAST_MARK) * item.count / most for item in ordered]

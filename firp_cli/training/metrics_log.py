@@ -14,7 +14,7 @@ from typing import Any
 from firp_cli.config import Recipe
 from firp_cli.errors import FirpError, UsageError
 from firp_cli.files import write_atomically, write_json
-from firp_cli.results import plain
+from firp_cli.results import as_json
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -79,7 +79,7 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """Add a row; training rows reach the trackers every `training.log_every` steps. Raises FirpError."""
         with self._writing():
-            self._stream.write(json.dumps(plain(row), allow_nan=False) + "\n")
+            self._stream.write(json.dumps(as_json(row), allow_nan=False) + "\n")
             self._stream.flush()
             if row["split"] != "train" or row["step"] % self._log_every == 0:
                 scalars = dict(_scalars(row))

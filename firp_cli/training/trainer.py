@@ -31,7 +31,7 @@ from firp_cli.machine import is_main, rank, world_size
 from firp_cli.predictors.anchors import Sequenced
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import build_predictor
-from firp_cli.results import plain
+from firp_cli.results import as_json
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training.batches import VALIDATION_EPOCH, MicroBatch, Order, Prefetcher, Reader, split_validation
@@ -409,7 +409,7 @@ class _Run:
         """Write the predictor folder from the best weights, or from the last ones where nothing was held out."""
         state = self.state
         weights = predictor_weights(self.engine, self.settings) if state.best is None else {}
-        training = plain(
+        training = as_json(
             {
                 "steps": state.step,
                 "planned_steps": self.total,

@@ -1,32 +1,36 @@
-"""What a tree is tuned for, and the answers that it is tuned on: written by the teacher, drafted along."""
+"""Settings of tuning, and the answers that trees are tuned on: written by the teacher, with the predictor's drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import median
+from typing import Any
 
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.errors import UsageError
-from firp_cli.evaluation.simulate import Trace, trace
+from firp_cli.evaluation.simulate import Trace, make_trace
 from firp_cli.predictors.base import TreePredictor
 from firp_cli.teacher.teacher import Teacher
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-WRITTEN_AT_ONCE = 16  # answers
+ANSWER_BATCH = 16  # answers decoded together
 
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """What to tune for.
+    """Settings of tuning.
 
     Attributes:
-        batches: batch sizes, each of which gets a tree. context: tokens in the cache; None: the middle of an answer.
-        most_rows: rows of a step and sequence at most; None: MOST_ROWS, on CUDA devices MOST_ROWS_CUDA.
-        trial: decode prompts that were kept back with the chosen trees. repeats: of that, at most.
-        again: measure the machine's costs anew. seconds: of that; None: 50, on CUDA devices 15.
-        sittings: at which whole steps are timed, of each batch size; None: one on CUDA devices, elsewhere several.
-        engine: how steps are run.
+        batches: batch sizes, each of which gets a tree.
+        context: tokens in the K/V cache; None: the middle of a typical answer.
+        most_rows: largest number of rows of a decoding step per sequence; None: MOST_ROWS, on CUDA devices
+            MOST_ROWS_CUDA.
+        trial: decode prompts that were kept back with the chosen trees. repeats: repeats of the trial at most.
+        again: measure the machine's costs again. seconds: time to measure them; None: 50, on CUDA devices 15.
+        timing_rounds: rounds of timing whole decoding steps, for each batch size; None: 1 on CUDA devices, several on
+            CPUs.
+        engine: how decoding steps are run.
 
     Raises UsageError.
     """
@@ -42,18 +46,30 @@ class TuneSettings:
     repeats: int = 2
     again: bool = False
     seconds: float | None = None
-    sittings: int | None = None
+    timing_rounds: int | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
             raise UsageError(f"batch sizes must be at least 1, got {', '.join(map(str, self.batches)) or 'none'}")
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of an engine for sampling."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings under the keys of tune.json."""
+        return {"sittings" if name == "timing_rounds" else name: value for name, value in asdict(self).items()}
+
 
 @dataclass
 class Calibration:
-    """Answers that the teacher wrote, with the predictor's drafts: `traces`, of `prompts` prompts and `tokens` new
-    tokens; `context`: tokens in the cache in the middle of an answer.
+    """Answers that the teacher wrote, with the predictor's drafts.
+
+    Attributes:
+        traces: one per answer. prompts: number of prompts. tokens: number of new tokens.
+        context: tokens in the K/V cache in the middle of a typical answer.
     """
 
     traces: list[Trace]
@@ -65,27 +81,22 @@ class Calibration:
 def calibrate(
     teacher: Teacher, predictor: TreePredictor, prompts: Sequence[Sequence[int]], settings: TuneSettings, breadth: int
 ) -> Calibration:
-    """Let the teacher answer the prompts by plain decoding and draft along. Raises UsageError where all answers are
-    too short for a decoding step.
+    """Answer the prompts by autoregressive decoding, and draft at every position of the answers.
+
+    Raises UsageError when all answers are too short for a decoding step.
     """
-    writer = Engine(
-        teacher,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        options=settings.engine,
-    )
+    engine = Engine(teacher, options=settings.engine, **settings.sampling)
     traces, tokens, middles = [], 0, []
-    for start in range(0, len(prompts), WRITTEN_AT_ONCE):
-        part = prompts[start : start + WRITTEN_AT_ONCE]
-        for prompt, written in zip(part, writer.generate(part, settings.max_new_tokens), strict=True):
-            tokens += len(written.token_ids)
-            middles.append(len(prompt) + len(written.token_ids) // 2)
-            traces.append(trace(teacher, predictor, [*prompt, *written.token_ids], len(prompt), breadth))
-    found = [item for item in traces if item is not None]
-    if not found:
+    for start in range(0, len(prompts), ANSWER_BATCH):
+        part = prompts[start : start + ANSWER_BATCH]
+        for prompt, answer in zip(part, engine.generate(part, settings.max_new_tokens), strict=True):
+            tokens += len(answer.token_ids)
+            middles.append(len(prompt) + len(answer.token_ids) // 2)
+            trace = make_trace(teacher, predictor, [*prompt, *answer.token_ids], len(prompt), breadth)
+            traces += [trace] if trace else []
+    if not traces:
         raise UsageError(
-            "the teacher ends every answer to these prompts at once: nothing can be learnt from them; take another "
+            "the teacher's answers to these prompts are too short to tune on (fewer than 2 tokens): take another "
             "--dataset"
         )
-    return Calibration(found, len(prompts), tokens, int(median(middles)))
+    return Calibration(traces, len(prompts), tokens, int(median(middles)))

@@ -1,5 +1,5 @@
-"""What a pass costs on this machine: M rows through the lower layers, the upper layers and the head, over M, cache
-length and batch size, measured at as few points as make the time between them predictable.
+"""Cost of a pass on this machine: M rows through the lower layers, the upper layers and the head, measured over row
+counts, context lengths and batch sizes. Points are added until linear interpolation predicts those between them.
 
 Shapes: B sequences, M rows of each, d hidden size.
 """
@@ -23,25 +23,25 @@ from firp_cli.evaluation.environment import machine_key, measurement_environment
 from firp_cli.evaluation.timing import Run, captured, enough_calls, milliseconds, undisturbed
 from firp_cli.files import cache_folder, write_json
 from firp_cli.provenance import fingerprint
-from firp_cli.results import plain
-from firp_cli.teacher.attention import choose_backend
+from firp_cli.results import as_json
+from firp_cli.teacher.attention import StepMask, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import StepMask
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import CostCheck, CostCurve, CostReport
 
 PARTS = ("lower", "upper", "head")
-TOLERANCE = 0.05  # of the whole pass, between two measured row counts
+TOLERANCE = 0.05  # relative error of the whole pass, between two measured points
 ROUNDS, LEAST_ROUNDS = 8, 2
-POINTS = 6  # row counts of a curve, about
-DEEPEST = 8  # rows stand no further than this behind the prefix, as a tree's do
-SECONDS, SECONDS_CUDA = 50.0, 15.0  # all curves together
+POINTS = 6  # expected row counts of a curve
+DEEPEST = 8  # largest distance of a row from the prefix, in tokens, as in a tree
+SECONDS, SECONDS_CUDA = 50.0, 15.0  # of all curves together
 Times = tuple[float, float, float]  # milliseconds of the three parts
 Progress = Callable[[int, int | None], None]
 
 
 def check_cache(teacher: Teacher, batch: int, context: int, most_rows: int) -> dict[str, Any]:
-    """What the K/V cache of such passes is made with. Raises CapacityError where it does not fit into memory."""
+    """Return the arguments of the K/V cache of such passes. Raises CapacityError when it does not fit into memory."""
     shape: dict[str, Any] = {
         "layers": teacher.num_layers,
         "batch": batch,
@@ -56,7 +56,7 @@ def check_cache(teacher: Teacher, batch: int, context: int, most_rows: int) -> d
 
 
 class CostProbe:
-    """CostProbe behind `context` committed tokens of `batch` sequences, held still so that they can be timed.
+    """Passes after `context` committed tokens of `batch` sequences, which can be run again and again for timing.
 
     Args:
         split: layers of the lower part. most_rows: rows of the largest pass. Raises CapacityError.
@@ -72,13 +72,13 @@ class CostProbe:
 
     @torch.inference_mode()
     def parts(self, rows: int) -> dict[str, Run]:
-        """The three parts of a pass of `rows` rows, by name; each can run on its own, again and again."""
+        """Return the three parts of a pass of `rows` rows by name; each runs independently of the others."""
         teacher, device = self.teacher, self.teacher.device
         numbers = torch.arange(rows, device=device)
         positions = self.cache.lengths[:, None] + numbers.clamp(max=DEEPEST)
         hidden = teacher.embed(((numbers + 1) % teacher.vocab_size).expand(self.batch, rows))
         rotary = teacher.rotary(hidden, positions)
-        mask = None  # as decoding does without the kernel: one row sees every slot
+        mask = None  # as in decoding without the kernel: one row sees every slot
         if rows > 1 or self.kernel or any(window is not None for window in teacher.windows):
             seen = torch.ones(rows, rows, dtype=torch.bool, device=device).tril().expand(self.batch, rows, rows)
             slots = self.cache.prefix_slots(self.context)
@@ -98,18 +98,18 @@ class CostProbe:
 
 
 class _Curve:
-    """Measures one curve. Every time is taken relative to that of a pass of one row in the same rounds, so that a
-    machine that slows down for a while bends no curve.
+    """Measurement of one curve. Times are relative to a pass of one row in the same rounds, so that a temporary
+    slowdown of the machine does not change the curve's shape.
 
     Args:
-        seconds: for one row count; passes that take long are timed less often.
+        seconds: time for one row count; long passes are repeated less often.
     """
 
     def __init__(self, passes: CostProbe, seconds: float = float("inf")) -> None:
         self.passes, self.seconds, self.device = passes, seconds, passes.teacher.device
         self.ones: list[float] = []
-        self.found: dict[int, Times] = {}  # relative to a pass of one row
-        self.checks: list[tuple[int, float, float]] = []  # rows; said and measured, relative
+        self.times: dict[int, Times] = {}  # by row count, relative to a pass of one row
+        self.checks: list[tuple[int, float, float]] = []  # row count; predicted and measured time, relative
         self._one = self._ready(1)
         self.measure(1)
 
@@ -118,8 +118,8 @@ class _Curve:
         return [(run, enough_calls(run, self.device)) for run in runs]
 
     def measure(self, rows: int) -> Times:
-        """Time a row count, once."""
-        if rows not in self.found:
+        """Return the times of a row count; measure them at the first call."""
+        if rows not in self.times:
             until = time.perf_counter() + self.seconds
             runs = self._one if rows == 1 else self._ready(rows)
             ones: list[float] = []
@@ -133,14 +133,14 @@ class _Curve:
             one = undisturbed(ones)
             self.ones.append(one)
             lower, upper, head = (undisturbed(part) / one for part in times)
-            self.found[rows] = (lower, upper, head)
-        return self.found[rows]
+            self.times[rows] = (lower, upper, head)
+        return self.times[rows]
 
     def _time(self, run: Run, calls: int) -> float:
         return milliseconds(run, calls, self.device, warm=max(1, calls // 2))
 
     def refine(self, most: int, until: float) -> None:
-        """Halve the intervals between row counts until what lies in the middle of each is foretold, or time is up."""
+        """Halve the intervals between row counts until the middle of each is predicted, or `until` is reached."""
         knots = sorted({1, min(2, most), most})
         for rows in knots:
             self.measure(rows)
@@ -150,27 +150,31 @@ class _Curve:
             middle = max(low + 1, round((low * high) ** 0.5))
             if middle >= high:
                 continue
-            said = sum(_between(middle, low, high, self.found[low], self.found[high]))
-            times = self.measure(middle)
-            if abs(said / sum(times) - 1) <= TOLERANCE:
-                self.checks.append((middle, said, sum(self.found.pop(middle))))
+            predicted = sum(_between(middle, low, high, self.times[low], self.times[high]))
+            measured = sum(self.measure(middle))
+            if abs(predicted / measured - 1) <= TOLERANCE:
+                del self.times[middle]
+                self.checks.append((middle, predicted, measured))
             else:
                 open_intervals += [(low, middle), (middle, high)]
 
     def curve(self) -> CostCurve:
-        """What was found, in milliseconds."""
-        one, rows = median(self.ones), sorted(self.found)
-        lower, upper, head = ([one * self.found[count][place] for count in rows] for place in range(len(PARTS)))
+        """Return the measured points in milliseconds."""
+        one, rows = median(self.ones), sorted(self.times)
+        lower, upper, head = ([one * self.times[count][place] for count in rows] for place in range(len(PARTS)))
         return CostCurve(self.passes.batch, self.passes.context, rows, lower, upper, head)
 
     def checked(self) -> list[CostCheck]:
-        """The points that only checked it."""
+        """Return the points that were predicted, and are not part of the curve."""
         one, batch, context = median(self.ones), self.passes.batch, self.passes.context
-        return [CostCheck(batch, context, rows, one * said, one * got) for rows, said, got in self.checks]
+        return [
+            CostCheck(batch, context, rows, one * predicted, one * measured)
+            for rows, predicted, measured in self.checks
+        ]
 
 
 def _between(place: float, low: float, high: float, at_low: Sequence[float], at_high: Sequence[float]) -> list[float]:
-    """Values at `place` on the lines through those at `low` and `high`."""
+    """Interpolate linearly at `place` between the values at `low` and `high`."""
     share = (place - low) / (high - low) if high > low else 0.0
     return [one + share * (two - one) for one, two in zip(at_low, at_high, strict=True)]
 
@@ -189,9 +193,9 @@ def measure_cost(
     """Measure passes of 1 to `most_rows` rows per sequence at every batch size and context.
 
     Args:
-        split: layers of the lower part, 0..L. seconds: of measuring; then curves stay as coarse as they are.
+        split: layers of the lower part, 0..L. seconds: time to measure; after it no points are added.
 
-    Raises CapacityError where a cache does not fit into memory.
+    Raises CapacityError when a K/V cache does not fit into memory.
     """
     began = time.perf_counter()
     until = began + (seconds or (SECONDS_CUDA if teacher.device.type == "cuda" else SECONDS))
@@ -213,7 +217,7 @@ def measure_cost(
 
 
 class _Grid:
-    """Curves at every batch size and context. Where the time between two of them is not foretold, one is added."""
+    """Curves at every batch size and context; a curve is added where interpolation between two of them fails."""
 
     def __init__(
         self, teacher: Teacher, report: CostReport, most_rows: int, kernel: bool, until: float, progress: Progress
@@ -222,42 +226,41 @@ class _Grid:
         self.until, self.progress = until, progress
 
     def measure(self, batches: Sequence[int], contexts: Sequence[int]) -> None:
-        """Add the curves at these batch sizes and contexts that are not there."""
+        """Measure the missing curves at these batch sizes and contexts."""
         known = {(curve.batch_size, curve.context) for curve in self.report.curves}
-        wanted = {(batch, context) for batch in batches for context in contexts}
-        places = sorted(wanted - known)
+        places = sorted({(batch, context) for batch in batches for context in contexts} - known)
         for number, place in enumerate(places):
-            left = max(0.0, self.until - time.perf_counter()) / (len(places) - number)
-            until = time.perf_counter() + left
-            curve = self._curve(*place, self.most_rows, left / POINTS)
+            share = max(0.0, self.until - time.perf_counter()) / (len(places) - number)
+            until = time.perf_counter() + share
+            curve = self._curve(*place, self.most_rows, share / POINTS)
             curve.refine(self.most_rows, until)
             self.report.curves.append(curve.curve())
             self.report.checks += curve.checked()
             self.progress(len(known) + number + 1, len(known) + len(places))
 
     def check_between(self) -> None:
-        """In the middle of two batch sizes, and of two contexts."""
+        """Check the middle of neighbouring contexts and batch sizes, and add curves where the prediction is wrong."""
         for low, high in pairwise(CostModel(self.report).contexts):
             middle = round((low * high) ** 0.5)
-            if high - low > 1 and not self._foretold(CostModel(self.report).batches[0], middle):
+            if high - low > 1 and not self._is_predicted(CostModel(self.report).batches[0], middle):
                 self.measure(CostModel(self.report).batches, [middle])
         for low, high in pairwise(CostModel(self.report).batches):
             middle = round((low * high) ** 0.5)
-            if high - low > 1 and not self._foretold(middle, CostModel(self.report).contexts[0]):
+            if high - low > 1 and not self._is_predicted(middle, CostModel(self.report).contexts[0]):
                 self.measure([middle], CostModel(self.report).contexts)
 
-    def _foretold(self, batch: int, context: int) -> bool:
-        """Whether the curves tell a pass between them; then it is a check of theirs, else it will be a curve. True
-        where no time is left.
+    def _is_predicted(self, batch: int, context: int) -> bool:
+        """Return whether the curves predict a pass between them; it is then recorded as a check. True when no time
+        remains.
         """
-        left = self.until - time.perf_counter()
-        if left <= 0:
+        remaining = self.until - time.perf_counter()
+        if remaining <= 0:
             return True
         rows = max(1, round(self.most_rows**0.5))
-        curve = self._curve(batch, context, rows, left / POINTS)
+        curve = self._curve(batch, context, rows, remaining / POINTS)
         shares = curve.measure(rows)
-        said = sum(CostModel(self.report).parts(rows, batch, context))
-        check = CostCheck(batch, context, rows, said, median(curve.ones) * sum(shares))
+        predicted = sum(CostModel(self.report).parts(rows, batch, context))
+        check = CostCheck(batch, context, rows, predicted, median(curve.ones) * sum(shares))
         good = abs(check.error) <= TOLERANCE
         if good:
             self.report.checks.append(check)
@@ -269,7 +272,7 @@ class _Grid:
 
 
 class CostModel:
-    """Times of passes from a report: linear between its row counts, contexts and batch sizes."""
+    """Times of passes by linear interpolation between the row counts, contexts and batch sizes of a report."""
 
     def __init__(self, report: CostReport) -> None:
         self.report = report
@@ -278,7 +281,7 @@ class CostModel:
         self.contexts = sorted({context for _, context in self._curves})
 
     def parts(self, rows: int, batch: int, context: int) -> list[float]:
-        """Milliseconds of the lower layers, the upper layers and the head for `rows` rows of each sequence."""
+        """Return the milliseconds of the lower layers, the upper layers and the head for `rows` rows per sequence."""
 
         def at_context(size: int, where: int) -> list[float]:
             curve = self._curves[size, where]
@@ -290,7 +293,7 @@ class CostModel:
         return [max(0.0, value) for value in _along(batch, self.batches, [at_batch(size) for size in self.batches])]
 
     def layers(self, rows: Sequence[int], batch: int, context: int) -> float:
-        """Milliseconds of all layers, of which layer l runs `rows[l]` rows of each sequence."""
+        """Return the milliseconds of all layers, where layer l runs `rows[l]` rows per sequence."""
         split, total = self.report.split, 0.0
         sizes = {count: self.parts(count, batch, context) for count in set(rows)}
         for number, count in enumerate(rows):
@@ -300,8 +303,8 @@ class CostModel:
 
 
 def _along(place: float, knots: Sequence[int], values: Sequence[Sequence[float]]) -> list[float]:
-    """Values at `place` on the broken line through `values` at `knots`; its last piece goes on behind the last knot,
-    and before the first one nothing changes.
+    """Interpolate piecewise linearly at `place`. After the last knot the last piece is extended; before the first knot
+    the values are constant.
     """
     if len(knots) == 1 or place <= knots[0]:
         return list(values[0])
@@ -310,7 +313,7 @@ def _along(place: float, knots: Sequence[int], values: Sequence[Sequence[float]]
 
 
 def saved_cost(teacher: Teacher, split: int, asked: dict[str, Any], key: dict[str, Any]) -> Path:
-    """Where the report of such a measurement is kept. `asked`: batches, contexts and rows."""
+    """Return the file that keeps the report of such a measurement. `asked`: batches, contexts and rows."""
     name = fingerprint({"machine": key, "teacher": teacher.fingerprint, "split": split, **asked})
     return cache_folder() / "costs" / f"{name}.json"
 
@@ -328,17 +331,18 @@ def load_or_measure(
     seconds: float | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[CostReport, bool]:
-    """The report kept from an earlier measurement on the same machine with the same teacher, else a new one, which is
-    kept. `again`: measure anew. Returns whether it was kept.
+    """Return the report of an earlier measurement on the same machine with the same teacher, else measure and keep it.
+
+    `again`: measure in any case. The second value is True for an earlier measurement.
     """
     key = machine_key(teacher, attention, graphs)
     asked = {"batches": list(batches), "contexts": list(contexts), "rows": most_rows}
     path = saved_cost(teacher, split, asked, key)
     if not again:
         try:
-            return CostReport.from_plain(json.loads(path.read_text(encoding="utf-8"))), True
+            return CostReport.from_json(json.loads(path.read_text(encoding="utf-8"))), True
         except (OSError, ValueError, TypeError, KeyError):
-            pass  # none, or a damaged one: it is measured again
+            pass  # there is none, or it is damaged: measure
     report = measure_cost(teacher, split, batches, contexts, most_rows, seconds, attention, graphs, progress)
-    write_json(path, plain(report))
+    write_json(path, as_json(report))
     return report, False

@@ -1,8 +1,9 @@
-"""The search for the tree that emits most tokens per second: shapes by acceptance, times by the cost model, accepted
-lengths by walking through written answers.
+"""Search for the tree with the highest throughput: shapes from acceptance, times from the cost model, accepted lengths
+from simulated decoding of written answers.
 
-For every number of steps k' and of nodes N there are two shapes: the static tree of the likeliest paths, which no other
-static tree of N nodes beats (`Acceptance.grow`), and the dynamic one. Each may give pseudo rows to few of its nodes.
+For every number of draft steps k' and of nodes N there are two shapes: the static tree of the most probable paths,
+which no other static tree of N nodes beats (`Acceptance.grow`), and the dynamic tree. Each may give pseudo rows to some
+of its nodes only.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from firp_cli.tuning.cost import CostModel
 
 NODES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16)
-PLAIN = TreeSpec("none", 1)
+NO_TREE = TreeSpec("none", 1)  # autoregressive decoding
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tree, and how likely each of its nodes is accepted, the root first (static trees)."""
+    """Tree, and for static trees the probability that each node is accepted, the root first."""
 
     spec: TreeSpec
     probabilities: tuple[float, ...] = ()
@@ -32,7 +33,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate with its accepted length and the milliseconds of its step."""
+    """Candidate with its accepted length and the milliseconds of its decoding step."""
 
     candidate: Candidate
     length: float
@@ -49,7 +50,7 @@ class Scored:
 
 
 def layer_rows(spec: TreeSpec, predictor: TreePredictor, layers: int) -> list[int]:
-    """Rows per sequence that each layer runs in a step: nodes, and from their layers on the pseudo rows."""
+    """Return the rows per sequence that each layer runs in a step: nodes, and pseudo rows from their layer on."""
     steps = spec.drafting(predictor.steps)
     anchors = spec.budget if spec.limited and spec.budget else spec.nodes
     entering = predictor.transfer_layers[:steps]
@@ -57,8 +58,8 @@ def layer_rows(spec: TreeSpec, predictor: TreePredictor, layers: int) -> list[in
 
 
 def shapes(acceptance: Acceptance, predictor: TreePredictor, most_nodes: int) -> list[Candidate]:
-    """All trees with pseudo rows for every node: static and dynamic, by steps and nodes."""
-    found: dict[TreeSpec, Candidate] = {}
+    """Return all trees with pseudo rows for every node: static and dynamic, by draft steps and nodes."""
+    candidates: dict[TreeSpec, Candidate] = {}
     for steps in range(1, predictor.steps + 1):
         grown = acceptance.grow(most_nodes, steps)
         for nodes in NODES:
@@ -67,20 +68,20 @@ def shapes(acceptance: Acceptance, predictor: TreePredictor, most_nodes: int) ->
             if nodes <= len(grown) + 1:
                 chosen = grown[: nodes - 1]
                 spec = static_shape([path for path, _ in chosen], predictor.steps)
-                found.setdefault(spec, Candidate(spec, chances(chosen)))
+                candidates.setdefault(spec, Candidate(spec, node_probabilities(chosen)))
             if steps < nodes:  # no path is longer
                 spec = dynamic_tree(nodes, steps, predictor.steps)
-                found[spec] = Candidate(spec)
-    return list(found.values())
+                candidates[spec] = Candidate(spec)
+    return list(candidates.values())
 
 
-def chances(grown: Sequence[tuple[tuple[int, ...], float]]) -> tuple[float, ...]:
-    """How likely each node of the tree of these paths is accepted, in the order of its nodes, the root first."""
+def node_probabilities(grown: Sequence[tuple[tuple[int, ...], float]]) -> tuple[float, ...]:
+    """Return the probability that each node of the tree of these paths is accepted, in node order, the root first."""
     return (1.0, *(value for _, value in sorted(grown, key=lambda item: (len(item[0]), item[0]))))
 
 
 def static_shape(paths: Sequence[tuple[int, ...]], steps: int) -> TreeSpec:
-    """The tree of these paths, closed under parents. One that goes straight down is called a chain."""
+    """Return the tree of these paths, which are closed under parents; a chain where every node has one child."""
     depth = max(map(len, paths))
     if all(set(path) == {0} for path in paths):
         return parse_tree("chain" if depth == steps else f"chain/{depth}", steps)
@@ -88,13 +89,13 @@ def static_shape(paths: Sequence[tuple[int, ...]], steps: int) -> TreeSpec:
 
 
 def dynamic_tree(nodes: int, run: int, steps: int) -> TreeSpec:
-    """The dynamic tree of so many nodes over the first `run` of a predictor's `steps`."""
+    """Return the dynamic tree of `nodes` nodes over the first `run` of a predictor's `steps` draft steps."""
     return parse_tree(f"dynamic:{nodes}" + (f"/{run}" if run < steps else ""), steps)
 
 
 def with_budgets(candidate: Candidate, predictor: TreePredictor) -> list[Candidate]:
-    """A tree once more with pseudo rows for its likeliest ends only. One that reaches less deep than the predictor may
-    run more steps: what lies behind an end without rows of its own comes from them.
+    """Return the tree's variants with pseudo rows for some of its nodes only. Variants of a tree that is shallower than
+    the predictor may run more draft steps: these draft for accepted nodes without pseudo rows.
     """
     if not predictor.transfer_layers:
         return []
@@ -111,18 +112,20 @@ def with_budgets(candidate: Candidate, predictor: TreePredictor) -> list[Candida
 
 
 class StepCosts:
-    """Milliseconds of a step at one batch size and context: its passes by the cost model, and around them what a few
-    whole steps took beyond their passes, linear in what a step has to handle.
+    """Milliseconds of a decoding step at one batch size and context.
+
+    The cost model gives the time of the passes. The rest of a step is linear in the features of its tree, with weights
+    fitted to a few whole steps.
     """
 
     def __init__(self, model: CostModel, predictor: TreePredictor, batch: int, context: int) -> None:
         self.model, self.predictor, self.batch, self.context = model, predictor, batch, context
-        self._weights = np.zeros(len(self._features(PLAIN)))
+        self._weights = np.zeros(len(self._features(NO_TREE)))
         self._scale = 1.0
-        self.plain = 0.0
+        self.ar = 0.0  # milliseconds of an autoregressive step
 
     def passes(self, spec: TreeSpec, batch: int | None = None) -> float:
-        """Layers, and the head on the nodes and on the drafts of predictors that share it."""
+        """Return the time of the layers, and of the head on the nodes and on the drafts of predictors that share it."""
         batch = batch or self.batch
         rows = layer_rows(spec, self.predictor, self.model.report.layers)
         total = self.model.layers(rows, batch, self.context)
@@ -139,24 +142,24 @@ class StepCosts:
         return [float(drafted), dynamic, limited, float(steps), nodes, nodes * limited, float(anchors * steps)]
 
     def fit(self, measured: dict[TreeSpec, float]) -> None:
-        """Learn from whole steps in milliseconds, a plain one among them."""
-        self.plain = measured[PLAIN]
-        specs = [spec for spec in measured if spec != PLAIN]
+        """Fit the weights to whole steps in milliseconds, an autoregressive one (NO_TREE) among them."""
+        self.ar = measured[NO_TREE]
+        specs = [spec for spec in measured if spec != NO_TREE]
         beyond = np.array([measured[spec] - self.passes(spec) for spec in specs])
         weights = np.array([1 / measured[spec] for spec in specs])
         features = np.array([self._features(spec) for spec in specs])
         self._weights = np.linalg.lstsq(features * weights[:, None], beyond * weights, rcond=1e-6)[0]
 
     def settle(self, measured: dict[TreeSpec, float]) -> None:
-        """Learn what steps take on the machine as it is, from some that were timed closely, a plain one among them."""
-        known = [measured[spec] / self(spec) for spec in measured if spec != PLAIN]
-        self._scale, self.plain = float(np.median(known)) if known else 1.0, measured[PLAIN]
+        """Scale all times to whole steps that were timed thoroughly, an autoregressive one (NO_TREE) among them."""
+        ratios = [measured[spec] / self(spec) for spec in measured if spec != NO_TREE]
+        self._scale, self.ar = float(np.median(ratios)) if ratios else 1.0, measured[NO_TREE]
 
     def __call__(self, spec: TreeSpec) -> float:
         if spec.kind == "none":
-            return self.plain
+            return self.ar
         whole = self.passes(spec) + float(np.dot(self._features(spec), self._weights))
-        return self._scale * max(self.passes(PLAIN), whole)
+        return self._scale * max(self.passes(NO_TREE), whole)
 
 
 def search(
@@ -167,11 +170,11 @@ def search(
     keep: int,
     fits: Callable[[TreeSpec], bool] = lambda spec: True,
 ) -> list[Scored]:
-    """The best candidates and their variants under a budget, the best first.
+    """Return the best candidates and their variants under a budget, the best first.
 
-    Accepted lengths are asked for in the order of what a tree could reach at most, until nothing can come among the
-    best `keep` any more: no tree emits more than its depth and one, and one under a budget is taken to emit no more
-    than without.
+    Accepted lengths are computed in the order of an upper bound of the throughput, until no other tree can be among the
+    best `keep`. Bounds: no tree emits more than its depth plus one, and a tree with a budget is assumed to emit no more
+    than the same tree without.
     """
     best: list[Scored] = []
 
@@ -179,24 +182,24 @@ def search(
         return best[keep - 1].rate if len(best) >= keep else 0.0
 
     def consider(some: Sequence[Candidate], most: Callable[[TreeSpec], float]) -> None:
-        bounds = sorted(((most(one.spec) / cost(one.spec), one) for one in some), key=lambda item: -item[0])
-        for bound, one in bounds:
+        bounds = sorted(((most(item.spec) / cost(item.spec), item) for item in some), key=lambda pair: -pair[0])
+        for bound, candidate in bounds:
             if bound <= least():
                 break
-            best.append(Scored(one, length(one.spec), cost(one.spec)))
+            best.append(Scored(candidate, length(candidate.spec), cost(candidate.spec)))
             best.sort(key=lambda scored: -scored.rate)
 
     def deepest(spec: TreeSpec) -> float:
         return 1.0 + spec.depth(spec.drafting(predictor.steps))
 
-    whole = [one for one in candidates if fits(one.spec)]
-    consider(whole, deepest)
+    consider([candidate for candidate in candidates if fits(candidate.spec)], deepest)
     known = {scored.spec: scored.length for scored in best}
 
     def unlimited(spec: TreeSpec) -> float:
         return known.get(shapes_of[spec], deepest(spec))
 
-    limited = [(other, one.spec) for one in candidates for other in with_budgets(one, predictor) if fits(other.spec)]
-    shapes_of = {other.spec: shape for other, shape in limited}
-    consider([other for other, _ in limited], unlimited)
+    pairs = ((variant, whole.spec) for whole in candidates for variant in with_budgets(whole, predictor))
+    limited = [(variant, shape) for variant, shape in pairs if fits(variant.spec)]
+    shapes_of = {variant.spec: shape for variant, shape in limited}
+    consider([variant for variant, _ in limited], unlimited)
     return best

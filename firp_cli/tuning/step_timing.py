@@ -1,7 +1,9 @@
-"""Decoding steps and pipelines held still, so that they can be timed."""
+"""Timing of whole decoding steps: batches that return to the same state before every step."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from copy import copy
 
 import torch
@@ -11,21 +13,28 @@ from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.sequences import OutputSequence, Writer
 from firp_cli.decoding.step import Mode
 from firp_cli.decoding.tree_spec import TreeSpec
-from firp_cli.evaluation.timing import PROMPT_TOKEN
+from firp_cli.evaluation.timing import PROMPT_TOKEN, enough_calls, milliseconds
+from firp_cli.predictors.base import TreePredictor
+from firp_cli.teacher.teacher import Teacher
+from firp_cli.tuning.calibration import TuneSettings
+
+STEP_SECONDS = 8.0  # of one round of timing
+LEAST_REPEATS = 3
 
 
 class TimedStep:
-    """A batch of sequences with `context` tokens in the cache, one root each, and its draft.
+    """Batch of sequences with `context` tokens in the K/V cache, one root each, and its draft.
 
-    Every call starts from that state again and is a step as the engine's loop makes it: launched, through graphs where
-    the engine has them, read when its group is, and written. On CUDA devices nothing waits that would not wait there,
-    so synchronise around many calls. The tokens are arbitrary: shapes, and so the cost, do not depend on them.
+    Every call starts from that state again and runs a step as the engine's loop does: it is launched, through graphs
+    where the engine has them, read when its group is read, and written. On CUDA devices a call does not synchronise
+    more than the loop does, so synchronise around many calls. The tokens are arbitrary: shapes, and so the cost, do not
+    depend on them.
 
     Args:
-        spec: None takes the engine's own tree for such a batch; `none` steps are plain. With graphs an engine serves
-            the newest of its probes alone.
+        spec: None takes the engine's own tree for such a batch; `none` decodes without a draft. With graphs an engine
+            serves only the newest of its timed steps.
 
-    Raises CapacityError where the batch does not fit into memory.
+    Raises CapacityError when the batch does not fit into memory.
     """
 
     @torch.inference_mode()
@@ -47,12 +56,12 @@ class TimedStep:
         return self.stepper.cache.scratch
 
     def step(self) -> None:
-        """A whole step."""
+        """Run a whole step."""
         self._step(self.mode)
 
-    def plain(self) -> None:
-        """A whole step without a draft, which makes none either: what plain decoding does."""
-        self._step("autoregressive")
+    def ar_step(self) -> None:
+        """Run a whole step of autoregressive decoding: no draft is verified, and none is made."""
+        self._step("plain")
 
     @torch.inference_mode()
     def _step(self, mode: Mode) -> None:
@@ -61,6 +70,39 @@ class TimedStep:
             tensor.copy_(value)
         for item in self.items:
             item.committed = self.context
-            for record in (item.tokens, item.accepted_lengths):
-                record.clear()
+            for values in (item.tokens, item.accepted_lengths):
+                values.clear()
         self.run.step(mode)
+
+
+def make_tree_engine(teacher: Teacher, predictor: TreePredictor, spec: TreeSpec, settings: TuneSettings) -> Engine:
+    """Return an engine that decodes with one tree; with `none` it decodes autoregressively."""
+    return Engine(teacher, predictor, spec, options=settings.engine, **settings.sampling)
+
+
+def time_steps(
+    teacher: Teacher,
+    predictor: TreePredictor,
+    order: Sequence[TreeSpec],
+    batch: int,
+    context: int,
+    settings: TuneSettings,
+    repeats: int,
+) -> dict[TreeSpec, list[float]]:
+    """Return the milliseconds of whole steps by tree (`none`: of autoregressive decoding).
+
+    Trees are timed one after the other in this order, `repeats` times at most; a tree may occur in it several times.
+    """
+    steps = {
+        spec: TimedStep(make_tree_engine(teacher, predictor, spec, settings), batch, context) for spec in set(order)
+    }
+    device = teacher.device
+    calls = {spec: enough_calls(timed.step, device) for spec, timed in steps.items()}
+    times: dict[TreeSpec, list[float]] = {spec: [] for spec in steps}
+    until = time.perf_counter() + STEP_SECONDS
+    for number in range(repeats):
+        if number >= LEAST_REPEATS and time.perf_counter() > until:
+            break
+        for spec in order:
+            times[spec].append(milliseconds(steps[spec].step, calls[spec], device, warm=calls[spec]))
+    return times

@@ -1,41 +1,54 @@
-"""How much of a tuning's trial fits into its time: prompts, repeats and trees, from predicted times of decoding."""
+"""Trial of tuned trees: how many prompts, repeats and trees fit into its time, and decoding with the trees."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from firp_cli.decoding.tree_spec import TreeSpec
+from firp_cli.evaluation.methods import BenchSettings, Method
+from firp_cli.evaluation.rows import ALL
+from firp_cli.evaluation.run_bench import BenchPrompt, run_bench
+from firp_cli.predictors.base import Predictor
+from firp_cli.results import Prediction
+from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import Trial
+from firp_cli.tuning.calibration import TuneSettings
+from firp_cli.tuning.search import NO_TREE
+from firp_cli.tuning.step_timing import make_tree_engine
 
 TRIAL_SECONDS = 90.0  # of decoding, about
 FEWEST_PROMPTS = 2
-WARMUP = 1  # times that each method decodes a batch uncounted, as run_bench does
+WARMUP = 1  # uncounted batches of each method, as in a bench
 
 
 @dataclass(frozen=True)
 class Bout:
-    """Trees that are tried at one batch size. `plain`, `trees`: predicted seconds that a batch takes without drafting
-    and with each tree; the tree that may not be left out comes first.
+    """Trees that are tried at one batch size.
+
+    `ar`, `trees`: predicted seconds of a batch by autoregressive decoding and with each tree. The first tree is always
+    tried.
     """
 
     batch: int
-    plain: float
+    ar: float
     trees: tuple[float, ...]
 
     def prompts(self, wanted: int) -> int:
-        """Prompts that are decoded where `wanted` are to be: enough for a batch."""
+        """Return the number of prompts to decode for `wanted` ones: at least a batch."""
         return max(wanted, self.batch)
 
     def seconds(self, wanted: int, repeats: int, trees: int) -> float:
-        """Predicted time of decoding with the first `trees` trees and plainly."""
+        """Return the predicted time of decoding with the first `trees` trees and autoregressively."""
         batches = math.ceil(self.prompts(wanted) / self.batch)
-        return (WARMUP + repeats * batches) * (self.plain + sum(self.trees[:trees]))
+        return (WARMUP + repeats * batches) * (self.ar + sum(self.trees[:trees]))
 
 
 @dataclass(frozen=True)
 class TrialSize:
-    """What is tried: `prompts` of `held` (more where a batch needs more), repeats, trees of the first batch size;
+    """Size of a trial: `prompts` of `held` (more where a batch needs more), repeats, trees of the first batch size;
     `seconds`: predicted time.
     """
 
@@ -54,17 +67,17 @@ class TrialSize:
 
 
 def make_bout(trials: Sequence[Trial], tokens: float) -> Bout:
-    """The bout of trees at their batch size, with answers of so many new tokens."""
+    """Return the bout of trees at their batch size, for answers of `tokens` new tokens."""
     predicted = [trial.predicted for trial in trials]
-    plain = tokens * predicted[0].ar_milliseconds / 1000
-    return Bout(trials[0].batch_size, plain, tuple(plain / each.speedup for each in predicted))
+    ar = tokens * predicted[0].ar_milliseconds / 1000
+    return Bout(trials[0].batch_size, ar, tuple(ar / prediction.speedup for prediction in predicted))
 
 
 def trial_size(bouts: Sequence[Bout], held: int, repeats: int, limit: float = TRIAL_SECONDS) -> TrialSize:
-    """The largest trial that is predicted to take at most `limit` seconds, else the smallest one.
+    """Return the largest trial that is predicted to take at most `limit` seconds, else the smallest one.
 
-    Prompts differ more than repeats do, so repeats go first, down to one; then prompts, down to FEWEST_PROMPTS or a
-    whole batch; then trees of the first bout, down to its first one.
+    Prompts vary more than repeats do, so repeats are reduced first, down to one; then prompts, down to FEWEST_PROMPTS
+    or a whole batch; then trees of the first bout, down to its first one.
 
     Args:
         bouts: of all batch sizes, each of at most `held` prompts.
@@ -80,4 +93,26 @@ def trial_size(bouts: Sequence[Bout], held: int, repeats: int, limit: float = TR
     sizes = [size(held, counted, most) for counted in range(repeats, 0, -1)]
     sizes += [size(prompts, 1, most) for prompts in range(held - 1, fewest - 1, -1)]
     sizes += [size(fewest, 1, trees) for trees in range(most - 1, 0, -1)]
-    return next((found for found in sizes if found.seconds <= limit), sizes[-1])
+    return next((fitting for fitting in sizes if fitting.seconds <= limit), sizes[-1])
+
+
+def decode_trees(
+    teacher: Teacher,
+    predictor: Predictor,
+    prompts: Sequence[Sequence[int]],
+    specs: Sequence[TreeSpec],
+    batch: int,
+    repeats: int,
+    settings: TuneSettings,
+) -> list[Prediction]:
+    """Decode prompts with each tree and autoregressively; return the measured performance of each tree."""
+    shared: dict[str, Any] = {"engine": settings.engine, **settings.sampling}
+    bench_settings = BenchSettings(settings.max_new_tokens, batch, repeats=repeats, warmup=WARMUP, **shared)
+    trees = {str(number): spec for number, spec in enumerate(specs)} | {"ar": NO_TREE}
+    engines = {name: make_tree_engine(teacher, predictor, spec, settings) for name, spec in trees.items()}
+    methods = [Method(name, engine.generate, engine=engine) for name, engine in engines.items()]
+    report = run_bench(teacher, [BenchPrompt(list(ids), "held") for ids in prompts], methods, bench_settings)
+    rows = {row.method: row for row in report.rows if row.category == ALL}
+    ar = rows["ar"].step_milliseconds
+    measured = [rows[str(number)] for number in range(len(specs))]
+    return [Prediction(row.accepted_length, row.step_milliseconds, ar, row.speedup or math.nan) for row in measured]

@@ -1,42 +1,36 @@
-"""Choosing draft trees by measurement: acceptance from answers that the teacher writes to calibration prompts, times
-from this machine, the best tree of all for each batch size, and a trial of what was foretold on prompts kept back.
+"""Choice of draft trees by measurement: acceptance on answers that the teacher writes to calibration prompts, times on
+this machine, the best tree for each batch size, and a trial of the predictions on prompts that were kept back.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
-from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_file import described
 from firp_cli.decoding.tree_spec import TreeSpec, parse_tree, static_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.environment import machine_key, measurement_environment
-from firp_cli.evaluation.methods import BenchSettings, Method
-from firp_cli.evaluation.rows import ALL
-from firp_cli.evaluation.run_bench import BenchPrompt, run_bench
-from firp_cli.evaluation.simulate import replay_speedup, walk
-from firp_cli.evaluation.timing import as_benched, enough_calls, milliseconds, undisturbed
-from firp_cli.predictors.base import Predictor, TreePredictor
+from firp_cli.evaluation.simulate import simulate_speedup, simulate_steps
+from firp_cli.evaluation.timing import as_benched, undisturbed
+from firp_cli.predictors.base import TreePredictor
 from firp_cli.results import Prediction
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import CostReport, Trial, TunedTree, TuneReport
-from firp_cli.tuning.acceptance import Acceptance, ranks, reliability
+from firp_cli.tuning.acceptance import Acceptance, candidate_positions, reliability
 from firp_cli.tuning.calibration import Calibration, TuneSettings, calibrate
 from firp_cli.tuning.cost import CostModel, check_cache, load_or_measure
-from firp_cli.tuning.search import PLAIN, Candidate, StepCosts, chances, layer_rows, search, shapes
-from firp_cli.tuning.step_timing import TimedStep
-from firp_cli.tuning.trial import TRIAL_SECONDS, WARMUP, TrialSize, make_bout, trial_size
+from firp_cli.tuning.search import NO_TREE, Candidate, StepCosts, layer_rows, node_probabilities, search, shapes
+from firp_cli.tuning.step_timing import time_steps
+from firp_cli.tuning.trial import TRIAL_SECONDS, TrialSize, decode_trees, make_bout, trial_size
 
-KEPT_BACK = 0.25  # share of the prompts that are kept for the trial
+KEPT_BACK = 0.25  # share of the prompts that is kept for the trial
 LEAST_PROMPTS = 4
 FINALISTS = 6  # trees whose whole steps are timed
-ROUNDS, PROBED_ROUNDS, LEAST_ROUNDS = 6, 8, 3
-SITTINGS, LEAST_SITTINGS = 16, 4  # of all batch sizes, and of each
-PAYS = 1.03  # predicted speedup; what is nearer to 1 may be a loss
-STEP_SECONDS = 8.0  # of timing steps at one sitting
-LADDER = (2, 4, 8, 16, 32)  # nodes of the trees that are tried for real, beside the chosen ones
+REPEATS, PROBE_REPEATS = 6, 8  # of timing a step, in one round
+TIMING_ROUNDS, LEAST_TIMING_ROUNDS = 16, 4  # of all batch sizes together, and of each
+PAYS = 1.03  # predicted speedup from which on a tree is used; a smaller one may be a loss
+LADDER = (2, 4, 8, 16, 32)  # nodes of the trees that the trial decodes beside the chosen ones
 MOST_ROWS, MOST_ROWS_CUDA = 64, 256
 SMALLEST_CONTEXT = 64
 
@@ -44,57 +38,19 @@ Tell = Callable[[str], None]
 Progress = Callable[[int, int | None], None]
 
 
-def _engine(teacher: Teacher, predictor: TreePredictor, spec: TreeSpec, settings: TuneSettings) -> Engine:
-    """An engine that decodes with one tree; PLAIN decodes plainly."""
-    return Engine(
-        teacher,
-        predictor,
-        spec,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        options=settings.engine,
-    )
-
-
-def time_steps(
-    teacher: Teacher,
-    predictor: TreePredictor,
-    order: Sequence[TreeSpec],
-    batch: int,
-    context: int,
-    settings: TuneSettings,
-    rounds: int,
-) -> dict[TreeSpec, list[float]]:
-    """Milliseconds of whole steps with trees (PLAIN: of plain ones), round after round in this order; a tree may stand
-    in it more than once.
-    """
-    probes = {spec: TimedStep(_engine(teacher, predictor, spec, settings), batch, context) for spec in set(order)}
-    device = teacher.device
-    calls = {spec: enough_calls(probe.step, device) for spec, probe in probes.items()}
-    found: dict[TreeSpec, list[float]] = {spec: [] for spec in probes}
-    until = time.perf_counter() + STEP_SECONDS
-    for turn in range(rounds):
-        if turn >= LEAST_ROUNDS and time.perf_counter() > until:
-            break
-        for spec in order:
-            found[spec].append(milliseconds(probes[spec].step, calls[spec], device, warm=calls[spec]))
-    return found
-
-
 @dataclass
 class Finalists:
-    """The trees that may be the best at a batch size, and the times of their steps and of plain ones so far."""
+    """Trees that may be the best at a batch size, with the milliseconds of their steps and of autoregressive ones."""
 
     batch: int
     costs: StepCosts
-    finalists: dict[TreeSpec, Candidate]
-    times: dict[TreeSpec, list[float]]
+    trees: dict[TreeSpec, Candidate]
+    times: dict[TreeSpec, list[float]] = field(default_factory=dict)
 
 
 @dataclass
 class Choice:
-    """What is used at a batch size, the best tree there even where none pays, and the times that it was chosen by."""
+    """Choice at a batch size: `entry` is used; `spec`, `trial` are the best tree, also where no tree pays."""
 
     entry: TunedTree
     spec: TreeSpec
@@ -103,7 +59,7 @@ class Choice:
 
 
 class Tuner:
-    """One predictor on one machine. `default`: the tree that was used so far, which is tried as well."""
+    """Tuning of one predictor on one machine. `default`: the tree in use, which is timed as well."""
 
     def __init__(
         self,
@@ -120,42 +76,42 @@ class Tuner:
         self.breadth = min(self.most_rows, teacher.vocab_size)
         self.halving = cuda and settings.engine.graphs
         self.key = machine_key(teacher, settings.engine.attention, settings.engine.graphs)
-        self._walked: dict[TreeSpec, list[list[int]]] = {}
+        self._emitted: dict[TreeSpec, list[list[int]]] = {}
 
     def learn(self, prompts: Sequence[Sequence[int]]) -> Calibration:
-        """Calibrate on these prompts."""
+        """Calibrate on these prompts. Raises CapacityError, UsageError."""
         self.calibration = calibrate(self.teacher, self.predictor, prompts, self.settings, self.breadth)
         self.context = self.settings.context or self.calibration.context
-        found, self.probable = ranks(self.predictor, self.calibration.traces)
-        self.acceptance = Acceptance(found, self.breadth)
+        positions, self.probabilities = candidate_positions(self.predictor, self.calibration.traces)
+        self.acceptance = Acceptance(positions, self.breadth)
         self.candidates = shapes(self.acceptance, self.predictor, self.most_rows)
-        if not any(self.fits(one.spec) for one in self.candidates):
+        if not any(self.fits(candidate.spec) for candidate in self.candidates):
             raise UsageError(f"no tree has steps of at most {self.most_rows} rows: raise --max-rows")
         self.batches = self._batches()
         return self.calibration
 
     def _batches(self) -> list[int]:
-        """The batch sizes that fit into memory. Raises CapacityError where none does."""
-        found: list[int] = []
+        """Return the batch sizes that fit into memory. Raises CapacityError when none does."""
+        batches: list[int] = []
         for batch in sorted(set(self.settings.batches)):
             try:
                 check_cache(self.teacher, batch, 2 * self.context, self.most_rows)
             except CapacityError as error:
-                if not found:
+                if not batches:
                     raise
-                self.tell(f"batch {batch} and more are left out: {str(error).splitlines()[0]}")
+                self.tell(f"batch sizes from {batch} on are skipped: {str(error).splitlines()[0]}")
                 break
-            found.append(batch)
-        return found
+            batches.append(batch)
+        return batches
 
     def measure(self, progress: Progress = lambda done, total: None) -> CostReport:
-        """The cost of passes here, at the batch sizes asked for and around the context."""
+        """Measure the cost of passes at the batch sizes and around the context, or load an earlier measurement."""
         split = min(self.predictor.transfer_layers, default=self.teacher.num_layers)
         room = self.teacher.max_positions
         low = 1 << max(0, self.context.bit_length() - 1)
         contexts = sorted({max(1, min(place, room)) for place in (max(SMALLEST_CONTEXT, low), 2 * low)})
         most = max(self.batches)
-        batches = sorted({1, min(2, most), most})  # between them the time is foretold, or a curve is added
+        batches = sorted({1, min(2, most), most})  # between them times are interpolated, or a curve is added
         self.cost, kept = load_or_measure(
             self.teacher,
             split,
@@ -168,133 +124,140 @@ class Tuner:
             seconds=self.settings.seconds,
             progress=progress,
         )
-        where = "kept from an earlier run" if kept else f"measured in {self.cost.seconds:.0f} s"
+        origin = "kept from an earlier run" if kept else f"measured in {self.cost.seconds:.0f} s"
         self.tell(
-            f"cost of passes: {where}, {len(self.cost.curves)} curves, largest error {100 * self.cost.residual:.1f}% "
+            f"cost of passes: {origin}, {len(self.cost.curves)} curves, largest error {100 * self.cost.residual:.1f}% "
             f"at {len(self.cost.checks)} checks"
         )
         return self.cost
 
-    def walked(self, spec: TreeSpec) -> list[list[int]]:
-        """Tokens of each step of the calibration answers with a tree."""
-        if spec not in self._walked:
-            self._walked[spec] = walk(self.predictor, self.calibration.traces, spec)
-        return self._walked[spec]
+    def emitted(self, spec: TreeSpec) -> list[list[int]]:
+        """Return the tokens of each simulated step of the calibration answers with a tree."""
+        if spec not in self._emitted:
+            self._emitted[spec] = simulate_steps(self.predictor, self.calibration.traces, spec)
+        return self._emitted[spec]
 
     def length(self, spec: TreeSpec) -> float:
-        """Accepted length on the calibration answers."""
-        steps = [count for answer in self.walked(spec) for count in answer]
+        """Return the accepted length on the calibration answers."""
+        steps = [count for answer in self.emitted(spec) for count in answer]
         return sum(steps) / len(steps)
 
     def fits(self, spec: TreeSpec) -> bool:
-        """Whether its steps have no more rows than allowed."""
-        return max(layer_rows(spec, self.predictor, self.teacher.num_layers)) <= self.most_rows
+        """Return whether no layer of the tree's step runs more rows than allowed."""
+        return self._rows(spec) <= self.most_rows
+
+    def _rows(self, spec: TreeSpec) -> int:
+        return max(layer_rows(spec, self.predictor, self.teacher.num_layers))
 
     def costs(self, batch: int) -> StepCosts:
-        """Times of steps at a batch size, learnt from a few whole ones."""
+        """Return the times of steps at a batch size, fitted to a few whole ones."""
         costs = StepCosts(CostModel(self.cost), self.predictor, batch, self.context)
-        times = self._time([PLAIN, *self.probed()], batch, PROBED_ROUNDS)
-        costs.fit({spec: undisturbed(each) for spec, each in times.items()})
+        times = self._time([NO_TREE, *self.probed()], batch, PROBE_REPEATS)
+        costs.fit({spec: undisturbed(values) for spec, values in times.items()})
         return costs
 
-    def _time(self, order: Sequence[TreeSpec], batch: int, rounds: int) -> dict[TreeSpec, list[float]]:
-        return time_steps(self.teacher, self.predictor, order, batch, self.context, self.settings, rounds)
+    def _time(self, order: Sequence[TreeSpec], batch: int, repeats: int) -> dict[TreeSpec, list[float]]:
+        return time_steps(self.teacher, self.predictor, order, batch, self.context, self.settings, repeats)
 
     def probed(self) -> list[TreeSpec]:
-        """Trees of all kinds, small and large, whose whole steps are timed."""
+        """Return trees of all kinds, small and large, to which step costs are fitted."""
         steps = self.predictor.steps
         names = [
             f"{shape}/{run}"
             for run in sorted({steps, max(1, steps // 2)})
             for shape in ("chain", "dynamic:2", "dynamic:6", "dynamic:12")
         ]
-        shapes = [one.spec for one in self.candidates if one.spec.kind == "static" and one.spec.nodes in (6, 12, 24)]
+        static = [one.spec for one in self.candidates if one.spec.kind == "static" and one.spec.nodes in (6, 12, 24)]
         if self.predictor.transfer_layers:
             names += [f"chain/{steps}@1", "dynamic:6@1", "dynamic:12@3", "dynamic:32@2"]
-            shapes += [replace(spec, budget=2, steps=None) for spec in shapes if spec.nodes > 6]
-        specs = [parse_tree(name, steps) for name in names] + shapes
+            static += [replace(spec, budget=2, steps=None) for spec in static if spec.nodes > 6]
+        specs = [parse_tree(name, steps) for name in names] + static
         return [spec for spec in dict.fromkeys(specs) if self.fits(spec)]
 
-    def contest(self, batch: int) -> Finalists:
-        """The trees that look best at a batch size, the best of each kind among them, and the one used so far."""
+    def find_finalists(self, batch: int) -> Finalists:
+        """Return the trees that look best at a batch size, with the best of each kind and the tree in use."""
         costs = self.costs(batch)
-        found = search(self.candidates, self.predictor, costs, self.length, FINALISTS, self.fits)
-        of_kind = {(scored.spec.kind, scored.spec.limited): scored for scored in reversed(found)}
-        finalists = {scored.spec: scored.candidate for scored in (*found[:FINALISTS], *of_kind.values())}
+        ranking = search(self.candidates, self.predictor, costs, self.length, FINALISTS, self.fits)
+        of_kind = {(scored.spec.kind, scored.spec.limited): scored for scored in reversed(ranking)}
+        trees = {scored.spec: scored.candidate for scored in (*ranking[:FINALISTS], *of_kind.values())}
         if self.default is not None and self.default.kind != "none" and self.fits(self.default):
-            finalists.setdefault(self.default, Candidate(self.default))
-        return Finalists(batch, costs, finalists, {})
+            trees.setdefault(self.default, Candidate(self.default))
+        return Finalists(batch, costs, trees)
 
-    def sit(self, contest: Finalists) -> None:
-        """Time the steps of a contest's trees once more, a plain one beside each."""
-        order = [spec for tree in contest.finalists for spec in (PLAIN, tree)]
-        for spec, times in self._time(order, contest.batch, ROUNDS).items():
-            contest.times.setdefault(spec, []).extend(times)
+    def time_round(self, finalists: Finalists) -> None:
+        """Time the steps of the finalists once more, with an autoregressive step beside each."""
+        order = [spec for tree in finalists.trees for spec in (NO_TREE, tree)]
+        for spec, times in self._time(order, finalists.batch, REPEATS).items():
+            finalists.times.setdefault(spec, []).extend(times)
 
-    def choose(self, contest: Finalists) -> Choice:
-        """The best tree of a contest, if it pays."""
-        batch, costs = contest.batch, contest.costs
-        times = {spec: as_benched(each) for spec, each in contest.times.items()}
+    def choose(self, finalists: Finalists) -> Choice:
+        """Return the best of the finalists; the choice is autoregressive decoding where it does not pay."""
+        batch, costs = finalists.batch, finalists.costs
+        times = {spec: as_benched(values) for spec, values in finalists.times.items()}
         costs.settle(times)
-        foretold = {spec: self.predict(spec, batch, costs, times[spec], times[PLAIN]) for spec in contest.finalists}
-        best = max(foretold, key=lambda spec: foretold[spec].speedup)
-        prediction, chosen = foretold[best], contest.finalists[best]
-        pays = prediction.speedup >= PAYS
+        ar = times[NO_TREE]
+        predictions = {spec: self.predict(spec, batch, costs, times[spec], ar) for spec in finalists.trees}
+        best = max(predictions, key=lambda spec: predictions[spec].speedup)
+        predicted, candidate = predictions[best], finalists.trees[best]
+        pays = predicted.speedup >= PAYS
         self.tell(
-            f"batch {batch}: {best}, accepted length {prediction.accepted_length:.2f}, {prediction.speedup:.2f} x ar"
-            + ("" if pays else ": no tree pays, plain decoding is used")
+            f"batch {batch}: {best}, accepted length {predicted.accepted_length:.2f}, {predicted.speedup:.2f} x ar"
+            + ("" if pays else ": no tree pays, autoregressive decoding is used")
         )
-        used = prediction if pays else Prediction(1.0, times[PLAIN], times[PLAIN], 1.0)
-        entry = self._entry(chosen if pays else Candidate(PLAIN), batch, used)
-        return Choice(entry, best, self._trial(best, batch, prediction), costs)
+        used = predicted if pays else Prediction(1.0, ar, ar, 1.0)
+        entry = self._entry(candidate if pays else Candidate(NO_TREE), batch, used)
+        return Choice(entry, best, self._trial(best, batch, predicted), costs)
 
     def tune(self) -> list[Choice]:
-        """The tree for each batch size. A CPU is timed in several sittings: how fast it is differs from minute to
-        minute.
+        """Return the choice for each batch size. On a CPU steps are timed in several rounds, spread over all batch
+        sizes: its speed varies from minute to minute.
         """
-        contests = [self.contest(batch) for batch in self.batches]
-        sittings = 1 if self.teacher.device.type == "cuda" else max(LEAST_SITTINGS, SITTINGS // len(contests))
-        for _ in range(self.settings.sittings or sittings):
-            for contest in contests:
-                self.sit(contest)
-        return [self.choose(contest) for contest in contests]
+        by_batch = [self.find_finalists(batch) for batch in self.batches]
+        cuda = self.teacher.device.type == "cuda"
+        rounds = 1 if cuda else max(LEAST_TIMING_ROUNDS, TIMING_ROUNDS // len(by_batch))
+        for _ in range(self.settings.timing_rounds or rounds):
+            for finalists in by_batch:
+                self.time_round(finalists)
+        return [self.choose(finalists) for finalists in by_batch]
 
-    def predict(self, spec: TreeSpec, batch: int, costs: StepCosts, step: float, plain: float) -> Prediction:
-        """What a tree brings whose step takes `step` milliseconds, and a plain one `plain`, with all sequences of the
-        batch; those that are left when some have ended take less by what the cost model says of their passes.
+    def predict(self, spec: TreeSpec, batch: int, costs: StepCosts, step: float, ar_step: float) -> Prediction:
+        """Predict the performance of a tree from the milliseconds of a step of the whole batch with it and without.
+
+        When sequences have ended, a step is shorter by the difference of its passes in the cost model.
         """
 
-        def of(tree: TreeSpec, whole: float) -> Callable[[int], float]:
+        def step_time(tree: TreeSpec, whole: float) -> Callable[[int], float]:
             full = costs.passes(tree, batch)
             return lambda live: whole if live == batch else max(0.1 * whole, whole + costs.passes(tree, live) - full)
 
-        speedup = replay_speedup(self.walked(spec), batch, of(spec, step), of(PLAIN, plain), self.halving)
-        return Prediction(self.length(spec), step, plain, speedup)
+        times = step_time(spec, step), step_time(NO_TREE, ar_step)
+        speedup = simulate_speedup(self.emitted(spec), batch, *times, halving=self.halving)
+        return Prediction(self.length(spec), step, ar_step, speedup)
 
     def ladder(self, choice: Choice) -> list[tuple[TreeSpec, Trial]]:
-        """The best tree of each number of nodes, by the model; the one that was chosen stands for its own."""
-        costs, rungs = choice.costs, []
-        for nodes in sorted({one.spec.nodes for one in self.candidates} | {choice.spec.nodes}):
+        """Return the best tree of each number of nodes by the cost model; at its own number the chosen tree."""
+        costs, ladder = choice.costs, []
+        for nodes in sorted({candidate.spec.nodes for candidate in self.candidates} | {choice.spec.nodes}):
             if nodes == choice.spec.nodes:
-                rungs.append((choice.spec, replace(choice.trial)))
+                ladder.append((choice.spec, replace(choice.trial)))
                 continue
-            alike = [one for one in self.candidates if one.spec.nodes == nodes]
-            found = search(alike, self.predictor, costs, self.length, 1, self.fits)
-            if found:
-                spec = found[0].spec
-                foretold = self.predict(spec, costs.batch, costs, costs(spec), costs.plain)
-                rungs.append((spec, self._trial(spec, costs.batch, foretold)))
-        return rungs
+            alike = [candidate for candidate in self.candidates if candidate.spec.nodes == nodes]
+            ranking = search(alike, self.predictor, costs, self.length, 1, self.fits)
+            if ranking:
+                spec = ranking[0].spec
+                predicted = self.predict(spec, costs.batch, costs, costs(spec), costs.ar)
+                ladder.append((spec, self._trial(spec, costs.batch, predicted)))
+        return ladder
 
-    def _trial(self, spec: TreeSpec, batch: int, foretold: Prediction) -> Trial:
-        rows = max(layer_rows(spec, self.predictor, self.teacher.num_layers))
-        return Trial(str(spec), batch, spec.nodes, rows, foretold)
+    def _trial(self, spec: TreeSpec, batch: int, predicted: Prediction) -> Trial:
+        return Trial(str(spec), batch, spec.nodes, self._rows(spec), predicted)
 
-    def _entry(self, chosen: Candidate, batch: int, foretold: Prediction) -> TunedTree:
+    def _entry(self, chosen: Candidate, batch: int, predicted: Prediction) -> TunedTree:
         spec, shape = chosen.spec, chosen
-        if spec.kind == "dynamic":  # what it looks like most often
+        if spec.kind == "dynamic":  # reports draw its most likely shape
             grown = sorted(self.acceptance.grow(spec.nodes, spec.drafting(self.predictor.steps)))
-            shape = Candidate(static_tree([path for path, _ in grown], self.predictor.steps, ""), chances(grown))
+            typical = static_tree([path for path, _ in grown], self.predictor.steps, "")
+            shape = Candidate(typical, node_probabilities(grown))
         drawn = {} if spec.kind == "none" else {"paths": [list(path) for path in shape.spec.paths]}
         return TunedTree(
             machine=self.key,
@@ -302,41 +265,16 @@ class Tuner:
             batch_size=batch,
             context=self.context,
             temperature=self.settings.temperature,
-            predicted=foretold,
+            predicted=predicted,
             **(described(spec) | drawn),
-            rows=max(layer_rows(spec, self.predictor, self.teacher.num_layers)),
+            rows=self._rows(spec),
             probabilities=list(shape.probabilities) or None,
         )
-
-    def decode(
-        self, prompts: Sequence[Sequence[int]], specs: Sequence[TreeSpec], batch: int, repeats: int
-    ) -> list[Prediction]:
-        """What trees bring when prompts are decoded for real, each beside plain decoding."""
-        settings = BenchSettings(
-            self.settings.max_new_tokens,
-            batch,
-            self.settings.temperature,
-            self.settings.top_p,
-            repeats,
-            WARMUP,
-            seed=self.settings.seed,
-            engine=self.settings.engine,
-        )
-        engines = {
-            str(number): _engine(self.teacher, self.predictor, spec, self.settings) for number, spec in enumerate(specs)
-        }
-        engines["ar"] = _engine(self.teacher, self.predictor, PLAIN, self.settings)
-        methods = [Method(name, engine.generate, engine=engine) for name, engine in engines.items()]
-        report = run_bench(self.teacher, [BenchPrompt(list(ids), "held") for ids in prompts], methods, settings)
-        rows = {row.method: row for row in report.rows if row.category == ALL}
-        ar = rows["ar"].step_milliseconds
-        own = [rows[str(number)] for number in range(len(specs))]
-        return [Prediction(row.accepted_length, row.step_milliseconds, ar, row.speedup or float("nan")) for row in own]
 
 
 def tune(
     teacher: Teacher,
-    predictor: Predictor,
+    predictor: TreePredictor,
     prompts: Sequence[Sequence[int]],
     settings: TuneSettings | None = None,
     *,
@@ -347,53 +285,39 @@ def tune(
 ) -> TuneReport:
     """Choose a tree for each batch size. The prompts should be like those that will be decoded, but not the same.
 
-    Raises UsageError for too few prompts and for predictors that draft no trees, CapacityError where a batch does not
-    fit.
+    Raises UsageError for too few prompts and for predictors without draft trees, CapacityError when no batch fits.
     """
     settings = settings or TuneSettings()
     if not isinstance(predictor, TreePredictor):
         raise UsageError(f"a {predictor.kind} predictor feeds a pipeline, which has no tree to tune")
-    room = teacher.max_positions - settings.max_new_tokens
-    if settings.context is not None and not 1 <= settings.context <= room:
-        raise UsageError(
-            f"--context {settings.context} leaves no room for {settings.max_new_tokens} new tokens: the teacher's "
-            f"context holds {teacher.max_positions}"
-        )
-    fitting = [ids for ids in prompts if len(ids) <= room]
-    held = max(1, round(KEPT_BACK * len(fitting))) if settings.trial else 0
-    if len(fitting) - held < LEAST_PROMPTS:
-        raise UsageError(
-            f"{len(fitting)} of {len(prompts)} prompts leave room for {settings.max_new_tokens} new tokens in a "
-            f"context of {teacher.max_positions}; tuning needs at least {LEAST_PROMPTS + held}: raise --limit, or "
-            "lower --max-new-tokens"
-        )
+    calibrating, kept_back = _split_prompts(teacher, prompts, settings)
     tuner = Tuner(teacher, predictor, settings, default, tell)
-    known, unseen = fitting[: len(fitting) - held], fitting[len(fitting) - held :]
-    calibration = tuner.learn(known)
+    calibration = tuner.learn(calibrating)
+    positions = tuner.acceptance.positions
     tell(
         f"calibration: {calibration.tokens} tokens that the teacher wrote to {calibration.prompts} prompts, "
-        f"{len(tuner.acceptance.ranks)} drafts; context {tuner.context}"
+        f"{len(positions)} drafts; context {tuner.context}"
     )
     cost = tuner.measure(progress)
     choices = tuner.tune()
     ladder = tuner.ladder(choices[0])
-    tried = _try(tuner, unseen, choices, ladder) if settings.trial else None
+    tried = _try(tuner, kept_back, choices, ladder) if settings.trial else None
     losing = [choice.trial.batch_size for choice in choices if choice.trial.predicted.speedup < PAYS]
     return TuneReport(
         environment=measurement_environment(teacher),
         teacher=teacher.describe(),
         predictor=predictor.describe(),
-        settings={**asdict(settings), "dataset": dataset},
+        settings={**settings.describe(), "dataset": dataset},
         calibration={
             "dataset": dataset,
             "prompts": calibration.prompts,
             "tokens": calibration.tokens,
-            "anchors": len(tuner.acceptance.ranks),
-            "kept_back": len(unseen),
+            "anchors": len(positions),
+            "kept_back": len(kept_back),
             "trial": None if tried is None else asdict(tried),
         },
-        acceptance=tuner.acceptance.by_rank(),
-        reliability=reliability(tuner.acceptance.ranks, tuner.probable),
+        acceptance=tuner.acceptance.by_candidate(),
+        reliability=reliability(positions, tuner.probabilities),
         cost=cost,
         entries=[choice.entry for choice in choices],
         ladder=[trial for _, trial in ladder],
@@ -402,21 +326,44 @@ def tune(
     )
 
 
+def _split_prompts(
+    teacher: Teacher, prompts: Sequence[Sequence[int]], settings: TuneSettings
+) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
+    """Return the prompts that calibrate and those that are kept back for the trial. Raises UsageError."""
+    room = teacher.max_positions - settings.max_new_tokens
+    if settings.context is not None and not 1 <= settings.context <= room:
+        raise UsageError(
+            f"--context {settings.context} leaves no room for {settings.max_new_tokens} new tokens: the teacher's "
+            f"context has {teacher.max_positions} positions; lower --context or --max-new-tokens"
+        )
+    fitting = [ids for ids in prompts if len(ids) <= room]
+    kept = max(1, round(KEPT_BACK * len(fitting))) if settings.trial else 0
+    if len(fitting) - kept < LEAST_PROMPTS:
+        raise UsageError(
+            f"{len(fitting)} of {len(prompts)} prompts leave room for {settings.max_new_tokens} new tokens in a "
+            f"context of {teacher.max_positions}; tuning needs at least {LEAST_PROMPTS + kept}: raise --limit, or "
+            "lower --max-new-tokens"
+        )
+    return fitting[: len(fitting) - kept], fitting[len(fitting) - kept :]
+
+
 def _try(
     tuner: Tuner,
     prompts: Sequence[Sequence[int]],
     choices: Sequence[Choice],
     ladder: Sequence[tuple[TreeSpec, Trial]],
 ) -> TrialSize | None:
-    """Decode prompts that were kept back, as many as fit into the time: some trees of the ladder at the first batch
-    size, and the tree of each other batch size that they fill. Return how many; None where they fill no batch.
+    """Decode prompts that were kept back, as many as fit into the trial's time: with some trees of the ladder at the
+    first batch size, and with the best tree of each other batch size that they fill.
+
+    Sets `measured` of these trials. Returns the trial's size; None where the prompts fill no batch.
     """
-    fitting = [choice for choice in choices if choice.trial.batch_size <= len(prompts)]
-    if not fitting:
+    filled = [choice for choice in choices if choice.trial.batch_size <= len(prompts)]
+    if not filled:
         return None
-    first, *others = fitting
+    first, *others = filled
     tried = [(spec, trial) for spec, trial in ladder if spec.nodes in LADDER or spec == first.spec]
-    # the chosen tree, then those nearest to it, which say most about the choice
+    # the best tree first, then those nearest in size: they tell most about the choice
     tried.sort(key=lambda pair: (pair[0] != first.spec, abs(pair[0].nodes - first.spec.nodes)))
     entrants = [tried, *([(choice.spec, choice.trial)] for choice in others)]
     tokens = tuner.calibration.tokens / tuner.calibration.prompts
@@ -425,9 +372,9 @@ def _try(
     tuner.tell(f"trial: {size}")
     for bout, pairs in zip(bouts, entrants, strict=True):
         pairs = pairs[: size.trees]
-        chosen = prompts[: bout.prompts(size.prompts)]
-        found = tuner.decode(chosen, [spec for spec, _ in pairs], bout.batch, size.repeats)
-        for (_, trial), measured in zip(pairs, found, strict=True):
+        decoded, specs = prompts[: bout.prompts(size.prompts)], [spec for spec, _ in pairs]
+        results = decode_trees(tuner.teacher, tuner.predictor, decoded, specs, bout.batch, size.repeats, tuner.settings)
+        for (_, trial), measured in zip(pairs, results, strict=True):
             trial.measured = measured
     first.trial.measured = tried[0][1].measured
     return size

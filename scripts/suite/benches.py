@@ -27,7 +27,7 @@ from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.reports.speed_tables import pipeline_cells, pipeline_note
 from firp_cli.reports.tables import bench_cells
-from firp_cli.results import BenchReport, BenchRow, plain
+from firp_cli.results import BenchReport, BenchRow, as_json
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TuneReport
@@ -101,7 +101,7 @@ def tune_trees(shared: Shared, work: Work) -> None:
             whole_seconds = spent
         tree = spec_of(report.entries[0], predictor.steps)
         keep_tree(shared, kind, tree)
-        work.values[kind] = plain(report)
+        work.values[kind] = as_json(report)
         table.cells += _tuned_cells(kind, report, spent)
         work.key = ", ".join(f"{line[0]} {line[2]}" for line in table.cells)
         if kind in shared.found.get("saved", []):
@@ -127,7 +127,7 @@ def tune_settings(sizes: Sizes, seconds: float, brief: bool) -> TuneSettings:
         repeats=1,
         again=True,
         seconds=min(sizes.tune_seconds, PASSES_SHARE * seconds),
-        sittings=sizes.tune_sittings,
+        timing_rounds=sizes.tune_sittings,
     )
 
 
@@ -161,12 +161,12 @@ def bench(shared: Shared, work: Work) -> None:
     prompts = questions(shared, teacher, sizes.bench_prompts)
     slow_share = None if shared.device.type == "cpu" else SLOW_SHARE
     bout = Bout(teacher, methods, prompts, sizes.bench_tokens, sizes.bench_repeats, work.clock, slow_share)
-    work.values |= {"settings": plain(settings), "teacher": teacher.describe()}
+    work.values |= {"settings": as_json(settings), "teacher": teacher.describe()}
 
     def report() -> None:
         found = BenchReport({}, teacher.describe(), {"reference": "ar"}, bout.rows("ar"))
         shared.found["traces"] = [vars(one) for one in traced(bout, loaded)]
-        work.values |= {"rows": [plain(row) for row in found.rows], "identical": plain(bout.identical())}
+        work.values |= {"rows": [as_json(row) for row in found.rows], "identical": as_json(bout.identical())}
         work.values["texts"] = {name: made[0][0].text for name, made in bout.made.items() if 0 in made}
         work.values["note"] = pipeline_note(found)
         work.key = speeds(found)
@@ -277,7 +277,7 @@ def exact(shared: Shared, work: Work) -> None:
 
     def report() -> None:
         found = {name: by_reference["hf"] for name, by_reference in bout.identical().items() if "hf" in by_reference}
-        work.values["methods"] = plain(found)
+        work.values["methods"] = as_json(found)
         work.key = ", ".join(f"{name} {one['identical']}/{one['compared']}" for name, one in found.items())
         work.tables[:] = [replace(_identical(bout), title="fp32: answers compared")]
         work.save()
@@ -304,7 +304,7 @@ def looped(shared: Shared, work: Work) -> None:
 
     def report() -> None:
         rows = BenchReport({}, teacher.describe(), {"reference": "hf"}, bout.rows("hf"))
-        work.values |= {"rows": [plain(row) for row in rows.rows], "identical": plain(bout.identical())}
+        work.values |= {"rows": [as_json(row) for row in rows.rows], "identical": as_json(bout.identical())}
         work.key = speeds(rows)
         headers, cells = bench_cells(rows)
         work.tables[:] = [Table(f"SPEED on the embedded looped teacher, {name}", headers, cells), _pipelines(rows)]

@@ -178,8 +178,7 @@ class Bout:
             for row in bench_rows(name, runs, marks, 0.0):
                 row.predictor, row.tree = method.predictor, method.tree
                 row.speedup_hf = self._over_hf(row)
-                if method.exits is not None:
-                    row.pipeline = pipeline_report(self._answers(row), self.teacher.looped is not None, 1, self.tick)
+                row.pipeline = pipeline_report(self._answers(row), self.teacher.looped is not None, 1, self.tick)
                 found.append(row)
         order = {name: place for place, name in enumerate(dict.fromkeys(row.dataset for row in found))}
         return sorted(found, key=lambda row: order[row.dataset])

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from firp_cli.results import plain
+from firp_cli import results
 from suite.shapes import RANDOM
 from suite.sizes import TOY
 from suite.work import GRACE, OutOfTime, Part, Shared, Work, allowed, run_part
@@ -111,7 +111,7 @@ def run_parts(plan: Plan, shared: Shared, found: Found, write: Callable[[str | N
 
 def as_json(value: Any) -> Any:
     """Return a value as JSON. Values without a JSON form become text, so that no result is lost."""
-    return json.loads(json.dumps(plain(value), default=str))
+    return json.loads(json.dumps(results.as_json(value), default=str))
 
 
 def _clear(shared: Shared, later: Sequence[Part]) -> None:
@@ -143,7 +143,7 @@ def child(plan: Plan, make_shared: Callable[[], Shared], found: Found, path: Pat
     own.device = describe(shared)
 
     def write(part: str | None, until: float) -> None:
-        values = {**plain(own), "part": part, "until": until}
+        values = {**results.as_json(own), "part": part, "until": until}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(values), encoding="utf-8")
         temporary.replace(path)

@@ -14,8 +14,7 @@ from firp_cli.config import TrainingConfig
 from firp_cli.files import write_atomically
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import save_predictor
-from firp_cli.results import plain
-from firp_cli.teacher.load import wrap_model
+from firp_cli.results import as_json
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.local_trainer import train_plain
 from suite.answers import predictors_for, stored
@@ -84,7 +83,7 @@ def keep(shared: Shared, teacher: Teacher, predictor: Predictor, work: Work) -> 
     """Write a predictor, in 16 bits, to the scratch folder, and all predictors there to the archive."""
     folder = saved(shared, predictor.kind)
     save_predictor(predictor, folder, teacher, torch.bfloat16)
-    found = json.dumps(plain(work.values[predictor.kind]), indent=2) + "\n"
+    found = json.dumps(as_json(work.values[predictor.kind]), indent=2) + "\n"
     (folder / "training.json").write_text(found, encoding="utf-8")
     shared.found.setdefault("saved", []).append(predictor.kind)
     pack(shared, work)

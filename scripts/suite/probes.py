@@ -23,7 +23,7 @@ class Timed:
 def probe(engine: Engine, batch: int, context: int, plain: bool = False) -> Run:
     """Return a step of a batch with a number of tokens in the cache, ready to be run repeatedly."""
     held = TimedStep(engine, batch, context)
-    run = held.plain if plain else held.step
+    run = held.ar_step if plain else held.step
     for _ in range(UNTIMED):
         run()
     return run

@@ -8,7 +8,7 @@ from typing import Any
 
 from firp_cli.files import write_atomically, write_json
 from firp_cli.reports.cells import markdown_table
-from firp_cli.results import plain
+from firp_cli.results import as_json
 from suite.groups import Found
 
 SCHEMA = "firp.gpu_suite/1"
@@ -19,7 +19,7 @@ TRACEBACK_SHOWN = 4
 def write(output: Path, head: dict[str, Any], seconds: float, found: Found) -> None:
     """Write both files, whole, with the results so far."""
     whole = {"schema": SCHEMA, **head, "device": found.device, "seconds": round(seconds, 1), "parts": found.records}
-    write_json(output / f"{NAME}.json", plain(whole))
+    write_json(output / f"{NAME}.json", as_json(whole))
     text = markdown(whole, found.tables)
     write_atomically(output / f"{NAME}.md", lambda path: path.write_text(text, encoding="utf-8"))
 

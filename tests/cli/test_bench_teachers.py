@@ -18,7 +18,7 @@ from firp_cli.evaluation.bench_groups import choose_groups, embedded_folders, gr
 from firp_cli.evaluation.methods import BenchSettings, make_methods
 from firp_cli.evaluation.run_bench import BenchPrompt, merge_reports, run_bench
 from firp_cli.predictors.folder import read_config, save_predictor
-from firp_cli.results import BenchReport, plain
+from firp_cli.results import BenchReport, as_json
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from helpers.commands import invoke
@@ -44,11 +44,11 @@ def test_merged_reports_name_each_rows_teacher_and_keep_their_baselines_apart() 
     assert merged.skipped_long == 2 and merged.settings["methods"] == ["ar", "hf"]
     assert merged.settings["methods_by_teacher"] == {"tiny-llama": ["ar", "hf"], "looped-2x3": ["hf"]}
     assert merged.settings["prompts"] == 2 and merged.settings["reference"] == "hf"
-    again = BenchReport.from_plain(json.loads(json.dumps(plain(merged))))
+    again = BenchReport.from_json(json.loads(json.dumps(as_json(merged))))
     assert again.teachers == merged.teachers and [row.teacher for row in again.rows] == [name for name, _ in labels]
-    old = plain(one)
+    old = as_json(one)
     del old["teachers"]
-    assert BenchReport.from_plain(old).teachers == []
+    assert BenchReport.from_json(old).teachers == []
 
 
 def test_teachers_in_folders_are_called_by_their_last_part_where_that_is_enough() -> None:
@@ -148,7 +148,7 @@ def bench_of(work: Path, *arguments: str) -> tuple[Any, BenchReport]:
     words = str(work / "words.jsonl")
     result = invoke("bench", *arguments, "--dataset", words, *SHORT, "--output", str(work / "report"))
     assert result.exit_code == 0, (result.output, result.exception)
-    return result, BenchReport.from_plain(json.loads((work / "report" / "bench.json").read_text()))
+    return result, BenchReport.from_json(json.loads((work / "report" / "bench.json").read_text()))
 
 
 def test_predictors_of_two_teachers_in_one_run(two_teachers: Path, monkeypatch: pytest.MonkeyPatch) -> None:

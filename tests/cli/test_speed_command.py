@@ -57,7 +57,7 @@ def test_bench_knows_the_loops_without_being_told(work: Path) -> None:
     options = ["--limit", "3", "--max-new-tokens", "10", "--repeats", "1", "--no-guard", "--output", out]
     done = invoke("bench", work / "run", "--dataset", work / "words.jsonl", *options)
     assert done.exit_code == 0, (done.output, done.exception)
-    report = BenchReport.from_plain(json.loads((out / "bench.json").read_text()))
+    report = BenchReport.from_json(json.loads((out / "bench.json").read_text()))
     row = next(row for row in report.rows if row.method == "speed")
     assert report.settings["reference"] == "hf" and row.lossless.identical == row.lossless.compared == 3
     assert row.pipeline is not None and row.pipeline.shared and row.pipeline.loops == 3

@@ -19,7 +19,7 @@ from firp_cli.evaluation.environment import machine_key
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.run_bench import BenchPrompt, run_bench
 from firp_cli.predictors.folder import save_predictor
-from firp_cli.results import BenchReport, Prediction, plain
+from firp_cli.results import BenchReport, Prediction, as_json
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TunedTree
@@ -47,7 +47,7 @@ def entry(loaded: Teacher, batch: int, tree: str, **changes: Any) -> TunedTree:
 
 
 def write(path: Path, *entries: TunedTree, **default: Any) -> Path:
-    path.write_text(json.dumps({**default, "entries": [plain(item) for item in entries]}))
+    path.write_text(json.dumps({**default, "entries": [as_json(item) for item in entries]}))
     return path
 
 
@@ -127,7 +127,7 @@ def test_a_row_says_which_tuned_tree_it_took(size: int, tree: str) -> None:
     settings = BenchSettings(max_new_tokens=16, batch_size=size, repeats=1, warmup=0)
     methods = make_methods(teacher, predictors, ["ar", "tuned", "fixed"], settings)
     report = run_bench(teacher, [BenchPrompt(prompt, "set") for prompt in embedded_prompts(4)], methods, settings)
-    report = BenchReport.from_plain(json.loads(json.dumps(plain(report))))
+    report = BenchReport.from_json(json.loads(json.dumps(as_json(report))))
     rows = {row.method: row for row in report.rows}
     assert {name: (row.tree, row.predicted) for name, row in rows.items()} == {
         "ar": (None, None),
@@ -149,7 +149,7 @@ def test_bench_takes_a_file_of_tuned_trees(work: Path, tmp_path: Path) -> None:
         assert "another machine" not in done.stderr
         written = json.loads((out / "bench.json").read_text())
         row = next(row for row in written["rows"] if row["method"] == "firp")
-        assert (row["tree"], row["predicted"]) == (tree, plain(FORETOLD))
+        assert (row["tree"], row["predicted"]) == (tree, as_json(FORETOLD))
         assert row["lossless"]["identical"] == 4 and written["settings"]["guard"] is True
 
 

@@ -1,4 +1,4 @@
-"""Made-up results for reports."""
+"""Invented results for tests of reports."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def speed_row(method: str = "speed", dataset: str = "arithmetic", shared: bool =
 
 
 def speed_report(*rows: BenchRow) -> BenchReport:
-    """Plain decoding and SPEED; nothing of FIRP's kind."""
+    """Return a report of autoregressive decoding and SPEED, without draft trees."""
     report = bench_report()
     report.rows = [bench_row("ar"), *(rows or [speed_row()])]
     return report
 
 
 class Page(HTMLParser):
-    """Collects tags and refuses pages that leave one open."""
+    """Parser that collects images and links, and fails on tags that are not closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Page(HTMLParser):
 
 
 def pipeline_report(shared: bool = True, cost: bool = True) -> PipelineReport:
-    """40 answers through 4 loops: 0.72 tokens per tick at 1.33 loops a tick, so 0.72 x 4 / 1.33 = 2.17."""
+    """Return statistics over 4 loops: 0.72 tokens per tick at 1.33 loops per tick, so 0.72 x 4 / 1.33 = 2.17."""
     occupancy = [1.0, 1.9, 2.7, 3.4, *(3.1 + 0.4 * math.sin(tick / 3) for tick in range(90))]
     return PipelineReport(
         loops=4,

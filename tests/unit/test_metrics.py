@@ -1,4 +1,4 @@
-"""Accepted length, ticks of a pipeline and bootstrap intervals against their definitions."""
+"""Accepted length, ticks of a pipeline, and bootstrap intervals against their definitions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_chain_length_is_the_mean_accepted_length_of_simulated_chains():
     assert metrics.chain_length_of_hits(np.zeros((3, 4))) == 1.0
 
 
-def test_steps_that_do_not_count_change_no_rate():
+def test_joint_hits_ignore_steps_that_do_not_count():
     hits = np.array([[1, 1], [1, 0], [0, 1]], dtype=bool)
     valid = np.array([[1, 1], [1, 0], [1, 1]], dtype=bool)
     joint, counts = metrics.joint_hits(hits, valid)
@@ -46,7 +46,7 @@ def test_steps_that_do_not_count_change_no_rate():
         ([3, 8], (2, 5, 6), 0.3 * 2 + 0.5 * 5 + 0.2 * 6),
     ],
 )
-def test_ticks_per_token_is_the_mean_loop_that_settles(
+def test_ticks_per_token_is_the_mean_loop_that_settles_the_prediction(
     settled: list[int], pipeline: tuple[int, ...], expected: float
 ) -> None:
     counts = [10] * len(settled)
@@ -54,9 +54,12 @@ def test_ticks_per_token_is_the_mean_loop_that_settles(
     assert metrics.accepted_length(settled, counts, pipeline) == pytest.approx(pipeline[-1] / expected)
 
 
-def test_accepted_length_of_what_was_never_counted():
-    assert metrics.ticks_per_token([0, 0], [0, 0], (1, 2, 3)) == 3.0, "nobody saw an exit right"
+def test_accepted_length_without_counts():
+    assert metrics.ticks_per_token([0, 0], [0, 0], (1, 2, 3)) == 3.0
     assert metrics.accepted_length([0, 0], [0, 0], (1, 2, 3)) == 1.0
+
+
+def test_accepted_length_without_pipeline_is_chain_length():
     assert (
         metrics.accepted_length([2, 1], [3, 2])
         == metrics.chain_length([2, 1], [3, 2])
@@ -64,7 +67,7 @@ def test_accepted_length_of_what_was_never_counted():
     )
 
 
-def test_bootstrap_ratio_covers_the_ratio_and_is_seeded():
+def test_bootstrap_ratio_contains_the_ratio_and_is_seeded():
     generator = np.random.default_rng(1)
     steps = generator.integers(20, 40, size=60)
     tokens = steps * 2.0 + generator.normal(0, 4, size=60)
@@ -74,7 +77,7 @@ def test_bootstrap_ratio_covers_the_ratio_and_is_seeded():
     assert metrics.bootstrap_ratio([2.0, 4.0], [1.0, 2.0]) == (2.0, 2.0)
 
 
-def test_bootstrap_of_a_speedup_resamples_prompts_jointly():
+def test_bootstrap_ratio_of_ratios_resamples_prompts_jointly():
     tokens = np.full(30, 100.0)
     seconds = np.random.default_rng(2).uniform(1, 3, size=30)
     low, high = metrics.bootstrap_ratio_of_ratios(1.5 * seconds, tokens, seconds, tokens)
@@ -83,6 +86,6 @@ def test_bootstrap_of_a_speedup_resamples_prompts_jointly():
     assert low < 1.5 < high
 
 
-def test_bootstrap_refuses_lists_of_different_lengths():
+def test_bootstrap_ratio_refuses_lists_of_different_lengths():
     with pytest.raises(ValueError, match="one entry per prompt"):
         metrics.bootstrap_ratio([1.0, 2.0], [1.0])

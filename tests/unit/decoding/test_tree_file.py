@@ -12,7 +12,7 @@ import pytest
 from firp_cli.decoding.tree_file import TunedTrees, described, read_trees, spec_of, update_trees
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree, static_tree
 from firp_cli.errors import UsageError
-from firp_cli.results import Prediction, plain
+from firp_cli.results import Prediction, as_json
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TREES_SCHEMA, TunedTree
 from helpers.models import make_predictor
@@ -98,7 +98,7 @@ def test_entries_round_trip_their_tree(text: str) -> None:
     spec = parse_tree(text, 4)
     item = replace(entry(), **described(spec))
     assert spec_of(item, 4) == spec
-    assert spec_of(TunedTree.from_plain(json.loads(json.dumps(plain(item)))), 4) == spec
+    assert spec_of(TunedTree.from_json(json.loads(json.dumps(as_json(item)))), 4) == spec
     assert (item.nodes, item.steps) == (spec.nodes, spec.steps)
 
 
@@ -125,7 +125,7 @@ def write(path: Path, **value: Any) -> Path:
 def test_read_trees_reads_files_of_every_kind(tmp_path: Path, teacher: Teacher) -> None:
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=4)
     file = tmp_path / "tree.json"
-    entries = [plain(entry(1)), plain(entry(4, "none"))]
+    entries = [as_json(entry(1)), as_json(entry(4, "none"))]
     for value, tree, count in (
         ({"tree": "dynamic:5/2@1"}, "dynamic:5/2@1", 0),
         ({"tree": "none"}, "none", 0),
@@ -142,7 +142,7 @@ def test_read_trees_reads_files_of_every_kind(tmp_path: Path, teacher: Teacher) 
         assert [str(found.at(batch, 9)) for batch in (1, 4)] == (["dynamic:6", "none"] if count else [tree, tree])
 
 
-GOOD: dict[str, Any] = plain(entry())
+GOOD: dict[str, Any] = as_json(entry())
 DAMAGED: list[tuple[Any, str]] = [
     ("[1, 2]", "is not a tree file: it needs `tree` "),
     ("{", "is not a tree file .*: it needs `tree` "),
@@ -181,7 +181,7 @@ def test_damaged_file_is_refused_in_one_line(value: Any, message: str, tmp_path:
 def test_update_replaces_entries_of_the_same_key(tmp_path: Path) -> None:
     file = tmp_path / "tree.json"
     first = update_trees(file, [entry(1), entry(4)])
-    assert first == {"schema": TREES_SCHEMA, "entries": [plain(entry(1)), plain(entry(4))]}
+    assert first == {"schema": TREES_SCHEMA, "entries": [as_json(entry(1)), as_json(entry(4))]}
     others = [
         entry(1, machine=THERE),
         entry(1, teacher="xyz"),
@@ -189,14 +189,14 @@ def test_update_replaces_entries_of_the_same_key(tmp_path: Path) -> None:
         entry(1, context=512),
         entry(2),
     ]
-    write(file, paths=[[0], [1]], name="own", entries=[plain(item) for item in (entry(1, "chain"), *others)])
+    write(file, paths=[[0], [1]], name="own", entries=[as_json(item) for item in (entry(1, "chain"), *others)])
     second = update_trees(file, [entry(1, "dynamic:9", context=140), entry(16, "none")])  # nearly the same context
     assert {name: second[name] for name in second if name != "entries"} == {
         "schema": TREES_SCHEMA,
         "paths": [[0], [1]],
         "name": "own",
     }
-    kept = [TunedTree.from_plain(item) for item in second["entries"]]
+    kept = [TunedTree.from_json(item) for item in second["entries"]]
     assert kept == [*others, entry(1, "dynamic:9", context=140), entry(16, "none")]
     write(file, **second)
     assert len(read_trees(file, 4).entries) == 7

@@ -1,4 +1,4 @@
-"""Draft quality against slow loops, and the simulated walk against the decoder."""
+"""Draft quality against slow loops, and simulated decoding against the decoder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import StoreError
-from firp_cli.evaluation import quality
+from firp_cli.evaluation import quality, simulate
+from firp_cli.evaluation.gate import gate
+from firp_cli.evaluation.simulate import simulate_answer
 from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.forward import sequence_states
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import make_predictor, random_prompts, sequence_batch, tiny_teacher
 
@@ -23,7 +26,7 @@ SECTIONS: list[dict[str, Any]] = [
 
 
 class Stored:
-    """One sequence as a store gives it."""
+    """Sequence as a store returns it."""
 
     def __init__(self, teacher: Teacher, predictor: Predictor, tokens: list[int], response: int) -> None:
         batch = sequence_batch(teacher, [tokens], [response], list(predictor.required_layers))
@@ -32,7 +35,7 @@ class Stored:
 
 
 def stored(teacher: Teacher, predictor: Predictor, count: int = 3) -> list[Stored]:
-    """Prompts with the teacher's own greedy answers, and one with an answer of somebody else's."""
+    """Return prompts with the teacher's greedy answers, and one with a random answer."""
     prompts = random_prompts(count, seed=11, low=5, high=12)
     answers = Engine(teacher).generate(prompts, 24)
     sequences = [[*prompt, *answer.token_ids] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -45,11 +48,11 @@ def stored(teacher: Teacher, predictor: Predictor, count: int = 3) -> list[Store
 
 @torch.no_grad()
 def slow_evaluation(teacher: Teacher, predictor: Predictor, sequences: list[Stored]) -> tuple[list[Any], list[Any]]:
-    """Hits and validity per anchor, one anchor at a time, from the model's own logits."""
+    """Return hits and validity by anchor, one anchor at a time, from the model's own logits."""
     hits, valid = [], []
     for item in sequences:
         logits = teacher.model(item.input_ids[None]).logits[0]
-        batch = quality.sequence_states(teacher, predictor, item.input_ids.tolist())
+        batch = sequence_states(teacher, predictor, item.input_ids.tolist())
         for n in range(len(item.input_ids) - 2):
             if not (item.loss_mask[n + 1] and item.loss_mask[n + 2]):
                 continue
@@ -85,7 +88,7 @@ def test_evaluate_equals_a_slow_loop(teacher: Teacher, section: dict[str, Any], 
 
 
 @torch.no_grad()
-def test_similarity_is_between_the_pseudo_state_and_the_future_real_one(teacher: Teacher) -> None:
+def test_similarity_compares_pseudo_states_with_later_real_states(teacher: Teacher) -> None:
     predictor = make_predictor(teacher, kind="hidden_transfer", layers=[1, 3, 3])
     sequences = stored(teacher, predictor, count=1)[:1]
     got = quality.evaluate(teacher, predictor, sequences, parse_tree("chain", 3))
@@ -102,13 +105,13 @@ def test_similarity_is_between_the_pseudo_state_and_the_future_real_one(teacher:
     assert all(value is not None and -1 <= value <= 1 for value in got.similarity[4])
 
 
-def test_medusa_has_no_pseudo_states_to_compare(teacher: Teacher) -> None:
+def test_medusa_has_no_similarity(teacher: Teacher) -> None:
     predictor = make_predictor(teacher, kind="medusa", steps=2)
     got = quality.evaluate(teacher, predictor, stored(teacher, predictor, 1), parse_tree("chain", 2), limit=1)
     assert got.similarity == {} and got.sequences == 1
 
 
-def test_nothing_to_evaluate_is_an_error(teacher: Teacher) -> None:
+def test_evaluate_without_anchors_raises(teacher: Teacher) -> None:
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
     with pytest.raises(StoreError, match="nothing to evaluate"):
         quality.evaluate(teacher, predictor, [Stored(teacher, predictor, [3, 4, 5], 3)], parse_tree("chain", 2))
@@ -116,35 +119,40 @@ def test_nothing_to_evaluate_is_an_error(teacher: Teacher) -> None:
 
 @pytest.mark.parametrize("tree", ["dynamic:12", "chain", "static:4x2x1"])
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section["kind"])
-def test_the_simulated_walk_is_what_the_decoder_does(section: dict[str, Any], tree: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(quality, "ANCHOR_CHUNK", 10)
+def test_simulated_answer_equals_decoding(section: dict[str, Any], tree: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(simulate, "ANCHOR_CHUNK", 10)
     for family in ("llama", "mistral-window"):
         teacher = tiny_teacher(family)
         predictor = make_predictor(teacher, **section)
         spec = parse_tree(tree, 3)
         prompts = random_prompts(5, seed=21)
         for prompt, real in zip(prompts, Engine(teacher, predictor, spec).generate(prompts, 40), strict=True):
-            walk = quality.simulate(teacher, predictor, [*prompt, *real.token_ids], len(prompt), spec)
-            assert walk == real.accepted_lengths
+            simulated = simulate_answer(teacher, predictor, [*prompt, *real.token_ids], len(prompt), spec)
+            assert simulated == real.emitted
 
 
-def test_simulating_no_step_gives_nothing(teacher: Teacher) -> None:
+def test_simulated_answer_without_steps_is_empty(teacher: Teacher) -> None:
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
-    assert quality.simulate(teacher, predictor, [3, 4, 5, 6], 3, parse_tree("chain", 2)) == []
+    assert simulate_answer(teacher, predictor, [3, 4, 5, 6], 3, parse_tree("chain", 2)) == []
 
 
-def test_the_gate_agrees_and_notices_when_training_and_decoding_differ(teacher: Teacher, monkeypatch: Any) -> None:
+def test_gate_agrees_and_skips_long_prompts(teacher: Teacher) -> None:
     predictor = make_predictor(teacher, kind="firp", layer=3, steps=3)
     prompts = random_prompts(4, seed=31)
-    passed = quality.gate(teacher, predictor, prompts, "dynamic:16", 24)
+    passed = gate(teacher, predictor, prompts, "dynamic:16", 24)
     assert passed["agree"] and passed["prompts"] == 4
     assert passed["simulated"] == pytest.approx(passed["real"]) and passed["real"] > 1.0
     too_long = [[5] * teacher.max_positions]
-    assert quality.gate(teacher, predictor, [*prompts, *too_long], "dynamic:16", 24) == passed
-    assert quality.gate(teacher, predictor, too_long, None, 24)["prompts"] == 0
-    # A training forward that looks one position back no longer describes the decoder.
+    assert gate(teacher, predictor, [*prompts, *too_long], "dynamic:16", 24) == passed
+    assert gate(teacher, predictor, too_long, None, 24)["prompts"] == 0
+
+
+def test_gate_fails_when_training_and_decoding_differ(teacher: Teacher, monkeypatch: Any) -> None:
+    predictor = make_predictor(teacher, kind="firp", layer=3, steps=3)
+    prompts = random_prompts(4, seed=31)
+    # a training forward that looks one position back does not describe the decoder
     whole = predictor.draft_states
     monkeypatch.setattr(
         predictor, "draft_states", lambda teacher, batch, anchors: whole(teacher, batch, (anchors - 1).clamp(min=0))
     )
-    assert not quality.gate(teacher, predictor, prompts, "dynamic:16", 24)["agree"]
+    assert not gate(teacher, predictor, prompts, "dynamic:16", 24)["agree"]

@@ -1,4 +1,4 @@
-"""Bench arithmetic against hand-computed numbers, the comparison of outputs, and the measuring loop."""
+"""Bench: row arithmetic against hand-computed numbers, comparison of outputs, the measuring loop, the commands."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from firp_cli.evaluation.run_bench import (
     run_bench,
     spread,
 )
+from firp_cli.machine import readable_bytes
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import BenchReport, Divergence, Generation
 from firp_cli.teacher.load import load_teacher
@@ -60,7 +61,7 @@ def run(number: int, emitted: list[int], prefill: float, decode: float, category
     return BatchRun("set", category, [number], [generation(emitted, prefill, decode)], prefill, decode, sum(emitted))
 
 
-def test_row_arithmetic_matches_hand_computed_numbers() -> None:
+def test_bench_row_matches_hand_computed_numbers() -> None:
     runs = {
         "ar": [run(0, [1] * 6, 0.5, 3.0), run(1, [1] * 4, 0.5, 2.0)],
         "hf": [run(0, [1] * 6, 0.5, 6.0), run(1, [1] * 4, 0.5, 4.0)],
@@ -83,18 +84,18 @@ def test_row_arithmetic_matches_hand_computed_numbers() -> None:
     assert (row.lossless.compared, row.lossless.identical, row.lossless.divergences) == (2, 1, [mark])
     low, high = row.speedup_interval or (0.0, 0.0)
     assert low <= row.speedup <= high
-    (plain,) = bench_rows("ar", runs, {}, 0.0)
-    assert plain.speedup == 1.0 and plain.accepted_length == 1.0 and plain.acceptance_by_step == []
-    assert plain.speedup_interval is None and plain.lossless.compared == 0
+    (ar,) = bench_rows("ar", runs, {}, 0.0)
+    assert ar.speedup == 1.0 and ar.accepted_length == 1.0 and ar.acceptance_by_step == []
+    assert ar.speedup_interval is None and ar.lossless.compared == 0
 
 
-def test_categories_get_rows_of_their_own() -> None:
+def test_categories_have_their_own_rows() -> None:
     runs = {"ar": [run(0, [1, 1], 0.1, 1.0, "qa"), run(1, [1, 1, 1], 0.1, 1.0, "rag"), run(2, [1], 0.1, 1.0, "qa")]}
     rows = bench_rows("ar", runs, {}, 0.0)
     assert [(row.category, row.prompts) for row in rows] == [("all", 3), ("qa", 2), ("rag", 1)]
 
 
-def test_no_baseline_no_speedup() -> None:
+def test_speedup_needs_a_baseline() -> None:
     (row,) = bench_rows("firp", {"firp": [run(0, [2, 2], 0.1, 1.0)]}, {}, 0.0)
     assert row.speedup is None and row.speedup_hf is None and row.speedup_with_prefill is None
 
@@ -105,7 +106,7 @@ def test_single_token_answers_have_no_decode_time() -> None:
     assert row.speedup is None and row.new_tokens == 1 and math.isnan(row.accepted_length)
 
 
-def test_fold_takes_the_median_time_and_the_batch_shares_it() -> None:
+def test_fold_takes_the_median_time_of_the_slowest_sequence() -> None:
     repeats = [[generation([2, 2], 0.3, seconds), generation([4], 0.3, seconds / 2)] for seconds in (4.0, 1.0, 2.0)]
     folded = fold(Batch("set", "", [0, 1]), repeats)
     assert folded.decode_tokens == 8 and folded.decode_seconds == pytest.approx(2.0) and folded.steps == 2
@@ -116,12 +117,12 @@ def test_batches_never_mix_categories() -> None:
     assert [batch.numbers for batch in make_batches(prompts, 2)] == [[0, 1], [2, 4], [3]]
 
 
-def test_a_limit_leaves_no_category_out() -> None:
+def test_spread_takes_from_every_category() -> None:
     assert spread(["a"] * 5 + ["b"] * 2 + ["c"], 4) == [0, 1, 5, 7]
     assert spread(["a", "a"], 9) == [0, 1]
 
 
-def test_every_method_takes_each_turn_and_warm_up_is_not_counted() -> None:
+def test_methods_take_turns_after_uncounted_warm_up() -> None:
     calls: list[str] = []
 
     def method(name: str) -> Method:
@@ -146,16 +147,19 @@ def test_every_method_takes_each_turn_and_warm_up_is_not_counted() -> None:
     assert ticks[-1] == (10, 10) and [len(runs) for runs in measured.values()] == [2, 2]
 
 
-def test_names_and_unknown_methods() -> None:
+def test_predictor_names_are_kinds_or_folders() -> None:
     kinds = [("firp", Path("runs/a")), ("medusa", Path("runs/m")), ("firp", Path("runs/b"))]
     assert predictor_names(kinds) == ["a", "medusa", "b"]
+
+
+def test_choose_methods_defaults_to_all_and_suggests_names() -> None:
     assert choose_methods(None, ["firp"]) == ["ar", "hf", "firp"]
     assert choose_methods(["firp", "ar"], ["firp"]) == ["firp", "ar"]
     with pytest.raises(UsageError, match="did you mean 'medusa'"):
         choose_methods(["medua"], ["firp", "medusa"])
 
 
-def test_long_prompts_are_refused_or_counted() -> None:
+def test_long_prompts_are_refused_or_skipped() -> None:
     prompts = [BenchPrompt([1] * length, "set") for length in (5, 50)]
     with pytest.raises(CapacityError, match="longest has 50 tokens"):
         fit_prompts(prompts, 40, 10, skip_long=False)
@@ -166,7 +170,7 @@ def test_long_prompts_are_refused_or_counted() -> None:
 
 
 def all_kinds(settings: BenchSettings) -> list[Method]:
-    """The baselines, draft trees and a pipeline, of one teacher."""
+    """Return the baselines, draft trees and a pipeline, of one teacher."""
     teacher = tiny_teacher("llama")
     drafting = make_predictor(teacher, kind="firp", layer=2, steps=3)
     predictors = {
@@ -176,25 +180,29 @@ def all_kinds(settings: BenchSettings) -> list[Method]:
     return make_methods(teacher, predictors, ["ar", "hf", "firp", "speed"], settings)
 
 
-def test_memory_is_said_for_the_largest_batch_that_fits() -> None:
+def test_memory_line_is_for_the_largest_batch_that_fits() -> None:
     """By hand: a sequence's slot takes 4 layers x 2 x 2 heads x 12 x 4 = 768 bytes; 500 positions need 1 + 1 slots
-    more to decode plainly, 9 x 4 + 4 for nine nodes with three pseudo rows each, 2 + 1 for two loops.
+    more for autoregressive decoding, 9 x 4 + 4 for nine nodes with three pseudo rows each, 2 + 1 for two loops.
     """
     prompts = [BenchPrompt([1] * length, "set") for length in (40, 100, 113, 7)]  # 113 + 400 exceed 512
     settings = BenchSettings(max_new_tokens=400, batch_size=2)
     methods = all_kinds(settings)
     slots = {"ar": 502, "firp": 540, "speed": 503}
     for size, batch in ((2, 2), (3, 3), (8, 3)):
-        sizes = ", ".join(f"{name} {768 * batch * count / 1e3:.1f} kB" for name, count in slots.items())
+        for method in methods:
+            if method.engine is not None:
+                assert method.engine.cache_bytes(batch, 100, 400) == 768 * batch * slots[method.name]
+        sizes = ", ".join(f"{name} {readable_bytes(768 * batch * count)}" for name, count in slots.items())
         line = memory_line(methods, prompts, replace(settings, batch_size=size), 512)
         assert line == f"K/V cache for {batch} x 500 positions: {sizes}"
     none = memory_line(methods[1:2], prompts, settings, 512)
-    assert none == "K/V cache for 2 x 500 positions: none of ours"
-    assert memory_line(methods, prompts, settings, 400).startswith("K/V cache for 1 x 400 positions: ar 307.2 kB")
+    assert none == "K/V cache for 2 x 500 positions: none"
+    short = memory_line(methods, prompts, settings, 400)
+    assert short.startswith(f"K/V cache for 1 x 400 positions: ar {readable_bytes(768 * 402)}")
 
 
 @torch.no_grad()
-def test_a_doctored_output_is_found_with_its_logit_gap(teacher: Teacher) -> None:
+def test_first_divergence_reports_position_and_logit_gap(teacher: Teacher) -> None:
     prompt = [5, 9, 33, 4]
     expected = generate_reference(teacher.model, prompt, 12)
     assert first_divergence(teacher, 0, prompt, expected, list(expected)) is None
@@ -209,7 +217,7 @@ def test_a_doctored_output_is_found_with_its_logit_gap(teacher: Teacher) -> None
     assert short is not None and (short.position, short.got) == (4, -1) and math.isnan(short.logit_gap)
 
 
-def test_hf_baseline_pads_left_cuts_at_eos_and_ignores_the_models_own_penalties(teacher: Teacher) -> None:
+def test_hf_pads_left_cuts_at_eos_and_ignores_the_models_penalties(teacher: Teacher) -> None:
     prompts = random_prompts(4, seed=3)
     expected = [generate_reference(teacher.model, prompt, 24) for prompt in prompts]
     own = teacher.model.generation_config
@@ -224,7 +232,7 @@ def test_hf_baseline_pads_left_cuts_at_eos_and_ignores_the_models_own_penalties(
     assert all(item.steps == len(item.token_ids) - 1 == sum(item.accepted_lengths) for item in generations)
 
 
-def test_hf_baseline_samples_with_its_own_seed(teacher: Teacher) -> None:
+def test_hf_samples_with_its_own_seed(teacher: Teacher) -> None:
     prompt = random_prompts(1, seed=5)
     state = torch.random.get_rng_state()
     one = HuggingFaceGenerate(teacher, temperature=1.0, seed=1).generate(prompt, 16)[0].token_ids
@@ -235,7 +243,7 @@ def test_hf_baseline_samples_with_its_own_seed(teacher: Teacher) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_whole_bench_is_lossless_and_counts_what_was_accepted(batch_size: int) -> None:
+def test_bench_is_lossless_and_counts_accepted_tokens(batch_size: int) -> None:
     teacher = tiny_teacher("llama")
     prompts = random_prompts(4, seed=7, low=4)
     outputs = [[*prompt, *generate_reference(teacher.model, prompt, 30)] for prompt in prompts]
@@ -261,7 +269,7 @@ def test_a_whole_bench_is_lossless_and_counts_what_was_accepted(batch_size: int)
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """A folder with a teacher, a predictor for it and a data set."""
+    """Return a folder with a teacher, two predictors for it and a data set."""
     loaded = load_teacher(TeacherConfig(model=str(save_teacher(tmp_path / "teacher"))), device="cpu")
     for name, section in (("one", {"kind": "firp", "layer": 2, "steps": 3}), ("two", {"kind": "medusa", "steps": 2})):
         save_predictor(make_predictor(loaded, **section), tmp_path / name, loaded)
@@ -269,7 +277,7 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_command_writes_a_whole_report(work: Path) -> None:
+def test_bench_command_writes_a_report(work: Path) -> None:
     out = work / "report"
     words = str(work / "words.jsonl")
     folders = [str(work / "one"), str(work / "two")]
@@ -278,21 +286,21 @@ def test_the_command_writes_a_whole_report(work: Path) -> None:
     assert result.exit_code == 0, (result.output, result.exception)
     for text in ("ar", "hf", "firp", "medusa", "3/3", "bench.html"):
         assert text in result.stdout
-    report = BenchReport.from_plain(json.loads((out / "bench.json").read_text()))
+    report = BenchReport.from_json(json.loads((out / "bench.json").read_text()))
     assert [row.method for row in report.rows] == ["ar", "hf", "firp", "medusa"]
     assert all(row.dataset == "words" and row.prompts == 3 for row in report.rows)
     assert {"bench.json", "bench.csv", "bench.md", "bench.html", "speedup.png"} <= {path.name for path in out.iterdir()}
     assert "data:image/png;base64," in (out / "bench.html").read_text()
 
 
-def test_the_command_refuses_an_unknown_method_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_command_refuses_an_unknown_method_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("firp_cli.api.loading.load_teacher", lambda *_, **__: pytest.fail("the teacher was loaded"))
     result = invoke("bench", str(work / "one"), "--dataset", str(work / "words.jsonl"), "--methods", "ar,frip")
     assert isinstance(result.exception, UsageError) and "did you mean 'firp'" in str(result.exception)
 
 
 @pytest.mark.parametrize("source", ["--dataset", "--store"])
-def test_eval_command(work: Path, source: str) -> None:
+def test_eval_command_writes_a_report(work: Path, source: str) -> None:
     given = work / "words.jsonl"
     if source == "--store":
         loaded = load_teacher(TeacherConfig(model=str(work / "teacher")), device="cpu")

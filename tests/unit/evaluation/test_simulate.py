@@ -1,38 +1,38 @@
-"""Decoding time from the tokens of each step and what a step costs."""
+"""Simulated time of decoding, from the tokens of each step and the cost of a step."""
 
 from __future__ import annotations
 
 import pytest
 
-from firp_cli.evaluation.simulate import replay, replay_speedup
+from firp_cli.evaluation.simulate import simulate_speedup, simulate_time
 
 
-def test_one_sequence_after_another() -> None:
-    assert replay([[3, 2], [4]], 1, lambda live: 5.0) == 15.0
+def test_time_of_single_sequences_is_the_number_of_steps() -> None:
+    assert simulate_time([[3, 2], [4]], 1, lambda live: 5.0) == 15.0
 
 
-def test_sequences_leave_a_batch_when_they_end() -> None:
+def test_sequences_leave_the_batch_when_they_end() -> None:
     emitted = [[1], [1, 1], [1, 1, 1], [1, 1, 1, 1]]
-    assert replay(emitted, 4, lambda live: float(live)) == 4 + 3 + 2 + 1
+    assert simulate_time(emitted, 4, lambda live: float(live)) == 4 + 3 + 2 + 1
 
 
-def test_with_graphs_they_leave_when_half_of_the_batch_has() -> None:
+def test_halving_keeps_ended_sequences_until_half_have_ended() -> None:
     emitted = [[1], [1, 1], [1, 1, 1], [1, 1, 1, 1]]
-    assert replay(emitted, 4, lambda live: float(live), halving=True) == 4 + 4 + 2 + 1
+    assert simulate_time(emitted, 4, lambda live: float(live), halving=True) == 4 + 4 + 2 + 1
 
 
-def test_batches_are_taken_in_order_and_the_last_may_be_smaller() -> None:
+def test_last_batch_may_be_smaller() -> None:
     seen: list[int] = []
-    replay([[1], [1], [1]], 2, lambda live: float(seen.append(live) or 0))
+    simulate_time([[1], [1], [1]], 2, lambda live: float(seen.append(live) or 0))
     assert seen == [2, 1]
 
 
-def test_alone_the_speedup_is_accepted_length_over_the_cost_of_a_step() -> None:
+def test_speedup_of_single_sequences_is_accepted_length_over_step_cost() -> None:
     emitted = [[3, 3, 2], [4, 4]]
-    speedup = replay_speedup(emitted, 1, lambda live: 2.0, lambda live: 1.0)
+    speedup = simulate_speedup(emitted, 1, lambda live: 2.0, lambda live: 1.0)
     assert speedup == pytest.approx((16 / 5) / 2)
 
 
-def test_in_a_batch_the_slowest_sequence_decides() -> None:
+def test_speedup_of_a_batch_is_that_of_its_slowest_sequence() -> None:
     emitted = [[4, 4], [1] * 8]
-    assert replay_speedup(emitted, 2, lambda live: 1.0, lambda live: 1.0) == pytest.approx(1.0)
+    assert simulate_speedup(emitted, 2, lambda live: 1.0, lambda live: 1.0) == pytest.approx(1.0)

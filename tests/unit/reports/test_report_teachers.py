@@ -1,4 +1,4 @@
-"""Reports of several teachers: each has its own tables, baselines and headline; labels keep their rows apart."""
+"""Reports of several teachers: each teacher has its own tables, baselines and headline, and labels in shared tables."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-from firp_cli.reports import figures, html, tables
-from firp_cli.reports import speed_tables as pipeline
+from firp_cli.reports import figures, html, speed_tables, tables
+from firp_cli.reports.cells import main_rows
 from firp_cli.results import BenchReport, Divergence, Lossless
 from helpers.reports import PNG, Page, bench_report, bench_row, speed_report, speed_row
 
 
 def two_teachers(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all"),)) -> BenchReport:
-    """FIRP and its kind on one teacher, SPEED on a looped one."""
+    """Return a report with draft trees on one teacher and SPEED on a looped one."""
     report = bench_report(groups)
     rows = [replace(row, teacher="arithmetic") for row in report.rows]
     for dataset, category in groups:
@@ -29,7 +29,7 @@ def two_teachers(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all"),))
 SEVERAL_GROUPS = (("arithmetic", "all"), ("arithmetic", "qa"), ("arithmetic", "rag"), ("gsm8k", "all"), ("all", "all"))
 
 
-def test_two_teachers_have_tables_of_their_own_in_the_terminal() -> None:
+def test_terminal_tables_are_per_teacher() -> None:
     from rich.console import Console
 
     console = Console(width=80, file=io.StringIO(), record=True)
@@ -52,7 +52,7 @@ def test_two_teachers_have_tables_of_their_own_in_the_terminal() -> None:
     assert all(line.count("(") == 1 for line in lines if line.startswith("arithmetic: rag 40 2.04"))
 
 
-def test_two_teachers_in_markdown_and_csv() -> None:
+def test_markdown_and_csv_name_the_teacher() -> None:
     report = two_teachers()
     text = tables.bench_markdown(report)
     assert "| arithmetic | firp | 2.41 [2.35, 2.47] | 360.0 | 1.44 [1.38, 1.51] | 1.86 | 40/40 |" in text
@@ -60,7 +60,7 @@ def test_two_teachers_in_markdown_and_csv() -> None:
     assert "| looped | speed | 4 | 3472 |" in text and "| speed (looped) | 256 |" in text
     assert "teachers arithmetic (float32, cpu) and looped (bfloat16, cpu), 40 prompts each, greedy" in text
     assert "must not be compared with each other" in text
-    for cells in (tables.bench_cells, tables.detail_cells, pipeline.pipeline_cells):
+    for cells in (tables.bench_cells, tables.detail_cells, speed_tables.pipeline_cells):
         headers, lines = cells(report)
         assert headers[0] == "teacher" and {len(line) for line in lines} == {len(headers)}
         assert "teacher" not in cells(speed_report())[0]
@@ -73,7 +73,7 @@ def test_two_teachers_in_markdown_and_csv() -> None:
     assert "40 and 38 prompts, greedy" in tables.settings_line(report)
 
 
-def test_the_page_of_two_teachers_compares_none_with_the_other() -> None:
+def test_html_has_a_headline_per_teacher() -> None:
     report = two_teachers(SEVERAL_GROUPS)
     page = html.bench_html(report, {})
     Page(page)
@@ -89,7 +89,7 @@ def test_the_page_of_two_teachers_compares_none_with_the_other() -> None:
     assert alone.count('class="headline"') == 1 and "Teacher arithmetic" not in alone
 
 
-def test_differences_are_judged_by_each_teachers_own_dtype() -> None:
+def test_lossless_note_uses_the_dtype_of_each_teacher() -> None:
     report = two_teachers()
     firp, speed = report.rows[2], report.rows[-1]
     firp.lossless = Lossless(40, 39, [Divergence(7, 31, 100, 200, 0.03)])
@@ -103,7 +103,7 @@ def test_differences_are_judged_by_each_teachers_own_dtype() -> None:
     assert "<td class=left>looped</td><td class=left>speed</td><td class=left>arithmetic</td><td>8</td>" in page
 
 
-def test_figures_of_two_teachers_tell_their_methods_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_label_methods_with_their_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
     texts: dict[str, list[str]] = {}
@@ -114,7 +114,7 @@ def test_figures_of_two_teachers_tell_their_methods_apart(monkeypatch: pytest.Mo
         texts[figure.axes[0].get_xlabel()] = handles + ticks
         return PNG
 
-    monkeypatch.setattr(figures, "_png", collect)
+    monkeypatch.setattr(figures, "png", collect)
     report = two_teachers(SEVERAL_GROUPS)
     for row in report.rows:
         row.method = "firp" if row.method == "speed" else row.method  # one method of both teachers
@@ -123,6 +123,6 @@ def test_figures_of_two_teachers_tell_their_methods_apart(monkeypatch: pytest.Mo
     labels = [label for found in texts.values() for label in found]
     assert {"ar (arithmetic)", "ar (looped)", "firp (arithmetic)", "firp (looped)"} <= set(labels)
     assert "firp" not in labels and "firp (looped) (0.72 tokens per tick)" in labels
-    assert [(row.teacher, row.dataset) for row in tables.main_rows(report)] == [("arithmetic", "all")] * 5 + [
+    assert [(row.teacher, row.dataset) for row in main_rows(report)] == [("arithmetic", "all")] * 5 + [
         ("looped", "all")
     ] * 3

@@ -1,4 +1,4 @@
-"""Report files: they exist, parse, and say what the records say."""
+"""Reports of `firp bench` and `firp eval`: files parse, and show the values of the results."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import json
 import re
 from dataclasses import replace
 
-from firp_cli.reports import figures, html, tables
-from firp_cli.reports import speed_tables as pipeline
+from firp_cli.reports import figures, html, speed_tables, tables
 from firp_cli.results import (
     BenchReport,
     Divergence,
     EvalReport,
     Lossless,
     StepQuality,
-    plain,
+    as_json,
 )
 from helpers.reports import PNG, Page, bench_report, pipeline_report, speed_report, speed_row
 
@@ -39,20 +38,20 @@ def with_divergence(gap: float, dtype: str) -> BenchReport:
     return report
 
 
-def test_json_round_trip() -> None:
+def test_json_round_trip_keeps_rows() -> None:
     report = bench_report()
     report.rows[0].lossless.divergences.append(Divergence(1, 2, 3, 4, 0.5))
-    assert BenchReport.from_plain(json.loads(json.dumps(plain(report)))).rows[0] == report.rows[0]
+    assert BenchReport.from_json(json.loads(json.dumps(as_json(report)))).rows[0] == report.rows[0]
 
 
-def test_csv_has_every_row_and_figure() -> None:
+def test_csv_has_all_rows_and_values() -> None:
     lines = list(csv.DictReader(io.StringIO(tables.bench_csv(bench_report()))))
     firp = next(line for line in lines if line["method"] == "firp")
     assert len(lines) == 5 and float(firp["speedup"]) == 1.44 and float(firp["speedup_low"]) == 1.38
     assert firp["lossless_identical"] == "40" and firp["accepted_histogram"] == "0 380 230 140 100 150"
 
 
-def test_markdown_and_cells() -> None:
+def test_markdown_shows_tables_and_command() -> None:
     text = tables.bench_markdown(bench_report())
     assert "| firp | 2.41 [2.35, 2.47] | 360.0 | 1.44 [1.38, 1.51] | 1.86 | 40/40 |" in text
     assert "| hf | 1.00 | 250.0 | 0.78 [0.75, 0.80] | 1.00 | reference |" in text
@@ -62,7 +61,7 @@ def test_markdown_and_cells() -> None:
     assert headers[0] == "prompts" and cells[-1][0] == "spec_bench: rag"
 
 
-def test_terminal_table_keeps_brackets() -> None:
+def test_terminal_tables_show_intervals_and_categories() -> None:
     from rich.console import Console
 
     console = Console(width=80, file=io.StringIO(), record=True)
@@ -77,7 +76,7 @@ def test_terminal_table_keeps_brackets() -> None:
     assert "0.420" in console.export_text()
 
 
-def test_the_note_on_differences_depends_on_the_gap() -> None:
+def test_lossless_note_depends_on_gap_and_dtype() -> None:
     assert tables.lossless_note(bench_report()) is None
     near = tables.lossless_note(with_divergence(0.03, "bfloat16"))
     far = tables.lossless_note(with_divergence(3.0, "bfloat16"))
@@ -87,7 +86,7 @@ def test_the_note_on_differences_depends_on_the_gap() -> None:
     assert exact and "report this" in exact
 
 
-def test_html_holds_the_figures_and_needs_no_network() -> None:
+def test_html_embeds_figures_and_needs_no_network() -> None:
     report = with_divergence(0.03, "bfloat16")
     drawn = figures.bench_figures(report)
     page = html.bench_html(report, drawn)
@@ -104,7 +103,7 @@ def test_html_escapes_names() -> None:
     assert "<b>" not in html.bench_html(report, {})
 
 
-def test_bench_figures() -> None:
+def test_bench_figures_depend_on_the_results() -> None:
     drawn = figures.bench_figures(bench_report())
     assert list(drawn) == ["speedup", "acceptance"] and all(image.startswith(PNG) for image in drawn.values())
     groups = tuple(("spec_bench", name) for name in ("all", "qa", "rag", "translation"))
@@ -116,7 +115,7 @@ def test_bench_figures() -> None:
     assert figures.bench_figures(only) == {}
 
 
-def test_eval_figures() -> None:
+def test_eval_figures_depend_on_the_results() -> None:
     report = eval_report()
     drawn = figures.eval_figures(report)
     assert list(drawn) == ["quality", "similarity"] and all(image.startswith(PNG) for image in drawn.values())
@@ -124,40 +123,43 @@ def test_eval_figures() -> None:
     assert list(figures.eval_figures(report)) == ["quality"]
 
 
-def test_pipeline_cells_and_tick() -> None:
-    headers, [cells] = pipeline.pipeline_cells(speed_report())
+def test_pipeline_cells_show_statistics_and_tick_costs() -> None:
+    headers, [cells] = speed_tables.pipeline_cells(speed_report())
     assert headers[0] == "method" and len(headers) == len(cells)
     line = dict(zip(headers, cells, strict=True))
-    assert line["tokens per tick"] == "0.72" and line["flushed tokens"] == "0.19" and line["plain tokens"] == "0"
+    assert line["tokens per tick"] == "0.72" and line["flushed tokens"] == "0.19" and line["ar tokens"] == "0"
     assert (line["exit loops"], line["exit accuracy"]) == ("1 2 3", "0.81 0.93 0.97")
     assert line["tick ms / loop ms"] == "2.32 / 1.75 (1.33)"
     assert (line["predicted speedup"], line["measured speedup"]) == ("2.17", "2.04")
     several = speed_report(speed_row(dataset="gsm8k"), speed_row(dataset="all"))
-    headers, lines = pipeline.pipeline_cells(several)
+    headers, lines = speed_tables.pipeline_cells(several)
     assert headers[:2] == ["prompts", "method"] and [line[0] for line in lines] == ["gsm8k", "all"]
-    headers, [ticks] = pipeline.tick_cells(several)
+    headers, [ticks] = speed_tables.tick_cells(several)
     assert len(headers) == len(ticks) and ticks[-1] == "1.60 1.70 1.80 1.95"
     cost = several.rows[1].pipeline and several.rows[1].pipeline.cost
-    assert cost and "decision 0.15; one loop of one token 1.75 (a tick costs 1.33 x" in pipeline.tick_line(cost)
+    assert cost and "decision 0.15; one loop of one token 1.75 (a tick costs 1.33 x" in speed_tables.tick_line(cost)
     unmeasured = speed_report(speed_row(cost=False))
-    assert pipeline.tick_cells(unmeasured)[1] == [] and pipeline.pipeline_cells(unmeasured)[1][0][-3] == tables.DASH
-    assert pipeline.pipeline_cells(bench_report())[1] == [] == pipeline.pipeline_tables(bench_report())
+    assert (
+        speed_tables.tick_cells(unmeasured)[1] == []
+        and speed_tables.pipeline_cells(unmeasured)[1][0][-3] == tables.DASH
+    )
+    assert speed_tables.pipeline_cells(bench_report())[1] == [] == speed_tables.pipeline_tables(bench_report())
 
 
-def test_the_note_on_loops_that_share_nothing() -> None:
-    assert pipeline.pipeline_note(bench_report()) is None and pipeline.pipeline_note(speed_report()) is None
+def test_pipeline_note_warns_about_unshared_loops() -> None:
+    assert speed_tables.pipeline_note(bench_report()) is None and speed_tables.pipeline_note(speed_report()) is None
     alone = speed_report(speed_row(shared=False))
-    note = pipeline.pipeline_note(alone)
+    note = speed_tables.pipeline_note(alone)
     assert note and note.startswith("speed: ") and "no gain" in note and "--gpus N" in note
     assert note in tables.bench_markdown(alone) and "no gain is to be expected" in html.bench_html(alone, {})
     spread = speed_row(shared=False)
     assert spread.pipeline
-    assert pipeline.pipeline_note(speed_report(replace(spread, pipeline=replace(spread.pipeline, ranks=4)))) is None
+    assert speed_tables.pipeline_note(speed_report(replace(spread, pipeline=replace(spread.pipeline, ranks=4)))) is None
 
 
-def test_pipeline_round_trip_and_csv() -> None:
+def test_pipeline_survives_json_and_csv() -> None:
     report = speed_report(speed_row(), speed_row("speed_2", cost=False))
-    again = BenchReport.from_plain(json.loads(json.dumps(plain(report))))
+    again = BenchReport.from_json(json.loads(json.dumps(as_json(report))))
     assert [row.pipeline for row in again.rows] == [row.pipeline for row in report.rows]
     assert tables.bench_csv(again) == tables.bench_csv(report)
     plain_decoding, speed, unmeasured = csv.DictReader(io.StringIO(tables.bench_csv(report)))
@@ -169,7 +171,7 @@ def test_pipeline_round_trip_and_csv() -> None:
     assert "pipeline" not in tables.bench_csv(bench_report())
 
 
-def test_pipeline_in_markdown_and_html() -> None:
+def test_markdown_and_html_have_a_pipeline_section() -> None:
     report = speed_report()
     drawn = figures.bench_figures(report)
     text = tables.bench_markdown(report, list(drawn))
@@ -185,7 +187,7 @@ def test_pipeline_in_markdown_and_html() -> None:
     assert "ipeline" not in without and "tick" not in without
 
 
-def test_terminal_table_of_pipelines_is_narrow() -> None:
+def test_pipeline_terminal_table_fits_80_columns() -> None:
     from rich.console import Console
 
     console = Console(width=80, file=io.StringIO(), record=True)
@@ -196,20 +198,20 @@ def test_terminal_table_of_pipelines_is_narrow() -> None:
     assert "exit accuracy 0.81 0.93 0.97 0.81 0.93 0.97" in lines and "predicted speedup 2.17 –" in lines
 
 
-def test_eval_of_a_pipeline() -> None:
+def test_eval_report_of_early_exits() -> None:
     steps = [StepQuality(loop, 0.7 + 0.08 * loop, 0.85 + 0.04 * loop, 1.1 - 0.3 * loop, 4000) for loop in (1, 2, 3)]
     report = replace(eval_report(), steps=steps, similarity={}, pipeline=pipeline_report())
     assert tables.eval_headers(report)[0] == "exit" and tables.eval_headers(eval_report())[0] == "step"
-    text = "\n".join(pipeline.eval_pipeline_lines(report))
+    text = "\n".join(speed_tables.eval_pipeline_lines(report))
     assert "tokens per tick: 0.72" in text and "corrected early: 0.12" in text and "no gain" not in text
     assert "tick 2.32 ms" in text and "predicted speedup: 2.17 (0.72 tokens per tick x 4 / 1.33)" in text
-    assert "no gain" in pipeline.eval_pipeline_lines(replace(report, pipeline=pipeline_report(shared=False)))[-1]
-    assert pipeline.eval_pipeline_lines(eval_report()) == []
+    assert "no gain" in speed_tables.eval_pipeline_lines(replace(report, pipeline=pipeline_report(shared=False)))[-1]
+    assert speed_tables.eval_pipeline_lines(eval_report()) == []
     drawn = figures.eval_figures(report)
     assert list(drawn) == ["quality", "occupancy"] and all(image.startswith(PNG) for image in drawn.values())
 
 
-def test_pipeline_figures() -> None:
+def test_bench_figures_show_pipeline_occupancy() -> None:
     drawn = figures.bench_figures(speed_report())
     assert list(drawn) == ["speedup", "occupancy"] and all(image.startswith(PNG) for image in drawn.values())
     both = bench_report()

@@ -1,4 +1,4 @@
-"""Reports of `firp tune`, and what it foretold beside what `firp bench` measured."""
+"""Reports of `firp tune`, and its predictions beside the measurements of `firp bench`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,21 @@ from rich.console import Console, RenderableType
 from firp_cli.reports import html, predicted, tables, tuning
 from firp_cli.reports.tuning_figures import near_checks, nearest_curve, shortened
 from firp_cli.reports.tuning_tree import drawable, ordinal, tree_layout
-from firp_cli.results import BenchReport, Prediction, plain
-from firp_cli.tune_results import CostCheck, CostCurve, CostReport, RankRate, Reliability, Trial, TunedTree, TuneReport
+from firp_cli.results import BenchReport, Prediction, as_json
+from firp_cli.tune_results import (
+    CandidateRate,
+    CostCheck,
+    CostCurve,
+    CostReport,
+    Reliability,
+    Trial,
+    TunedTree,
+    TuneReport,
+)
 from helpers.reports import PNG, Page, bench_report, bench_row
 
 ROWS = [1, 2, 4, 8, 16, 24, 32, 48, 64]
+PARTS = (0.61, 0.29, 0.1)  # shares of a pass: lower layers, upper layers, head
 RATES = [[0.62 * 0.8**step * 0.36**rank for rank in range(10)] for step in range(4)]
 
 
@@ -40,15 +50,12 @@ def cost_report(batches: tuple[int, ...] = (1, 4, 16), contexts: tuple[int, ...]
     return CostReport({}, {}, {}, 20, 28, curves, checks, 41.7)
 
 
-PARTS = (0.61, 0.29, 0.1)
-
-
 def _pass(batch: int, context: int, rows: int) -> float:
     return 7.2 + 0.0006 * context * batch + 0.02 * rows * batch + max(0.0, 0.05 * (rows * batch - 32))
 
 
 def grown(nodes: int) -> tuple[list[list[int]], list[float]]:
-    """The most probable tree: its paths in order of depth, and each node's chance, the root first."""
+    """Return the most probable tree: its paths in order of depth, and each node's probability, the root first."""
     kept: dict[tuple[int, ...], float] = {(): 1.0}
     while len(kept) < nodes:
         open_ends = {
@@ -64,14 +71,14 @@ def grown(nodes: int) -> tuple[list[list[int]], list[float]]:
     return [list(node) for node in ordered if node], [kept[node] for node in ordered]
 
 
-def foretold(nodes: int, batch: int = 1) -> Prediction:
-    length, plain_step = sum(grown(nodes)[1]), _pass(batch, 128, 1)
+def prediction_of(nodes: int, batch: int = 1) -> Prediction:
+    length, ar_step = sum(grown(nodes)[1]), _pass(batch, 128, 1)
     step = _pass(batch, 128, 2 * nodes)
-    return Prediction(length, step, plain_step, length * plain_step / step)
+    return Prediction(length, step, ar_step, length * ar_step / step)
 
 
 def decoded(prediction: Prediction, off: float) -> Prediction:
-    """What a prediction that is off by `off` would have been measured as."""
+    """Return the measurement from which a prediction differs by `off`."""
     return replace(
         prediction, accepted_length=prediction.accepted_length / (1 - off), speedup=prediction.speedup / (1 + off)
     )
@@ -82,7 +89,7 @@ def entry(nodes: int, batch: int = 1, tree: str | None = None) -> TunedTree:
     machine = {"device": "NVIDIA H200", "dtype": "bfloat16"}
     name = tree or f"static:{nodes}"
     return TunedTree(
-        machine, "ab" * 8, batch, 200, 0.0, name, foretold(nodes, batch), paths, 4, None, nodes, 2 * nodes, chances
+        machine, "ab" * 8, batch, 200, 0.0, name, prediction_of(nodes, batch), paths, 4, None, nodes, 2 * nodes, chances
     )
 
 
@@ -93,7 +100,9 @@ def no_tree(batch: int) -> TunedTree:
 
 def tune_report(*entries: TunedTree, measured: bool = True, break_even: int | None = None) -> TuneReport:
     chosen = list(entries) or [entry(16), entry(8, 4), no_tree(16)]
-    ladder = [Trial(f"static:{nodes}", 1, nodes, 2 * nodes, foretold(nodes)) for nodes in (2, 4, 6, 8, 12, 16, 32, 64)]
+    ladder = [
+        Trial(f"static:{nodes}", 1, nodes, 2 * nodes, prediction_of(nodes)) for nodes in (2, 4, 6, 8, 12, 16, 32, 64)
+    ]
     batches = [Trial(item.tree, item.batch_size, item.nodes, item.rows, item.predicted) for item in chosen]
     if measured:
         for place, trial in enumerate(ladder[1::2]):
@@ -106,7 +115,7 @@ def tune_report(*entries: TunedTree, measured: bool = True, break_even: int | No
         for place in range(10)
     ]
     acceptance = [
-        RankRate(step, rank, round(12000 * 0.6 ** (step - 1)), RATES[step - 1][rank])
+        CandidateRate(step, rank, round(12000 * 0.6 ** (step - 1)), RATES[step - 1][rank])
         for step in range(1, 5)
         for rank in range(10)
     ]
@@ -131,14 +140,14 @@ def tune_report(*entries: TunedTree, measured: bool = True, break_even: int | No
 
 
 def size_of(image: bytes) -> tuple[int, int]:
-    """Width and height of a whole PNG."""
+    """Return the width and height of a complete PNG."""
     assert image.startswith(PNG) and image[-8:-4] == b"IEND"
     width, height = struct.unpack(">II", image[16:24])
     return width, height
 
 
 def printed(*drawn: RenderableType, width: int = 100) -> list[str]:
-    """Lines on a terminal, spaces folded; none is wider than the terminal or cut."""
+    """Return the lines on a terminal with spaces folded; none is wider than the terminal or cut."""
     console = Console(width=width, file=io.StringIO(), record=True)
     for item in drawn:
         console.print(item)
@@ -147,7 +156,7 @@ def printed(*drawn: RenderableType, width: int = 100) -> list[str]:
     return [" ".join(line.split()) for line in lines]
 
 
-def test_figures_are_whole_and_of_a_size_to_read() -> None:
+def test_figures_are_complete_and_readable() -> None:
     drawn = tuning.tune_figures(tune_report(break_even=16))
     assert list(drawn) == ["cost", "nodes", "batch", "tree", "acceptance"] == list(tuning.CAPTIONS)
     for width, height in map(size_of, drawn.values()):
@@ -155,7 +164,7 @@ def test_figures_are_whole_and_of_a_size_to_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("report", "left_out"),
+    ("report", "omitted"),
     [
         (tune_report(no_tree(1), no_tree(4), measured=False, break_even=1), {"tree"}),
         (tune_report(entry(8), measured=False), {"batch"}),
@@ -166,9 +175,9 @@ def test_figures_are_whole_and_of_a_size_to_read() -> None:
         (replace(tune_report(), cost=replace(cost_report(), curves=[])), {"cost"}),
     ],
 )
-def test_a_figure_with_nothing_to_show_is_left_out(report: TuneReport, left_out: set[str]) -> None:
+def test_empty_figures_are_omitted(report: TuneReport, omitted: set[str]) -> None:
     drawn = tuning.tune_figures(report)
-    assert set(drawn) == set(tuning.CAPTIONS) - left_out
+    assert set(drawn) == set(tuning.CAPTIONS) - omitted
     assert all(size_of(image) for image in drawn.values())
     Page(tuning.tune_html(report, drawn))
     printed(tuning.tune_tables(report))
@@ -176,7 +185,7 @@ def test_a_figure_with_nothing_to_show_is_left_out(report: TuneReport, left_out:
 
 @pytest.mark.parametrize("nodes", [2, 8, 16, 64])
 @pytest.mark.parametrize("shape", ["grown", "chain", "star", "ragged"])
-def test_nodes_of_a_drawn_tree_do_not_overlap(nodes: int, shape: str) -> None:
+def test_tree_layout_keeps_nodes_apart(nodes: int, shape: str) -> None:
     paths = {
         "grown": grown(nodes)[0],
         "chain": [[0] * depth for depth in range(1, nodes)],
@@ -200,16 +209,19 @@ def test_nodes_of_a_drawn_tree_do_not_overlap(nodes: int, shape: str) -> None:
         assert places[node][0] == pytest.approx((min(below) + max(below)) / 2)
 
 
-def test_the_tree_that_is_drawn() -> None:
+def test_ordinal_names_positions() -> None:
     assert [ordinal(rank) for rank in (0, 1, 2, 3, 10, 11, 12, 20, 21, 110)] == (
         ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "22nd", "111th"]
     )
+
+
+def test_drawable_is_the_first_tree_with_a_known_shape() -> None:
     without = replace(entry(24, tree="dynamic:24"), paths=None)
     assert drawable([no_tree(1), without, entry(8, 4), entry(16, 8)]) == entry(8, 4)
     assert drawable([no_tree(1), without, replace(entry(2), paths=[[]])]) is None
 
 
-def test_labels_of_the_drawn_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tree_figure_labels_nodes_and_title(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
     from firp_cli.reports import tuning_tree
@@ -232,29 +244,38 @@ def test_labels_of_the_drawn_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(found[-5:-1]) == ["1st", "1st", "2nd", "root"]
 
 
-def test_the_curve_and_checks_that_are_drawn() -> None:
+def test_cost_figure_draws_the_nearest_curve_and_checks() -> None:
     report = tune_report(replace(entry(8, 4), context=900), no_tree(8))
     assert (nearest_curve(report).batch_size, nearest_curve(report).context) == (4, 1024)
     assert [check.rows for check in near_checks(report, nearest_curve(report))] == [3, 6, 12, 40]
     report.cost.checks.append(CostCheck(4, 1000, 20, 9.0, 9.1))
     assert [check.rows for check in near_checks(report, nearest_curve(report))] == [20]
     assert near_checks(replace(report, cost=replace(report.cost, checks=[])), nearest_curve(report)) == []
+
+
+def test_shortened_cuts_long_tree_names() -> None:
     assert shortened("static:16") == "static:16" and len(shortened("a" * 80)) == 28
 
 
-def test_disagreement_is_relative_to_what_was_measured() -> None:
+def test_disagreement_is_relative_to_the_measurement() -> None:
     assert predicted.disagreement(1.1, 1.0) == pytest.approx(0.1)
     assert predicted.disagreement(0.9, 1.2) == pytest.approx(-0.25)
     assert [predicted.disagreement(*pair) for pair in ((None, 1.0), (1.0, None), (1.0, 0.0), (math.nan, 1.0))] == (
         [None] * 4
     )
+
+
+def test_off_formats_the_relative_error() -> None:
     assert (predicted.off(1.41, 1.44), predicted.off(1.44, 1.41), predicted.off(1.0, None)) == ("2% off", "2% off", "–")
     assert (tuning.percent_off(1.41, 1.44), tuning.percent_off(1.44, 1.41)) == ("-2.1", "+2.1")
     assert tuning.percent_off(1.0, None) == tables.DASH
+
+
+def test_check_error_is_relative_to_the_measurement() -> None:
     assert max(abs(check.error) for check in cost_report().checks) == pytest.approx(0.031)
 
 
-def test_terminal_tables() -> None:
+def test_terminal_tables_show_choices_ladder_and_summary() -> None:
     lines = printed(tuning.tune_tables(tune_report(break_even=16)))
     assert "1 static:16 32 2.89 7.92 7.30 2.67 2.60 +2.5" in lines
     assert "4 static:8 16 2.57 10.39 7.59 1.88 1.83 +2.5" in lines
@@ -267,7 +288,7 @@ def test_terminal_tables() -> None:
     ]
 
 
-def test_summary_where_things_are_missing() -> None:
+def test_summary_handles_missing_values() -> None:
     report = tune_report(entry(8), measured=False)
     report.cost.checks, report.calibration = [], {"prompts": 1}
     assert tuning.summary_lines(report) == [
@@ -276,13 +297,19 @@ def test_summary_where_things_are_missing() -> None:
         "break-even: a tree pays at batch size 1, the only one tried",
     ]
     assert tuning.summary_lines(tune_report(entry(8), entry(4, 2)))[2].endswith("at every batch size tried (1, 2)")
+
+
+def test_terminal_tables_fit_80_columns() -> None:
     narrow = printed(tuning.tune_tables(tune_report(entry(24, tree="dynamic:24@8"))), width=80)
     assert any("dynamic:24@8" in line for line in narrow)
     assert any("2.44" in line and "+2.5" in line for line in narrow)  # no figure is cut
+
+
+def test_headline_is_none_when_no_tree_pays() -> None:
     assert tuning.headline(tune_report(no_tree(1), break_even=1)) is None
 
 
-def test_tune_markdown() -> None:
+def test_markdown_shows_tables_figures_and_command() -> None:
     text = tuning.tune_markdown(tune_report(break_even=16), ["cost", "tree"])
     assert "teacher arithmetic (float32, cpu), predictor firp (firp), greedy." in text
     assert "static:16 is predicted to decode 2.67 times as fast" in text and "measured: 2.60 times" in text
@@ -293,7 +320,7 @@ def test_tune_markdown() -> None:
     assert "- cost curves: 54 points" in text and "firp tune --dataset 'a b'" in text and "/somewhere" not in text
 
 
-def test_tune_html() -> None:
+def test_html_embeds_figures_and_escapes_names() -> None:
     report = tune_report(entry(64), entry(8, 4), break_even=16)
     drawn = tuning.tune_figures(report)
     page = tuning.tune_html(report, drawn)
@@ -306,7 +333,7 @@ def test_tune_html() -> None:
     assert "<b>" not in tuning.tune_html(tune_report(entry(8, tree="<b>")), {})
 
 
-def foretold_report(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all"),)) -> BenchReport:
+def predicted_report(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all"),)) -> BenchReport:
     report = bench_report(groups)
     for row in report.rows:
         if row.method == "firp":
@@ -314,18 +341,21 @@ def foretold_report(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all")
     return report
 
 
-def test_bench_round_trip_with_predictions() -> None:
-    report = foretold_report()
-    again = BenchReport.from_plain(json.loads(json.dumps(plain(report))))
+def test_json_round_trip_keeps_predictions() -> None:
+    report = predicted_report()
+    again = BenchReport.from_json(json.loads(json.dumps(as_json(report))))
     assert [row.predicted for row in again.rows] == [row.predicted for row in report.rows]
     assert again.rows[2].predicted == Prediction(2.35, 5.5, 3.3, 1.41) and again.rows[0].predicted is None
     assert tables.bench_csv(again) == tables.bench_csv(report)
-    tuned = plain(entry(8))
-    assert TunedTree.from_plain(json.loads(json.dumps(tuned))) == entry(8)
 
 
-def test_predictions_in_bench_reports() -> None:
-    report = foretold_report()
+def test_json_round_trip_keeps_tuned_trees() -> None:
+    tuned = as_json(entry(8))
+    assert TunedTree.from_json(json.loads(json.dumps(tuned))) == entry(8)
+
+
+def test_bench_reports_show_predictions() -> None:
+    report = predicted_report()
     line = "firp: predicted 1.41 x, 2% off; accepted length 2.35, 2% off"
     assert line in printed(tables.bench_tables(report), width=80)
     text = tables.bench_markdown(report)
@@ -342,8 +372,8 @@ def test_predictions_in_bench_reports() -> None:
     assert (float(firp["predicted_step_milliseconds"]), float(firp["predicted_ar_milliseconds"])) == (5.5, 3.3)
 
 
-def test_predictions_name_the_data_set_and_teacher_where_there_are_several() -> None:
-    lines = predicted.predicted_lines(foretold_report((("arithmetic", "all"), ("gsm8k", "all"))))
+def test_predicted_lines_name_data_set_and_teacher_of_several() -> None:
+    lines = predicted.predicted_lines(predicted_report((("arithmetic", "all"), ("gsm8k", "all"))))
     assert [line.partition(" predicted")[0] for line in lines] == ["arithmetic: firp:", "gsm8k: firp:"]
     row = replace(bench_row("firp"), teacher="looped", predicted=Prediction(2.41, 5.5, 3.3, 1.44))
     report = replace(bench_report(), rows=[row])
@@ -352,7 +382,7 @@ def test_predictions_name_the_data_set_and_teacher_where_there_are_several() -> 
     ]
 
 
-def test_reports_without_predictions_do_not_speak_of_them() -> None:
+def test_reports_without_predictions_omit_them() -> None:
     report = bench_report()
     written = tables.bench_markdown(report) + html.bench_html(report, {}) + tables.bench_csv(report)
     assert "redicted" not in written and "redicted" not in " ".join(printed(tables.bench_tables(report), width=80))

@@ -1,4 +1,4 @@
-"""Walking through written answers as the decoder does, step for step; ranks and probabilities along the way."""
+"""Simulated decoding of written answers, and acceptance by candidate, against the decoder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
-from firp_cli.evaluation.simulate import trace, walk
+from firp_cli.evaluation.simulate import make_trace, simulate_steps
 from firp_cli.predictors.base import Predictor
 from firp_cli.teacher.teacher import Teacher
-from firp_cli.tuning.acceptance import Acceptance, ranks, reliability
+from firp_cli.tuning.acceptance import Acceptance, candidate_positions, reliability
 from helpers.models import (
     embedded_predictor,
     embedded_prompts,
@@ -34,71 +34,87 @@ TREES = [
 TOKENS = 40
 
 
-def written(teacher: Teacher, prompts: list[list[int]]) -> list[list[int]]:
+def greedy_answers(teacher: Teacher, prompts: list[list[int]]) -> list[list[int]]:
     return [item.token_ids for item in Engine(teacher).generate(prompts, TOKENS)]
 
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("kind", ["firp", "hidden_transfer", "medusa"])
-def test_a_walk_emits_what_the_decoder_emits(kind: str, tree: str) -> None:
+def test_simulated_steps_equal_decoded_steps(kind: str, tree: str) -> None:
     teacher, predictor = embedded_teacher(), embedded_predictor(kind)
     prompts = embedded_prompts(5)
     spec = parse_tree(tree, predictor.steps)
     decoded = [Engine(teacher, predictor, spec).generate([prompt], TOKENS)[0] for prompt in prompts]
     traces = [
-        trace(teacher, predictor, [*prompt, *item.token_ids], len(prompt), 8)
+        make_trace(teacher, predictor, [*prompt, *item.token_ids], len(prompt), 8)
         for prompt, item in zip(prompts, decoded, strict=True)
     ]
-    walked = walk(predictor, [item for item in traces if item], spec)
-    assert walked == [item.accepted_lengths for item in decoded]
+    simulated = simulate_steps(predictor, [item for item in traces if item], spec)
+    assert simulated == [item.emitted for item in decoded]
 
 
-def test_an_answer_without_a_step_has_no_trace() -> None:
+def test_make_trace_needs_two_new_tokens() -> None:
     teacher = tiny_teacher()
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
-    assert trace(teacher, predictor, [5, 6, 7, 8], 3, 4) is None
-    short = trace(teacher, predictor, [5, 6, 7, 8, 9], 3, 4)
+    assert make_trace(teacher, predictor, [5, 6, 7, 8], 3, 4) is None
+
+
+def test_simulated_steps_stop_at_the_end_of_the_answer() -> None:
+    teacher = tiny_teacher()
+    predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
+    short = make_trace(teacher, predictor, [5, 6, 7, 8, 9], 3, 4)
     assert short is not None and short.draft.tokens.shape == (1, 2, 4)
-    assert walk(predictor, [short], parse_tree("chain", 2)) == [[1]]  # cut at the answer's end
+    assert simulate_steps(predictor, [short], parse_tree("chain", 2)) == [[1]]
 
 
-def every_rank(teacher: Teacher, predictor: Predictor, breadth: int) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+def positions_in_answers(
+    teacher: Teacher, predictor: Predictor, breadth: int
+) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
     prompts = random_prompts(3, seed=4)
-    answers = written(teacher, prompts)
+    answers = greedy_answers(teacher, prompts)
     traces = [
-        trace(teacher, predictor, [*prompt, *answer], len(prompt), breadth)
+        make_trace(teacher, predictor, [*prompt, *answer], len(prompt), breadth)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    found, probable = ranks(predictor, [item for item in traces if item])
+    found, probable = candidate_positions(predictor, [item for item in traces if item])
     return found, probable, answers
 
 
-def test_ranks_are_places_among_the_candidates() -> None:
-    """With all tokens as candidates every token has a rank, and the ends of answers have none."""
+def test_candidate_positions_cover_all_tokens_of_the_answers() -> None:
+    """With the whole vocabulary as candidates every token has a position; there is none after the end of an answer."""
     teacher = tiny_teacher()
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=3)
-    found, probable, answers = every_rank(teacher, predictor, teacher.vocab_size)
+    found, probable, answers = positions_in_answers(teacher, predictor, teacher.vocab_size)
     assert len(found) == sum(len(answer) - 1 for answer in answers)
     assert found.max() < teacher.vocab_size and found[:, 0].min() >= 0
     assert (found[:, 1] < 0).sum() == len(answers)
     assert (found[:, 2] < 0).sum() == sum(min(2, len(answer) - 1) for answer in answers)
     assert probable.sum(axis=2) == pytest.approx(1.0)
-    few, _, _ = every_rank(teacher, predictor, 4)
+    few, _, _ = positions_in_answers(teacher, predictor, 4)
     assert np.array_equal(few, np.where(found < 0, -1, np.minimum(found, 4)))
 
 
-def test_chain_acceptance_is_that_of_first_ranks() -> None:
+def answers_of_firp() -> tuple[np.ndarray, np.ndarray]:
+    """Return positions and probabilities of 6 candidates in four answers of the embedded teacher."""
     teacher, predictor = embedded_teacher(), embedded_predictor("firp")
     prompts = embedded_prompts(4)
     traces = [
-        trace(teacher, predictor, [*prompt, *answer], len(prompt), 6)
-        for prompt, answer in zip(prompts, written(teacher, prompts), strict=True)
+        make_trace(teacher, predictor, [*prompt, *answer], len(prompt), 6)
+        for prompt, answer in zip(prompts, greedy_answers(teacher, prompts), strict=True)
     ]
-    found, probable = ranks(predictor, [item for item in traces if item])
+    return candidate_positions(predictor, [item for item in traces if item])
+
+
+def test_first_candidate_rate_is_the_share_of_hits() -> None:
+    found, _ = answers_of_firp()
     acceptance = Acceptance(found, 6)
     first = (found[:, 0] == 0).mean()
     assert acceptance.rates[0][0] == pytest.approx(first) and first > 0.5
+
+
+def test_reliability_counts_all_candidates_of_reached_steps() -> None:
+    found, probable = answers_of_firp()
     bins = reliability(found, probable)
     assert sum(item.count for item in bins if item.step == 1) == 6 * len(found)
     high = [item for item in bins if item.step == 1 and item.drafted > 0.9]
-    assert high and high[0].accepted > 0.8  # a draft that is sure is mostly right
+    assert high and high[0].accepted > 0.8

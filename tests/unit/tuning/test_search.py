@@ -1,4 +1,4 @@
-"""The search for trees: growth against every tree there is, costs, pruning, budgets."""
+"""Search for trees: growth against all possible trees, costs, pruning, budgets."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.tune_results import CostCurve, CostReport
 from firp_cli.tuning.acceptance import Acceptance
 from firp_cli.tuning.cost import CostModel
-from firp_cli.tuning.search import PLAIN, Candidate, StepCosts, layer_rows, search, shapes, with_budgets
+from firp_cli.tuning.search import NO_TREE, Candidate, StepCosts, layer_rows, search, shapes, with_budgets
 from helpers.models import make_predictor, tiny_teacher
 
 STEPS, BREADTH = 3, 3
 
 
-def some_ranks(seed: int, count: int = 60, steps: int = STEPS, breadth: int = BREADTH) -> np.ndarray:
-    """Ranks with a head and a tail, some of them behind the end of an answer."""
+def some_positions(seed: int, count: int = 60, steps: int = STEPS, breadth: int = BREADTH) -> np.ndarray:
+    """Return random candidate positions, mostly small; some are -1, after the end of an answer."""
     generator = np.random.default_rng(seed)
-    ranks = generator.geometric(0.5, size=(count, steps)) - 1
-    ranks = np.minimum(ranks, breadth)
+    positions = generator.geometric(0.5, size=(count, steps)) - 1
+    positions = np.minimum(positions, breadth)
     for row in generator.choice(count, count // 5, replace=False):
-        ranks[row, generator.integers(1, steps) :] = -1
-    return ranks.astype(np.int64)
+        positions[row, generator.integers(1, steps) :] = -1
+    return positions.astype(np.int64)
 
 
 def value_of(acceptance: Acceptance, path: tuple[int, ...]) -> float:
-    """How likely a path is accepted, counted anew: one factor per step, the model's own definition."""
-    value, chosen = 1.0, acceptance.ranks
-    for step, rank in enumerate(path):
+    """Return the probability of a path by the definition: one smoothed factor per draft step."""
+    value, chosen = 1.0, acceptance.positions
+    for step, position in enumerate(path):
         chosen = chosen[chosen[:, step] >= 0]
-        hits = int((chosen[:, step] == rank).sum())
-        value *= (hits + 16 * acceptance.rates[step][rank]) / (len(chosen) + 16)
-        chosen = chosen[chosen[:, step] == rank]
+        hits = int((chosen[:, step] == position).sum())
+        value *= (hits + 16 * acceptance.rates[step][position]) / (len(chosen) + 16)
+        chosen = chosen[chosen[:, step] == position]
     return value
 
 
 def closed_trees(nodes: int, steps: int = STEPS, breadth: int = BREADTH) -> list[frozenset[tuple[int, ...]]]:
-    """Every set of `nodes - 1` paths that holds the parents of all its paths."""
+    """Return all sets of `nodes - 1` paths that contain the parents of all their paths."""
     level = {frozenset()}
     for _ in range(nodes - 1):
         level = {
@@ -56,8 +56,8 @@ def closed_trees(nodes: int, steps: int = STEPS, breadth: int = BREADTH) -> list
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("nodes", [2, 3, 4, 5, 6])
-def test_no_tree_beats_the_grown_one(seed: int, nodes: int) -> None:
-    acceptance = Acceptance(some_ranks(seed), BREADTH)
+def test_grown_tree_is_the_best_of_all_trees(seed: int, nodes: int) -> None:
+    acceptance = Acceptance(some_positions(seed), BREADTH)
     best = max(sum(value_of(acceptance, path) for path in tree) for tree in closed_trees(nodes))
     grown = acceptance.grow(nodes)
     assert sum(value for _, value in grown) == pytest.approx(best, abs=1e-12)
@@ -66,8 +66,8 @@ def test_no_tree_beats_the_grown_one(seed: int, nodes: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_growth_stays_within_a_depth_and_is_best_there(depth: int) -> None:
-    acceptance = Acceptance(some_ranks(5), BREADTH)
+def test_grown_tree_is_the_best_of_limited_depth(depth: int) -> None:
+    acceptance = Acceptance(some_positions(5), BREADTH)
     for nodes in (2, 3, 4):
         best = max(
             sum(value_of(acceptance, path) for path in tree)
@@ -79,28 +79,28 @@ def test_growth_stays_within_a_depth_and_is_best_there(depth: int) -> None:
         assert sum(value for _, value in grown) == pytest.approx(best, abs=1e-12)
 
 
-def test_every_beginning_of_the_growth_is_a_tree() -> None:
-    grown = [path for path, _ in Acceptance(some_ranks(7), BREADTH).grow(30)]
-    values = [value for _, value in Acceptance(some_ranks(7), BREADTH).grow(30)]
+def test_every_prefix_of_the_grown_paths_is_a_tree() -> None:
+    grown = [path for path, _ in Acceptance(some_positions(7), BREADTH).grow(30)]
+    values = [value for _, value in Acceptance(some_positions(7), BREADTH).grow(30)]
     assert values == sorted(values, reverse=True)
     for end, path in enumerate(grown):
         assert path[:-1] in {(), *grown[:end]}
 
 
-def test_acceptance_is_counted_where_the_parent_was_accepted() -> None:
-    ranks = np.array([[0, 1], [0, 0], [1, 0], [3, 0], [0, -1]])
-    acceptance = Acceptance(ranks, 3)
-    assert acceptance.counts == [5, 3]  # the fourth left the candidates, the fifth ends
+def test_acceptance_counts_accepted_parents_only() -> None:
+    positions = np.array([[0, 1], [0, 0], [1, 0], [3, 0], [0, -1]])
+    acceptance = Acceptance(positions, 3)
+    assert acceptance.counts == [5, 3]  # the fourth is no candidate, the fifth has ended
     assert acceptance.rates[0].tolist() == [0.6, 0.2, 0.0]
     assert acceptance.rates[1].tolist() == pytest.approx([2 / 3, 1 / 3, 0.0])
-    shown = {(rate.step, rate.rank): (rate.count, rate.rate) for rate in acceptance.by_rank()}
+    shown = {(rate.step, rate.rank): (rate.count, rate.rate) for rate in acceptance.by_candidate()}
     assert shown[1, 0] == (5, 0.6) and shown[2, 1] == (3, pytest.approx(1 / 3))
     assert len(list(itertools.chain(shown))) == 6
 
 
 def small_search() -> tuple[Predictor, list[Candidate]]:
     predictor = make_predictor(tiny_teacher(), kind="firp", layer=2, steps=3)
-    return predictor, shapes(Acceptance(some_ranks(3, 400, 3, 8), 8), predictor, 12)
+    return predictor, shapes(Acceptance(some_positions(3, 400, 3, 8), 8), predictor, 12)
 
 
 def fake_length(spec: TreeSpec) -> float:
@@ -111,7 +111,7 @@ def fake_length(spec: TreeSpec) -> float:
 
 
 @pytest.mark.parametrize("row", [0.02, 0.1, 0.4])
-def test_pruning_finds_what_trying_everything_finds(row: float) -> None:
+def test_search_with_pruning_equals_exhaustive_search(row: float) -> None:
     predictor, candidates = small_search()
 
     def cost(spec: TreeSpec) -> float:
@@ -131,8 +131,8 @@ def test_pruning_finds_what_trying_everything_finds(row: float) -> None:
     assert search(candidates, predictor, cost, fake_length, 3, lambda spec: spec.nodes < 4)[0].spec.nodes < 4
 
 
-def test_shapes_are_of_every_size_kind_and_depth() -> None:
-    predictor, candidates = small_search()
+def test_shapes_cover_sizes_kinds_and_depths() -> None:
+    _, candidates = small_search()
     specs = [one.spec for one in candidates]
     assert len(set(specs)) == len(specs)
     assert {spec.drafting(3) for spec in specs if spec.kind == "static"} == {1, 2, 3}
@@ -140,6 +140,10 @@ def test_shapes_are_of_every_size_kind_and_depth() -> None:
     for one in candidates:
         if one.spec.kind == "static":
             assert len(one.probabilities) == one.spec.nodes and one.probabilities[0] == 1.0
+
+
+def test_budgets_are_for_predictors_with_pseudo_states() -> None:
+    predictor, candidates = small_search()
     limited = [other.spec for one in candidates for other in with_budgets(one, predictor)]
     assert all(spec.limited for spec in limited)
     assert any(spec.kind == "static" and spec.depth(3) == 1 and spec.drafting(3) == 3 for spec in limited)
@@ -147,33 +151,35 @@ def test_shapes_are_of_every_size_kind_and_depth() -> None:
     assert not with_budgets(candidates[0], medusa)
 
 
-def test_rows_of_layers() -> None:
+def test_layer_rows_by_kind_tree_and_budget() -> None:
     firp = make_predictor(tiny_teacher(), kind="firp", layer=2, steps=3)
     assert layer_rows(parse_tree("dynamic:5", 3), firp, 4) == [5, 5, 20, 20]
     assert layer_rows(parse_tree("dynamic:5/2@2", 3), firp, 4) == [5, 5, 9, 9]
     assert layer_rows(parse_tree("chain/1", 3), firp, 4) == [2, 2, 4, 4]
     transfer = make_predictor(tiny_teacher(), kind="hidden_transfer", layers=[1, 2, 3])
     assert layer_rows(parse_tree("dynamic:4", 3), transfer, 4) == [4, 8, 12, 16]
-    assert layer_rows(PLAIN, firp, 4) == [1, 1, 1, 1]
+    assert layer_rows(NO_TREE, firp, 4) == [1, 1, 1, 1]
 
 
-def test_step_costs_learn_what_passes_leave_out() -> None:
+def test_step_costs_fit_the_time_beyond_the_passes() -> None:
     predictor = make_predictor(tiny_teacher(), kind="firp", layer=2, steps=3)
     curve = CostCurve(1, 100, [1, 64], [1.0, 5.0], [1.0, 5.0], [0.5, 2.0])
     costs = StepCosts(CostModel(CostReport({}, {}, {}, 2, 4, [curve], [], 0.0)), predictor, 1, 100)
 
     def truth(spec: TreeSpec) -> float:
-        return costs.passes(spec) + (0.4 + 0.05 * spec.nodes + 0.1 * (spec.kind == "dynamic") if spec != PLAIN else 0.2)
+        return costs.passes(spec) + (
+            0.4 + 0.05 * spec.nodes + 0.1 * (spec.kind == "dynamic") if spec != NO_TREE else 0.2
+        )
 
     names = ["chain", "chain/2", "dynamic:2", "dynamic:8", "dynamic:4/2", "dynamic:8@2", "static:2x2", "dynamic:12/1"]
     probes = [parse_tree(name, 3) for name in names]
-    costs.fit({spec: truth(spec) for spec in [PLAIN, *probes]})
+    costs.fit({spec: truth(spec) for spec in [NO_TREE, *probes]})
     for spec in probes:
         assert costs(spec) == pytest.approx(truth(spec), rel=1e-6)
     for name in ("dynamic:10", "dynamic:6@1", "static:3x1"):
         spec = parse_tree(name, 3)
         assert costs(spec) == pytest.approx(truth(spec), rel=0.02)
-    assert costs(PLAIN) == truth(PLAIN)
-    said = costs(probes[3])
-    costs.settle({PLAIN: 3.0, probes[3]: 1.2 * truth(probes[3]), probes[0]: 1.2 * truth(probes[0])})
-    assert costs(PLAIN) == 3.0 and costs(probes[3]) == pytest.approx(1.2 * said)
+    assert costs(NO_TREE) == truth(NO_TREE)
+    before = costs(probes[3])
+    costs.settle({NO_TREE: 3.0, probes[3]: 1.2 * truth(probes[3]), probes[0]: 1.2 * truth(probes[0])})
+    assert costs(NO_TREE) == 3.0 and costs(probes[3]) == pytest.approx(1.2 * before)

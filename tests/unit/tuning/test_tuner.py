@@ -1,4 +1,4 @@
-"""`firp tune`: what it chooses, writes and foretells, and what it refuses."""
+"""Tuning: choices, predictions, entries of tree.json, and refused input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from firp_cli.decoding.tree_file import read_trees, update_trees
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
-from firp_cli.results import plain
+from firp_cli.results import as_json
 from firp_cli.tune_results import TREES_SCHEMA
 from firp_cli.tuning import tuner as module
 from firp_cli.tuning.calibration import TuneSettings
@@ -30,21 +30,24 @@ from helpers.models import (
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Short timings, kept in a folder of the test's own."""
+    """Shorten timings, and keep costs in a temporary folder."""
     monkeypatch.setenv("FIRP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("firp_cli.evaluation.timing.BLOCK_SECONDS", 0.001)
     monkeypatch.setattr("firp_cli.tuning.cost.ROUNDS", 3)
-    monkeypatch.setattr(module, "ROUNDS", 3)
-    monkeypatch.setattr(module, "SITTINGS", 1)
-    monkeypatch.setattr(module, "LEAST_SITTINGS", 1)
+    monkeypatch.setattr(module, "REPEATS", 3)
+    monkeypatch.setattr(module, "PROBE_REPEATS", 3)
+    monkeypatch.setattr(module, "TIMING_ROUNDS", 1)
+    monkeypatch.setattr(module, "LEAST_TIMING_ROUNDS", 1)
     monkeypatch.setattr(module, "LADDER", (2, 8))
 
 
 def settings(**changes: Any) -> TuneSettings:
-    return TuneSettings(**({"batches": (1, 2), "max_new_tokens": 24, "most_rows": 16, "repeats": 1} | changes))
+    return TuneSettings(
+        **({"batches": (1, 2), "max_new_tokens": 24, "most_rows": 16, "repeats": 1, "seconds": 2.0} | changes)
+    )
 
 
-def test_a_predictor_that_is_often_right_gets_a_tree() -> None:
+def test_accurate_predictor_gets_a_tree() -> None:
     teacher, predictor = embedded_teacher(), embedded_predictor("firp")
     told: list[str] = []
     report = tune(teacher, predictor, embedded_prompts(8), settings(), dataset="arithmetic", tell=told.append)
@@ -57,10 +60,10 @@ def test_a_predictor_that_is_often_right_gets_a_tree() -> None:
     assert [trial.nodes for trial in report.ladder if trial.measured] != []
     assert report.acceptance[0].rate > 0.5 and report.acceptance[0].count > 50
     assert any("calibration" in line for line in told) and any("batch 2" in line for line in told)
-    assert json.dumps(plain(report), allow_nan=False)
+    assert json.dumps(as_json(report), allow_nan=False)
 
 
-def test_a_trial_without_time_tries_the_chosen_trees_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_without_time_decodes_only_the_best_trees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TRIAL_SECONDS", 0.0)
     whole_steps_take({"none": 2.0}, 1.5, monkeypatch)
     told: list[str] = []
@@ -74,7 +77,7 @@ def test_a_trial_without_time_tries_the_chosen_trees_alone(monkeypatch: pytest.M
 
 
 def whole_steps_take(times: dict[str, float], others: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let whole steps take so many milliseconds, by their tree."""
+    """Replace the timing of whole steps by these milliseconds, by tree."""
 
     def timed(*arguments: Any) -> dict[Any, list[float]]:
         return {spec: [times.get(str(spec), others)] * 3 for spec in arguments[2]}
@@ -82,7 +85,7 @@ def whole_steps_take(times: dict[str, float], others: float, monkeypatch: pytest
     monkeypatch.setattr(module, "time_steps", timed)
 
 
-def test_a_predictor_that_is_hardly_ever_right_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inaccurate_predictor_gets_no_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher(lean=True)
     predictor = make_predictor(teacher, kind="firp", layer=1, steps=3)
     logits = predictor.logits
@@ -97,18 +100,18 @@ def test_a_predictor_that_is_hardly_ever_right_is_not_used(monkeypatch: pytest.M
 
 
 def tuner_of(lengths: dict[str, float], times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> Tuner:
-    """A tuner to whose search the trees of `lengths` look best; whole steps take `times`, other trees' 5 ms."""
+    """Return a tuner whose search prefers the trees of `lengths`; whole steps take `times`, of other trees 5 ms."""
     teacher, predictor = embedded_teacher(), embedded_predictor("firp")
     tuner = Tuner(teacher, predictor, settings(batches=(1,)), parse_tree("dynamic:3", 4))
     tuner.learn(embedded_prompts(4))
     tuner.measure()
 
-    def walked(spec: Any) -> list[list[int]]:
+    def emitted(spec: Any) -> list[list[int]]:
         steps = 100
         total = round(lengths.get(str(spec), 1.0) * steps)
         return [[total // steps + (place < total % steps) for place in range(steps)]]
 
-    monkeypatch.setattr(tuner, "walked", walked)
+    monkeypatch.setattr(tuner, "emitted", emitted)
 
     whole_steps_take(times, 5.0, monkeypatch)
     names = [name for name in lengths if parse_tree(name, 4) != tuner.default]
@@ -117,25 +120,25 @@ def tuner_of(lengths: dict[str, float], times: dict[str, float], monkeypatch: py
     return tuner
 
 
-def test_the_measured_step_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_follows_the_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = {"chain/2": 2.5, "chain": 2.4, "dynamic:3": 2.2}
     choice = tuner_of(lengths, {"none": 1.0, "chain/2": 2.0, "chain": 1.5}, monkeypatch).tune()[0]
     assert choice.entry.tree == "chain"
     assert choice.entry.predicted.speedup == pytest.approx(1.6) and choice.entry.predicted.step_milliseconds == 1.5
 
 
-def test_the_tree_in_use_is_tried_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tree_in_use_is_a_finalist(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = {"chain/2": 2.5, "dynamic:3": 2.2}
     choice = tuner_of(lengths, {"none": 1.0, "chain/2": 2.0, "dynamic:3": 1.1}, monkeypatch).tune()[0]
     assert choice.entry.tree == "dynamic:3" and choice.entry.predicted.speedup == pytest.approx(2.0)
 
 
-def test_where_nothing_pays_plain_decoding_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_without_speedup_is_autoregressive_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = tuner_of({"chain/2": 2.5}, {"none": 1.0, "chain/2": 2.6}, monkeypatch).tune()[0]
     assert choice.entry.tree == "none" and choice.trial.predicted.speedup < 1.0
 
 
-def test_the_same_calibration_gives_the_same_lengths() -> None:
+def test_same_calibration_gives_the_same_lengths() -> None:
     teacher, predictor = embedded_teacher(), embedded_predictor("medusa")
     tuners = [Tuner(teacher, predictor, settings()) for _ in range(2)]
     for tuner in tuners:
@@ -144,7 +147,7 @@ def test_the_same_calibration_gives_the_same_lengths() -> None:
     assert first == second and max(first) > 1.5
 
 
-def test_sampled_text_is_what_sampling_is_tuned_on() -> None:
+def test_calibration_samples_at_the_temperature() -> None:
     teacher, predictor = embedded_teacher(), embedded_predictor("firp")
     cold, hot = (Tuner(teacher, predictor, settings(temperature=value)) for value in (0.0, 3.0))
     for tuner in (cold, hot):
@@ -164,22 +167,22 @@ def test_sampled_text_is_what_sampling_is_tuned_on() -> None:
         ({"batches": ()}, random_prompts(9), "none"),
     ],
 )
-def test_what_cannot_be_tuned_is_refused(changes: dict[str, Any], prompts: list[list[int]], message: str) -> None:
+def test_unusable_input_is_refused(changes: dict[str, Any], prompts: list[list[int]], message: str) -> None:
     teacher = tiny_teacher()
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
     with pytest.raises(UsageError, match=message):
         tune(teacher, predictor, prompts, settings(**changes))
 
 
-def test_a_pipeline_has_no_tree() -> None:
+def test_early_exits_are_refused() -> None:
     teacher = looped_teacher(2, 3)
     predictor = make_predictor(teacher, kind="speed", exits=[1, 2])
     with pytest.raises(UsageError, match="pipeline"):
         tune(teacher, predictor, random_prompts(9), settings())
 
 
-def test_entries_are_found_again(tmp_path: Path) -> None:
-    """What tune wrote is what a decoder on this machine takes; another machine keeps the default."""
+def test_entries_are_used_on_the_same_machine_only(tmp_path: Path) -> None:
+    """The decoder takes the tuned entries on this machine, and the default tree on another one."""
     teacher, predictor = embedded_teacher(), embedded_predictor("firp")
     report = tune(teacher, predictor, embedded_prompts(6), settings(trial=False))
     path = tmp_path / "tree.json"
@@ -194,7 +197,7 @@ def test_entries_are_found_again(tmp_path: Path) -> None:
     assert str(trees.fitting({"device": "another"}, teacher.fingerprint, 0.0).at(1, 100)) == "dynamic:9"
 
 
-def test_a_dynamic_tree_is_drawn_as_it_mostly_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dynamic_entry_contains_its_typical_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = tuner_of({"dynamic:3": 2.5}, {"none": 1.0, "dynamic:3": 1.5}, monkeypatch)
     entry = tuner.tune()[0].entry
     assert entry.tree == "dynamic:3" and entry.paths is not None and len(entry.paths) == 2
@@ -202,7 +205,7 @@ def test_a_dynamic_tree_is_drawn_as_it_mostly_looks(monkeypatch: pytest.MonkeyPa
     assert entry.probabilities is not None and entry.probabilities[0] == 1.0 and len(entry.probabilities) == 3
 
 
-def test_batches_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_that_do_not_fit_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, predictor = embedded_teacher(), embedded_predictor("firp")
 
     def check(teacher: Any, batch: int, *_: Any) -> dict[str, Any]:
@@ -215,7 +218,7 @@ def test_batches_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -
     tuner = Tuner(teacher, predictor, settings(batches=(1, 2, 8, 16)), tell=told.append)
     limit = 2
     tuner.learn(embedded_prompts(4))
-    assert tuner.batches == [1, 2] and told == ["batch 8 and more are left out: no room for 8"]
+    assert tuner.batches == [1, 2] and told == ["batch sizes from 8 on are skipped: no room for 8"]
     limit = 0
     with pytest.raises(CapacityError):
         tuner.learn(embedded_prompts(4))
