@@ -121,16 +121,20 @@ def _merge(base: dict[str, Any], base_locations: Locations, values: dict[str, An
     Values are replaced whole, and so is a predictor section of another kind.
     """
     for section, content in values.items():
-        below = base.get(section)
-        merged = isinstance(below, dict) and isinstance(content, dict)
-        if merged and section == "predictor":
-            merged = content.get("kind", below.get("kind")) == below.get("kind")
-        replaced = [(section, key) for key in content] if merged else [(section,)]
+        below, merged = base.get(section), content
+        replaced: list[Key] = [(section,)]
+        same_kind = section != "predictor" or _kind(content) in (None, _kind(below))
+        if isinstance(below, dict) and isinstance(content, dict) and same_kind:
+            merged, replaced = {**below, **content}, [(section, key) for key in content]
         for key in list(base_locations):
             if key[:2] in replaced or key[:1] in replaced:
                 del base_locations[key]
-        base[section] = {**below, **content} if merged else content
+        base[section] = merged
     base_locations |= locations
+
+
+def _kind(section: Any) -> Any:
+    return section.get("kind") if isinstance(section, dict) else None
 
 
 def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], Locations]:

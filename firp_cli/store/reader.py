@@ -59,7 +59,7 @@ def bytes_per_token(hidden_size: int, layers: int, dtype: str) -> int:
     return TOKEN_BYTES + (layers + 1) * each
 
 
-def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Uninitialised memory. On a CPU numpy's: it asks for huge pages, and new small ones take longer than scaling."""
     if torch.device(device).type != "cpu":
         return torch.empty(*shape, dtype=dtype, device=device)
@@ -67,7 +67,7 @@ def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = 
     return memory.view(dtype).view(*shape)
 
 
-def compress(states: Tensor, dtype: str) -> dict[str, Tensor]:
+def encode_states(states: Tensor, dtype: str) -> dict[str, Tensor]:
     """States (T, d) as stored, by name suffix. int8 and float8 rows are scaled so that their largest entry fits.
 
     NaN and infinities stay visible: in the states, or, where those are scaled, in the row's scale.
@@ -75,7 +75,7 @@ def compress(states: Tensor, dtype: str) -> dict[str, Tensor]:
     if dtype in FLOATS:
         return {"": states.to(FLOATS[dtype])}
     kind, largest = SCALED[dtype]
-    stored = room(states.shape, kind, states.device)
+    stored = allocate(states.shape, kind, states.device)
     scales = torch.empty((*states.shape[:-1], 1), dtype=SCALE, device=states.device)
     rows = _rows_at_once(states)
     scratch = torch.empty(states[:rows].shape, device=states.device)
@@ -102,12 +102,12 @@ def _round_up(scale: Tensor) -> Tensor:
     return torch.where(scale.isfinite(), above, scale).to(SCALE)
 
 
-def expand(stored: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+def decode_states(stored: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Stored rows (T, d) as floats: float32 where they were scaled, else as they are. `out`: memory (T, d) for them."""
     if scale is None:
         return stored if out is None else out.copy_(stored)
     rows = _rows_at_once(stored)
-    values = room(stored.shape, torch.float32, stored.device) if out is None else out
+    values = allocate(stored.shape, torch.float32, stored.device) if out is None else out
     float8 = stored.dtype == torch.float8_e4m3fn
     scratch = torch.empty(stored[:rows].shape if float8 else 0, dtype=torch.int16, device=stored.device)
     for source, target, factor in zip(stored.split(rows), values.split(rows), scale.float().split(rows), strict=True):
@@ -147,7 +147,7 @@ class Store(Sequence[StoredSequence]):
             planned = manifest["shards_planned"] or "?"
             raise StoreError(
                 f"the store {folder} is unfinished ({len(manifest['shards'])} of {planned} shards); "
-                f"run the same `{maker(manifest)}` with --resume"
+                f"run the same `{source_command(manifest)}` with --resume"
             )
         absent = [layer for layer in layers or () if layer not in manifest["layers"]]
         if absent:
@@ -173,7 +173,7 @@ class Store(Sequence[StoredSequence]):
             raise IndexError(f"conversation {index} of {len(self)}")
         rows = self.stored(index % len(self))
         states = {
-            layer: expand(rows[name], rows[f"{name}.scale"] if self._scaled else None)
+            layer: decode_states(rows[name], rows[f"{name}.scale"] if self._scaled else None)
             for name, layer in self._names.items()
         }
         final = states.pop(None)
@@ -243,7 +243,7 @@ class Store(Sequence[StoredSequence]):
     def _damaged(self, what: str, rebuilt: str = "that") -> StoreError:
         return StoreError(
             f"the store {self.folder} is damaged: {what}\n"
-            f"run the same `{maker(self.manifest)}` with --resume: it rebuilds just {rebuilt}"
+            f"run the same `{source_command(self.manifest)}` with --resume: it rebuilds just {rebuilt}"
         )
 
     def _shard(self, number: int) -> tuple[dict[str, Tensor], list[int]]:
@@ -267,7 +267,7 @@ class Store(Sequence[StoredSequence]):
         return {**self.__dict__, "_files": {}}  # memory maps do not travel to other processes
 
 
-def maker(manifest: dict[str, Any]) -> str:
+def source_command(manifest: dict[str, Any]) -> str:
     """The command that made a store, and that repairs it with --resume."""
     return f"firp {manifest['settings'].get('made_by', 'collect')}"
 

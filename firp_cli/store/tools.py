@@ -29,8 +29,8 @@ from firp_cli.store.reader import (
     SCALED,
     Store,
     bytes_per_token,
-    compress,
-    expand,
+    decode_states,
+    encode_states,
     read_manifest,
     shard_fault,
     state_names,
@@ -67,7 +67,7 @@ def convert_store(
         raise UsageError(
             f"{source} is a {dtype} store of layers {list(store.layers)} already; give --dtype or --layers"
         )
-    joined = _Joined([store])
+    joined = _JoinedStores([store])
     made = {"made_by": "store convert", "sources": [_origin(store)]}
     everything = range(len(store))
     with _begin(joined, {output: everything}, dtype, [made], resume) as writers:
@@ -96,8 +96,8 @@ def split_store(
     if len(parts) != len(outputs):
         raise UsageError(f"{len(parts)} parts and {len(outputs)} outputs: give one --output for each part")
     store = Store.open(source)
-    dealt = deal(len(store), parts, seed)
-    joined, dtype = _Joined([store]), store.manifest["dtype"]
+    dealt = assign_parts(len(store), parts, seed)
+    joined, dtype = _JoinedStores([store]), store.manifest["dtype"]
     made = [
         {"made_by": "store split", "sources": [_origin(store)], "parts": list(parts), "part": part, "seed": seed}
         for part in range(len(parts))
@@ -112,7 +112,7 @@ def split_store(
     return summaries
 
 
-def deal(count: int, parts: Sequence[float], seed: int) -> list[list[int]]:
+def assign_parts(count: int, parts: Sequence[float], seed: int) -> list[list[int]]:
     """Numbers 0..count-1 in disjoint ascending lists of the sizes that `parts` say, chosen by a hash of (seed, number).
 
     Raises UsageError when the parts do not make a whole, or one would be empty.
@@ -151,7 +151,7 @@ def merge_stores(
         raise UsageError("give two or more different stores to merge")
     stores = [Store.open(source, layers=layers) for source in sources]
     _check_alike(stores)
-    joined, dtype = _Joined(stores), stores[0].manifest["dtype"]
+    joined, dtype = _JoinedStores(stores), stores[0].manifest["dtype"]
     made = {"made_by": "store merge", "sources": [_origin(store) for store in stores]}
     everything = range(len(joined.lengths))
     as_they_are = all(list(store.layers) == store.manifest["layers"] for store in stores)
@@ -188,7 +188,7 @@ def _check_alike(stores: Sequence[Store]) -> None:
             )
 
 
-class _Joined:
+class _JoinedStores:
     """The conversations of several stores as one list, as they are stored."""
 
     def __init__(self, stores: Sequence[Store]) -> None:
@@ -220,7 +220,9 @@ class _Joined:
             if dtype == self.stores[0].manifest["dtype"]:
                 tensors |= {name: stored} | ({f"{name}.scale": scale} if scale is not None else {})
             else:
-                tensors |= {name + suffix: part for suffix, part in compress(expand(stored, scale), dtype).items()}
+                tensors |= {
+                    name + suffix: part for suffix, part in encode_states(decode_states(stored, scale), dtype).items()
+                }
         return tensors
 
     def counts(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def _origin(store: Store) -> dict[str, Any]:
 
 @contextmanager
 def _begin(
-    joined: _Joined, outputs: dict[Path, Sequence[int]], dtype: str, made: Sequence[dict[str, Any]], resume: bool
+    joined: _JoinedStores, outputs: dict[Path, Sequence[int]], dtype: str, made: Sequence[dict[str, Any]], resume: bool
 ) -> Iterator[list[StoreWriter]]:
     """The outputs' writers, once it is sure that all outputs may be written and fit their disks.
 
@@ -294,7 +296,7 @@ def _begin(
 
 def _fill(
     writer: StoreWriter,
-    joined: _Joined,
+    joined: _JoinedStores,
     indices: Sequence[int],
     dtype: str,
     counts: dict[str, Any],

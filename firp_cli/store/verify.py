@@ -17,7 +17,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from firp_cli.store.reader import FLOATS, MANIFEST, SCALE, SCALED, maker, read_manifest, shard_fault, state_names
+from firp_cli.store.reader import (
+    FLOATS,
+    MANIFEST,
+    SCALE,
+    SCALED,
+    read_manifest,
+    shard_fault,
+    source_command,
+    state_names,
+)
 from firp_cli.store.shard_file import Entry, read_header, read_rows
 
 Progress = Callable[[int, int | None], None]
@@ -27,7 +36,7 @@ SHARES = {"shortest": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "longest": 1.0
 
 
 @dataclass(frozen=True)
-class Fault:
+class StoreFault:
     """One thing that is wrong with a file of a store, and what to do about it."""
 
     file: str
@@ -68,7 +77,7 @@ def describe_store(folder: Path) -> dict[str, Any]:
         "shards": len(shards),
         "shards_planned": manifest["shards_planned"],
         "lengths": _distribution(lengths),
-        "made_by": maker(manifest),
+        "made_by": source_command(manifest),
         "settings": manifest["settings"],
         "recipe": manifest["recipe"],
     }
@@ -99,7 +108,7 @@ def _distribution(lengths: Sequence[int]) -> dict[str, Any]:
     return found | {"mean": sum(ordered) / len(ordered), "histogram": histogram}
 
 
-def verify_store(folder: Path, progress: Progress = lambda done, total: None) -> list[Fault]:
+def verify_store(folder: Path, progress: Progress = lambda done, total: None) -> list[StoreFault]:
     """Every fault of a store, file by file: sizes, checksums, layout, offsets, NaN and infinities, empty loss masks.
 
     Each shard is read once, in pieces, several at a time. `progress` counts bytes. Raises StoreError when there is no
@@ -124,20 +133,20 @@ def verify_store(folder: Path, progress: Progress = lambda done, total: None) ->
         pool.shutdown(cancel_futures=True)
 
 
-def _manifest_faults(manifest: dict[str, Any]) -> Iterator[Fault]:
-    again = f"run the same `{maker(manifest)}` with --resume"
+def _manifest_faults(manifest: dict[str, Any]) -> Iterator[StoreFault]:
+    again = f"run the same `{source_command(manifest)}` with --resume"
     if not manifest["complete"]:
-        yield Fault(MANIFEST, "the store is unfinished: " + "; ".join(_unwritten(manifest)), again)
+        yield StoreFault(MANIFEST, "the store is unfinished: " + "; ".join(_unwritten(manifest)), again)
         return
     place = 0
     for shard in manifest["shards"]:
         if shard["first"] != place or shard["next"] - shard["first"] != shard["sequences"]:
-            yield Fault(MANIFEST, f"{shard['file']} does not begin where the shard before it ends", again)
+            yield StoreFault(MANIFEST, f"{shard['file']} does not begin where the shard before it ends", again)
         place = shard["next"]
     for name, key in (("conversations", "sequences"), ("tokens", "tokens")):
         counted, held = manifest["counts"].get(name), sum(shard[key] for shard in manifest["shards"])
         if counted not in (None, held):
-            yield Fault(MANIFEST, f"it counts {counted} {name}, its shards hold {held}", again)
+            yield StoreFault(MANIFEST, f"it counts {counted} {name}, its shards hold {held}", again)
 
 
 class _Shard:
@@ -153,7 +162,7 @@ class _Shard:
         self.offsets: list[int] = []
         self.infinite: dict[str, list[int]] = {}  # rows with NaN or infinities, by tensor
 
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[StoreFault]:
         """All that is wrong with this shard."""
         size = shard_fault(self.path.parent, self.shard, checksum=False)
         if size:
@@ -164,11 +173,11 @@ class _Shard:
                     self._read(stream)
             except (OSError, ValueError) as error:
                 self.damage.append(str(error))
-        again = f"run the same `{maker(self.manifest)}` with --resume"
+        again = f"run the same `{source_command(self.manifest)}` with --resume"
         rebuild = f"{again}: it rebuilds just that shard"
         content = rebuild if self.damage else f"delete the file and {again}"
         found = [(text, rebuild) for text in self.damage] + [(text, content) for text in self.content]
-        return [Fault(self.shard["file"], text, remedy) for text, remedy in found]
+        return [StoreFault(self.shard["file"], text, remedy) for text, remedy in found]
 
     def _read(self, stream: BinaryIO) -> None:
         digest = hashlib.sha256()

@@ -14,7 +14,7 @@ from firp_cli.config import TrainingConfig
 from firp_cli.errors import NumericsError, StoreError, UsageError
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import build_predictor, load_predictor
-from firp_cli.training.local_trainer import train_plain
+from firp_cli.training.local_trainer import train_local
 from helpers.models import tiny_teacher
 from helpers.training import FIRP, MEDUSA, recipe, rows, run, store
 
@@ -25,7 +25,7 @@ def trained(section: dict[str, Any], settings: TrainingConfig, **options: Any) -
     config = recipe(section).predictor
     assert config is not None
     predictor = build_predictor(config, tiny_teacher("llama"))
-    return predictor, train_plain(predictor, tiny_teacher("llama"), store(), settings, **options)
+    return predictor, train_local(predictor, tiny_teacher("llama"), store(), settings, **options)
 
 
 @pytest.mark.parametrize("section", [FIRP, MEDUSA, SPEED], ids=lambda section: section["kind"])
@@ -69,9 +69,9 @@ def test_what_it_cannot_train_is_refused() -> None:
         trained(FIRP, recipe(precision="bf16").training)
     predictor = build_predictor(recipe().predictor, tiny_teacher("llama"))  # type: ignore[arg-type]
     with pytest.raises(StoreError, match="no conversation"):
-        train_plain(predictor, tiny_teacher("llama"), [], recipe().training)
+        train_local(predictor, tiny_teacher("llama"), [], recipe().training)
     broken = [SimpleNamespace(**vars(item)) for item in store()]
     for item in broken:
         item.hidden = {layer: torch.full_like(states, torch.nan) for layer, states in item.hidden.items()}
     with pytest.raises(NumericsError, match="optimizer step 1"):
-        train_plain(predictor, tiny_teacher("llama"), broken, recipe(init="identity").training)
+        train_local(predictor, tiny_teacher("llama"), broken, recipe(init="identity").training)

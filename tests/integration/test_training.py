@@ -21,9 +21,8 @@ from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training.batches import Order, Prefetcher, Reader, anchor_seed, split_validation
-from firp_cli.training.deepspeed_engine import learning_rate_factor
 from firp_cli.training.metrics_log import Listener
-from firp_cli.training.pace import Pace
+from firp_cli.training.pace import Pace, learning_rate_factor
 from firp_cli.training.trainer import train
 from helpers.models import HIDDEN, ROOT, tiny_teacher
 from helpers.training import FIRP, MEDUSA, losses, recipe, rows, run, store
@@ -103,7 +102,7 @@ def test_two_ranks_equal_one_rank_with_doubled_accumulation(tmp_path: Path, monk
     """
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     with pytest.raises(LaunchError, match="rank 1: a fault of rank 1 alone") as caught:
-        launch(2, None, [str(tmp_path)], module="test_training")
+        launch(2, None, [str(tmp_path)], module="integration.test_training")
     assert caught.value.exit_code == 2
     for name, (predictor, training) in TWO_RANKS.items():
         run(tmp_path / "one" / name, recipe(predictor, **(training | {"gradient_accumulation": 2})))
@@ -168,10 +167,10 @@ def test_nan_stops_and_names_step_and_conversations(tmp_path: Path):
 
 
 def test_an_output_that_holds_a_run_is_not_overwritten(whole: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match=r"holds the checkpoints of a run: add --resume"):
+    with pytest.raises(UsageError, match=r"contains the checkpoints of a run: add --resume"):
         run(whole, recipe())
     shutil.copytree(whole, tmp_path / "trained", ignore=shutil.ignore_patterns("checkpoints"))
-    with pytest.raises(UsageError, match="holds a trained predictor"):
+    with pytest.raises(UsageError, match="contains a trained predictor"):
         run(tmp_path / "trained", recipe())
 
 

@@ -46,7 +46,7 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run(folder / f"one-two-{stage}-{precision}", settings, listener=STOP).stopped
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        launch(2, None, [str(folder)], module="test_resume")
+        launch(2, None, [str(folder)], module="ranks.test_resume")
     for stage, precision in STAGES:
         assert not run(folder / f"two-one-{stage}-{precision}", wanted(stage, precision, 1), resume=True).stopped
     return folder

@@ -188,7 +188,7 @@ def test_predictor_of_another_kind_replaces_that_of_the_base(tmp_path: Path) -> 
         ("data: {mode: online}\n", GOOD.replace("tic}", "tic, sharding: zero3}"), "top.yaml: teacher.sharding=zero3"),
         ("", GOOD + "epochs: 3\n", "bottom.yaml:7: key epochs: unknown key"),
         ("", "base: 3\n", "bottom.yaml:1: key base: name a shipped recipe or a file (got 3)"),
-        ("", "base: dem\n", "bottom.yaml:1: key base: no recipe file 'dem' and no shipped recipe of that name; did you"),
+        ("", "base: dem\n", "bottom.yaml:1: key base: no recipe file 'dem' and no shipped recipe of that name; did"),
         ("", "base: top.yaml\n", "circle: top.yaml -> bottom.yaml -> top.yaml; remove one `base`"),
         ("", "base: bottom.yaml\n", "circle: top.yaml -> bottom.yaml -> bottom.yaml"),
     ],

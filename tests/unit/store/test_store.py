@@ -12,7 +12,7 @@ import torch
 
 from firp_cli.errors import FingerprintError, NumericsError, StoreError
 from firp_cli.predictors.anchors import collate
-from firp_cli.store.reader import Store, bytes_per_token, compress, expand
+from firp_cli.store.reader import Store, bytes_per_token, decode_states, encode_states
 from firp_cli.store.writer import plan_shards
 from firp_cli.training.batches import read_batch
 from helpers.stores import FINGERPRINTS, HIDDEN, LAYERS, LENGTHS, SETTINGS, contents, fill, shard, states, writer
@@ -55,9 +55,11 @@ def test_round_trip(tmp_path: Path, dtype: str, tolerance: float) -> None:
 def test_rows_are_scaled_one_by_one(dtype: str) -> None:
     """A row of large states takes nothing from the precision of a row of small ones; a row of zeros stays zero."""
     rows = torch.randn(3, 64) * torch.tensor([[1000.0], [1e-3], [0.0]])
-    stored = compress(rows, dtype)
+    stored = encode_states(rows, dtype)
     assert stored[".scale"].shape == (3, 1) and stored[""].element_size() == 1
-    error = (expand(stored[""], stored[".scale"]) - rows).abs().amax(dim=-1) / rows.abs().amax(dim=-1).clamp_min(1e-30)
+    error = (decode_states(stored[""], stored[".scale"]) - rows).abs().amax(dim=-1) / rows.abs().amax(dim=-1).clamp_min(
+        1e-30
+    )
     assert (error < 0.05).all()
 
 
@@ -67,7 +69,7 @@ def test_every_float8_comes_back_as_what_it_is() -> None:
     for factor in (1.0, 0.0123, 3.7e-38, 7.5e35):
         for kind in (torch.bfloat16, torch.float32):  # of the scales of stores today and of older ones
             scale = torch.full((127, 1), factor, dtype=kind)
-            assert torch.equal(expand(numbers, scale), numbers.float() * scale.float())
+            assert torch.equal(decode_states(numbers, scale), numbers.float() * scale.float())
 
 
 def test_only_the_layers_asked_for_are_read(tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ def test_infinities_that_a_dtype_makes_or_hides_are_refused(tmp_path: Path, dtyp
         tensors = shard(plan, dtype)
         rows = torch.randn(8, HIDDEN)
         rows[6, 1] = 1e6 if dtype == "float16" else float("inf")
-        tensors |= {"hidden.1" + suffix: stored for suffix, stored in compress(rows, dtype).items()}
+        tensors |= {"hidden.1" + suffix: stored for suffix, stored in encode_states(rows, dtype).items()}
         with pytest.raises(NumericsError, match=r"hidden\.1, token 1 of conversation 1 .*\n.*data.store_dtype"):
             store.write(plan, tensors)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from firp_cli.errors import CapacityError, FingerprintError, StoreError, UsageError
 from firp_cli.store import shard_file as store_file
-from firp_cli.store.reader import SCALED, Store, bytes_per_token, compress, expand
-from firp_cli.store.tools import convert_store, deal, merge_stores, split_store
+from firp_cli.store.reader import SCALED, Store, bytes_per_token, decode_states, encode_states
+from firp_cli.store.tools import assign_parts, convert_store, merge_stores, split_store
 from firp_cli.store.verify import describe_store, verify_store
 from firp_cli.store.writer import ShardPlan, StoreWriter
 from helpers.stores import FINGERPRINTS, HIDDEN, LENGTHS, SETTINGS, contents, fill, shard, states, writer
@@ -55,11 +55,11 @@ def test_what_a_split_dealt_out_merges_to_the_same_set(tmp_path: Path, dtype: st
 
 
 def test_a_seed_decides_who_goes_where() -> None:
-    dealt = deal(100, [0.9, 0.1], 5)
-    assert dealt == deal(100, [0.9, 0.1], 5) and dealt != deal(100, [0.9, 0.1], 6)
+    dealt = assign_parts(100, [0.9, 0.1], 5)
+    assert dealt == assign_parts(100, [0.9, 0.1], 5) and dealt != assign_parts(100, [0.9, 0.1], 6)
     assert list(map(len, dealt)) == [90, 10] and sorted(dealt[0] + dealt[1]) == list(range(100))
     assert all(part == sorted(part) for part in dealt)
-    assert [len(part) for part in deal(10, [1 / 3] * 3, 0)] == [3, 4, 3]
+    assert [len(part) for part in assign_parts(10, [1 / 3] * 3, 0)] == [3, 4, 3]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_conversions_stay_within_their_dtype(source: Path, tmp_path: Path, dtype
             expected = states(index, layer)
             largest = expected.abs().amax(dim=-1, keepdim=True)
             assert ((found.float() - expected).abs() <= BOUNDS[dtype] * largest).all()
-            stored = compress(expected, dtype)
-            assert torch.equal(found, expand(stored[""], stored.get(".scale")))  # as if collected in that dtype
+            stored = encode_states(expected, dtype)
+            assert torch.equal(found, decode_states(stored[""], stored.get(".scale")))  # as if collected in that dtype
     found = describe_store(tmp_path / "new")
     headers = sum(len(LENGTHS) * 8 + 1500 for _ in range(found["shards"]))
     least = sum(LENGTHS) * bytes_per_token(HIDDEN, len(after.layers), dtype)

@@ -12,7 +12,7 @@ from firp_cli.config import TrainingConfig
 from firp_cli.metrics import chain_length_of_hits
 from firp_cli.predictors.anchors import Anchors, choose_anchors, compare_rows, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch
-from firp_cli.training.objective import count_pieces, objective
+from firp_cli.training.objective import count_chunks, objective
 from helpers.models import HIDDEN, VOCABULARY, make_predictor, random_prompts, sequence_batch, tiny_teacher
 
 TEACHER = tiny_teacher("llama")
@@ -200,8 +200,8 @@ def test_the_number_of_pieces_depends_on_the_recipe_alone():
     predictor.step_logits = lambda *arguments: calls.append(1) or plain(*arguments)  # type: ignore[method-assign]
     objective(predictor, TEACHER, batch, anchors, TrainingConfig(), rows=100, budget=10 * VOCABULARY)
     assert len(calls) == 3 * 10
-    assert count_pieces(100, VOCABULARY, 10 * VOCABULARY) == 10
-    assert count_pieces(3, 200_000, 1000) == 3, "one row a piece at least"
+    assert count_chunks(100, VOCABULARY, 10 * VOCABULARY) == 10
+    assert count_chunks(3, 200_000, 1000) == 3, "one row a chunk at least"
 
 
 def test_conversations_without_anchors_give_zero_loss_and_gradients():

@@ -13,8 +13,7 @@ from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training.metrics_log import Listener
-from firp_cli.training.pace import Pace
-from firp_cli.training.trainer import usual_interval
+from firp_cli.training.pace import Pace, usual_interval
 from helpers.models import tiny_teacher
 from helpers.training import recipe, rows, run
 
