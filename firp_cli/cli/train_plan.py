@@ -85,14 +85,14 @@ def check_devices(recipe: Recipe, ranks: int, local_ranks: int) -> None:
 
     Raises CapacityError with settings that fit, where `training.preflight` says so.
     """
-    from firp_cli.machine import device_room, readable_bytes
+    from firp_cli.machine import memory_of_rank, readable_bytes
     from firp_cli.training.memory_model import total_bytes
     from firp_cli.training.preflight import preflight
 
     mode = recipe.training.preflight
     if mode == "ignore" or not is_main():
         return
-    room = device_room(local_ranks)
+    room = memory_of_rank(local_ranks)
     checked = None if room is None else preflight(recipe, ranks, *room)
     if room is None or checked is None:
         return

@@ -233,7 +233,7 @@ def test_folders_that_hold_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no store in .*; make one: firp collect"):
         Store.open(tmp_path / "nothing")
     (tmp_path / "photo.jpg").write_text("x")
-    with pytest.raises(StoreError, match="is not empty and holds no store"):
+    with pytest.raises(StoreError, match="is not empty and is not a store"):
         writer(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": "firp.store/99"}')
     with pytest.raises(StoreError, match=r"schema 'firp\.store/99', this firp reads 'firp\.store/1'"):

@@ -74,7 +74,7 @@ def test_a_seed_decides_who_goes_where() -> None:
 def test_parts_that_make_no_whole_are_refused(source: Path, tmp_path: Path, parts: list[float], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         split_store(source, [tmp_path / "a", tmp_path / "b"], parts)
-    with pytest.raises(UsageError, match="an --output of its own"):
+    with pytest.raises(UsageError, match="a different --output"):
         split_store(source, [tmp_path / "a", tmp_path / "a"], [0.5, 0.5])
     assert not (tmp_path / "a").exists()
 
@@ -123,7 +123,7 @@ def test_kept_layers_alone_are_written(source: Path, tmp_path: Path) -> None:
     assert Store.open(tmp_path / "final")[0].hidden == {}
     other = tmp_path / "other"
     fill(other)
-    with pytest.raises(StoreError, match=r"holds layers \[3\].*\n?.*--layers 3"):
+    with pytest.raises(StoreError, match=r"has layers \[3\].*\n?.*--layers 3"):
         merge_stores(tmp_path / "merged", [tmp_path / "upper", other])
     merge_stores(tmp_path / "merged", [tmp_path / "upper", other], layers=[3])
     merged = Store.open(tmp_path / "merged")
@@ -180,7 +180,7 @@ def test_stores_that_are_not_alike_or_not_sound_are_refused(source: Path, tmp_pa
     output = tmp_path / "merged"
     with pytest.raises(FingerprintError, match=r"another teacher \(.*source: t1, .*teacher: t2\); only stores of one"):
         merge_stores(output, [source, tmp_path / "teacher"])
-    with pytest.raises(StoreError, match=r"holds float32 .* bfloat16; .*firp store convert .* --dtype float32"):
+    with pytest.raises(StoreError, match=r"has float32 .* bfloat16; .*firp store convert .* --dtype float32"):
         merge_stores(output, [source, tmp_path / "bfloat16"])
     with pytest.raises(UsageError, match="two or more different stores"):
         merge_stores(output, [source, source])

@@ -167,5 +167,5 @@ def test_ranks_share_the_available_memory_and_a_group_s_limit(tmp_path: Path, mo
     assert machine._cgroup_memory_free(tmp_path) is None
     monkeypatch.setattr(machine, "available_memory", lambda: 4000)
     monkeypatch.setattr(machine, "_cgroup_memory_free", lambda: 3000)
-    room = machine.device_room(3)
+    room = machine.memory_of_rank(3)
     assert room is not None and room[0] == 1000 and "3 ranks" in room[1]
