@@ -60,7 +60,7 @@ class LoopedSection(Section):
 
 
 class TeacherConfig(Section):
-    """The frozen language model."""
+    """Frozen language model."""
 
     model: str = DEFAULT_TEACHER  # folder, hub id, .gguf file, or name of an embedded or known teacher
     gguf_file: str | None = None  # name of a GGUF file in that folder or hub repository

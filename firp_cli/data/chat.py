@@ -83,11 +83,11 @@ def check_masks(first: Sequence[Message], tokenizer: Any, masked: int, total: in
 def show_spans(messages: Sequence[Message], tokenizer: Any) -> str:
     """Return a conversation as the template renders it, answers between double brackets, on one line."""
     encoded = encode(messages, tokenizer)
-    pieces = []
+    parts = []
     for start, end, inside in _runs(encoded.loss_mask):
         text = tokenizer.decode(encoded.input_ids[start:end])
-        pieces.append(f"[[{text}]]" if inside else text)
-    line = json.dumps("".join(pieces), ensure_ascii=False)
+        parts.append(f"[[{text}]]" if inside else text)
+    line = json.dumps("".join(parts), ensure_ascii=False)
     return (
         line
         if len(line) <= SHOWN_CHARACTERS

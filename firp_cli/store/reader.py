@@ -123,7 +123,7 @@ def decode_states(stored: Tensor, scale: Tensor | None, out: Tensor | None = Non
 class Store(Sequence[StoredSequence]):
     """Complete store, open for reading. `store[i]` reads the rows of conversation i in the chosen layers.
 
-    Only those rows' pages are read from disk. Threads may share a store; another process opens the shards anew.
+    Only those rows' pages are read from disk. Threads may share a store; another process opens the shards again.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], layers: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: the same for every predictor kind, number of ranks and optimizer backend.
+"""Training loop, the same for every predictor kind, number of ranks and optimizer backend.
 
 A run is a function of its recipe, store and teacher: data order, anchors and the schedule depend on the number of the
 optimizer step alone. A run with a time limit is not: its number of steps and its learning rates depend on the speed of
@@ -139,7 +139,7 @@ class TrainingLoop:
         """Write a checkpoint of the present step, unless there is one."""
 
     def saved(self) -> str:
-        """Return the part of an error message that says what is saved."""
+        """Return the part of an error message about what is saved."""
         return "nothing was saved"
 
     def initialise(self, conversations: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A predictor's weights and optimizer states as whole float32 tensors, read from and written to a DeepSpeed engine.
+"""Weights and optimizer states of a predictor as whole float32 tensors, read from and written to a DeepSpeed engine.
 
 ZeRO partitions them, bf16 adds a float32 copy, and each stage does so differently. A checkpoint of whole tensors does
 not depend on the number of ranks, on the stage, or on DeepSpeed's own file format (a pickle). All uses of DeepSpeed's

@@ -1,6 +1,6 @@
-"""A training run with DeepSpeed on any number of ranks: the loop with checkpoints, metrics and the predictor folder.
+"""Training run with DeepSpeed on any number of ranks: the loop with checkpoints, metrics and the predictor folder.
 
-`--resume` goes on with the losses that an uninterrupted run would have had.
+A resumed run has the losses of an uninterrupted one.
 """
 
 from __future__ import annotations
