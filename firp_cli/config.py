@@ -1,4 +1,7 @@
-"""Configuration of a run as typed sections: teacher, data, collecting, predictor and training."""
+"""Configuration of a run as typed sections: teacher, data, collecting, predictor and training.
+
+The comment after a field gives its meaning and unit; "null" is YAML's name of None.
+"""
 
 from __future__ import annotations
 
@@ -15,96 +18,106 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """A recipe section: unknown keys are refused."""
+    """Recipe section; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class LoopedSection(Section):
-    """A teacher that runs a block of layers several times: `prelude`, then `block` x `loops` in cyclic order, `coda`.
+    """Looped teacher, which runs a block of layers several times: `prelude`, `block` x `loops` in cyclic order, `coda`.
 
-    Layers are counted as *effective* ones run_on_all else: `effective` of them, of which `unique` have parameters.
+    Everywhere else layers are counted as *effective* ones: `effective` of them share the parameters of `unique`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prelude: Annotated[int, Field(ge=0)] = 0  # layers that run once, before the block
-    block: PositiveInt  # layers of the block
-    coda: Annotated[int, Field(ge=0)] = 0  # layers that run once, behind the block
-    loops: PositiveInt  # times that the block runs
-    norm_each_loop: bool = False  # the final norm is also applied at the end of every loop (Ouro)
+    prelude: Annotated[int, Field(ge=0)] = 0  # number of layers that run once, before the block
+    block: PositiveInt  # number of layers in the block
+    coda: Annotated[int, Field(ge=0)] = 0  # number of layers that run once, after the block
+    loops: PositiveInt  # number of times that the block runs
+    norm_each_loop: bool = False  # apply the final norm also at the end of every loop (Ouro)
 
     @property
     def unique(self) -> int:
+        """Number of layers with parameters."""
         return self.prelude + self.block + self.coda
 
     @property
     def effective(self) -> int:
+        """Number of layers that a token passes."""
         return self.prelude + self.block * self.loops + self.coda
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The unique layer that each effective layer is."""
+        """Number of the unique layer that runs as each effective layer."""
         block = range(self.prelude, self.prelude + self.block)
         return (*range(self.prelude), *block, *(self.loops - 1) * tuple(block), *range(block.stop, self.unique))
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Effective layers that have run at the end of loops 1..loops."""
+        """Number of effective layers that have run at the end of loops 1..loops."""
         return tuple(self.prelude + self.block * loop for loop in range(1, self.loops + 1))
 
 
 class TeacherConfig(Section):
-    """The frozen language model."""
+    """Frozen language model."""
 
-    model: str = DEFAULT_TEACHER  # folder, hub id, .gguf file, or the name of an embedded or known teacher
-    gguf_file: str | None = None  # a GGUF file in that folder or hub repository
-    revision: str | None = None  # hub revision
-    dtype: Precision = "auto"  # auto: the dtype in the model's own config
-    device_map: str | dict[str, str | int] | None = None  # transformers' device_map; null: one device
-    sharding: Literal["none", "zero3"] = "none"  # zero3: each rank keeps a part of every matrix (DeepSpeed ZeRO-3)
-    trust_remote_code: bool = False  # run code that comes with the model
-    looped: LoopedSection | None = None  # which layers run several times; null: as the model's config says
+    model: str = DEFAULT_TEACHER  # folder, hub id, .gguf file, or name of an embedded or known teacher
+    gguf_file: str | None = None  # name of a GGUF file in that folder or hub repository
+    revision: str | None = None  # branch, tag or commit on the hub; null: the main branch
+    dtype: Precision = "auto"  # dtype of weights and states; auto: that of the model's config
+    device_map: str | dict[str, str | int] | None = None  # placement of layers, as in transformers; null: one device
+    sharding: Literal["none", "zero3"] = "none"  # zero3: each rank stores a part of every matrix (DeepSpeed ZeRO-3)
+    trust_remote_code: bool = False  # run Python code from the model's repository
+    looped: LoopedSection | None = None  # layers that run several times; null: as in the model's config
 
     @model_validator(mode="after")
-    def _one_way(self) -> TeacherConfig:
+    def _single_placement(self) -> TeacherConfig:
         if self.sharding == "zero3" and self.device_map is not None:
             raise ValueError(
-                "sharding=zero3 shares layers out over ranks, device_map over one process's devices: drop one"
+                "sharding=zero3 puts layers on ranks, device_map on the devices of one process: remove one of them"
             )
         if self.sharding == "zero3" and self.looped is not None:
-            raise ValueError("sharding=zero3 does not know looped layers, which every loop needs: leave sharding out")
+            raise ValueError("sharding=zero3 does not support looped layers: remove teacher.sharding")
         return self
 
 
 class DataConfig(Section):
-    """The conversations that hidden states are collected from."""
+    """Conversations for training and the way their hidden states are stored."""
 
-    dataset: str = DEFAULT_TEACHER  # a known name, a hub id, or a .jsonl file; several with commas
-    split: str = "train"
-    data_dir: str | None = None  # where NAME/SPLIT.jsonl lies; default: $FIRP_DATA_DIR
-    limit: PositiveInt | None = None  # conversations at most, of each data set
-    max_length: PositiveInt = 2048  # tokens per conversation; longer ones are cut
-    mode: Literal["cached", "online", "hybrid"] = "cached"  # states from the store, made on the fly, or kept once made
-    regenerate: bool = False  # the teacher writes its own answers to the prompts
-    max_new_tokens: PositiveInt = 512  # length of a regenerated answer at most
-    batch_size: PositiveInt = 32  # prompts answered at once when regenerating
-    pack_tokens: PositiveInt = 2048  # tokens packed into one teacher forward while collecting
-    shard_tokens: PositiveInt = 65536  # tokens per shard file
-    store_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = "auto"  # auto: the teacher's
+    dataset: str = DEFAULT_TEACHER  # known name, hub id, or .jsonl file; several with commas
+    split: str = "train"  # split of the data set
+    data_dir: str | None = None  # folder with NAME/SPLIT.jsonl; null: $FIRP_DATA_DIR
+    limit: PositiveInt | None = None  # maximum number of conversations of each data set; null: all
+    max_length: PositiveInt = 2048  # maximum tokens of a conversation; longer ones are cut
+    mode: Literal["cached", "online", "hybrid"] = (
+        "cached"  # states: from the store, computed while training, or computed once and stored
+    )
+    regenerate: bool = False  # replace the answers by those that the teacher generates
+    max_new_tokens: PositiveInt = 512  # maximum tokens of a regenerated answer
+    batch_size: PositiveInt = 32  # prompts answered at the same time when regenerating
+    pack_tokens: PositiveInt = 2048  # tokens of one teacher forward while collecting
+    shard_tokens: PositiveInt = 65536  # tokens of a shard file
+    store_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = (
+        "auto"  # dtype of stored states; auto: the teacher's
+    )
 
 
 class CollectConfig(Section):
-    """How a store is filled, where that decides nothing of what stands in it."""
+    """Generation of answers. Does not affect the contents of the store."""
 
-    responder: Literal["engine", "vllm"] = "engine"  # who writes regenerated answers: firp's engine, or vLLM
-    vllm: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of vllm.LLM, as tensor_parallel_size
+    responder: Literal["engine", "vllm"] = "engine"  # program that generates answers: firp's engine, or vLLM
+    vllm: dict[str, Any] = Field(
+        default_factory=dict
+    )  # keyword arguments of vllm.LLM, for example tensor_parallel_size
 
 
 class Looping(Protocol):
-    """What a predictor section asks of a teacher: the effective layers that have run at the end of each loop."""
+    """Teacher as a predictor section sees it."""
 
-    def boundaries(self, loops: int | None) -> tuple[int, ...]: ...
+    def boundaries(self, loops: int | None) -> tuple[int, ...]:
+        """Return the number of effective layers that have run at the end of each loop."""
+        ...
 
 
 class PredictorSection(Section):
@@ -112,11 +125,11 @@ class PredictorSection(Section):
 
     @property
     def transfer_layers(self) -> tuple[int, ...]:
-        """t_1..t_k, empty for kinds without pseudo states."""
+        """Transfer layers t_1..t_k; empty for kinds without pseudo states."""
         return ()
 
     def required_layers(self, teacher: Looping) -> tuple[int, ...]:
-        """The layers that a store must hold beside the final state."""
+        """Return the layers whose states a store must contain, in addition to the final state."""
         return self.transfer_layers[:1]
 
 
@@ -125,8 +138,8 @@ class FirpConfig(PredictorSection):
 
     kind: Literal["firp"]
     layer: PositiveInt  # transfer layer t, 1 <= t <= L-1
-    steps: PositiveInt = 4  # k
-    bias: bool = False
+    steps: PositiveInt = 4  # number k of future tokens
+    bias: bool = False  # add a bias to each map
 
     @property
     def transfer_layers(self) -> tuple[int, ...]:
@@ -137,8 +150,8 @@ class HiddenTransferConfig(PredictorSection):
     """Hidden Transfer (arXiv 2404.12022): step i enters at layers[i-1]."""
 
     kind: Literal["hidden_transfer"]
-    layers: Annotated[list[PositiveInt], Field(min_length=1)]  # t_1 <= t_2 <= ... <= t_k
-    bias: bool = False
+    layers: Annotated[list[PositiveInt], Field(min_length=1)]  # transfer layers t_1 <= t_2 <= ... <= t_k
+    bias: bool = False  # add a bias to each map
 
     @model_validator(mode="after")
     def _ascending(self) -> HiddenTransferConfig:
@@ -148,6 +161,7 @@ class HiddenTransferConfig(PredictorSection):
 
     @property
     def steps(self) -> int:
+        """Number k of future tokens."""
         return len(self.layers)
 
     @property
@@ -159,20 +173,24 @@ class MedusaConfig(PredictorSection):
     """Medusa (arXiv 2401.10774): residual heads on the final state, the baseline predictor."""
 
     kind: Literal["medusa"]
-    steps: PositiveInt = 4  # heads
-    resblocks: PositiveInt = 1  # residual blocks per head
-    own_head: bool = True  # a vocabulary matrix per head, as in the paper; false: the teacher's head
+    steps: PositiveInt = 4  # number of heads
+    resblocks: PositiveInt = 1  # residual blocks of a head
+    own_head: bool = True  # a vocabulary matrix for each head, as in the paper; false: the teacher's
 
 
 class SpeedConfig(PredictorSection):
-    """SPEED (arXiv 2310.12072): exit heads behind early loops start the next tokens in a pipeline."""
+    """SPEED (arXiv 2310.12072): exit heads after early loops start the next tokens in a pipeline."""
 
     kind: Literal["speed"]
-    loops: PositiveInt | None = None  # groups that the layers of a teacher without sharing form; null: its own loops
-    exits: Annotated[list[PositiveInt], Field(min_length=1)] | None = None  # loops that predict; null: all but the last
-    exit_weights: list[Annotated[float, Field(gt=0)]] | None = None  # loss weight of each exit; null: its loop's number
-    bias: bool = False
-    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # a token starts only from a surer prediction
+    loops: PositiveInt | None = None  # groups of layers, for a teacher without sharing; null: the teacher's loops
+    exits: Annotated[list[PositiveInt], Field(min_length=1)] | None = (
+        None  # loops with an exit head; null: all but the last
+    )
+    exit_weights: list[Annotated[float, Field(gt=0)]] | None = (
+        None  # loss weight of each exit; null: the number of its loop
+    )
+    bias: bool = False  # add a bias to each map
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # minimum probability that starts a token; null: none
 
     @model_validator(mode="after")
     def _ascending(self) -> SpeedConfig:
@@ -183,7 +201,7 @@ class SpeedConfig(PredictorSection):
         return self
 
     def exit_loops(self, loops: int) -> tuple[int, ...]:
-        """The loops that predict, of a teacher that runs `loops` of them."""
+        """Return the loops with an exit head, of a teacher that runs `loops` of them."""
         return tuple(range(1, loops)) if self.exits is None else tuple(self.exits)
 
     def required_layers(self, teacher: Looping) -> tuple[int, ...]:
@@ -198,62 +216,68 @@ KINDS: dict[str, type[PredictorSection]] = {
 
 
 class TrainingConfig(Section):
-    """Optimisation of the predictor."""
+    """Training of the predictor."""
 
-    init: Literal["ridge", "identity", "random"] = "ridge"
-    ridge_lambda: Annotated[float, Field(gt=0)] = 1.0e-2  # relative to the mean diagonal of sum x x^T
-    loss: Literal["kl", "cross_entropy", "total_variation"] = "kl"
+    init: Literal["ridge", "identity", "random"] = "ridge"  # start values; ridge: closed-form least squares
+    ridge_lambda: Annotated[float, Field(gt=0)] = (
+        1.0e-2  # damping of the ridge start, relative to the mean diagonal of sum x x^T
+    )
+    loss: Literal["kl", "cross_entropy", "total_variation"] = "kl"  # distance from the teacher's distribution
     hidden_weight: Annotated[float, Field(ge=0)] = 0.0  # weight of a smooth-L1 term on the final states
-    step_decay: Annotated[float, Field(gt=0)] = 0.8  # w_i = step_decay^(i-1)
-    anchors_per_sequence: PositiveInt = 64
-    epochs: PositiveInt = 1
-    max_steps: Annotated[int, Field(ge=0)] | None = None  # optimizer steps, overrides epochs when smaller; 0: init only
-    max_minutes: PositiveFloat | None = None  # wall-clock, from the first step on; ends the run early; null: no limit
-    micro_batch_size: PositiveInt = 4  # conversations per rank and forward
-    gradient_accumulation: PositiveInt = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
-    warmup_ratio: Fraction = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
-    precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    validate_every: PositiveInt | None = None  # optimizer steps; null: ten times a run; of max_minutes one a minute
-    save_every: PositiveInt | None = None  # optimizer steps between resumable checkpoints; null: with validation
-    keep_last: PositiveInt = 2  # resumable checkpoints kept
-    keep_best: PositiveInt = 1  # weights of the validations with the longest accepted length kept
-    patience: PositiveInt | None = None  # validations without a longer accepted length that end the run; null: none do
-    min_improvement: Annotated[float, Field(ge=0)] = 0.0  # tokens by which a longer accepted length must be longer
-    balance: bool = True  # micro-batches of like lengths, so that ranks take equally long
-    readers: PositiveInt = 1  # threads that read ahead
-    preflight: Literal["refuse", "warn", "ignore"] = "refuse"  # what a run does that will not fit its devices
-    log_every: PositiveInt = 10
-    wandb: str | None = None  # Weights & Biases project; null: TensorBoard and metrics.jsonl alone
-    gate_prompts: Annotated[int, Field(ge=0)] = 8  # prompts decoded after training; 0: no gate
-    seed: int = 0
+    step_decay: Annotated[float, Field(gt=0)] = 0.8  # weight of step i in the loss: step_decay^(i-1)
+    anchors_per_sequence: PositiveInt = 64  # positions of a conversation that train; steps x as many pseudo rows
+    epochs: PositiveInt = 1  # passes over the training conversations
+    max_steps: Annotated[int, Field(ge=0)] | None = (
+        None  # maximum optimizer steps; 0: start values only; null: epochs alone
+    )
+    max_minutes: PositiveFloat | None = None  # maximum minutes from the first optimizer step on; null: no limit
+    micro_batch_size: PositiveInt = 4  # conversations of a rank in one forward
+    gradient_accumulation: PositiveInt = 1  # micro-batches of a rank in one optimizer step
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3  # peak learning rate of AdamW
+    warmup_ratio: Fraction = 0.03  # share of the optimizer steps with a rising learning rate
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # decoupled weight decay of AdamW
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # L2 norm that gradients are clipped to; 0: no clipping
+    precision: Literal["fp32", "bf16"] = "fp32"  # dtype of the predictor's weights in training
+    zero_stage: Literal[0, 1, 2, 3] = 0  # ZeRO: shard 1 optimizer states, 2 also gradients, 3 also weights
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of the conversations that is held out
+    validate_every: PositiveInt | None = (
+        None  # optimizer steps; null: ten times in a run, with max_minutes at most once a minute
+    )
+    save_every: PositiveInt | None = None  # optimizer steps between checkpoints; null: as validate_every
+    keep_last: PositiveInt = 2  # number of checkpoints to keep
+    keep_best: PositiveInt = 1  # number of best validations whose weights to keep
+    patience: PositiveInt | None = None  # stop after this many validations without improvement; null: never
+    min_improvement: Annotated[float, Field(ge=0)] = 0.0  # smallest gain in accepted length that counts, in tokens
+    balance: bool = True  # sort conversations by length, so that ranks take equally long
+    readers: PositiveInt = 1  # threads that read conversations ahead
+    preflight: Literal["refuse", "warn", "ignore"] = "refuse"  # reaction to a run that exceeds the devices' memory
+    log_every: PositiveInt = 10  # optimizer steps between entries in TensorBoard and wandb
+    wandb: str | None = None  # Weights & Biases project; null: only TensorBoard and metrics.jsonl
+    gate_prompts: Annotated[int, Field(ge=0)] = 8  # prompts to decode after training, as a check; 0: none
+    seed: int = 0  # of the validation split, the data order, the anchors and random start values
 
 
 class Recipe(Section):
-    """A whole run. `store` and `output` are folders, relative to where `firp` runs."""
+    """Configuration of a whole run. A recipe file may also have `base`, a recipe whose values it changes."""
 
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     collect: CollectConfig = Field(default_factory=CollectConfig)
     predictor: Annotated[PredictorConfig, Field(discriminator="kind")] | None = None
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    store: str | None = None
-    output: str | None = None
+    store: str | None = None  # folder of the hidden states, relative to the working directory
+    output: str | None = None  # folder of the predictor, relative to the working directory
 
     @model_validator(mode="after")
-    def _in_step(self) -> Recipe:
-        """Ranks that hold one teacher together run it at the same time."""
+    def _sharded_teacher(self) -> Recipe:
+        """Refuse what ranks with a sharded teacher cannot do: they all must run each forward at the same time."""
         if self.teacher.sharding == "zero3" and self.data.mode != "cached":
             raise ValueError(
-                f"teacher.sharding=zero3 makes no states while training reads (data.mode={self.data.mode}): "
+                f"teacher.sharding=zero3 cannot compute states while training (data.mode={self.data.mode}): "
                 "collect a store first and set data.mode=cached"
             )
         if self.teacher.sharding == "zero3" and self.data.regenerate and self.collect.responder == "engine":
             raise ValueError(
-                "a teacher of teacher.sharding=zero3 writes no answers (data.regenerate): set collect.responder=vllm"
+                "teacher.sharding=zero3 cannot generate answers (data.regenerate): set collect.responder=vllm"
             )
         return self

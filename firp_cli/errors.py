@@ -1,48 +1,48 @@
-"""Errors that a user can cause and mend.
+"""Errors that a user can cause and correct.
 
-The core raises them; `commands/` prints the message (one or two lines, the remedy included) and exits with `exit_code`.
+The core raises them; `cli/` prints the message (one or two lines, the remedy included) and exits with `exit_code`.
 """
 
 
 class FirpError(Exception):
-    """Base of every error meant for the user: its text says what is wrong and what to do about it."""
+    """Base of every error for the user: its text gives the fault and the remedy."""
 
     exit_code = 1
     agreed = False  # True where every rank of a run raises it
 
 
 class UsageError(FirpError):
-    """The command line or a file named on it asks for something that does not exist or does not fit."""
+    """Command line, or a file named on it, that names something nonexistent or contradictory."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe has an unknown or duplicate key, a wrong type, or a value out of range."""
+    """Recipe with an unknown or duplicate key, a wrong type, or a value out of range."""
 
 
 class DatasetError(UsageError):
-    """A data set cannot be found, read or understood."""
+    """Data set that cannot be found, read or parsed."""
 
 
 class LossMaskError(DatasetError):
-    """A chat template left no token, or every token, to learn from."""
+    """Chat template whose loss mask covers no token, or every token."""
 
 
 class TeacherError(UsageError):
-    """A teacher cannot be loaded, or its layers do not reproduce its own logits."""
+    """Teacher that cannot be loaded, or whose layers do not reproduce its own logits."""
 
 
 class StoreError(FirpError):
-    """A hidden-state store is missing, damaged or incomplete."""
+    """Hidden-state store that is missing, damaged or incomplete."""
 
 
 class FingerprintError(FirpError):
-    """Two artefacts were made with different teachers, tokenizers or chat templates."""
+    """Artefacts made with different teachers, tokenizers or chat templates."""
 
 
 class PredictorError(UsageError):
-    """A predictor folder is missing, incomplete or does not fit the teacher."""
+    """Predictor folder that is missing, incomplete or does not fit the teacher."""
 
 
 class NumericsError(FirpError):
@@ -50,18 +50,18 @@ class NumericsError(FirpError):
 
 
 class CapacityError(UsageError):
-    """A request does not fit: prompt against cache, tree against context, data against disk."""
+    """Request that exceeds a capacity: prompt and cache, tree and context, data and disk."""
 
 
 class LaunchError(FirpError):
-    """Ranks could not be started, or one of them failed."""
+    """Ranks that could not be started, or one that failed."""
 
 
 class ClusterError(LaunchError):
-    """The machines or devices that ranks were to be started on do not exist or are not understood."""
+    """Machines or devices for ranks that do not exist or cannot be parsed."""
 
     exit_code = 2
 
 
 class PeerLostError(LaunchError):
-    """Another rank of the run ended before its time."""
+    """Early end of another rank of the run."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders that one process at a time writes to, and checksums."""
+"""Atomic writing of files, locks of folders, and checksums."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ LOCK = ".lock"
 
 
 def cache_folder() -> Path:
-    """Where measurements of this machine are kept: $FIRP_CACHE_DIR, else `firp` in the user's cache folder."""
-    own = os.environ.get("FIRP_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firp"
+    """Return the folder of this machine's measurements: $FIRP_CACHE_DIR, else `firp` in the user's cache folder."""
+    folder = os.environ.get("FIRP_CACHE_DIR")
+    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firp"
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, read in pieces."""
+    """Return the sha256 of a file's bytes, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
+        while block := stream.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary path)`, sync, then rename to `path`: a reader sees the old file or the whole new one.
 
-    Raises whatever `write` raises; the temporary file is removed then.
+    Errors of `write` are raised; the temporary file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # some writers make private files; a store is read by others too
+        temporary.chmod(0o666 & ~_umask())  # some writers create private files, but other users read a store
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -56,35 +56,35 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """Return the process's umask, which can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with two spaces of indent, atomically. NaN is refused by the encoder."""
+    """Write JSON with two spaces of indent, atomically. The encoder refuses NaN."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 class FolderLock:
-    """The right to write into a folder, until `close` or the end of the process, however it ends."""
+    """Lock of a folder for writing, until `close` or the end of the process."""
 
-    def __init__(self, stream: TextIO, leads: bool) -> None:
-        self._stream, self._leads = stream, leads
+    def __init__(self, stream: TextIO, is_leader: bool) -> None:
+        self._stream, self._is_leader = stream, is_leader
 
     def share(self) -> None:
-        """Let the members of this process's group in (`lock_folder(..., member=True)`); nobody else yet.
+        """Let members of this process's group lock the folder too, by `lock_folder(..., member=True)`.
 
-        Raises OSError when another process took the folder in between.
+        Raises OSError when another process has locked the folder meanwhile.
         """
         fcntl.flock(self._stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def close(self) -> None:
-        """Let go. Safe to call again."""
-        if self._leads and not self._stream.closed:
-            self._stream.truncate(0)  # the file stays: removing it would let two processes lock two files
+        """Release the folder. Further calls do nothing."""
+        if self._is_leader and not self._stream.closed:
+            self._stream.truncate(0)  # the file stays: after its removal two processes could lock two files
         self._stream.close()
 
     def __enter__(self) -> FolderLock:
@@ -97,13 +97,13 @@ class FolderLock:
 
 
 def lock_folder(folder: Path, member: bool = False) -> FolderLock:
-    """Take an existing folder for this process, or as a member of a group whose leader has shared it.
+    """Lock an existing folder for this process, or as a member of a group whose leader has shared its lock.
 
-    The leader writes who it is into `.lock`. A folder is free when the last process of the group that held it is gone.
+    The leader writes its identity into `.lock`. A folder is free when the last process of the group has ended.
 
     Raises:
-        BlockingIOError: others hold it; `strerror` says who: process, machine, since when.
-        OSError: the file cannot be written, or its file system knows no locks.
+        BlockingIOError: another group has the lock; `strerror` names its process, machine and start time.
+        OSError: the file cannot be written, or its file system has no locks.
     """
     stream = (folder / LOCK).open("a+", encoding="utf-8")
     try:
@@ -117,14 +117,14 @@ def lock_folder(folder: Path, member: bool = False) -> FolderLock:
         stream.truncate(0)
         stream.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}) + "\n")
         stream.flush()
-    return FolderLock(stream, leads=not member)
+    return FolderLock(stream, is_leader=not member)
 
 
 def _holder(stream: TextIO) -> str:
-    """Who a lock file says holds it; its leader may be gone while members of its group still run."""
+    """Return the holder that a lock file names; its leader may have ended while members of its group still run."""
     stream.seek(0)
     try:
-        told = json.loads(stream.read())
-        return f"process {told['pid']} on {told['host']} since {told['since']}, or another rank of its run"
+        leader = json.loads(stream.read())
+        return f"process {leader['pid']} on {leader['host']} since {leader['since']}, or another rank of its run"
     except (ValueError, KeyError, TypeError):
-        return "a process that did not say who it is"
+        return "an unknown process"

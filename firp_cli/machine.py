@@ -1,6 +1,6 @@
-"""This machine and this process's place in its job: processor, cores, threads, memory, ranks and network.
+"""Properties of this machine and process: ranks, processor, cores, threads, memory, network access.
 
-Imports no heavy package; what needs torch imports it when it is called.
+Imports no heavy package; functions that need torch import it.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from firp_cli.errors import CapacityError
 if TYPE_CHECKING:
     import torch
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS = ("", "K", "M", "G", "T")
 CGROUPS = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 
 
 def rank() -> int:
-    """Number of this process in its group, 0 outside a launched group."""
+    """Return the number of this process in its group, 0 outside a launched group."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes in the group, 1 outside a launched group."""
+    """Return the number of processes in the group, 1 outside a launched group."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """Number of this process among those of its machine."""
+    """Return the number of this process among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Number of ranks on this machine, 1 where no launcher sets it."""
+    """Return the number of ranks on this machine, 1 where no launcher sets it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
 
 
@@ -49,12 +49,12 @@ def is_launched() -> bool:
 
 
 def is_main() -> bool:
-    """Return True in the process that writes files and talks to the user (rank 0)."""
+    """Return True in the process that writes files and prints (rank 0)."""
     return rank() == 0
 
 
 def default_device() -> torch.device:
-    """This rank's CUDA device, or the CPU."""
+    """Return this rank's CUDA device, or the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -63,13 +63,13 @@ def default_device() -> torch.device:
 
 
 def hub_disabled() -> bool:
-    """Return True where the environment forbids requests to the hub, by the two variables that its client reads."""
+    """Return True if one of the two variables of the hub's client disables requests to the hub."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.lower() in ("1", "true", "yes", "on")
 
 
 def processor_name() -> str:
-    """Model name of the processor where the system reports one, else its architecture."""
+    """Return the processor's model name where the system reports one, else its architecture."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():
@@ -92,19 +92,19 @@ def set_threads(threads: int | None) -> None:
 
 
 def usable_cores(cgroups: Path = CGROUPS) -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group if there is one."""
+    """Return the cores that this process may use, by its affinity and the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cpu_quota(cgroups)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def cores_of_rank(ranks: int) -> int:
-    """CPU threads of each of `ranks` ranks that share this process's usable cores."""
+    """Return the CPU threads of each of `ranks` ranks that share this process's usable cores."""
     return max(1, usable_cores() // ranks)
 
 
 def readable_bytes(count: float) -> str:
-    """A number of bytes as text, in powers of 1000, as disks and devices are sold."""
+    """Return a number of bytes as text, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -113,20 +113,16 @@ def readable_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from `80GB`, `80G`, `64GiB` or a plain number. Raises CapacityError."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
-    try:
-        assert found
-        power = UNITS[found[2].upper()]
-        return int(float(found[1]) * (1024 ** (len(str(power)) // 3) if found[3] else power))
-    except (AssertionError, ValueError):
-        raise CapacityError(
-            f"{text!r} is not an amount of memory: write for example 80GB, 64GiB or a number of bytes"
-        ) from None
+    """Return the bytes in `80GB`, `80G`, `64GiB` or a number. Raises CapacityError."""
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
+    if match is None:
+        raise CapacityError(f"{text!r} is not an amount of memory: write for example 80GB, 64GiB or a number of bytes")
+    exponent = UNITS.index(match[2].upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** exponent)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that a new allocation on `device` may take, in bytes; None where the machine does not report it."""
+    """Return the bytes free for new allocations on `device`; None where the machine does not report them."""
     import torch
 
     if device.type == "cuda":
@@ -135,8 +131,8 @@ def free_bytes(device: torch.device) -> int | None:
     return available_memory()
 
 
-def device_room(local_ranks: int) -> tuple[int, str] | None:
-    """Bytes that each of `local_ranks` ranks of this machine may take, and their source; None where unknown."""
+def memory_of_rank(local_ranks: int) -> tuple[int, str] | None:
+    """Return the bytes free for each of `local_ranks` ranks of this machine, and their source; None if unknown."""
     import torch
 
     if torch.cuda.is_available():
@@ -150,7 +146,7 @@ def device_room(local_ranks: int) -> tuple[int, str] | None:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that the system could give to new allocations; None where it does not report them."""
+    """Return the system's bytes free for new allocations; None where it does not report them."""
     try:
         lines = MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
@@ -160,37 +156,37 @@ def available_memory() -> int | None:
 
 
 def _cuda_free(local_ranks: int) -> int | None:
-    """Free bytes by nvidia-smi: asking CUDA itself would leave a context of this process on the device."""
+    """Return free bytes by nvidia-smi: a query of CUDA itself would leave a context on the device."""
     visible = [item for item in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item]
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     if visible:
         command.append(f"--id={','.join(visible[:local_ranks])}")
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        free = [int(line) << 20 for line in answer.splitlines() if line.strip()]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        free = [int(line) << 20 for line in output.splitlines() if line.strip()]
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return min(free[:local_ranks], default=None)
 
 
 def _cgroup_memory_free(root: Path = CGROUPS) -> int | None:
-    """Bytes left under the limit of this process's control group; file pages that the kernel can drop count as free."""
+    """Return the free bytes of this process's control group; file pages that the kernel can drop count as free."""
     for limit, used, inactive in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            most, now = (int((root / name).read_text(encoding="ascii")) for name in (limit, used))
+            allowed, current = (int((root / name).read_text(encoding="ascii")) for name in (limit, used))
             stat = (root / limit).with_name("memory.stat").read_text(encoding="ascii")
         except (OSError, ValueError):  # no such group, or "max"
             continue
         droppable = [int(line.split()[1]) for line in stat.splitlines() if line.split()[0] == inactive]
-        return max(0, most - now + sum(droppable))
+        return max(0, allowed - current + sum(droppable))
     return None
 
 
 def _cpu_quota(root: Path) -> float | None:
-    """Cores' worth of time that the control group (version 2 or 1) allows; None without a limit."""
+    """Return the cores' worth of time that the control group (version 2 or 1) allows; None without a limit."""
     try:
         if (root / "cpu.max").is_file():
             share, period = (root / "cpu.max").read_text(encoding="ascii").split()

@@ -1,4 +1,4 @@
-"""How a result came to be: machine, versions, commit, command line. And files that are either whole or absent."""
+"""Provenance of a result: machine, versions, commit and command line; fingerprints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "saf
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, git commit and argv, as plain JSON values. Imports no heavy package."""
+    """Return machine, versions, git commit and argv as JSON values. Imports no heavy package."""
     return {
         "time": _now(),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -44,8 +44,9 @@ def installed_version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree that runs, with `+changes` when it differs; outside a checkout what FIRP_GIT_COMMIT
-    says, else None.
+    """Return the commit of the running source tree, with `+changes` when it differs.
+
+    Outside a checkout it is the value of FIRP_GIT_COMMIT, else None.
     """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
@@ -63,7 +64,7 @@ def git_commit() -> str | None:
 
 
 def fingerprint(value: Any) -> str:
-    """First 16 hex digits of the sha256 of a JSON value (keys sorted), a string or bytes."""
+    """Return the first 16 hex digits of the sha256 of a JSON value (keys sorted), a string or bytes."""
     if not isinstance(value, bytes):
         value = (value if isinstance(value, str) else json.dumps(value, sort_keys=True)).encode()
     return hashlib.sha256(value).hexdigest()[:16]

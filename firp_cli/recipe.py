@@ -1,75 +1,82 @@
-"""Recipes: typed YAML that says which teacher, data, predictor and training a run uses.
+"""Recipes: typed YAML that defines the teacher, data, predictor and training of a run.
 
-Loading touches no device; unknown, duplicate and mistyped keys are refused with file, line, key and the nearest known
-key. Embedded teachers, predictors, data and shipped recipes are found here too, in a checkout or inside a wheel.
+Loading touches no device. Unknown, duplicate and mistyped keys are refused with file, line, key and the nearest known
+key. A recipe with `base: NAME-or-path` inherits the settings of another one.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from firp_cli.assets import find_recipe, nearest
+from firp_cli.assets import find_recipe, find_shipped_recipe, nearest
 from firp_cli.config import KINDS, LoopedSection, Recipe
 from firp_cli.errors import RecipeError
 
+BASE = "base"
+COMMAND_LINE = "command line, "
+Key = tuple[str, ...]
+Locations = dict[Key, str]  # where a key is written: `FILE:LINE: ` or COMMAND_LINE
+
 
 def load_recipe(name: str | None, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe by path or shipped name, apply `section.field=value` overrides, and validate.
+    """Read a recipe by path or shipped name, resolve its base, apply `section.field=value` overrides, and validate.
 
     Raises RecipeError naming the file, line and key.
     """
     values: dict[str, Any] = {}
-    lines: dict[tuple[str, ...], int] = {}
+    locations: Locations = {}
     origin = "command line"
     if name is not None:
         path = find_recipe(name)
         origin = str(path)
-        values, lines = _read_yaml(path.read_text(encoding="utf-8"), origin)
+        values, locations = _read_with_base(path, ())
     for override in overrides or []:
-        _apply_override(values, lines, override)
-    return validate_recipe(values, origin, lines)
+        _apply_override(values, locations, override)
+    return validate_recipe(values, origin, locations)
 
 
-def validate_recipe(
-    values: dict[str, Any], origin: str = "recipe", lines: dict[tuple[str, ...], int] | None = None
-) -> Recipe:
-    """A Recipe from plain values. Raises RecipeError naming where the fault stands."""
+def validate_recipe(values: dict[str, Any], origin: str = "recipe", locations: Locations | None = None) -> Recipe:
+    """Return a Recipe from JSON values. Raises RecipeError naming the location of the fault.
+
+    Args:
+        origin: location to name where `locations` has none.
+    """
+    locations = locations or {}
     predictor = values.get("predictor")
     if isinstance(predictor, dict):
         kind = predictor.get("kind")
         if kind not in KINDS:
-            where = _where(origin, lines, ("predictor", "kind") if "kind" in predictor else ("predictor",))
+            where = _where(origin, locations, ("predictor", "kind") if "kind" in predictor else ("predictor",))
             raise RecipeError(f"{where}: unknown predictor kind {kind!r}{nearest(str(kind), KINDS)}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(error, origin, lines)) from None
+        raise RecipeError(_explain(error, origin, locations)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
+    """Return the resolved recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
 
 
-def _where(origin: str, lines: dict[tuple[str, ...], int] | None, key: tuple[str, ...]) -> str:
-    line = (lines or {}).get(key)
-    if line == 0:
-        return f"command line, key {'.'.join(key)}"
-    return f"{origin}:{line}: key {'.'.join(key)}" if line else f"{origin}: key {'.'.join(key)}"
+def _where(origin: str, locations: Locations, key: Key) -> str:
+    """Location and name of a key; a key that is not written itself has the location of its section."""
+    written = next((key[:length] for length in range(len(key), 0, -1) if key[:length] in locations), None)
+    return (f"{origin}: " if written is None else locations[written]) + f"key {'.'.join(key)}"
 
 
-def _explain(error: ValidationError, origin: str, lines: dict[tuple[str, ...], int] | None) -> str:
-    """The first fault of a validation error, in the words of the recipe."""
-    fault = min(
-        error.errors(), key=lambda item: item["type"] != "extra_forbidden"
-    )  # a misspelt key explains a missing one
+def _explain(error: ValidationError, origin: str, locations: Locations) -> str:
+    """Return one line about the first fault of a validation error."""
+    # a misspelt key is reported first: it explains a missing one
+    fault = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     key = tuple(str(part) for part in fault["loc"])
     if len(key) > 1 and key[0] == "predictor" and key[1] in KINDS:
         key = (key[0], *key[2:])  # pydantic puts the union's tag into the path
-    where = _where(origin, lines, key)
+    where = _where(origin, locations, key)
     if fault["type"] == "extra_forbidden":
         section: Any = Recipe
         if key[0] in Recipe.model_fields and len(key) > 1:
@@ -79,13 +86,59 @@ def _explain(error: ValidationError, origin: str, lines: dict[tuple[str, ...], i
         return f"{where}: unknown key{nearest(key[-1], section.model_fields)}"
     if fault["type"] == "missing":
         return f"{where}: required{' for this predictor kind' if key[0] == 'predictor' else ''}"
-    if isinstance(fault["input"], dict) and fault["type"] == "value_error":  # the fields of a section do not fit
+    if isinstance(fault["input"], dict) and fault["type"] == "value_error":  # fields of a section contradict each other
         return f"{where.removesuffix(': key ')}: {fault['msg'].removeprefix('Value error, ')}"
     return f"{where}: {fault['msg']} (got {fault['input']!r})"
 
 
-def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """Plain values and the line of every key. Raises RecipeError on bad YAML and duplicate keys."""
+def _read_with_base(path: Path, derived: tuple[Path, ...]) -> tuple[dict[str, Any], Locations]:
+    """Read a recipe file merged over its base, without the key `base`.
+
+    Args:
+        derived: the files that name this one as their base, outermost first.
+    """
+    if path.resolve() in [file.resolve() for file in derived]:
+        files = " -> ".join(map(str, (*derived, path)))
+        raise RecipeError(f"the bases of recipes form a circle: {files}; remove one `base`")
+    values, locations = _read_yaml(path.read_text(encoding="utf-8"), str(path))
+    if BASE not in values:
+        return values, locations
+    name, where = values.pop(BASE), f"{locations.pop((BASE,))}key {BASE}"
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}: name a shipped recipe or a file (got {name!r})")
+    try:
+        base_path = beside if (beside := path.parent / name).is_file() else find_shipped_recipe(name)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    base, base_locations = _read_with_base(base_path, (*derived, path))
+    _merge(base, base_locations, values, locations)
+    return base, base_locations
+
+
+def _merge(base: dict[str, Any], base_locations: Locations, values: dict[str, Any], locations: Locations) -> None:
+    """Put the keys of each section of `values` over those of `base`, in place.
+
+    Values are replaced whole, and so is a predictor section of another kind.
+    """
+    for section, content in values.items():
+        below, merged = base.get(section), content
+        replaced: list[Key] = [(section,)]
+        same_kind = section != "predictor" or _kind(content) in (None, _kind(below))
+        if isinstance(below, dict) and isinstance(content, dict) and same_kind:
+            merged, replaced = {**below, **content}, [(section, key) for key in content]
+        for key in list(base_locations):
+            if key[:2] in replaced or key[:1] in replaced:
+                del base_locations[key]
+        base[section] = merged
+    base_locations |= locations
+
+
+def _kind(section: Any) -> Any:
+    return section.get("kind") if isinstance(section, dict) else None
+
+
+def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], Locations]:
+    """Return the values and the location of every key. Raises RecipeError on bad YAML and duplicate keys."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
@@ -96,24 +149,24 @@ def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], dict[tuple[str, 
         return {}, {}
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: a recipe is a mapping of sections, got {type(values).__name__}")
-    lines: dict[tuple[str, ...], int] = {}
-    _walk(root, (), lines, origin)
-    return values, lines
+    lines: dict[Key, int] = {}
+    _find_lines(root, (), lines, origin)
+    return values, {key: f"{origin}:{line}: " for key, line in lines.items()}
 
 
-def _walk(node: yaml.Node, prefix: tuple[str, ...], lines: dict[tuple[str, ...], int], origin: str) -> None:
+def _find_lines(node: yaml.Node, prefix: Key, lines: dict[Key, int], origin: str) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
     for key_node, value_node in node.value:
         key = (*prefix, str(key_node.value))
         line = key_node.start_mark.line + 1
         if key in lines:
-            raise RecipeError(f"{origin}:{line}: key {'.'.join(key)} stands twice (first on line {lines[key]})")
+            raise RecipeError(f"{origin}:{line}: duplicate key {'.'.join(key)} (first on line {lines[key]})")
         lines[key] = line
-        _walk(value_node, key, lines, origin)
+        _find_lines(value_node, key, lines, origin)
 
 
-def _apply_override(values: dict[str, Any], lines: dict[tuple[str, ...], int], override: str) -> None:
+def _apply_override(values: dict[str, Any], locations: Locations, override: str) -> None:
     name, separator, text = override.partition("=")
     key = tuple(name.strip().split("."))
     if not separator or not all(key):
@@ -130,4 +183,4 @@ def _apply_override(values: dict[str, Any], lines: dict[tuple[str, ...], int], o
         target[key[-1]] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
-    lines[key] = 0  # 0 marks the command line
+    locations[key] = COMMAND_LINE

@@ -49,7 +49,7 @@ PREDICTOR_FOLDER = ROOT / "data" / "predictors"
 PREDICTORS: dict[str, dict[str, tuple[str, str | None]]] = {
     "arithmetic": {
         "arithmetic-firp": ("firp", "chain"),
-        "arithmetic-hidden_transfer": ("hidden_transfer", "dynamic:8"),
+        "arithmetic-hidden-transfer": ("hidden_transfer", "dynamic:8"),
         "arithmetic-medusa": ("medusa", "dynamic:8"),
         "arithmetic-speed": ("speed", None),
     },

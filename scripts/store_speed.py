@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from firp_cli.provenance import environment
-from firp_cli.store.reader import FLOATS, SCALED, Store, compress, expand
+from firp_cli.store.reader import FLOATS, SCALED, Store, decode_states, encode_states
 from firp_cli.store.writer import LEAST_SHARDS, ShardPlan, StoreWriter
 
 LAYER = 8
@@ -71,7 +71,7 @@ def tensors_of(corpus: Corpus, dtype: str) -> dict[str, Tensor]:
         "sequence_offsets": torch.tensor([0, *accumulate(corpus.lengths)]),
     }
     for name, states in corpus.states.items():
-        tensors |= {name + suffix: stored for suffix, stored in compress(states, dtype).items()}
+        tensors |= {name + suffix: stored for suffix, stored in encode_states(states, dtype).items()}
     return tensors
 
 
@@ -119,7 +119,7 @@ def read_store(folder: Path, order: Sequence[int]) -> None:
         rows = store.stored(index)
         for name, stored in rows.items():
             scale = rows.get(f"{name}.scale")
-            expand(stored, scale, out=memory.like(stored, stored.dtype if scale is None else torch.float32))
+            decode_states(stored, scale, out=memory.like(stored, stored.dtype if scale is None else torch.float32))
 
 
 def read_plain(folder: Path, order: Sequence[int], lengths: Sequence[int]) -> None:

@@ -27,11 +27,11 @@ from firp_cli.recipe import load_recipe
 from firp_cli.store.reader import Store
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
-from firp_cli.training.batches import Prefetcher, Reader, split_validation
-from firp_cli.training.deepspeed_engine import ADAM_BETAS
+from firp_cli.training.batches import Prefetcher, Reader, data_order, planned_steps, split_validation
 from firp_cli.training.metrics_log import Listener
 from firp_cli.training.objective import ObjectiveModule
-from firp_cli.training.trainer import data_order, planned_steps, train
+from firp_cli.training.pace import ADAM_BETAS
+from firp_cli.training.trainer import train
 
 
 def bare_rate(recipe: Recipe, teacher: Teacher, store: Store, warm: int) -> tuple[float, list[float]]:

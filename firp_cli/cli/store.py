@@ -18,7 +18,7 @@ from firp_cli.machine import readable_bytes
 from firp_cli.teacher.load import load_teacher
 
 if TYPE_CHECKING:
-    from firp_cli.store.verify import Fault
+    from firp_cli.store.verify import StoreFault
 
 MOST_PARTS = 1000
 
@@ -114,19 +114,19 @@ def verify(
         raise typer.Exit(1)
 
 
-def _teacher_faults(folder: Path, manifest: dict[str, Any], name: str) -> list[Fault]:
+def _teacher_faults(folder: Path, manifest: dict[str, Any], name: str) -> list[StoreFault]:
     """What differs between the fingerprints of a store and of a teacher in the store's own precision."""
     from firp_cli.collecting.collect_store import fingerprints
     from firp_cli.config import TeacherConfig
     from firp_cli.store.reader import MANIFEST
-    from firp_cli.store.verify import Fault
+    from firp_cli.store.verify import StoreFault
 
     made_by = manifest["teacher"]
     config = {"model": name, "dtype": made_by.get("dtype", "auto"), "looped": made_by.get("looped")}
     now = fingerprints(load_teacher(TeacherConfig.model_validate(config), "cpu", check=False))
     remedy = f"name the teacher that made {folder} ({made_by['name']}), or collect a store for {name}"
     return [
-        Fault(MANIFEST, f"made with another {mark} (store: {value}, {name}: {now.get(mark)})", remedy)
+        StoreFault(MANIFEST, f"made with another {mark} (store: {value}, {name}: {now.get(mark)})", remedy)
         for mark, value in manifest["fingerprints"].items()
         if now.get(mark) != value
     ]
@@ -181,7 +181,7 @@ def split(
 
 
 def _parse_parts(text: str) -> list[float]:
-    """Two or more shares or numbers, as `deal` takes them."""
+    """Two or more shares or numbers, as `assign_parts` takes them."""
     try:
         parts = [float(part) for part in text.split(",")]
     except ValueError:

@@ -14,9 +14,9 @@ from firp_cli.machine import is_main
 from firp_cli.recipe import dump_recipe
 
 if TYPE_CHECKING:
-    from firp_cli.training.memory_model import Line
+    from firp_cli.training.memory_model import MemoryLine
     from firp_cli.training.plan import Plan
-    from firp_cli.training.time_model import Chain
+    from firp_cli.training.time_model import RunTimes
 
 SHOWN_SHARE = 0.02  # of a rank's memory, from which on a line is worth printing before a run
 
@@ -41,11 +41,11 @@ def print_plan(
     from firp_cli.machine import parse_bytes, readable_bytes
     from firp_cli.training.plan import make_plan
     from firp_cli.training.preflight import preflight
-    from firp_cli.training.time_model import PEAK_FLOPS, UTILISATION, Speed
+    from firp_cli.training.time_model import PEAK_FLOPS, UTILISATION, Throughput
 
     conversations, tokens = _stored(recipe)
-    speed = Speed(device_tflops * 1e12 if device_tflops else PEAK_FLOPS, utilisation or UTILISATION)
-    found = make_plan(recipe, ranks, conversations, tokens, mean_tokens, speed)
+    reached = Throughput(device_tflops * 1e12 if device_tflops else PEAK_FLOPS, utilisation or UTILISATION)
+    found = make_plan(recipe, ranks, conversations, tokens, mean_tokens, reached)
     room = None if device_memory is None else parse_bytes(device_memory)
     checked = None if room is None else preflight(recipe, ranks, room, "as --device-memory says")
     verdict = None
@@ -73,7 +73,7 @@ def print_plan(
         console.print(rich_table(["while collecting", "", "arithmetic"], rows, left=1, remark=True))
     if found.chain:
         console.print(
-            rich_table(["chain", "", ""], _chain_cells(found.chain, speed, tokens is not None), left=1, remark=True)
+            rich_table(["chain", "", ""], _chain_cells(found.chain, reached, tokens is not None), left=1, remark=True)
         )
     if found.missing:
         typer.echo(f"{found.missing}; parameter and memory figures need it")
@@ -86,14 +86,14 @@ def check_devices(recipe: Recipe, ranks: int, local_ranks: int) -> None:
 
     Raises CapacityError with settings that fit, where `training.preflight` says so.
     """
-    from firp_cli.machine import device_room, readable_bytes
+    from firp_cli.machine import memory_of_rank, readable_bytes
     from firp_cli.training.memory_model import total_bytes
     from firp_cli.training.preflight import preflight
 
     mode = recipe.training.preflight
     if mode == "ignore" or not is_main():
         return
-    room = device_room(local_ranks)
+    room = memory_of_rank(local_ranks)
     checked = None if room is None else preflight(recipe, ranks, *room)
     if room is None or checked is None:
         return
@@ -107,7 +107,7 @@ def check_devices(recipe: Recipe, ranks: int, local_ranks: int) -> None:
     say(fault)
 
 
-def _show(lines: list[Line]) -> None:
+def _show(lines: list[MemoryLine]) -> None:
     from firp_cli.machine import readable_bytes
     from firp_cli.training.memory_model import total_bytes
 
@@ -118,9 +118,9 @@ def _show(lines: list[Line]) -> None:
         say(f"{line.name:<{width}}  {readable_bytes(line.bytes):>12}  {line.rule}")
 
 
-def _chain_cells(chain: Chain, speed: Any, stored: bool) -> list[list[str]]:
-    reach = f"{speed.peak_flops / 1e12:,.0f} TFLOP/s a rank"
-    shares = {"answers": speed.answer_utilisation}
+def _chain_cells(chain: RunTimes, throughput: Any, stored: bool) -> list[list[str]]:
+    reach = f"{throughput.peak_flops / 1e12:,.0f} TFLOP/s a rank"
+    shares = {"answers": throughput.answer_utilisation}
     counted = "in the store" if stored else "conversations * tokens of each (--tokens, else data.max_length: at most)"
     rows = [["tokens", f"{chain.tokens:,}", counted]]
     rows += [
@@ -128,7 +128,7 @@ def _chain_cells(chain: Chain, speed: Any, stored: bool) -> list[list[str]]:
     ]
     for name, hours in chain.hours.items():
         if chain.flops[name]:
-            share = shares.get(name, speed.utilisation)
+            share = shares.get(name, throughput.utilisation)
             rows.append([f"hours, {name}", f"{hours:,.2f}", f"{chain.flops[name]:.3g} FLOP at {share:.0%} of {reach}"])
     return rows
 

@@ -20,7 +20,7 @@ from firp_cli.collecting.teacher_states import capture
 from firp_cli.errors import NumericsError, StoreError
 from firp_cli.files import file_sha256, write_atomically
 from firp_cli.provenance import fingerprint
-from firp_cli.store.reader import StoredSequence, compress, expand, state_names
+from firp_cli.store.reader import StoredSequence, decode_states, encode_states, state_names
 from firp_cli.store.shard_file import save_hashed
 from firp_cli.teacher.teacher import Teacher
 
@@ -81,7 +81,7 @@ class OnlineStates(Sequence[StoredSequence]):
         def sink(batch: list[int], states: dict[str, Tensor]) -> None:
             for name, rows in states.items():
                 place = 0
-                stored = compress(rows, self.dtype)
+                stored = encode_states(rows, self.dtype)
                 for number in batch:
                     length = self.lengths[indices[number]]
                     for suffix, values in stored.items():
@@ -105,7 +105,7 @@ class OnlineStates(Sequence[StoredSequence]):
         hidden: dict[int, Tensor] = {}
         for name, layer in state_names(self.layers).items():
             # a clone outside of the forward's inference mode: training saves it for its backward pass
-            values = expand(states[name].clone(), states.get(f"{name}.scale"))
+            values = decode_states(states[name].clone(), states.get(f"{name}.scale"))
             if layer is None:
                 final = values
             else:

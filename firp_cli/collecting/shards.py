@@ -22,7 +22,7 @@ from firp_cli.collecting.teacher_states import accompany, capture
 from firp_cli.data.formats import Message
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import LaunchError, StoreError
-from firp_cli.store.reader import compress, room, state_names
+from firp_cli.store.reader import allocate, encode_states, state_names
 from firp_cli.store.writer import FOLD_SECONDS, ShardPlan, ShardWriter, StoreWriter, is_whole, text_fingerprint
 from firp_cli.teacher.teacher import Teacher
 
@@ -226,12 +226,12 @@ def _shard_tensors(
         "sequence_offsets": offsets,
     }
     for name in state_names(layers):
-        for suffix, sample in compress(torch.zeros(1, teacher.hidden_size), dtype).items():
-            tensors[name + suffix] = room((starts[-1], sample.shape[1]), sample.dtype)
+        for suffix, sample in encode_states(torch.zeros(1, teacher.hidden_size), dtype).items():
+            tensors[name + suffix] = allocate((starts[-1], sample.shape[1]), sample.dtype)
 
     def sink(batch: list[int], states: dict[str, Tensor]) -> None:
         for name, rows in states.items():
-            for suffix, stored in compress(rows, dtype).items():
+            for suffix, stored in encode_states(rows, dtype).items():
                 place = 0
                 for index in batch:
                     length = starts[index + 1] - starts[index]

@@ -1,8 +1,8 @@
-"""Conversations to tokens, with a mask over the tokens that the assistant writes.
+"""Tokens of conversations, with a mask over the tokens that the assistant writes.
 
-The mask covers the assistant's text and the token that ends its turn (a predictor must learn where answers stop), not
-the line break behind it. Templates with `{% generation %}` marks say so themselves; for the others the spans are found
-in the rendered text. A tokenizer without a chat template gets `PLAIN_TEMPLATE`.
+The mask covers the assistant's text and the token that ends its turn (a predictor must learn where answers end), not
+the line break after it. Templates with `{% generation %}` marks define the spans; for others the spans are located in
+the rendered text. A tokenizer without a chat template gets `DEFAULT_TEMPLATE`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from firp_cli.data.formats import Message
 from firp_cli.errors import DatasetError, LossMaskError
 from firp_cli.provenance import fingerprint
 
-PLAIN_TEMPLATE = (
+DEFAULT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ '\\n' + message['content'] + (eos_token or '') }}{% endgeneration %}"
     "{% else %}{{ ('' if loop.first else '\\n') + message['content'] }}{% endif %}{% endfor %}"
 )
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Llama 3's templates print today's date unless told one: a store must render the same tomorrow.
+# Llama 3's templates print today's date unless it is given; a store must render the same on every day.
 RENDER_OPTIONS = {"date_string": "26 Jul 2024"}
 SENTINEL = "\ue000\ue001\ue002"  # private-use characters: no template trims or splits them
 SHOWN_CHARACTERS = 600
@@ -33,16 +33,16 @@ SHOWN_CHARACTERS = 600
 
 @dataclass
 class EncodedConversation:
-    """Token ids, and for each whether the assistant wrote it."""
+    """Token ids, and a mask that is True on those of the assistant."""
 
     input_ids: list[int]
     loss_mask: list[bool]
 
 
 def encode(messages: Sequence[Message], tokenizer: Any, max_length: int | None = None) -> EncodedConversation:
-    """Tokens and loss mask of a conversation, cut to `max_length`. No masked token where nothing was answered in time.
+    """Return tokens and loss mask of a conversation, cut to `max_length`: answers after the cut have no tokens.
 
-    Raises DatasetError when the template refuses the conversation (roles it does not know or in an order it forbids).
+    Raises DatasetError when the template refuses the conversation (unknown roles, or roles in a forbidden order).
     """
     if not messages:
         return EncodedConversation([], [])
@@ -55,12 +55,12 @@ def encode(messages: Sequence[Message], tokenizer: Any, max_length: int | None =
         ids, mask = _by_marks(messages, tokenizer)
     else:
         ids, mask = _by_rendering(messages, tokenizer)
-    _settle_ends(ids, mask, tokenizer)
+    _mask_turn_ends(ids, mask, tokenizer)
     return EncodedConversation(ids[:max_length], mask[:max_length])
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """Tokens of a prompt, ending where the assistant starts to write. Raises DatasetError as `encode` does."""
+    """Return the tokens of a prompt, up to the start of the assistant's turn. Raises DatasetError as `encode` does."""
     text = _render(messages, tokenizer, prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -72,22 +72,22 @@ def check_masks(first: Sequence[Message], tokenizer: Any, masked: int, total: in
     """
     if 0 < masked < total:
         return
-    which = "not one of its tokens" if masked == 0 else "every one of its tokens"
+    which = "none" if masked == 0 else "all"
     raise LossMaskError(
-        f"the loss mask is useless: of the data set, {which} ({total}) belongs to an answer of the assistant\n"
-        f"the chat template renders the first conversation so, answers in [[ ]]: {show_spans(first, tokenizer)}\n"
+        f"the loss mask is useless: {which} of the data set's {total} tokens belong to an answer of the assistant\n"
+        f"the chat template renders the first conversation, answers in [[ ]], as {show_spans(first, tokenizer)}\n"
         "check the roles of the messages, the tokenizer's chat template, and data.max_length"
     )
 
 
 def show_spans(messages: Sequence[Message], tokenizer: Any) -> str:
-    """A conversation as the template renders it, answers between double brackets, on one line."""
+    """Return a conversation as the template renders it, answers between double brackets, on one line."""
     encoded = encode(messages, tokenizer)
-    pieces = []
+    parts = []
     for start, end, inside in _runs(encoded.loss_mask):
         text = tokenizer.decode(encoded.input_ids[start:end])
-        pieces.append(f"[[{text}]]" if inside else text)
-    line = json.dumps("".join(pieces), ensure_ascii=False)
+        parts.append(f"[[{text}]]" if inside else text)
+    line = json.dumps("".join(parts), ensure_ascii=False)
     return (
         line
         if len(line) <= SHOWN_CHARACTERS
@@ -96,22 +96,22 @@ def show_spans(messages: Sequence[Message], tokenizer: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """16 hex digits over vocabulary, merges and normalisation: same text to same ids, same fingerprint."""
+    """Return 16 hex digits over vocabulary, merges and normalisation: all that maps text to ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return fingerprint(tokenizer.get_vocab())
     state = json.loads(backend.to_str())
-    # Set by the latest call, not by the tokenizer's identity.
+    # without what the latest call set
     return fingerprint({key: value for key, value in state.items() if key not in ("padding", "truncation")})
 
 
 def template_fingerprint(tokenizer: Any) -> str:
-    """16 hex digits over the chat template in use."""
+    """Return 16 hex digits over the chat template in use."""
     return fingerprint(_template(tokenizer))
 
 
 def _template(tokenizer: Any) -> str:
-    return tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+    return tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
 
 
 def _render(messages: Sequence[Message], tokenizer: Any, prompt: bool = False) -> str:
@@ -128,7 +128,7 @@ def _render(messages: Sequence[Message], tokenizer: Any, prompt: bool = False) -
 
 
 def _by_marks(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """The template marks what the assistant generates."""
+    """Encode with a template that marks the assistant's text."""
     try:
         encoded = tokenizer.apply_chat_template(
             list(messages),
@@ -144,7 +144,7 @@ def _by_marks(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], l
 
 
 def _by_rendering(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """A token belongs to an answer when any of its characters does."""
+    """Encode the rendered text; a token belongs to an answer if any of its characters does."""
     text = _render(messages, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
@@ -160,11 +160,11 @@ def _by_rendering(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int
 
 
 def assistant_spans(messages: Sequence[Message], tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    """Character spans of the assistant's turns in `text`, the whole conversation as rendered, in order.
+    """Return the character spans of the assistant's turns in `text`, the rendered conversation, in order.
 
     A turn starts where the generation prompt for it ends and ends where the rendering up to it ends. Templates that
-    rewrite earlier turns (Qwen3 drops their thinking) are no prefix of themselves: there the rendering around a
-    sentinel in the turn's place says where its text stands. A turn that the template leaves out has no span.
+    rewrite earlier turns (Qwen3 drops their thinking) have no such prefixes: there the rendering around a sentinel in
+    place of the turn locates its text. A turn that the template omits has no span.
     """
     spans: list[tuple[int, int]] = []
     cursor = 0
@@ -187,8 +187,10 @@ def assistant_spans(messages: Sequence[Message], tokenizer: Any, text: str) -> l
 
 
 def _prefix_length(messages: Sequence[Message], tokenizer: Any, text: str, prompt: bool) -> int | None:
-    """Length of the rendering of the first messages where the whole text starts with it, trailing breaks left out
-    behind a finished turn."""
+    """Return the length of the rendering of the first messages if it is a prefix of the text, else None.
+
+    Line breaks after a finished turn do not count.
+    """
     try:
         rendered = _render(messages, tokenizer, prompt)
     except DatasetError:
@@ -201,25 +203,24 @@ def _prefix_length(messages: Sequence[Message], tokenizer: Any, text: str, promp
 def _content_span(
     messages: Sequence[Message], turn: int, tokenizer: Any, text: str, cursor: int
 ) -> tuple[int, int] | None:
-    """Where the text of one turn stands: between what is rendered around a sentinel, else the first match behind
-    `cursor`."""
+    """Return the span of one turn's text, by the rendering around a sentinel, else the first match after `cursor`."""
     marked = [*messages[:turn], {**messages[turn], "content": SENTINEL}, *messages[turn + 1 :]]
     try:
-        head, found, tail = _render(marked, tokenizer).partition(SENTINEL)
+        head, sentinel, tail = _render(marked, tokenizer).partition(SENTINEL)
     except DatasetError:
-        found = ""
-    if found and SENTINEL not in tail and text.startswith(head) and text.endswith(tail) and len(head) >= cursor:
+        sentinel = ""
+    if sentinel and SENTINEL not in tail and text.startswith(head) and text.endswith(tail) and len(head) >= cursor:
         return len(head), max(len(head), len(text) - len(tail))
     content = messages[turn]["content"].strip()
     start = text.find(content, cursor) if content else -1
     return None if start < 0 else (start, start + len(content))
 
 
-def _settle_ends(ids: list[int], mask: list[bool], tokenizer: Any) -> None:
-    """Let every run of masked tokens end with the token that ends the turn, in place.
+def _mask_turn_ends(ids: list[int], mask: list[bool], tokenizer: Any) -> None:
+    """Extend or cut every run of masked tokens to the token that ends the turn, in place.
 
-    A special token right behind a run is part of it (marks and sentinels cover the text alone), unless it begins a
-    text; white space behind a special token is not.
+    A special token directly after a run is part of it (marks and sentinels cover only the text), unless it begins a
+    text; white space after a special token is not.
     """
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special |= set(tokenizer.all_special_ids)
@@ -240,7 +241,7 @@ def _settle_ends(ids: list[int], mask: list[bool], tokenizer: Any) -> None:
 
 
 def _runs(mask: list[bool]) -> list[tuple[int, int, bool]]:
-    """(start, end, value) of each stretch of equal entries."""
+    """Return (start, end, value) of each run of equal entries."""
     runs: list[tuple[int, int, bool]] = []
     start = 0
     for place in range(1, len(mask) + 1):

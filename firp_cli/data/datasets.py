@@ -1,8 +1,8 @@
-"""Data sets by name: where their rows come from, and their prompts and conversations.
+"""Data sets by name: their sources, prompts and conversations.
 
-Looked up in this order: a local .jsonl file, the embedded sets, `NAME/SPLIT.jsonl` in `--data-dir` (or FIRP_DATA_DIR),
-then the hub or its cache through `datasets`. A name found at one place is read there or refused; nothing is ever
-replaced by another data set or another split.
+The order of lookup is: a local .jsonl file, the embedded sets, `NAME/SPLIT.jsonl` in `--data-dir` (or FIRP_DATA_DIR),
+then the hub or its cache through `datasets`. The first place that has the name is read, or refused if it lacks the
+split; a data set or split is never replaced by another one.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ DATA_DIR_VARIABLE = "FIRP_DATA_DIR"
 
 
 @dataclass(frozen=True)
-class Known:
-    """Where a named set is published. `splits`: our split names to the hub's.
+class KnownDataset:
+    """Source of a named set. `splits`: our split names to the hub's.
 
-    A set with one split serves prompts from it whatever split is asked for; several splits are never mixed up.
+    A set with a single split serves prompts from it for any requested split; several splits are never exchanged.
     """
 
     hub: str | None
@@ -36,52 +36,52 @@ class Known:
     revision: str | None = None
     data_files: str | None = None
     files: tuple[str, ...] = ()  # other local file names of the only split
-    source: str = ""  # where a file can be had that is on no hub
+    source: str = ""  # origin of a file that is not on the hub
 
 
-KNOWN: dict[str, Known] = {
-    "arithmetic": Known(None, {"train": "train", "test": "test"}),
-    "chat": Known(None, {"train": "train", "test": "test"}),
-    "gsm8k": Known("openai/gsm8k", {"train": "train", "test": "test"}, config="main"),
-    "humaneval": Known("openai/openai_humaneval", {"test": "test"}),
-    "mbpp": Known(
+KNOWN: dict[str, KnownDataset] = {
+    "arithmetic": KnownDataset(None, {"train": "train", "test": "test"}),
+    "chat": KnownDataset(None, {"train": "train", "test": "test"}),
+    "gsm8k": KnownDataset("openai/gsm8k", {"train": "train", "test": "test"}, config="main"),
+    "humaneval": KnownDataset("openai/openai_humaneval", {"test": "test"}),
+    "mbpp": KnownDataset(
         "google-research-datasets/mbpp",
         {"train": "train", "validation": "validation", "test": "test"},
         config="full",
     ),
-    "self_instruct": Known(
+    "self_instruct": KnownDataset(
         None,
         {"train": "train"},
         source="seed_tasks.jsonl and user_oriented_instructions.jsonl of https://github.com/yizhongw/self-instruct",
     ),
-    "mt_bench": Known("HuggingFaceH4/mt_bench_prompts", {"test": "train"}, files=("question",)),
-    "spec_bench": Known(
+    "mt_bench": KnownDataset("HuggingFaceH4/mt_bench_prompts", {"test": "train"}, files=("question",)),
+    "spec_bench": KnownDataset(
         None,
         {"test": "question"},
         files=("question",),
         source="data/spec_bench/question.jsonl of https://github.com/hemingkx/Spec-Bench",
     ),
-    "xsum": Known(
+    "xsum": KnownDataset(
         "EdinburghNLP/xsum",
         {"train": "train", "validation": "validation", "test": "test"},
         revision="refs/convert/parquet",
     ),
-    "cnn_dm": Known(
+    "cnn_dm": KnownDataset(
         "abisee/cnn_dailymail", {"train": "train", "validation": "validation", "test": "test"}, config="3.0.0"
     ),
-    "alpaca": Known("tatsu-lab/alpaca", {"train": "train"}),
-    "sharegpt": Known(
+    "alpaca": KnownDataset("tatsu-lab/alpaca", {"train": "train"}),
+    "sharegpt": KnownDataset(
         "anon8231489123/ShareGPT_Vicuna_unfiltered",
         {"train": "train"},
         data_files="ShareGPT_V3_unfiltered_cleaned_split.json",
     ),
-    "ultrachat": Known("HuggingFaceH4/ultrachat_200k", {"train": "train_sft", "test": "test_sft"}),
+    "ultrachat": KnownDataset("HuggingFaceH4/ultrachat_200k", {"train": "train_sft", "test": "test_sft"}),
 }
 
 
 @dataclass
 class Prompt:
-    """What a teacher is asked: the messages up to the first answer, the set's category, the answer where it has one."""
+    """Messages before the first answer, category in the set, and reference answer if there is one."""
 
     messages: list[Message]
     category: str = ""
@@ -91,48 +91,49 @@ class Prompt:
 def load_records(
     name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """Raw rows of one split of one data set, at most `limit`.
+    """Return the rows of one split of one data set, at most `limit`.
 
-    Raises DatasetError when the set is nowhere to be found, the split does not exist or a line is not a JSON object.
+    Raises DatasetError when the set or the split does not exist or a line is not a JSON object.
     """
     return _load(name, split, data_dir, limit, any_single=False)
 
 
 def load_prompts(name: str, data_dir: str | None = None, limit: int | None = None, split: str = "test") -> list[Prompt]:
-    """Prompts for decoding, of one data set or several named with commas, at most `limit` of each. Of multi-turn sets
-    (MT-Bench, Spec-Bench) only the first turn is asked.
+    """Return prompts for decoding, at most `limit` of each data set; `name` may list several sets with commas.
 
-    A known set that is published as one split alone serves that one. Raises DatasetError as `load_records` does.
+    Of multi-turn sets (MT-Bench, Spec-Bench) only the first turn is used. A known set with a single split serves that
+    one. Raises DatasetError as `load_records` does.
     """
     prompts = []
-    for one in dataset_names(name):
-        for number, row in enumerate(_load(one, split, data_dir, limit, any_single=True), 1):
-            messages = to_messages(row, f"{one} row {number}")
-            asked = prompt_of(messages)
-            if not any(item["role"] == "user" for item in asked):
-                raise DatasetError(f"{one} row {number}: no user turn to answer")
-            reference = messages[len(asked)]["content"] if len(messages) > len(asked) else None
-            prompts.append(Prompt(asked, str(row.get("category") or ""), reference))
+    for dataset in dataset_names(name):
+        for number, row in enumerate(_load(dataset, split, data_dir, limit, any_single=True), 1):
+            messages = to_messages(row, f"{dataset} row {number}")
+            prompt = prompt_of(messages)
+            if not any(item["role"] == "user" for item in prompt):
+                raise DatasetError(f"{dataset} row {number}: no user turn to answer")
+            reference = messages[len(prompt)]["content"] if len(messages) > len(prompt) else None
+            prompts.append(Prompt(prompt, str(row.get("category") or ""), reference))
     return prompts
 
 
 def load_conversations(
     name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
 ) -> list[list[Message]]:
-    """Conversations of one split in the order of its rows, of one data set or of several named with commas, at most
-    `limit` of each; empty ones stay in, so that numbers are row numbers.
+    """Return the conversations of one split in the order of its rows, at most `limit` of each data set.
+
+    `name` may list several sets with commas. Empty conversations are kept, so that numbers are row numbers.
     """
     return [
-        to_messages(row, f"{one} row {number}")
-        for one in dataset_names(name)
-        for number, row in enumerate(load_records(one, split, data_dir, limit), 1)
+        to_messages(row, f"{dataset} row {number}")
+        for dataset in dataset_names(name)
+        for number, row in enumerate(load_records(dataset, split, data_dir, limit), 1)
     ]
 
 
 def dataset_names(text: str) -> list[str]:
-    """The data sets that a text with commas names, each once; a file's path may hold commas.
+    """Return the data sets in a list with commas, each once; a file's path may contain commas.
 
-    Raises DatasetError where it names none.
+    Raises DatasetError for an empty list.
     """
     if Path(text).is_file():
         return [text]
@@ -160,15 +161,17 @@ def _load(name: str, split: str, data_dir: str | None, limit: int | None, any_si
     return _from_hub(name, split, known, limit, tried)
 
 
-def _local_file(name: str, split: str, data_dir: str | None, known: Known | None, tried: list[str]) -> Path | None:
-    """NAME/SPLIT.jsonl among the embedded sets or in the data folder. A folder without that split is an error."""
-    given = data_dir or os.environ.get(DATA_DIR_VARIABLE)
-    if given and not Path(given).is_dir():
-        raise DatasetError(f"the data folder {given} does not exist")
+def _local_file(
+    name: str, split: str, data_dir: str | None, known: KnownDataset | None, tried: list[str]
+) -> Path | None:
+    """Return NAME/SPLIT.jsonl of the embedded sets or of the data folder; a folder without that split is an error."""
+    root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    if root and not Path(root).is_dir():
+        raise DatasetError(f"the data folder {root} does not exist")
     embedded = embedded_folder("data") / "datasets" / name
     places = [embedded] if embedded.is_dir() else []
-    if given:
-        places.append(Path(given) / name)
+    if root:
+        places.append(Path(root) / name)
     stems = (split, *(known.files if known and split in known.splits else ()))
     for folder in places:
         for stem in stems:
@@ -178,12 +181,14 @@ def _local_file(name: str, split: str, data_dir: str | None, known: Known | None
         if existing:
             raise DatasetError(f"{name} has no split {split!r} in {folder}; it has: {', '.join(existing)}")
         tried.append(f"{folder}/{split}.jsonl")
-    if not given:
+    if not root:
         tried.append(f"no --data-dir and no {DATA_DIR_VARIABLE}")
     return None
 
 
-def _from_hub(name: str, split: str, known: Known | None, limit: int | None, tried: list[str]) -> list[dict[str, Any]]:
+def _from_hub(
+    name: str, split: str, known: KnownDataset | None, limit: int | None, tried: list[str]
+) -> list[dict[str, Any]]:
     hub = known.hub if known else name
     if hub is None:
         assert known is not None
@@ -207,10 +212,10 @@ def _from_hub(name: str, split: str, known: Known | None, limit: int | None, tri
 
 def _not_found(name: str, split: str, tried: list[str], source: str) -> DatasetError:
     hint = "" if name in KNOWN else nearest(name, KNOWN).removesuffix("?")
-    had = f" ({source})" if source else ""
+    origin = f" ({source})" if source else ""
     return DatasetError(
         f"data set {name!r} not found{hint}; tried: {'; '.join(tried)}\n"
-        f"put it{had} at DIR/{name}/{split}.jsonl and give --data-dir DIR, or name a .jsonl file"
+        f"put it{origin} at DIR/{name}/{split}.jsonl and give --data-dir DIR, or name a .jsonl file"
     )
 
 
@@ -219,7 +224,7 @@ def _read(path: Path, limit: int | None) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a .jsonl file, or of a .json file that holds a list of them."""
+    """Yield the objects of a .jsonl file, or of a .json file with a list of them."""
     try:
         if path.suffix == ".json":
             values = json.loads(path.read_text(encoding="utf-8"))

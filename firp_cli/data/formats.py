@@ -1,7 +1,7 @@
-"""Rows of a data set to messages: the field layouts that public conversation sets use.
+"""Conversion of data set rows to messages, for the field layouts of public conversation sets.
 
 Messages are `{"role": "system" | "user" | "assistant" | "tool", "content": text}`. Assistant turns before the first
-user turn are dropped (ShareGPT has them): they answer nothing.
+user turn are dropped (ShareGPT has them): they are no answers.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ CALCULATOR_MARKS = re.compile(r"<<[^<>\n]*>>")
 
 
 def to_messages(row: Row, where: str) -> list[Message]:
-    """The conversation that a row holds; without an assistant turn where the row has no answer.
+    """Return the conversation of a row, without an assistant turn if the row has no answer.
 
-    Layouts are tried in the order of `ACCEPTED`. `turns` (MT-Bench, Spec-Bench) and a list under `prompt` hold user
-    turns without answers: only the first one is taken. GSM8K's calculator marks (`<<48/2=24>>`) are taken out of
+    Layouts are tried in the order of `ACCEPTED`. `turns` (MT-Bench, Spec-Bench) and a list under `prompt` contain user
+    turns without answers: only the first one is used. GSM8K's calculator marks (`<<48/2=24>>`) are removed from
     answers: no teacher writes them.
 
-    Raises DatasetError naming the row (`where`), the fields seen and those accepted.
+    Raises DatasetError naming the row (`where`), its fields and the accepted ones.
     """
     for matches, read in _LAYOUTS:
         if matches(row):
@@ -60,7 +60,7 @@ def to_messages(row: Row, where: str) -> list[Message]:
 
 
 def prompt_of(messages: list[Message]) -> list[Message]:
-    """Everything up to the first assistant turn."""
+    """Return the messages before the first assistant turn."""
     first = next((place for place, item in enumerate(messages) if item["role"] == "assistant"), len(messages))
     return messages[:first]
 
@@ -82,7 +82,7 @@ def _turn(item: Any, role_key: str, text_key: str, where: str) -> Message:
 
 
 def _text(value: Any, where: str) -> str:
-    """A text, or the text parts of a list of content parts."""
+    """Return a text, or the concatenated text of a list of content parts."""
     if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
         return "".join(str(part.get("text", "")) for part in value)
     if value is None:
@@ -102,7 +102,7 @@ def _first_turn(field: str) -> Callable[[Row, str], list[Message]]:
 
 
 def _pair(row: Row, where: str) -> list[Message]:
-    """A question under one of several names, an answer if there is one, an input and a system text if there are."""
+    """Read a question under one of several names, with an answer, an input and a system text if present."""
     question = _first_of(row, QUESTION_FIELDS)
     answer = _first_of(row, ANSWER_FIELDS)
     system = _first_of(row, SYSTEM_FIELDS)
@@ -130,15 +130,17 @@ def _wrapped(question: str, answer: str, wording: str) -> Callable[[Row, str], l
 
 
 def _tested(row: Row, where: str) -> list[Message]:
-    """MBPP: the task and the tests that the code must pass, and the code."""
+    """Read MBPP: the task with its tests is the question, the code the answer."""
     tests = "".join(f"\n{_text(test, f'{where}, test_list')}" for test in row.get("test_list") or ())
-    asked = _text(row["text"], f"{where}, text") + (f"\nYour code should satisfy these tests:{tests}" if tests else "")
+    question = _text(row["text"], f"{where}, text") + (
+        f"\nYour code should satisfy these tests:{tests}" if tests else ""
+    )
     answer = f"```python\n{_text(row['code'], f'{where}, code')}\n```"
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _solution(row: Row, where: str) -> list[Message]:
-    """HumanEval: the function's head is the question, head and body in a code block the answer."""
+    """Read HumanEval: the function's head is the question, head and body in a code block the answer."""
     head = _text(row["prompt"], f"{where}, prompt")
     body = _text(row["canonical_solution"], f"{where}, canonical_solution")
     return [

@@ -1,1 +1,1 @@
-"""The hidden-state store: sharded safetensors files with a manifest."""
+"""Hidden-state store: sharded safetensors files with a manifest."""

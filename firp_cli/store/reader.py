@@ -1,9 +1,9 @@
-"""The hidden-state store: a folder of safetensors shards with a manifest, read memory-mapped.
+"""Hidden-state store: a folder of safetensors shards with a manifest, read memory-mapped.
 
-`manifest.json` says which teacher, tokenizer, template, layers, dtype and settings made it, and names every shard with
-its size and sha256. A shard holds whole conversations one behind the other: `input_ids` (T,), `loss_mask` (T,),
+`manifest.json` records the teacher, tokenizer, template, layers, dtype and settings, and names every shard with its
+size and sha256. A shard contains whole conversations, concatenated: `input_ids` (T,), `loss_mask` (T,),
 `sequence_offsets` (n+1,), `hidden.<layer>` (T, d) for each cached layer, `hidden.final` (T, d: the normed final state),
-and for int8 and float8 `<name>.scale` (T, 1) in bfloat16 (float32 in older stores). Writing is in `store_writer.py`.
+and for int8 and float8 `<name>.scale` (T, 1) in bfloat16 (float32 in older stores). `writer.py` writes it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ FINAL = "hidden.final"
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCALED = {"int8": (torch.int8, 127.0), "float8": (torch.float8_e4m3fn, 448.0)}  # type, largest value
 TOKEN_BYTES = 4 + 1  # an int32 id and a bool of the mask
-CACHED = 1 << 19  # numbers that are scaled at once: passes over main memory would take five times as long
-SCALE = torch.bfloat16  # of a scaled row: two bytes matter where rows are short
+BLOCK = 1 << 19  # numbers that are scaled at once, in the CPU's cache: passes over main memory take five times as long
+SCALE = torch.bfloat16  # dtype of a row's scale: four bytes would be a large part of a short row
 
 
 @dataclass
 class StoredSequence:
     """One conversation: input_ids (T,) long, loss_mask (T,) bool, final (T, d), hidden layer -> (T, d).
 
-    The mask, and states that are stored as they are, lie in the shard's memory map: read them, do not write to them.
+    The mask, and states that are stored unscaled, are views of the shard's memory map: do not write to them.
     """
 
     input_ids: Tensor
@@ -49,35 +49,35 @@ class StoredSequence:
 
 
 def state_names(layers: Sequence[int]) -> dict[str, int | None]:
-    """Tensor names of the cached states, with their layer; None for the normed final state."""
+    """Return the tensor names of the cached states, with their layer; None for the normed final state."""
     return {**{f"hidden.{layer}": layer for layer in layers}, FINAL: None}
 
 
 def bytes_per_token(hidden_size: int, layers: int, dtype: str) -> int:
-    """Bytes that a token takes in a store of `layers` layers beside the final state."""
+    """Return the bytes of a token in a store of `layers` layers and the final state."""
     each = hidden_size + SCALE.itemsize if dtype in SCALED else hidden_size * FLOATS[dtype].itemsize
     return TOKEN_BYTES + (layers + 1) * each
 
 
-def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Uninitialised memory. On a CPU numpy's: it asks for huge pages, and new small ones take longer than scaling."""
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Return an uninitialised tensor. On a CPU numpy allocates huge pages: small ones cost more than scaling."""
     if torch.device(device).type != "cpu":
         return torch.empty(*shape, dtype=dtype, device=device)
     memory: Tensor = torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, np.uint8))
     return memory.view(dtype).view(*shape)
 
 
-def compress(states: Tensor, dtype: str) -> dict[str, Tensor]:
-    """States (T, d) as stored, by name suffix. int8 and float8 rows are scaled so that their largest entry fits.
+def encode_states(states: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Return states (T, d) as they are stored, by name suffix; int8 and float8 rows are scaled to the dtype's range.
 
-    NaN and infinities stay visible: in the states, or, where those are scaled, in the row's scale.
+    NaN and infinities remain visible: in the states or, where those are scaled, in the row's scale.
     """
     if dtype in FLOATS:
         return {"": states.to(FLOATS[dtype])}
     kind, largest = SCALED[dtype]
-    stored = room(states.shape, kind, states.device)
+    stored = allocate(states.shape, kind, states.device)
     scales = torch.empty((*states.shape[:-1], 1), dtype=SCALE, device=states.device)
-    rows = _rows_at_once(states)
+    rows = _rows_per_block(states)
     scratch = torch.empty(states[:rows].shape, device=states.device)
     for source, target, scale in zip(states.split(rows), stored.split(rows), scales.split(rows), strict=True):
         block = scratch[: len(source)].copy_(source)
@@ -87,32 +87,32 @@ def compress(states: Tensor, dtype: str) -> dict[str, Tensor]:
     return {"": stored, ".scale": scales}
 
 
-def _rows_at_once(states: Tensor) -> int:
-    """Rows (T, d) that are worked on together: on a CPU as many as its cache holds, elsewhere all."""
-    return max(1, CACHED // states.shape[-1] if states.device.type == "cpu" else len(states))
+def _rows_per_block(states: Tensor) -> int:
+    """Return the number of rows (T, d) to process at once: on a CPU as many as fit its cache, elsewhere all."""
+    return max(1, BLOCK // states.shape[-1] if states.device.type == "cpu" else len(states))
 
 
 def _round_up(scale: Tensor) -> Tensor:
-    """The next bfloat16 at or above each float32 >= 0, at least its smallest normal number.
+    """Return the next bfloat16 at or above each float32 >= 0, at least its smallest normal number.
 
-    To the nearest would be below every other scale, and the largest entry of such a row would be cut off.
+    Rounding to nearest would put half of the scales below their value and clip the largest entry of such rows.
     """
     scale = scale.clamp_min(torch.finfo(SCALE).tiny)
     above = (scale.view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
     return torch.where(scale.isfinite(), above, scale).to(SCALE)
 
 
-def expand(stored: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Stored rows (T, d) as floats: float32 where they were scaled, else as they are. `out`: memory (T, d) for them."""
+def decode_states(stored: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Return stored rows (T, d) as floats, in `out` if given: float32 if they were scaled, else unchanged."""
     if scale is None:
         return stored if out is None else out.copy_(stored)
-    rows = _rows_at_once(stored)
-    values = room(stored.shape, torch.float32, stored.device) if out is None else out
+    rows = _rows_per_block(stored)
+    values = allocate(stored.shape, torch.float32, stored.device) if out is None else out
     float8 = stored.dtype == torch.float8_e4m3fn
     scratch = torch.empty(stored[:rows].shape if float8 else 0, dtype=torch.int16, device=stored.device)
     for source, target, factor in zip(stored.split(rows), values.split(rows), scale.float().split(rows), strict=True):
         if float8:
-            # Its bits in the places of a float16's are its value / 256: faster than torch's conversion.
+            # Its bits, moved to their places in a float16, are its value / 256: faster than torch's conversion.
             bits = scratch[: len(source)].copy_(source.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(~0x4000)
             target.copy_(bits.view(torch.float16)).mul_(factor * 256)
         else:
@@ -121,9 +121,9 @@ def expand(stored: Tensor, scale: Tensor | None, out: Tensor | None = None) -> T
 
 
 class Store(Sequence[StoredSequence]):
-    """A complete store, open for reading. `store[i]` reads the rows of conversation i in the layers asked for.
+    """Complete store, open for reading. `store[i]` reads the rows of conversation i in the chosen layers.
 
-    Only those rows' pages are read from disk. Threads may share a store; another process opens the shards anew.
+    Only those rows' pages are read from disk. Threads may share a store; another process opens the shards again.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], layers: Sequence[int]) -> None:
@@ -137,9 +137,9 @@ class Store(Sequence[StoredSequence]):
 
     @classmethod
     def open(cls, folder: Path | str, layers: Sequence[int] | None = None, verify: bool = False) -> Store:
-        """Open a complete store, to read `layers` (None: all it holds). Sizes are checked, checksums with `verify`.
+        """Open a complete store, to read `layers` (None: all). Sizes are checked, checksums with `verify`.
 
-        Raises StoreError: no store, unfinished, a layer that it does not hold, a damaged or missing shard.
+        Raises StoreError: no store, unfinished, a layer that it lacks, a damaged or missing shard.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -147,7 +147,7 @@ class Store(Sequence[StoredSequence]):
             planned = manifest["shards_planned"] or "?"
             raise StoreError(
                 f"the store {folder} is unfinished ({len(manifest['shards'])} of {planned} shards); "
-                f"run the same `{maker(manifest)}` with --resume"
+                f"run the same `{source_command(manifest)}` with --resume"
             )
         absent = [layer for layer in layers or () if layer not in manifest["layers"]]
         if absent:
@@ -173,7 +173,7 @@ class Store(Sequence[StoredSequence]):
             raise IndexError(f"conversation {index} of {len(self)}")
         rows = self.stored(index % len(self))
         states = {
-            layer: expand(rows[name], rows[f"{name}.scale"] if self._scaled else None)
+            layer: decode_states(rows[name], rows[f"{name}.scale"] if self._scaled else None)
             for name, layer in self._names.items()
         }
         final = states.pop(None)
@@ -181,7 +181,7 @@ class Store(Sequence[StoredSequence]):
         return StoredSequence(rows["input_ids"].long(), rows["loss_mask"], final, hidden)
 
     def stored(self, index: int) -> dict[str, Tensor]:
-        """The rows of conversation `index` (from 0) as they lie in the shard, by tensor name; nothing is copied."""
+        """Return the rows of conversation `index` (from 0) as stored, by tensor name; nothing is copied."""
         number = self.shard_of(index)
         tensors, offsets = self._shard(number)
         place = index - self._starts[number]
@@ -189,34 +189,36 @@ class Store(Sequence[StoredSequence]):
         return {name: tensor[start:end] for name, tensor in tensors.items()}
 
     def shard_of(self, index: int) -> int:
-        """Number of the shard that holds conversation `index`."""
+        """Return the number of the shard of conversation `index`."""
         return bisect_right(self._starts, index) - 1
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every conversation."""
-        found: list[int] = []
+        """Number of tokens of every conversation."""
+        lengths: list[int] = []
         for number in range(len(self.manifest["shards"])):
             offsets = self._shard(number)[1]
-            found += [end - start for start, end in pairwise(offsets)]
-        return found
+            lengths += [end - start for start, end in pairwise(offsets)]
+        return lengths
 
     def verify(self) -> None:
         """Compare every shard's sha256 with the manifest's. Raises StoreError naming the damaged or missing ones."""
         self._check_shards(checksums=True)
 
     def check_shard(self, number: int) -> None:
-        """The same for one shard."""
+        """Compare one shard's sha256 with the manifest's. Raises StoreError."""
         shard = self.manifest["shards"][number]
         if fault := shard_fault(self.folder, shard, checksum=True):
             raise self._damaged(f"{shard['file']} ({fault})")
 
     def check_teacher(self, teacher: str, tokenizer: str, template: str) -> None:
-        """Compare fingerprints. Raises FingerprintError with both of each that differs."""
+        """Compare fingerprints. Raises FingerprintError naming both values of each that differs."""
         made_with = self.manifest["fingerprints"]
-        asked = {"teacher": teacher, "tokenizer": tokenizer, "chat template": template}
+        current = {"teacher": teacher, "tokenizer": tokenizer, "chat template": template}
         different = [
-            f"{name} (store: {made_with[name]}, now: {asked[name]})" for name in asked if made_with[name] != asked[name]
+            f"{name} (store: {made_with[name]}, now: {current[name]})"
+            for name in current
+            if made_with[name] != current[name]
         ]
         if different:
             raise FingerprintError(
@@ -225,7 +227,7 @@ class Store(Sequence[StoredSequence]):
             )
 
     def describe(self) -> dict[str, Any]:
-        """Identity and size for records: what training.json says about the data."""
+        """Return identity and size of the store, for training.json."""
         kept = ("fingerprints", "layers", "dtype", "settings", "counts")
         return {"folder": str(self.folder), **{key: self.manifest[key] for key in kept}}
 
@@ -243,37 +245,37 @@ class Store(Sequence[StoredSequence]):
     def _damaged(self, what: str, rebuilt: str = "that") -> StoreError:
         return StoreError(
             f"the store {self.folder} is damaged: {what}\n"
-            f"run the same `{maker(self.manifest)}` with --resume: it rebuilds just {rebuilt}"
+            f"run the same `{source_command(self.manifest)}` with --resume: it rebuilds just {rebuilt}"
         )
 
     def _shard(self, number: int) -> tuple[dict[str, Tensor], list[int]]:
-        """A shard's tensors, memory-mapped, and its sequence offsets. Opened on first use.
+        """Return a shard's tensors, memory-mapped, and its sequence offsets. Opened on first use.
 
-        Threads that come first together both open it; either result serves.
+        Threads that are first at the same time both open it; either result is valid.
         """
-        found = self._files.get(number)
-        if found is None:
+        opened = self._files.get(number)
+        if opened is None:
             file = self.manifest["shards"][number]["file"]
             try:
                 with safe_open(self.folder / file, framework="pt") as handle:
                     tensors = {name: handle.get_tensor(name) for name in self._read}
-                    found = tensors, handle.get_tensor("sequence_offsets").tolist()
+                    opened = tensors, handle.get_tensor("sequence_offsets").tolist()
             except (OSError, SafetensorError) as error:
                 raise self._damaged(f"{file} ({error})") from error
-            self._files[number] = found
-        return found
+            self._files[number] = opened
+        return opened
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # memory maps do not travel to other processes
+        return {**self.__dict__, "_files": {}}  # memory maps cannot be pickled
 
 
-def maker(manifest: dict[str, Any]) -> str:
-    """The command that made a store, and that repairs it with --resume."""
+def source_command(manifest: dict[str, Any]) -> str:
+    """Return the command that made a store; with --resume it repairs the store."""
     return f"firp {manifest['settings'].get('made_by', 'collect')}"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A store's manifest. Raises StoreError when there is none, or none that this version reads."""
+    """Return a store's manifest. Raises StoreError when there is none, or when this version cannot read it."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -282,13 +284,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise StoreError(f"{path} has schema {found!r}, this firp reads {SCHEMA!r}; collect the store again")
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise StoreError(f"{path} has schema {schema!r}, this firp reads {SCHEMA!r}; collect the store again")
     return manifest
 
 
 def shard_fault(folder: Path, shard: dict[str, Any], checksum: bool) -> str | None:
-    """What is wrong with a shard file: missing, of another size, or (with `checksum`) of another sha256; else None."""
+    """Return a shard file's fault: missing, another size or (with `checksum`) another sha256; None if there is none."""
     path = folder / shard["file"]
     if not path.is_file():
         return "missing"

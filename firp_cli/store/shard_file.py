@@ -1,7 +1,7 @@
-"""Shard files: written with their checksum in one go, and read once from end to end without safetensors' memory map.
+"""Shard files: written together with their checksum, and read once from start to end without a memory map.
 
-The format is safetensors': eight bytes with the length of a JSON header, the header, the tensors' bytes. Tensors lie in
-descending order of their type, then by name: a file has the very bytes that `safetensors.torch.save_file` would write.
+The format is that of safetensors: eight bytes with the length of a JSON header, the header, the tensors' bytes. Tensors
+are in descending order of their type, then by name: the bytes are those that `safetensors.torch.save_file` writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from firp_cli.errors import CapacityError
 from firp_cli.files import write_atomically
 
-# In the order of the format: tensors of a later type come first in a file.
+# In the order of the format: tensors of a later type are earlier in a file.
 DTYPES = {
     "BOOL": torch.bool,
     "I8": torch.int8,
@@ -36,13 +36,13 @@ DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
-PIECE = 1 << 22  # bytes read or copied at once
+BLOCK_BYTES = 1 << 22  # bytes read or copied at once
 MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a shard: its bytes are `start`..`end`-1 of the file."""
+class TensorEntry:
+    """Header entry of one tensor of a shard: its bytes are `start`..`end`-1 of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -53,8 +53,8 @@ class Entry:
 def save_hashed(tensors: dict[str, Tensor], path: Path) -> str:
     """Write contiguous CPU tensors as one synced safetensors file; returns the sha256 of its bytes.
 
-    A second thread hashes while this one writes and syncs: a checksum of what was meant to be written, which takes no
-    second pass over the file and hardly any time.
+    A second thread hashes while this one writes and syncs: the checksum is that of the intended bytes, needs no second
+    pass over the file, and takes hardly any time.
     """
     parts = _serialised(tensors)
     digest = hashlib.sha256()
@@ -76,7 +76,7 @@ def save_hashed(tensors: dict[str, Tensor], path: Path) -> str:
 
 
 def _serialised(tensors: dict[str, Tensor]) -> list[memoryview]:
-    """The header and the bytes of each tensor, in the order of the file."""
+    """Return the header and the bytes of each tensor, in the order of the file."""
     order = sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
     header, place = {}, 0
     for name in order:
@@ -98,39 +98,41 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _write(stream: FileIO, part: memoryview) -> None:
-    """All of `part`: a single call writes 2 GB at most, and less than asked for when a disk runs full."""
+    """Write all of `part`: a single call writes at most 2 GB, and less than requested on a full disk."""
     while len(part):
         part = part[stream.write(part) :]
 
 
 def copy_hashed(source: Path, target: Path, sha256: str) -> None:
-    """Copy a file, whole or not at all. Raises ValueError, and leaves no copy, when its sha256 is another."""
+    """Copy a file. Raises ValueError, and leaves no copy, when its sha256 differs."""
 
     def copy(temporary: Path) -> None:
         digest = hashlib.sha256()
         with source.open("rb") as reading, temporary.open("wb") as writing:
-            while piece := reading.read(PIECE):
-                digest.update(piece)
-                writing.write(piece)
+            while block := reading.read(BLOCK_BYTES):
+                digest.update(block)
+                writing.write(block)
         if digest.hexdigest() != sha256:
             raise ValueError(f"the checksum of {source} differs")
 
     write_atomically(target, copy)
 
 
-def read_header(stream: BinaryIO) -> tuple[dict[str, Entry], bytes]:
-    """A file's tensors in the order of their bytes, and the bytes read. Raises ValueError that says what is wrong."""
+def read_header(stream: BinaryIO) -> tuple[dict[str, TensorEntry], bytes]:
+    """Return a file's tensors in the order of their bytes, and the bytes read. Raises ValueError naming the fault."""
     size = os.fstat(stream.fileno()).st_size
     prefix = stream.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(MAX_HEADER, size):
-        raise ValueError("it is no safetensors file")
+        raise ValueError("it is not a safetensors file")
     text = stream.read(length)
     place = first = 8 + length
     try:
         listed = {name: value for name, value in json.loads(text).items() if name != "__metadata__"}
         entries = {
-            name: Entry(DTYPES[value["dtype"]], tuple(value["shape"]), *(first + at for at in value["data_offsets"]))
+            name: TensorEntry(
+                DTYPES[value["dtype"]], tuple(value["shape"]), *(first + at for at in value["data_offsets"])
+            )
             for name, value in sorted(listed.items(), key=lambda item: item[1]["data_offsets"])
         }
         sizes = {name: torch.Size(entry.shape).numel() * entry.dtype.itemsize for name, entry in entries.items()}
@@ -138,25 +140,25 @@ def read_header(stream: BinaryIO) -> tuple[dict[str, Entry], bytes]:
         raise ValueError("its header cannot be read") from None
     for name, entry in entries.items():
         if (entry.start, entry.end) != (place, place + sizes[name]):
-            raise ValueError(f"the bytes of {name} lie elsewhere than its shape says")
+            raise ValueError(f"the bytes of {name} do not match its shape")
         place = entry.end
     if place != size:
         raise ValueError(f"its tensors end at byte {place} of {size}")
     return entries, prefix + text
 
 
-def read_rows(stream: BinaryIO, entry: Entry) -> Iterator[Tensor]:
-    """The tensor that comes next in `stream`, in blocks of whole rows of some megabytes (n, ...).
+def read_rows(stream: BinaryIO, entry: TensorEntry) -> Iterator[Tensor]:
+    """Yield the next tensor of `stream` in blocks of whole rows (n, ...) of some megabytes.
 
-    A block's memory is used again for the next one. Raises ValueError where the file ends too early.
+    A block's memory is reused for the next one. Raises ValueError where the file ends too early.
     """
     rows = entry.shape[0] if entry.shape else 1
     row_bytes = max(1, (entry.end - entry.start) // max(1, rows))
-    at_once = max(1, PIECE // row_bytes)
-    buffer = bytearray(min(rows, at_once) * row_bytes)
+    block_rows = max(1, BLOCK_BYTES // row_bytes)
+    buffer = bytearray(min(rows, block_rows) * row_bytes)
     view = memoryview(buffer)
-    for first in range(0, rows, at_once):
-        count = min(at_once, rows - first)
+    for first in range(0, rows, block_rows):
+        count = min(block_rows, rows - first)
         part = view[: count * row_bytes]
         filled = 0
         while filled < len(part):
@@ -168,19 +170,20 @@ def read_rows(stream: BinaryIO, entry: Entry) -> Iterator[Tensor]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space of the disk that `folder` is, or will be, on."""
+    """Return the free bytes of the disk that `folder` is, or will be, on."""
     return shutil.disk_usage(_existing(folder)).free
 
 
 def _existing(folder: Path) -> Path:
+    """Return the folder or its nearest parent that exists."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
     return place
 
 
-def check_room(needed: dict[Path, int]) -> None:
-    """Raises CapacityError when folders that are to be filled with so many bytes do not fit their disks."""
+def check_disk_space(needed: dict[Path, int]) -> None:
+    """Raise CapacityError when folders that get so many bytes do not fit their disks."""
     disks: dict[int, int] = {}
     for folder, count in needed.items():
         device = _existing(folder).stat().st_dev

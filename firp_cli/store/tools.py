@@ -1,7 +1,7 @@
-"""Stores made from stores: converted, split, merged. One shard at a time is in memory.
+"""Conversion, splitting and merging of stores. One shard at a time is in memory.
 
-The results are written by StoreWriter like collected ones: an interrupted run leaves an unfinished store, which the
-same call with `resume` completes to the same bytes. No conversation is taken from a shard whose checksum is wrong.
+StoreWriter writes the results like collected stores: an interrupted run leaves an unfinished store, which the same
+call with `resume` completes to the same bytes. No conversation is copied from a shard whose checksum is wrong.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from firp_cli.store.reader import (
     SCALED,
     Store,
     bytes_per_token,
-    compress,
-    expand,
+    decode_states,
+    encode_states,
     read_manifest,
     shard_fault,
     state_names,
 )
-from firp_cli.store.shard_file import check_room, copy_hashed
+from firp_cli.store.shard_file import check_disk_space, copy_hashed
 from firp_cli.store.writer import ShardPlan, StoreWriter, check_target
 
 Progress = Callable[[int, int | None], None]
 
 
 def no_progress(done: int, total: int | None = None) -> None:
-    """Where nobody watches."""
+    """Ignore the progress."""
 
 
 def convert_store(
@@ -54,9 +54,9 @@ def convert_store(
     resume: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """The same conversations in another dtype, with fewer layers, or both. Returns a summary of plain values.
+    """Write the conversations in another dtype, with fewer layers, or both. Returns a summary of JSON values.
 
-    Raises UsageError (an unknown dtype, nothing to change), StoreError (a layer that is not there, damage),
+    Raises UsageError (an unknown dtype, nothing to change), StoreError (a missing layer, damage),
     NumericsError when a state does not fit the dtype, CapacityError.
     """
     if dtype is not None and dtype not in (*FLOATS, *SCALED):
@@ -65,9 +65,9 @@ def convert_store(
     dtype = dtype or store.manifest["dtype"]
     if dtype == store.manifest["dtype"] and list(store.layers) == store.manifest["layers"]:
         raise UsageError(
-            f"{source} is a {dtype} store of layers {list(store.layers)} already; give --dtype or --layers"
+            f"{source} already is a {dtype} store of layers {list(store.layers)}; give --dtype or --layers"
         )
-    joined = _Joined([store])
+    joined = _JoinedStores([store])
     made = {"made_by": "store convert", "sources": [_origin(store)]}
     everything = range(len(store))
     with _begin(joined, {output: everything}, dtype, [made], resume) as writers:
@@ -83,39 +83,39 @@ def split_store(
     resume: bool = False,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Deal the conversations out to several stores, each one to exactly one. Returns a summary of each store.
+    """Distribute the conversations over several stores, each to exactly one. Returns a summary of each store.
 
     Args:
-        parts: of each output its share (they sum to 1) or its number of conversations (they sum to all).
-        seed: chooses who goes where; within a part the order stays that of `source`.
+        parts: the share of each output (they sum to 1) or its number of conversations (they sum to all).
+        seed: of the assignment; within a part the order is that of `source`.
 
     Raises UsageError (parts), StoreError, CapacityError.
     """
     if len({output.absolute() for output in outputs}) < len(outputs):
-        raise UsageError("every part needs an --output of its own")
+        raise UsageError("every part needs a different --output")
     if len(parts) != len(outputs):
         raise UsageError(f"{len(parts)} parts and {len(outputs)} outputs: give one --output for each part")
     store = Store.open(source)
-    dealt = deal(len(store), parts, seed)
-    joined, dtype = _Joined([store]), store.manifest["dtype"]
+    assigned = assign_parts(len(store), parts, seed)
+    joined, dtype = _JoinedStores([store]), store.manifest["dtype"]
     made = [
         {"made_by": "store split", "sources": [_origin(store)], "parts": list(parts), "part": part, "seed": seed}
         for part in range(len(parts))
     ]
     total, done = sum(joined.lengths), 0
     summaries = []
-    with _begin(joined, dict(zip(outputs, dealt, strict=True)), dtype, made, resume) as writers:
-        for writer, indices in zip(writers, dealt, strict=True):
+    with _begin(joined, dict(zip(outputs, assigned, strict=True)), dtype, made, resume) as writers:
+        for writer, indices in zip(writers, assigned, strict=True):
             bar = _shifted(progress, done, total)
             summaries.append(_fill(writer, joined, indices, dtype, joined.counts(indices), bar))
             done += sum(joined.lengths[index] for index in indices)
     return summaries
 
 
-def deal(count: int, parts: Sequence[float], seed: int) -> list[list[int]]:
-    """Numbers 0..count-1 in disjoint ascending lists of the sizes that `parts` say, chosen by a hash of (seed, number).
+def assign_parts(count: int, parts: Sequence[float], seed: int) -> list[list[int]]:
+    """Return the numbers 0..count-1 in disjoint ascending lists of the sizes in `parts`, by a hash of (seed, number).
 
-    Raises UsageError when the parts do not make a whole, or one would be empty.
+    Raises UsageError when the parts do not add up to the whole, or when one is empty.
     """
     if all(part == int(part) for part in parts):
         sizes = [int(part) for part in parts]
@@ -140,9 +140,9 @@ def merge_stores(
     resume: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """One store of all conversations, in the order of the sources. Returns a summary of plain values.
+    """Write one store of all conversations, in the order of the sources. Returns a summary of JSON values.
 
-    Shards are copied byte for byte; with `layers`, which all sources hold, they are written anew without the others.
+    Shards are copied byte for byte; with `layers`, which all sources need, they are rewritten without other layers.
 
     Raises FingerprintError when teachers, tokenizers or templates differ, StoreError when dtypes or layers do,
     UsageError when a source is named twice, CapacityError.
@@ -151,18 +151,18 @@ def merge_stores(
         raise UsageError("give two or more different stores to merge")
     stores = [Store.open(source, layers=layers) for source in sources]
     _check_alike(stores)
-    joined, dtype = _Joined(stores), stores[0].manifest["dtype"]
+    joined, dtype = _JoinedStores(stores), stores[0].manifest["dtype"]
     made = {"made_by": "store merge", "sources": [_origin(store) for store in stores]}
     everything = range(len(joined.lengths))
-    as_they_are = all(list(store.layers) == store.manifest["layers"] for store in stores)
+    unchanged = all(list(store.layers) == store.manifest["layers"] for store in stores)
     with _begin(joined, {output: everything}, dtype, [made], resume) as (writer,):
-        if as_they_are:
+        if unchanged:
             return _copy_shards(writer, stores, joined.all_counts(), progress)
         return _fill(writer, joined, everything, dtype, joined.all_counts(), progress)
 
 
 def _check_alike(stores: Sequence[Store]) -> None:
-    """Whether the sources can be one store."""
+    """Raise FingerprintError or StoreError if the sources cannot be merged."""
     first = stores[0]
     for store in stores[1:]:
         mine, theirs = first.manifest["fingerprints"], store.manifest["fingerprints"]
@@ -177,38 +177,38 @@ def _check_alike(stores: Sequence[Store]) -> None:
             )
         if (dtype := first.manifest["dtype"]) != store.manifest["dtype"]:
             raise StoreError(
-                f"{first.folder} holds {dtype} states, {store.folder} {store.manifest['dtype']}; "
-                f"bring them to one dtype first: firp store convert {store.folder} OUT --dtype {dtype}"
+                f"{first.folder} has {dtype} states, {store.folder} {store.manifest['dtype']}; "
+                f"convert them to one dtype first: firp store convert {store.folder} OUT --dtype {dtype}"
             )
         if first.layers != store.layers:
             common = sorted(set(first.layers) & set(store.layers))
             raise StoreError(
-                f"{first.folder} holds layers {list(first.layers)}, {store.folder} {list(store.layers)}; "
+                f"{first.folder} has layers {list(first.layers)}, {store.folder} {list(store.layers)}; "
                 f"keep those that both have: --layers {','.join(map(str, common)) or 'none'}"
             )
 
 
-class _Joined:
-    """The conversations of several stores as one list, as they are stored."""
+class _JoinedStores:
+    """Conversations of several stores as one list, as they are stored."""
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self.stores = stores
         self.lengths = [length for store in stores for length in store.lengths]
         self._starts = [0, *accumulate(map(len, stores))]
-        self._sound: set[tuple[int, int]] = set()
+        self._verified: set[tuple[int, int]] = set()
 
     def stored(self, index: int) -> dict[str, Tensor]:
-        """The rows of conversation `index`. Raises StoreError when its shard is damaged."""
+        """Return the rows of conversation `index`. Raises StoreError when its shard is damaged."""
         number = bisect_right(self._starts, index) - 1
         store, place = self.stores[number], index - self._starts[number]
         shard = store.shard_of(place)
-        if (number, shard) not in self._sound:
+        if (number, shard) not in self._verified:
             store.check_shard(shard)
-            self._sound.add((number, shard))
+            self._verified.add((number, shard))
         return store.stored(place)
 
     def shard(self, indices: Sequence[int], dtype: str) -> dict[str, Tensor]:
-        """The tensors of a shard of these conversations, their states in `dtype`."""
+        """Return the tensors of a shard of these conversations, with states in `dtype`."""
         rows = [self.stored(index) for index in indices]
         tensors = {name: torch.cat([row[name] for row in rows]) for name in ("input_ids", "loss_mask")}
         lengths = [self.lengths[index] for index in indices]
@@ -220,17 +220,19 @@ class _Joined:
             if dtype == self.stores[0].manifest["dtype"]:
                 tensors |= {name: stored} | ({f"{name}.scale": scale} if scale is not None else {})
             else:
-                tensors |= {name + suffix: part for suffix, part in compress(expand(stored, scale), dtype).items()}
+                tensors |= {
+                    name + suffix: part for suffix, part in encode_states(decode_states(stored, scale), dtype).items()
+                }
         return tensors
 
     def counts(self, indices: Sequence[int]) -> dict[str, Any]:
-        """What a manifest counts, for some of the conversations; reads their masks."""
+        """Return the counts of a manifest for some of the conversations; reads their masks."""
         answers = sum(int(self.stored(index)["loss_mask"].sum()) for index in indices)
         tokens = sum(self.lengths[index] for index in indices)
         return {"conversations": len(indices), "tokens": tokens, "response_tokens": answers}
 
     def all_counts(self) -> dict[str, Any]:
-        """The sums of what the stores count."""
+        """Return the sums of the stores' counts."""
         total: Counter[str] = Counter()
         skipped: Counter[str] = Counter()
         answers: Counter[str] = Counter()
@@ -247,7 +249,7 @@ class _Joined:
 
 
 def _origin(store: Store) -> dict[str, Any]:
-    """What a store made from this one says of it."""
+    """Return the record of this store in the settings of a store made from it."""
     kept = ("dtype", "layers", "settings", "counts", "recipe")
     sums = [shard["sha256"] for shard in store.manifest["shards"]]
     return {"folder": str(store.folder), "shards": fingerprint(sums), **{key: store.manifest[key] for key in kept}}
@@ -255,11 +257,11 @@ def _origin(store: Store) -> dict[str, Any]:
 
 @contextmanager
 def _begin(
-    joined: _Joined, outputs: dict[Path, Sequence[int]], dtype: str, made: Sequence[dict[str, Any]], resume: bool
+    joined: _JoinedStores, outputs: dict[Path, Sequence[int]], dtype: str, made: Sequence[dict[str, Any]], resume: bool
 ) -> Iterator[list[StoreWriter]]:
-    """The outputs' writers, once it is sure that all outputs may be written and fit their disks.
+    """Open the outputs' writers, after a check that all outputs may be written and fit their disks.
 
-    Outputs that a killed run had not begun yet are begun; those that it finished are checked.
+    Outputs that a killed run did not begin are begun; those that it finished are checked.
     """
     first = joined.stores[0].manifest
     layers = list(joined.stores[0].layers)
@@ -267,9 +269,9 @@ def _begin(
     needed = {}
     for output, indices in outputs.items():
         check_target(output, resume)
-        there = sum(path.stat().st_size for path in output.glob("shard-*")) if output.is_dir() else 0
-        needed[output] = max(0, row * sum(joined.lengths[index] for index in indices) - there)
-    check_room(needed)
+        present = sum(path.stat().st_size for path in output.glob("shard-*")) if output.is_dir() else 0
+        needed[output] = max(0, row * sum(joined.lengths[index] for index in indices) - present)
+    check_disk_space(needed)
     settings = [store.manifest["settings"] for store in joined.stores]
     names = dict.fromkeys(str(each.get("dataset")) for each in settings)
     shard_tokens = max(each.get("shard_tokens", DataConfig().shard_tokens) for each in settings)
@@ -294,13 +296,13 @@ def _begin(
 
 def _fill(
     writer: StoreWriter,
-    joined: _Joined,
+    joined: _JoinedStores,
     indices: Sequence[int],
     dtype: str,
     counts: dict[str, Any],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write the shards that are missing, one after the other."""
+    """Write the missing shards, one after the other."""
     lengths = [joined.lengths[index] for index in indices]
     pending = writer.plan(lengths, counts)
     total = sum(lengths)
@@ -316,7 +318,7 @@ def _fill(
 def _copy_shards(
     writer: StoreWriter, stores: Sequence[Store], counts: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
-    """Copy every shard of the stores that is not there yet, then enter all under their new numbers."""
+    """Copy every missing shard, then enter all under their new numbers."""
     places = [(store, number) for store in stores for number in range(len(store.manifest["shards"]))]
     manifest = writer.manifest
     manifest |= {"shards_planned": len(places), "counts": counts, "complete": False, "shards": []}
@@ -339,14 +341,14 @@ def _copy_shards(
 
 
 def _copy(store: Store, number: int, target: Path) -> None:
-    """Copy one shard, sound or not at all."""
+    """Copy one shard; a damaged one is refused."""
     shard = store.manifest["shards"][number]
     source = store.folder / shard["file"]
     try:
         copy_hashed(source, target, shard["sha256"])
     except ValueError as error:
         store.check_shard(number)
-        raise StoreError(f"{source} changed while it was read; nobody may write to it meanwhile") from error
+        raise StoreError(f"{source} changed while it was read; do not write to it during a merge") from error
     except OSError as error:
         raise StoreError(
             f"cannot copy {source} to {target}: {error}\n"
@@ -367,5 +369,5 @@ def _summary(writer: StoreWriter, written: int) -> dict[str, Any]:
 
 
 def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    """Progress of one part of a larger whole."""
+    """Return the progress callback of one part of the whole."""
     return lambda done, _: progress(before + done, total)

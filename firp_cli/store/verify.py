@@ -1,4 +1,4 @@
-"""What a store holds, and whether all of it is sound. Unfinished and damaged stores are described too."""
+"""Description and verification of a store. Unfinished and damaged stores are described too."""
 
 from __future__ import annotations
 
@@ -17,18 +17,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from firp_cli.store.reader import FLOATS, MANIFEST, SCALE, SCALED, maker, read_manifest, shard_fault, state_names
-from firp_cli.store.shard_file import Entry, read_header, read_rows
+from firp_cli.store.reader import (
+    FLOATS,
+    MANIFEST,
+    SCALE,
+    SCALED,
+    read_manifest,
+    shard_fault,
+    source_command,
+    state_names,
+)
+from firp_cli.store.shard_file import TensorEntry, read_header, read_rows
 
 Progress = Callable[[int, int | None], None]
-THREADS = 4  # shards read at once: hashing takes a core each, a disk serves a few readers
-NAMED = 4  # of many conversations or shards with one fault, those that are named
+THREADS = 4  # shards read at once: hashing occupies a core each, a disk serves a few readers
+NAMED = 4  # conversations with the same fault that are named; the others are counted
 SHARES = {"shortest": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "longest": 1.0}
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong with a file of a store, and what to do about it."""
+class StoreFault:
+    """Fault of a file of a store, and its remedy."""
 
     file: str
     fault: str
@@ -36,9 +45,9 @@ class Fault:
 
 
 def describe_store(folder: Path) -> dict[str, Any]:
-    """Contents, size, origin and conversation lengths of a store as plain values. Reads the shards' offsets alone.
+    """Return contents, size, origin and conversation lengths of a store as JSON values. Reads only the shards' offsets.
 
-    `missing` names shards that are not there, not yet written, or visibly damaged; lengths are those of the others.
+    `missing` names shards that are absent, not yet written, or visibly damaged; lengths are those of the others.
     Raises StoreError when there is no store.
     """
     folder = Path(folder)
@@ -68,7 +77,7 @@ def describe_store(folder: Path) -> dict[str, Any]:
         "shards": len(shards),
         "shards_planned": manifest["shards_planned"],
         "lengths": _distribution(lengths),
-        "made_by": maker(manifest),
+        "made_by": source_command(manifest),
         "settings": manifest["settings"],
         "recipe": manifest["recipe"],
     }
@@ -87,23 +96,23 @@ def _lengths(path: Path) -> list[int]:
 
 
 def _distribution(lengths: Sequence[int]) -> dict[str, Any]:
-    """Shares of the lengths' distribution in tokens, and a histogram: upper end (a power of two) -> conversations."""
+    """Return quantiles of the lengths in tokens, and a histogram: upper end (a power of two) -> conversations."""
     if not lengths:
         return {}
     ordered = sorted(lengths)
-    found: dict[str, Any] = {name: ordered[round(share * (len(ordered) - 1))] for name, share in SHARES.items()}
+    quantiles: dict[str, Any] = {name: ordered[round(share * (len(ordered) - 1))] for name, share in SHARES.items()}
     histogram: dict[str, int] = {}
     for length in ordered:
         end = str(1 << (length - 1).bit_length()) if length else "0"
         histogram[end] = histogram.get(end, 0) + 1
-    return found | {"mean": sum(ordered) / len(ordered), "histogram": histogram}
+    return quantiles | {"mean": sum(ordered) / len(ordered), "histogram": histogram}
 
 
-def verify_store(folder: Path, progress: Progress = lambda done, total: None) -> list[Fault]:
-    """Every fault of a store, file by file: sizes, checksums, layout, offsets, NaN and infinities, empty loss masks.
+def verify_store(folder: Path, progress: Progress = lambda done, total: None) -> list[StoreFault]:
+    """Return every fault of a store, by file: sizes, checksums, layout, offsets, NaN and infinities, empty loss masks.
 
-    Each shard is read once, in pieces, several at a time. `progress` counts bytes. Raises StoreError when there is no
-    store.
+    Each shard is read once, in blocks, several shards at a time. `progress` counts bytes. Raises StoreError when there
+    is no store.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -118,30 +127,30 @@ def verify_store(folder: Path, progress: Progress = lambda done, total: None) ->
 
     pool = ThreadPoolExecutor(max(1, min(THREADS, os.cpu_count() or 1, len(shards))), thread_name_prefix="verify")
     try:
-        found = pool.map(lambda shard: _Shard(folder, manifest, shard, on_bytes).faults(), shards)
-        return [*_manifest_faults(manifest), *chain.from_iterable(found)]
+        faults = pool.map(lambda shard: _ShardCheck(folder, manifest, shard, on_bytes).faults(), shards)
+        return [*_manifest_faults(manifest), *chain.from_iterable(faults)]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _manifest_faults(manifest: dict[str, Any]) -> Iterator[Fault]:
-    again = f"run the same `{maker(manifest)}` with --resume"
+def _manifest_faults(manifest: dict[str, Any]) -> Iterator[StoreFault]:
+    again = f"run the same `{source_command(manifest)}` with --resume"
     if not manifest["complete"]:
-        yield Fault(MANIFEST, "the store is unfinished: " + "; ".join(_unwritten(manifest)), again)
+        yield StoreFault(MANIFEST, "the store is unfinished: " + "; ".join(_unwritten(manifest)), again)
         return
     place = 0
     for shard in manifest["shards"]:
         if shard["first"] != place or shard["next"] - shard["first"] != shard["sequences"]:
-            yield Fault(MANIFEST, f"{shard['file']} does not begin where the shard before it ends", again)
+            yield StoreFault(MANIFEST, f"{shard['file']} does not begin where the shard before it ends", again)
         place = shard["next"]
     for name, key in (("conversations", "sequences"), ("tokens", "tokens")):
-        counted, held = manifest["counts"].get(name), sum(shard[key] for shard in manifest["shards"])
-        if counted not in (None, held):
-            yield Fault(MANIFEST, f"it counts {counted} {name}, its shards hold {held}", again)
+        counted, present = manifest["counts"].get(name), sum(shard[key] for shard in manifest["shards"])
+        if counted not in (None, present):
+            yield StoreFault(MANIFEST, f"it counts {counted} {name}, its shards contain {present}", again)
 
 
-class _Shard:
-    """One pass over one shard. `damage` is what a checksum tells too; `content` was already so when it was written."""
+class _ShardCheck:
+    """One pass over one shard. `damage`: faults since it was written; `content`: faults that it was written with."""
 
     def __init__(
         self, folder: Path, manifest: dict[str, Any], shard: dict[str, Any], on_bytes: Callable[[int], None]
@@ -153,8 +162,8 @@ class _Shard:
         self.offsets: list[int] = []
         self.infinite: dict[str, list[int]] = {}  # rows with NaN or infinities, by tensor
 
-    def faults(self) -> list[Fault]:
-        """All that is wrong with this shard."""
+    def faults(self) -> list[StoreFault]:
+        """Return all faults of this shard."""
         size = shard_fault(self.path.parent, self.shard, checksum=False)
         if size:
             self.damage.append(size)
@@ -164,11 +173,11 @@ class _Shard:
                     self._read(stream)
             except (OSError, ValueError) as error:
                 self.damage.append(str(error))
-        again = f"run the same `{maker(self.manifest)}` with --resume"
+        again = f"run the same `{source_command(self.manifest)}` with --resume"
         rebuild = f"{again}: it rebuilds just that shard"
         content = rebuild if self.damage else f"delete the file and {again}"
         found = [(text, rebuild) for text in self.damage] + [(text, content) for text in self.content]
-        return [Fault(self.shard["file"], text, remedy) for text, remedy in found]
+        return [StoreFault(self.shard["file"], text, remedy) for text, remedy in found]
 
     def _read(self, stream: BinaryIO) -> None:
         digest = hashlib.sha256()
@@ -199,8 +208,8 @@ class _Shard:
         if digest.hexdigest() != self.shard["sha256"]:
             self.damage.insert(0, "its checksum differs")
 
-    def _check_layout(self, entries: dict[str, Entry]) -> None:
-        """Names, types and shapes against the manifest."""
+    def _check_layout(self, entries: dict[str, TensorEntry]) -> None:
+        """Compare names, types and shapes with the manifest."""
         tokens, size, dtype = self.shard["tokens"], self.manifest["hidden_size"], self.manifest["dtype"]
         expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
             "input_ids": ((torch.int32, torch.int64), (tokens,)),
@@ -229,7 +238,7 @@ class _Shard:
             self.offsets = offsets
 
     def _check_finite(self, name: str, block: Tensor, first: int) -> None:
-        """The least and the largest entry tell of NaN and infinities; only where they do are the rows looked for."""
+        """Find rows with NaN or infinities; blocks whose smallest and largest entry are finite have none."""
         if block.dtype == torch.int8:
             return
         if block.dtype == torch.float8_e4m3fn:
@@ -243,13 +252,13 @@ class _Shard:
             self.infinite.setdefault(name, []).extend((rows + first).tolist())
 
     def _places(self, rows: Sequence[int]) -> str:
-        """The token of the first of some ascending rows, and how many conversations they are of."""
+        """Return the location of the first of some ascending rows, and how many more conversations have such rows."""
         if not self.offsets:
             return f"row {rows[0]}"
         places = dict.fromkeys(bisect_right(self.offsets, row) - 1 for row in rows)
         first = next(iter(places))
-        others = f" and in {len(places) - 1} more" if len(places) > 1 else ""
-        return f"token {rows[0] - self.offsets[first]} of conversation {self.shard['first'] + first}{others}"
+        more = f" and in {len(places) - 1} more" if len(places) > 1 else ""
+        return f"token {rows[0] - self.offsets[first]} of conversation {self.shard['first'] + first}{more}"
 
     def _check_mask(self, mask: Tensor) -> None:
         empty = [

@@ -1,11 +1,11 @@
-"""Writing a store: shards that are whole or absent, in an order that a killed run can take up again.
+"""Writing of a store: shards are whole or absent, and a killed run can be resumed.
 
-Which conversations a shard holds follows from their lengths alone, and nothing is computed across shards: a shard has
-the same bytes whether it was written in one run, after a resume, or rebuilt alone, and by however many ranks.
+The conversations of a shard follow from their lengths alone, and nothing is computed across shards: a shard has the
+same bytes whether it was written in one run, after a resume, or rebuilt alone, and by any number of ranks.
 
-Every rank writes its shards: the file, then beside it a sidecar `shard-00003.json` with what the manifest is to say
-about it. Rank 0 enters sidecars in the manifest and removes them. A file without an entry is written again, so a rank
-that is killed loses the shard it was at; sidecars that a killed run left are entered by the next.
+Every rank writes its shards: the file, then beside it a sidecar `shard-00003.json` with its manifest entry. Rank 0
+enters sidecars in the manifest and removes them. A file without an entry is written again, so a killed rank loses only
+its unfinished shard; the next run enters the sidecars of a killed one.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from firp_cli.store.shard_file import save_hashed
 PROVENANCE = "provenance.json"
 SHARD_FILES = re.compile(r"shard-\d{5,}\.(safetensors|json)")
 TEMPORARY = ".*.tmp"
-LEAST_SHARDS = 32  # a corpus of some size is cut into so many at least, for ranks to share
-LEAST_TOKENS = 8192  # but not into shards smaller than this: short batches are padded more
-FOLD_SECONDS = 5.0  # between two writings of the manifest
+LEAST_SHARDS = 32  # minimum number of shards of a large corpus, for ranks to share
+LEAST_TOKENS = 8192  # minimum tokens of a shard: short batches need more padding
+FOLD_SECONDS = 5.0  # minimum time between two writings of the manifest
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Shard `number` holds conversations first .. next-1."""
+    """Shard `number`, of conversations first .. next-1."""
 
     number: int
     first: int
@@ -49,25 +49,27 @@ class ShardPlan:
 
     @property
     def file(self) -> str:
+        """Name of the shard file."""
         return f"shard-{self.number:05d}.safetensors"
 
     @property
     def sidecar(self) -> str:
+        """Name of the file with the shard's manifest entry."""
         return self.sidecar_of(self.file)
 
     @staticmethod
     def sidecar_of(file: str) -> str:
-        """Name of the file that says what the manifest is to say about shard `file`."""
+        """Return the name of the file with the manifest entry of shard `file`."""
         return file.removesuffix(".safetensors") + ".json"
 
 
 def shard_size(tokens: int, shard_tokens: int) -> int:
-    """Tokens per shard of a corpus of `tokens`: as asked, or fewer, so that ranks share a small corpus evenly."""
+    """Return the tokens per shard of a corpus of `tokens`: `shard_tokens`, or fewer to share a small corpus evenly."""
     return min(shard_tokens, max(LEAST_TOKENS, tokens // LEAST_SHARDS))
 
 
 def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[ShardPlan]:
-    """Whole conversations in order, at most `shard_tokens` tokens to a shard unless one alone is longer."""
+    """Cut conversations, in order, into shards of at most `shard_tokens` tokens; a longer conversation gets a shard."""
     plans: list[ShardPlan] = []
     first, tokens = 0, 0
     for index, length in enumerate(lengths):
@@ -83,7 +85,8 @@ def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[ShardPlan]:
 def check_target(folder: Path, resume: bool, locked: bool = False) -> None:
     """Refuse a folder that cannot be written, before any work is done. Raises StoreError with the remedy.
 
-    `locked`: this process holds its lock already.
+    Args:
+        locked: True if this process has the folder's lock already.
     """
     if not locked and (folder / LOCK).is_file():
         _lock(folder).close()
@@ -97,24 +100,24 @@ def check_target(folder: Path, resume: bool, locked: bool = False) -> None:
             )
         return
     known = {LOCK, *(path.name for path in folder.glob(TEMPORARY))}  # of a run that was killed at its start
-    strangers = [path.name for path in folder.glob("*") if path.name not in known] if folder.is_dir() else []
-    if strangers or (folder.exists() and not folder.is_dir()):
-        raise StoreError(f"{folder} is not empty and holds no store; give another --output")
+    unknown = [path.name for path in folder.glob("*") if path.name not in known] if folder.is_dir() else []
+    if unknown or (folder.exists() and not folder.is_dir()):
+        raise StoreError(f"{folder} is not empty and is not a store; give another --output")
 
 
 class ShardWriter:
-    """Writes shards and their sidecars into a store that another process leads. `write` may be called from a thread."""
+    """Writer of shards and their sidecars into a store that rank 0 leads. `write` may be called from a thread."""
 
     def __init__(self, folder: Path, layers: Sequence[int], dtype: str) -> None:
-        """Join the writers of `folder`. Raises StoreError when the store is another run's."""
+        """Join the writers of `folder`. Raises StoreError when another run has the store."""
         self.folder = folder
         self._names, self._dtype = state_names(layers), dtype
         self._lock = _lock(folder, member=True)
 
     def write(self, plan: ShardPlan, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Write one shard; returns what the manifest is to say about it.
+        """Write one shard and return its manifest entry.
 
-        Raises NumericsError naming the conversation when a state is NaN or infinite, StoreError when the disk refuses.
+        Raises NumericsError naming the conversation when a state is NaN or infinite, StoreError on a disk error.
         """
         self._check_finite(plan, tensors)
         path = self.folder / plan.file
@@ -135,7 +138,7 @@ class ShardWriter:
         return entry
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         self._lock.close()
 
     def __enter__(self) -> Self:
@@ -145,7 +148,7 @@ class ShardWriter:
         self.close()
 
     def _check_finite(self, plan: ShardPlan, tensors: dict[str, Tensor]) -> None:
-        """The least and the largest entry tell of NaN and infinities; only where they do is the culprit looked for."""
+        """Raise NumericsError naming the first row with NaN or infinities; finite extremes mean that there is none."""
         suffix = ".scale" if self._dtype in SCALED else ""
         for name in self._names:
             states = tensors[name + suffix]
@@ -163,7 +166,7 @@ class ShardWriter:
 
 
 class StoreWriter(ShardWriter):
-    """Leads the filling of a store: holds its lock and keeps its manifest, from construction to `close`."""
+    """Leader of a store's writers: has its lock and writes its manifest, from construction to `close`."""
 
     def __init__(
         self,
@@ -177,11 +180,12 @@ class StoreWriter(ShardWriter):
         recipe: dict[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
-        """Begin a store, or with `resume` take up the one in `folder`.
+        """Create a store, or with `resume` continue the one in `folder`.
 
         Args:
             teacher: its description. fingerprints: `teacher`, `tokenizer`, `chat template`.
-            layers, dtype, settings: all that decides what the store's bytes are.
+            layers, dtype, settings: everything that determines the store's bytes.
+
         Raises StoreError or FingerprintError when `folder` holds a store made otherwise, or another process writes it.
         """
         self.folder = folder
@@ -208,7 +212,7 @@ class StoreWriter(ShardWriter):
             "recipe": recipe,
         }
         try:
-            check_target(folder, resume, locked=True)  # another process may have come and gone before the lock was ours
+            check_target(folder, resume, locked=True)  # another process may have written before the lock was taken
             for leftover in folder.glob(TEMPORARY):
                 leftover.unlink()
             if (folder / MANIFEST).is_file():
@@ -225,51 +229,53 @@ class StoreWriter(ShardWriter):
             raise
 
     def share(self) -> None:
-        """Let the other ranks' writers in."""
+        """Let the writers of the other ranks join."""
         with _disk(self.folder):
             self._lock.share()
 
     def plan(
         self, lengths: Sequence[int], counts: dict[str, Any], text: Callable[[ShardPlan], str] | None = None
     ) -> list[ShardPlan]:
-        """Fix the shards and return those to be written: all but the ones that are already there, undamaged and, where
-        `text` gives the fingerprint of what a shard is to hold, of that text.
+        """Plan the shards and return those to be written: all but those that exist undamaged.
+
+        Args:
+            text: returns the fingerprint of a shard's text; a shard of another text is written again.
         """
         claims = self.claims(lengths)
         return self.settle([entry for plan, entry in claims if is_whole(self.folder, plan, entry, text)], counts)
 
     def claims(self, lengths: Sequence[int]) -> list[tuple[ShardPlan, dict[str, Any]]]:
-        """Fix the shards; returns what manifest and sidecars say is there already, for `is_whole` to check."""
+        """Plan the shards; return the entries of manifest and sidecars, for `is_whole` to check."""
         plans = plan_shards(lengths, shard_size(sum(lengths), self.manifest["settings"]["shard_tokens"]))
         self._plans = {plan.file: plan for plan in plans}
-        found = [*self.manifest["shards"], *self._sidecars().values()]
-        return [(self._plans[entry["file"]], entry) for entry in found if entry.get("file") in self._plans]
+        entries = [*self.manifest["shards"], *self._sidecars().values()]
+        return [(self._plans[entry["file"]], entry) for entry in entries if entry.get("file") in self._plans]
 
     def settle(self, whole: Sequence[dict[str, Any]], counts: dict[str, Any]) -> list[ShardPlan]:
-        """Enter the shards that are there and drop what else is; returns those to be written, in order."""
-        there = {entry["file"]: entry for entry in whole}
-        pending = [plan for file, plan in self._plans.items() if file not in there]
-        shards = sorted(there.values(), key=lambda entry: entry["first"])
+        """Enter the whole shards, remove all other shard files, and return the shards to be written, in order."""
+        entered = {entry["file"]: entry for entry in whole}
+        pending = [plan for file, plan in self._plans.items() if file not in entered]
+        shards = sorted(entered.values(), key=lambda entry: entry["first"])
         changed = {"shards": shards, "shards_planned": len(self._plans), "counts": counts, "complete": not pending}
         if any(self.manifest[key] != value for key, value in changed.items()):
             self.manifest |= changed
             self._save()
-        # Only now that the manifest says what holds.
+        # only after the manifest no longer names them
         for path in self.folder.glob("shard-*"):
             if path.name not in self._plans and SHARD_FILES.fullmatch(path.name):
                 path.unlink()
         return pending
 
     def write(self, plan: ShardPlan, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """As `ShardWriter.write`; now and then the manifest is written too."""
+        """Write one shard as `ShardWriter.write` does, and the manifest every FOLD_SECONDS."""
         entry = super().write(plan, tensors)
         self.fold(FOLD_SECONDS)
         return entry
 
     def fold(self, seconds: float = 0.0, entries: Sequence[dict[str, Any]] = ()) -> None:
-        """Enter finished shards in the manifest: those with sidecars, and `entries`. Not within `seconds` of last time.
+        """Enter finished shards in the manifest: those with sidecars, and `entries`; at most once in `seconds`.
 
-        Raises StoreError when the disk refuses.
+        Raises StoreError on a disk error.
         """
         with self._guard:
             if time.monotonic() - self._folded < seconds:
@@ -286,12 +292,12 @@ class StoreWriter(ShardWriter):
                 (self.folder / ShardPlan.sidecar_of(file)).unlink(missing_ok=True)
 
     def entered(self) -> dict[str, int]:
-        """Tokens of each shard in the manifest, by file."""
+        """Return the tokens of each shard in the manifest, by file."""
         with self._guard:
             return {shard["file"]: shard["tokens"] for shard in self.manifest["shards"]}
 
     def record(self, run: dict[str, Any]) -> None:
-        """Keep how a run went beside how the store came to be: the manifest's bytes do not depend on it."""
+        """Add a run's record to provenance.json: the manifest's bytes do not depend on it."""
         path = self.folder / PROVENANCE
         with _disk(path):
             provenance = json.loads(path.read_text(encoding="utf-8"))
@@ -299,7 +305,7 @@ class StoreWriter(ShardWriter):
             write_json(path, provenance)
 
     def close(self) -> None:
-        """Enter what is finished and let go of the folder."""
+        """Enter finished shards and release the folder."""
         try:
             if self._plans:
                 self.fold()
@@ -311,19 +317,19 @@ class StoreWriter(ShardWriter):
             write_json(self.folder / MANIFEST, self.manifest)
 
     def _sidecars(self) -> dict[str, dict[str, Any]]:
-        """The entries that lie beside their shards, by file."""
-        found = {}
+        """Return the entries in sidecars, by shard file."""
+        entries = {}
         for path in self.folder.glob("shard-*.json"):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 entry = json.loads(path.read_text(encoding="utf-8"))
-                found[entry["file"]] = entry
-        return found
+                entries[entry["file"]] = entry
+        return entries
 
 
 def is_whole(
     folder: Path, plan: ShardPlan, entry: dict[str, Any], text: Callable[[ShardPlan], str] | None = None
 ) -> bool:
-    """Whether the shard that a manifest entry or sidecar speaks of is there, undamaged, and what `plan` asks for."""
+    """Return True if the shard of a manifest entry or sidecar exists undamaged and is the one that `plan` describes."""
     return (
         (entry["first"], entry["next"]) == (plan.first, plan.next)
         and (text is None or entry.get("text") == text(plan))
@@ -332,7 +338,7 @@ def is_whole(
 
 
 def text_fingerprint(input_ids: Tensor, loss_mask: Tensor) -> str:
-    """16 hex digits over the bytes of token ids (T,) int32 and mask (T,) bool, as a shard holds them."""
+    """Return 16 hex digits over the bytes of token ids (T,) int32 and mask (T,) bool, as stored."""
     digest = hashlib.sha256(input_ids.numpy().tobytes())
     digest.update(loss_mask.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -351,7 +357,7 @@ def _lock(folder: Path, member: bool = False) -> FolderLock:
 
 @contextlib.contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a line for the user."""
+    """Turn an error of the disk into a StoreError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -361,15 +367,15 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def _compare(folder: Path, found: dict[str, Any], fresh: dict[str, Any]) -> None:
-    """Refuse to go on with a store made otherwise."""
-    marks = [
+    """Refuse to resume a store that was made with another teacher or other settings."""
+    different = [
         f"{name} (store: {found['fingerprints'].get(name)}, now: {value})"
         for name, value in fresh["fingerprints"].items()
         if found["fingerprints"].get(name) != value
     ]
-    if marks:
+    if different:
         raise FingerprintError(
-            f"{folder} was made with another {' and another '.join(marks)}; give another --output, or delete it"
+            f"{folder} was made with another {' and another '.join(different)}; give another --output, or delete it"
         )
     mine = {"layers": fresh["layers"], "dtype": fresh["dtype"], **fresh["settings"]}
     theirs = {"layers": found["layers"], "dtype": found["dtype"], **found["settings"]}

@@ -1,7 +1,7 @@
-"""Which conversations a run learns from, in which order, and the thread that reads them ahead of the training step.
+"""Conversations of a training run, their order, and the threads that read them ahead of the training step.
 
-Everything here is a pure function of the seed, the epoch and the number of an optimizer step: a resumed run, a run on
-more ranks and one with more readers see the same data. The micro-batches of a step are dealt out to the ranks, so R
+The order is a pure function of the seed, the epoch and the number of an optimizer step: a resumed run, a run on more
+ranks and one with more readers see the same data. The micro-batches of a step are distributed over the ranks, so R
 ranks equal one rank with R times the gradient accumulation.
 """
 
@@ -20,17 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from firp_cli.config import TrainingConfig
 from firp_cli.predictors.anchors import Anchors, Sequenced, choose_anchors, collate
 from firp_cli.predictors.base import SequenceBatch
-from firp_cli.store.reader import FINAL, Store, expand, state_names
+from firp_cli.store.reader import FINAL, Store, decode_states, state_names
 
-PREFETCH = 4  # micro-batches read ahead by the first reader; each further one has one more
-VALIDATION_EPOCH = 1 << 31  # stands for the epoch in the anchors' seeds of validation
+PREFETCH = 4  # micro-batches read ahead with one reader; each further reader adds one
+VALIDATION_EPOCH = 1 << 31  # takes the place of the epoch in the anchors' seeds of validation
 
 
 @dataclass
 class MicroBatch:
-    """One forward's worth of conversations; `indices` are their numbers in the store."""
+    """Conversations of one forward with their anchors; `indices` are their numbers in the store."""
 
     batch: SequenceBatch
     anchors: Anchors
@@ -38,10 +39,10 @@ class MicroBatch:
 
 
 def split_validation(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the training and of the validation conversations, ascending.
+    """Return the numbers of the training and of the validation conversations, ascending.
 
-    The conversations with the lowest hash of (seed, number) are held out, so most stay held out when a store grows. At
-    least one is, and at least one is trained on, wherever fraction > 0 and there are two.
+    The conversations with the lowest hash of (seed, number) are held out, so most stay held out when a store grows.
+    With fraction > 0 and two conversations or more, each part has at least one.
     """
     held = min(count - 1, max(1, round(count * fraction))) if fraction > 0 and count > 1 else 0
     ranked = sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
@@ -49,18 +50,18 @@ def split_validation(count: int, fraction: float, seed: int) -> tuple[list[int],
 
 
 def anchor_seed(seed: int, epoch: int, index: int) -> int:
-    """Seed of the anchors drawn from conversation `index` in an epoch."""
+    """Return the seed of the anchors drawn from conversation `index` in an epoch."""
     state = np.random.SeedSequence([seed & 0xFFFFFFFF, epoch, index]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
 class Order:
-    """The training conversations as an endless row of optimizer steps, each of `per_step` micro-batches.
+    """Endless sequence of optimizer steps over the training conversations, each of `per_step` micro-batches.
 
-    An epoch is a fresh shuffle cut into steps; the remainder that fills no step is left out, and a store too small for
-    one step is gone round more than once within it. With `lengths` (tokens by conversation number) the conversations
-    of a step are sorted, the longest first, before they are cut into micro-batches: what shares a forward needs little
-    padding, and what ranks do at the same time takes equally long.
+    An epoch is a new shuffle cut into steps. The remainder that fills no step is omitted; a store too small for one
+    step is repeated within it. With `lengths` (tokens by conversation number) the conversations of a step are sorted,
+    the longest first, before they are cut into micro-batches: a forward then needs little padding, and ranks take
+    equally long.
     """
 
     def __init__(
@@ -82,14 +83,14 @@ class Order:
         self._step: tuple[int, list[list[int]]] = (-1, [])
 
     def epoch(self, number: int) -> list[int]:
-        """The conversations in the order of an epoch."""
+        """Return the conversations in the order of an epoch."""
         if self._shuffled[0] != number:
             generator = np.random.default_rng([self.seed & 0xFFFFFFFF, number])
             self._shuffled = (number, [self.indices[place] for place in generator.permutation(len(self.indices))])
         return self._shuffled[1]
 
     def conversations(self, step: int, place: int) -> tuple[list[int], int]:
-        """Conversations and epoch of micro-batch `place` (0..per_step-1) of optimizer step `step` (from 0)."""
+        """Return conversations and epoch of micro-batch `place` (0..per_step-1) of optimizer step `step` (from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if self._step[0] != step:
             self._step = (step, self._micro_batches(self.epoch(epoch), step_in_epoch))
@@ -106,21 +107,50 @@ class Order:
         return [chosen[start : start + self.size] for start in range(0, len(chosen), self.size)]
 
     def place(self, micro: int, rank: int, ranks: int) -> int:
-        """The micro-batch of a step that `rank` of `ranks` takes at its micro-step `micro`.
+        """Return the micro-batch of a step that `rank` of `ranks` takes as its micro-batch `micro`.
 
-        Every second round is dealt out backwards, so that no rank always gets the longer ones.
+        Every second round goes through the ranks backwards, so that no rank always gets the longer ones.
         """
         return micro * ranks + (ranks - 1 - rank if micro % 2 else rank)
 
     def of_rank(self, first: int, last: int, rank: int, ranks: int) -> Iterator[tuple[list[int], int]]:
-        """Conversations and epoch of all micro-batches that a rank takes in optimizer steps first..last-1, in order."""
+        """Yield conversations and epoch of a rank's micro-batches in optimizer steps first..last-1, in order."""
         for step in range(first, last):
             for micro in range(self.per_step // ranks):
                 yield self.conversations(step, self.place(micro, rank, ranks))
 
 
+def data_order(
+    settings: TrainingConfig,
+    indices: Sequence[int],
+    ranks: int,
+    lengths: Sequence[int] | None = None,
+    per_step: int | None = None,
+) -> Order:
+    """Return the order in which a group of `ranks` reads the training conversations.
+
+    Args:
+        lengths: in tokens, by conversation number.
+        per_step: micro-batches of an optimizer step, over all ranks; None: as the settings define it.
+    """
+    per_step = per_step or settings.gradient_accumulation * ranks
+    return Order(indices, settings.micro_batch_size, per_step, settings.seed, lengths if settings.balance else None)
+
+
+def planned_steps(settings: TrainingConfig, order: Order) -> int:
+    """Return the number of optimizer steps of a run."""
+    steps = settings.epochs * order.steps_per_epoch
+    return steps if settings.max_steps is None else min(steps, settings.max_steps)
+
+
+def sequence_lengths(store: Sequence[Sequenced]) -> Sequence[int]:
+    """Return the tokens of every conversation, without reading states where the store knows the lengths."""
+    known: Sequence[int] | None = getattr(store, "lengths", None)
+    return [len(item.input_ids) for item in store] if known is None else known
+
+
 class Reader:
-    """Makes micro-batches: reads conversations, pads them, draws their anchors, moves them to the teacher's device."""
+    """Reader of micro-batches: padded conversations with their anchors, on the teacher's device."""
 
     def __init__(
         self,
@@ -135,6 +165,7 @@ class Reader:
         self.device, self.dtype = device, dtype
 
     def read(self, indices: list[int], epoch: int) -> MicroBatch:
+        """Return the micro-batch of these conversations in an epoch."""
         batch = read_batch(self.store, indices)
         seeds = [anchor_seed(self.seed, epoch, index) for index in indices]
         anchors = choose_anchors(batch, self.steps, self.limit, seeds)
@@ -143,19 +174,18 @@ class Reader:
 
 
 def read_batch(store: Sequence[Sequenced], indices: Sequence[int]) -> SequenceBatch:
-    """Conversations of a store, right-padded; all at once where it can do that (one that computes states runs one
-    forward).
+    """Return conversations of a store, right-padded.
+
+    A store with `fetch` gets all of them in one call: one that computes states then runs one forward.
     """
     if isinstance(store, Store):
         return _read_mapped(store, indices)
-    together: Callable[[Sequence[int]], list[Sequenced]] | None = getattr(store, "fetch", None)
-    return collate([store[index] for index in indices] if together is None else together(indices))
+    fetch: Callable[[Sequence[int]], list[Sequenced]] | None = getattr(store, "fetch", None)
+    return collate([store[index] for index in indices] if fetch is None else fetch(indices))
 
 
 def _read_mapped(store: Store, indices: Sequence[int]) -> SequenceBatch:
-    """What `collate` would make of these conversations, without new memory for each: its pages would cost more than
-    reading.
-    """
+    """Return the batch of `collate` without new memory for each conversation: its pages cost more time than reading."""
     found = [store.stored(index) for index in indices]
     lengths = [len(rows["input_ids"]) for rows in found]
 
@@ -165,7 +195,7 @@ def _read_mapped(store: Store, indices: Sequence[int]) -> SequenceBatch:
         dtype = torch.float32 if scale in found[0] else first.dtype
         batch = torch.empty(len(found), max(lengths), *first.shape[1:], dtype=dtype)
         for rows, length, target in zip(found, lengths, batch, strict=True):
-            expand(rows[name], rows.get(scale), out=target[:length])
+            decode_states(rows[name], rows.get(scale), out=target[:length])
             target[length:] = 0
         return batch
 
@@ -180,29 +210,30 @@ def _read_mapped(store: Store, indices: Sequence[int]) -> SequenceBatch:
 
 
 def _single_threaded_pool(readers: int) -> ThreadPoolExecutor:
-    """A pool whose threads compute on one core each: a second team of workers would take cores from the training step,
-    for longer than reading lasts, since idle workers spin.
-    """
-    pool, together = ThreadPoolExecutor(readers, thread_name_prefix="reader"), Barrier(readers)
+    """Return a pool whose threads compute on one core each.
 
-    def calm(_: int) -> None:
+    A second team of workers would take cores from the training step for longer than reading lasts: idle workers spin.
+    """
+    pool, barrier = ThreadPoolExecutor(readers, thread_name_prefix="reader"), Barrier(readers)
+
+    def use_one_core(_: int) -> None:
         torch.get_num_threads()  # the first call in a thread takes over the number of all others
         torch.set_num_threads(1)
-        together.wait()  # so that every thread of the pool comes here
+        barrier.wait()  # each thread of the pool runs this function once
 
     before = torch.get_num_threads()
-    list(pool.map(calm, range(readers)))
-    torch.set_num_threads(before)  # the number is kept by thread, but the matrix library's is everybody's
+    list(pool.map(use_one_core, range(readers)))
+    torch.set_num_threads(before)  # torch's number is per thread, that of the matrix library is per process
     return pool
 
 
 class Prefetcher:
-    """Reads micro-batches in `readers` threads; iterate to get them in order. `waited` sums the seconds of waiting."""
+    """Iterator over micro-batches in order, read ahead in `readers` threads. `waited`: seconds of waiting so far."""
 
     def __init__(self, reader: Reader, wanted: Iterator[tuple[list[int], int]], readers: int = 1) -> None:
         self.waited = 0.0
         self._reader, self._wanted = reader, wanted
-        computes = hasattr(reader.store, "fetch")  # states made on the fly want all cores
+        computes = hasattr(reader.store, "fetch")  # computing states needs all cores
         self._pool = ThreadPoolExecutor(readers) if computes else _single_threaded_pool(readers)
         self._ahead: deque[Future[MicroBatch]] = deque()
         self._submit(PREFETCH + readers - 1)
@@ -224,5 +255,5 @@ class Prefetcher:
         return item
 
     def close(self) -> None:
-        """Stop reading; what was read ahead is dropped."""
+        """Stop reading and drop what was read ahead."""
         self._pool.shutdown(wait=True, cancel_futures=True)

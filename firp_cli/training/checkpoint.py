@@ -1,12 +1,12 @@
-"""What a run leaves on disk: resumable checkpoints, the best weights, and at the end the predictor folder.
+"""Files of a training run: resumable checkpoints, the best weights, and at the end the predictor folder.
 
     output/checkpoints/step-N/        state.json, and one safetensors file per parameter: weights and AdamW's moments
     output/checkpoints/latest         name of the newest one
     output/checkpoints/best-N.safetensors   weights of the best validations so far
     output/predictor.safetensors, config.json, recipe.yaml, training.json   the trained predictor
 
-Everything is written under another name and renamed when whole. A checkpoint holds whole float32 tensors and no
-pickle: any number of ranks and any ZeRO stage can take it up, and at the number that wrote it, bit for bit.
+Everything is written under another name and renamed when whole. A checkpoint contains whole float32 tensors and no
+pickle: any number of ranks and any ZeRO stage can resume from it, with the number of ranks that wrote it bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,20 @@ from firp_cli.files import file_sha256, lock_folder, write_atomically, write_jso
 from firp_cli.machine import is_main, rank, world_size
 from firp_cli.predictors.folder import write_predictor
 from firp_cli.recipe import dump_recipe
-from firp_cli.training.optimizer_state import Whole, adam_steps, learning_rates, restore_states, whole_states
+from firp_cli.training.loop import RunProgress
+from firp_cli.training.optimizer_state import (
+    States,
+    adam_steps,
+    restore_schedule,
+    restore_states,
+    schedule_state,
+    whole_states,
+)
 from firp_cli.training.random_state import random_state, restore_random_state, seed_rank
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
-FREE_TO_CHANGE = {  # training fields that leave the losses as they are, to float error
+FREE_TO_CHANGE = {  # training fields that do not change the losses, to float error
     "log_every",
     "save_every",
     "gate_prompts",
@@ -50,39 +58,14 @@ FREE_TO_CHANGE = {  # training fields that leave the losses as they are, to floa
     "wandb",
     "zero_stage",
 }
-TEACHER_FREE = {"sharding", "device_map"}  # where the teacher's weights lie decides no loss
-EXPORTED = (
-    "predictor.safetensors",
-    "recipe.yaml",
-    "training.json",
-    "config.json",
-)  # config.json last: it makes it whole
-
-
-@dataclass
-class RunState:
-    """How far a run is. `seconds`, `waited` and `tokens` count training steps only, `waited` is per rank. `spent`:
-    seconds by the clock of rank 0, in a run with `training.max_minutes`.
-
-    `first`, `best` and `last` are rows of validations: the start values', the best so far, the latest. `kept` are the
-    steps whose weights are kept, the best first; `stale` counts the validations since the last one that was better.
-    """
-
-    step: int = 0
-    first: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
-    last: dict[str, Any] | None = None
-    kept: list[tuple[float, int]] = field(default_factory=list)
-    stale: int = 0
-    seconds: float = 0.0
-    spent: float = 0.0
-    waited: float = 0.0
-    tokens: int = 0
+TEACHER_FREE_TO_CHANGE = {"sharding", "device_map"}  # the place of the teacher's weights does not change the losses
+# config.json is last: a folder that contains it is complete
+EXPORTED = ("predictor.safetensors", "recipe.yaml", "training.json", "config.json")
 
 
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold a run's folder while it is written; rank 0 does. Raises UsageError where another process holds it."""
+    """Lock a run's folder while it is written, on rank 0. Raises UsageError where another process has the lock."""
     if not is_main():
         yield
         return
@@ -105,19 +88,19 @@ def guard_output(output: Path, resume: bool) -> None:
     if resume:
         return
     if latest_checkpoint(output) is not None:
-        held = "the checkpoints of a run"
+        content = "the checkpoints of a run"
     elif (output / "config.json").is_file():
-        held = "a trained predictor"
+        content = "a trained predictor"
     else:
         return
     raise UsageError(
-        f"{output} holds {held}: add --resume to go on with it, or --output OTHER to start anew beside it\n"
+        f"{output} contains {content}: add --resume to continue it, or give another --output for a new run\n"
         f"(to start over in the same place remove the folder first)"
     )
 
 
 def latest_checkpoint(output: Path) -> Path | None:
-    """Folder of the newest whole checkpoint, or None."""
+    """Return the folder of the newest whole checkpoint, or None."""
     whole = _checkpoints(output)
     return whole[-1] if whole else None
 
@@ -128,7 +111,7 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    engine: Any, output: Path, state: RunState, recipe: Recipe, conversations: int, per_step: int
+    engine: Any, output: Path, progress: RunProgress, recipe: Recipe, conversations: int, per_step: int
 ) -> None:
     """Write a resumable checkpoint; every rank calls it. Raises FirpError when it cannot be written.
 
@@ -136,11 +119,11 @@ def save_checkpoint(
         per_step: micro-batches of an optimizer step, over all ranks.
     """
     folder = output / FOLDER
-    tag, partial = f"step-{state.step}", folder / f"saving-step-{state.step}"
-    states: list[Any] = [random_state()]
+    tag, partial = f"step-{progress.step}", folder / f"saving-step-{progress.step}"
+    random_states: list[Any] = [random_state()]
     if world_size() > 1:
-        states = [None] * world_size()
-        torch.distributed.all_gather_object(states, random_state())
+        random_states = [None] * world_size()
+        torch.distributed.all_gather_object(random_states, random_state())
     try:
         if is_main():
             for leftover in folder.glob("saving-*"):
@@ -154,15 +137,15 @@ def save_checkpoint(
                 sums[name] = file_sha256(path)
         if is_main():
             saved = {
-                "state": asdict(state),
+                "state": asdict(progress),
                 "recipe": recipe.model_dump(),
                 "conversations": conversations,
                 "world_size": world_size(),
                 "micro_batches_per_step": per_step,
                 "adam_steps": adam_steps(engine),
-                "schedule": {key: engine.lr_scheduler.state_dict()[key] for key in ("last_epoch", "_last_lr")},
+                "schedule": schedule_state(engine),
                 "parameters": sums,
-                "random_states": states,
+                "random_states": random_states,
             }
             write_json(partial / STATE_FILE, saved)
             _publish(folder, partial.name, tag)
@@ -171,25 +154,25 @@ def save_checkpoint(
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
         raise FirpError(
-            f"the checkpoint of step {state.step} cannot be written ({error}); the one before it is whole: "
-            "make room, then --resume goes on from there"
+            f"the checkpoint of step {progress.step} cannot be written ({error}); the one before it is whole: "
+            "make room, then --resume continues from there"
         ) from error
     barrier()
 
 
 def _publish(folder: Path, partial: str, tag: str) -> None:
-    """Sync every file, then rename: until then the folder is no checkpoint."""
+    """Sync every file, then rename the folder, which makes it a checkpoint."""
     for path in (folder / partial).iterdir():
         with path.open("rb+") as stream:
             os.fsync(stream.fileno())
-    if (folder / tag).exists():  # damaged, or it would have been taken up
+    if (folder / tag).exists():  # damaged, or the run would have resumed from it
         _discard(folder / tag)
     (folder / partial).rename(folder / tag)
     write_atomically(folder / "latest", lambda temporary: temporary.write_text(tag, encoding="utf-8"))
 
 
 def _discard(checkpoint: Path) -> None:
-    """Remove a checkpoint: first what makes it one, so that a kill leaves none that lacks files."""
+    """Remove a checkpoint, its state file first, so that a kill leaves none that lacks files."""
     (checkpoint / STATE_FILE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
@@ -199,14 +182,14 @@ def _prune(output: Path, keep_last: int) -> None:
     whole = _checkpoints(output)
     for path in whole[:-keep_last]:
         _discard(path)
-    wanted = {step for path in whole[-keep_last:] for _, step in _read_state(path)["state"]["kept"]}
+    kept = {step for path in whole[-keep_last:] for _, step in _read_state(path)["state"]["kept"]}
     for path in (output / FOLDER).glob("best-*.safetensors"):
-        if int(path.stem.removeprefix("best-")) not in wanted:
+        if int(path.stem.removeprefix("best-")) not in kept:
             path.unlink()
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises FirpError when it is damaged."""
+    """Return state.json of a checkpoint. Raises FirpError when it is damaged."""
     try:
         saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         if "parameters" not in saved:
@@ -217,21 +200,21 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_resumable(checkpoint: Path, recipe: Recipe, conversations: int) -> int:
-    """Refuse to go on with another recipe or store, or with ranks that cannot share out the run's optimizer steps.
+    """Refuse to resume with another recipe or store, or with ranks that cannot share the run's optimizer steps evenly.
 
-    Returns the micro-batches of an optimizer step, over all ranks: however many ranks there are now, they take the same
-    ones. Raises RecipeError, UsageError, FirpError.
+    Returns the micro-batches of an optimizer step over all ranks, which any number of ranks keeps. Raises RecipeError,
+    UsageError, FirpError.
     """
     saved = _read_state(checkpoint)
     now, then = recipe.model_dump(), saved["recipe"]
     for section in ("teacher", "predictor", "training"):
-        free = TEACHER_FREE if section == "teacher" else FREE_TO_CHANGE
+        free = TEACHER_FREE_TO_CHANGE if section == "teacher" else FREE_TO_CHANGE
         for key in sorted(set(now[section]) | set(then[section])):
             before, after = then[section].get(key), now[section].get(key)
             if before != after and key not in free:
                 raise RecipeError(
                     f"{checkpoint.parent.parent} was trained with {section}.{key}={before}, now it is {after}; "
-                    f"--resume goes on exactly: give the same recipe, or another --output"
+                    f"--resume needs the same recipe; else give another --output"
                 )
     if saved["conversations"] != conversations:
         raise UsageError(
@@ -242,44 +225,39 @@ def check_resumable(checkpoint: Path, recipe: Recipe, conversations: int) -> int
     if per_step % world_size():
         allowed = ", ".join(str(count) for count in range(1, per_step + 1) if per_step % count == 0)
         raise UsageError(
-            f"an optimizer step of this run has {per_step} micro-batches, which {world_size()} ranks cannot share out "
+            f"an optimizer step of this run has {per_step} micro-batches, which {world_size()} ranks cannot share "
             f"evenly; resume with --gpus {allowed}"
         )
     return per_step
 
 
 def load_weights(checkpoint: Path, predictor: torch.nn.Module) -> None:
-    """Put a checkpoint's weights into a predictor that no engine has taken yet. Raises FirpError when damaged."""
+    """Load a checkpoint's weights into a predictor before its engine is built. Raises FirpError when damaged."""
     read = _reader(checkpoint)
     with torch.no_grad():
         for name, parameter in predictor.named_parameters():
             parameter.copy_(read(name)["weight"])
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, recipe: Recipe) -> RunState:
+def load_checkpoint(engine: Any, checkpoint: Path, recipe: Recipe) -> RunProgress:
     """Restore weights, optimizer, schedule and random states; every rank calls it. Raises FirpError when damaged."""
     saved = _read_state(checkpoint)
     restore_states(engine, _reader(checkpoint), saved["adam_steps"])
-    engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict() | saved["schedule"])
-    for group, rate in zip(learning_rates(engine), saved["schedule"]["_last_lr"], strict=True):
-        group["lr"] = rate
-    state = RunState(**saved["state"])
-    state.kept = [(length, step) for length, step in state.kept]
-    engine.global_steps = state.step
-    engine.micro_steps = state.step * engine.gradient_accumulation_steps()
-    engine.global_samples = state.step * engine.train_batch_size()
+    progress = RunProgress(**saved["state"])
+    progress.kept = [(length, step) for length, step in progress.kept]
+    restore_schedule(engine, saved["schedule"], progress.step)
     if saved["world_size"] == world_size():
         restore_random_state(saved["random_states"][rank()])
     else:
-        seed_rank(recipe.training.seed, state.step, rank())
-    return state
+        seed_rank(recipe.training.seed, progress.step, rank())
+    return progress
 
 
-def _reader(checkpoint: Path) -> Callable[[str], Whole]:
-    """Reads a parameter's states once its file's checksum is right."""
+def _reader(checkpoint: Path) -> Callable[[str], States]:
+    """Return a function that checks the checksum of a parameter's file and reads its states."""
     sums = _read_state(checkpoint)["parameters"]
 
-    def read(name: str) -> Whole:
+    def read(name: str) -> States:
         path = checkpoint / f"{name}.safetensors"
         try:
             if file_sha256(path) != sums[name]:
@@ -292,18 +270,18 @@ def _reader(checkpoint: Path) -> Callable[[str], Whole]:
 
 
 def _unreadable(checkpoint: Path, reason: str) -> FirpError:
-    return FirpError(f"checkpoint {checkpoint} cannot be read ({reason}); remove it to resume from the one before")
+    return FirpError(f"checkpoint {checkpoint} cannot be read ({reason}); remove it to resume from the one before it")
 
 
 def save_best(output: Path, step: int, weights: dict[str, Tensor]) -> None:
-    """Keep the weights of the best validation so far; older ones go when no checkpoint refers to them any more."""
+    """Write the weights of one of the best validations; they are removed once no checkpoint refers to them."""
     path = output / FOLDER / f"best-{step}.safetensors"
     with _writing(f"the best weights of step {step}"):
         write_atomically(path, lambda temporary: save_file(weights, temporary))
 
 
 def load_best(output: Path, step: int) -> dict[str, Tensor]:
-    """Weights of the best validation. Raises FirpError when the file is gone."""
+    """Return the weights of the best validation. Raises FirpError when the file is missing or damaged."""
     path = output / FOLDER / f"best-{step}.safetensors"
     try:
         return load_file(path)
@@ -321,7 +299,7 @@ def export_predictor(
     recipe: Recipe,
     training: dict[str, Any],
 ) -> None:
-    """Write the predictor folder: it has no config.json, and so is none, until all of it is in place.
+    """Write the predictor folder; config.json, which makes it one, comes last.
 
     Raises FirpError when it cannot be written; the checkpoints stay.
     """
@@ -335,7 +313,7 @@ def export_predictor(
             for name in EXPORTED:
                 with (temporary / name).open("rb+") as stream:
                     os.fsync(stream.fileno())
-            for stale in ("config.json", "tree.json"):  # a tree was tuned for the weights that go
+            for stale in ("config.json", "tree.json"):  # the tree was tuned for the old weights
                 (output / stale).unlink(missing_ok=True)
             for name in EXPORTED:
                 (temporary / name).replace(output / name)
@@ -345,8 +323,8 @@ def export_predictor(
 
 @contextlib.contextmanager
 def _writing(what: str) -> Iterator[None]:
-    """What fails to be written beside checkpoints is made again from the last of them."""
+    """Turn a failure to write into an error that names --resume: the last checkpoint has all that is needed."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise FirpError(f"{what} cannot be written ({error}); make room, then --resume goes on") from error
+        raise FirpError(f"{what} cannot be written ({error}); make room, then continue with --resume") from error

@@ -1,43 +1,30 @@
-"""DeepSpeed around the predictor: ZeRO 0-3, gradient accumulation, clipping, fp32 or bf16, warm-up and cosine.
+"""DeepSpeed as the optimizer backend: ZeRO 0-3, gradient accumulation, clipping, fp32 or bf16.
 
-The frozen teacher stays outside. AdamW is torch's: DeepSpeed's own compiles an extension on first use.
+The engine does not contain the frozen teacher. AdamW is torch's: DeepSpeed's own compiles an extension on first use.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from firp_cli.config import TrainingConfig
 from firp_cli.distributed.launch import load_deepspeed, start
 from firp_cli.predictors.base import Predictor
 from firp_cli.teacher.teacher import Teacher
+from firp_cli.training.batches import MicroBatch
 from firp_cli.training.objective import ObjectiveModule
-from firp_cli.training.pace import Pace
+from firp_cli.training.pace import Pace, make_optimizer
 
-ADAM_BETAS = (0.9, 0.95)
-FINAL_RATE = 0.1  # of the peak learning rate, where the cosine ends
-MMAP_THRESHOLD, GIVEN_BACK = -3, 4 << 20  # mallopt's parameter; bytes of a block from which on it is given back
-
-
-def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
-    """Share of the peak rate at optimizer step `step` (from 0): linear warm-up, then a cosine to FINAL_RATE."""
-    warmup = math.ceil(total * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+MMAP_THRESHOLD, GIVEN_BACK = -3, 4 << 20  # mallopt's parameter; bytes from which on a freed block is given back
 
 
 def deepspeed_config(settings: TrainingConfig, accumulation: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a training section, with `accumulation` micro-batches per rank and step."""
+    """Return DeepSpeed's configuration for a training section, with `accumulation` micro-batches per rank and step."""
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -50,74 +37,70 @@ def deepspeed_config(settings: TrainingConfig, accumulation: int) -> dict[str, A
     }
 
 
-def build_engine(
-    predictor: Predictor, teacher: Teacher, settings: TrainingConfig, pace: Pace, accumulation: int
-) -> Any:
-    """A DeepSpeed engine over the objective; joins the ranks first. `engine(batch, anchors)` gives loss and sums.
+class DeepSpeedBackend:
+    """DeepSpeed engine over the objective; building it joins the ranks."""
 
-    Args:
-        pace: the learning rate follows it; it is moved before each optimizer step.
-    """
-    start()
-    deepspeed = load_deepspeed()
-    module = ObjectiveModule(predictor, teacher, settings)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=ADAM_BETAS, weight_decay=settings.weight_decay
-    )
+    def __init__(
+        self, predictor: Predictor, teacher: Teacher, settings: TrainingConfig, pace: Pace, accumulation: int
+    ) -> None:
+        start()
+        module = ObjectiveModule(predictor, teacher, settings)
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer, scheduler = make_optimizer(parameters, settings, pace)
+        self.settings = settings
+        self.engine, *_ = load_deepspeed().initialize(
+            model=module,
+            model_parameters=parameters,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(settings, accumulation),
+        )
 
-    def factor(step: int) -> float:
-        return learning_rate_factor(max(step, pace.place), pace.total, settings.warmup_ratio)
+    @property
+    def learning_rate(self) -> float:
+        return float(self.engine.get_lr()[0])
 
-    scheduler = LambdaLR(optimizer, factor)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=parameters,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        config=deepspeed_config(settings, accumulation),
-    )
-    return engine
+    def backward(self, item: MicroBatch, last: bool) -> tuple[Tensor, Tensor]:
+        loss, sums = self.engine(item.batch, item.anchors)
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # counts the micro-batch; the call after the last one takes the optimizer step
+        return loss, sums
+
+    def step(self) -> float | None:
+        if self.settings.zero_stage == 0 and self.settings.precision == "fp32":  # here DeepSpeed returns no norm
+            gradients = [item.grad for item in self.engine.module.parameters() if item.grad is not None]
+            norm: Any = torch.nn.utils.get_total_norm(gradients)
+            self.engine.step()
+        else:
+            self.engine.step()
+            norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def evaluate(self, item: MicroBatch) -> Tensor:
+        self.engine.eval()
+        with torch.no_grad():
+            _, sums = self.engine(item.batch, item.anchors)
+        self.engine.train()
+        return sums
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the predictor's whole weights, on the CPU. Every rank calls it: a collective under ZeRO-3."""
+        predictor = self.engine.module.predictor
+        gathered: Any = contextlib.nullcontext()
+        if self.settings.zero_stage == 3:
+            gathered = load_deepspeed().zero.GatheredParameters(list(predictor.parameters()), modifier_rank=None)
+        with gathered:
+            return {
+                name: value.detach().to("cpu", copy=True).contiguous() for name, value in predictor.state_dict().items()
+            }
 
 
 def give_back_freed_memory() -> None:
-    """Have the C library give large freed blocks of a CPU run back at once, where it is glibc.
+    """Make the C library return large freed blocks of a CPU run at once, where it is glibc.
 
-    Its own threshold rises to the largest block freed so far; pieces of logits then come from the heap and leave holes
+    Its own threshold rises to the largest block freed so far; chunks of logits then come from the heap and leave holes
     in it, and a run with a large vocabulary holds more than it uses (`scripts/memory_growth.py`).
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, GIVEN_BACK)
-
-
-def optimizer_step(engine: Any, settings: TrainingConfig) -> float | None:
-    """Take the optimizer step at the end of an accumulation; returns the L2 norm of the averaged gradient before
-    clipping, or None where DeepSpeed does not tell.
-    """
-    if settings.zero_stage == 0 and settings.precision == "fp32":  # here it keeps the norm to itself
-        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        norm: Any = torch.nn.utils.get_total_norm(gradients)
-        engine.step()
-    else:
-        engine.step()
-        norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
-
-
-@contextlib.contextmanager
-def gathered(predictor: Predictor, stage: int) -> Iterator[None]:
-    """Whole parameters on every rank, also under ZeRO-3, for reading."""
-    if stage < 3:
-        yield
-        return
-    with load_deepspeed().zero.GatheredParameters(list(predictor.parameters()), modifier_rank=None):
-        yield
-
-
-def predictor_weights(engine: Any, settings: TrainingConfig) -> dict[str, Tensor]:
-    """The predictor's weights on the CPU, as trained. A collective under ZeRO-3: every rank calls it."""
-    predictor = engine.module.predictor
-    with gathered(predictor, settings.zero_stage):
-        return {
-            name: value.detach().to("cpu", copy=True).contiguous() for name, value in predictor.state_dict().items()
-        }

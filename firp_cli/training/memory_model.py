@@ -1,6 +1,6 @@
-"""What a rank of training holds, line by line with its arithmetic, and what would make it fit a device.
+"""Memory of a rank, by line with its arithmetic, and the settings that make it fit a device.
 
-Figures are for the longest conversations that `data.max_length` allows, and err on the high side.
+Figures are for the longest conversations that `data.max_length` allows, and are upper estimates.
 
 Letters in the arithmetic: B micro-batch, T longest conversation, A anchors, k steps, P = k*A pseudo rows, d hidden
 size, f feed-forward size, V vocabulary, w bytes of the teacher's dtype, R ranks.
@@ -20,38 +20,38 @@ from firp_cli.teacher.training_masks import MASK_BUDGET
 from firp_cli.training.batches import PREFETCH
 from firp_cli.training.objective import LIVE_LOGITS, logit_budget
 
-SAVED_PER_ROW = (8, 4)  # elements a decoder layer keeps for the backward pass: times d, times the feed-forward size
-PASSING_PER_ROW = (4, 3)  # the same of a row that keeps nothing: what stands at once within a layer
-PROCESS_BYTES = 1 << 30  # interpreter, libraries, the device's context and what its allocator cannot use
+SAVED_PER_ROW = (8, 4)  # elements that a decoder layer keeps of a row for the backward pass: times d, times f
+PASSING_PER_ROW = (4, 3)  # elements of a row that exist at once within a layer without a backward pass: the same
+PROCESS_BYTES = 1 << 30  # interpreter, libraries, the device's context and its allocator's unusable remainder
 
 
 @dataclass(frozen=True)
-class Line:
-    """`bytes` of one rank and the arithmetic that gave them."""
+class MemoryLine:
+    """Memory of one kind on one rank, in `bytes`, and its arithmetic."""
 
     name: str
     bytes: int
     rule: str
 
 
-def total_bytes(lines: list[Line]) -> int:
-    """What a rank needs at its peak: the ridge start comes before gradients and activations."""
+def total_bytes(lines: list[MemoryLine]) -> int:
+    """Return the peak of a rank: the memory of the ridge start is free again before gradients and activations."""
     ridge = sum(line.bytes for line in lines if line.name == RIDGE)
-    before = sum(line.bytes for line in lines if line.name in STANDING)
-    rest = sum(line.bytes for line in lines) - ridge - before
-    return before + max(ridge, rest)
+    permanent = sum(line.bytes for line in lines if line.name in PERMANENT)
+    rest = sum(line.bytes for line in lines) - ridge - permanent
+    return permanent + max(ridge, rest)
 
 
 RIDGE = "ridge start"
-STANDING = ("process", "teacher weights", "gathered teacher layer", "predictor weights")
+PERMANENT = ("process", "teacher weights", "gathered teacher layer", "predictor weights")
 
 
-def memory_lines(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int) -> list[Line]:
-    """A rank's memory by what holds it.
+def memory_lines(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int) -> list[MemoryLine]:
+    """Return the memory of a rank in training.
 
     Args:
-        teacher: with or without weights behind it; only its shapes are read.
-        parameters: of the predictor.
+        teacher: with or without weights; only its shapes are read.
+        parameters: number of parameters of the predictor.
     """
     assert recipe.predictor is not None
     settings, size, width = recipe.training, teacher.hidden_size, torch.finfo(teacher.dtype).bits // 8
@@ -60,50 +60,55 @@ def memory_lines(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int) 
     required = len(recipe.predictor.required_layers(teacher))
     steps = int(getattr(recipe.predictor, "steps", required or 1))
     drafts = steps * batch * anchors
-    lines = [Line("process", PROCESS_BYTES, "libraries, context, allocator"), *_teacher_lines(recipe, teacher, ranks)]
-    lines += [Line(name, count, rule) for name, (count, rule) in _optimizer(settings, parameters, ranks).items()]
+    lines = [
+        MemoryLine("process", PROCESS_BYTES, "libraries, context, allocator"),
+        *_teacher_lines(recipe, teacher, ranks),
+    ]
+    lines += [MemoryLine(name, count, rule) for name, (count, rule) in _optimizer(settings, parameters, ranks).items()]
     ahead = PREFETCH + settings.readers
     states = batch * length * size * width * (1 + required)
-    lines.append(Line("states read ahead", states * ahead, f"B*T*d*w*{1 + required} * ({PREFETCH} + readers)"))
+    lines.append(MemoryLine("states read ahead", states * ahead, f"B*T*d*w*{1 + required} * ({PREFETCH} + readers)"))
     if transfers:
         lines += _row_lines(recipe, teacher, width)
-    lines.append(Line("drafts, targets, gradients", 4 * drafts * size * width, "4 * k*B*A*d*w"))
+    lines.append(MemoryLine("drafts, targets, gradients", 4 * drafts * size * width, "4 * k*B*A*d*w"))
     logits = min(logit_budget(steps, batch * anchors, size), batch * anchors * teacher.vocab_size)
     logits = max(logits, teacher.vocab_size) * 4 * LIVE_LOGITS
-    lines.append(Line("logits of one piece", logits, f"min(budget, B*A*V) * 4 * {LIVE_LOGITS}"))
+    lines.append(MemoryLine("logits of one piece", logits, f"min(budget, B*A*V) * 4 * {LIVE_LOGITS}"))
     if settings.init == "ridge":
         sums = 8 * size * size * (2 * steps + 4)
-        lines.append(Line(RIDGE, sums, "8*d*d * (2*k + 4), before the first step"))
+        lines.append(MemoryLine(RIDGE, sums, "8*d*d * (2*k + 4), before the first step"))
     return lines
 
 
-def collecting_lines(recipe: Recipe, teacher: Teacher, ranks: int) -> list[Line]:
-    """A rank's device memory while states are collected: the whole teacher, or its share of it, and one forward."""
+def collecting_lines(recipe: Recipe, teacher: Teacher, ranks: int) -> list[MemoryLine]:
+    """Return a rank's device memory while states are collected: its part of the teacher, and one forward."""
     assert recipe.predictor is not None
     width, tokens = torch.finfo(teacher.dtype).bits // 8, max(recipe.data.pack_tokens, recipe.data.max_length)
     size, feed = teacher.hidden_size, _feed_forward(teacher)
     kept = 1 + len(recipe.predictor.required_layers(teacher))
     return [
-        Line("process", PROCESS_BYTES, "libraries, context, allocator"),
+        MemoryLine("process", PROCESS_BYTES, "libraries, context, allocator"),
         *_weight_lines(recipe, teacher, ranks, count_parameters(teacher.model), "all layers"),
-        Line(
+        MemoryLine(
             "rows in one layer",
             tokens * (PASSING_PER_ROW[0] * size + PASSING_PER_ROW[1] * feed) * width,
             "N*(4d + 3f)*w",
         ),
-        Line("states kept", tokens * size * width * kept, f"N*d*w*{kept}, N tokens of a forward"),
+        MemoryLine("states kept", tokens * size * width * kept, f"N*d*w*{kept}, N tokens of a forward"),
     ]
 
 
 def first_layer(recipe: Recipe, teacher: Teacher) -> int:
-    """The lowest layer that training runs; L for predictors that read the final state only."""
+    """Return the lowest layer that training runs; L for predictors that read only the final state."""
     assert recipe.predictor is not None
     return min(recipe.predictor.transfer_layers, default=teacher.num_layers)
 
 
-def held_parameters(recipe: Recipe, teacher: Teacher) -> tuple[int, str]:
-    """Teacher parameters that training loads, and in words which: with a store the layers from the first transfer
-    layer on and the head; all where states are made on the fly or layers run several times.
+def loaded_parameters(recipe: Recipe, teacher: Teacher) -> tuple[int, str]:
+    """Return the number of teacher parameters that training loads, and their description.
+
+    With a store these are the layers from the first transfer layer on and the head; otherwise, and where layers run
+    several times, all.
     """
     whole = count_parameters(teacher.model)
     if recipe.data.mode != "cached" or teacher.looped is not None or recipe.teacher.device_map is not None:
@@ -114,27 +119,28 @@ def held_parameters(recipe: Recipe, teacher: Teacher) -> tuple[int, str]:
 
 
 def count_parameters(module: torch.nn.Module) -> int:
+    """Return the number of elements of all parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _teacher_lines(recipe: Recipe, teacher: Teacher, ranks: int) -> list[Line]:
-    return _weight_lines(recipe, teacher, ranks, *held_parameters(recipe, teacher))
+def _teacher_lines(recipe: Recipe, teacher: Teacher, ranks: int) -> list[MemoryLine]:
+    return _weight_lines(recipe, teacher, ranks, *loaded_parameters(recipe, teacher))
 
 
-def _weight_lines(recipe: Recipe, teacher: Teacher, ranks: int, held: int, which: str) -> list[Line]:
+def _weight_lines(recipe: Recipe, teacher: Teacher, ranks: int, loaded: int, which: str) -> list[MemoryLine]:
     width = torch.finfo(teacher.dtype).bits // 8
     if recipe.teacher.sharding != "zero3":
-        return [Line("teacher weights", held * width, f"{held:,} ({which}) * w")]
+        return [MemoryLine("teacher weights", loaded * width, f"{loaded:,} ({which}) * w")]
     parts = [*teacher.layers.children(), teacher.model.get_output_embeddings()]
     largest = max(count_parameters(part) for part in parts)
     return [
-        Line("teacher weights", math.ceil(held / ranks) * width, f"{held:,} ({which}) * w / R"),
-        Line("gathered teacher layer", largest * width, f"{largest:,} * w"),
+        MemoryLine("teacher weights", math.ceil(loaded / ranks) * width, f"{loaded:,} ({which}) * w / R"),
+        MemoryLine("gathered teacher layer", largest * width, f"{largest:,} * w"),
     ]
 
 
-def _row_lines(recipe: Recipe, teacher: Teacher, width: int) -> list[Line]:
-    """Of the pseudo rows and the real rows that they attend to."""
+def _row_lines(recipe: Recipe, teacher: Teacher, width: int) -> list[MemoryLine]:
+    """Return the memory of the pseudo rows and of the real rows that they attend to."""
     assert recipe.predictor is not None
     settings, size, layers = recipe.training, teacher.hidden_size, teacher.num_layers
     batch, anchors, length = settings.micro_batch_size, settings.anchors_per_sequence, recipe.data.max_length
@@ -142,16 +148,18 @@ def _row_lines(recipe: Recipe, teacher: Teacher, width: int) -> list[Line]:
     feed = _feed_forward(teacher)
     per_row = SAVED_PER_ROW[0] * size + SAVED_PER_ROW[1] * feed
     runs = sum(layers - layer for layer in transfers)
-    seen, pseudo = length + len(transfers) * anchors, len(transfers) * anchors
-    keys = 2 * batch * seen * size * (layers - transfers[0]) * width
+    attended, pseudo = length + len(transfers) * anchors, len(transfers) * anchors
+    keys = 2 * batch * attended * size * (layers - transfers[0]) * width
     passing = batch * length * (PASSING_PER_ROW[0] * size + PASSING_PER_ROW[1] * feed) * width
     windows = len({teacher.windows[layer] for layer in range(transfers[0], layers)})
-    mask = min(batch * pseudo * seen * width, MASK_BUDGET) * windows
+    mask = min(batch * pseudo * attended * width, MASK_BUDGET) * windows
     return [
-        Line("pseudo rows, for backward", runs * batch * anchors * per_row * width, f"{runs} layers*B*A*(8d + 4f)*w"),
-        Line("keys and values", keys, f"2*B*(T + P)*d * {layers - transfers[0]} layers * w"),
-        Line("real rows in one layer", passing, "B*T*(4d + 3f)*w"),
-        Line("attention mask", mask, f"min(B*P*(T + P)*w, {MASK_BUDGET >> 20} MiB)"),
+        MemoryLine(
+            "pseudo rows, for backward", runs * batch * anchors * per_row * width, f"{runs} layers*B*A*(8d + 4f)*w"
+        ),
+        MemoryLine("keys and values", keys, f"2*B*(T + P)*d * {layers - transfers[0]} layers * w"),
+        MemoryLine("real rows in one layer", passing, "B*T*(4d + 3f)*w"),
+        MemoryLine("attention mask", mask, f"min(B*P*(T + P)*w, {MASK_BUDGET >> 20} MiB)"),
     ]
 
 
@@ -160,8 +168,10 @@ def _feed_forward(teacher: Teacher) -> int:
 
 
 def optimizer_memory(settings: TrainingConfig, parameters: int, ranks: int) -> dict[str, int]:
-    """Bytes per rank of the predictor's weights, gradients and AdamW states: ZeRO 1 shards the states over the ranks,
-    2 the gradients too, 3 the weights too. bf16, and every stage above 0, keeps a float32 copy with the states.
+    """Return the bytes per rank of the predictor's weights, gradients and AdamW states.
+
+    ZeRO 1 shards the states over the ranks, 2 also the gradients, 3 also the weights. bf16, and every stage above 0,
+    adds a float32 copy to the states.
     """
     return {name: count for name, (count, _) in _optimizer(settings, parameters, ranks).items()}
 
@@ -182,55 +192,56 @@ def _optimizer(settings: TrainingConfig, parameters: int, ranks: int) -> dict[st
     }
 
 
-def remedies(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int, room: int) -> list[str]:
-    """Overrides that each make a rank fit `room` bytes by themselves; else one line of several together; else none."""
+def remedies(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int, available: int) -> list[str]:
+    """Return overrides that each make a rank fit `available` bytes; else one line of several; else none."""
 
     def fits(changed: Recipe) -> bool:
-        return total_bytes(memory_lines(changed, teacher, parameters, ranks)) <= room
+        return total_bytes(memory_lines(changed, teacher, parameters, ranks)) <= available
 
-    found = _fewer(recipe, fits)
+    single = _smaller_sizes(recipe, fits)
     for stage in range(recipe.training.zero_stage + 1, 4):
         if fits(_with(recipe, zero_stage=stage)):
-            found.append(f"training.zero_stage={stage}")
+            single.append(f"training.zero_stage={stage}")
             break
     sharded = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"sharding": "zero3"})})
     shardable = ranks > 1 and recipe.teacher.sharding == "none" and _allowed(sharded)
     if shardable and fits(sharded):
-        found.append("teacher.sharding=zero3")
-    if found:
-        return found
-    words = []
-    everything = recipe
+        single.append("teacher.sharding=zero3")
+    if single:
+        return single
+    overrides = []
+    combined = recipe
     if shardable:
-        everything, words = sharded, ["teacher.sharding=zero3"]
+        combined, overrides = sharded, ["teacher.sharding=zero3"]
     if recipe.training.zero_stage < 3 and ranks > 1:
-        everything = _with(everything, zero_stage=3)
-        words.append("training.zero_stage=3")
-    if words and fits(everything):
-        return [" ".join(words)]
+        combined = _with(combined, zero_stage=3)
+        overrides.append("training.zero_stage=3")
+    if overrides and fits(combined):
+        return [" ".join(overrides)]
     if recipe.training.micro_batch_size > 1:
-        everything = _with(everything, micro_batch_size=1)
-        words.append("training.micro_batch_size=1")
-        if fits(everything):
-            return [" ".join(words)]
-    fewer = [word for word in _fewer(everything, fits) if "anchors" in word]
-    return [" ".join([*words, fewer[0]])] if fewer else []
+        combined = _with(combined, micro_batch_size=1)
+        overrides.append("training.micro_batch_size=1")
+        if fits(combined):
+            return [" ".join(overrides)]
+    fewer = [override for override in _smaller_sizes(combined, fits) if "anchors" in override]
+    return [" ".join([*overrides, fewer[0]])] if fewer else []
 
 
-def _fewer(recipe: Recipe, fits: Callable[[Recipe], bool]) -> list[str]:
-    found = []
+def _smaller_sizes(recipe: Recipe, fits: Callable[[Recipe], bool]) -> list[str]:
+    """Return the largest number of anchors and the largest micro-batch that fit, as overrides."""
+    overrides = []
     for field in ("anchors_per_sequence", "micro_batch_size"):
-        low, high = 0, getattr(recipe.training, field)  # the largest number that fits lies between: needs only grow
+        low, high = 0, getattr(recipe.training, field)  # bisection: the memory grows with the number
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(_with(recipe, **{field: middle})) else (low, middle)
         if low:
-            found.append(f"training.{field}={low}")
-    return found
+            overrides.append(f"training.{field}={low}")
+    return overrides
 
 
 def _allowed(changed: Recipe) -> bool:
-    """Whether a recipe may say so: what shares a teacher out rules some things out."""
+    """Return True if the recipe is valid: a sharded teacher excludes some settings."""
     try:
         Recipe.model_validate(changed.model_dump())
     except ValueError:

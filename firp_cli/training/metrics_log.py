@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, Weights & Biases if asked for, and whoever listens."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases on request, and a listener."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from firp_cli.results import as_json
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-WANDB_FILE = "wandb.json"  # the run's id there, so that a resumed run goes on with it
+WANDB_FILE = "wandb.json"  # the run's id at Weights & Biases, for a resumed run
 
 
 def _ignore(*_: Any) -> None:
@@ -31,14 +31,14 @@ def _never(_: int) -> bool:
 
 @dataclass
 class Listener:
-    """What a run tells while it lasts. All are called on every rank.
+    """Callbacks of a run. All are called on every rank.
 
     Attributes:
         ridge: (done, total) conversations of the ridge start.
         step: (done, total, row) after each optimizer step; `total` is expected where training.max_minutes ends the run.
         validation: (row) after each validation.
-        note: (text) once in a while.
-        stop: asked with the number of steps done; True saves a checkpoint and ends the run as Ctrl-C does.
+        note: (text) on events such as a resume.
+        stop: called with the number of steps done; True saves a checkpoint and ends the run as Ctrl-C does.
     """
 
     ridge: Callable[[int, int | None], None] = _ignore
@@ -49,18 +49,18 @@ class Listener:
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Raise UsageError where the recipe asks for a tracker that is not installed."""
+    """Raise UsageError if the recipe names a tracker that is not installed."""
     if recipe.training.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UsageError(
-            "training.wandb asks for Weights & Biases, which is not installed: pip install 'firp[wandb]', or leave it "
-            "out (TensorBoard and metrics.jsonl are always written)"
+            "training.wandb needs Weights & Biases, which is not installed: pip install 'firp[wandb]', or remove the "
+            "setting (TensorBoard and metrics.jsonl are always written)"
         )
 
 
 class MetricsLog:
-    """Writes one JSON line per optimizer step and per validation (`split` says which), and scalars to the trackers.
+    """Writer of a JSON line per optimizer step and per validation (`split`), and of the trackers' scalars.
 
-    A resumed run drops the lines behind its checkpoint first, so the file reads as if the run had never stopped.
+    A resumed run first drops the lines after its checkpoint: the file is that of an uninterrupted run.
     """
 
     def __init__(self, output: Path, recipe: Recipe, resumed_at: int | None = None, validated_at: int = -1) -> None:
@@ -100,12 +100,12 @@ class MetricsLog:
         except OSError as error:
             raise FirpError(
                 f"{self._path} cannot be written ({error}); the last checkpoint is whole: make room, then --resume "
-                "goes on from there"
+                "continues from there"
             ) from error
 
 
 class _TensorBoard:
-    """Event files under output/tensorboard; a resumed run hides what lies behind its checkpoint."""
+    """Event files under output/tensorboard; a resumed run hides the events after its checkpoint."""
 
     def __init__(self, output: Path, resumed_at: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -123,7 +123,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run of the project `training.wandb`, the same one after a resume. Mode and key are wandb's own affair.
+    """Run in the project `training.wandb`, the same one after a resume. Mode and key are configured in wandb.
 
     Raises UsageError where wandb refuses to start.
     """
@@ -131,25 +131,25 @@ class _Wandb:
     def __init__(self, output: Path, recipe: Recipe) -> None:
         wandb = importlib.import_module("wandb")
         path = output / WANDB_FILE
-        known = json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else None
+        identifier = json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else None
         try:
             self._run = wandb.init(
                 project=recipe.training.wandb,
                 name=output.name,
                 dir=str(output),
-                id=known,
-                resume="allow" if known else None,
+                id=identifier,
+                resume="allow" if identifier else None,
                 config=recipe.model_dump(),
             )
         except wandb.errors.Error as error:
             raise UsageError(
                 f"Weights & Biases does not start: {error}\n"
-                "log in with `wandb login`, keep the figures here with WANDB_MODE=offline, or leave training.wandb out"
+                "log in with `wandb login`, keep the metrics here with WANDB_MODE=offline, or remove training.wandb"
             ) from error
         write_json(path, {"project": recipe.training.wandb, "id": self._run.id})
 
     def write(self, scalars: dict[str, float], step: int) -> None:
-        # no `step=`: it refuses rows that lie behind what a killed run has sent already
+        # no `step=`: wandb refuses steps below the last one that a killed run has sent
         self._run.log({**scalars, "optimizer_step": step})
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class _Wandb:
 
 
 def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a row by tracker name: `train/loss`, `validation/top1/step_2`."""
+    """Yield the numbers of a row by tracker name: `train/loss`, `validation/top1/step_2`."""
     for name, value in row.items():
         if isinstance(value, list):
             yield from ((f"{row['split']}/{name}/step_{number}", item) for number, item in enumerate(value, start=1))
@@ -166,7 +166,7 @@ def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _lines_until(path: Path, step: int, validated: int) -> str:
-    """The whole lines of rows up to an optimizer step and up to a validation; a last line cut by a kill is dropped."""
+    """Return the lines of rows up to an optimizer step and up to a validation, without a last line cut by a kill."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,12 +1,12 @@
-"""The training loss: how far each step's draft is from the teacher's own next-token distribution.
+"""Training loss: the distance of each step's draft from the teacher's own next-token distribution.
 
     loss = sum_i w_i sum_n D(p_teacher(. | x_<=n+i), q_i(n)) / sum_i w_i N_i,    w_i = step_decay^(i-1)
 
 over the anchors n at which step i counts (N_i of them): a mean over drafts in which later steps weigh less. D is the KL
 divergence, the cross-entropy with the teacher's argmax, or the total variation; a smooth-L1 term between draft and
-teacher final states can be added. The logits are made piece by piece, and each piece gives its gradient before the
-next is made: a large vocabulary never stands in memory for all drafts at once. Where the vocabulary matrix is the
-predictor's own (Medusa), and has a gradient to gather too, pieces are made again in the backward pass.
+teacher final states can be added. The logits are computed in chunks, and each chunk's gradient before the next chunk:
+a large vocabulary never occupies memory for all drafts at once. Where the vocabulary matrix belongs to the predictor
+(Medusa) and needs a gradient too, chunks are recomputed in the backward pass.
 
 Shapes: B sequences, A anchors, k steps, d hidden size, V vocabulary.
 """
@@ -30,11 +30,11 @@ from firp_cli.predictors.anchors import DIVERGENCES, Anchors, hits, target_state
 from firp_cli.predictors.base import Predictor, SequenceBatch
 from firp_cli.teacher.teacher import Teacher
 
-LOGIT_BUDGET = (1 << 21, 1 << 25)  # elements of one piece's logits, least and most; LIVE_LOGITS such matrices at once
-LOGITS_PER_ELEMENT = 2  # of the drafts' states, between these bounds: logits then grow with what stands beside them
-LIVE_LOGITS = 7  # logits and log-probabilities of draft and teacher, and what a divergence makes of them
+LOGIT_BUDGET = (1 << 21, 1 << 25)  # smallest and largest number of logits in a chunk
+LOGITS_PER_ELEMENT = 2  # logits per element of the drafts' states, between these bounds: both then grow alike
+LIVE_LOGITS = 7  # matrices of that size at once: logits, log-probabilities, temporaries of the divergence
 Compared = tuple[Tensor, Tensor, Tensor]  # loss sum, top-1 hits (M,), top-5 hits sum
-Compare = Callable[[Tensor, Tensor], Compared]  # of drafts (M, d) and the teacher's states (M, d)
+Compare = Callable[[Tensor, Tensor], Compared]  # arguments: drafts (M, d) and the teacher's states (M, d)
 FIELDS = ("loss", "top1", "top5", "joint", "count")
 
 
@@ -54,9 +54,7 @@ class StepRecord:
         self.sums += other.sums
 
     def averages(self, pipeline: Sequence[int] = ()) -> dict[str, list[float] | float]:
-        """Per-step means and the expected accepted length, of a greedy chain or of a `Predictor.pipeline`, as plain
-        numbers.
-        """
+        """Return per-step means and the expected accepted length, of a greedy chain or of a `Predictor.pipeline`."""
         rows = dict(zip(FIELDS, self.sums.tolist(), strict=True))
         counts = rows.pop("count")
         joint = rows.pop("joint")
@@ -70,14 +68,15 @@ class StepRecord:
         return means
 
 
-def count_pieces(rows: int, vocabulary: int, budget: int) -> int:
-    """Pieces that `rows` drafts of one step are cut into so that a piece has at most `budget` logits."""
+def count_chunks(rows: int, vocabulary: int, budget: int) -> int:
+    """Return the number of chunks of `rows` drafts of one step so that a chunk has at most `budget` logits."""
     return max(1, math.ceil(rows / max(1, budget // vocabulary)))
 
 
 def logit_budget(steps: int, rows: int, size: int) -> int:
-    """Logits that a piece may have, of `rows` drafts (d,) of each of k steps: in proportion to the drafts' own states,
-    so that neither a large vocabulary nor a small model lets them outweigh the rest.
+    """Return the number of logits that a chunk may have, for `rows` drafts (d,) of each of k steps.
+
+    It is in proportion to the drafts' own states: with a large vocabulary or a small model logits would dominate.
     """
     least, most = LOGIT_BUDGET
     return min(most, max(least, LOGITS_PER_ELEMENT * steps * rows * size))
@@ -92,19 +91,19 @@ def objective(
     rows: int | None = None,
     budget: int | None = None,
 ) -> tuple[Tensor, StepRecord]:
-    """Loss (scalar float32) and step record of one micro-batch. Gradients reach the predictor alone.
+    """Return loss (scalar float32) and step record of one micro-batch. Only the predictor gets gradients.
 
     Args:
-        rows: drafts per step that the pieces are sized for, at least B * A. Ranks that share their parameters (ZeRO-3)
-            must all use one number: a piece that runs a head of the predictor gathers its weights on every rank.
-        budget: logits of one piece at most; None: `logit_budget`.
+        rows: drafts per step that the chunks are sized for, at least B * A. Ranks that shard their parameters (ZeRO-3)
+            must all use one number: a chunk that runs a head of the predictor gathers its weights on every rank.
+        budget: maximum number of logits in a chunk; None: `logit_budget`.
     """
     steps = predictor.steps
     draft = predictor.draft_states(teacher, batch, anchors.index)
     target = target_states(batch, anchors, predictor.offsets)
     rows = rows or anchors.index.numel()
     budget = budget or logit_budget(steps, rows, draft.shape[-1])
-    pieces = count_pieces(rows, teacher.vocab_size, budget)
+    chunks = count_chunks(rows, teacher.vocab_size, budget)
     small = steps * rows * teacher.vocab_size <= budget
     weights = predictor.loss_weights(settings.step_decay)
     total = draft.new_zeros((), dtype=torch.float32)
@@ -114,8 +113,8 @@ def objective(
     for step in range(1, steps + 1):
         counted_BA = anchors.valid[:, :, step - 1]
         compare = partial(_compare, predictor, teacher, settings, step)
-        run = _at_once if not predictor.own_vocabulary else _kept if small else _later
-        loss, top1, top5 = run(compare, draft[:, :, step - 1][counted_BA], target[:, :, step - 1][counted_BA], pieces)
+        run = _immediate if not predictor.own_vocabulary else _whole if small else _recomputed
+        loss, top1, top5 = run(compare, draft[:, :, step - 1][counted_BA], target[:, :, step - 1][counted_BA], chunks)
         total = total + weights[step - 1] * loss
         weight = weight + weights[step - 1] * counted_BA.sum()
         record.sums[0, step - 1] += loss.detach()
@@ -131,7 +130,7 @@ def objective(
 def _compare(
     predictor: Predictor, teacher: Teacher, settings: TrainingConfig, step: int, draft: Tensor, target: Tensor
 ) -> Compared:
-    """Drafts (M, d) of one step against the teacher's states (M, d): loss sum, top-1 hits (M,), top-5 hits sum."""
+    """Compare drafts (M, d) of one step with the teacher's states (M, d)."""
     draft_logits = predictor.step_logits(teacher, draft, step)
     with torch.no_grad():
         teacher_logits = teacher.head(target)
@@ -145,43 +144,43 @@ def _compare(
     return loss, top1, top5.sum()
 
 
-def _at_once(compare: Compare, draft: Tensor, target: Tensor, pieces: int) -> Compared:
-    """`compare` in pieces whose gradients by the drafts are taken as they come, so that no logits are left behind."""
+def _immediate(compare: Compare, draft: Tensor, target: Tensor, chunks: int) -> Compared:
+    """Run `compare` in chunks; each chunk's gradient is computed before the next chunk, so no logits stay in memory."""
     wanted = torch.is_grad_enabled() and draft.requires_grad
-    # All that outlives a piece is made before the first one: what is left among freed logits splits up a CPU's heap.
+    # Allocated before the first chunk: tensors that remain between freed logits fragment a CPU's heap.
     gradient, top1 = torch.empty_like(draft, requires_grad=False), draft.new_empty(len(draft), dtype=torch.bool)
     loss, top5 = draft.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.long, device=draft.device)
-    parts = (part.tensor_split(pieces) for part in (draft.detach(), target, gradient, top1))
+    parts = (part.tensor_split(chunks) for part in (draft.detach(), target, gradient, top1))
     for draft_part, target_part, gradient_part, top1_part in zip(*parts, strict=True):
         leaf = draft_part.detach().requires_grad_(wanted)
-        found = compare(leaf, target_part)
+        compared = compare(leaf, target_part)
         if wanted:
-            gradient_part.copy_(torch.autograd.grad(found[0], leaf)[0])
-        loss += found[0].detach()
-        top1_part.copy_(found[1])
-        top5 += found[2]
-        del found
-    return (_Graded.apply(draft, loss, gradient) if wanted else loss), top1, top5
+            gradient_part.copy_(torch.autograd.grad(compared[0], leaf)[0])
+        loss += compared[0].detach()
+        top1_part.copy_(compared[1])
+        top5 += compared[2]
+        del compared
+    return (_KnownGradient.apply(draft, loss, gradient) if wanted else loss), top1, top5
 
 
-def _later(compare: Compare, draft: Tensor, target: Tensor, pieces: int) -> Compared:
-    """`compare` in pieces whose logits are made again in the backward pass."""
-    found = [
-        # ZeRO-3 hands the same weights out in other storage the second time: no check for equal metadata
+def _recomputed(compare: Compare, draft: Tensor, target: Tensor, chunks: int) -> Compared:
+    """Run `compare` in chunks whose logits are recomputed in the backward pass."""
+    compared = [
+        # ZeRO-3 gathers the same weights in other storage the second time: no check for equal metadata
         checkpoint(compare, *pair, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-        for pair in zip(draft.tensor_split(pieces), target.tensor_split(pieces), strict=True)
+        for pair in zip(draft.tensor_split(chunks), target.tensor_split(chunks), strict=True)
     ]
-    losses, top1, top5 = zip(*found, strict=True)
+    losses, top1, top5 = zip(*compared, strict=True)
     return torch.stack(losses).sum(), torch.cat(top1), torch.stack(top5).sum()
 
 
-def _kept(compare: Compare, draft: Tensor, target: Tensor, pieces: int) -> Compared:
-    """`compare` with all logits kept for the backward pass."""
+def _whole(compare: Compare, draft: Tensor, target: Tensor, chunks: int) -> Compared:
+    """Run `compare` at once; all logits stay in memory for the backward pass."""
     return compare(draft, target)
 
 
-class _Graded(torch.autograd.Function):
-    """A scalar whose gradient by a tensor is known already."""
+class _KnownGradient(torch.autograd.Function):
+    """Scalar whose gradient with respect to a tensor is known already."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -195,8 +194,9 @@ class _Graded(torch.autograd.Function):
 
 
 class ObjectiveModule(nn.Module):
-    """What DeepSpeed wraps: its parameters are the predictor's, its forward is the objective. The teacher is no
-    submodule: nobody moves, casts, shards or saves it.
+    """Module for the optimizer backend: its parameters are the predictor's, its forward is the objective.
+
+    The teacher is no submodule: DeepSpeed neither moves, casts, shards nor saves it.
     """
 
     def __init__(self, predictor: Predictor, teacher: Teacher, settings: TrainingConfig) -> None:
@@ -206,7 +206,7 @@ class ObjectiveModule(nn.Module):
         self.settings = settings
 
     def forward(self, batch: SequenceBatch, anchors: Anchors) -> tuple[Tensor, Tensor]:
-        """Loss and the record's sums (5, k)."""
+        """Return the loss and the record's sums (5, k)."""
         rows = self.settings.micro_batch_size * self.settings.anchors_per_sequence
         loss, record = objective(self.predictor, self.teacher, batch, anchors, self.settings, rows)
         return loss, record.sums

@@ -1,7 +1,8 @@
-"""A predictor's weights and optimizer states as whole float32 tensors, whatever DeepSpeed made of them.
+"""Weights and optimizer states of a predictor as whole float32 tensors, read from and written to a DeepSpeed engine.
 
-ZeRO cuts them up, bf16 keeps a second copy, and each stage in a way of its own. A checkpoint that holds them whole does
-not depend on the number of ranks, on the stage, or on DeepSpeed's own file format (a pickle).
+ZeRO partitions them, bf16 adds a float32 copy, and each stage does so differently. A checkpoint of whole tensors does
+not depend on the number of ranks, on the stage, or on DeepSpeed's own file format (a pickle). All uses of DeepSpeed's
+private attributes are in this file.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from firp_cli.machine import rank, world_size
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 WEIGHT = "weight"
 
-Whole = dict[str, Tensor]  # `weight` and MOMENTS of one parameter, float32, in the parameter's own shape
+States = dict[str, Tensor]  # `weight` and MOMENTS of one parameter, float32, in the parameter's own shape
 
 
-def whole_states(engine: Any) -> Iterator[tuple[str, Whole]]:
-    """Each parameter's name and whole states, one parameter at a time. A collective: every rank goes through all."""
+def whole_states(engine: Any) -> Iterator[tuple[str, States]]:
+    """Yield each parameter's name and whole states. A collective: every rank iterates over all parameters."""
     tools = importlib.import_module("deepspeed.utils")
     for name, parameter in engine.module.predictor.named_parameters():
-        if _cut_up(parameter):
+        if _is_partitioned(parameter):
             values = {WEIGHT: tools.safe_get_full_fp32_param(parameter)}
             values |= {key: tools.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
         else:
-            held = _holder(engine, parameter)
-            state = _adam(engine).state[held]
-            values = {WEIGHT: held.detach(), **{key: state[key] for key in MOMENTS}}
+            full = _optimized(engine, parameter)
+            state = _adam(engine).state[full]
+            values = {WEIGHT: full.detach(), **{key: state[key] for key in MOMENTS}}
         yield name, {key: value.detach().float().reshape(shape_of(parameter)) for key, value in values.items()}
 
 
-def restore_states(engine: Any, read: Callable[[str], Whole], steps: float) -> None:
-    """Put the states that `read(name)` gives into an engine that has taken no step. `steps`: Adam's own count."""
+def restore_states(engine: Any, read: Callable[[str], States], steps: float) -> None:
+    """Write the states that `read(name)` returns to an engine that has taken no step. `steps`: Adam's own count."""
     tools = importlib.import_module("deepspeed.utils")
     adam = _adam(engine)
     _begin_states(engine, tools)
@@ -48,58 +49,69 @@ def restore_states(engine: Any, read: Callable[[str], Whole], steps: float) -> N
                 tools.safe_set_local_fp32_param(parameter, part(values[WEIGHT]))
                 for key in MOMENTS:
                     tools.safe_set_local_optimizer_state(parameter, part(values[key]), key)
-            elif _cut_up(parameter):
+            elif _is_partitioned(parameter):
                 tools.safe_set_full_fp32_param(parameter, values[WEIGHT])
                 for key in MOMENTS:
                     tools.safe_set_full_optimizer_state(parameter, values[key], key)
             else:
-                held = _holder(engine, parameter)
-                held.copy_(values[WEIGHT])
-                moments = {key: values[key].to(held.device, held.dtype, copy=True) for key in MOMENTS}
-                adam.state[held] = {"step": torch.tensor(float(steps)), **moments}
+                full = _optimized(engine, parameter)
+                full.copy_(values[WEIGHT])
+                moments = {key: values[key].to(full.device, full.dtype, copy=True) for key in MOMENTS}
+                adam.state[full] = {"step": torch.tensor(float(steps)), **moments}
     for state in adam.state.values():
         state["step"] = torch.tensor(float(steps))
 
 
 def adam_steps(engine: Any) -> float:
-    """Adam's count of steps. DeepSpeed's bf16 optimizer takes one before the first, so it may not be the run's."""
+    """Return Adam's count of steps. DeepSpeed's bf16 optimizer takes one before the first: it may exceed the run's."""
     return max((float(state["step"]) for state in _adam(engine).state.values() if "step" in state), default=0.0)
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """A parameter's shape, also where ZeRO-3 took its storage away."""
+    """Return a parameter's shape, also where ZeRO-3 released its storage."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def learning_rates(engine: Any) -> list[dict[str, Any]]:
-    """The optimizer's groups, whose `lr` the schedule writes."""
-    return _adam(engine).param_groups
+def schedule_state(engine: Any) -> dict[str, Any]:
+    """Return the state of the learning rate schedule as JSON values."""
+    return {key: engine.lr_scheduler.state_dict()[key] for key in ("last_epoch", "_last_lr")}
 
 
-def _cut_up(parameter: nn.Parameter) -> bool:
+def restore_schedule(engine: Any, schedule: dict[str, Any], step: int) -> None:
+    """Set the learning rate schedule and the engine's counters to their values after optimizer step `step`."""
+    engine.lr_scheduler.load_state_dict(engine.lr_scheduler.state_dict() | schedule)
+    for group, rate in zip(_adam(engine).param_groups, schedule["_last_lr"], strict=True):
+        group["lr"] = rate
+    engine.global_steps = step
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    engine.global_samples = step * engine.train_batch_size()
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def _adam(engine: Any) -> Any:
-    """The torch optimizer inside DeepSpeed's."""
+    """Return the torch optimizer inside DeepSpeed's."""
     optimizer = engine.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def _holder(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """What Adam steps in a parameter's place: its float32 copy, where the weights are bf16, else itself."""
+def _optimized(engine: Any, parameter: nn.Parameter) -> Tensor:
+    """Return the tensor that Adam updates: a bf16 parameter's float32 copy, else the parameter itself."""
     optimizer = engine.optimizer
-    for low, full in zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False):
-        for one, copy in zip(low, full, strict=True):
-            if one is parameter:
+    groups = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False)
+    for weights, copies in groups:
+        for weight, copy in zip(weights, copies, strict=True):
+            if weight is parameter:
                 return copy
     return parameter
 
 
 def _begin_states(engine: Any, tools: Any) -> None:
-    """What else happens at the first step: Adam makes its states, DeepSpeed finds each parameter's place in them."""
+    """Create Adam's states and map each parameter to its part of them, as DeepSpeed does at the first step."""
     optimizer, adam = engine.optimizer, _adam(engine)
 
     def begin(flat: Tensor) -> None:
@@ -114,12 +126,12 @@ def _begin_states(engine: Any, tools: Any) -> None:
 
 
 def _part_of(local: Tensor) -> Callable[[Tensor], Tensor]:
-    """This rank's part of a whole tensor, as ZeRO-3 cuts it: equal flat parts, the last one filled up with zeros."""
+    """Return a function that cuts this rank's part out of a whole tensor: flat, equal, zero-padded (ZeRO-3)."""
     size = local.numel()
 
     def part(whole: Tensor) -> Tensor:
         flat = whole.flatten()
-        filled = torch.cat([flat, flat.new_zeros(size * world_size() - flat.numel())])
-        return filled[size * rank() : size * (rank() + 1)]
+        padded = torch.cat([flat, flat.new_zeros(size * world_size() - flat.numel())])
+        return padded[size * rank() : size * (rank() + 1)]
 
     return part

@@ -1,15 +1,27 @@
-"""How far a run is: by its optimizer steps and, where `training.max_minutes` limits it, by the clock."""
+"""Progress of a run by its optimizer steps or by the clock, and the learning rate that follows it."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from firp_cli.config import TrainingConfig
+
+ADAM_BETAS = (0.9, 0.95)
+FINAL_RATE = 0.1  # learning rate at the end of the cosine, as a share of the peak
+EVENTS_PER_RUN = 10  # validations, and checkpoints, of a run that sets no interval
 
 
 class Pace:
     """Place of a run between 0 and `total` planned optimizer steps. The learning rate and the end follow it.
 
-    The place is the number of steps taken or, in a run that is limited to `seconds`, the share of them that is spent
-    times `total`, whichever is larger: a run that the clock ends has gone through its whole schedule.
+    The place is the number of steps taken. In a run that is limited to `seconds` it is the larger of that number and
+    the spent share of the time, times `total`: such a run goes through its whole schedule.
     """
 
     def __init__(self, total: int, seconds: float | None = None) -> None:
@@ -31,7 +43,7 @@ class Pace:
             self._began = time.monotonic()
 
     def clock(self) -> float:
-        """Seconds spent by this process's clock, those before a resume included."""
+        """Return the seconds spent by this process's clock, those before a resume included."""
         return self._spent if self._began is None else self._spent + time.monotonic() - self._began
 
     def move(self, step: int, spent: float) -> int:
@@ -43,14 +55,51 @@ class Pace:
 
     @property
     def ended(self) -> bool:
-        """Whether the last step has been taken or the time is over."""
+        """True once the last step has been taken or the time is over."""
         return self.place >= self.total
 
     def passed(self, every: int) -> bool:
-        """Whether the last move reached or passed a multiple of `every`."""
+        """Return True if the last move reached or passed a multiple of `every`."""
         return self.place // every > self._before // every
 
     @property
     def expected(self) -> int:
-        """Optimizer steps that the run will have at its end, at its speed so far."""
+        """Expected number of optimizer steps at the end of the run, from its throughput so far."""
         return self.total if self.place <= self.step else round(self.step * self.total / self.place)
+
+
+def make_pace(settings: TrainingConfig, total: int) -> Pace:
+    """Return the pace of a run of `total` planned steps, limited by `training.max_minutes`."""
+    return Pace(total, None if settings.max_minutes is None else 60 * settings.max_minutes)
+
+
+def usual_interval(settings: TrainingConfig, total: int) -> int:
+    """Return the planned steps between validations, and checkpoints, of a run that sets no interval.
+
+    There are EVENTS_PER_RUN of each; with `training.max_minutes` at most one a minute.
+    """
+    events = EVENTS_PER_RUN
+    if settings.max_minutes is not None:
+        events = max(1, min(events, round(settings.max_minutes)))
+    return max(1, math.ceil(total / events))
+
+
+def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
+    """Return the share of the peak rate at optimizer step `step` (from 0): linear warm-up, cosine to FINAL_RATE."""
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], settings: TrainingConfig, pace: Pace
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """Return AdamW and its learning rate schedule; the schedule follows `pace`, which moves before each step."""
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=ADAM_BETAS, weight_decay=settings.weight_decay
+    )
+    return optimizer, LambdaLR(
+        optimizer, lambda step: learning_rate_factor(max(step, pace.place), pace.total, settings.warmup_ratio)
+    )

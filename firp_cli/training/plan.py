@@ -1,6 +1,6 @@
-"""What a run would take, from its recipe alone: parameters, memory per rank, steps. Loads no weights, starts nothing.
+"""Plan of a run from its recipe alone: parameters, memory per rank, steps, hours. Loads no weights, starts nothing.
 
-Memory figures follow the rules of training/memory.py, hours those of training/chain.py.
+Memory follows the rules of training/memory_model.py, hours those of training/time_model.py.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from firp_cli.config import Recipe, TeacherConfig
 from firp_cli.predictors.folder import build_predictor
 from firp_cli.teacher.source import hub_reachable, locate_config
 from firp_cli.teacher.teacher import Teacher
-from firp_cli.training.batches import split_validation
+from firp_cli.training.batches import data_order, planned_steps, split_validation
 from firp_cli.training.memory_model import (
-    Line,
+    MemoryLine,
     collecting_lines,
     count_parameters,
     first_layer,
     memory_lines,
     total_bytes,
 )
-from firp_cli.training.time_model import Chain, Speed, plan_chain
-from firp_cli.training.trainer import data_order, planned_steps
+from firp_cli.training.time_model import RunTimes, Throughput, estimate_times
 
 
 @dataclass
 class Plan:
-    """Figures of a run; None where they need the teacher's config (`missing` says why) or the store.
+    """Figures of a run; None where they need the teacher's config (`missing` is the reason) or the store.
 
-    `memory` is bytes per rank of training by name, `lines` say how; `collecting` is that of collecting. `steps` are the
-    optimizer's, `tokens` those of all epochs, all ranks.
+    Attributes:
+        memory: bytes per rank of training by name. lines: their arithmetic. collecting: the same of collecting.
+        steps: optimizer steps. tokens: of all epochs, all ranks.
+        chain: estimates of disk space and hours.
     """
 
     ranks: int
@@ -47,9 +48,9 @@ class Plan:
     conversations: int | None = None
     steps: int | None = None
     tokens: int | None = None
-    lines: list[Line] = field(default_factory=list)
-    collecting: list[Line] = field(default_factory=list)
-    chain: Chain | None = None
+    lines: list[MemoryLine] = field(default_factory=list)
+    collecting: list[MemoryLine] = field(default_factory=list)
+    chain: RunTimes | None = None
 
 
 def make_plan(
@@ -58,10 +59,12 @@ def make_plan(
     conversations: int | None = None,
     tokens: int | None = None,
     mean_tokens: int | None = None,
-    speed: Speed | None = None,
+    reached: Throughput | None = None,
 ) -> Plan:
-    """Plan a run over a store of `conversations` and `tokens`; without a store `data.limit` stands for the count, and
-    `mean_tokens` (default: `data.max_length`, an upper bound) for the length of each.
+    """Plan a run over a store of `conversations` and `tokens`.
+
+    Without a store `data.limit` replaces the count, and `mean_tokens` (default: `data.max_length`, an upper bound) the
+    length of each.
 
     Raises PredictorError when a transfer layer is out of the teacher's range.
     """
@@ -82,8 +85,8 @@ def make_plan(
     settings = recipe.training
     if plan.conversations and teacher is not None and plan.predictor_parameters is not None:
         read = plan.conversations * (mean_tokens or recipe.data.max_length) if tokens is None else tokens
-        plan.chain = plan_chain(
-            recipe, teacher, plan.predictor_parameters, ranks, plan.conversations, read, speed or Speed()
+        plan.chain = estimate_times(
+            recipe, teacher, plan.predictor_parameters, ranks, plan.conversations, read, reached or Throughput()
         )
     if plan.conversations:
         training, _ = split_validation(plan.conversations, settings.validation_fraction, settings.seed)
@@ -97,7 +100,7 @@ def make_plan(
 
 
 def check_predictor(recipe: Recipe) -> None:
-    """Raise PredictorError for a transfer layer that the teacher does not have, where its config is at hand."""
+    """Raise PredictorError for a transfer layer that the teacher lacks, where the teacher's config is available."""
     assert recipe.predictor is not None
     teacher, _ = skeleton(recipe.teacher)
     if teacher is not None:
@@ -106,7 +109,7 @@ def check_predictor(recipe: Recipe) -> None:
 
 
 def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
-    """The teacher's modules without memory behind them, from its config alone; or None and the reason."""
+    """Return the teacher's modules without weights, from its config alone; or None and the reason."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from firp_cli.teacher.looped_llama import register
@@ -114,8 +117,8 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
     register()
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        shape = _shape(config.model)
-        source, found = (shape, None) if shape else locate_config(config)
+        folder = _shape_folder(config.model)
+        source, found = (folder, None) if folder else locate_config(config)
         try:
             found = found or AutoConfig.from_pretrained(source, local_files_only=True, **options)
         except OSError:
@@ -133,16 +136,16 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
         return None, f"the config of {config.model} cannot be read: {first}"
 
 
-def _shape(model: str) -> str | None:
-    """The folder of an embedded config without weights, of a large model that is planned for and not held."""
+def _shape_folder(model: str) -> str | None:
+    """Return the folder of an embedded config without weights, for planning with a large model."""
     folder = embedded_folder("data") / "shapes" / model
     return str(folder) if (folder / "config.json").is_file() and not Path(model).is_dir() else None
 
 
-def planned_memory(recipe: Recipe, ranks: int) -> tuple[Teacher, int, list[Line]] | None:
-    """The teacher without weights, the predictor's parameters and a rank's memory; None without the teacher's config.
+def planned_memory(recipe: Recipe, ranks: int) -> tuple[Teacher, int, list[MemoryLine]] | None:
+    """Return the teacher without weights, the predictor's parameters and a rank's memory; None without a config.
 
-    Raises PredictorError for a transfer layer that the teacher does not have.
+    Raises PredictorError for a transfer layer that the teacher lacks.
     """
     assert recipe.predictor is not None
     teacher, _ = skeleton(recipe.teacher)
@@ -155,7 +158,7 @@ def planned_memory(recipe: Recipe, ranks: int) -> tuple[Teacher, int, list[Line]
 
 
 def teacher_parameters_used(teacher: Teacher, recipe: Recipe) -> int:
-    """Frozen parameters that a training step runs through: layers from the first transfer layer on, and the head."""
+    """Return the number of frozen parameters in a training step: from the first transfer layer on, and the head."""
     first = first_layer(recipe, teacher)
     unique = list(teacher.layers.children())
     order = teacher.looped.order if teacher.looped else range(teacher.num_layers)

@@ -1,6 +1,6 @@
-"""The random states of a process, as values that a checkpoint can hold without a pickle.
+"""Random states of a process as JSON values, which a checkpoint stores without a pickle.
 
-firp's own training draws nothing from them (data order and anchors have seeds of their own); a predictor with dropout
+firp's own training draws nothing from them (data order and anchors have separate seeds); a predictor with dropout
 would.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Python's, numpy's, torch's and this rank's CUDA device's generators, as JSON values."""
+    """Return the states of Python's, numpy's, torch's and this rank's CUDA generators as JSON values."""
     version, words, gauss = random.getstate()
     name, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -28,7 +28,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` gave."""
+    """Restore what `random_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, place, has_gauss, cached = state["numpy"]
@@ -39,7 +39,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def seed_rank(seed: int, step: int, rank: int) -> None:
-    """Random states for a rank that takes up a run at `step` with none saved for it."""
+    """Seed the generators of a rank that resumes a run at `step` without a saved state."""
     value = int(np.random.SeedSequence([seed & 0xFFFFFFFF, step, rank]).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)

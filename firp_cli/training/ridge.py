@@ -1,4 +1,4 @@
-"""The ridge start: each map in closed form, W_i = (sum y x^T)(sum x x^T + lambda I)^-1 with x = h_n^t, y = h_{n+i}^t.
+"""Ridge start: each map in closed form, W_i = (sum y x^T)(sum x x^T + lambda I)^-1 with x = h_n^t, y = h_{n+i}^t.
 
 One pass over the training conversations sums the d x d products in float64, over every anchor at which step i counts.
 lambda is `training.ridge_lambda` times the mean diagonal of sum x x^T. With a bias the sums are centred first.
@@ -26,7 +26,7 @@ Progress = Callable[[int, int | None], None]
 
 @dataclass
 class RidgeSums:
-    """Float64 sums over the anchors of one step: x x^T (d, d), y x^T (d, d), x (d,), y (d,) and how many."""
+    """Float64 sums over the anchors of one step: x x^T (d, d), y x^T (d, d), x (d,), y (d,) and their count."""
 
     xx: Tensor
     yx: Tensor
@@ -36,6 +36,8 @@ class RidgeSums:
 
     @staticmethod
     def empty(size: int, device: torch.device) -> RidgeSums:
+        """Return sums over no anchors."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
@@ -56,14 +58,17 @@ class RidgeSums:
             torch.distributed.all_reduce(part)
 
     def solve(self, relative_lambda: float, bias: bool) -> tuple[Tensor, Tensor | None]:
-        """W (d, d) with y = W x + b, and b (d,) if asked for, in float64. Raises NumericsError."""
+        """Return W (d, d) with y = W x + b, and b (d,) with `bias`, in float64. Raises NumericsError."""
         xx, yx, count = self.xx, self.yx, self.count.clamp(min=1)
         if bias:
             xx = xx - torch.outer(self.x, self.x) / count
             yx = yx - torch.outer(self.y, self.x) / count
         damping = relative_lambda * xx.diagonal().mean()
         if not (damping > 0 and torch.isfinite(damping) and torch.isfinite(yx).all()):
-            raise NumericsError("the hidden states have no finite spread to fit; check the store, or init=identity")
+            raise NumericsError(
+                "the hidden states have no finite, nonzero variance to fit: run `firp store verify`, or set "
+                "training.init=identity"
+            )
         weight = torch.linalg.solve(xx + damping * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), yx.T).T
         return weight, (self.y - weight @ self.x) / count if bias else None
 
@@ -80,28 +85,28 @@ def ridge_start(
 ) -> list[int]:
     """Set every map of the predictor to its ridge solution over conversations `indices` of the store.
 
-    In a group of ranks each reads its share and the sums are added up. Returns the pairs fitted by step; a step without
-    any keeps its map. Raises NumericsError naming the conversations whose states are not finite.
+    Each rank of a group reads its part, and the sums are reduced. Returns the number of fitted pairs by step; a step
+    without any keeps its map. Raises NumericsError naming the conversations whose states are not finite.
     """
     layers = predictor.ridge_layers()
     sums = [RidgeSums.empty(teacher.hidden_size, teacher.device) for _ in layers]
     grouped = torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if grouped else 0
     ranks = torch.distributed.get_world_size() if grouped else 1
-    mine = list(indices[rank::ranks])
-    # a rank without conversations repeats the first, uncounted: a teacher shared over ranks needs all in each forward
+    part = list(indices[rank::ranks])
+    # a rank without conversations repeats the first, uncounted: a sharded teacher needs all ranks in each forward
     for start in range(0, math.ceil(len(indices) / ranks), batch_size):
-        picks = mine[start : start + batch_size]
+        picks = part[start : start + batch_size]
         batch = read_batch(store, picks or indices[:1]).to(teacher.device, teacher.dtype)
         _add_batch(sums, predictor, teacher, batch, picks)
         if progress:
             progress(min(len(indices), (start + len(picks)) * ranks), len(indices))
-    for step, part in enumerate(sums, start=1):
+    for step, total in enumerate(sums, start=1):
         if grouped:
-            part.reduce()
-        if part.count:
-            predictor.set_map(step, *part.solve(relative_lambda, bool(getattr(predictor.config, "bias", False))))
-    return [int(part.count) for part in sums]
+            total.reduce()
+        if total.count:
+            predictor.set_map(step, *total.solve(relative_lambda, bool(getattr(predictor.config, "bias", False))))
+    return [int(total.count) for total in sums]
 
 
 def _add_batch(
@@ -124,7 +129,7 @@ def _add_batch(
 
 
 def states_at(teacher: Teacher, batch: SequenceBatch, layers: list[int]) -> dict[int, Tensor]:
-    """h^l (B, T, d) of the real rows for ascending layers l: from the store, or computed from its first one."""
+    """Return h^l (B, T, d) of the real rows for ascending layers l: from the store, or computed from its first one."""
     if all(layer in batch.hidden for layer in layers):
         return {layer: batch.hidden[layer] for layer in layers}
     first, last = layers[0], layers[-1]

@@ -1,7 +1,7 @@
-"""A whole chain from its shapes: the store's disk in every dtype, and the hours of collecting and of training.
+"""Estimates from the shapes alone: the store's disk space in every dtype, the hours of collecting and of training.
 
-Hours are floating-point operations over what the devices reach: ranks * peak * utilisation. The shares of the peak are
-assumptions to be replaced by measured ones; that attention sees half of a conversation on average is not.
+Hours are floating-point operations divided by ranks * peak * utilisation. The utilisations are assumptions: replace
+them by measured ones. That attention sees half of a conversation on average is exact.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.memory_model import count_parameters
 
 PEAK_FLOPS = 989e12  # an H100's, bfloat16, dense
-UTILISATION = 0.35  # of the peak, in forwards over whole conversations and in training
-ANSWER_UTILISATION = 0.05  # of the peak, while the teacher writes answers token by token
+UTILISATION = 0.35  # share of the peak, in forwards over whole conversations and in training
+ANSWER_UTILISATION = 0.05  # share of the peak, while the teacher generates answers token by token
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What the devices reach."""
+class Throughput:
+    """Peak operations per second of a device, and the shares of it that are reached."""
 
     peak_flops: float = PEAK_FLOPS
     utilisation: float = UTILISATION
@@ -28,8 +28,8 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Chain:
-    """`tokens` of all conversations; `disk` in bytes by store dtype; operations and hours by stage of the chain."""
+class RunTimes:
+    """`tokens` of all conversations; `disk` in bytes by store dtype; operations and hours by stage of the run."""
 
     conversations: int
     tokens: int
@@ -38,10 +38,15 @@ class Chain:
     hours: dict[str, float]
 
 
-def plan_chain(
-    recipe: Recipe, teacher: Teacher, parameters: int, ranks: int, conversations: int, tokens: int, speed: Speed
-) -> Chain:
-    """Plan collecting and training on `conversations` with `tokens` in all; `parameters` of the predictor."""
+def estimate_times(
+    recipe: Recipe, teacher: Teacher, parameters: int, ranks: int, conversations: int, tokens: int, reached: Throughput
+) -> RunTimes:
+    """Estimate collecting and training on `conversations` with `tokens` in all.
+
+    Args:
+        parameters: number of parameters of the predictor.
+        reached: by each of `ranks` devices.
+    """
     assert recipe.predictor is not None
     layers = len(recipe.predictor.required_layers(teacher))
     disk = {name: tokens * bytes_per_token(teacher.hidden_size, layers, name) for name in (*FLOATS, *SCALED)}
@@ -50,17 +55,18 @@ def plan_chain(
         "states": tokens * forward_flops(teacher, 0, tokens / max(1, conversations)),
         "training": _training_flops(recipe, teacher, parameters, conversations, tokens),
     }
-    shares = {"answers": speed.answer_utilisation}
+    shares = {"answers": reached.answer_utilisation}
     hours = {
-        name: count / (ranks * speed.peak_flops * shares.get(name, speed.utilisation)) / 3600
+        name: count / (ranks * reached.peak_flops * shares.get(name, reached.utilisation)) / 3600
         for name, count in flops.items()
     }
-    return Chain(conversations, tokens, disk, flops, hours)
+    return RunTimes(conversations, tokens, disk, flops, hours)
 
 
 def forward_flops(teacher: Teacher, first: int, length: float) -> float:
-    """Of one token of a conversation of `length` through the layers from `first` on: two for each weight, and in each
-    layer four for each of length / 2 positions and each feature of the heads.
+    """Return the operations of one token of a conversation of `length` in the layers from `first` on.
+
+    Two for each weight, and in each layer four for each of length / 2 positions and each feature of the heads.
     """
     unique = list(teacher.layers.children())
     order = teacher.looped.order if teacher.looped else range(teacher.num_layers)
@@ -77,9 +83,11 @@ def _answer_flops(recipe: Recipe, teacher: Teacher, conversations: int) -> float
 
 
 def _training_flops(recipe: Recipe, teacher: Teacher, parameters: int, conversations: int, tokens: int) -> float:
-    """Of all epochs. Real rows run forward, from the first transfer layer on. A pseudo row runs forward and backward
-    through frozen layers (as much again) and its map (twice as much again); a draft meets the head three times:
-    forward, backward, and as the teacher's own row.
+    """Return the operations of all epochs.
+
+    Real rows run forward, from the first transfer layer on. The backward pass of a pseudo row costs as much as the
+    forward in frozen layers and twice as much in its map. A draft passes the head three times: forward, backward, and
+    as the teacher's own row.
     """
     assert recipe.predictor is not None
     transfers = recipe.predictor.transfer_layers

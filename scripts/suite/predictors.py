@@ -16,7 +16,7 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import as_json
 from firp_cli.teacher.teacher import Teacher
-from firp_cli.training.local_trainer import train_plain
+from firp_cli.training.local_trainer import train_local
 from suite.answers import predictors_for, stored
 from suite.subject import saved, subject
 from suite.work import Shared, Table, Work
@@ -58,7 +58,7 @@ def train_predictors(shared: Shared, work: Work) -> None:
             validation_fraction=min(0.05, sizes.held_out / len(sequences)),
             readers=2,
         )
-        history = train_plain(
+        history = train_local(
             predictor,
             library,
             stored(sequences, predictor),

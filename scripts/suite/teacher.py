@@ -12,7 +12,7 @@ from build_embedded import build_tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from firp_cli.training.deepspeed_engine import ADAM_BETAS, learning_rate_factor
+from firp_cli.training.pace import ADAM_BETAS, learning_rate_factor
 from suite.corpus import Corpus, gather, render, sample
 from suite.shapes import empty_model
 from suite.work import Shared, Table, Work

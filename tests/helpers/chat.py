@@ -1,4 +1,4 @@
-"""A tokenizer of bytes with chat templates."""
+"""Byte tokenizer with chat templates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHATML = (
 
 @lru_cache
 def byte_tokenizer() -> Any:
-    """Byte-level BPE over a few sentences, with ChatML's and Llama's special tokens."""
+    """Return a byte-level BPE over a few sentences, with ChatML's and Llama's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

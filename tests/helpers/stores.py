@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firp_cli.store.reader import compress
+from firp_cli.store.reader import encode_states
 from firp_cli.store.writer import ShardPlan, StoreWriter
 
 HIDDEN, LAYERS = 8, (1, 3)
@@ -30,7 +30,7 @@ def shard(plan: ShardPlan, dtype: str) -> dict[str, Tensor]:
         "sequence_offsets": torch.tensor([0, *(LENGTHS[index] for index in chosen)]).cumsum(0),
     }
     for name, layer in (("hidden.1", 1), ("hidden.3", 3), ("hidden.final", 9)):
-        for suffix, stored in compress(torch.cat([states(index, layer) for index in chosen]), dtype).items():
+        for suffix, stored in encode_states(torch.cat([states(index, layer) for index in chosen]), dtype).items():
             tensors[name + suffix] = stored
     return tensors
 

@@ -21,7 +21,7 @@ MEDUSA = {"kind": "medusa", "steps": 2}
 
 @lru_cache
 def store(count: int = 26) -> tuple[SimpleNamespace, ...]:
-    """Conversations that go round a cycle of tokens, with the teacher's states."""
+    """Return conversations that repeat a cycle of tokens, with the teacher's states."""
     teacher = tiny_teacher("llama")
     items = []
     for number in range(count):
@@ -55,7 +55,7 @@ def run(output: Path, wanted: Recipe, **options: Any) -> Outcome:
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the fields that measure time."""
+    """Return metrics.jsonl without the fields that measure time."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
 

@@ -253,10 +253,10 @@ def test_useless_loss_masks_and_unanswered_sets_are_refused(byte_teacher: Teache
     byte_teacher.tokenizer.chat_template = (
         "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     )
-    with pytest.raises(LossMaskError, match=r"not one of its tokens.*\n.*answers in \[\[ \]\]"):
+    with pytest.raises(LossMaskError, match=r"none of the data set's.*\n.*answers in \[\[ \]\]"):
         collect_store(byte_teacher, config(path), [2], tmp_path / "store")
     byte_teacher.tokenizer.chat_template = "{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(LossMaskError, match="every one of its tokens"):
+    with pytest.raises(LossMaskError, match="all of the data set's"):
         collect_store(byte_teacher, config(path), [2], tmp_path / "store")
     byte_teacher.tokenizer.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(DatasetError, match="the chat template refuses the conversation: never"):

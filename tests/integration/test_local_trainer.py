@@ -1,4 +1,4 @@
-"""Training without DeepSpeed: the losses of the trainer, the weights of the best validation, an end by the clock."""
+"""Local training: the losses of the DeepSpeed trainer, the weights of the best validation, the time limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from firp_cli.config import TrainingConfig
 from firp_cli.errors import NumericsError, StoreError, UsageError
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import build_predictor, load_predictor
-from firp_cli.training.local_trainer import train_plain
+from firp_cli.training.local_trainer import train_local
 from helpers.models import tiny_teacher
 from helpers.training import FIRP, MEDUSA, recipe, rows, run, store
 
@@ -25,11 +25,11 @@ def trained(section: dict[str, Any], settings: TrainingConfig, **options: Any) -
     config = recipe(section).predictor
     assert config is not None
     predictor = build_predictor(config, tiny_teacher("llama"))
-    return predictor, train_plain(predictor, tiny_teacher("llama"), store(), settings, **options)
+    return predictor, train_local(predictor, tiny_teacher("llama"), store(), settings, **options)
 
 
 @pytest.mark.parametrize("section", [FIRP, MEDUSA, SPEED], ids=lambda section: section["kind"])
-def test_losses_and_weights_are_the_trainers(section: dict[str, Any], tmp_path: Path) -> None:
+def test_local_training_equals_deepspeed(section: dict[str, Any], tmp_path: Path) -> None:
     wanted = recipe(section, gradient_accumulation=2, max_grad_norm=0.05, init="identity")
     run(tmp_path, wanted)
     predictor, history = trained(section, wanted.training)
@@ -43,7 +43,7 @@ def test_losses_and_weights_are_the_trainers(section: dict[str, Any], tmp_path: 
         torch.testing.assert_close(value, saved[name], rtol=1e-4, atol=1e-6)
 
 
-def test_the_ridge_start_needs_no_process_group(tmp_path: Path) -> None:
+def test_local_ridge_start_needs_no_process_group(tmp_path: Path) -> None:
     wanted = recipe(max_steps=3)
     run(tmp_path, wanted)
     _, history = trained(FIRP, wanted.training)
@@ -51,7 +51,7 @@ def test_the_ridge_start_needs_no_process_group(tmp_path: Path) -> None:
     assert found == pytest.approx([row["loss"] for row in rows(tmp_path) if row["split"] == "train"], rel=1e-5)
 
 
-def test_the_clock_ends_a_run_at_the_end_of_its_schedule() -> None:
+def test_local_time_limit_completes_schedule() -> None:
     settings = recipe(epochs=100_000, validate_every=None).training
     began = time.perf_counter()
     predictor, history = trained(FIRP, settings, seconds=1.5)
@@ -64,14 +64,14 @@ def test_the_clock_ends_a_run_at_the_end_of_its_schedule() -> None:
     assert not any(parameter.requires_grad for parameter in predictor.parameters())
 
 
-def test_what_it_cannot_train_is_refused() -> None:
+def test_local_training_refuses_unsupported_settings() -> None:
     with pytest.raises(UsageError, match=r"training\.precision=fp32"):
         trained(FIRP, recipe(precision="bf16").training)
     predictor = build_predictor(recipe().predictor, tiny_teacher("llama"))  # type: ignore[arg-type]
     with pytest.raises(StoreError, match="no conversation"):
-        train_plain(predictor, tiny_teacher("llama"), [], recipe().training)
+        train_local(predictor, tiny_teacher("llama"), [], recipe().training)
     broken = [SimpleNamespace(**vars(item)) for item in store()]
     for item in broken:
         item.hidden = {layer: torch.full_like(states, torch.nan) for layer, states in item.hidden.items()}
     with pytest.raises(NumericsError, match="optimizer step 1"):
-        train_plain(predictor, tiny_teacher("llama"), broken, recipe(init="identity").training)
+        train_local(predictor, tiny_teacher("llama"), broken, recipe(init="identity").training)

@@ -1,6 +1,4 @@
-"""What a training step allocates: no logits of all drafts, nothing of the square of a length, and what the memory model
-says.
-"""
+"""Allocations of a training step: no logits of all drafts, nothing quadratic in a length, near the memory model."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ STEP_LINES = (
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all tensors that operations made and that still live, their peak, and the largest single one."""
+    """Record of the live bytes of tensors that operations created, their peak, and the largest tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +35,7 @@ class Live(TorchDispatchMode):
         self._seen: dict[int, int] = {}
 
     def known(self, *modules: torch.nn.Module) -> None:
-        """Weights stood there before: views of them are nothing new."""
+        """Register weights, which exist before: views of them are not counted."""
         for module in modules:
             for parameter in module.parameters():
                 self._seen[parameter.untyped_storage().data_ptr()] = 0
@@ -60,7 +58,7 @@ class Live(TorchDispatchMode):
 
 
 def step(vocabulary: int, length: int, anchors: int = 32, window: int | None = None) -> tuple[Live, dict[str, int]]:
-    """One forward and backward on a conversation of each kind, and the memory model of it."""
+    """Run a forward and backward on a conversation of each kind; return the measurement and the memory model."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -103,12 +101,12 @@ def step(vocabulary: int, length: int, anchors: int = 32, window: int | None = N
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bounds in proportion to a tiny model; the bytes of a logit matrix."""
+    """Scale the bounds to a tiny model; return the bytes of a logit matrix."""
     monkeypatch.setattr(objectives, "LOGIT_BUDGET", (1 << 15, 1 << 15))
     return 4 << 15
 
 
-def test_a_sixteen_times_larger_vocabulary_takes_no_more(small_pieces: int):
+def test_memory_is_independent_of_vocabulary_size(small_pieces: int):
     few, many = step(1024, 256)[0], step(16384, 256)[0]
     assert many.peak <= 1.2 * few.peak
     assert many.largest < 2 * 32 * 16384 * 4 / 2, "nobody has made the logits of a step's drafts at once"
@@ -116,13 +114,13 @@ def test_a_sixteen_times_larger_vocabulary_takes_no_more(small_pieces: int):
 
 
 @pytest.mark.parametrize("window", [None, 200])
-def test_memory_grows_no_faster_than_the_conversations(small_pieces: int, window: int | None):
+def test_memory_grows_linearly_with_length(small_pieces: int, window: int | None):
     short, long = step(256, 512, window=window)[0], step(256, 4096, window=window)[0]
     assert long.peak <= 8.2 * short.peak
     assert long.largest < 4096 * 4096, "not even a bool for each pair of positions"
 
 
 @pytest.mark.parametrize(("vocabulary", "length", "anchors"), [(512, 256, 64), (8192, 512, 32), (512, 2048, 16)])
-def test_the_memory_model_is_near_what_a_step_takes(vocabulary: int, length: int, anchors: int):
+def test_memory_model_is_close_to_measurement(vocabulary: int, length: int, anchors: int):
     live, lines = step(vocabulary, length, anchors)
     assert 1.0 <= sum(lines.values()) / live.peak <= 2.0, "on the high side, by less than half of it"

@@ -1,4 +1,4 @@
-"""The training loop on tiny teachers: exact resuming, ranks, ZeRO stages, and what it leaves on disk."""
+"""Training runs on tiny teachers: exact resuming, ranks, ZeRO stages, files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training.batches import Order, Prefetcher, Reader, anchor_seed, split_validation
-from firp_cli.training.deepspeed_engine import learning_rate_factor
 from firp_cli.training.metrics_log import Listener
-from firp_cli.training.pace import Pace
+from firp_cli.training.pace import Pace, learning_rate_factor
 from firp_cli.training.trainer import train
 from helpers.models import HIDDEN, ROOT, tiny_teacher
 from helpers.training import FIRP, MEDUSA, losses, recipe, rows, run, store
@@ -31,14 +30,14 @@ from helpers.training import FIRP, MEDUSA, losses, recipe, rows, run, store
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of 14 steps."""
+    """Folder of an uninterrupted run of 14 steps."""
     output = tmp_path_factory.mktemp("whole")
     outcome = run(output, recipe())
     assert (outcome.step, outcome.total_steps, outcome.stopped) == (14, 14, False)
     return output
 
 
-def test_a_run_learns_and_leaves_a_whole_predictor_folder(whole: Path):
+def test_run_learns_and_writes_predictor_folder(whole: Path):
     found = rows(whole)
     train_rows = [row for row in found if row["split"] == "train"]
     validations = [row for row in found if row["split"] == "validation"]
@@ -61,13 +60,13 @@ def test_a_run_learns_and_leaves_a_whole_predictor_folder(whole: Path):
     assert list((whole / "tensorboard").glob("events*")) and not list(whole.glob(".*"))
 
 
-def test_the_teacher_stays_as_it_was(whole: Path):
+def test_training_leaves_teacher_unchanged(whole: Path):
     assert all(parameter.grad is None for parameter in tiny_teacher("llama").model.parameters())
     assert not any(parameter.requires_grad for parameter in tiny_teacher("llama").model.parameters())
 
 
 @pytest.mark.parametrize("predictor, training", [(FIRP, {}), (MEDUSA, {"precision": "bf16", "zero_stage": 2})])
-def test_resuming_goes_on_exactly(whole: Path, tmp_path: Path, predictor: dict[str, Any], training: dict[str, Any]):
+def test_resume_is_exact(whole: Path, tmp_path: Path, predictor: dict[str, Any], training: dict[str, Any]):
     wanted = recipe(predictor, **training)
     reference = whole
     if predictor is not FIRP:
@@ -96,14 +95,15 @@ def test_resuming_goes_on_exactly(whole: Path, tmp_path: Path, predictor: dict[s
         assert (stopped / name).read_bytes() == (reference / name).read_bytes()
 
 
-def test_two_ranks_equal_one_rank_with_doubled_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.slow
+def test_two_ranks_equal_one_with_doubled_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Started through the DeepSpeed launcher; ranks talk over gloo. Stages 0 and 3, shared and own heads.
 
-    At its end rank 1 fails, and says why.
+    At the end rank 1 fails with an error of its own.
     """
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     with pytest.raises(LaunchError, match="rank 1: a fault of rank 1 alone") as caught:
-        launch(2, None, [str(tmp_path)], module="test_training")
+        launch(2, None, [str(tmp_path)], module="integration.test_training")
     assert caught.value.exit_code == 2
     for name, (predictor, training) in TWO_RANKS.items():
         run(tmp_path / "one" / name, recipe(predictor, **(training | {"gradient_accumulation": 2})))
@@ -129,7 +129,7 @@ TWO_RANKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("predictor", [FIRP, MEDUSA], ids=["firp", "medusa"])
-def test_zero_stages_train_alike(tmp_path: Path, predictor: dict[str, Any]):
+def test_zero_stages_have_equal_losses(tmp_path: Path, predictor: dict[str, Any]):
     found = {}
     for stage in (0, 1, 2, 3):
         output = tmp_path / str(stage)
@@ -141,21 +141,21 @@ def test_zero_stages_train_alike(tmp_path: Path, predictor: dict[str, Any]):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_bf16_trains_like_fp32(tmp_path: Path, whole: Path, stage: int):
+def test_bf16_losses_are_close_to_fp32(tmp_path: Path, whole: Path, stage: int):
     run(tmp_path, recipe(precision="bf16", zero_stage=stage))
     found = losses(tmp_path)
     assert found == pytest.approx(losses(whole), rel=0.05) and found != losses(whole)
     assert load_predictor(tmp_path, tiny_teacher("llama")).maps[0].weight.dtype == torch.float32
 
 
-def test_without_held_out_conversations_the_last_weights_are_kept(tmp_path: Path):
+def test_last_weights_are_exported_without_validation(tmp_path: Path):
     outcome = run(tmp_path, recipe(validation_fraction=0.0, max_steps=2))
     assert outcome.training is not None and outcome.training["best_step"] == 2
     assert {row["split"] for row in rows(tmp_path)} == {"train"}
     load_predictor(tmp_path, tiny_teacher("llama"))
 
 
-def test_nan_stops_and_names_step_and_conversations(tmp_path: Path):
+def test_nan_loss_names_step_and_conversations(tmp_path: Path):
     wanted = recipe(init="identity", epochs=1, validate_every=100, save_every=2)
     items = [SimpleNamespace(**vars(item)) for item in store()]
     order = Order(split_validation(len(items), 0.2, 0)[0], 3, 1, 0)
@@ -167,15 +167,15 @@ def test_nan_stops_and_names_step_and_conversations(tmp_path: Path):
     assert not (tmp_path / "config.json").exists() and not (tmp_path / "predictor.safetensors").exists()
 
 
-def test_an_output_that_holds_a_run_is_not_overwritten(whole: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match=r"holds the checkpoints of a run: add --resume"):
+def test_output_of_a_run_is_not_overwritten(whole: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match=r"contains the checkpoints of a run: add --resume"):
         run(whole, recipe())
     shutil.copytree(whole, tmp_path / "trained", ignore=shutil.ignore_patterns("checkpoints"))
-    with pytest.raises(UsageError, match="holds a trained predictor"):
+    with pytest.raises(UsageError, match="contains a trained predictor"):
         run(tmp_path / "trained", recipe())
 
 
-def test_resuming_with_other_settings_is_refused(whole: Path, tmp_path: Path):
+def test_resume_with_other_settings_is_refused(whole: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match=r"training.learning_rate=0.005, now it is 0.001"):
         run(whole, recipe(learning_rate=1e-3), resume=True)
     with pytest.raises(RecipeError, match=r"predictor.layer=2, now it is 1"):
@@ -186,7 +186,7 @@ def test_resuming_with_other_settings_is_refused(whole: Path, tmp_path: Path):
         train(recipe(), tiny_teacher("llama"), [], tmp_path)
 
 
-def test_a_damaged_checkpoint_is_named(whole: Path, tmp_path: Path):
+def test_damaged_checkpoint_is_named(whole: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
     newest = copy / "checkpoints" / "step-14"
@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_named(whole: Path, tmp_path: Path):
     assert rows(copy) == rows(whole)
 
 
-def test_order_is_a_function_of_the_seed_and_the_same_on_any_number_of_ranks():
+def test_order_depends_only_on_the_seed():
     order = Order(range(23), 2, 4, seed=1)
     assert order.steps_per_epoch == 2
     seen = [order.conversations(step, place) for step in range(4) for place in range(4)]
@@ -216,7 +216,7 @@ def test_order_is_a_function_of_the_seed_and_the_same_on_any_number_of_ranks():
     assert [len(small.conversations(0, place)[0]) for place in range(4)] == [2, 2, 2, 2]
 
 
-def test_held_out_conversations_stay_held_out_when_the_store_grows():
+def test_validation_split_is_stable_when_store_grows():
     train_part, held = split_validation(200, 0.1, seed=3)
     assert len(held) == 20 and sorted(train_part + held) == list(range(200))
     assert len(set(held) & set(split_validation(220, 0.1, seed=3)[1])) >= 17
@@ -224,7 +224,7 @@ def test_held_out_conversations_stay_held_out_when_the_store_grows():
     assert len({anchor_seed(0, epoch, index) for epoch in range(20) for index in range(20)}) == 400
 
 
-def test_prefetching_keeps_order_and_passes_errors_on():
+def test_prefetcher_keeps_order_and_raises_errors():
     items = list(store()[:4])
     reader = Reader(items, 3, 6, 0, torch.device("cpu"), torch.float32)
     wanted = [([0, 1], 0), ([2], 0), ([3, 0], 1), ([9], 1)]
@@ -238,7 +238,7 @@ def test_prefetching_keeps_order_and_passes_errors_on():
     endless.close()
 
 
-def test_the_rate_warms_up_and_then_falls():
+def test_learning_rate_warms_up_and_falls():
     rates = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates.index(max(rates)) in (9, 10)
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == pytest.approx(0.1, abs=0.01)
@@ -246,7 +246,7 @@ def test_the_rate_warms_up_and_then_falls():
 
 
 def worker(folder: str) -> None:
-    """What each launched rank does."""
+    """Run on each launched rank."""
     with relayed_errors():
         for name, (predictor, training) in TWO_RANKS.items():
             run(Path(folder) / "two" / name, recipe(predictor, **training))

@@ -1,4 +1,4 @@
-"""Taking runs up again: on other ranks and ZeRO stages, with the kept checkpoints and weights, stopped early."""
+"""Resuming on other numbers of ranks and ZeRO stages; checkpoints and weights that are kept; early stopping."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def wanted(stage: int, precision: str, accumulation: int) -> Recipe:
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs that began on one rank and ended on two, and the other way round."""
+    """Folder of runs that began on one rank and ended on two, and of runs that did the reverse."""
     folder = tmp_path_factory.mktemp("moved")
     for stage, precision in STAGES:
         settings = wanted(stage, precision, 2)
         assert run(folder / f"one-two-{stage}-{precision}", settings, listener=STOP).stopped
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        launch(2, None, [str(folder)], module="test_resume")
+        launch(2, None, [str(folder)], module="ranks.test_resume")
     for stage, precision in STAGES:
         assert not run(folder / f"two-one-{stage}-{precision}", wanted(stage, precision, 1), resume=True).stopped
     return folder
 
 
 def worker(folder: str) -> None:
-    """What each of two ranks does. A run's recipe stays as it was: its steps are shared out anew."""
+    """Run on each of two ranks. The recipe of a run is unchanged; its steps are distributed over the new ranks."""
     with relayed_errors():
         for stage, precision in STAGES:
             run(Path(folder) / f"one-two-{stage}-{precision}", wanted(stage, precision, 2), resume=True)
@@ -62,8 +62,9 @@ def worker(folder: str) -> None:
             ).stopped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), STAGES)
-def test_a_run_goes_on_with_another_number_of_ranks(moved: Path, tmp_path: Path, stage: int, precision: str):
+def test_resume_with_another_number_of_ranks(moved: Path, tmp_path: Path, stage: int, precision: str):
     run(tmp_path, wanted(stage, precision, 2))
     expected = losses(tmp_path)
     assert len(expected) == 12
@@ -77,14 +78,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(moved: Path, tmp_path: Path,
     assert losses(moved / f"one-two-{stage}-{precision}")[:4] == expected[:4]
 
 
-def test_a_run_goes_on_with_another_zero_stage(tmp_path: Path):
+def test_resume_with_another_zero_stage(tmp_path: Path):
     run(tmp_path / "whole", recipe())
     assert run(tmp_path / "run", recipe(), listener=STOP).stopped
     assert not run(tmp_path / "run", recipe(zero_stage=3), resume=True).stopped
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
-def test_ranks_that_cannot_share_out_a_step_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_resume_refuses_indivisible_number_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = recipe(gradient_accumulation=6)
     run(tmp_path, settings, listener=Listener(stop=lambda done: done == 1))
     found = checkpoints.latest_checkpoint(tmp_path)
@@ -97,9 +98,7 @@ def test_ranks_that_cannot_share_out_a_step_are_refused(tmp_path: Path, monkeypa
         checkpoints.check_resumable(found, settings, len(store()))
 
 
-def test_a_checkpoint_has_no_pickle_and_a_kill_while_it_goes_leaves_none_that_lacks_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_checkpoint_has_no_pickle_and_survives_kill_while_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run(tmp_path, recipe(), listener=Listener(stop=lambda done: done == 6))
     files = {path.suffix for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
     assert files == {".safetensors", ".json", ""}
@@ -110,7 +109,7 @@ def test_a_checkpoint_has_no_pickle_and_a_kill_while_it_goes_leaves_none_that_la
     assert checkpoints.latest_checkpoint(tmp_path) is None
 
 
-def test_as_many_checkpoints_and_best_weights_are_kept_as_asked(tmp_path: Path):
+def test_keep_last_and_keep_best_limit_files(tmp_path: Path):
     run(tmp_path, recipe(keep_last=3, keep_best=2, save_every=2, validate_every=2))
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-10", "step-12", "step-14"]
@@ -122,7 +121,7 @@ def test_as_many_checkpoints_and_best_weights_are_kept_as_asked(tmp_path: Path):
     assert {row["step"] for row in ranked[:2]} <= kept < {row["step"] for row in validations}
 
 
-def test_validations_without_gain_end_a_run(tmp_path: Path):
+def test_patience_ends_run(tmp_path: Path):
     settings = recipe(patience=2, min_improvement=9.0, validate_every=2, save_every=100)
     outcome = run(tmp_path, settings)
     assert (outcome.step, outcome.stopped) == (4, False) and outcome.training is not None
@@ -135,11 +134,11 @@ def test_validations_without_gain_end_a_run(tmp_path: Path):
     assert further.step == 14
 
 
-def test_balanced_steps_have_the_same_conversations_in_micro_batches_of_like_lengths():
+def test_balanced_steps_have_the_same_conversations():
     lengths = [int(value) for value in np.random.default_rng(0).integers(5, 400, size=200)]
-    plain, balanced = Order(range(200), 4, 8, seed=3), Order(range(200), 4, 8, seed=3, lengths=lengths)
+    unsorted, balanced = Order(range(200), 4, 8, seed=3), Order(range(200), 4, 8, seed=3, lengths=lengths)
     for step in range(9):
-        one = [plain.conversations(step, place)[0] for place in range(8)]
+        one = [unsorted.conversations(step, place)[0] for place in range(8)]
         two = [balanced.conversations(step, place)[0] for place in range(8)]
         assert sorted(chain(*one)) == sorted(chain(*two))
         padded = [sum(max(lengths[index] for index in micro) * len(micro) for micro in part) for part in (one, two)]
@@ -152,7 +151,7 @@ def test_balanced_steps_have_the_same_conversations_in_micro_batches_of_like_len
             assert max(work) < 1.1 * min(work)
 
 
-def test_losses_do_not_depend_on_the_number_of_readers(tmp_path: Path):
+def test_losses_are_independent_of_readers(tmp_path: Path):
     run(tmp_path / "one", recipe(max_steps=6))
     run(tmp_path / "four", recipe(max_steps=6, readers=4))
     assert rows(tmp_path / "one") == rows(tmp_path / "four")
@@ -162,7 +161,7 @@ def test_losses_do_not_depend_on_the_number_of_readers(tmp_path: Path):
     prefetcher.close()
 
 
-def test_random_states_come_back():
+def test_random_state_is_restored():
     seed_rank(0, 5, 1)
     state = json.loads(json.dumps(random_state()))
     drawn = (random.random(), np.random.rand(), torch.rand(3).tolist())
@@ -172,7 +171,7 @@ def test_random_states_come_back():
     assert drawn[0] != random.random()
 
 
-def test_a_full_disk_under_the_metrics_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_full_disk_for_metrics_is_reported_with_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -187,16 +186,14 @@ def test_a_full_disk_under_the_metrics_is_an_error_with_a_remedy(tmp_path: Path,
     assert not run(tmp_path, recipe(), resume=True).stopped
 
 
-def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_missing_tracker_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(journals.importlib.util, "find_spec", lambda _: None)
     check_trackers(load_recipe("demo"))
     with pytest.raises(UsageError, match=r"pip install 'firp\[wandb\]'"):
         check_trackers(load_recipe("demo", ["training.wandb=drafts"]))
 
 
-def test_weights_and_biases_gets_the_rows_and_the_same_run_after_a_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_wandb_gets_rows_and_resumes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -206,13 +203,11 @@ def test_weights_and_biases_gets_the_rows_and_the_same_run_after_a_resume(
     known = json.loads((tmp_path / "wandb.json").read_text())
     sent = [path.read_bytes() for path in (tmp_path / "wandb").glob(f"offline-run-*-{known['id']}/run-*.wandb")]
     assert known["project"] == "drafts" and len(sent) == 2
-    assert all(b"train/gradient_norm" in told for told in sent)
+    assert all(b"train/gradient_norm" in request for request in sent)
     assert b"validation/expected_accepted_length" in b"".join(sent)
 
 
-def test_weights_and_biases_that_does_not_start_is_an_error_with_a_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_wandb_failure_is_reported_with_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wandb = pytest.importorskip("wandb")
 
     def refuse(**_: Any) -> None:
@@ -223,7 +218,7 @@ def test_weights_and_biases_that_does_not_start_is_an_error_with_a_remedy(
         run(tmp_path, recipe(wandb="drafts", max_steps=1))
 
 
-def test_rows_tell_speed_memory_and_gradients(tmp_path: Path):
+def test_metrics_rows_have_throughput_memory_and_gradients(tmp_path: Path):
     train(recipe(max_steps=2), tiny_teacher(), store(), tmp_path)
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
     assert row["split"] == "train" and row["tokens_per_second"] > 0 and row["step_seconds"] > 0
@@ -231,7 +226,7 @@ def test_rows_tell_speed_memory_and_gradients(tmp_path: Path):
     assert 50e6 < row["memory_bytes"] < 24e9
 
 
-def test_two_runs_do_not_write_one_folder(tmp_path: Path):
+def test_second_run_in_a_folder_is_refused(tmp_path: Path):
     def begin_another(*_: Any) -> None:
         before = sorted(path.name for path in tmp_path.rglob("*"))
         with pytest.raises(

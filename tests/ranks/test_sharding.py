@@ -143,8 +143,8 @@ def test_a_teacher_that_cannot_be_shared_is_refused_by_all_ranks(ranks: RankPool
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["teacher.device_map=auto"], "drop one"),
-        (["teacher.looped={block: 2, loops: 2}"], "leave sharding out"),
+        (["teacher.device_map=auto"], "remove one of them"),
+        (["teacher.looped={block: 2, loops: 2}"], "remove teacher.sharding"),
         (["data.mode=online"], "set data.mode=cached"),
         (["data.regenerate=true"], "set collect.responder=vllm"),
     ],

@@ -1,4 +1,4 @@
-"""How many threads a command takes, and which layers it asks for."""
+"""Threads of a command, and the layers that it chooses."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def write_group(root: Path, files: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("case", list(QUOTAS))
-def test_a_control_groups_quota(case: str, tmp_path: Path) -> None:
+def test_cpu_quota_of_control_group(case: str, tmp_path: Path) -> None:
     files, expected = QUOTAS[case]
     write_group(tmp_path, files)
     assert _cpu_quota(tmp_path) == expected
 
 
 def on_machine(monkeypatch: pytest.MonkeyPatch, cores: int | None, affinity: int | None) -> None:
-    """A machine of so many cores; `affinity` None: a system that does not report it."""
+    """Simulate a machine with so many cores; `affinity` None: a system that does not report it."""
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     if affinity is None:
         monkeypatch.delattr(os, "sched_getaffinity", raising=False)
@@ -63,7 +63,7 @@ def on_machine(monkeypatch: pytest.MonkeyPatch, cores: int | None, affinity: int
         (8, 6, "0 100000", 1),
     ],
 )
-def test_usable_cores(
+def test_usable_cores_is_minimum_of_affinity_and_quota(
     cores: int | None,
     affinity: int | None,
     limit: str | None,
@@ -71,7 +71,7 @@ def test_usable_cores(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The fewest that affinity and quota allow: a part of a core counts as one."""
+    """The result is the minimum of affinity and quota; a part of a core counts as one."""
     write_group(tmp_path, {"cpu.max": limit} if limit else {})
     on_machine(monkeypatch, cores, affinity)
     assert usable_cores(tmp_path) == expected
@@ -82,7 +82,7 @@ def test_cores_of_rank_honours_the_quota(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [cores_of_rank(ranks) for ranks in (1, 2, 8)] == [5, 2, 1]
 
 
-def test_this_machine_has_cores() -> None:
+def test_usable_cores_of_this_machine() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
 
@@ -104,7 +104,7 @@ def four_threads() -> Iterator[None]:
         (None, None, 16, 4),
     ],
 )
-def test_threads(
+def test_set_threads_honours_environment(
     asked: int | None,
     variable: str | None,
     cores: int,
@@ -112,7 +112,7 @@ def test_threads(
     four_threads: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As asked, else as OMP_NUM_THREADS says, else never more than torch counts or the machine lends."""
+    """The number is the argument, else OMP_NUM_THREADS, else the minimum of torch's count and the usable cores."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
@@ -130,12 +130,12 @@ def test_threads(
         ("library", True, "--compile is for the lean layers: leave --layers library out"),
     ],
 )
-def test_layers_that_cannot_be_are_refused(layers: str, compiled: bool, message: str) -> None:
+def test_impossible_layers_are_refused(layers: str, compiled: bool, message: str) -> None:
     with pytest.raises(UsageError) as refused:
         LayerChoice(layers, compiled)
     assert str(refused.value) == message
 
 
-def test_layers_that_can_be() -> None:
+def test_possible_layers_are_accepted() -> None:
     assert LayerChoice() == LayerChoice("lean", False)
     assert LayerChoice("library").layers == "library" and LayerChoice("lean", True).compiled

@@ -1,14 +1,14 @@
-"""Recipes: refusals name file, line, key and the nearest key; every shipped recipe loads."""
+"""Recipes: refusals name file, line, key and the nearest key; bases are merged; every shipped recipe loads."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from firp_cli.assets import shipped_recipes
-from firp_cli.config import SpeedConfig
+from firp_cli.assets import embedded_folder, shipped_recipes
+from firp_cli.config import FirpConfig, MedusaConfig, SpeedConfig
 from firp_cli.errors import RecipeError
 from firp_cli.recipe import dump_recipe, load_recipe
 
@@ -36,7 +36,7 @@ def refusal(tmp_path: Path, text: str, overrides: list[str] | None = None) -> st
     return str(caught.value).replace(str(path), "recipe.yaml")
 
 
-def test_good_recipe_and_overrides(tmp_path: Path) -> None:
+def test_recipe_takes_overrides(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(GOOD)
     recipe = load_recipe(str(path), ["training.learning_rate=1e-4", "predictor.steps=2", "data.limit=7", "store=there"])
@@ -55,7 +55,7 @@ def test_good_recipe_and_overrides(tmp_path: Path) -> None:
     ("text", "overrides", "expected"),
     [
         (GOOD + "  epoch: 3\n", [], "recipe.yaml:7: key training.epoch: unknown key; did you mean 'epochs'?"),
-        (GOOD + "  epochs: 3\n", [], "recipe.yaml:7: key training.epochs stands twice (first on line 6)"),
+        (GOOD + "  epochs: 3\n", [], "recipe.yaml:7: duplicate key training.epochs (first on line 6)"),
         (GOOD.replace("epochs: 2", "epochs: many"), [], "recipe.yaml:6: key training.epochs"),
         (GOOD.replace("epochs: 2", "epochs: 0"), [], "greater than or equal to 1"),
         (
@@ -89,11 +89,11 @@ def test_good_recipe_and_overrides(tmp_path: Path) -> None:
         (SPEED, ["teacher.looped.norm=true"], "key teacher.looped.norm: unknown key"),
     ],
 )
-def test_refusals(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
+def test_faulty_recipe_is_refused(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
     assert expected in refusal(tmp_path, text, overrides)
 
 
-def test_a_speed_recipe_and_its_loops(tmp_path: Path) -> None:
+def test_speed_recipe_describes_loops(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(SPEED)
     recipe = load_recipe(str(path), ["predictor.threshold=0.5"])
@@ -110,7 +110,7 @@ def test_a_speed_recipe_and_its_loops(tmp_path: Path) -> None:
     assert load_recipe(str(again)) == recipe
 
 
-def test_required_layers_lie_behind_the_exits() -> None:
+def test_required_layers_follow_the_exits() -> None:
     class Four:
         def boundaries(self, loops: int | None) -> tuple[int, ...]:
             assert loops == 4
@@ -124,16 +124,84 @@ def test_required_layers_lie_behind_the_exits() -> None:
     assert layers([2]) == (5,)
 
 
-def test_unknown_recipe_names_the_nearest() -> None:
+def test_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean 'demo'"):
         load_recipe("dem")
 
 
-@pytest.mark.parametrize("name", sorted(shipped_recipes()))
-def test_shipped_recipes_load_and_state_every_field(name: str) -> None:
-    """A shipped recipe is also documentation: it names a teacher, data, a predictor, a store and an output."""
-    path = shipped_recipes()[name]
-    recipe = load_recipe(name)
-    assert recipe.predictor is not None
-    assert recipe.store and recipe.output
-    assert {"teacher", "data", "predictor", "training"} <= set(yaml.safe_load(path.read_text()))
+@pytest.mark.parametrize("path", sorted(embedded_folder("recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipe_is_short_and_resolves(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path.stem)
+    assert len(path.read_text().splitlines()) <= 25
+    assert "_" not in path.stem
+    if path.stem in shipped_recipes():
+        assert recipe.predictor is not None and recipe.store and recipe.output
+    dump = dump_recipe(recipe)
+    assert not re.search("^base:", dump, re.MULTILINE)
+    (tmp_path / "whole.yaml").write_text(dump)
+    assert load_recipe(str(tmp_path / "whole.yaml")) == recipe
+
+
+def test_old_recipe_name_is_accepted_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    assert load_recipe("demo-hidden_transfer") == load_recipe("demo-hidden-transfer")
+    (record,) = caplog.records
+    assert record.name == "firp" and "now named demo-hidden-transfer" in record.getMessage()
+
+
+def derived(tmp_path: Path, files: dict[str, str]) -> str:
+    """Write recipe files and return the path of the first one."""
+    for name, text in files.items():
+        path = tmp_path / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return str(tmp_path / f"{next(iter(files))}.yaml")
+
+
+def test_base_is_merged_key_by_key(tmp_path: Path) -> None:
+    top = "base: sub/middle.yaml\npredictor: {steps: 2}\nstore: mine\n"
+    middle = "base: ../bottom.yaml\ntraining: {epochs: 3}\ncollect: {vllm: {seed: 1}}\n"
+    bottom = GOOD + "collect: {responder: vllm, vllm: {max_model_len: 9}}\nstore: theirs\n"
+    path = derived(tmp_path, {"top": top, "sub/middle": middle, "bottom": bottom})
+    recipe = load_recipe(path, ["training.seed=5"])
+    assert (recipe.training.epochs, recipe.training.seed, recipe.data.dataset, recipe.store) == (3, 5, "gsm8k", "mine")
+    assert recipe.predictor == FirpConfig(kind="firp", layer=3, steps=2)
+    assert (recipe.collect.responder, recipe.collect.vllm) == ("vllm", {"seed": 1})
+
+
+def test_predictor_of_another_kind_replaces_that_of_the_base(tmp_path: Path) -> None:
+    top = "base: demo\npredictor: {kind: medusa}\n"
+    recipe = load_recipe(derived(tmp_path, {"top": top}))
+    assert recipe.predictor == MedusaConfig(kind="medusa")
+    assert recipe.data == load_recipe("demo").data
+
+
+@pytest.mark.parametrize(
+    ("top", "bottom", "expected"),
+    [
+        ("predictor: {layer: 4}\n", GOOD + "  epoch: 3\n", "bottom.yaml:7: key training.epoch: unknown key"),
+        ("predictor: {layr: 4}\n", GOOD, "top.yaml:2: key predictor.layr: unknown key; did you mean 'layer'?"),
+        ("training: {epochs: 0}\n", GOOD, "top.yaml:2: key training.epochs: "),
+        ("\npredictor: {kind: fipr}\n", GOOD, "top.yaml:3: key predictor.kind: unknown predictor kind"),
+        ("predictor: {kind: firp}\n", SPEED, "top.yaml:2: key predictor.layer: required for this predictor kind"),
+        ("training: {}\n", SPEED.replace("[1, 2]", "[0, 2]"), "bottom.yaml:2: key predictor.exits.0: "),
+        ("teacher: {looped: {loops: 2}}\n", SPEED, "top.yaml:2: key teacher.looped.block: required"),
+        ("data: {mode: online}\n", GOOD.replace("tic}", "tic, sharding: zero3}"), "top.yaml: teacher.sharding=zero3"),
+        ("", GOOD + "epochs: 3\n", "bottom.yaml:7: key epochs: unknown key"),
+        ("", "base: 3\n", "bottom.yaml:1: key base: name a shipped recipe or a file (got 3)"),
+        ("", "base: dem\n", "bottom.yaml:1: key base: no recipe file 'dem' and no shipped recipe of that name; did"),
+        ("", "base: top.yaml\n", "circle: top.yaml -> bottom.yaml -> top.yaml; remove one `base`"),
+        ("", "base: bottom.yaml\n", "circle: top.yaml -> bottom.yaml -> bottom.yaml"),
+    ],
+)
+def test_base_refusals_name_the_file(tmp_path: Path, top: str, bottom: str, expected: str) -> None:
+    path = derived(tmp_path, {"top": f"base: bottom.yaml\n{top}", "bottom": bottom})
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert expected in str(caught.value).replace(f"{tmp_path}/", "")
+
+
+def test_base_is_looked_for_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    derived(tmp_path, {"here": GOOD})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"there/top\.yaml:1: key base: no recipe file 'here\.yaml'"):
+        load_recipe(derived(tmp_path, {"there/top": "base: here.yaml\n"}))

@@ -1,4 +1,4 @@
-"""Rows to messages, messages to tokens, and the loss mask under templates that mark, append, rewrite and merge."""
+"""Messages of rows, tokens of messages, and loss masks of templates that mark, append, rewrite and merge."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ TURNS = [
 
 
 def answers(conversation: EncodedConversation, tokenizer: Any) -> list[str]:
-    """The text of every run of masked tokens."""
+    """Return the text of every run of masked tokens."""
     runs: list[list[int]] = []
     before = False
     for token, inside in zip(conversation.input_ids, conversation.loss_mask, strict=True):
@@ -93,7 +93,7 @@ def answers(conversation: EncodedConversation, tokenizer: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_mask_holds_exactly_what_the_assistant_writes(name: str) -> None:
+def test_mask_covers_exactly_the_answers(name: str) -> None:
     tokenizer = with_template(TEMPLATES[name])
     conversation = encode(TURNS, tokenizer)
     last = TURNS[4]["content"] + "<|im_end|>"
@@ -103,13 +103,13 @@ def test_the_mask_holds_exactly_what_the_assistant_writes(name: str) -> None:
     assert tokenizer.decode(conversation.input_ids) == text
 
 
-def test_marks_and_rendering_agree_token_for_token() -> None:
+def test_marks_and_rendering_give_the_same_mask() -> None:
     marked = encode(TURNS, with_template(MARKED))
     assert marked == encode(TURNS, with_template(CHATML))
     assert sum(marked.loss_mask) not in (0, len(marked.loss_mask))
 
 
-def test_a_rewritten_thinking_block_is_masked_only_where_it_is_rendered() -> None:
+def test_thinking_block_is_masked_only_where_rendered() -> None:
     tokenizer = with_template(REWRITING)
     turns = [
         TURNS[1],
@@ -121,7 +121,7 @@ def test_a_rewritten_thinking_block_is_masked_only_where_it_is_rendered() -> Non
     assert answers(encode(turns, tokenizer), tokenizer) == expected
 
 
-def test_a_template_without_generation_prompt_or_system_role() -> None:
+def test_template_without_generation_prompt_or_system_role() -> None:
     tokenizer = with_template(LLAMA2)
     conversation = encode(TURNS[1:], tokenizer)
     assert answers(conversation, tokenizer) == [" 4 </s>", f" {TURNS[4]['content']} </s>"]
@@ -129,12 +129,12 @@ def test_a_template_without_generation_prompt_or_system_role() -> None:
         encode(TURNS, tokenizer)
 
 
-def test_a_template_without_end_of_turn_masks_the_text_alone() -> None:
+def test_template_without_end_of_turn_masks_only_text() -> None:
     tokenizer = with_template(NO_END)
     assert [text.strip() for text in answers(encode(TURNS, tokenizer), tokenizer)] == ["4", TURNS[4]["content"]]
 
 
-def test_without_a_template_prompt_and_answer_are_plain_text() -> None:
+def test_default_template_renders_text() -> None:
     tokenizer = with_template(None)
     conversation = encode(TURNS[1:3], tokenizer)
     assert tokenizer.decode(conversation.input_ids) == f"<s>{TURNS[1]['content']}\n4</s>"
@@ -143,7 +143,7 @@ def test_without_a_template_prompt_and_answer_are_plain_text() -> None:
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, None])
-def test_a_prompt_is_the_beginning_of_its_conversation(template: str | None) -> None:
+def test_prompt_is_prefix_of_its_conversation(template: str | None) -> None:
     tokenizer = with_template(template)
     prompt = encode_prompt(TURNS[:2], tokenizer)
     whole = encode(TURNS[:3], tokenizer)
@@ -151,7 +151,7 @@ def test_a_prompt_is_the_beginning_of_its_conversation(template: str | None) -> 
     assert whole.loss_mask.index(True) == len(prompt)
 
 
-def test_spans_are_where_the_text_is() -> None:
+def test_assistant_spans_locate_the_text() -> None:
     tokenizer = with_template(COUNTING)
     text = tokenizer.apply_chat_template(TURNS, tokenize=False)
     spans = assistant_spans(TURNS, tokenizer, text)
@@ -159,7 +159,7 @@ def test_spans_are_where_the_text_is() -> None:
     assert text[: spans[0][0]].endswith("assistant\n")
 
 
-def test_truncation_keeps_the_beginning() -> None:
+def test_encode_truncates_the_end() -> None:
     tokenizer = with_template(CHATML)
     whole = encode(TURNS, tokenizer)
     first = whole.loss_mask.index(True)
@@ -168,13 +168,13 @@ def test_truncation_keeps_the_beginning() -> None:
     assert not any(encode(TURNS, tokenizer, first).loss_mask)
 
 
-def test_useless_masks_are_refused_with_the_rendered_spans() -> None:
+def test_useless_masks_are_refused_with_rendered_spans() -> None:
     tokenizer = with_template(CHATML)
     check_masks(TURNS, tokenizer, 5, 20)
-    with pytest.raises(LossMaskError, match="not one of its tokens") as caught:
+    with pytest.raises(LossMaskError, match="none of the data set's") as caught:
         check_masks(TURNS, tokenizer, 0, 20)
     assert "[[4<|im_end|>]]" in str(caught.value)
-    with pytest.raises(LossMaskError, match="every one of its tokens"):
+    with pytest.raises(LossMaskError, match="all of the data set's"):
         check_masks(TURNS, tokenizer, 20, 20)
     assert show_spans(TURNS[:2], tokenizer).count("[[") == 0
 
@@ -207,14 +207,14 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_layouts(name: str) -> None:
+def test_to_messages_reads_layouts(name: str) -> None:
     assert to_messages(ROWS[name], "row 1") == [
         {"role": "user", "content": "Q"},
         {"role": "assistant", "content": "A"},
     ]
 
 
-def test_layouts_with_more_to_them() -> None:
+def test_to_messages_reads_extended_layouts() -> None:
     def contents(row: dict[str, Any]) -> list[str]:
         return [item["content"] for item in to_messages(row, "row 1")]
 
@@ -230,7 +230,7 @@ def test_layouts_with_more_to_them() -> None:
     assert [item["role"] for item in to_messages(system, "row 1")] == ["system", "user"]
 
 
-def test_calculator_marks_leave_the_sum_as_a_person_writes_it() -> None:
+def test_calculator_marks_are_removed() -> None:
     row = {"question": "q << 1", "answer": "48/2 = <<48/2=24>>24 clips, 2 << 3\n#### 24"}
     assert to_messages(row, "row 1")[1]["content"] == "48/2 = 24 clips, 2 << 3\n#### 24"
 
@@ -245,13 +245,13 @@ def test_calculator_marks_leave_the_sum_as_a_person_writes_it() -> None:
         ({}, "none"),
     ],
 )
-def test_rows_that_hold_no_conversation(row: dict[str, Any], words: str) -> None:
+def test_row_without_conversation_is_refused(row: dict[str, Any], words: str) -> None:
     with pytest.raises(DatasetError, match=words):
         to_messages(row, "set row 7")
 
 
 @pytest.mark.skipif(not os.environ.get("FIRP_DATA_DIR"), reason="FIRP_DATA_DIR names no folder of real data sets")
-def test_real_gsm8k_is_encoded_whole(tmp_path: Path) -> None:
+def test_real_gsm8k_is_encoded(tmp_path: Path) -> None:
     tokenizer = with_template(CHATML)
     for number, row in enumerate(load_records("gsm8k", "test", limit=60), 1):
         conversation = encode(to_messages(row, f"row {number}"), tokenizer)

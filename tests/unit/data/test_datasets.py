@@ -1,4 +1,4 @@
-"""Data sets by name: the order of lookups, splits, and what is said when a set is not to be had."""
+"""Data sets by name: order of lookup, splits, and errors for unavailable sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_real = pytest.mark.skipif(not REAL, reason="FIRP_DATA_DIR names no folder 
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """No test reaches the hub: each lookup there fails as it does offline."""
+    """Make every request to the hub fail as it does offline."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise ConnectionError("Couldn't reach it on the Hub\nsecond line")
@@ -38,7 +38,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_a_local_file_comes_first(tmp_path: Path) -> None:
+def test_local_file_is_first(tmp_path: Path) -> None:
     path = write(tmp_path / "gsm8k.jsonl", [{"prompt": f"q{n}", "response": f"a{n}"} for n in range(5)])
     assert [row["prompt"] for row in load_records(str(path), "no such split", limit=2)] == ["q0", "q1"]
     (prompt,) = load_prompts(str(path), limit=1)
@@ -48,7 +48,7 @@ def test_a_local_file_comes_first(tmp_path: Path) -> None:
         load_records(str(tmp_path / "absent.jsonl"))
 
 
-def test_a_json_list_is_a_file_too(tmp_path: Path) -> None:
+def test_json_list_is_read(tmp_path: Path) -> None:
     path = tmp_path / "share.json"
     path.write_text(json.dumps([{"conversations": [{"from": "human", "value": "q"}]}]))
     assert load_prompts(str(path))[0].messages[0]["content"] == "q"
@@ -58,7 +58,7 @@ def test_a_json_list_is_a_file_too(tmp_path: Path) -> None:
     ("text", "words"),
     [('{"a": 1}\n{"b": \n', "line 2: not valid JSON"), ("[1]\n", "line 1: expected a JSON object, got list")],
 )
-def test_bad_lines_are_named(tmp_path: Path, text: str, words: str) -> None:
+def test_faulty_lines_are_named(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
     with pytest.raises(DatasetError, match=words):
@@ -73,7 +73,7 @@ def test_embedded_sets_need_no_folder() -> None:
         load_records("arithmetic", "validation")
 
 
-def test_the_data_folder_by_option_and_by_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_folder_by_option_and_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "gsm8k" / "test.jsonl", [{"question": "q", "answer": "a"}])
     write(tmp_path / "mt_bench" / "question.jsonl", [{"turns": ["one", "two"], "category": "writing"}])
     write(tmp_path / "own" / "name" / "train.jsonl", [{"prompt": "p", "response": "r"}])
@@ -87,7 +87,7 @@ def test_the_data_folder_by_option_and_by_variable(tmp_path: Path, monkeypatch: 
         load_prompts("own/name")
 
 
-def test_no_split_takes_the_place_of_another(tmp_path: Path) -> None:
+def test_missing_split_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "gsm8k" / "train.jsonl", [{"question": "q", "answer": "a"}])
     write(tmp_path / "mt_bench" / "question.jsonl", [{"turns": ["one"]}])
     with pytest.raises(DatasetError, match=r"gsm8k has no split 'test' in .*; it has: train"):
@@ -98,12 +98,12 @@ def test_no_split_takes_the_place_of_another(tmp_path: Path) -> None:
         load_records("humaneval", "train", str(tmp_path))
 
 
-def test_a_set_with_one_split_serves_prompts_from_it(tmp_path: Path) -> None:
+def test_single_split_serves_prompts(tmp_path: Path) -> None:
     write(tmp_path / "alpaca" / "train.jsonl", [{"instruction": "i", "input": "", "output": "o"}])
     assert load_prompts("alpaca", str(tmp_path))[0].messages[0]["content"] == "i"
 
 
-def test_an_unreachable_set_says_what_was_tried_and_how_to_give_it(tmp_path: Path) -> None:
+def test_unreachable_set_lists_tried_places(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         load_records("gsm8k", "train", str(tmp_path))
     text = str(caught.value)
@@ -120,7 +120,7 @@ def test_an_unreachable_set_says_what_was_tried_and_how_to_give_it(tmp_path: Pat
         load_records("gsm8k", "train", str(tmp_path / "nowhere"))
 
 
-def test_the_hub_is_asked_for_the_published_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_gets_published_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def answer(*arguments: Any, **options: Any) -> Any:
@@ -141,8 +141,8 @@ def test_the_hub_is_asked_for_the_published_name_config_and_split(monkeypatch: p
     ]
 
 
-def test_offline_fails_at_once() -> None:
-    """The real library with HF_HUB_OFFLINE: one short error, no retries."""
+def test_offline_hub_fails_without_retries() -> None:
+    """With HF_HUB_OFFLINE the real library gives one short error and does not retry."""
     code = (
         "from firp_cli.data.datasets import load_records\nfrom firp_cli.errors import DatasetError\n"
         "try: load_records('gsm8k', 'train')\nexcept DatasetError as error: print(error)"
@@ -160,7 +160,7 @@ def test_offline_fails_at_once() -> None:
     ("name", "count", "categories"),
     [("gsm8k", 1319, 1), ("humaneval", 164, 1), ("mt_bench", 80, 8), ("spec_bench", 480, 13)],
 )
-def test_real_sets_are_read_whole(name: str, count: int, categories: int) -> None:
+def test_real_sets_are_read(name: str, count: int, categories: int) -> None:
     prompts = load_prompts(name)
     assert len(prompts) == count
     assert len({item.category for item in prompts}) == categories
@@ -175,12 +175,12 @@ def test_real_gsm8k_train_split() -> None:
     assert not any("<<" in item["content"] for messages in conversations for item in messages)
 
 
-def test_every_known_set_has_a_place_to_come_from() -> None:
+def test_known_sets_have_a_source() -> None:
     for name, known in KNOWN.items():
         assert known.hub or known.source or (ROOT / "data" / "datasets" / name).is_dir()
 
 
-def test_several_sets_follow_one_another(tmp_path: Path) -> None:
+def test_several_sets_are_concatenated(tmp_path: Path) -> None:
     write(tmp_path / "gsm8k" / "train.jsonl", [{"question": f"g{n}", "answer": "1"} for n in range(3)])
     write(tmp_path / "mbpp" / "train.jsonl", [{"text": "t", "code": "c = 1", "test_list": ["assert c == 1"]}] * 3)
     found = load_prompts("gsm8k, mbpp", str(tmp_path), 2, "train")
@@ -195,7 +195,7 @@ def test_several_sets_follow_one_another(tmp_path: Path) -> None:
     assert len(load_prompts(str(path))) == 1
 
 
-def test_chat_has_eight_categories_and_no_prompt_twice() -> None:
+def test_chat_set_has_eight_categories_of_unique_prompts() -> None:
     train, test = (load_prompts("chat", split=split) for split in ("train", "test"))
     assert (len(train), len(test)) == (200, 80)
     for prompts in (train, test):

@@ -1,4 +1,4 @@
-"""The store on its own: dtypes, slices, damage, fingerprints, and a writer that leaves shards whole or absent."""
+"""Store: dtypes, slices, damage, fingerprints, and a writer whose shards are whole or absent."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 from firp_cli.errors import FingerprintError, NumericsError, StoreError
 from firp_cli.predictors.anchors import collate
-from firp_cli.store.reader import Store, bytes_per_token, compress, expand
+from firp_cli.store.reader import Store, bytes_per_token, decode_states, encode_states
 from firp_cli.store.writer import plan_shards
 from firp_cli.training.batches import read_batch
 from helpers.stores import FINGERPRINTS, HIDDEN, LAYERS, LENGTHS, SETTINGS, contents, fill, shard, states, writer
 
 
-def test_shards_hold_whole_conversations_in_order() -> None:
+def test_shards_contain_whole_conversations_in_order() -> None:
     plans = plan_shards([5, 3, 9, 40, 4, 6, 2], 10)
     assert [(plan.first, plan.next) for plan in plans] == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7)]
     assert plans[3].file == "shard-00003.safetensors"
@@ -29,7 +29,7 @@ def test_shards_hold_whole_conversations_in_order() -> None:
     ("dtype", "tolerance"),
     [("float32", 0.0), ("bfloat16", 2**-8), ("float16", 2**-11), ("int8", 1 / 127), ("float8", 2**-3.9)],
 )
-def test_round_trip(tmp_path: Path, dtype: str, tolerance: float) -> None:
+def test_store_round_trip(tmp_path: Path, dtype: str, tolerance: float) -> None:
     fill(tmp_path / "store", dtype)
     store = Store.open(tmp_path / "store", verify=True)
     assert len(store) == 6 and store.lengths == LENGTHS
@@ -52,25 +52,27 @@ def test_round_trip(tmp_path: Path, dtype: str, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8"])
-def test_rows_are_scaled_one_by_one(dtype: str) -> None:
-    """A row of large states takes nothing from the precision of a row of small ones; a row of zeros stays zero."""
+def test_rows_have_separate_scales(dtype: str) -> None:
+    """A row of large states does not reduce the precision of a row of small ones; a row of zeros stays zero."""
     rows = torch.randn(3, 64) * torch.tensor([[1000.0], [1e-3], [0.0]])
-    stored = compress(rows, dtype)
+    stored = encode_states(rows, dtype)
     assert stored[".scale"].shape == (3, 1) and stored[""].element_size() == 1
-    error = (expand(stored[""], stored[".scale"]) - rows).abs().amax(dim=-1) / rows.abs().amax(dim=-1).clamp_min(1e-30)
+    error = (decode_states(stored[""], stored[".scale"]) - rows).abs().amax(dim=-1) / rows.abs().amax(dim=-1).clamp_min(
+        1e-30
+    )
     assert (error < 0.05).all()
 
 
-def test_every_float8_comes_back_as_what_it_is() -> None:
+def test_decode_states_is_exact_for_every_float8() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     numbers = codes[~codes.float().isnan()].view(127, 2)
     for factor in (1.0, 0.0123, 3.7e-38, 7.5e35):
         for kind in (torch.bfloat16, torch.float32):  # of the scales of stores today and of older ones
             scale = torch.full((127, 1), factor, dtype=kind)
-            assert torch.equal(expand(numbers, scale), numbers.float() * scale.float())
+            assert torch.equal(decode_states(numbers, scale), numbers.float() * scale.float())
 
 
-def test_only_the_layers_asked_for_are_read(tmp_path: Path) -> None:
+def test_store_reads_only_chosen_layers(tmp_path: Path) -> None:
     fill(tmp_path / "store")
     assert set(Store.open(tmp_path / "store", layers=[3])[0].hidden) == {3}
     assert Store.open(tmp_path / "store", layers=[])[0].hidden == {}
@@ -79,7 +81,7 @@ def test_only_the_layers_asked_for_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8"])
-def test_a_batch_is_what_collating_its_conversations_gives(tmp_path: Path, dtype: str) -> None:
+def test_read_batch_equals_collate(tmp_path: Path, dtype: str) -> None:
     fill(tmp_path / "store", dtype)
     opened = Store.open(tmp_path / "store", layers=[3])
     for indices in ([4, 0, 5], [2], [1, 1]):
@@ -91,7 +93,7 @@ def test_a_batch_is_what_collating_its_conversations_gives(tmp_path: Path, dtype
         assert batch.hidden[3].dtype == expected.hidden[3].dtype and torch.equal(batch.hidden[3], expected.hidden[3])
 
 
-def test_indices_slices_and_copies(tmp_path: Path) -> None:
+def test_store_supports_indices_slices_and_pickling(tmp_path: Path) -> None:
     fill(tmp_path / "store")
     store = Store.open(tmp_path / "store")
     assert torch.equal(store[-1].final, store[5].final)
@@ -103,7 +105,7 @@ def test_indices_slices_and_copies(tmp_path: Path) -> None:
     assert torch.equal(copy[2].final, store[2].final)
 
 
-def test_a_damaged_shard_is_named_and_rebuilt_alone(tmp_path: Path) -> None:
+def test_damaged_shard_is_named_and_rebuilt(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     fill(folder)
     whole = contents(folder)
@@ -123,7 +125,7 @@ def test_a_damaged_shard_is_named_and_rebuilt_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "cut"])
-def test_a_missing_or_cut_shard_is_seen_at_open(tmp_path: Path, kind: str) -> None:
+def test_open_detects_missing_or_cut_shard(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "store"
     fill(folder)
     whole = contents(folder)
@@ -140,7 +142,7 @@ def test_a_missing_or_cut_shard_is_seen_at_open(tmp_path: Path, kind: str) -> No
     assert contents(folder) == whole
 
 
-def test_an_unfinished_store_is_not_read_and_goes_on_after_its_last_shard(tmp_path: Path) -> None:
+def test_unfinished_store_is_refused_and_resumed(tmp_path: Path) -> None:
     fill(tmp_path / "whole")
     folder = tmp_path / "store"
     with writer(folder) as store:
@@ -159,7 +161,7 @@ def test_an_unfinished_store_is_not_read_and_goes_on_after_its_last_shard(tmp_pa
         writer(folder)
 
 
-def test_nan_is_refused_and_nothing_of_its_shard_is_left(tmp_path: Path) -> None:
+def test_writer_refuses_nan_and_leaves_no_file(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with writer(folder) as store:
         first, second, *_ = store.plan(LENGTHS, {})
@@ -173,18 +175,18 @@ def test_nan_is_refused_and_nothing_of_its_shard_is_left(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "float8"])
-def test_infinities_that_a_dtype_makes_or_hides_are_refused(tmp_path: Path, dtype: str) -> None:
+def test_writer_refuses_infinities_of_a_dtype(tmp_path: Path, dtype: str) -> None:
     with writer(tmp_path / "store", dtype) as store:
         plan = store.plan(LENGTHS, {})[0]
         tensors = shard(plan, dtype)
         rows = torch.randn(8, HIDDEN)
         rows[6, 1] = 1e6 if dtype == "float16" else float("inf")
-        tensors |= {"hidden.1" + suffix: stored for suffix, stored in compress(rows, dtype).items()}
+        tensors |= {"hidden.1" + suffix: stored for suffix, stored in encode_states(rows, dtype).items()}
         with pytest.raises(NumericsError, match=r"hidden\.1, token 1 of conversation 1 .*\n.*data.store_dtype"):
             store.write(plan, tensors)
 
 
-def test_large_sums_of_finite_states_are_no_infinity(tmp_path: Path) -> None:
+def test_writer_accepts_large_finite_states(tmp_path: Path) -> None:
     with writer(tmp_path / "store") as store:
         plan = store.plan(LENGTHS, {})[0]
         tensors = shard(plan, "float32")
@@ -192,7 +194,7 @@ def test_large_sums_of_finite_states_are_no_infinity(tmp_path: Path) -> None:
         store.write(plan, tensors)
 
 
-def test_another_teacher_tokenizer_or_template_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
+def test_check_teacher_names_both_fingerprints(tmp_path: Path) -> None:
     fill(tmp_path / "store")
     store = Store.open(tmp_path / "store")
     store.check_teacher("t1", "k1", "c1")
@@ -221,17 +223,17 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path, changes: dict[str
     assert contents(tmp_path / "store") == whole
 
 
-def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+def test_second_writer_is_refused(tmp_path: Path) -> None:
     with writer(tmp_path / "store"), pytest.raises(StoreError, match="another `firp collect` is writing"):
         writer(tmp_path / "store", resume=True)
     writer(tmp_path / "store", resume=True).close()
 
 
-def test_folders_that_hold_no_store(tmp_path: Path) -> None:
+def test_folder_without_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no store in .*; make one: firp collect"):
         Store.open(tmp_path / "nothing")
     (tmp_path / "photo.jpg").write_text("x")
-    with pytest.raises(StoreError, match="is not empty and holds no store"):
+    with pytest.raises(StoreError, match="is not empty and is not a store"):
         writer(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": "firp.store/99"}')
     with pytest.raises(StoreError, match=r"schema 'firp\.store/99', this firp reads 'firp\.store/1'"):

@@ -1,4 +1,4 @@
-"""Stores made from stores: what converts, splits and merges keep and refuse. And how little a read touches."""
+"""Conversion, splitting, merging and verification of stores; pages that a read maps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from firp_cli.errors import CapacityError, FingerprintError, StoreError, UsageError
 from firp_cli.store import shard_file as store_file
-from firp_cli.store.reader import SCALED, Store, bytes_per_token, compress, expand
-from firp_cli.store.tools import convert_store, deal, merge_stores, split_store
+from firp_cli.store.reader import SCALED, Store, bytes_per_token, decode_states, encode_states
+from firp_cli.store.tools import assign_parts, convert_store, merge_stores, split_store
 from firp_cli.store.verify import describe_store, verify_store
 from firp_cli.store.writer import ShardPlan, StoreWriter
 from helpers.stores import FINGERPRINTS, HIDDEN, LENGTHS, SETTINGS, contents, fill, shard, states, writer
@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def everything(folder: Path) -> list[tuple[Any, ...]]:
-    """All of a store's conversations as they are stored, by value."""
+    """Return all conversations of a store as stored, as comparable values."""
     store = Store.open(folder, verify=True)
     rows = [{name: row.contiguous() for name, row in store.stored(index).items()} for index in range(len(store))]
     return [tuple((name, row[name].view(torch.uint8).numpy().tobytes()) for name in sorted(row)) for row in rows]
@@ -38,7 +38,7 @@ def everything(folder: Path) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("parts", [[0.5, 0.5], [1, 2, 3], [0.2, 0.8]])
-def test_what_a_split_dealt_out_merges_to_the_same_set(tmp_path: Path, dtype: str, parts: list[float]) -> None:
+def test_split_parts_merge_to_the_same_set(tmp_path: Path, dtype: str, parts: list[float]) -> None:
     fill(tmp_path / "source", dtype)
     outputs = [tmp_path / f"part-{number}" for number in range(len(parts))]
     summaries = split_store(tmp_path / "source", outputs, parts, seed=3)
@@ -54,12 +54,12 @@ def test_what_a_split_dealt_out_merges_to_the_same_set(tmp_path: Path, dtype: st
     assert copied == {path.read_bytes() for output in outputs for path in output.glob("shard-*")}
 
 
-def test_a_seed_decides_who_goes_where() -> None:
-    dealt = deal(100, [0.9, 0.1], 5)
-    assert dealt == deal(100, [0.9, 0.1], 5) and dealt != deal(100, [0.9, 0.1], 6)
+def test_assign_parts_depends_on_the_seed() -> None:
+    dealt = assign_parts(100, [0.9, 0.1], 5)
+    assert dealt == assign_parts(100, [0.9, 0.1], 5) and dealt != assign_parts(100, [0.9, 0.1], 6)
     assert list(map(len, dealt)) == [90, 10] and sorted(dealt[0] + dealt[1]) == list(range(100))
     assert all(part == sorted(part) for part in dealt)
-    assert [len(part) for part in deal(10, [1 / 3] * 3, 0)] == [3, 4, 3]
+    assert [len(part) for part in assign_parts(10, [1 / 3] * 3, 0)] == [3, 4, 3]
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,16 @@ def test_a_seed_decides_who_goes_where() -> None:
         ([-1, 7], "one of them is empty"),
     ],
 )
-def test_parts_that_make_no_whole_are_refused(source: Path, tmp_path: Path, parts: list[float], words: str) -> None:
+def test_incomplete_parts_are_refused(source: Path, tmp_path: Path, parts: list[float], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         split_store(source, [tmp_path / "a", tmp_path / "b"], parts)
-    with pytest.raises(UsageError, match="an --output of its own"):
+    with pytest.raises(UsageError, match="a different --output"):
         split_store(source, [tmp_path / "a", tmp_path / "a"], [0.5, 0.5])
     assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_conversions_stay_within_their_dtype(source: Path, tmp_path: Path, dtype: str) -> None:
+def test_conversion_error_is_bounded_by_dtype(source: Path, tmp_path: Path, dtype: str) -> None:
     layers = [3] if dtype == "float32" else None
     convert_store(source, tmp_path / "new", dtype=dtype, layers=layers)
     before, after = Store.open(source), Store.open(tmp_path / "new", verify=True)
@@ -93,8 +93,8 @@ def test_conversions_stay_within_their_dtype(source: Path, tmp_path: Path, dtype
             expected = states(index, layer)
             largest = expected.abs().amax(dim=-1, keepdim=True)
             assert ((found.float() - expected).abs() <= BOUNDS[dtype] * largest).all()
-            stored = compress(expected, dtype)
-            assert torch.equal(found, expand(stored[""], stored.get(".scale")))  # as if collected in that dtype
+            stored = encode_states(expected, dtype)
+            assert torch.equal(found, decode_states(stored[""], stored.get(".scale")))  # as if collected in that dtype
     found = describe_store(tmp_path / "new")
     headers = sum(len(LENGTHS) * 8 + 1500 for _ in range(found["shards"]))
     least = sum(LENGTHS) * bytes_per_token(HIDDEN, len(after.layers), dtype)
@@ -103,7 +103,7 @@ def test_conversions_stay_within_their_dtype(source: Path, tmp_path: Path, dtype
 
 
 @pytest.mark.parametrize("dtype", SCALED)
-def test_a_scaled_store_comes_back_as_the_floats_that_it_stands_for(source: Path, tmp_path: Path, dtype: str) -> None:
+def test_scaled_store_converts_to_its_floats(source: Path, tmp_path: Path, dtype: str) -> None:
     convert_store(source, tmp_path / "small", dtype=dtype)
     convert_store(tmp_path / "small", tmp_path / "back", dtype="float32")
     small, back = Store.open(tmp_path / "small"), Store.open(tmp_path / "back")
@@ -111,7 +111,7 @@ def test_a_scaled_store_comes_back_as_the_floats_that_it_stands_for(source: Path
         assert torch.equal(one.final, two.final) and all(torch.equal(one.hidden[n], two.hidden[n]) for n in (1, 3))
 
 
-def test_kept_layers_alone_are_written(source: Path, tmp_path: Path) -> None:
+def test_convert_writes_only_kept_layers(source: Path, tmp_path: Path) -> None:
     convert_store(source, tmp_path / "upper", layers=[3])
     whole, upper = Store.open(source), Store.open(tmp_path / "upper")
     assert upper.manifest["layers"] == [3] and upper.manifest["dtype"] == "float32"
@@ -123,7 +123,7 @@ def test_kept_layers_alone_are_written(source: Path, tmp_path: Path) -> None:
     assert Store.open(tmp_path / "final")[0].hidden == {}
     other = tmp_path / "other"
     fill(other)
-    with pytest.raises(StoreError, match=r"holds layers \[3\].*\n?.*--layers 3"):
+    with pytest.raises(StoreError, match=r"has layers \[3\].*\n?.*--layers 3"):
         merge_stores(tmp_path / "merged", [tmp_path / "upper", other])
     merge_stores(tmp_path / "merged", [tmp_path / "upper", other], layers=[3])
     merged = Store.open(tmp_path / "merged")
@@ -131,7 +131,7 @@ def test_kept_layers_alone_are_written(source: Path, tmp_path: Path) -> None:
     assert torch.equal(merged[9].hidden[3], whole[3].hidden[3])
 
 
-def test_an_interrupted_run_is_completed_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+def test_interrupted_tool_resumes_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
@@ -168,7 +168,7 @@ def test_an_interrupted_run_is_completed_to_the_same_bytes(source: Path, tmp_pat
         assert one == two
 
 
-def test_stores_that_are_not_alike_or_not_sound_are_refused(source: Path, tmp_path: Path) -> None:
+def test_merge_refuses_different_or_damaged_stores(source: Path, tmp_path: Path) -> None:
     for name, changes in (
         ("teacher", {"fingerprints": FINGERPRINTS | {"teacher": "t2"}}),
         ("bfloat16", {"dtype": "bfloat16"}),
@@ -180,7 +180,7 @@ def test_stores_that_are_not_alike_or_not_sound_are_refused(source: Path, tmp_pa
     output = tmp_path / "merged"
     with pytest.raises(FingerprintError, match=r"another teacher \(.*source: t1, .*teacher: t2\); only stores of one"):
         merge_stores(output, [source, tmp_path / "teacher"])
-    with pytest.raises(StoreError, match=r"holds float32 .* bfloat16; .*firp store convert .* --dtype float32"):
+    with pytest.raises(StoreError, match=r"has float32 .* bfloat16; .*firp store convert .* --dtype float32"):
         merge_stores(output, [source, tmp_path / "bfloat16"])
     with pytest.raises(UsageError, match="two or more different stores"):
         merge_stores(output, [source, source])
@@ -207,7 +207,7 @@ def test_stores_that_are_not_alike_or_not_sound_are_refused(source: Path, tmp_pa
             Store.open(tmp_path / unfinished)
 
 
-def test_what_a_disk_cannot_hold_is_not_begun(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_larger_than_disk_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_file, "free_bytes", lambda _: sum(LENGTHS) * bytes_per_token(HIDDEN, 2, "int8") - 1)
     before = contents(source)
     with pytest.raises(CapacityError, match=r"GB are needed and .* free\nmake room"):
@@ -217,7 +217,7 @@ def test_what_a_disk_cannot_hold_is_not_begun(source: Path, tmp_path: Path, monk
     assert not (tmp_path / "small").exists() and not (tmp_path / "a").exists() and contents(source) == before
 
 
-def test_every_fault_is_named(source: Path, tmp_path: Path) -> None:
+def test_verify_names_every_fault(source: Path, tmp_path: Path) -> None:
     assert verify_store(source) == []
     whole = contents(source)
     victim = source / "shard-00000.safetensors"
@@ -236,10 +236,10 @@ def test_every_fault_is_named(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8"])
-def test_contents_that_were_wrong_from_the_start_are_found_too(
+def test_verify_finds_faulty_contents_with_valid_checksums(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """A writer that does not look lets NaN and empty masks through: the checksums are right, verify sees them."""
+    """A writer without checks stores NaN and empty masks with valid checksums; verify finds them."""
     monkeypatch.setattr(StoreWriter, "_check_finite", lambda *_: None)
     with writer(tmp_path / "store", dtype) as made:
         for plan in made.plan(LENGTHS, {}):
@@ -262,7 +262,7 @@ WIDE, TOKENS, EACH = 1536, 8160, 60
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A store of one shard of 100 MB: 136 conversations of 60 tokens."""
+    """Store of one shard of 100 MB: 136 conversations of 60 tokens."""
     folder = tmp_path_factory.mktemp("wide") / "store"
     settings = SETTINGS | {"shard_tokens": TOKENS}
     with writer(folder, settings=settings, layers=[2], teacher={"name": "tiny", "hidden_size": WIDE}) as made:
@@ -284,7 +284,7 @@ def _wide_shard(plan: ShardPlan) -> dict[str, Tensor]:
 
 
 def _resident(path: Path) -> tuple[int, int]:
-    """Bytes of a file that are mapped into this process, and those that are in its memory."""
+    """Return the bytes of a file that this process maps, and those that are resident."""
     mapped = there = 0
     mine = False
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
@@ -298,7 +298,7 @@ def _resident(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="needs Linux's account of memory maps")
-def test_reading_a_conversation_does_not_load_its_shard(wide: Path) -> None:
+def test_store_reads_only_the_pages_of_a_conversation(wide: Path) -> None:
     path = wide / "shard-00000.safetensors"
     size = path.stat().st_size
     store = Store.open(wide)

@@ -1,4 +1,4 @@
-"""The training loss: its definition, its pieces, and who receives gradients."""
+"""Training loss: its definition, its chunks, and the parameters that get gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from firp_cli.config import TrainingConfig
 from firp_cli.metrics import chain_length_of_hits
 from firp_cli.predictors.anchors import Anchors, choose_anchors, compare_rows, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch
-from firp_cli.training.objective import count_pieces, objective
+from firp_cli.training.objective import count_chunks, objective
 from helpers.models import HIDDEN, VOCABULARY, make_predictor, random_prompts, sequence_batch, tiny_teacher
 
 TEACHER = tiny_teacher("llama")
@@ -43,7 +43,7 @@ def gradients(predictor: Predictor) -> dict[str, torch.Tensor]:
 def reference(
     predictor: Predictor, batch: SequenceBatch, anchors: Anchors, settings: TrainingConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss by its definition, one draft at a time; hits and validity of every anchor."""
+    """Return the loss by its definition, one draft at a time; hits and validity of every anchor."""
     draft = predictor.draft_states(TEACHER, batch, anchors.index)
     target = target_states(batch, anchors)
     total, weight = torch.zeros(()), 0.0
@@ -65,7 +65,7 @@ def reference(
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", list(PREDICTORS))
-def test_pieces_equal_the_whole_with_gradients(name: str, loss: str):
+def test_chunked_loss_and_gradients_equal_the_whole(name: str, loss: str):
     settings = TrainingConfig(loss=loss, hidden_weight=0.3)
     batch, anchors = micro_batch(name)
     results = []
@@ -74,16 +74,16 @@ def test_pieces_equal_the_whole_with_gradients(name: str, loss: str):
         value, record = objective(predictor, TEACHER, batch, anchors, settings, budget=budget)
         value.backward()
         results.append((value.detach(), record.sums, gradients(predictor)))
-    (whole, whole_sums, whole_gradients), (pieces, piece_sums, piece_gradients) = results
-    torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(piece_sums, whole_sums, rtol=1e-6, atol=1e-6)
-    assert whole_gradients.keys() == piece_gradients.keys() == dict(trainable(name).named_parameters()).keys()
+    (whole, whole_sums, whole_gradients), (chunked, chunked_sums, chunked_gradients) = results
+    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(chunked_sums, whole_sums, rtol=1e-6, atol=1e-6)
+    assert whole_gradients.keys() == chunked_gradients.keys() == dict(trainable(name).named_parameters()).keys()
     for key, gradient in whole_gradients.items():
-        torch.testing.assert_close(piece_gradients[key], gradient, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(chunked_gradients[key], gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["firp", "medusa"])
-def test_loss_and_record_are_what_their_definition_says(name: str):
+def test_loss_and_record_match_definition(name: str):
     settings = TrainingConfig(loss="kl", hidden_weight=0.5, step_decay=0.6)
     batch, anchors = micro_batch()
     predictor = trainable(name)
@@ -99,8 +99,8 @@ def test_loss_and_record_are_what_their_definition_says(name: str):
     assert all(one <= five for one, five in zip(averages["top1"], averages["top5"], strict=True))
 
 
-def test_exits_are_compared_with_the_final_distribution_at_their_own_position():
-    """KL(p_n || q_n^g) of every response position n and exit g, weighted by exit; what decoding would save of it."""
+def test_exits_are_compared_at_their_own_position():
+    """KL(p_n || q_n^g) of every response position n and exit g, weighted by exit; and the accepted exits."""
     batch, anchors = micro_batch("speed")
     predictor = trainable("speed")
     value, record = objective(predictor, TEACHER, batch, anchors, TrainingConfig(step_decay=0.1))
@@ -133,7 +133,7 @@ def test_exits_are_compared_with_the_final_distribution_at_their_own_position():
     assert averages["top1"] == pytest.approx([count / positions for count in hits])
 
 
-def test_an_exit_stands_when_all_later_ones_agree():
+def test_exit_is_accepted_when_later_ones_agree():
     hits = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 0]], dtype=torch.bool)
     settled = [[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert trainable("speed").accepted(hits).tolist() == settled
@@ -141,7 +141,7 @@ def test_an_exit_stands_when_all_later_ones_agree():
     assert trainable("firp").accepted(hits).tolist() == chain
 
 
-def test_only_the_predictor_receives_gradients():
+def test_gradients_reach_only_the_predictor():
     batch, anchors = micro_batch()
     predictor = trainable("firp")
     objective(predictor, TEACHER, batch, anchors, TrainingConfig())[0].backward()
@@ -150,7 +150,7 @@ def test_only_the_predictor_receives_gradients():
     assert set(gradients(predictor)) == {"maps.0.weight", "maps.1.weight", "maps.2.weight"}
 
 
-def test_a_perfect_draft_has_no_loss():
+def test_perfect_draft_has_zero_loss():
     batch, anchors = micro_batch()
     predictor = trainable("medusa-shared-head")
     predictor.draft_states = lambda *_: target_states(batch, anchors)  # type: ignore[method-assign]
@@ -166,7 +166,7 @@ def test_a_perfect_draft_has_no_loss():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most elements of any vocabulary-wide tensor that an operation makes."""
+    """Record of the most elements of any vocabulary-wide tensor that an operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["firp", "medusa-shared-head", "speed"])
-def test_no_logits_beyond_the_budget_stand_in_either_pass(name: str):
+def test_logits_stay_within_budget_in_both_passes(name: str):
     batch, anchors = micro_batch(name)
     budget = 7 * VOCABULARY
     predictor = trainable(name)
@@ -191,20 +191,20 @@ def test_no_logits_beyond_the_budget_stand_in_either_pass(name: str):
     assert 0 < largest.elements <= budget < anchors.valid[:, :, 0].sum() * VOCABULARY
 
 
-def test_the_number_of_pieces_depends_on_the_recipe_alone():
-    """Ranks that share a head's weights run the same number of pieces, whatever their conversations hold."""
+def test_chunk_count_depends_only_on_the_recipe():
+    """Ranks that shard a head's weights run the same number of chunks for any conversations."""
     batch, anchors = micro_batch(limit=2)
     calls = []
     predictor = trainable("medusa")
-    plain = predictor.step_logits
-    predictor.step_logits = lambda *arguments: calls.append(1) or plain(*arguments)  # type: ignore[method-assign]
+    original = predictor.step_logits
+    predictor.step_logits = lambda *arguments: calls.append(1) or original(*arguments)  # type: ignore[method-assign]
     objective(predictor, TEACHER, batch, anchors, TrainingConfig(), rows=100, budget=10 * VOCABULARY)
     assert len(calls) == 3 * 10
-    assert count_pieces(100, VOCABULARY, 10 * VOCABULARY) == 10
-    assert count_pieces(3, 200_000, 1000) == 3, "one row a piece at least"
+    assert count_chunks(100, VOCABULARY, 10 * VOCABULARY) == 10
+    assert count_chunks(3, 200_000, 1000) == 3, "one row a chunk at least"
 
 
-def test_conversations_without_anchors_give_zero_loss_and_gradients():
+def test_batch_without_anchors_has_zero_loss():
     batch, _ = micro_batch()
     batch = dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
     predictor = trainable("medusa")
@@ -215,7 +215,7 @@ def test_conversations_without_anchors_give_zero_loss_and_gradients():
     assert gradients(predictor).keys() == dict(predictor.named_parameters()).keys(), "every rank reduces the same"
 
 
-def test_later_steps_weigh_less_and_later_exits_more():
+def test_loss_weights_fall_by_step_and_rise_by_exit():
     assert trainable("firp").loss_weights(0.5) == trainable("medusa").loss_weights(0.5) == [1.0, 0.5, 0.25]
     assert trainable("speed").loss_weights(0.5) == [1.0, 3.0, 4.0]
     assert make_predictor(TEACHER, kind="speed", loops=4, exits=[1, 3]).loss_weights(0.5) == [1.0, 3.0]

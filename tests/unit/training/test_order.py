@@ -1,4 +1,4 @@
-"""The order in which a store is gone through: the same for every number of ranks and of readers."""
+"""Data order: the same for every number of ranks and readers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Read = tuple[int, tuple[float, ...], tuple[int, ...]]  # a conversation: its num
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """24 conversations of six lengths."""
+    """Store of 24 conversations of six lengths."""
     folder = tmp_path_factory.mktemp("order")
     for name in "abcd":
         fill(folder / name)
@@ -28,7 +28,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def read(store: Store, seed: int, ranks: int, readers: int, balance: bool, first: int = 0) -> list[Counter[Read]]:
-    """By step what all ranks together read, through as many threads each."""
+    """Return by step the conversations that all ranks read, with so many reader threads each."""
     order_of = [
         Order(range(len(store)), MICRO, PER_STEP, seed, store.lengths if balance else None) for _ in range(ranks)
     ]
@@ -47,7 +47,7 @@ def read(store: Store, seed: int, ranks: int, readers: int, balance: bool, first
 
 
 @pytest.mark.parametrize("balance", [False, True], ids=["as shuffled", "balanced"])
-def test_steps_are_the_same_whatever_the_number_of_ranks_and_readers(store: Store, balance: bool) -> None:
+def test_order_is_independent_of_ranks_and_readers(store: Store, balance: bool) -> None:
     expected = read(store, 3, 1, 1, balance)
     assert [step.total() for step in expected] == [MICRO * PER_STEP] * STEPS
     for ranks in (1, 2, 4):
@@ -56,7 +56,7 @@ def test_steps_are_the_same_whatever_the_number_of_ranks_and_readers(store: Stor
     assert read(store, 3, 2, 3, balance, first=4) == expected[4:]  # taken up within an epoch
 
 
-def test_an_epoch_is_a_shuffle_of_its_own_that_the_seed_decides(store: Store) -> None:
+def test_epochs_are_shuffled_by_the_seed(store: Store) -> None:
     steps = [Counter(index for index, *_ in step) for step in read(store, 3, 2, 2, True)]
     epochs = [sum(steps[start : start + 3], Counter()) for start in (0, 3)]
     assert epochs == [Counter(range(24))] * 2 and steps[:3] != steps[3:6]

@@ -1,4 +1,4 @@
-"""Runs that `training.max_minutes` ends: schedule, validations, what they leave, and resuming them."""
+"""Runs with `training.max_minutes`: schedule, validations, files, resuming."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training.metrics_log import Listener
-from firp_cli.training.pace import Pace
-from firp_cli.training.trainer import usual_interval
+from firp_cli.training.pace import Pace, usual_interval
 from helpers.models import tiny_teacher
 from helpers.training import recipe, rows, run
 
 ENDLESS: dict[str, Any] = {"epochs": 100_000, "validate_every": None, "save_every": None}
 
 
-def test_the_place_is_the_larger_of_steps_and_time() -> None:
+def test_pace_follows_the_larger_of_steps_and_time() -> None:
     pace = Pace(100, seconds=10.0)
     assert [pace.move(step, spent) for step, spent in ((0, 0.0), (1, 0.5), (30, 2.0), (31, 9.0))] == [0, 5, 30, 90]
     assert pace.expected == 34 and not pace.ended
@@ -31,7 +30,7 @@ def test_the_place_is_the_larger_of_steps_and_time() -> None:
     assert Pace(0).ended
 
 
-def test_multiples_are_passed_once_however_far_a_step_goes() -> None:
+def test_pace_passes_each_multiple_once() -> None:
     pace = Pace(100, seconds=10.0)
     found = [pace.passed(25)]
     for step, spent in enumerate((0.1, 2.6, 2.7, 8.0, 10.0), start=1):
@@ -40,7 +39,7 @@ def test_multiples_are_passed_once_however_far_a_step_goes() -> None:
     assert found == [True, False, True, False, True, True]
 
 
-def test_without_a_limit_events_are_at_the_multiples_of_the_interval() -> None:
+def test_pace_without_limit_passes_at_multiples() -> None:
     for start in (0, 5, 6):
         pace = Pace(20)
         pace.resume(start, 0.0)
@@ -51,15 +50,15 @@ def test_without_a_limit_events_are_at_the_multiples_of_the_interval() -> None:
         assert found == [step for step in range(start, 21) if step % 3 == 0]
 
 
-def test_a_timed_run_has_at_most_one_usual_validation_a_minute() -> None:
+def test_usual_interval_is_at_least_a_minute() -> None:
     minutes = {0.1: 1, 4.4: 4, 60: 10, None: 10}
     found = {limit: 1000 // usual_interval(recipe(max_minutes=limit).training, 1000) for limit in minutes}
     assert found == minutes
 
 
-def test_the_clock_ends_a_run_as_its_last_step_would(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    listener = Listener(step=lambda done, total, row: told.append((done, total)))
+def test_max_minutes_ends_run_with_full_schedule(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    listener = Listener(step=lambda done, total, row: calls.append((done, total)))
     outcome = run(tmp_path, recipe(**ENDLESS, max_minutes=0.03), listener=listener)
     assert not outcome.stopped and 1 < outcome.step < outcome.total_steps == 700_000
     found = rows(tmp_path)
@@ -68,7 +67,7 @@ def test_the_clock_ends_a_run_as_its_last_step_would(tmp_path: Path) -> None:
     assert len(rates) == outcome.step and max(rates) > 0.9 * 5e-3 and rates[-1] < 0.2 * 5e-3
     falling = rates[rates.index(max(rates)) :]
     assert falling == sorted(falling, reverse=True)
-    assert told[-1] == (outcome.step, outcome.step) and told[len(told) // 2][1] < 20 * outcome.step
+    assert calls[-1] == (outcome.step, outcome.step) and calls[len(calls) // 2][1] < 20 * outcome.step
     assert outcome.training is not None and outcome.training["steps"] == outcome.step
     found_at = checkpoints.latest_checkpoint(tmp_path)
     assert found_at is not None and found_at.name == f"step-{outcome.step}"
@@ -77,13 +76,13 @@ def test_the_clock_ends_a_run_as_its_last_step_would(tmp_path: Path) -> None:
     assert (again.step, again.stopped) == (outcome.step, False)
 
 
-def test_steps_end_a_run_that_has_minutes_left(tmp_path: Path) -> None:
+def test_run_ends_by_steps_before_max_minutes(tmp_path: Path) -> None:
     run(tmp_path / "timed", recipe(max_minutes=1000.0))
-    run(tmp_path / "plain", recipe())
-    assert rows(tmp_path / "timed") == rows(tmp_path / "plain")
+    run(tmp_path / "untimed", recipe())
+    assert rows(tmp_path / "timed") == rows(tmp_path / "untimed")
 
 
-def test_minutes_spent_before_count_after_a_resume(tmp_path: Path) -> None:
+def test_resume_counts_earlier_minutes(tmp_path: Path) -> None:
     wanted = recipe(**ENDLESS, max_minutes=10.0)
     assert run(tmp_path, wanted, listener=Listener(stop=lambda done: done == 3)).stopped
     found_at = checkpoints.latest_checkpoint(tmp_path)
@@ -101,6 +100,6 @@ def test_minutes_spent_before_count_after_a_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", ".nan"])
-def test_minutes_are_more_than_none(minutes: str) -> None:
+def test_max_minutes_must_be_positive(minutes: str) -> None:
     with pytest.raises(RecipeError, match="max_minutes"):
         load_recipe("demo", [f"training.max_minutes={minutes}"])

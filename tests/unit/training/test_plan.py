@@ -34,7 +34,7 @@ def shipped(name: str, *changes: str) -> Recipe:
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
-def test_the_chain_of_a_large_teacher_is_its_arithmetic(name: str):
+def test_plan_of_large_teacher_matches_arithmetic(name: str):
     size, feed, layers, transfer, ranks, batch = SHAPES[name]
     plan = make_plan(shipped(name), ranks, mean_tokens=TOKENS)
     layer = 2 * size * size + 2 * size * KV_SIZE + 3 * size * feed + 2 * size  # q, o; k, v; gate, up, down; norms
@@ -71,7 +71,7 @@ def test_the_chain_of_a_large_teacher_is_its_arithmetic(name: str):
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
-def test_the_command_prints_it_and_what_would_fit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_plan_command_prints_verdict_and_remedies(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     command = ["train", f"{name}-firp", f"teacher.model={name}", "--plan", "--tokens", "500", "--gpus", "8"]
@@ -97,7 +97,7 @@ ROOMS = [("cached", 10e9), ("cached", 8e9), ("cached", 5e9), ("cached", 4.6e9)]
 
 
 @pytest.mark.parametrize(("mode", "room"), ROOMS)
-def test_every_remedy_makes_it_fit_and_is_the_largest(mode: str, room: float):
+def test_remedies_fit_and_are_the_largest(mode: str, room: float):
     recipe = shipped("llama-3.1-8b", f"data.mode={mode}", "collect.responder=vllm")
     planned = planned_memory(recipe, 8)
     assert planned is not None
@@ -117,13 +117,13 @@ def test_every_remedy_makes_it_fit_and_is_the_largest(mode: str, room: float):
             assert need(better.model_copy(update={"training": more})) > room
 
 
-def test_no_remedy_is_one_that_a_recipe_may_not_say():
-    """A teacher in parts writes no answers itself."""
+def test_remedies_are_valid_recipes():
+    """A sharded teacher generates no answers: the recipe must name vLLM."""
     found = preflight(shipped("llama-3.1-8b"), 8, 8 * 10**9, "of a toy")
     assert found is not None and "teacher.sharding" not in found[1]
 
 
-def test_where_nothing_fits_it_says_so():
+def test_preflight_reports_that_nothing_fits():
     found = preflight(shipped("llama-3.1-8b"), 1, 2 * 10**9, "of a toy")
     assert found is not None and "no setting makes it fit" in found[1] and "2.0 GB (of a toy)" in found[1]
 
@@ -133,7 +133,7 @@ def run_train(tmp_path: Path, *changes: str) -> Any:
     return CliRunner().invoke(app, [*arguments, "data.dataset=arithmetic", *changes])
 
 
-def test_a_run_that_will_not_fit_is_refused_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_oversized_run_is_refused_before_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machine, "available_memory", lambda: int(1.2e9))
     monkeypatch.setattr("firp_cli.distributed.launch.launch", lambda *_: pytest.fail("nothing is launched"))
     result = run_train(tmp_path, "training.micro_batch_size=64")
@@ -149,7 +149,7 @@ def test_a_run_that_will_not_fit_is_refused_before_it_starts(tmp_path: Path, mon
     assert silent.exit_code == 0 and "a rank needs" not in silent.stderr
 
 
-def test_memory_is_read_in_people_s_units():
+def test_parse_bytes_reads_units():
     assert parse_bytes("80GB") == parse_bytes("80g") == 80 * 10**9
     assert parse_bytes("64GiB") == 64 * 2**30 and parse_bytes("1.5 MiB") == 3 * 2**19 and parse_bytes("7") == 7
     for wrong in ("", "GB", "80 apples", "1.2.3GB", "-5GB"):
@@ -158,7 +158,7 @@ def test_memory_is_read_in_people_s_units():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at a CPU's memory")
-def test_ranks_share_the_available_memory_and_a_group_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_memory_of_rank_honours_cgroup_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("700000\n")
     (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 200000\nactive_file 7\n")
@@ -167,5 +167,5 @@ def test_ranks_share_the_available_memory_and_a_group_s_limit(tmp_path: Path, mo
     assert machine._cgroup_memory_free(tmp_path) is None
     monkeypatch.setattr(machine, "available_memory", lambda: 4000)
     monkeypatch.setattr(machine, "_cgroup_memory_free", lambda: 3000)
-    room = machine.device_room(3)
+    room = machine.memory_of_rank(3)
     assert room is not None and room[0] == 1000 and "3 ranks" in room[1]

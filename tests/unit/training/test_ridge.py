@@ -1,4 +1,4 @@
-"""The ridge start against direct least squares, and against the identity."""
+"""Ridge start against direct least squares, and against the identity."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEACHER = tiny_teacher("llama")
 
 
 def counting(count: int) -> list[list[int]]:
-    """Texts with something to predict: each goes round a cycle of 24 tokens."""
+    """Return texts that can be predicted: each repeats a cycle of 24 tokens."""
     return [[3 + 4 * ((7 * number + place) % 24) for place in range(16 + number % 13)] for number in range(count)]
 
 
@@ -41,7 +41,7 @@ def conversations(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_solution_is_the_least_squares_map(bias: bool):
+def test_ridge_solves_least_squares(bias: bool):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 8, generator=generator, dtype=torch.float64) + 2
     y = x @ torch.randn(8, 8, generator=generator, dtype=torch.float64) + 3
@@ -59,7 +59,7 @@ def test_solution_is_the_least_squares_map(bias: bool):
         assert constant is None
 
 
-def test_lambda_is_relative_to_the_mean_diagonal():
+def test_ridge_lambda_is_relative_to_mean_diagonal():
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(2, 50, 6, generator=generator, dtype=torch.float64)
     sums = RidgeSums.empty(6, torch.device("cpu"))
@@ -69,7 +69,7 @@ def test_lambda_is_relative_to_the_mean_diagonal():
     torch.testing.assert_close(sums.solve(0.5, False)[0], 1000 * y.T @ x @ torch.linalg.inv(damped))
 
 
-def test_maps_are_fitted_to_the_pairs_of_all_anchors():
+def test_ridge_fits_pairs_of_all_anchors():
     store = conversations(random_prompts(40, low=16, high=30))
     predictor = build_predictor(FirpConfig(kind="firp", layer=2, steps=3), TEACHER)
     predictor.initialise("ridge", TEACHER)
@@ -89,7 +89,7 @@ def test_maps_are_fitted_to_the_pairs_of_all_anchors():
         torch.testing.assert_close(predictor.maps[step - 1].weight.double(), direct, rtol=1e-4, atol=1e-5)
 
 
-def test_ridge_beats_the_identity_on_held_out_conversations():
+def test_ridge_beats_identity_on_held_out_conversations():
     store, settings = conversations(counting(80)), TrainingConfig()
     held = collate(store[60:])
     anchors = choose_anchors(held, 3)
@@ -105,8 +105,8 @@ def test_ridge_beats_the_identity_on_held_out_conversations():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_exits_are_fitted_to_the_state_before_the_final_norm(bias: bool):
-    """Of the length that the exit's own state has: the norm does not tell."""
+def test_ridge_exits_target_state_before_final_norm(bias: bool):
+    """The target has the length of the exit's own state, which the norm does not change."""
     teacher = looped_teacher(2, 3)
     store = conversations(random_prompts(30, seed=2, low=16, high=30), teacher, (2, 4))
     predictor = build_predictor(SpeedConfig(kind="speed", bias=bias), teacher).requires_grad_(False)
@@ -127,7 +127,7 @@ def test_exits_are_fitted_to_the_state_before_the_final_norm(bias: bool):
             np.testing.assert_allclose(linear.bias.double().numpy(), direct[HIDDEN], rtol=1e-3, atol=1e-4)
 
 
-def test_ridge_exits_agree_with_the_last_loop_more_often_than_the_identity():
+def test_ridge_exits_beat_identity():
     teacher, settings = looped_teacher(2, 3), TrainingConfig()
     store = conversations(counting(80), teacher, (2, 4))
     held = collate(store[60:])
@@ -145,7 +145,7 @@ def test_ridge_exits_agree_with_the_last_loop_more_often_than_the_identity():
     assert averages["ridge"]["expected_accepted_length"] > averages["identity"]["expected_accepted_length"] + 0.1
 
 
-def test_layers_above_the_first_are_computed_from_the_stored_one():
+def test_states_above_first_layer_are_computed():
     batch = sequence_batch(TEACHER, random_prompts(3, seed=5, low=8, high=20), [2, 3, 4], [1, 2, 3])
     inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
     states = states_at(TEACHER, batch, [1, 3])
@@ -153,12 +153,12 @@ def test_layers_above_the_first_are_computed_from_the_stored_one():
     torch.testing.assert_close(states[3][inside], batch.hidden[3][inside], rtol=1e-5, atol=1e-5)
 
 
-def test_broken_states_are_refused_by_name():
+def test_ridge_refuses_nan_states_by_conversation():
     store = conversations(counting(6))
     store[4].hidden[2][7] = float("nan")
     predictor = build_predictor(FirpConfig(kind="firp", layer=2, steps=2), TEACHER)
     with pytest.raises(NumericsError, match=r"layer 2, conversations \[4, 5\]"):
         ridge_start(predictor, TEACHER, store, list(range(6)), 1e-2, batch_size=2)
     sums = RidgeSums.empty(4, torch.device("cpu"))
-    with pytest.raises(NumericsError, match="no finite spread"):
+    with pytest.raises(NumericsError, match="nonzero variance"):
         sums.solve(1e-2, bias=False)
