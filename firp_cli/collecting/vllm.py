@@ -1,4 +1,4 @@
-"""Answers from vLLM (the extra `firp[vllm]`), in a process of its own: when it ends, all its memory is free again.
+"""Answers from vLLM (extra `firp[vllm]`), in a process of its own: when it ends, all its memory is free again.
 
 OutputSequence for the calls that vLLM documents from 0.11 to 0.26: `LLM(model, **engine arguments)`, `LLM.generate(prompts,
 sampling_params, use_tqdm=)` with prompts of token ids and one `SamplingParams` each, `RequestOutput.outputs[0]`. It is

@@ -23,7 +23,9 @@ SHOWN_CANDIDATES = 8
 
 
 @torch.inference_mode()
-def candidate_positions(predictor: TreePredictor, traces: Sequence[Trace]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def candidate_positions(
+    predictor: TreePredictor, traces: Sequence[Trace]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the positions of the answers' tokens among the candidates, given that all tokens before were drafted:
     (A, k), s where a token is no candidate, -1 after the answer's end; and the candidates' probabilities (A, k, s).
     """

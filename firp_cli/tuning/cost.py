@@ -24,7 +24,7 @@ from firp_cli.evaluation.timing import Run, captured, enough_calls, milliseconds
 from firp_cli.files import cache_folder, write_json
 from firp_cli.provenance import fingerprint
 from firp_cli.results import as_json
-from firp_cli.teacher.attention import StepMask, choose_backend
+from firp_cli.teacher.attention import choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import StepMask
 from firp_cli.teacher.teacher import Teacher

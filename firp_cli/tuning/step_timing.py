@@ -61,7 +61,7 @@ class TimedStep:
 
     def ar_step(self) -> None:
         """Run a whole step of autoregressive decoding: no draft is verified, and none is made."""
-        self._step("plain")
+        self._step("autoregressive")
 
     @torch.inference_mode()
     def _step(self, mode: Mode) -> None:

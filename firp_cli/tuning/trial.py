@@ -11,7 +11,7 @@ from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.evaluation.methods import BenchSettings, Method
 from firp_cli.evaluation.rows import ALL
 from firp_cli.evaluation.run_bench import BenchPrompt, run_bench
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import TreePredictor
 from firp_cli.results import Prediction
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import Trial
@@ -98,7 +98,7 @@ def trial_size(bouts: Sequence[Bout], held: int, repeats: int, limit: float = TR
 
 def decode_trees(
     teacher: Teacher,
-    predictor: Predictor,
+    predictor: TreePredictor,
     prompts: Sequence[Sequence[int]],
     specs: Sequence[TreeSpec],
     batch: int,

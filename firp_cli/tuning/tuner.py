@@ -13,7 +13,7 @@ from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.environment import machine_key, measurement_environment
 from firp_cli.evaluation.simulate import simulate_speedup, simulate_steps
 from firp_cli.evaluation.timing import as_benched, undisturbed
-from firp_cli.predictors.base import TreePredictor
+from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.results import Prediction
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import CostReport, Trial, TunedTree, TuneReport
@@ -274,7 +274,7 @@ class Tuner:
 
 def tune(
     teacher: Teacher,
-    predictor: TreePredictor,
+    predictor: Predictor,
     prompts: Sequence[Sequence[int]],
     settings: TuneSettings | None = None,
     *,

@@ -15,6 +15,7 @@ from firp_cli.files import write_atomically
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import as_json
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.local_trainer import train_local
 from suite.answers import predictors_for, stored
