@@ -128,7 +128,7 @@ def test_simulated_answer_equals_decoding(section: dict[str, Any], tree: str, mo
         prompts = random_prompts(5, seed=21)
         for prompt, real in zip(prompts, Engine(teacher, predictor, spec).generate(prompts, 40), strict=True):
             simulated = simulate_answer(teacher, predictor, [*prompt, *real.token_ids], len(prompt), spec)
-            assert simulated == real.emitted
+            assert simulated == real.accepted_lengths
 
 
 def test_simulated_answer_without_steps_is_empty(teacher: Teacher) -> None:

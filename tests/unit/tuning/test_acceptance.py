@@ -50,7 +50,7 @@ def test_simulated_steps_equal_decoded_steps(kind: str, tree: str) -> None:
         for prompt, item in zip(prompts, decoded, strict=True)
     ]
     simulated = simulate_steps(predictor, [item for item in traces if item], spec)
-    assert simulated == [item.emitted for item in decoded]
+    assert simulated == [item.accepted_lengths for item in decoded]
 
 
 def test_make_trace_needs_two_new_tokens() -> None:

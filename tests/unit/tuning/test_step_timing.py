@@ -31,7 +31,7 @@ COVER = pairwise(*AXES)
 
 
 def state_of(timed: TimedStep) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in timed.stepper.state()]
+    return [tensor.clone() for tensor in timed.stepper.buffers()]
 
 
 @pytest.mark.parametrize(
