@@ -200,7 +200,7 @@ def test_wheel_works_elsewhere(tmp_path: Path) -> None:
     where = [
         sys.executable,
         "-c",
-        "import firp_cli, firp_cli.recipe as r; print(firp_cli.__file__, len(r.shipped_recipes()))",
+        "import firp_cli, firp_cli.assets as r; print(firp_cli.__file__, len(r.shipped_recipes()))",
     ]
     told = subprocess.run(
         where, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, check=True

@@ -186,7 +186,7 @@ def test_merge_refuses_different_or_damaged_stores(source: Path, tmp_path: Path)
         merge_stores(output, [source, source])
     with pytest.raises(UsageError, match=r"unknown dtype 'int4'; did you mean 'int8'\?"):
         convert_store(source, output, dtype="int4")
-    with pytest.raises(UsageError, match=r"is a float32 store of layers \[1, 3\] already"):
+    with pytest.raises(UsageError, match=r"already is a float32 store of layers \[1, 3\]"):
         convert_store(source, output, dtype="float32")
     with pytest.raises(StoreError, match="already holds a complete store"):
         convert_store(source, tmp_path / "same", dtype="int8")

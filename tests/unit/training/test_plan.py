@@ -1,6 +1,4 @@
-"""Plans of chains that nobody runs here: their figures against arithmetic written out from public shapes, and the look
-at a device before a run.
-"""
+"""Plans of large runs against arithmetic from public shapes, and the comparison with a device before a run."""
 
 from __future__ import annotations
 
