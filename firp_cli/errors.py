@@ -3,6 +3,8 @@
 The core raises them; `commands/` prints the message (one or two lines, the remedy included) and exits with `exit_code`.
 """
 
+INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
+
 
 class FirpError(Exception):
     """Base of every error meant for the user: its text says what is wrong and what to do about it."""

@@ -21,7 +21,7 @@ from firp_cli.cli.terminal import (
 )
 from firp_cli.cli.train_plan import check_devices, print_plan
 from firp_cli.config import Recipe
-from firp_cli.errors import StoreError, UsageError
+from firp_cli.errors import INTERRUPTED, StoreError, UsageError
 from firp_cli.machine import is_main
 from firp_cli.recipe import load_recipe
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from firp_cli.teacher.weight_files import LoadedWeights
 
 GATE_TOKENS = 128  # new tokens per prompt of the gate
-INTERRUPTED = 130
 
 
 def train(

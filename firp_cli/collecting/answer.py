@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from firp_cli.collecting.answer_log import AnswerLog, prompt_keys, read_answers
-from firp_cli.collecting.corpus import TOO_LONG, Corpus, Progress, no_progress
+from firp_cli.collecting.corpus import TOO_LONG, Corpus
 from firp_cli.collecting.responders import Responder
 from firp_cli.config import DataConfig
 from firp_cli.data.chat import EncodedConversation
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import DatasetError, TeacherError
+from firp_cli.results import Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 
 EMPTY, FAILED = "empty answer", "answer failed"  # reasons for leaving a prompt out
@@ -56,7 +57,7 @@ def respond(
         first.setdefault(key, index)
     kept = group.run_on_all(lambda: read_answers(folder) if group.main else {})
     held = {first[key]: tokens for key, tokens in kept.items() if key in first}  # rank 0's
-    there = set(group.rows(torch.tensor(sorted(held), dtype=torch.long)).tolist())
+    there = set(group.gather_rows(torch.tensor(sorted(held), dtype=torch.long)).tolist())
     missing = sorted(set(first.values()) - there, key=lambda index: (-prompts.lengths[index], index))
     workers = [rank for rank, active in enumerate(group.gather(responder.active)) if active]
     mine = missing[workers.index(group.rank) :: len(workers)] if group.rank in workers else []
@@ -114,10 +115,10 @@ def _answer(
 
 def _exchange(held: dict[int, list[int]], group: RankGroup) -> dict[int, Tensor]:
     """All ranks' answers (n,) int32 by prompt, on every rank. They travel as a few large tensors."""
-    numbers = group.rows(torch.tensor(list(held), dtype=torch.long)).tolist()
-    lengths = group.rows(torch.tensor([len(tokens) for tokens in held.values()], dtype=torch.long)).tolist()
+    numbers = group.gather_rows(torch.tensor(list(held), dtype=torch.long)).tolist()
+    lengths = group.gather_rows(torch.tensor([len(tokens) for tokens in held.values()], dtype=torch.long)).tolist()
     flat = torch.tensor([token for tokens in held.values() for token in tokens], dtype=torch.int32)
-    parts = group.rows(flat).split(lengths) if lengths else ()
+    parts = group.gather_rows(flat).split(lengths) if lengths else ()
     return dict(zip(numbers, parts, strict=True))
 
 

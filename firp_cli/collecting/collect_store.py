@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.collecting.answer import respond
-from firp_cli.collecting.corpus import Corpus, Progress, build_corpus, load_messages, longest_sequence, no_progress
+from firp_cli.collecting.corpus import Corpus, build_corpus, load_messages, longest_sequence
 from firp_cli.collecting.estimate import check_space
 from firp_cli.collecting.responders import Responder
 from firp_cli.collecting.shards import (
@@ -25,6 +25,7 @@ from firp_cli.config import DataConfig
 from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import UsageError
+from firp_cli.results import Progress, no_progress
 from firp_cli.store.writer import ShardWriter, StoreWriter, check_target
 from firp_cli.teacher.teacher import Teacher
 
@@ -61,7 +62,7 @@ def collect_store(
     group = RankGroup.join()
     folder = Path(folder)
     layers = group.run_on_all(lambda: check_layers(layers, teacher))
-    group.first(lambda: check_target(folder, resume))
+    group.run_on_main(lambda: check_target(folder, resume))
     check_shared(folder, group)
     rows = group.run_on_all(lambda: load_messages(data))
     check_alike(rows, teacher, group)
@@ -91,7 +92,7 @@ def collect_store(
         counts = _counts(corpus) | account
         pending = plan_pending(writer, folder, corpus, counts, group)
         sizes = [sum(corpus.lengths[plan.first : plan.next]) for plan in pending]
-        group.first(lambda: check_space(folder, teacher.hidden_size, len(layers), dtype, sum(sizes)))
+        group.run_on_main(lambda: check_space(folder, teacher.hidden_size, len(layers), dtype, sum(sizes)))
         mine = assign(pending, sizes, group.size)[group.rank]
         start = time.perf_counter()
         with progress("collecting") as bar:
@@ -106,7 +107,7 @@ def collect_store(
             "rank_tokens": group.gather(sum(entry["tokens"] for entry in entries)),
             "tokens_per_second": sum(sizes) / seconds if sizes else None,
         }
-        total = group.first(lambda: _record(writer, run, time.perf_counter() - began))
+        total = group.run_on_main(lambda: _record(writer, run, time.perf_counter() - began))
     return {
         "store": str(folder),
         "dataset": data.dataset,

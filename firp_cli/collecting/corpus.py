@@ -19,15 +19,11 @@ from firp_cli.data.datasets import load_conversations, load_prompts
 from firp_cli.data.formats import Message
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import DatasetError, TeacherError
+from firp_cli.results import Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 
-Progress = Callable[[int, int | None], None]
 REFUSED = "refused by the chat template"
 TOO_LONG = "prompt longer than max_length"
-
-
-def no_progress(done: int, total: int | None = None) -> None:
-    """Where nobody watches."""
 
 
 @dataclass
@@ -76,8 +72,8 @@ class Corpus:
 
 
 def _gathered(tensors: list[Tensor], dtype: torch.dtype, group: RankGroup) -> list[Tensor]:
-    lengths = group.rows(torch.tensor([len(tensor) for tensor in tensors], dtype=torch.long)).tolist()
-    flat = group.rows(torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype))
+    lengths = group.gather_rows(torch.tensor([len(tensor) for tensor in tensors], dtype=torch.long)).tolist()
+    flat = group.gather_rows(torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype))
     return list(flat.split(lengths)) if lengths else []
 
 
@@ -135,7 +131,7 @@ def build_corpus(
     mine, refusal = group.run_on_all(lambda: _encode_rows(rows[first:end], tokenizer, data.regenerate, limit, bar))
     corpus = mine.gathered(group)
     refusals = [text for text in group.gather(refusal) if text]
-    group.first(lambda: _check_corpus(rows, corpus, refusals, tokenizer, data, limit))
+    group.run_on_main(lambda: _check_corpus(rows, corpus, refusals, tokenizer, data, limit))
     return corpus
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firp_cli.collecting.corpus import Corpus, Progress
+from firp_cli.collecting.corpus import Corpus
 from firp_cli.collecting.teacher_states import accompany, capture
 from firp_cli.data.formats import Message
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import LaunchError, StoreError
+from firp_cli.results import Progress
 from firp_cli.store.reader import compress, room, state_names
 from firp_cli.store.writer import FOLD_SECONDS, ShardPlan, ShardWriter, StoreWriter, is_whole, text_fingerprint
 from firp_cli.teacher.teacher import Teacher
@@ -49,8 +50,8 @@ def check_shared(folder: Path, group: RankGroup) -> None:
             time.sleep(0.2)
         return found
 
-    token = group.first(lambda: f".{os.urandom(8).hex()}.tmp")
-    made = group.first(put)
+    token = group.run_on_main(lambda: f".{os.urandom(8).hex()}.tmp")
+    made = group.run_on_main(put)
     blind = [number for number, found in enumerate(group.gather(seen())) if not found]
     if group.main:
         (folder / token).unlink(missing_ok=True)
@@ -100,7 +101,7 @@ def open_writer(
         writer = writer or ShardWriter(folder, layers, dtype)
 
     try:
-        group.first(start)
+        group.run_on_main(start)
         group.run_on_all(join)
         assert writer is not None
         yield writer
@@ -126,9 +127,9 @@ def plan_pending(
         assert isinstance(writer, StoreWriter)
         return writer.settle([entry for part in whole for entry in part], counts)
 
-    mine = group.first(claims)[group.rank :: group.size]
+    mine = group.run_on_main(claims)[group.rank :: group.size]
     whole = group.gather([entry for plan, entry in mine if is_whole(folder, plan, entry, text)])
-    return group.first(settle)
+    return group.run_on_main(settle)
 
 
 def assign(plans: Sequence[ShardPlan], sizes: Sequence[int], ranks: int) -> list[list[ShardPlan]]:
@@ -204,7 +205,7 @@ def finish(writer: ShardWriter, entries: Sequence[dict[str, Any]], group: RankGr
 
     group.wait(fold)
     told = group.gather(list(entries))
-    group.first(enter)
+    group.run_on_main(enter)
 
 
 def _shard_tensors(

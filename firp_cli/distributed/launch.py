@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.distributed.cluster import ranks_by_host, slurm_ranks
-from firp_cli.errors import ClusterError, FirpError, LaunchError, PeerLostError
+from firp_cli.errors import INTERRUPTED, ClusterError, FirpError, LaunchError, PeerLostError
 from firp_cli.machine import cores_of_rank, is_launched, is_main, local_rank, local_world_size, rank, world_size
 
-INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
 SAME_INTERRUPTION = 2.0  # seconds within which two signals are one
 SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGTERM)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")

@@ -70,7 +70,7 @@ class RankGroup:
         _raise_first(self.gather(error))
         return value  # type: ignore[return-value]  # None only where an error was raised
 
-    def first(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """What `work()` returns on rank 0, the only one to call it. Its FirpError is raised by all."""
         outcome: list[Any] = list(_attempt(work)) if self.main else [None, None]
         if self._group is not None:
@@ -80,7 +80,7 @@ class RankGroup:
         _raise_first([outcome[1]])
         return outcome[0]
 
-    def rows(self, mine: Tensor) -> Tensor:
+    def gather_rows(self, mine: Tensor) -> Tensor:
         """The ranks' tensors (n, ...) one behind the other, by rank, on every rank; of one type, on the CPU."""
         if self._group is None:
             return mine

@@ -6,7 +6,7 @@ a batch the batch shares its time: seconds are pooled over batches, and the boot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 
@@ -21,10 +21,8 @@ from firp_cli.evaluation.rows import ALL, BatchRun, Runs, bench_rows
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.machine import readable_bytes
 from firp_cli.predictors.speed import SpeedPredictor
-from firp_cli.results import BenchReport, BenchRow, Divergence, Generation
+from firp_cli.results import BenchReport, BenchRow, Divergence, Generation, Progress
 from firp_cli.teacher.teacher import Teacher
-
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from firp_cli.results import Progress
 from firp_cli.store.reader import FLOATS, MANIFEST, SCALE, SCALED, maker, read_manifest, shard_fault, state_names
 from firp_cli.store.shard_file import Entry, read_header, read_rows
 
-Progress = Callable[[int, int | None], None]
 THREADS = 4  # shards read at once: hashing takes a core each, a disk serves a few readers
 NAMED = 4  # of many conversations or shards with one fault, those that are named
 SHARES = {"shortest": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "longest": 1.0}

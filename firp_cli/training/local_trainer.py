@@ -7,7 +7,7 @@ predictor that is handed over is trained in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from firp_cli.config import TrainingConfig
 from firp_cli.errors import NumericsError, StoreError, UsageError
 from firp_cli.predictors.anchors import Sequenced
 from firp_cli.predictors.base import Predictor
+from firp_cli.results import Progress
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import VALIDATION_EPOCH, Order, Prefetcher, Reader, split_validation
 from firp_cli.training.deepspeed_engine import ADAM_BETAS, learning_rate_factor
@@ -26,7 +27,6 @@ from firp_cli.training.ridge import ridge_start
 from firp_cli.training.trainer import data_order, make_pace, planned_steps, sequence_lengths, usual_interval
 
 Row = dict[str, Any]
-Progress = Callable[[int, int | None], None]
 
 
 def train_plain(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from firp_cli.evaluation.environment import machine_key, measurement_environment
 from firp_cli.evaluation.timing import Run, captured, enough_calls, milliseconds, undisturbed
 from firp_cli.files import cache_folder, write_json
 from firp_cli.provenance import fingerprint
-from firp_cli.results import plain
+from firp_cli.results import Progress, plain
 from firp_cli.teacher.attention import StepMask, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.teacher import Teacher
@@ -36,7 +36,6 @@ POINTS = 6  # row counts of a curve, about
 DEEPEST = 8  # rows stand no further than this behind the prefix, as a tree's do
 SECONDS, SECONDS_CUDA = 50.0, 15.0  # all curves together
 Times = tuple[float, float, float]  # milliseconds of the three parts
-Progress = Callable[[int, int | None], None]
 
 
 def check_cache(teacher: Teacher, batch: int, context: int, most_rows: int) -> dict[str, Any]:

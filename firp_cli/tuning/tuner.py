@@ -19,7 +19,7 @@ from firp_cli.evaluation.run_bench import BenchPrompt, run_bench
 from firp_cli.evaluation.simulate import replay_speedup, walk
 from firp_cli.evaluation.timing import as_benched, enough_calls, milliseconds, undisturbed
 from firp_cli.predictors.base import Predictor
-from firp_cli.results import Prediction
+from firp_cli.results import Prediction, Progress
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import CostReport, Trial, TunedTree, TuneReport
 from firp_cli.tuning.acceptance import Acceptance, ranks, reliability
@@ -41,7 +41,6 @@ MOST_ROWS, MOST_ROWS_CUDA = 64, 256
 SMALLEST_CONTEXT = 64
 
 Tell = Callable[[str], None]
-Progress = Callable[[int, int | None], None]
 
 
 def _engine(teacher: Teacher, predictor: Predictor, spec: TreeSpec, settings: TuneSettings) -> Engine:
