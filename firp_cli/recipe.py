@@ -6,6 +6,8 @@ key. Embedded teachers, predictors, data and shipped recipes are found here too,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,16 +18,20 @@ from firp_cli.config import KINDS, LoopedSection, Recipe
 from firp_cli.errors import RecipeError
 
 
-def load_recipe(name: str | None, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe by path or shipped name, apply `section.field=value` overrides, and validate.
+def load_recipe(name: Recipe | str | Path | None, overrides: Sequence[str] | None = None) -> Recipe:
+    """Read a recipe by path or shipped name (or take a Recipe), apply `section.field=value` overrides, and validate.
 
     Raises RecipeError naming the file, line and key.
     """
     values: dict[str, Any] = {}
     lines: dict[tuple[str, ...], int] = {}
     origin = "command line"
-    if name is not None:
-        path = find_recipe(name)
+    if isinstance(name, Recipe):
+        if not overrides:
+            return name
+        values, origin = name.model_dump(), "recipe"
+    elif name is not None:
+        path = find_recipe(str(name))
         origin = str(path)
         values, lines = _read_yaml(path.read_text(encoding="utf-8"), origin)
     for override in overrides or []:

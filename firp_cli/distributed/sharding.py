@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from firp_cli.config import TeacherConfig
 from firp_cli.distributed.launch import load_deepspeed, start
-from firp_cli.distributed.rank_group import talking
+from firp_cli.distributed.rank_group import peer_loss_reported
 from firp_cli.errors import TeacherError
 from firp_cli.machine import default_device, is_main, world_size
 from firp_cli.teacher.attention import LayerMask
@@ -58,7 +58,7 @@ def load_sharded(config: TeacherConfig, first: int = 0) -> Teacher:
         vacant = PartialTeacher(config)
         vacant.drop_lower(first)
         sharing = _Sharing(vacant, default_device())
-        with talking():
+        with peer_loss_reported():
             vacant.fill(sharing.device, sharing.share)
             teacher = vacant.teacher
             gather = Gatherer()
@@ -131,7 +131,7 @@ class Gatherer:
         if wanted == self._held or not parameters:
             return
         # what collecting gathers in inference mode may still be held when training saves it for its backward pass
-        with talking(), torch.inference_mode(False), torch.no_grad():
+        with peer_loss_reported(), torch.inference_mode(False), torch.no_grad():
             self._stack.close()
             self._held = ()
             self._stack.enter_context(load_deepspeed().zero.GatheredParameters(parameters, modifier_rank=None))
@@ -201,6 +201,6 @@ def _parts(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def _any_works(work: bool) -> bool:
     """Whether any rank has work; a collective."""
     flag = torch.tensor([float(work)], device=default_device())
-    with talking():
+    with peer_loss_reported():
         torch.distributed.all_reduce(flag)
     return bool(flag.item())

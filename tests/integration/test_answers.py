@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from firp_cli.collecting import answer_log as answers_module
-from firp_cli.collecting.answer import MAX_CONSECUTIVE_FAILURES, respond
+from firp_cli.collecting.answer import MAX_CONSECUTIVE_FAILURES, account_line, respond
 from firp_cli.collecting.answer_log import AnswerLog, prompt_keys, read_answers
 from firp_cli.collecting.collect_store import collect_store
-from firp_cli.collecting.engine_responder import EngineResponder, account_line, make_responder
+from firp_cli.collecting.engine_responder import EngineResponder, make_responder
 from firp_cli.collecting.responders import Answer, RetryingResponder
 from firp_cli.config import DataConfig, Recipe
 from firp_cli.data.chat import encode_prompt
@@ -92,7 +92,7 @@ def test_every_prompt_is_accounted_for_and_keeps_its_place(tmp_path: Path) -> No
     assert responder.closed == 1
     line = account_line(account)
     assert line.startswith("answers: 3 written, 1 of them cut at a length limit")
-    assert "2 empty, 1 failed" in line and "it broke; --resume tries them again" in line
+    assert "2 empty, 1 failed" in line and "first failure: it broke; --resume tries failed prompts again" in line
 
 
 def test_an_answer_ends_with_the_longest_sequence(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_the_engine_halves_its_batch_where_memory_ends(monkeypatch: pytest.Monke
     room = KVCache.bytes_needed(**cache_shape(teacher, None, None, 3, 40))
     monkeypatch.setattr("firp_cli.decoding.sequences.free_bytes", lambda _: room)
     found = {reply.number: reply.token_ids for reply in responder.reply(prompts, [6] * 9)}
-    assert found == whole and responder._steady.width == 2
+    assert found == whole and responder._retrying.width == 2
 
 
 @pytest.fixture
@@ -311,16 +311,16 @@ def test_a_failed_prompt_is_tried_again_and_the_store_is_whole(dataset: Path, tm
                 raise RuntimeError("a bad day")
 
     first = collect_store(teacher, data, [2], tmp_path / "store", responder=Moody(teacher, 6))
-    assert first["answers"]["failed"] == 1 and first["answers"]["failure"] == "a bad day"
-    assert first["conversations"] == 23 and first["skipped"] == {"answer failed": 1}
+    assert first.answers["failed"] == 1 and first.answers["failure"] == "a bad day"
+    assert first.conversations == 23 and first.skipped == {"answer failed": 1}
     assert Store.open(tmp_path / "store").manifest["counts"]["answers"]["failed"] == 1
     second = collect_store(teacher, data, [2], tmp_path / "store", responder=engine, resume=True)
-    assert second["answers"]["failed"] == 0 and second["conversations"] == 24
+    assert second.answers["failed"] == 0 and second.conversations == 24
     collect_store(teacher, data, [2], tmp_path / "reference", responder=engine)
     assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "reference")
     assert contents(tmp_path / "store")["manifest.json"] == contents(tmp_path / "reference")["manifest.json"]
     made = collect_store(teacher, data, [2], tmp_path / "other", responder=Moody(teacher, 6))
-    assert made["answers"]["failed"] == 1
+    assert made.answers["failed"] == 1
     merge_stores(tmp_path / "both", [tmp_path / "store", tmp_path / "other"])
     both = Store.open(tmp_path / "both").manifest["counts"]["answers"]
     assert (both["written"], both["failed"], both["failure"]) == (47, 1, "a bad day")

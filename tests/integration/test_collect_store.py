@@ -33,6 +33,7 @@ from firp_cli.store.reader import Store
 from firp_cli.teacher.teacher import Teacher
 from helpers.chat import byte_tokenizer
 from helpers.collecting import config, contents, make_teacher
+from helpers.commands import firp, invoke
 from helpers.models import FAMILIES, ROOT, VOCABULARY, generate_reference, tiny_model, tiny_teacher
 from helpers.rank_pool import RankPool
 
@@ -105,8 +106,8 @@ def test_a_store_holds_the_teachers_states_tokens_and_masks(
 ) -> None:
     summary = collect_store(byte_teacher, config(dataset), [3, 1], tmp_path / "store")
     store = Store.open(tmp_path / "store", verify=True)
-    assert len(store) == summary["conversations"] == 24 and summary["shards"] >= 4
-    assert summary["layers"] == [1, 3] and summary["tokens"] == sum(store.lengths)
+    assert len(store) == summary.conversations == 24 and summary.shards >= 4
+    assert summary.layers == [1, 3] and summary.tokens == sum(store.lengths)
     for number, item in enumerate(store):
         messages = [
             {"role": "user", "content": f"What is {number} + {number * 7}?"},
@@ -175,7 +176,7 @@ def test_kill_and_resume_end_with_the_same_bytes(dataset: Path, tmp_path: Path) 
         Store.open(folder)
     before = {name: (folder / name).stat().st_mtime_ns for name in left}
     summary = collect_store(make_teacher(), config(dataset), [1, 2], folder, resume=True)
-    assert summary["shards_written"] == summary["shards"] - 2
+    assert summary.shards_written == summary.shards - 2
     assert before == {name: (folder / name).stat().st_mtime_ns for name in left}
     collect_store(make_teacher(), config(dataset), [1, 2], tmp_path / "uninterrupted")
     assert contents(folder) == contents(tmp_path / "uninterrupted")
@@ -188,9 +189,9 @@ def test_a_damaged_shard_is_rebuilt_alone(byte_teacher: Teacher, dataset: Path, 
     (folder / "shard-00001.safetensors").write_bytes(b"\0" * len(whole["shard-00001.safetensors"]))
     (folder / "shard-00003.safetensors").unlink()
     summary = collect_store(byte_teacher, config(dataset), [2], folder, resume=True)
-    assert summary["shards_written"] == 2
+    assert summary.shards_written == 2
     assert contents(folder) == whole
-    assert collect_store(byte_teacher, config(dataset), [2], folder, resume=True)["tokens_per_second"] is None
+    assert collect_store(byte_teacher, config(dataset), [2], folder, resume=True).tokens_per_second is None
 
 
 def test_resume_notices_other_data_and_other_teachers(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
@@ -242,8 +243,8 @@ def test_rows_without_a_usable_answer_are_skipped_and_counted(byte_teacher: Teac
     rows = [{"messages": turns}, {"messages": turns[:1]}, {"messages": []}, {"messages": long}, {"messages": turns}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = collect_store(byte_teacher, config(path, max_length=60), [2], tmp_path / "store")
-    assert summary["conversations"] == 2
-    assert summary["skipped"] == {"no answer": 2, "no answer within max_length": 1}
+    assert summary.conversations == 2
+    assert summary.skipped == {"no answer": 2, "no answer within max_length": 1}
 
 
 def test_useless_loss_masks_and_unanswered_sets_are_refused(byte_teacher: Teacher, tmp_path: Path) -> None:
@@ -292,13 +293,13 @@ def test_the_estimate_is_right_and_writes_nothing(byte_teacher: Teacher, dataset
     before = sorted(tmp_path.rglob("*"))
     figures = estimate(byte_teacher, config(dataset), [1, 2], "float32", tmp_path / "deep" / "store")
     assert sorted(tmp_path.rglob("*")) == before
-    assert figures["exact"] and figures["free_bytes"] > 0 and figures["seconds"] > 0
+    assert figures.exact and figures.free_bytes > 0 and figures.seconds > 0
     summary = collect_store(byte_teacher, config(dataset), [1, 2], tmp_path / "store")
-    assert (figures["conversations"], figures["tokens"]) == (summary["conversations"], summary["tokens"])
-    assert figures["total_bytes"] == pytest.approx(summary["bytes"], rel=0.1)
+    assert (figures.conversations, figures.tokens) == (summary.conversations, summary.tokens)
+    assert figures.total_bytes == pytest.approx(summary.bytes, rel=0.1)
     data = config(dataset, regenerate=True, max_new_tokens=5)
     bound = estimate(byte_teacher, data, [2], "int8", tmp_path, responder=EngineResponder(byte_teacher, 32))
-    assert bound["upper_bound"] and bound["answering_seconds"] > 0 and bound["bytes_per_token"] == 5 + 2 * (32 + 2)
+    assert bound.upper_bound and bound.answering_seconds > 0 and bound.bytes_per_token == 5 + 2 * (32 + 2)
 
 
 def test_an_estimate_from_a_sample_comes_near(
@@ -307,40 +308,36 @@ def test_an_estimate_from_a_sample_comes_near(
     exact = estimate(byte_teacher, config(dataset), [1], "float32", tmp_path)
     monkeypatch.setattr("firp_cli.collecting.estimate.SAMPLE_CONVERSATIONS", 8)
     figures = estimate(byte_teacher, config(dataset), [1], "float32", tmp_path)
-    assert not figures["exact"] and figures["sampled_conversations"] == 8 and figures["conversations"] == 24
-    assert figures["tokens"] == pytest.approx(exact["tokens"], rel=0.2)
+    assert not figures.exact and figures.sampled_conversations == 8 and figures.conversations == 24
+    assert figures.tokens == pytest.approx(exact.tokens, rel=0.2)
 
 
-def firp(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    values = {key: value for key, value in os.environ.items() if key != "FIRP_DATA_DIR"}
-    values |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "firp_cli", "collect", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=values, timeout=120, check=False)
-
-
-def test_the_command_from_estimate_to_store(teacher_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    common = ["--teacher", str(teacher_folder), "--dataset", str(dataset), "--layers", "1,3", "data.shard_tokens=300"]
-    planned = firp(*common, "--estimate", cwd=tmp_path)
-    assert planned.returncode == 0, planned.stderr
+def test_collect_estimates_and_fills_a_store(
+    teacher_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["--teacher", teacher_folder, "--dataset", dataset, "--layers", "1,3", "data.shard_tokens=300"]
+    planned = invoke("collect", *common, "--estimate")
+    assert planned.exit_code == 0, planned.output
     assert "nothing was started" in planned.stdout and "GB free" in planned.stdout
     assert not (tmp_path / "stores").exists()
-    done = firp(*common, "--limit", "10", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = invoke("collect", *common, "--limit", "10", "--json")
+    assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert summary["store"] == "stores/sums" and summary["conversations"] == 10
     store = Store.open(tmp_path / "stores" / "sums", verify=True)
     assert store.manifest["layers"] == [1, 3] and store.manifest["recipe"]["data"]["limit"] == 10
 
 
-def test_a_recipe_says_layers_and_folder(teacher_folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_collect_reads_layers_and_folder_from_the_recipe(teacher_folder: Path, dataset: Path, tmp_path: Path) -> None:
     sections = [f"teacher: {{model: {teacher_folder}}}", f"data: {{dataset: {dataset}}}"]
     text = "\n".join([*sections, "predictor: {kind: firp, layer: 3}", "store: mine"])
     (tmp_path / "run.yaml").write_text(text)
-    done = firp("run.yaml", cwd=tmp_path)
+    done = firp("collect", "run.yaml", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mine: 24 conversations") and "layers 3 and the final state" in done.stdout
     assert done.stdout.rstrip().endswith("next: firp train run.yaml --store mine")
-    again = firp("run.yaml", cwd=tmp_path)
+    again = firp("collect", "run.yaml", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert again.returncode == 1 and "already holds a complete store" in again.stderr and "--resume" in again.stderr
     assert len(again.stderr.splitlines()) == 1
 

@@ -148,7 +148,7 @@ def test_a_vllm_that_does_not_start_is_said(script: Script, teacher: Teacher, tm
 def test_what_vllm_cannot_do_is_refused(script: Script, teacher: Teacher, tmp_path: Path) -> None:
     looped = TeacherConfig(looped=LoopedSection(block=2, loops=2))
     for given, options, words in (
-        (TeacherConfig(), {"model": "x"}, "not for you to set"),
+        (TeacherConfig(), {"model": "x"}, "cannot be set"),
         (looped, {}, "does not run the loops"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -184,7 +184,7 @@ def test_ranks_share_the_devices(
     assert responder_of(teacher, tmp_path, tensor_parallel_size=4)._visible == ["7", "6", "5", "4"]
     monkeypatch.setenv("LOCAL_RANK", "4")
     assert not responder_of(teacher, tmp_path, tensor_parallel_size=4).active  # two devices are too few
-    with pytest.raises(UsageError, match="asks for 8 devices, and this machine has 6 ranks"):
+    with pytest.raises(UsageError, match="needs 8 devices, and this machine has 6 ranks"):
         responder_of(teacher, tmp_path, tensor_parallel_size=8)
 
 
@@ -225,7 +225,7 @@ def test_a_store_from_vllm(script: Script, teacher: Teacher, tmp_path: Path) -> 
     responder = make_responder(recipe, teacher)
     assert isinstance(responder, VllmResponder)
     summary = collect_store(teacher, data, [2], tmp_path / "store", responder=responder)
-    assert summary["answers"]["written"] == 8
+    assert summary.answers["written"] == 8
     store = Store.open(tmp_path / "store", verify=True)
     assert store.manifest["settings"]["responder"] == "vllm"
     for item in store:
