@@ -25,7 +25,7 @@ def make_responder(recipe: Recipe, teacher: Teacher) -> Responder | None:
         return VllmResponder(recipe.teacher, teacher, recipe.collect.vllm, longest_sequence(teacher, data))
     devices = {parameter.device for parameter in teacher.model.parameters()}
     if teacher.loaded_weights.kind == "zero3" or len(devices) > 1:
-        how = "shared out over ranks" if teacher.loaded_weights.kind == "zero3" else "spread over devices"
+        how = "sharded over ranks" if teacher.loaded_weights.kind == "zero3" else "spread over devices"
         raise UsageError(
             f"firp's engine needs a whole teacher on one device, and this one is {how}: set "
             "collect.responder=vllm with collect.vllm.tensor_parallel_size=N"

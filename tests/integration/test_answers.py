@@ -339,7 +339,7 @@ def test_recipes_choose_their_responder() -> None:
 def test_the_engine_needs_a_whole_teacher() -> None:
     teacher, recipe = make_teacher(), Recipe(data=DataConfig(regenerate=True))
     teacher.loaded_weights = replace(teacher.loaded_weights, kind="zero3")
-    with pytest.raises(UsageError, match=r"shared out over ranks: set collect\.responder=vllm"):
+    with pytest.raises(UsageError, match=r"sharded over ranks: set collect\.responder=vllm"):
         make_responder(recipe, teacher)
     teacher = make_teacher()
     teacher.model.lm_head.to("meta")

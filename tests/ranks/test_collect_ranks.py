@@ -171,7 +171,7 @@ def test_a_launched_collect_stands_a_signal_and_a_kill(
     assert process.wait() == 1, log.read_text()
     assert time.monotonic() - began < PROMPT_SECONDS
     told = log.read_text()
-    assert re.search(r"firp: rank 1 (was killed|ended without a word).*run again with --resume", told), told
+    assert re.search(r"firp: rank 1 (was killed|ended without a message).*run again with --resume", told), told
     assert told.count("firp:") == 1 and "Traceback" not in told
     assert kept + 4 <= check_store(folder, reference) < len(reference)
 

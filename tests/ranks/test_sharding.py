@@ -1,4 +1,4 @@
-"""Teachers shared out over ranks (gloo): the states, stores and losses of the whole one, a part of its memory."""
+"""Teachers sharded over ranks (gloo): states, stores and losses of the whole teacher, a part of its memory."""
 
 from __future__ import annotations
 
@@ -123,8 +123,7 @@ def test_one_rank_says_that_there_is_nothing_to_share():
     teacher = load_for_ranks(TeacherConfig(sharding="zero3"), 2)
     assert teacher.first == 2 and teacher.peers is None
     assert (
-        "one rank has nothing to share" in teacher_line(teacher.loaded_weights)
-        and "--gpus" in teacher.loaded_weights.note
+        "has no effect on one rank" in teacher_line(teacher.loaded_weights) and "--gpus" in teacher.loaded_weights.note
     )
 
 
@@ -136,7 +135,7 @@ def test_a_teacher_that_cannot_be_shared_is_refused_by_all_ranks(ranks: RankPool
     codes = ranks.run(command, 2, tmp_path / "log")
     assert 2 in codes and set(codes) <= {2, -15}  # whoever is told that the other has failed ends too
     log = (tmp_path / "log").read_text()
-    assert "cannot be shared out over ranks: " in log and "no safetensors weights" in log and "device_map=auto" in log
+    assert "cannot be sharded over ranks: " in log and "no safetensors weights" in log and "device_map=auto" in log
     assert not (tmp_path / "store").exists()
 
 

@@ -53,7 +53,7 @@ def test_a_hostfile_says_machines_in_order(hostfile: Path) -> None:
         ("node-1\n", r"hosts:1: 'node-1' is not of the form `HOST slots=N`"),
         ("node-1 slots=4\nnode-2 slots = 4\n", r"hosts:2: .* is not of the form"),
         ("node-1 slots=4\nnode-2 slots=0\n", r"hosts:2: node-2 has no slot"),
-        ("node-1 slots=4\n\nnode-1 slots=4\n", r"hosts:3: node-1 stands twice \(first on line 1\)"),
+        ("node-1 slots=4\n\nnode-1 slots=4\n", r"hosts:3: node-1 is listed twice \(first on line 1\)"),
         ("# nobody\n", "names no machine"),
         ("", "names no machine"),
     ],
