@@ -1,4 +1,4 @@
-"""`firp quickstart`: prompts that are measured are not learnt from, and one command ends in a table and a recipe."""
+"""`firp quickstart`: test prompts are not trained on, and one command ends in a table and a recipe."""
 
 from __future__ import annotations
 
@@ -117,4 +117,4 @@ def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
     assert recipe.data.limit == 36 and recipe.store == "out/store"
     again = firp("quickstart", "arithmetic", *options, cwd=tmp_path)
-    assert again.returncode == 2 and "holds an earlier quickstart" in again.stderr
+    assert again.returncode == 2 and "contains an earlier quickstart" in again.stderr

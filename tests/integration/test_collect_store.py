@@ -43,7 +43,7 @@ def random_ids(lengths: list[int], seed: int = 0) -> list[Tensor]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator, dtype=torch.int32) for length in lengths]
 
 
-def test_batches_hold_similar_lengths_and_every_conversation_once() -> None:
+def test_plan_batches_groups_similar_lengths() -> None:
     lengths = [5, 9, 30, 9, 1, 6, 16]
     batches = plan_batches(lengths, 20)
     assert sorted(index for batch in batches for index in batch) == list(range(7))
@@ -54,7 +54,7 @@ def test_batches_hold_similar_lengths_and_every_conversation_once() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_states_of_shared_forwards_are_those_of_one_conversation_alone(family: str) -> None:
+def test_capture_equals_the_forward_of_one_conversation(family: str) -> None:
     """Against the model's own forward, one conversation at a time (Llama, Mistral and Qwen2 with windows, Qwen3)."""
     wide = tiny_model(family)
     torch.manual_seed(1)
@@ -101,9 +101,7 @@ def dataset(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_store_holds_the_teachers_states_tokens_and_masks(
-    byte_teacher: Teacher, dataset: Path, tmp_path: Path
-) -> None:
+def test_store_has_the_teachers_states_tokens_and_masks(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     summary = collect_store(byte_teacher, config(dataset), [3, 1], tmp_path / "store")
     store = Store.open(tmp_path / "store", verify=True)
     assert len(store) == summary.conversations == 24 and summary.shards >= 4
@@ -127,7 +125,9 @@ def test_a_store_holds_the_teachers_states_tokens_and_masks(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_smaller_stores_stay_near_the_states(byte_teacher: Teacher, dataset: Path, tmp_path: Path, dtype: str) -> None:
+def test_compressed_stores_stay_near_the_states(
+    byte_teacher: Teacher, dataset: Path, tmp_path: Path, dtype: str
+) -> None:
     collect_store(byte_teacher, config(dataset), [2], tmp_path / "exact")
     collect_store(byte_teacher, config(dataset, store_dtype=dtype), [2], tmp_path / "small")
     exact, small = Store.open(tmp_path / "exact"), Store.open(tmp_path / "small")
@@ -165,7 +165,7 @@ def run_script(code: str) -> int:
     return subprocess.run(command, env=values, capture_output=True, timeout=120, check=False).returncode
 
 
-def test_kill_and_resume_end_with_the_same_bytes(dataset: Path, tmp_path: Path) -> None:
+def test_resume_after_a_kill_gives_the_same_bytes(dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     code = KILL_IN_SHARD.format(tests=str(ROOT / "tests"), dataset=str(dataset), folder=str(folder))
     assert run_script(code) == -signal.SIGKILL
@@ -182,7 +182,7 @@ def test_kill_and_resume_end_with_the_same_bytes(dataset: Path, tmp_path: Path) 
     assert contents(folder) == contents(tmp_path / "uninterrupted")
 
 
-def test_a_damaged_shard_is_rebuilt_alone(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_resume_rebuilds_only_damaged_shards(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     collect_store(byte_teacher, config(dataset), [2], folder)
     whole = contents(folder)
@@ -194,7 +194,7 @@ def test_a_damaged_shard_is_rebuilt_alone(byte_teacher: Teacher, dataset: Path, 
     assert collect_store(byte_teacher, config(dataset), [2], folder, resume=True).tokens_per_second is None
 
 
-def test_resume_notices_other_data_and_other_teachers(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_resume_refuses_other_data_and_other_teachers(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     collect_store(byte_teacher, config(dataset), [2], folder)
     with pytest.raises(StoreError, match=r"layers \(store: \[2\], now: \[3\]\)"):
@@ -214,7 +214,7 @@ def test_nan_stops_before_its_shard(byte_teacher: Teacher, dataset: Path, tmp_pa
         Store.open(tmp_path / "store")
 
 
-def test_a_full_disk_is_said_before_and_while_writing(
+def test_full_disk_is_reported_before_and_during_writing(
     byte_teacher: Teacher, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from firp_cli.collecting import estimate as estimate_module
@@ -236,7 +236,7 @@ def test_a_full_disk_is_said_before_and_while_writing(
     assert len(Store.open(tmp_path / "full", verify=True)) == 24
 
 
-def test_rows_without_a_usable_answer_are_skipped_and_counted(byte_teacher: Teacher, tmp_path: Path) -> None:
+def test_rows_without_a_usable_answer_are_skipped(byte_teacher: Teacher, tmp_path: Path) -> None:
     path = tmp_path / "mixed.jsonl"
     turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     long = [{"role": "user", "content": "far too long " * 40}, turns[1]]
@@ -267,7 +267,9 @@ def test_useless_loss_masks_and_unanswered_sets_are_refused(byte_teacher: Teache
     assert not (tmp_path / "store").exists()
 
 
-def test_layers_and_tokenizers_that_do_not_fit(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_unusable_layers_and_missing_tokenizers_are_refused(
+    byte_teacher: Teacher, dataset: Path, tmp_path: Path
+) -> None:
     for layers in ([0], [4], [2, 9]):
         with pytest.raises(UsageError, match="layers 1 to 3 can be collected"):
             collect_store(byte_teacher, config(dataset), layers, tmp_path / "store")
@@ -275,7 +277,7 @@ def test_layers_and_tokenizers_that_do_not_fit(byte_teacher: Teacher, dataset: P
         collect_store(tiny_teacher(), config(dataset), [2], tmp_path / "store")
 
 
-def test_regenerated_stores_hold_the_teachers_own_text(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_regenerated_store_has_the_teachers_own_text(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     data = config(dataset, regenerate=True, max_new_tokens=12, batch_size=7)
     collect_store(byte_teacher, data, [2], tmp_path / "store", responder=EngineResponder(byte_teacher, 7))
     store = Store.open(tmp_path / "store")
@@ -289,7 +291,7 @@ def test_regenerated_stores_hold_the_teachers_own_text(byte_teacher: Teacher, da
         assert store[number].loss_mask.tolist() == [place >= len(prompt) for place in range(len(expected))]
 
 
-def test_the_estimate_is_right_and_writes_nothing(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_estimate_is_exact_and_writes_nothing(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     figures = estimate(byte_teacher, config(dataset), [1, 2], "float32", tmp_path / "deep" / "store")
     assert sorted(tmp_path.rglob("*")) == before
@@ -302,7 +304,7 @@ def test_the_estimate_is_right_and_writes_nothing(byte_teacher: Teacher, dataset
     assert bound.upper_bound and bound.answering_seconds > 0 and bound.bytes_per_token == 5 + 2 * (32 + 2)
 
 
-def test_an_estimate_from_a_sample_comes_near(
+def test_estimate_from_a_sample_is_close(
     byte_teacher: Teacher, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = estimate(byte_teacher, config(dataset), [1], "float32", tmp_path)
@@ -349,11 +351,11 @@ def test_collect_reads_layers_and_folder_from_the_recipe(teacher_folder: Path, d
         (["--hostfile", "absent"], "no hostfile absent", 1),
         (["--layers", "two"], "--layers takes numbers", 1),
         (["data.limt=3"], "did you mean 'limit'", 1),
-        (["--layers", "99"], "can be collected", 2),  # the first says what of the teacher is loaded
+        (["--layers", "99"], "can be collected", 2),  # the first line names the loaded layers
         (["--dataset", "absent.jsonl"], "no such file: absent.jsonl", 1),
     ],
 )
-def test_bad_input_is_answered_in_a_line_or_two(
+def test_collect_bad_input_has_an_error_of_two_lines(
     ranks: RankPool, teacher_folder: Path, tmp_path: Path, arguments: list[str], words: str, lines: int
 ) -> None:
     place, log = tmp_path / "place", tmp_path / "log"

@@ -1,4 +1,4 @@
-"""The responder of another process, against a stand-in with vLLM's signatures: vLLM itself is not in these tests."""
+"""The vLLM responder against a stand-in with vLLM's signatures; vLLM itself is not used."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_answers_come_by_token_ids_from_a_process_that_then_ends(
+def test_vllm_answers_by_token_ids_and_its_process_ends(
     script: Script, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes = script()
@@ -104,7 +104,7 @@ def test_answers_come_by_token_ids_from_a_process_that_then_ends(
     assert not alive(start["pid"])
 
 
-def test_a_prompt_that_vllm_refuses_loses_no_other(
+def test_vllm_refused_prompt_loses_no_other(
     script: Script, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(refuse=96, drop_stop=True)
@@ -120,7 +120,7 @@ def test_a_prompt_that_vllm_refuses_loses_no_other(
     assert account["failed"] == 0 and len(again.input_ids) == 7
 
 
-def test_memory_that_ends_and_a_killed_process_are_survived(
+def test_vllm_survives_little_memory_and_a_killed_process(
     script: Script, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes = script(room=3, die=96)
@@ -134,7 +134,7 @@ def test_memory_that_ends_and_a_killed_process_are_survived(
     assert not any(alive(line["pid"]) for line in asked(notes) if "pid" in line)
 
 
-def test_a_vllm_that_does_not_start_is_said(script: Script, teacher: Teacher, tmp_path: Path) -> None:
+def test_vllm_reports_that_it_does_not_start(script: Script, teacher: Teacher, tmp_path: Path) -> None:
     prompts = corpus_of([[5]])
     for faults, options, words in (
         ({}, {"tensor_paralel_size": 2}, "unexpected keyword argument 'tensor_paralel_size'"),
@@ -145,7 +145,7 @@ def test_a_vllm_that_does_not_start_is_said(script: Script, teacher: Teacher, tm
             respond(teacher, prompts, DataConfig(), 100, tmp_path, responder_of(teacher, tmp_path, **options))
 
 
-def test_what_vllm_cannot_do_is_refused(script: Script, teacher: Teacher, tmp_path: Path) -> None:
+def test_vllm_refuses_unsupported_options_and_teachers(script: Script, teacher: Teacher, tmp_path: Path) -> None:
     looped = TeacherConfig(looped=LoopedSection(block=2, loops=2))
     for given, options, words in (
         (TeacherConfig(), {"model": "x"}, "cannot be set"),
@@ -157,7 +157,7 @@ def test_what_vllm_cannot_do_is_refused(script: Script, teacher: Teacher, tmp_pa
         VllmResponder(TeacherConfig(), looped_teacher(2, 2), {}, 100)
 
 
-def test_a_missing_vllm_is_refused_before_the_teacher_is_loaded(tmp_path: Path) -> None:
+def test_missing_vllm_is_refused_before_the_teacher_is_loaded(tmp_path: Path) -> None:
     if vllm_process.importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed")
     command = [sys.executable, "-m", "firp_cli", "collect", "--regenerate", "collect.responder=vllm"]
@@ -166,7 +166,7 @@ def test_a_missing_vllm_is_refused_before_the_teacher_is_loaded(tmp_path: Path) 
     assert done.returncode == 2 and "pip install 'firp[vllm]'" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_ranks_share_the_devices(
+def test_vllm_ranks_share_the_devices(
     script: Script, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six ranks on a machine, vLLM over two devices each: every second rank answers, with its own and the next."""
@@ -188,7 +188,7 @@ def test_ranks_share_the_devices(
         responder_of(teacher, tmp_path, tensor_parallel_size=8)
 
 
-def test_the_process_ends_with_the_one_that_asked(script: Script, teacher: Teacher, tmp_path: Path) -> None:
+def test_vllm_process_ends_with_the_process_that_started_it(script: Script, teacher: Teacher, tmp_path: Path) -> None:
     """Killed in the middle of a batch: nothing holds the devices' memory afterwards."""
     notes = script(seconds=30)
     teacher.model.save_pretrained(tmp_path / "teacher")
@@ -211,7 +211,7 @@ def test_the_process_ends_with_the_one_that_asked(script: Script, teacher: Teach
     assert not alive(pid)
 
 
-def test_a_store_from_vllm(script: Script, teacher: Teacher, tmp_path: Path) -> None:
+def test_collect_with_vllm(script: Script, teacher: Teacher, tmp_path: Path) -> None:
     lines = [json.dumps({"question": f"{n} + {n}?"}) for n in range(8)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n")
     data = config(tmp_path / "sums.jsonl", regenerate=True, max_new_tokens=9)

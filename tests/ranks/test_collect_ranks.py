@@ -1,4 +1,4 @@
-"""`firp collect` on several ranks: started by itself, by torchrun and by srun; signals, kills and what resumes."""
+"""`firp collect` on several ranks, started by firp, torchrun and srun: signals, kills, resuming."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def entered(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_an_interrupted_collect_keeps_what_is_whole(
+def test_interrupted_collect_keeps_whole_shards(
     ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path, count: int, number: signal.Signals
 ) -> None:
     folder = tmp_path / "store"
@@ -73,9 +73,7 @@ def test_an_interrupted_collect_keeps_what_is_whole(
     assert before == {path: path.stat().st_mtime_ns for path in before}  # written once
 
 
-def test_ranks_that_srun_started_find_each_other(
-    ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_collect_with_srun(ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     command = [*collecting(place, tmp_path / "store"), "--json"]
     assert ranks.run(command, 2, tmp_path / "log", slurm=1) == [0, 0], (tmp_path / "log").read_text()
     assert shard_bytes(tmp_path / "store") == reference
@@ -93,7 +91,7 @@ def test_ranks_that_srun_started_find_each_other(
         (["--output", "STORE"], 1, "already holds a complete store"),
     ],
 )
-def test_an_error_of_all_ranks_is_told_once(
+def test_error_of_all_ranks_is_printed_once(
     ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path, change: list[str], code: int, words: str
 ) -> None:
     change = [str(place / "store") if item == "STORE" else item for item in change]
@@ -104,7 +102,7 @@ def test_an_error_of_all_ranks_is_told_once(
     assert not (tmp_path / "store").exists()
 
 
-def test_an_estimate_counts_the_ranks_and_starts_none(ranks: RankPool, place: Path, tmp_path: Path) -> None:
+def test_estimate_counts_the_ranks_and_starts_none(ranks: RankPool, place: Path, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("one slots=4\ntwo slots=2\n")
     for asked, count in ((["--gpus", "2"], 2), (["--hostfile", str(tmp_path / "hosts")], 6)):
         log = tmp_path / f"log-{count}"
@@ -147,7 +145,7 @@ def launched_rank(launching: int, number: int) -> psutil.Process:
     raise AssertionError(f"no rank {number}")
 
 
-def test_a_launched_collect_stands_a_signal_and_a_kill(
+def test_launched_collect_survives_a_signal_and_a_kill(
     ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     """The real launcher: SIGTERM to the launching process, then kill -9 of a rank, then another number of ranks."""
@@ -180,9 +178,7 @@ def test_a_launched_collect_stands_a_signal_and_a_kill(
     assert len(Store.open(folder, verify=True)) == CONVERSATIONS
 
 
-def test_ranks_that_torchrun_started_print_one_summary(
-    place: Path, reference: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_collect_with_torchrun_prints_one_summary(place: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "firp_cli", *collecting(place, tmp_path / "store"), "--json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180, check=False)

@@ -47,7 +47,7 @@ def decoded(number: int, size: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_ranks_write_the_tokens_of_one_process(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pipeline_ranks_write_the_tokens_of_one_process(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every rank works on its own groups of layers and ends with the same tokens, in as many ticks; sampling too, since
     the last rank alone draws.
     """
@@ -58,7 +58,7 @@ def test_ranks_write_the_tokens_of_one_process(count: int, tmp_path: Path, monke
         assert json.loads((tmp_path / f"{number}.json").read_text()) == alone
 
 
-def test_the_stages_are_shared_out():
+def test_stages_are_divided_among_ranks():
     for loops in (1, 2, 3, 5, 8):
         for size in range(1, loops + 1):
             parts = [Ranks(loops, number, size) for number in range(size)]
@@ -72,7 +72,7 @@ def test_the_stages_are_shared_out():
         Ranks(2, 0, 3)
 
 
-def test_a_rank_keeps_its_layers_only():
+def test_release_keeps_only_the_layers_of_a_rank():
     teacher = Teacher(copy.deepcopy(tiny_model("llama")), name="whole")
     whole = sum(parameter.numel() for parameter in teacher.model.parameters())
     fingerprint = teacher.fingerprint
@@ -83,7 +83,7 @@ def test_a_rank_keeps_its_layers_only():
     assert whole - left == 2 * layer
 
 
-def test_draft_trees_decode_on_one_device():
+def test_draft_trees_are_refused_on_several_ranks():
     teacher = tiny_teacher("llama")
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
     with pytest.raises(UsageError, match="firp decodes on one device"):
