@@ -136,14 +136,15 @@ def resolve_train(
     predictor = resolved.predictor
     if predictor is None:
         raise UsageError(
-            f"{name or 'the command line'} names no predictor: give a recipe with a predictor section "
+            f"{name or 'the recipe'} names no predictor: give a recipe with a predictor section "
             "(`firp train demo`), or predictor.kind=firp predictor.layer=4"
         )
     stem = Path(name).stem if name else resolved.data.dataset
     store = Path(store or resolved.store or Path("stores") / stem)
     output = Path(output or resolved.output or Path("runs") / f"{stem}-{predictor.kind}")
     resolved = resolved.model_copy(update={"store": str(store), "output": str(output)})
-    return TrainRun(resolved, predictor, store, output, (*([name] if name else []), *overrides))
+    named = ["RECIPE"] if isinstance(recipe, Recipe) else [name] if name else []
+    return TrainRun(resolved, predictor, store, output, (*named, *overrides))
 
 
 def check_train(run: TrainRun, resume: bool, ranks: int, local_ranks: int) -> None:

@@ -10,11 +10,13 @@ import pytest
 from transformers import LlamaConfig
 
 from firp_cli.assets import shipped_recipes
-from firp_cli.config import TrainingConfig
+from firp_cli.api.train_run import train
+from firp_cli.config import Recipe, TrainingConfig
 from firp_cli.errors import FingerprintError, FirpError, PredictorError, StoreError, UsageError
 from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.training.memory_model import optimizer_memory
+from firp_cli.training.metrics_log import Listener
 from firp_cli.training.plan import make_plan
 from helpers.commands import invoke
 from helpers.models import HIDDEN, LAYERS, ROOT, VOCABULARY, tiny_model, tiny_teacher
@@ -52,6 +54,21 @@ def test_train_ends_with_the_gate_and_resumes_to_the_same_predictor(arguments: l
     assert json.loads(again.stdout)["best_step"] == training["best_step"]
     assert "no gate: training.gate_prompts is 0" in again.stderr
     assert (output / "predictor.safetensors").read_bytes() == before
+
+
+def test_train_function_returns_a_typed_result(teacher_folder: Path, store_folder: Path, tmp_path: Path):
+    recipe = load_recipe(None, [*FIRP, *SETTINGS, f"teacher.model={teacher_folder}"])
+    stopped = train(recipe, store=store_folder, output=tmp_path / "run", listener=Listener(stop=lambda done: done == 1))
+    assert stopped.stopped and stopped.steps == 1 < stopped.planned_steps and stopped.as_json() == {}
+    result = train(recipe, ["training.gate_prompts=1"], store=store_folder, output=tmp_path / "run", resume=True)
+    assert result.as_json() == json.loads((tmp_path / "run" / "training.json").read_text())
+    assert not result.stopped and result.output == tmp_path / "run" and result.steps == result.planned_steps
+    assert result.gate is not None and result.gate["prompts"] == 1
+    assert result.validation["best"]["expected_accepted_length"] == result.expected_accepted_length
+    with pytest.raises(StoreError, match="firp collect RECIPE"):
+        train(recipe, store=tmp_path / "nothing", output=tmp_path / "other")
+    with pytest.raises(UsageError, match="names no predictor"):
+        train(Recipe())
 
 
 def test_train_starts_two_ranks(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from firp_cli.api.collect_run import collect, estimate_collect
 from firp_cli.collecting import collect_store as capture_module
 from firp_cli.collecting.collect_store import collect_store
 from firp_cli.collecting.engine_responder import EngineResponder
 from firp_cli.collecting.estimate import estimate
 from firp_cli.collecting.teacher_states import capture, plan_batches
+from firp_cli.config import Recipe, TeacherConfig
 from firp_cli.data.chat import encode, encode_prompt
 from firp_cli.errors import (
     CapacityError,
@@ -331,6 +333,19 @@ def test_collect_estimates_and_fills_a_store(
     assert store.manifest["layers"] == [1, 3] and store.manifest["recipe"]["data"]["limit"] == 10
 
 
+def test_collect_function_returns_a_typed_summary(teacher_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    overrides = [f"teacher.model={teacher_folder}", f"data.dataset={dataset}", "data.limit=8"]
+    figures = estimate_collect(None, overrides, layers=[1], output=tmp_path / "store", ranks=2)
+    assert figures.exact and figures.ranks == 2 and not (tmp_path / "store").exists()
+    summary = collect(None, overrides, layers=[1], output=tmp_path / "store")
+    assert (summary.conversations, summary.tokens) == (figures.conversations, figures.tokens) and summary.layers == [1]
+    assert summary.as_json()["store"] == str(tmp_path / "store") and "answers" not in summary.as_json()
+    with pytest.raises(StoreError, match="already holds a complete store"):
+        collect(None, overrides, output=tmp_path / "store")
+    recipe = Recipe(teacher=TeacherConfig(model=str(teacher_folder)), data=config(dataset, limit=8))
+    assert collect(recipe, output=tmp_path / "other").layers == [2]  # the middle one: the recipe has no predictor
+
+
 def test_collect_reads_layers_and_folder_from_the_recipe(teacher_folder: Path, dataset: Path, tmp_path: Path) -> None:
     sections = [f"teacher: {{model: {teacher_folder}}}", f"data: {{dataset: {dataset}}}"]
     text = "\n".join([*sections, "predictor: {kind: firp, layer: 3}", "store: mine"])
@@ -361,7 +376,7 @@ def test_collect_bad_input_has_an_error_of_two_lines(
     place, log = tmp_path / "place", tmp_path / "log"
     place.mkdir()
     codes = ranks.run(["collect", "--teacher", str(teacher_folder), *arguments], 1, log, cwd=place)
-    told = log.read_text()
-    assert codes == [2] and words in told, told
-    assert len(told.splitlines()) == lines
+    printed = log.read_text()
+    assert codes == [2] and words in printed, printed
+    assert len(printed.splitlines()) == lines
     assert not list(place.iterdir())

@@ -34,7 +34,7 @@ Script = Callable[..., Path]
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
-    """Puts the stand-in where `import vllm` finds it, here and in the other process, and says what goes wrong."""
+    """Make `import vllm` find the stand-in, here and in vLLM's process; return a function that sets its faults."""
     (tmp_path / "modules" / "vllm").mkdir(parents=True)
     shutil.copy(vllm_stand_in.__file__, tmp_path / "modules" / "vllm" / "__init__.py")
     monkeypatch.syspath_prepend(tmp_path / "modules")

@@ -60,9 +60,9 @@ def test_interrupted_collect_keeps_whole_shards(
             os.kill(pid, number)
     codes = group.wait()
     assert time.monotonic() - began < PROMPT_SECONDS
-    told = (tmp_path / "log").read_text()
-    assert codes == [INTERRUPTED] * count, told
-    assert told.count("--resume goes on") == 1 and "Traceback" not in told
+    printed = (tmp_path / "log").read_text()
+    assert codes == [INTERRUPTED] * count, printed
+    assert printed.count("--resume goes on") == 1 and "Traceback" not in printed
     kept = check_store(folder, reference)
     assert 6 <= kept < len(reference)
     if count == 1:
@@ -96,9 +96,9 @@ def test_error_of_all_ranks_is_printed_once(
 ) -> None:
     change = [str(place / "store") if item == "STORE" else item for item in change]
     codes = ranks.run([*collecting(place, tmp_path / "store"), *change], 2, tmp_path / "log", slurm=1)
-    told = (tmp_path / "log").read_text()
+    printed = (tmp_path / "log").read_text()
     assert codes[0] == code and codes[1] != 0
-    assert told.count("firp:") == 1 and words in told and len(told.splitlines()) <= 2, told
+    assert printed.count("firp:") == 1 and words in printed and len(printed.splitlines()) <= 2, printed
     assert not (tmp_path / "store").exists()
 
 
@@ -113,8 +113,8 @@ def test_estimate_counts_the_ranks_and_starts_none(ranks: RankPool, place: Path,
         assert found["tokens_per_second"] == pytest.approx(count * found["rank_tokens_per_second"])
         assert found["seconds"] == pytest.approx(found["tokens"] / found["tokens_per_second"])
     assert ranks.run(command, 1, tmp_path / "log") == [0]
-    told = " ".join((tmp_path / "log").read_text().split())
-    assert "measured on a sample, times 6 ranks: an estimate" in told and "nothing was started" in told
+    printed = " ".join((tmp_path / "log").read_text().split())
+    assert "measured on a sample, times 6 ranks: an estimate" in printed and "nothing was started" in printed
     assert not (tmp_path / "store").exists()
 
 
@@ -156,8 +156,8 @@ def test_launched_collect_survives_a_signal_and_a_kill(
     process.terminate()
     assert process.wait() == INTERRUPTED, log.read_text()
     assert time.monotonic() - began < PROMPT_SECONDS
-    told = log.read_text()
-    assert told.count("--resume goes on") == 1 and "Traceback" not in told and "Error" not in told
+    printed = log.read_text()
+    assert printed.count("--resume goes on") == 1 and "Traceback" not in printed and "Error" not in printed
     kept = check_store(folder, reference)
     assert 4 <= kept < len(reference)
 
@@ -168,9 +168,9 @@ def test_launched_collect_survives_a_signal_and_a_kill(
     launched_rank(process.pid, 1).kill()
     assert process.wait() == 1, log.read_text()
     assert time.monotonic() - began < PROMPT_SECONDS
-    told = log.read_text()
-    assert re.search(r"firp: rank 1 (was killed|ended without a message).*run again with --resume", told), told
-    assert told.count("firp:") == 1 and "Traceback" not in told
+    printed = log.read_text()
+    assert re.search(r"firp: rank 1 (was killed|ended without a message).*run again with --resume", printed), printed
+    assert printed.count("firp:") == 1 and "Traceback" not in printed
     assert kept + 4 <= check_store(folder, reference) < len(reference)
 
     assert ranks.run([*collecting(place, folder), "--resume"], 3, log) == [0, 0, 0]

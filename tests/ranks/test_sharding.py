@@ -135,7 +135,10 @@ def test_teacher_that_cannot_be_sharded_is_refused_by_all_ranks(ranks: RankPool,
         path.unlink()
     command = collecting(place, tmp_path / "store", *SHARED, f"teacher.model={tmp_path / 'teacher'}")
     codes = ranks.run(command, 2, tmp_path / "log")
-    assert 2 in codes and set(codes) <= {2, -15}  # whoever is told that the other has failed ends too
+    assert 2 in codes and set(codes) <= {
+        2,
+        -15,
+    }  # a rank that is asked to end after the other failed may exit by SIGTERM
     log = (tmp_path / "log").read_text()
     assert "cannot be sharded over ranks: " in log and "no safetensors weights" in log and "device_map=auto" in log
     assert not (tmp_path / "store").exists()
