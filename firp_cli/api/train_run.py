@@ -59,7 +59,7 @@ class TrainRun:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a training run ended.
+    """Result of a training run.
 
     Attributes:
         output: the predictor folder. steps, planned_steps: optimizer steps taken, and planned at the start.

@@ -150,7 +150,8 @@ def _write(
 ) -> dict[str, Any]:
     """Write the pending shards on all ranks, complete the manifest and record the run; return the run's figures."""
     start = time.perf_counter()
-    sizes = [sum(corpus.lengths[plan.first : plan.next]) for plan in pending]
+    lengths = corpus.lengths
+    sizes = [sum(lengths[plan.first : plan.next]) for plan in pending]
     mine = assign(pending, sizes, group.size)[group.rank]
     dtype = stored_dtype(teacher, data)
     entries = write_shards(teacher, corpus, layers, dtype, data.pack_tokens, writer, mine, sum(sizes), bar)

@@ -51,7 +51,7 @@ class EngineResponder:
         self._retrying = RetryingResponder(self._decode, batch_size)
 
     def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Answer]:
-        """As `Responder.reply`."""
+        """Answer as `Responder.reply` describes."""
         return self._retrying.reply(prompts, limits)
 
     def close(self) -> None:

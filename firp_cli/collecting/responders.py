@@ -62,7 +62,7 @@ class RetryingResponder:
         self.decode, self.width = decode, width
 
     def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Answer]:
-        """As `Responder.reply`."""
+        """Answer as `Responder.reply` describes."""
         parts = deque([list(range(len(prompts)))])
         while parts:
             part = parts.popleft()

@@ -114,10 +114,11 @@ def plan_pending(
 
     def settle() -> list[ShardPlan]:
         pending = leader(writer).settle([entry for part in whole for entry in part], counts)
-        check_room(sum(sum(corpus.lengths[plan.first : plan.next]) for plan in pending))
+        check_room(sum(sum(lengths[plan.first : plan.next]) for plan in pending))
         return pending
 
-    claims = group.run_on_main(lambda: leader(writer).claims(corpus.lengths))[group.rank :: group.size]
+    lengths = corpus.lengths
+    claims = group.run_on_main(lambda: leader(writer).claims(lengths))[group.rank :: group.size]
     whole = group.gather([entry for plan, entry in claims if is_whole(writer.folder, plan, entry, text)])
     return group.run_on_main(settle)
 

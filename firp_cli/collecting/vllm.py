@@ -96,7 +96,7 @@ class VllmResponder:
         self._log: Any = None
 
     def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Answer]:
-        """As `Responder.reply`. Raises TeacherError when vLLM does not start."""
+        """Answer as `Responder.reply` describes. Raises TeacherError when vLLM does not start."""
         return self._retrying.reply(prompts, limits)
 
     def close(self) -> None:

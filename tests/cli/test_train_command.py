@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from firp_cli.assets import shipped_recipes
 from firp_cli.api.train_run import train
+from firp_cli.assets import shipped_recipes
 from firp_cli.config import Recipe, TrainingConfig
 from firp_cli.errors import FingerprintError, FirpError, PredictorError, StoreError, UsageError
 from firp_cli.predictors.folder import load_predictor

@@ -91,7 +91,7 @@ def test_draft_trees_are_refused_on_several_ranks():
 
 
 def main() -> None:
-    """What each launched rank does."""
+    """Run a launched rank."""
     with relayed_errors():
         start()
         values = decoded(rank(), world_size())
