@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from firp_cli.cli import doctor
 from firp_cli.errors import RecipeError
-
-app = typer.Typer()
-app.command()(doctor.doctor)
-
-
-def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments))
+from helpers.commands import invoke
 
 
 @pytest.fixture
@@ -31,7 +22,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_doctor_json_lists_every_check(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FIRP_DATA_DIR", raising=False)
-    result = run("--json")
+    result = invoke("doctor", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     checks = {check["name"]: check for check in report["checks"]}
@@ -42,14 +33,14 @@ def test_doctor_json_lists_every_check(healthy: None, monkeypatch: pytest.Monkey
 
 
 def test_doctor_table_names_remedies(healthy: None) -> None:
-    result = run()
+    result = invoke("doctor")
     assert result.exit_code == 0 and "firp can run here" in result.stdout and "purpose" in result.stdout
 
 
 def test_doctor_fails_on_a_missing_essential_package(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     version = doctor.installed_version
     monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "deepspeed" else version(name))
-    result = run()
+    result = invoke("doctor")
     assert result.exit_code == 1
     assert (
         "pip install deepspeed" in result.stdout
@@ -61,7 +52,7 @@ def test_doctor_passes_without_optional_packages(healthy: None, monkeypatch: pyt
     version = doctor.installed_version
     missing = ("triton", "datasets")
     monkeypatch.setattr(doctor, "installed_version", lambda name: None if name in missing else version(name))
-    assert run().exit_code == 0
+    assert invoke("doctor").exit_code == 0
 
 
 def test_doctor_names_a_broken_recipe(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:

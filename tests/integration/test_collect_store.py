@@ -346,7 +346,9 @@ def test_collect_function_returns_a_typed_summary(teacher_folder: Path, dataset:
     assert collect(recipe, output=tmp_path / "other").layers == [2]  # the middle one: the recipe has no predictor
 
 
-def test_collect_reads_layers_and_folder_from_the_recipe(teacher_folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_collect_reads_layers_and_folder_from_the_recipe(
+    teacher_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sections = [f"teacher: {{model: {teacher_folder}}}", f"data: {{dataset: {dataset}}}"]
     text = "\n".join([*sections, "predictor: {kind: firp, layer: 3}", "store: mine"])
     (tmp_path / "run.yaml").write_text(text)
@@ -354,9 +356,11 @@ def test_collect_reads_layers_and_folder_from_the_recipe(teacher_folder: Path, d
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mine: 24 conversations") and "layers 3 and the final state" in done.stdout
     assert done.stdout.rstrip().endswith("next: firp train run.yaml --store mine")
-    again = firp("collect", "run.yaml", cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert again.returncode == 1 and "already holds a complete store" in again.stderr and "--resume" in again.stderr
-    assert len(again.stderr.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    error = invoke("collect", "run.yaml").exception
+    assert isinstance(error, StoreError) and error.exit_code == 1
+    assert "already holds a complete store" in str(error) and "--resume" in str(error)
+    assert len(str(error).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from firp_cli.collecting import online as online_module
 from firp_cli.collecting.collect_store import collect_store
@@ -23,6 +22,7 @@ from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.metrics_log import Listener
 from firp_cli.training.trainer import train
 from helpers.collecting import make_teacher
+from helpers.commands import invoke
 from helpers.training import losses
 
 LAYER = 2
@@ -173,14 +173,12 @@ def test_hybrid_keeps_its_files_on_a_full_disk(
 
 @pytest.mark.parametrize("mode", ["online", "hybrid"])
 def test_train_without_a_store(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from firp_cli.cli.app import app
-
     monkeypatch.chdir(tmp_path)
     answered = str(mode == "hybrid").lower()
     arguments = ["train", "demo", f"data.mode={mode}", f"data.regenerate={answered}", "data.limit=24"]
     arguments += ["training.max_steps=2"]
     arguments += ["training.gate_prompts=1", "data.max_new_tokens=8", "--store=cache", "--output=run", "--json"]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     training = json.loads(result.stdout)
     assert training["steps"] == 2 and training["store"]["mode"] == mode

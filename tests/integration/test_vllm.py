@@ -26,6 +26,7 @@ from firp_cli.store.reader import Store
 from firp_cli.teacher.teacher import Teacher
 from helpers import vllm_stand_in
 from helpers.collecting import config, corpus_of, make_teacher
+from helpers.commands import invoke
 from helpers.models import ROOT, looped_teacher, random_prompts
 
 STOP = vllm_stand_in.STOP
@@ -157,13 +158,13 @@ def test_vllm_refuses_unsupported_options_and_teachers(script: Script, teacher: 
         VllmResponder(TeacherConfig(), looped_teacher(2, 2), {}, 100)
 
 
-def test_missing_vllm_is_refused_before_the_teacher_is_loaded(tmp_path: Path) -> None:
+def test_missing_vllm_is_refused_before_the_teacher_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if vllm_process.importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed")
-    command = [sys.executable, "-m", "firp_cli", "collect", "--regenerate", "collect.responder=vllm"]
-    values = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "teacher.model=nowhere"], capture_output=True, text=True, cwd=tmp_path, env=values)
-    assert done.returncode == 2 and "pip install 'firp[vllm]'" in done.stderr and len(done.stderr.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    error = invoke("collect", "--regenerate", "collect.responder=vllm", "teacher.model=nowhere").exception
+    assert isinstance(error, UsageError) and error.exit_code == 2
+    assert "pip install 'firp[vllm]'" in str(error) and len(str(error).splitlines()) == 1
 
 
 def test_vllm_ranks_share_the_devices(
