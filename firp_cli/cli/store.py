@@ -15,7 +15,6 @@ from firp_cli.cli.collect import parse_layers
 from firp_cli.cli.terminal import Json, Verbose, print_json, progress_bar, quiet_libraries
 from firp_cli.errors import FingerprintError, StoreError, UsageError
 from firp_cli.machine import readable_bytes
-from firp_cli.teacher.load import load_teacher
 
 if TYPE_CHECKING:
     from firp_cli.store.verify import Fault
@@ -121,6 +120,7 @@ def _teacher_faults(folder: Path, manifest: dict[str, Any], name: str) -> list[F
     from firp_cli.config import TeacherConfig
     from firp_cli.store.reader import MANIFEST
     from firp_cli.store.verify import Fault
+    from firp_cli.teacher.load import load_teacher
 
     made_by = manifest["teacher"]
     config = {"model": name, "dtype": made_by.get("dtype", "auto"), "looped": made_by.get("looped")}
