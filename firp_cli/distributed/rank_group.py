@@ -90,17 +90,17 @@ class RankGroup:
         if self._group is None:
             return mine
         counts = self.gather(len(mine))
-        found = mine.new_empty(sum(counts), *mine.shape[1:])
+        rows = mine.new_empty(sum(counts), *mine.shape[1:])
         place = 0
         for source, count in enumerate(counts):
-            part = found[place : place + count]
+            part = rows[place : place + count]
             if source == self.rank:
                 part.copy_(mine)
             with peer_loss_reported():
                 for piece in part.view(torch.uint8).split(CHUNK) if count else ():
                     torch.distributed.broadcast(piece, src=source, group=self._group)
             place += count
-        return found
+        return rows
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Wait until every rank has called this, and call `meanwhile()` from time to time.

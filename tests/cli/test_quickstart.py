@@ -97,7 +97,7 @@ def test_quickstart_hands_the_time_that_is_left_to_training(monkeypatch: pytest.
     assert taught.epochs == MOST_EPOCHS and taught.gate_prompts == 2 and taught.max_steps is None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data" / "sums"
     data.mkdir(parents=True)
