@@ -3,6 +3,8 @@
 The core raises them; `cli/` prints the message (one or two lines, the remedy included) and exits with `exit_code`.
 """
 
+INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
+
 
 class FirpError(Exception):
     """Base of every error for the user: its text gives the fault and the remedy."""

@@ -112,6 +112,14 @@ def readable_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def readable_seconds(seconds: float) -> str:
+    """A duration as text, in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
 def parse_bytes(text: str) -> int:
     """Return the bytes in `80GB`, `80G`, `64GiB` or a number. Raises CapacityError."""
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)

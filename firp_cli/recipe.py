@@ -6,6 +6,7 @@ key. A recipe with `base: NAME-or-path` inherits the settings of another one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,22 @@ Key = tuple[str, ...]
 Locations = dict[Key, str]  # where a key is written: `FILE:LINE: ` or COMMAND_LINE
 
 
-def load_recipe(name: str | None, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe by path or shipped name, resolve its base, apply `section.field=value` overrides, and validate.
+def load_recipe(name: Recipe | str | Path | None, overrides: Sequence[str] | None = None) -> Recipe:
+    """Read a recipe by path or shipped name (or take a Recipe), resolve its base, apply overrides, and validate.
+
+    `overrides`: `section.field=value` each.
 
     Raises RecipeError naming the file, line and key.
     """
     values: dict[str, Any] = {}
     locations: Locations = {}
     origin = "command line"
-    if name is not None:
-        path = find_recipe(name)
+    if isinstance(name, Recipe):
+        if not overrides:
+            return name
+        values, origin = name.model_dump(), "recipe"
+    elif name is not None:
+        path = find_recipe(str(name))
         origin = str(path)
         values, locations = _read_with_base(path, ())
     for override in overrides or []:

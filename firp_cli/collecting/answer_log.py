@@ -1,8 +1,8 @@
-"""Answers kept on disk while they are made, so that a run that was killed never asks again for what it had.
+"""Answers on disk while a run makes them: a killed run does not ask for them again.
 
-Every rank appends to a file of its own, `answers-<rank>.jsonl`: a line per answer, with the prompt's key and the token
-ids. A key says everything that the answer depends on, so any number of ranks may go on with what others left, and
-answers to another question, of another teacher or under another limit stay unread.
+Every rank appends to its own file, `answers-<rank>.jsonl`: one line per answer, with the prompt's key and token ids.
+The key covers everything that the answer depends on, so any number of ranks can continue from the files of others, and
+answers to another prompt, of another teacher or under another limit are ignored.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from firp_cli.errors import StoreError
 
 FILES = "answers-*.jsonl"
 SYNC_ANSWERS = 32
-SYNC_SECONDS = 5.0  # how long an answer waits at most for the others of its batch, while answers come
+SYNC_SECONDS = 5.0  # longest time that an answer waits for its batch, while answers arrive
 
 
 def prompt_keys(maker: str, prompts: Sequence[Tensor], limits: Sequence[int]) -> list[str]:
-    """16 hex digits for each prompt (T,) int32 and the limit of its answer; `maker` says who answers."""
+    """Return 16 hex digits for each prompt (T,) int32 and its answer's limit. `maker`: teacher and responder."""
     start = hashlib.sha256(maker.encode())
     keys = []
     for prompt, limit in zip(prompts, limits, strict=True):
@@ -38,11 +38,11 @@ def prompt_keys(maker: str, prompts: Sequence[Tensor], limits: Sequence[int]) ->
 
 
 def read_answers(folder: Path) -> dict[str, list[int]]:
-    """All answers that are kept in `folder`, by key. Lines that a kill left torn are cut off: no rank may be writing.
+    """Return all answers in `folder`, by key. Call it while no rank writes: incomplete lines of a kill are cut off.
 
-    Raises StoreError when the disk refuses.
+    Raises StoreError when a file cannot be read.
     """
-    found: dict[str, list[int]] = {}
+    answers: dict[str, list[int]] = {}
     try:
         for path in sorted(folder.glob(FILES)):
             whole = 0
@@ -51,16 +51,16 @@ def read_answers(folder: Path) -> dict[str, list[int]]:
                     entry = _entry(line)
                     if entry is None:
                         break
-                    found[entry[0]] = entry[1]
+                    answers[entry[0]] = entry[1]
                     whole += len(line)
                 stream.truncate(whole)
     except OSError as error:
         raise StoreError(f"cannot read the answers in {folder}: {error}") from error
-    return found
+    return answers
 
 
 def _entry(line: bytes) -> tuple[str, list[int]] | None:
-    """Key and token ids, or None for a line that is not whole."""
+    """Return key and token ids, or None for an incomplete line."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -71,9 +71,9 @@ def _entry(line: bytes) -> tuple[str, list[int]] | None:
 
 
 class AnswerLog:
-    """Appends this rank's answers, and sees them on the disk batch by batch.
+    """This rank's file of answers, synced to disk batch by batch.
 
-    All methods raise StoreError when the disk refuses; what was written before is kept.
+    All methods raise StoreError when the file cannot be written; answers written before are kept.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -82,13 +82,13 @@ class AnswerLog:
         self._synced = time.monotonic()
 
     def add(self, key: str, token_ids: Sequence[int]) -> None:
-        """Keep an answer; it is on the disk once its batch is full."""
+        """Add an answer. It is written when its batch is full."""
         self._waiting.append(json.dumps({"prompt": key, "token_ids": list(token_ids)}, separators=(",", ":")) + "\n")
         if len(self._waiting) >= SYNC_ANSWERS or time.monotonic() - self._synced >= SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        """Write what waits and wait for the disk."""
+        """Write the waiting answers and sync the file."""
         self._synced = time.monotonic()
         if not self._waiting:
             return

@@ -1,22 +1,24 @@
-"""`collect_store`: from a data set and a teacher to a complete hidden-state store."""
+"""Collecting: a data set and a teacher make a complete hidden-state store."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from firp_cli.collecting.answer import respond
-from firp_cli.collecting.corpus import Corpus, Progress, build_corpus, load_messages, longest_sequence, no_progress
+from firp_cli.collecting.corpus import Corpus, build_shared_corpus, longest_sequence
 from firp_cli.collecting.estimate import check_space
 from firp_cli.collecting.responders import Responder
 from firp_cli.collecting.shards import (
     assign,
-    check_alike,
     check_shared,
-    finish,
+    gather_entries,
+    leader,
     open_writer,
     plan_pending,
     write_shards,
@@ -25,15 +27,55 @@ from firp_cli.config import DataConfig
 from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import UsageError
-from firp_cli.store.writer import ShardWriter, StoreWriter, check_target
+from firp_cli.results import Progress, no_progress
+from firp_cli.store.writer import ShardPlan, ShardWriter, StoreWriter, check_target
 from firp_cli.teacher.teacher import Teacher
 
 OpenProgress = Callable[[str], AbstractContextManager[Progress]]
 
 
 def silent(_: str) -> AbstractContextManager[Progress]:
-    """Progress that nobody sees."""
+    """Return a progress bar that shows nothing."""
     return nullcontext(no_progress)
+
+
+@dataclass(frozen=True)
+class CollectSummary:
+    """A complete store, and the run that completed it.
+
+    Attributes:
+        store: its folder. layers: those stored beside the final state. dtype: of the stored states.
+        conversations, tokens, response_tokens: contents of the store. answers_cut: answers that a length limit ended.
+        skipped: rows left out, by reason. answers: account of `respond`; None when the teacher wrote no answers.
+        bytes, shards: size on disk.
+        ranks, teacher_memory, seconds: of this run. shards_written, tokens_written: those that were missing.
+        rank_tokens: tokens written by each rank. tokens_per_second: None when no shard was missing.
+    """
+
+    store: str
+    dataset: str
+    teacher: str
+    layers: list[int]
+    dtype: str
+    conversations: int
+    tokens: int
+    response_tokens: int
+    answers_cut: int
+    skipped: dict[str, int]
+    answers: dict[str, Any] | None
+    bytes: int
+    shards: int
+    ranks: int
+    teacher_memory: dict[str, Any]
+    shards_written: int
+    tokens_written: int
+    rank_tokens: list[int]
+    tokens_per_second: float | None
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, without `answers` where the teacher wrote none."""
+        return {name: value for name, value in asdict(self).items() if name != "answers" or value is not None}
 
 
 def collect_store(
@@ -46,88 +88,106 @@ def collect_store(
     progress: OpenProgress = silent,
     recipe: dict[str, Any] | None = None,
     responder: Responder | None = None,
-) -> dict[str, Any]:
-    """Fill the store `folder` with the states of `layers` and the final state. Returns a summary of plain values.
+) -> CollectSummary:
+    """Fill the store `folder` with the states of `layers` and the final state.
 
-    `progress("collecting")` opens a bar. With `resume` an unfinished store is finished and damaged shards are rebuilt;
-    the bytes are those of an uninterrupted run. `recipe` is kept in the manifest. `responder` writes the answers where
-    `data.regenerate` asks for them. All ranks of a run call this and share the work; the bytes are those of one rank.
+    All ranks of a run call this and share the work. The bytes of the store do not depend on the number of ranks.
+
+    Args:
+        resume: finish an unfinished store and rebuild damaged shards, to the bytes of an uninterrupted run.
+        progress: opens a progress bar, as `progress("collecting")`.
+        recipe: kept in the manifest.
+        responder: writes the answers; required with `data.regenerate`, else None.
 
     Raises UsageError (layers), DatasetError, LossMaskError, CapacityError (disk), StoreError, FingerprintError,
-    NumericsError and LaunchError (ranks); what was finished before is kept.
+    NumericsError and LaunchError (ranks). The shards finished before an error are kept.
     """
     assert (responder is not None) == data.regenerate
     began = time.perf_counter()
     group = RankGroup.join()
-    folder = Path(folder)
-    layers = group.run_on_all(lambda: check_layers(layers, teacher))
-    group.first(lambda: check_target(folder, resume))
+    folder, dtype = Path(folder), stored_dtype(teacher, data)
+    kept = group.run_on_main(lambda: _check_request(layers, teacher, folder, resume))
     check_shared(folder, group)
-    rows = group.run_on_all(lambda: load_messages(data))
-    check_alike(rows, teacher, group)
     with progress("tokenizing") as bar:
-        corpus = build_corpus(rows, teacher, data, bar, group)
-    dtype = stored_dtype(teacher, data)
-
-    def lead() -> StoreWriter:
-        return StoreWriter(
-            folder,
-            teacher=teacher.describe(),
-            fingerprints=fingerprints(teacher),
-            layers=layers,
-            dtype=dtype,
-            settings=_settings(data, corpus, responder),
-            recipe=recipe,
-            resume=resume,
-        )
-
-    with open_writer(lead, folder, layers, dtype, group) as writer:
-        account: dict[str, Any] = {}
+        corpus = build_shared_corpus(teacher, data, bar, group)
+    make_leader = partial(
+        StoreWriter,
+        folder,
+        teacher=teacher.describe(),
+        fingerprints=fingerprints(teacher),
+        layers=kept,
+        dtype=dtype,
+        settings=_settings(data, corpus, responder),
+        recipe=recipe,
+        resume=resume,
+    )
+    with open_writer(make_leader, folder, kept, dtype, group) as writer:
+        counts: dict[str, Any] = {}
         if responder is not None:
             with progress("answering") as bar:
                 longest = longest_sequence(teacher, data)
-                corpus, answers = respond(teacher, corpus, data, longest, folder, responder, bar, group)
-                account = {"answers": answers}
-        counts = _counts(corpus) | account
-        pending = plan_pending(writer, folder, corpus, counts, group)
-        sizes = [sum(corpus.lengths[plan.first : plan.next]) for plan in pending]
-        group.first(lambda: check_space(folder, teacher.hidden_size, len(layers), dtype, sum(sizes)))
-        mine = assign(pending, sizes, group.size)[group.rank]
-        start = time.perf_counter()
+                corpus, account = respond(teacher, corpus, data, longest, folder, responder, bar, group)
+            counts["answers"] = account
+        counts = _counts(corpus) | counts
+        check_room = partial(check_space, folder, teacher.hidden_size, len(kept), dtype)
+        pending = plan_pending(writer, corpus, counts, check_room, group)
         with progress("collecting") as bar:
-            entries = write_shards(teacher, corpus, layers, dtype, data.pack_tokens, writer, mine, sum(sizes), bar)
-            finish(writer, entries, group)
-        seconds = time.perf_counter() - start
+            run = _write(teacher, data, corpus, kept, writer, pending, began, bar, group)
+    names = {"store": str(folder), "dataset": data.dataset, "teacher": teacher.name, "layers": kept, "dtype": dtype}
+    return CollectSummary(**{"answers": None, **names, **counts, **run})
+
+
+def _write(
+    teacher: Teacher,
+    data: DataConfig,
+    corpus: Corpus,
+    layers: list[int],
+    writer: ShardWriter,
+    pending: list[ShardPlan],
+    began: float,
+    bar: Progress,
+    group: RankGroup,
+) -> dict[str, Any]:
+    """Write the pending shards on all ranks, complete the manifest and record the run; return the run's figures."""
+    start = time.perf_counter()
+    lengths = corpus.lengths
+    sizes = [sum(lengths[plan.first : plan.next]) for plan in pending]
+    mine = assign(pending, sizes, group.size)[group.rank]
+    dtype = stored_dtype(teacher, data)
+    entries = write_shards(teacher, corpus, layers, dtype, data.pack_tokens, writer, mine, sum(sizes), bar)
+    written = gather_entries(writer, entries, group)
+
+    def complete() -> dict[str, Any]:
+        store = leader(writer)
+        # The ranks' entries are needed too: a network file system may show their sidecars late.
+        store.fold(entries=[entry for part in written for entry in part])
+        assert store.manifest["complete"]
+        now = time.perf_counter()
         run = {
             "ranks": group.size,
             "teacher_memory": teacher.loaded_weights.describe(),
             "shards_written": len(pending),
             "tokens_written": sum(sizes),
-            "rank_tokens": group.gather(sum(entry["tokens"] for entry in entries)),
-            "tokens_per_second": sum(sizes) / seconds if sizes else None,
+            "rank_tokens": [sum(entry["tokens"] for entry in part) for part in written],
+            "tokens_per_second": sum(sizes) / (now - start) if sizes else None,
+            "seconds": now - began,
         }
-        total = group.first(lambda: _record(writer, run, time.perf_counter() - began))
-    return {
-        "store": str(folder),
-        "dataset": data.dataset,
-        "teacher": teacher.name,
-        "layers": layers,
-        "dtype": dtype,
-        **counts,
-        **total,
-    }
+        store.record(run)
+        shards = store.manifest["shards"]
+        return {"bytes": sum(shard["bytes"] for shard in shards), "shards": len(shards), **run}
+
+    return group.run_on_main(complete)
 
 
-def _record(writer: ShardWriter, run: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """On rank 0: keep figures of the run beside the store; returns them, with the store's size."""
-    assert isinstance(writer, StoreWriter)
-    writer.record({**run, "seconds": seconds})
-    shards = writer.manifest["shards"]
-    return {"bytes": sum(shard["bytes"] for shard in shards), "shards": len(shards), **run, "seconds": seconds}
+def _check_request(layers: Sequence[int], teacher: Teacher, folder: Path, resume: bool) -> list[int]:
+    """Return the layers to store. Raises UsageError (layers) and StoreError (folder)."""
+    kept = check_layers(layers, teacher)
+    check_target(folder, resume)
+    return kept
 
 
 def check_layers(layers: Sequence[int], teacher: Teacher) -> list[int]:
-    """Ascending, without repeats. Raises UsageError for a layer that no predictor can use."""
+    """Return the layers in ascending order, without repeats. Raises UsageError for a layer that cannot be stored."""
     outside = [layer for layer in layers if not 1 <= layer < teacher.num_layers]
     if outside:
         raise UsageError(
@@ -138,7 +198,7 @@ def check_layers(layers: Sequence[int], teacher: Teacher) -> list[int]:
 
 
 def fingerprints(teacher: Teacher) -> dict[str, str]:
-    """What a store is checked against: weights, tokenizer, chat template."""
+    """Return the fingerprints of weights, tokenizer and chat template, which a store is checked against."""
     return {
         "teacher": teacher.fingerprint,
         "tokenizer": tokenizer_fingerprint(teacher.tokenizer),
@@ -147,12 +207,12 @@ def fingerprints(teacher: Teacher) -> dict[str, str]:
 
 
 def stored_dtype(teacher: Teacher, data: DataConfig) -> str:
-    """The store's dtype by name; `auto` is the teacher's."""
+    """Return the name of the store's dtype; `auto` is the teacher's."""
     return str(teacher.dtype).removeprefix("torch.") if data.store_dtype == "auto" else data.store_dtype
 
 
 def _settings(data: DataConfig, corpus: Corpus, responder: Responder | None) -> dict[str, Any]:
-    """Everything in the recipe that a byte of the store depends on, and a fingerprint of the text itself."""
+    """Return the recipe fields that decide the bytes of the store, and a fingerprint of its text."""
     names = ["dataset", "split", "limit", "max_length", "regenerate", "pack_tokens", "shard_tokens"]
     settings = {name: getattr(data, name) for name in names}
     if responder is not None:

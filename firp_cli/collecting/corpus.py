@@ -1,4 +1,4 @@
-"""A data set as token sequences ready for the teacher: conversations with loss masks, or prompts to be answered."""
+"""Tokenized data sets: conversations with loss masks, or prompts that the teacher answers."""
 
 from __future__ import annotations
 
@@ -17,24 +17,22 @@ from firp_cli.config import DataConfig
 from firp_cli.data.chat import EncodedConversation, check_masks, encode, encode_prompt
 from firp_cli.data.datasets import load_conversations, load_prompts
 from firp_cli.data.formats import Message
-from firp_cli.distributed.rank_group import RankGroup
-from firp_cli.errors import DatasetError, TeacherError
+from firp_cli.distributed.rank_group import RankGroup, raise_on_all_ranks
+from firp_cli.errors import DatasetError, LaunchError, TeacherError
+from firp_cli.results import Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 
-Progress = Callable[[int, int | None], None]
-REFUSED = "refused by the chat template"
+REFUSED = "refused by the chat template"  # reasons for leaving a row out
 TOO_LONG = "prompt longer than max_length"
-
-
-def no_progress(done: int, total: int | None = None) -> None:
-    """Where nobody watches."""
 
 
 @dataclass
 class Corpus:
-    """Sequences in the order of the data set. `input_ids` int32 and `loss_mask` bool, (T,) each; for prompts no mask.
+    """Token sequences in the order of the data set.
 
-    `skipped` counts rows left out, by reason; `cut` the generated answers that reached a length limit before their end.
+    Attributes:
+        input_ids: int32 (T,) each. loss_mask: bool (T,) each; (0,) for prompts.
+        skipped: rows left out, by reason. cut: generated answers that a length limit ended.
     """
 
     input_ids: list[Tensor] = field(default_factory=list)
@@ -54,19 +52,8 @@ class Corpus:
     def response_tokens(self) -> int:
         return sum(int(mask.sum()) for mask in self.loss_mask)
 
-    def gathered(self, group: RankGroup) -> Corpus:
-        """The parts of all ranks one behind the other, by rank; on every rank. They travel as a few large tensors."""
-        if group.size == 1:
-            return self
-        whole = Corpus(cut=sum(group.gather(self.cut)))
-        for part in group.gather(self.skipped):
-            whole.skipped.update(part)
-        whole.input_ids = _gathered(self.input_ids, torch.int32, group)
-        whole.loss_mask = _gathered(self.loss_mask, torch.bool, group)
-        return whole
-
     def fingerprint(self) -> str:
-        """16 hex digits over every token and mask."""
+        """Return 16 hex digits over every token and mask."""
         digest = hashlib.sha256()
         for tensors in (self.input_ids, self.loss_mask):
             for tensor in tensors:
@@ -75,21 +62,22 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
-def _gathered(tensors: list[Tensor], dtype: torch.dtype, group: RankGroup) -> list[Tensor]:
-    lengths = group.rows(torch.tensor([len(tensor) for tensor in tensors], dtype=torch.long)).tolist()
-    flat = group.rows(torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype))
+def _gather_tensors(tensors: list[Tensor], dtype: torch.dtype, group: RankGroup) -> list[Tensor]:
+    """Return all ranks' tensors (T,) in the order of the ranks. They are sent as one tensor."""
+    lengths = group.gather_rows(torch.tensor([len(tensor) for tensor in tensors], dtype=torch.long)).tolist()
+    flat = group.gather_rows(torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype))
     return list(flat.split(lengths)) if lengths else []
 
 
 def longest_sequence(teacher: Teacher, data: DataConfig) -> int:
-    """Tokens per conversation at most: the recipe's limit, and the positions that the teacher has."""
+    """Return the most tokens of a conversation: the recipe's limit, but not more than the teacher's positions."""
     return min(data.max_length, teacher.max_positions)
 
 
 def load_messages(data: DataConfig) -> list[list[Message]]:
-    """The rows that a store is made of: conversations, or prompts when the teacher is to answer them itself.
+    """Load the rows of a data set: conversations, or with `data.regenerate` prompts.
 
-    Raises DatasetError when no row has an answer to learn from.
+    Raises DatasetError when no conversation has an answer to learn from.
     """
     if data.regenerate:
         return [prompt.messages for prompt in load_prompts(data.dataset, data.data_dir, data.limit, data.split)]
@@ -104,7 +92,7 @@ def load_messages(data: DataConfig) -> list[list[Message]]:
 
 
 def check_dataset(data: DataConfig) -> None:
-    """Find the data set and read a row of it: cheap enough to do before a teacher is loaded. Raises DatasetError."""
+    """Find the data set and read one row of it, before a teacher is loaded. Raises DatasetError."""
     if data.regenerate:
         load_prompts(data.dataset, data.data_dir, 1, data.split)
     else:
@@ -112,35 +100,68 @@ def check_dataset(data: DataConfig) -> None:
 
 
 def build_corpus(
-    rows: Sequence[Sequence[Message]],
-    teacher: Teacher,
-    data: DataConfig,
-    progress: Progress = no_progress,
-    group: RankGroup | None = None,
+    rows: Sequence[Sequence[Message]], teacher: Teacher, data: DataConfig, progress: Progress = no_progress
 ) -> Corpus:
-    """Encode every row; the ranks of `group` share the work, and each gets the whole.
+    """Tokenize every row in this process.
 
-    Rows that the template refuses, without an answer, or whose answer (for prompts: whose prompt) does not begin within
-    the longest sequence are skipped and counted. Raises LossMaskError when no token or every token is an answer's,
-    DatasetError when nothing is left.
+    Rows are skipped and counted when the template refuses them, when they have no answer, and when the answer (of a
+    prompt: the prompt itself) does not begin within the longest sequence. Raises LossMaskError when no token or every
+    token belongs to an answer, DatasetError when no row remains, TeacherError when the teacher has no tokenizer.
     """
-    group = group or RankGroup()
-    tokenizer = group.run_on_all(lambda: _tokenizer(teacher))
-    limit = longest_sequence(teacher, data)
-    first, end = share_rows(rows, group.size)[group.rank]
-
-    def bar(done: int) -> None:
-        progress(done * len(rows) // (end - first), len(rows))
-
-    mine, refusal = group.run_on_all(lambda: _encode_rows(rows[first:end], tokenizer, data.regenerate, limit, bar))
-    corpus = mine.gathered(group)
-    refusals = [text for text in group.gather(refusal) if text]
-    group.first(lambda: _check_corpus(rows, corpus, refusals, tokenizer, data, limit))
+    corpus, refusal = _encode_rows(rows, teacher, data, lambda done: progress(done, len(rows)))
+    _check_corpus(rows, corpus, refusal, teacher, data)
     return corpus
 
 
+def build_shared_corpus(
+    teacher: Teacher, data: DataConfig, progress: Progress = no_progress, group: RankGroup | None = None
+) -> Corpus:
+    """Load and tokenize a data set on all ranks of `group`: each tokenizes a share, and each returns the whole.
+
+    Raises the errors of `load_messages` and `build_corpus`, and LaunchError naming the rank that reads different data
+    or another teacher than rank 0.
+    """
+    group = group or RankGroup()
+
+    def encode() -> tuple[list[list[Message]], Corpus, str]:
+        rows = load_messages(data)
+        first, end = share_rows(rows, group.size)[group.rank]
+        share = rows[first:end]
+        return rows, *_encode_rows(
+            share, teacher, data, lambda done: progress(done * len(rows) // len(share), len(rows))
+        )
+
+    rows, corpus, refusal = group.run_on_all(encode)
+    size = sum(len(item["content"]) for messages in rows for item in messages)
+    inputs = {"data set": (len(rows), size), "teacher": teacher.fingerprint}
+    parts = group.gather((inputs, corpus.skipped, refusal))
+    _check_same_inputs([part[0] for part in parts])
+    if group.size > 1:
+        corpus = Corpus(
+            _gather_tensors(corpus.input_ids, torch.int32, group),
+            _gather_tensors(corpus.loss_mask, torch.bool, group),
+            sum((part[1] for part in parts), Counter()),
+        )
+    refusal = next((part[2] for part in parts if part[2]), "")
+    group.run_on_main(lambda: _check_corpus(rows, corpus, refusal, teacher, data))
+    return corpus
+
+
+def _check_same_inputs(inputs: Sequence[dict[str, Any]]) -> None:
+    """Raise LaunchError on every rank when a rank's data set or teacher differs from that of rank 0."""
+    for number, values in enumerate(inputs):
+        for name, value in values.items():
+            if value != inputs[0][name]:
+                raise_on_all_ranks(
+                    LaunchError(
+                        f"rank {number} reads another {name} than rank 0 ({value} against {inputs[0][name]}); "
+                        "give all machines the same files"
+                    )
+                )
+
+
 def share_rows(rows: Sequence[Sequence[Message]], ranks: int) -> list[tuple[int, int]]:
-    """The rows `first .. end-1` that each rank encodes: neighbours, of about as many characters for each."""
+    """Return the rows `first .. end-1` that each rank tokenizes: neighbours, about equally many characters for each."""
     if ranks == 1:
         return [(0, len(rows))]
     sizes = list(accumulate(1 + sum(len(item["content"]) for item in messages) for messages in rows))
@@ -149,14 +170,17 @@ def share_rows(rows: Sequence[Sequence[Message]], ranks: int) -> list[tuple[int,
 
 
 def _encode_rows(
-    rows: Sequence[Sequence[Message]], tokenizer: Any, prompts: bool, limit: int, bar: Callable[[int], None]
+    rows: Sequence[Sequence[Message]], teacher: Teacher, data: DataConfig, on_row: Callable[[int], None]
 ) -> tuple[Corpus, str]:
-    """The rows' tokens, and why the template refused the first that it did."""
-    corpus = Corpus()
+    """Return the tokenized rows, and the template's message about the first row that it refused ('' for none)."""
+    tokenizer = teacher.tokenizer
+    if tokenizer is None:
+        raise TeacherError(f"{teacher.name} has no tokenizer; give a model folder that contains one")
+    corpus, limit = Corpus(), longest_sequence(teacher, data)
     refusal = ""
     for number, messages in enumerate(rows, 1):
         try:
-            if prompts:
+            if data.regenerate:
                 ids = encode_prompt(messages, tokenizer)
                 conversation = EncodedConversation(ids, [])
                 reason = "" if len(ids) < limit else TOO_LONG
@@ -170,22 +194,23 @@ def _encode_rows(
             corpus.skipped[reason] += 1
         else:
             corpus.add(conversation)
-        bar(number)
+        on_row(number)
     return corpus, refusal
 
 
 def _check_corpus(
     rows: Sequence[Sequence[Message]],
     corpus: Corpus,
-    refusals: Sequence[str],
-    tokenizer: Any,
+    refusal: str,
+    teacher: Teacher,
     data: DataConfig,
-    limit: int,
 ) -> None:
-    if refusals and corpus.skipped[REFUSED] == len(rows):
-        raise DatasetError(f"{data.dataset}: {refusals[0]} (all {len(rows)} of them)")
+    """Raise DatasetError or LossMaskError when nothing can be learned from the tokenized rows."""
+    limit = longest_sequence(teacher, data)
+    if refusal and corpus.skipped[REFUSED] == len(rows):
+        raise DatasetError(f"{data.dataset}: {refusal} (all {len(rows)} conversations)")
     if not data.regenerate:
-        _check_masks(rows, corpus, tokenizer, limit)
+        _check_masks(rows, corpus, teacher.tokenizer, limit)
     elif not corpus.input_ids:
         raise DatasetError(f"{data.dataset}: no prompt is shorter than {limit} tokens; raise data.max_length")
 
@@ -195,13 +220,8 @@ def _why_unmasked(messages: Sequence[Message]) -> str:
     return "no answer within max_length" if answered else "no answer"
 
 
-def _tokenizer(teacher: Teacher) -> Any:
-    if teacher.tokenizer is None:
-        raise TeacherError(f"{teacher.name} has no tokenizer; give a model folder that holds one")
-    return teacher.tokenizer
-
-
 def _check_masks(rows: Sequence[Sequence[Message]], corpus: Corpus, tokenizer: Any, limit: int) -> None:
+    """Raise LossMaskError when the masks select no token or all tokens, DatasetError when no conversation remains."""
     answered = [messages for messages in rows if any(item["role"] == "assistant" for item in messages)]
     if corpus.input_ids:
         check_masks(answered[0], tokenizer, corpus.response_tokens, sum(corpus.lengths))
@@ -212,4 +232,4 @@ def _check_masks(rows: Sequence[Sequence[Message]], corpus: Corpus, tokenizer: A
         except DatasetError:
             continue
         check_masks(messages, tokenizer, 0, tokens)
-    raise DatasetError(f"no conversation is left: {dict(corpus.skipped)}")
+    raise DatasetError(f"no conversation remains: {dict(corpus.skipped)}")

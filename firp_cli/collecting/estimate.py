@@ -1,9 +1,10 @@
-"""What a store will take, before anything is started: bytes per token, tokens, disk and time."""
+"""Estimate of a store before it is collected: bytes per token, tokens, disk and time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,44 @@ from firp_cli.store.shard_file import free_bytes
 from firp_cli.teacher.teacher import Teacher
 
 SAMPLE_CONVERSATIONS = 256
-TIMED_TOKENS = 8192  # positions of the timed forwards at most
+TIMED_TOKENS = 8192  # most positions of the timed forwards
 TIMED_STEPS = 16  # tokens of the timed answers
+
+
+@dataclass(frozen=True)
+class CollectEstimate:
+    """Size and duration of a store that is not collected yet.
+
+    Attributes:
+        layers: those stored beside the final state. dtype: of the stored states.
+        conversations, tokens: counted when `exact`, an upper bound when `upper_bound` (the teacher writes the answers),
+            else extrapolated from `sampled_conversations`.
+        bytes_per_token, total_bytes, free_bytes: of the store; free on its disk.
+        rank_tokens_per_second: measured in this process. tokens_per_second: of all `ranks`.
+        answering_seconds: part of `seconds` for writing answers.
+    """
+
+    dataset: str
+    teacher: str
+    layers: list[int]
+    dtype: str
+    conversations: int
+    tokens: int
+    sampled_conversations: int
+    exact: bool
+    upper_bound: bool
+    bytes_per_token: int
+    total_bytes: int
+    free_bytes: int
+    ranks: int
+    rank_tokens_per_second: float
+    tokens_per_second: float
+    answering_seconds: float
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
 
 
 def estimate(
@@ -29,12 +66,12 @@ def estimate(
     folder: Path,
     responder: Responder | None = None,
     ranks: int = 1,
-) -> dict[str, Any]:
-    """Figures for collecting `data` into `folder` with `ranks` ranks; writes and starts nothing.
+) -> CollectEstimate:
+    """Estimate the collection of `data` into `folder` with `ranks` ranks. Writes nothing.
 
-    Tokens are counted in an evenly spaced sample and extrapolated; for answers that the teacher will write itself
-    `max_new_tokens` each is taken, an upper bound. Times come from short forwards of this process, and from some short
-    answers of the `responder`, which `data.regenerate` needs; more ranks are taken to be as many times faster.
+    Tokens are counted in an evenly spaced sample and extrapolated. An answer that the teacher writes itself counts
+    `max_new_tokens`, an upper bound. Times are measured with short forwards of this process and, with
+    `data.regenerate`, with short answers of the `responder`; N ranks are assumed to be N times as fast.
     """
     rows = load_messages(data)
     step = max(1, len(rows) // SAMPLE_CONVERSATIONS)
@@ -51,30 +88,30 @@ def estimate(
         assert responder is not None
         answering = conversations * data.max_new_tokens / _answering_rate(sample, data, responder)
         answering /= max(1, ranks // responder.devices)
-    each = bytes_per_token(teacher.hidden_size, len(layers), dtype)
-    return {
-        "dataset": data.dataset,
-        "teacher": teacher.name,
-        "layers": list(layers),
-        "dtype": dtype,
-        "conversations": conversations,
-        "tokens": tokens,
-        "sampled_conversations": sampled,
-        "exact": sampled == len(rows) and not data.regenerate,
-        "upper_bound": data.regenerate,
-        "bytes_per_token": each,
-        "total_bytes": tokens * each,
-        "free_bytes": free_bytes(folder),
-        "ranks": ranks,
-        "rank_tokens_per_second": rate,
-        "tokens_per_second": rate * ranks,
-        "answering_seconds": answering,
-        "seconds": tokens / rate / ranks + answering,
-    }
+    token_bytes = bytes_per_token(teacher.hidden_size, len(layers), dtype)
+    return CollectEstimate(
+        dataset=data.dataset,
+        teacher=teacher.name,
+        layers=list(layers),
+        dtype=dtype,
+        conversations=conversations,
+        tokens=tokens,
+        sampled_conversations=sampled,
+        exact=sampled == len(rows) and not data.regenerate,
+        upper_bound=data.regenerate,
+        bytes_per_token=token_bytes,
+        total_bytes=tokens * token_bytes,
+        free_bytes=free_bytes(folder),
+        ranks=ranks,
+        rank_tokens_per_second=rate,
+        tokens_per_second=rate * ranks,
+        answering_seconds=answering,
+        seconds=tokens / rate / ranks + answering,
+    )
 
 
 def check_space(folder: Path, hidden_size: int, layers: int, dtype: str, tokens: int) -> None:
-    """Raises CapacityError when `tokens` more tokens do not fit the disk under `folder`."""
+    """Raise CapacityError when `tokens` more tokens do not fit on the disk of `folder`."""
     needed, free = tokens * bytes_per_token(hidden_size, layers, dtype), free_bytes(folder)
     if needed > free:
         raise CapacityError(
@@ -84,7 +121,7 @@ def check_space(folder: Path, hidden_size: int, layers: int, dtype: str, tokens:
 
 
 def _forward_rate(teacher: Teacher, sample: Corpus, layers: Sequence[int], pack_tokens: int) -> float:
-    """Tokens per second of collecting, from the forwards in the middle of the sample's range of lengths."""
+    """Measure the tokens per second of collecting, with forwards of conversations of middle length."""
     batches = plan_batches(sample.lengths, pack_tokens)
     count = max(1, min(len(batches), TIMED_TOKENS // pack_tokens))
     middle = (len(batches) - count) // 2
@@ -96,7 +133,7 @@ def _forward_rate(teacher: Teacher, sample: Corpus, layers: Sequence[int], pack_
 
 
 def _answering_rate(sample: Corpus, data: DataConfig, responder: Responder) -> float:
-    """Tokens per second of the responder, from the first tokens of a batch of answers to prompts of middle lengths."""
+    """Measure the responder's tokens per second, with short answers to a batch of prompts of middle length."""
     order = sorted(range(len(sample.input_ids)), key=sample.lengths.__getitem__)
     start = max(0, (len(order) - data.batch_size) // 2)
     prompts = [sample.input_ids[index].tolist() for index in order[start : start + data.batch_size]]

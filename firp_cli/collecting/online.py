@@ -1,7 +1,7 @@
-"""States made while training runs: by the teacher each time they are asked for, or kept on disk once they are made.
+"""Hidden states computed during training: on every read (online), or on the first read and then kept on disk (hybrid).
 
-Both look like a store to whoever reads them. A state passes through the store's dtype either way, so the three modes of
-`data.mode` train on the same numbers, to the rounding of forwards that have other batches.
+Both read like a store. States pass through the store's dtype, so all three values of `data.mode` train on the same
+numbers, up to the rounding of forwards with different batches.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ States = dict[str, Tensor]  # as stored, by tensor name: (T, d), and (T, 1) for 
 
 
 class OnlineStates(Sequence[StoredSequence]):
-    """The conversations of a corpus, with states that the teacher makes when they are asked for.
+    """Conversations of a corpus, with states that the teacher computes on every read.
 
-    Safe to read from several threads; the forwards come one after the other.
+    Several threads may read; one forward runs at a time.
 
     Args:
-        layers: those whose states are wanted beside the final one. dtype: that of the store which this stands for.
-        pack_tokens: positions of a forward at most.
+        layers: those whose states are returned beside the final state. dtype: of the store that this replaces.
+        pack_tokens: most positions of a forward.
     """
 
     def __init__(self, teacher: Teacher, corpus: Corpus, layers: Sequence[int], dtype: str, pack_tokens: int) -> None:
@@ -61,21 +61,22 @@ class OnlineStates(Sequence[StoredSequence]):
         return self.fetch([index % len(self)])[0]
 
     def fetch(self, indices: Sequence[int]) -> list[StoredSequence]:
-        """Several conversations, from as few forwards as `pack_tokens` allows. Raises NumericsError naming the one
-        whose states are not finite.
+        """Return several conversations, with as few forwards as `pack_tokens` allows.
+
+        Raises NumericsError naming a conversation with states that are not finite.
         """
         return [self._sequence(index, states) for index, states in zip(indices, self._make(indices), strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """What training.json says about the data."""
+        """Return the description of the data for training.json."""
         counts = {"conversations": len(self), "tokens": sum(self.lengths)}
         return {"mode": "online", "layers": list(self.layers), "dtype": self.dtype, "counts": counts}
 
     def flush(self) -> None:
-        """Nothing waits here to be written."""
+        """Do nothing: no state waits to be written."""
 
     def _make(self, indices: Sequence[int]) -> list[States]:
-        """The states of conversations as a store would hold them."""
+        """Compute the states of conversations, in the form of a store."""
         made: dict[int, States] = {}
 
         def sink(batch: list[int], states: dict[str, Tensor]) -> None:
@@ -104,7 +105,7 @@ class OnlineStates(Sequence[StoredSequence]):
     def _sequence(self, index: int, states: States) -> StoredSequence:
         hidden: dict[int, Tensor] = {}
         for name, layer in state_names(self.layers).items():
-            # a clone outside of the forward's inference mode: training saves it for its backward pass
+            # cloned outside of the forward's inference mode: training saves the values for its backward pass
             values = decode_states(states[name].clone(), states.get(f"{name}.scale"))
             if layer is None:
                 final = values
@@ -114,17 +115,17 @@ class OnlineStates(Sequence[StoredSequence]):
 
 
 class HybridStates(OnlineStates):
-    """The same, but states that were made once are kept: the first epoch fills files that later ones read.
+    """Online states that are kept on disk: the first epoch writes files that later epochs read.
 
-    Every rank writes files of its own, `cache-<rank>-<number>-<hash>.safetensors`, and reads those of all ranks. A
-    file's name holds the hash of its bytes: what a kill, a full disk or a flipped bit left damaged is found when the
-    folder is opened, and made again.
+    Every rank writes its own files, `cache-<identity>-<rank>-<number>-<hash>.safetensors`, and reads those of all
+    ranks. The identity covers teacher, corpus, layers and dtype; files of another identity are ignored. The hash is
+    that of the file's bytes: a damaged file is detected when the folder is opened, and its states are computed again.
 
     Args:
-        folder: for one teacher, corpus, set of layers and dtype; another one's files have another name and stay unread.
-        shard_tokens: tokens of a file at least. rank: this process's number.
+        folder: where the files are.
+        shard_tokens: least tokens of a file. rank: number of this process.
 
-    Raises StoreError where the disk refuses; what was kept before stays.
+    Raises StoreError when a file cannot be written; earlier files stay.
     """
 
     def __init__(
@@ -146,14 +147,14 @@ class HybridStates(OnlineStates):
         self._places: dict[int, tuple[Any, int, int]] = {}  # open file, first row, end
         self._known: set[str] = set()
         self._waiting: dict[int, States] = {}
-        self.made = 0  # conversations that this process had to make
+        self.made = 0  # conversations whose states this process computed
         folder.mkdir(parents=True, exist_ok=True)
         self._scan(check=True)
 
     def fetch(self, indices: Sequence[int]) -> list[StoredSequence]:
         with self._guard:
             absent = [index for index in dict.fromkeys(indices) if not self._has(index)]
-            if absent and self._scan(check=False):  # another rank may have made them by now
+            if absent and self._scan(check=False):  # another rank may have written them in the meantime
                 absent = [index for index in absent if not self._has(index)]
         fresh = dict(zip(absent, self._make(absent), strict=True)) if absent else {}
         with self._guard:
@@ -161,11 +162,11 @@ class HybridStates(OnlineStates):
             self._waiting |= {index: states for index, states in fresh.items() if not self._has(index)}
             if sum(self.lengths[index] for index in self._waiting) >= self._shard_tokens:
                 self.flush()
-            found = [fresh.get(index) or self._read(index) for index in indices]
-        return [self._sequence(index, states) for index, states in zip(indices, found, strict=True)]
+            states = [fresh.get(index) or self._read(index) for index in indices]
+        return [self._sequence(index, part) for index, part in zip(indices, states, strict=True)]
 
     def flush(self) -> None:
-        """Write what has been made and waits. Raises StoreError."""
+        """Write the states that are not on disk yet. Raises StoreError."""
         with self._guard:
             if not self._waiting:
                 return
@@ -184,7 +185,7 @@ class HybridStates(OnlineStates):
             except (OSError, SafetensorError) as error:
                 raise StoreError(
                     f"cannot keep states in {self.folder}: {error}\n"
-                    "make room and go on with --resume, or keep none: data.mode=online"
+                    "make room and run again with --resume, or keep no states: data.mode=online"
                 ) from error
             self._enter(path)
             self._waiting.clear()
@@ -203,8 +204,11 @@ class HybridStates(OnlineStates):
         return {name: handle.get_slice(name)[start:end] for name in names}
 
     def _scan(self, check: bool) -> bool:
-        """Enter files that are not known yet; whether there were any. `check`: compare bytes with the hash first."""
-        found = False
+        """Open files that are not known yet and return True if there were any.
+
+        With `check` compare each file's bytes with its hash first, and remove damaged files.
+        """
+        opened = False
         for path in sorted(self.folder.glob(f"{self._stem}-*.safetensors")):
             if path.name in self._known:
                 continue
@@ -213,8 +217,8 @@ class HybridStates(OnlineStates):
                 path.unlink(missing_ok=True)
                 continue
             self._enter(path)
-            found = True
-        return found
+            opened = True
+        return opened
 
     def _enter(self, path: Path) -> None:
         handle = safe_open(path, framework="pt")

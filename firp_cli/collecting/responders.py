@@ -1,4 +1,4 @@
-"""Who writes the teacher's answers: what a responder is, and how one gets past prompts and memory that fail."""
+"""Responders write the teacher's answers; `RetryingResponder` isolates failing prompts and adapts to little memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from firp_cli.errors import CapacityError, LaunchError, StoreError, TeacherError
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to prompt `number` of those given, EOS included; or why there is none."""
+    """Answer to prompt `number` of a list, EOS included; or the reason why there is none (`failure`)."""
 
     number: int
     token_ids: list[int]
@@ -26,8 +26,8 @@ class Responder(Protocol):
     """Writes greedy answers.
 
     Attributes:
-        name: what the recipe calls it; its answers and another's are never mixed.
-        devices: ranks of a machine that share one of it. active: False on a rank that leaves its prompts to others.
+        name: its name in a recipe; answers of different responders are never mixed.
+        devices: ranks of a machine that share one responder. active: False on a rank that answers no prompts.
     """
 
     name: str
@@ -35,24 +35,26 @@ class Responder(Protocol):
     active: bool
 
     def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Answer]:
-        """One reply per prompt (token ids), of at most its limit of tokens, in any order.
+        """Yield one answer per prompt (token ids), of at most its limit of tokens, in any order.
 
         Raises TeacherError when no prompt can be answered at all.
         """
         ...
 
     def close(self) -> None:
-        """Free what answering took; `reply` may be called again."""
+        """Free the memory that answering took; `reply` may be called again."""
         ...
 
 
 class RetryingResponder:
-    """Replies in spite of faults: memory that runs out halves what is decoded at once, for good; a prompt at which
-    decoding fails is found by halving and reported, and the others are answered.
+    """Answers prompts although decoding fails for some of them.
+
+    When memory runs out, `width` is halved for good. A prompt for which decoding fails is found by bisection and
+    reported; the others are answered.
 
     Args:
-        decode: replies to some prompts, taken in order; those that it was at when it raised are among the first
-            `width` without a reply.
+        decode: answers prompts in their order; when it raises, the prompts that it was decoding are among the first
+            `width` without an answer.
         width: prompts decoded at once.
     """
 
@@ -60,26 +62,26 @@ class RetryingResponder:
         self.decode, self.width = decode, width
 
     def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Answer]:
-        """As `Responder.reply`."""
+        """Answer as `Responder.reply` describes."""
         parts = deque([list(range(len(prompts)))])
         while parts:
             part = parts.popleft()
-            left = dict.fromkeys(part)
+            remaining = dict.fromkeys(part)
             failure, memory = "", False
             try:
                 for reply in self.decode(
                     [prompts[number] for number in part], [limits[number] for number in part], self.width
                 ):
-                    del left[part[reply.number]]
+                    del remaining[part[reply.number]]
                     yield Answer(part[reply.number], reply.token_ids, reply.failure)
             except (TeacherError, LaunchError, StoreError):
                 raise
             except Exception as error:
                 failure, memory = first_line(error), out_of_memory(error)
-            # The error is gone here, and with it what its frames held.
+            # The error is freed here, and with it the memory that its frames hold.
             if not failure:
                 continue
-            missing = list(left)
+            missing = list(remaining)
             if memory and self.width > 1:
                 self.width //= 2
                 _empty_device_cache()
@@ -100,14 +102,14 @@ def _empty_device_cache() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line, its type where it says nothing."""
+    """Return the first line of an error's text, or its type where the text is empty."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether fewer prompts at once might do."""
+    """Return True for an error that fewer prompts at once may avoid."""
     if isinstance(error, (MemoryError, CapacityError)):
         return True
-    words = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory")  # torch's own
+    words = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory")  # texts of torch
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

@@ -1,7 +1,7 @@
-"""The shards of a store, shared out over the ranks: who writes which, writing them, entering them.
+"""Shards of a store, shared by the ranks: assign them, write them, enter them in the manifest.
 
-Rank 0 leads: it holds the folder's lock and writes the manifest. What every rank must know (which shards are missing)
-goes over the control group; what must survive a kill lies on the disk beside each shard.
+Rank 0 leads: it holds the folder's lock and writes the manifest. Small values, such as the list of missing shards, are
+sent through the rank group; what must survive a kill is on the disk beside each shard.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firp_cli.collecting.corpus import Corpus, Progress
+from firp_cli.collecting.corpus import Corpus
 from firp_cli.collecting.teacher_states import accompany, capture
-from firp_cli.data.formats import Message
-from firp_cli.distributed.rank_group import RankGroup
-from firp_cli.errors import LaunchError, StoreError
+from firp_cli.distributed.rank_group import RankGroup, raise_on_all_ranks
+from firp_cli.errors import StoreError
+from firp_cli.results import Progress
 from firp_cli.store.reader import allocate, encode_states, state_names
 from firp_cli.store.writer import FOLD_SECONDS, ShardPlan, ShardWriter, StoreWriter, is_whole, text_fingerprint
 from firp_cli.teacher.teacher import Teacher
@@ -30,77 +30,57 @@ SEEN_SECONDS = 60.0  # a network file system may show a new file late
 
 
 def check_shared(folder: Path, group: RankGroup) -> None:
-    """Refuse ranks that do not see one and the same output folder. Raises StoreError with the remedy."""
+    """Check that all ranks see the same output folder. Raises StoreError naming the ranks that do not."""
     if group.size == 1:
         return
 
-    def put() -> bool:
+    def put() -> tuple[Path, bool]:
         made = not folder.exists()
+        mark = folder / f".{os.urandom(8).hex()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / token).touch()
+            mark.touch()
         except OSError as error:
             raise StoreError(f"cannot write {folder}: {error}; give another --output") from error
-        return made
+        return mark, made
 
-    def seen() -> bool:
-        until = time.monotonic() + SEEN_SECONDS
-        while not (found := (folder / token).is_file()) and time.monotonic() < until:
-            time.sleep(0.2)
-        return found
-
-    token = group.first(lambda: f".{os.urandom(8).hex()}.tmp")
-    made = group.first(put)
-    blind = [number for number, found in enumerate(group.gather(seen())) if not found]
+    mark, made = group.run_on_main(put)
+    until = time.monotonic() + SEEN_SECONDS
+    while not (seen := mark.is_file()) and time.monotonic() < until:
+        time.sleep(0.2)
+    blind = [rank for rank, visible in enumerate(group.gather(seen)) if not visible]
     if group.main:
-        (folder / token).unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
         if made and not any(folder.iterdir()):
             folder.rmdir()
     if blind:
-        error = StoreError(
-            f"rank {', '.join(map(str, blind))} does not see the {folder.absolute()} of rank 0; "
-            "give an --output on a file system that all machines share, under one path"
+        raise_on_all_ranks(
+            StoreError(
+                f"rank {', '.join(map(str, blind))} does not see the {folder.absolute()} of rank 0; "
+                "give an --output on a file system that all machines share, under one path"
+            )
         )
-        error.agreed = True
-        raise error
-
-
-def check_alike(rows: Sequence[Sequence[Message]], teacher: Teacher, group: RankGroup) -> None:
-    """Refuse ranks that read different data or different teachers. Raises LaunchError saying which rank."""
-    if group.size == 1:
-        return
-    size = sum(len(item["content"]) for messages in rows for item in messages)
-    seen = group.gather({"data set": (len(rows), size), "teacher": teacher.fingerprint})
-    for number, values in enumerate(seen):
-        for name, value in values.items():
-            if value != seen[0][name]:
-                error = LaunchError(
-                    f"rank {number} reads another {name} than rank 0 ({value} against {seen[0][name]}); "
-                    "give all machines the same files"
-                )
-                error.agreed = True
-                raise error
 
 
 @contextmanager
 def open_writer(
-    lead: Callable[[], StoreWriter], folder: Path, layers: Sequence[int], dtype: str, group: RankGroup
+    make_leader: Callable[[], StoreWriter], folder: Path, layers: Sequence[int], dtype: str, group: RankGroup
 ) -> Iterator[ShardWriter]:
-    """This rank's writer: rank 0 leads, and the others join what it leads."""
+    """Yield this rank's writer: on rank 0 the leader, on other ranks a writer that joins it."""
     writer: ShardWriter | None = None
 
-    def start() -> None:
+    def lead() -> None:
         nonlocal writer
-        writer = leader = lead()
+        writer = store = make_leader()
         if group.size > 1:
-            leader.share()
+            store.share()
 
     def join() -> None:
         nonlocal writer
         writer = writer or ShardWriter(folder, layers, dtype)
 
     try:
-        group.first(start)
+        group.run_on_main(lead)
         group.run_on_all(join)
         assert writer is not None
         yield writer
@@ -109,31 +89,44 @@ def open_writer(
             writer.close()
 
 
+def leader(writer: ShardWriter) -> StoreWriter:
+    """Return the writer of rank 0, which leads the others."""
+    assert isinstance(writer, StoreWriter)
+    return writer
+
+
 def plan_pending(
-    writer: ShardWriter, folder: Path, corpus: Corpus, counts: dict[str, Any], group: RankGroup
+    writer: ShardWriter,
+    corpus: Corpus,
+    counts: dict[str, Any],
+    check_room: Callable[[int], None],
+    group: RankGroup,
 ) -> list[ShardPlan]:
-    """The shards to be written. The ranks share the checking of those that are there: that reads all their bytes."""
+    """Return the shards to be written, and enter the others in the manifest with `counts`.
+
+    The ranks share the check of existing shards, which reads all their bytes. Rank 0 calls `check_room` with the number
+    of tokens to be written.
+    """
 
     def text(plan: ShardPlan) -> str:
         ids, masks = corpus.input_ids[plan.first : plan.next], corpus.loss_mask[plan.first : plan.next]
         return text_fingerprint(torch.cat(ids), torch.cat(masks))
 
-    def claims() -> list[tuple[ShardPlan, dict[str, Any]]]:
-        assert isinstance(writer, StoreWriter)
-        return writer.claims(corpus.lengths)
-
     def settle() -> list[ShardPlan]:
-        assert isinstance(writer, StoreWriter)
-        return writer.settle([entry for part in whole for entry in part], counts)
+        pending = leader(writer).settle([entry for part in whole for entry in part], counts)
+        check_room(sum(sum(lengths[plan.first : plan.next]) for plan in pending))
+        return pending
 
-    mine = group.first(claims)[group.rank :: group.size]
-    whole = group.gather([entry for plan, entry in mine if is_whole(folder, plan, entry, text)])
-    return group.first(settle)
+    lengths = corpus.lengths
+    claims = group.run_on_main(lambda: leader(writer).claims(lengths))[group.rank :: group.size]
+    whole = group.gather([entry for plan, entry in claims if is_whole(writer.folder, plan, entry, text)])
+    return group.run_on_main(settle)
 
 
 def assign(plans: Sequence[ShardPlan], sizes: Sequence[int], ranks: int) -> list[list[ShardPlan]]:
-    """Each rank's shards, in order, so that all ranks have about as many tokens: the largest that is left goes to the
-    rank that has least.
+    """Return each rank's shards, in order, with about equally many tokens for each rank.
+
+    The largest remaining shard goes to the rank with the fewest tokens.
     """
     load = [0] * ranks
     taken: list[list[ShardPlan]] = [[] for _ in range(ranks)]
@@ -155,10 +148,10 @@ def write_shards(
     total: int,
     bar: Progress,
 ) -> list[dict[str, Any]]:
-    """Capture shard by shard; while one is computed the one before it is written. At most two are in memory.
+    """Compute and write the shards `plans`; return their entries for the manifest.
 
-    `bar` is told the tokens that all ranks have done of `total`, as far as their shards are entered.
-    Returns the manifest's entries of the shards written.
+    A shard is written while the next one is computed, so at most two are in memory. `bar` gets the tokens of `total`
+    that are done: this rank's, and those of other ranks' shards in the manifest.
     """
     mine = {plan.file for plan in plans}
     entries: list[dict[str, Any]] = []
@@ -189,22 +182,18 @@ def write_shards(
     return entries
 
 
-def finish(writer: ShardWriter, entries: Sequence[dict[str, Any]], group: RankGroup) -> None:
-    """Wait for all ranks and enter what they wrote; meanwhile rank 0 enters what is finished."""
+def gather_entries(writer: ShardWriter, entries: list[dict[str, Any]], group: RankGroup) -> list[list[dict[str, Any]]]:
+    """Wait until all ranks have written their shards; return the entries of each rank.
+
+    While it waits, rank 0 enters finished shards in the manifest.
+    """
 
     def fold() -> None:
         if isinstance(writer, StoreWriter):
             writer.fold(FOLD_SECONDS)
 
-    def enter() -> None:
-        assert isinstance(writer, StoreWriter)
-        # Their own word counts: a network file system may show their files late.
-        writer.fold(entries=[entry for part in told for entry in part])
-        assert writer.manifest["complete"]
-
     group.wait(fold)
-    told = group.gather(list(entries))
-    group.first(enter)
+    return group.gather(entries)
 
 
 def _shard_tensors(
@@ -216,7 +205,7 @@ def _shard_tensors(
     pack_tokens: int,
     on_tokens: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """Everything that one shard holds. It depends on the shard's own conversations alone: one shard can be rebuilt."""
+    """Return the tensors of one shard. They depend on its conversations alone, so a single shard can be rebuilt."""
     sequences = corpus.input_ids[plan.first : plan.next]
     offsets = torch.tensor([0, *(len(ids) for ids in sequences)]).cumsum(0)
     starts = offsets.tolist()

@@ -1,9 +1,9 @@
-"""The teacher's states of many conversations, several to a forward, none seeing another.
+"""The teacher's hidden states of many conversations, several in one forward.
 
-Conversations of similar length share a forward as rows of a right-padded batch. Under a causal mask padding on the
-right is invisible to what stands before it, so the states are those of one conversation alone. The alternative, packing
-conversations one behind the other under a block mask, was measured (scripts/NOTES.md): attention costs the square of a
-row's length, so rows of one conversation each are cheaper, and sorted lengths leave little padding.
+Conversations of similar length share a forward as rows of a right-padded batch. Under a causal mask no token attends to
+the padding on its right, so the states equal those of the conversation alone. The alternative, packing conversations
+into one row under a block mask, was measured (scripts/NOTES.md): attention costs the square of a row's length, so one
+conversation per row is cheaper, and sorted lengths need little padding.
 
 Shapes: B conversations, T positions, d hidden size.
 """
@@ -22,9 +22,9 @@ Sink = Callable[[list[int], dict[str, Tensor]], None]
 
 
 def plan_batches(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
-    """Indices of the conversations of each forward, longest first; at most `pack_tokens` positions, padding included.
+    """Return the indices of each forward's conversations, longest first.
 
-    A conversation longer than that is a forward of its own.
+    A forward has at most `pack_tokens` positions, padding included; a longer conversation has a forward of its own.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
@@ -47,9 +47,9 @@ def capture(
 ) -> None:
     """Run `sequences` (token ids (T,) each) through the teacher.
 
-    `sink(indices, states)` gets the states of the conversations of one forward, one behind the other in the order of
-    `indices`: `hidden.<l>` (sum of T, d) after l layers, `hidden.final` (sum of T, d) behind the final norm, on the
-    teacher's device. `on_tokens(n)` is told how many real tokens a forward had.
+    After each forward `sink(indices, states)` gets the states of its conversations, concatenated in the order of
+    `indices`, on the teacher's device: `hidden.<l>` (sum of T, d) after l layers and `hidden.final` (sum of T, d) after
+    the final norm. `on_tokens(n)` gets the forward's number of tokens without padding.
     """
     lengths = [len(ids) for ids in sequences]
     for batch in plan_batches(lengths, pack_tokens):
@@ -68,20 +68,20 @@ def capture(
 
 @torch.inference_mode()
 def accompany(teacher: Teacher) -> None:
-    """Run along with the other processes that hold the teacher, until none of them captures any more."""
+    """Take part in the forwards of the ranks that share the teacher's weights, until none of them captures."""
     while teacher.any_has_work(False):
         _forward(teacher, torch.zeros(1, 1, dtype=torch.long), set())
 
 
-def _forward(teacher: Teacher, ids: Tensor, wanted: set[int]) -> tuple[dict[int, Tensor], Tensor]:
-    """Token ids (B, T) to the states (B, T, d) of the layers wanted, and the normed final state."""
+def _forward(teacher: Teacher, ids: Tensor, layers: set[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """Return the states (B, T, d) of token ids (B, T) after `layers`, and the normed final state."""
     width = ids.shape[1]
     positions = torch.arange(width, device=teacher.device)[None]
     mask = teacher.causal_mask(width)
     kept: dict[int, Tensor] = {}
 
     def keep(layer: int, hidden: Tensor) -> None:
-        if layer in wanted:
+        if layer in layers:
             kept[layer] = hidden
 
     last = teacher.run(teacher.embed(ids.to(teacher.device)), positions, mask, on_layer=keep)
@@ -89,5 +89,5 @@ def _forward(teacher: Teacher, ids: Tensor, wanted: set[int]) -> tuple[dict[int,
 
 
 def _real_rows(states: Tensor, lengths: list[int]) -> Tensor:
-    """(B, T, d) to the rows before each length, (sum of lengths, d)."""
+    """Return the states (B, T, d) without padding, concatenated: (sum of lengths, d)."""
     return torch.cat([states[row, :length] for row, length in enumerate(lengths)])

@@ -1,11 +1,11 @@
-"""Answers from vLLM (extra `firp[vllm]`), in a process of its own: when it ends, all its memory is free again.
+"""Answers from vLLM (the extra `firp[vllm]`), in a separate process: when it ends, all its memory is free again.
 
-OutputSequence for the calls that vLLM documents from 0.11 to 0.26: `LLM(model, **engine arguments)`, `LLM.generate(prompts,
-sampling_params, use_tqdm=)` with prompts of token ids and one `SamplingParams` each, `RequestOutput.outputs[0]`. It is
-tested against a stand-in with these signatures, not against vLLM itself.
+Uses the calls that vLLM documents from 0.11 to 0.26: `LLM(model, **engine arguments)`, `LLM.generate(prompts,
+sampling_params, use_tqdm=)` with prompts of token ids and one `SamplingParams` each, `RequestOutput.outputs[0]`. The
+tests use a stand-in with these signatures, not vLLM itself.
 
-The two processes exchange lines of JSON over pipes: options, then batches of prompts; each is answered by one line.
-This file is also the other process's program, so it imports neither torch nor vLLM at its top.
+The two processes exchange lines of JSON over pipes: first the options, then batches of prompts; each request has one
+line of response. This file is also the program of the vLLM process, which imports vLLM only once it has its options.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ from firp_cli.teacher.source import locate
 if TYPE_CHECKING:
     from firp_cli.teacher.teacher import Teacher
 
-AT_ONCE = 512  # prompts per batch: vLLM schedules them itself, and so many are lost by a kill at most
-SHARE_OF_FREE = 0.9  # of the device memory that the teacher leaves free
+AT_ONCE = 512  # prompts per batch: vLLM schedules them, and a kill loses at most one batch
+SHARE_OF_FREE = 0.9  # part of the free device memory that vLLM may take
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-END_SECONDS = 10.0  # to end by itself, before it is made to
+END_SECONDS = 10.0  # after which a process that does not end is killed
 
 
 def check_responder(recipe: Recipe) -> None:
-    """What of a recipe's responder can be refused before a teacher is loaded. Raises UsageError."""
+    """Check the recipe's responder before a teacher is loaded. Raises UsageError."""
     if recipe.data.regenerate and recipe.collect.responder == "vllm":
         check_vllm(recipe.teacher, recipe.collect.vllm)
 
 
 def check_vllm(teacher: TeacherConfig, options: dict[str, Any]) -> None:
-    """Whether vLLM is there and may be asked for this. Raises UsageError."""
+    """Check that vLLM is installed and that its options fit the teacher. Raises UsageError."""
     if importlib.util.find_spec("vllm") is None:
         raise UsageError(
             "collect.responder=vllm needs the package vllm: pip install 'firp[vllm]', or set collect.responder=engine"
         )
     if "model" in options:
-        raise UsageError("collect.vllm.model is not for you to set: vLLM answers with teacher.model")
+        raise UsageError("collect.vllm.model cannot be set: vLLM answers with teacher.model")
     if teacher.looped is not None:
         raise UsageError("vLLM does not run the loops of teacher.looped: set collect.responder=engine")
 
 
 class VllmDied(RuntimeError):
-    """vLLM's process ended, or said that a batch failed."""
+    """vLLM's process ended, or reported that a batch failed."""
 
 
 class VllmResponder:
-    """Has vLLM write the answers, greedily, with the teacher's weights, dtype and stop tokens.
+    """Writes greedy answers with vLLM, from the teacher's weights, dtype and stop tokens.
 
-    Among several ranks every group of as many neighbours on a machine as vLLM needs devices has one that answers.
+    When vLLM needs D devices, D neighbouring ranks of a machine share one vLLM process; the first of them answers.
 
     Args:
-        options: engine arguments of `vllm.LLM`; they come before what is taken from the teacher.
-        longest: tokens of a prompt and its answer at most.
+        options: engine arguments of `vllm.LLM`; they override those taken from the teacher.
+        longest: most tokens of a prompt and its answer.
     Raises UsageError when vLLM is missing or cannot run this teacher, or has too few devices.
     """
 
@@ -90,30 +90,30 @@ class VllmResponder:
             **options,
         }
         self.devices = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
-        self._visible, self.active = _share(self.devices)
-        self._steady = RetryingResponder(self._decode, AT_ONCE)
+        self._visible, self.active = _assign_devices(self.devices)
+        self._retrying = RetryingResponder(self._decode, AT_ONCE)
         self._process: subprocess.Popen[str] | None = None
         self._log: Any = None
 
     def reply(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[Answer]:
-        """As `Responder.reply`. Raises TeacherError when vLLM does not start."""
-        return self._steady.reply(prompts, limits)
+        """Answer as `Responder.reply` describes. Raises TeacherError when vLLM does not start."""
+        return self._retrying.reply(prompts, limits)
 
     def close(self) -> None:
-        """End vLLM's process and those that it started."""
+        """End vLLM's process and its workers."""
         process, self._process = self._process, None
         if process is None:
             return
         assert process.stdin and process.stdout
         with contextlib.suppress(OSError):
-            process.stdin.close()  # which tells it to end
+            process.stdin.close()  # the process ends when its input does
         try:
             process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             pass
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its workers may have stayed
+                os.killpg(process.pid, signal.SIGKILL)  # its workers may still run
             process.wait()
             process.stdout.close()
             self._log.close()
@@ -139,7 +139,7 @@ class VllmResponder:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            start_new_session=True,  # to be ended as a group; Ctrl-C reaches this process, which ends the other
+            start_new_session=True,  # to end it as a group; Ctrl-C reaches this process only, which ends the other
         )
         options = {"gpu_memory_utilization": _free_share(self._visible), **self.options}
         options = {name: value for name, value in options.items() if value is not None}
@@ -152,9 +152,9 @@ class VllmResponder:
             ) from error
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a line and wait for its answer. On any fault the process is ended: what it still holds is unknown.
+        """Send a request and return the response. After any error the process is ended, since its state is unknown.
 
-        Raises VllmDied, or MemoryError where fewer prompts may help.
+        Raises VllmDied, or MemoryError when fewer prompts may help.
         """
         process = self._process
         assert process is not None and process.stdin and process.stdout
@@ -172,34 +172,35 @@ class VllmResponder:
             return answer
         if "error" not in answer:
             code = process.wait()
-            last = self._last_words()
+            last = self._last_line()
             answer = {"error": f"its process ended (code {code}){f': {last}' if last else ''}", "memory": code == -9}
         self.close()
         raise (MemoryError if answer.get("memory") else VllmDied)(answer["error"])
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
+        """Return the last line of the process's log."""
         self._log.seek(0)
         lines = [line.strip() for line in self._log if line.strip()]
         return lines[-1][:300] if lines else ""
 
 
-def _share(needed: int) -> tuple[list[str] | None, bool]:
-    """The devices of this rank's vLLM (None: all that the process sees), and whether the rank has one.
+def _assign_devices(needed: int) -> tuple[list[str] | None, bool]:
+    """Return the devices of this rank's vLLM (None: all visible ones), and True if this rank starts it.
 
-    Raises UsageError when the ranks of a machine are fewer than the devices needed.
+    Raises UsageError when a machine has fewer ranks than `needed` devices.
     """
     if world_size() == 1:
         return None, True
     rank, ranks = local_rank(), local_world_size()
     if needed > ranks:
-        raise UsageError(f"collect.vllm asks for {needed} devices, and this machine has {ranks} ranks: start {needed}")
+        raise UsageError(f"collect.vllm needs {needed} devices, and this machine has {ranks} ranks: start {needed}")
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     devices = (visible or [str(number) for number in range(ranks)])[rank : rank + needed]
     return devices, rank % needed == 0 and rank + needed <= ranks
 
 
 def _free_share(devices: list[str] | None) -> float | None:
-    """What part of each device's memory vLLM may take beside the teacher, which is loaded; None without devices."""
+    """Return the share of each device's memory that vLLM may take beside the loaded teacher; None without devices."""
     import torch
 
     if not torch.cuda.is_available():
@@ -211,11 +212,11 @@ def _free_share(devices: list[str] | None) -> float | None:
     return round(SHARE_OF_FREE * min(shares), 3)
 
 
-# The other process.
+# The vLLM process.
 
 
 class Answerer:
-    """vLLM's side: an engine, asked batch by batch."""
+    """vLLM's engine, which answers one batch at a time."""
 
     def __init__(self, options: dict[str, Any], stops: list[int]) -> None:
         from vllm import LLM
@@ -224,26 +225,26 @@ class Answerer:
         self.engine = LLM(**options)
 
     def answer(self, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
-        """Greedy answers of at most `limits` tokens, the stop token included."""
+        """Return greedy answers of at most `limits` tokens, stop token included."""
         from vllm import SamplingParams
 
         parameters = [
-            # the teacher's own stop tokens, and no others
+            # only the teacher's own stop tokens
             SamplingParams(
                 temperature=0.0, max_tokens=limit, stop_token_ids=self.stops, ignore_eos=True, detokenize=False
             )
             for limit in limits
         ]
-        found = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+        outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
         answers = []
-        for prompt, output in zip(prompts, found, strict=True):
+        for prompt, output in zip(prompts, outputs, strict=True):
             if list(output.prompt_token_ids) != prompt:
-                raise RuntimeError("vLLM answered another prompt than it was asked")
-            answers.append(self._whole(output.outputs[0]))
+                raise RuntimeError("vLLM answered a different prompt")
+            answers.append(self._complete(output.outputs[0]))
         return answers
 
-    def _whole(self, completion: Any) -> list[int]:
-        """Its tokens up to the first stop token; one that vLLM left out is put back."""
+    def _complete(self, completion: Any) -> list[int]:
+        """Return the tokens up to the first stop token, which vLLM may have left out."""
         tokens = list(completion.token_ids)
         for place, token in enumerate(tokens):
             if token in self.stops:
@@ -254,15 +255,15 @@ class Answerer:
 
 
 def main() -> None:
-    """Read requests from stdin until it ends, which it does with the process that asked; answer on what was stdout."""
+    """Read requests from stdin and respond on the original stdout, until stdin is closed by the asking process."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # text that libraries print must not mix with responses
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:
         for line in sys.stdin:
             requests.put(line)
-        os.killpg(os.getpid(), signal.SIGKILL)  # also in the middle of a batch, and with all workers
+        os.killpg(os.getpid(), signal.SIGKILL)  # even during a batch, with all workers
 
     threading.Thread(target=listen, name="requests", daemon=True).start()
     answerer: Answerer | None = None

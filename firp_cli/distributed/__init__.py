@@ -1,1 +1,1 @@
-"""Ranks: launchers, clusters, messages and sharded teachers."""
+"""Ranks: launchers, clusters, messages between ranks, and sharded teachers."""

@@ -1,4 +1,4 @@
-"""What schedulers and hostfiles say about a group of ranks: plain text in, plain values out."""
+"""Parsers of hostfiles, Slurm variables and node lists."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from firp_cli.errors import ClusterError
 
-FIRST_PORT, PORTS = 12000, 20000  # below the ports that Linux hands out by itself
-INTERACTIVE_STEP = 0xFFFF_FFF0  # Slurm numbers its batch and interactive steps from here on; they are one shell each
+FIRST_PORT, PORTS = 12000, 20000  # below the ports that Linux assigns to outgoing connections
+INTERACTIVE_STEP = 0xFFFF_FFF0  # first number of Slurm's batch and interactive steps, which are one shell each
 
 
 def read_hostfile(path: Path | str) -> dict[str, int]:
-    """Ranks that each machine of a hostfile takes, in the order of its lines `HOST slots=N`; `#` begins a comment.
+    """Return the slots of each machine of a hostfile, in the order of its lines `HOST slots=N`; `#` begins a comment.
 
-    Raises ClusterError naming file and line: no such form, no slot, or a machine that stands twice.
+    Raises ClusterError naming file and line: another form, no slot, or a machine that is listed twice.
     """
     path = Path(path)
     try:
@@ -29,14 +29,16 @@ def read_hostfile(path: Path | str) -> dict[str, int]:
         content = line.partition("#")[0].strip()
         if not content:
             continue
-        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", content)
-        if not found:
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", content)
+        if not match:
             raise ClusterError(f"{path}:{number}: {content!r} is not of the form `HOST slots=N`")
-        host, count = found[1], int(found[2])
+        host, count = match[1], int(match[2])
         if not count:
-            raise ClusterError(f"{path}:{number}: {host} has no slot; leave its line out")
+            raise ClusterError(f"{path}:{number}: {host} has no slot; remove the line")
         if host in slots:
-            raise ClusterError(f"{path}:{number}: {host} stands twice (first on line {lines[host]}); add its slots up")
+            raise ClusterError(
+                f"{path}:{number}: {host} is listed twice (first on line {lines[host]}); add up its slots"
+            )
         slots[host], lines[host] = count, number
     if not slots:
         raise ClusterError(f"{path} names no machine: it has a line `HOST slots=N` for each")
@@ -44,8 +46,9 @@ def read_hostfile(path: Path | str) -> dict[str, int]:
 
 
 def ranks_by_host(path: Path | str, each: int | None) -> dict[str, int]:
-    """Ranks to start on each machine of a hostfile: `each`, or all its slots. Raises ClusterError as `read_hostfile`
-    does, and where a machine has fewer slots than `each`.
+    """Return the ranks to start on each machine of a hostfile: `each`, or all its slots.
+
+    Raises ClusterError as `read_hostfile` does, and for a machine with fewer slots than `each`.
     """
     slots = read_hostfile(path)
     for host, count in slots.items():
@@ -55,10 +58,10 @@ def ranks_by_host(path: Path | str, each: int | None) -> dict[str, int]:
 
 
 def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a task that `srun` started beside others.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a task that `srun` started with others.
 
-    Empty where there is nothing to join: RANK is set already (torchrun, DeepSpeed), no Slurm step, a step of one task,
-    the script of `sbatch`, the shell of `salloc`, or a step that gives somebody a terminal.
+    Empty when there is no group to join: RANK is set already (torchrun, DeepSpeed), no Slurm step, a step of one task,
+    the script of `sbatch`, the shell of `salloc`, or a step with a terminal.
     """
     step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", ""))
     size = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", ""))
@@ -69,25 +72,25 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or ""
     nodes = nodes or environment.get("SLURM_JOB_NODELIST", "")
     job = re.sub(r"\D", "", environment.get("SLURM_JOB_ID", environment.get("SLURM_JOBID", ""))) or "0"
-    found = {
+    variables = {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": size,
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "MASTER_ADDR": expand_nodes(nodes)[0],
-        # Steps of one job may run side by side: each its own port.
+        # Steps of one job may run at the same time: each has its own port.
         "MASTER_PORT": str(FIRST_PORT + (int(job) * 7 + int(step)) % PORTS),
     }
-    return {name: environment.get(name, value) for name, value in found.items()}
+    return {name: environment.get(name, value) for name, value in variables.items()}
 
 
 def expand_nodes(text: str) -> list[str]:
-    """The machines of a Slurm node list: `gpu[01-03,7],head` is gpu01, gpu02, gpu03, gpu7 and head.
+    """Return the machines of a Slurm node list: `gpu[01-03,7],head` is gpu01, gpu02, gpu03, gpu7 and head.
 
     Raises ClusterError for a text that is no node list.
     """
     entries = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text)  # commas within brackets belong to one entry
     if not entries or ",".join(entries) != text:
-        raise ClusterError(f"the node list {text!r} is not understood; set MASTER_ADDR to the first machine")
+        raise ClusterError(f"the node list {text!r} cannot be parsed; set MASTER_ADDR to the first machine")
     return [node for entry in entries for node in _expand_entry(entry)]
 
 
@@ -96,11 +99,11 @@ def _expand_entry(entry: str) -> list[str]:
     if not bracket:
         return [entry]
     inside, closing, tail = rest.partition("]")
-    found: list[str] = []
+    nodes: list[str] = []
     for part in inside.split(","):
         first, dash, last = part.partition("-")
         if not closing or not first.isdigit() or (dash and not last.isdigit()):
-            raise ClusterError(f"the node list entry {entry!r} is not understood; set MASTER_ADDR to the first machine")
+            raise ClusterError(f"the node list entry {entry!r} cannot be parsed; set MASTER_ADDR to the first machine")
         for number in range(int(first), int(last if dash else first) + 1):
-            found += [f"{head}{number:0{len(first)}d}{after}" for after in _expand_entry(tail)]
-    return found
+            nodes += [f"{head}{number:0{len(first)}d}{after}" for after in _expand_entry(tail)]
+    return nodes

@@ -1,7 +1,7 @@
-"""Ranks: one process per device, started through the DeepSpeed launcher, talking over NCCL or, on a CPU, gloo.
+"""Ranks: one process per device, started by the DeepSpeed launcher; they communicate over NCCL, on a CPU over gloo.
 
-`launch` starts the ranks of a command; inside a rank `start` joins them. Ranks that torchrun, srun or DeepSpeed started
-join in the same way. A single process is a group of one and needs neither launcher nor port nor MPI.
+`launch` starts the ranks of a command; inside a rank `start` joins them. Ranks started by torchrun, srun or DeepSpeed
+join in the same way. A single process is a group of one rank and needs no launcher, port or MPI.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.distributed.cluster import ranks_by_host, slurm_ranks
-from firp_cli.errors import ClusterError, FirpError, LaunchError, PeerLostError
+from firp_cli.errors import INTERRUPTED, ClusterError, FirpError, LaunchError, PeerLostError
 from firp_cli.machine import cores_of_rank, is_launched, is_main, local_rank, local_world_size, rank, world_size
 
-INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
-SAME_INTERRUPTION = 2.0  # seconds within which two signals are one
+SAME_INTERRUPTION = 2.0  # seconds within which a repeated signal counts as the same one
 SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGTERM)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-RANK_MARK = "running-"
-FAILURE_FILE = "FIRP_FAILURE_FILE"  # where the first rank that fails leaves its message for the launching process
+RANK_MARK = "running-"  # name of the file that exists while a rank runs, before the rank's number
+FAILURE_FILE = "FIRP_FAILURE_FILE"  # variable: file in which the first failing rank writes its message
 
 
 def barrier() -> None:
-    """Wait for all ranks; nothing to wait for in a single process."""
+    """Wait until all ranks are here. Does nothing in a single process."""
     if world_size() > 1:
         import torch.distributed
 
@@ -46,7 +45,7 @@ def barrier() -> None:
 
 
 def load_deepspeed() -> Any:
-    """The deepspeed module, quiet, and without the CPU extension that it would compile on first use."""
+    """Return the deepspeed module, without log output and without the CPU extension that it compiles on first use."""
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -57,19 +56,19 @@ def load_deepspeed() -> Any:
         operations = importlib.import_module("deepspeed.ops")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    operations.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler; gloo serves as well
+    operations.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler; gloo is used instead
     return deepspeed
 
 
 def adopt_scheduler() -> None:
-    """Take rank and size from Slurm where `srun` started this process beside others; else nothing changes."""
+    """Set the rank variables from Slurm's when `srun` started this process with others; else change nothing."""
     os.environ.update(slurm_ranks(os.environ))
 
 
 def start() -> None:
-    """Join the ranks that `launch`, torchrun, srun or DeepSpeed started, or form a group of one. Safe to call again.
+    """Join the ranks that `launch`, torchrun, srun or DeepSpeed started, or form a group of one.
 
-    Raises LaunchError when the others cannot be reached.
+    A second call does nothing. Raises LaunchError when the other ranks cannot be reached.
     """
     import torch
     import torch.distributed
@@ -83,11 +82,11 @@ def start() -> None:
                 torch.cuda.set_device(local_rank() % torch.cuda.device_count())
                 load_deepspeed().init_distributed(verbose=False)
             else:
-                torch.distributed.init_process_group("gloo")  # deepspeed joins it where it is needed at all
-        except (RuntimeError, ValueError) as error:  # the store's own errors are RuntimeErrors
+                torch.distributed.init_process_group("gloo")  # deepspeed uses this group where it is needed
+        except (RuntimeError, ValueError) as error:  # errors of torch's store are RuntimeErrors
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise LaunchError(
-                f"rank {rank()} of {world_size()} did not reach the others at {where}: {error}"
+                f"rank {rank()} of {world_size()} cannot reach the other ranks at {where}: {error}"
             ) from error
         atexit.register(_leave)
         return
@@ -104,7 +103,7 @@ def _leave() -> None:
 
 
 def ranks_wanted(gpus: int | None, hostfile: Path | str | None) -> tuple[int, int]:
-    """Ranks that `launch` would start, or that this process is one of; and those on one machine at most.
+    """Return the number of ranks that `launch` starts, or that this rank belongs to, and the most on one machine.
 
     Raises ClusterError as `ranks_by_host` does.
     """
@@ -115,15 +114,15 @@ def ranks_wanted(gpus: int | None, hostfile: Path | str | None) -> tuple[int, in
 
 
 def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str = "firp_cli") -> bool:
-    """Run `python -m module argv` (by default: `firp argv`) as a group of ranks, if one is asked for.
+    """Run `python -m module argv` (by default: `firp argv`) as a group of ranks, if one is requested.
 
-    Returns False at once where this process is a rank already or should do the work itself. Otherwise waits for the
-    ranks and returns True. A CPU serves any number of ranks, which share its cores.
+    Returns False at once when this process is a rank already or does the work itself. Otherwise waits for the ranks and
+    returns True. On a CPU any number of ranks share its cores.
 
     Raises:
         ClusterError: there are fewer devices than ranks, or the hostfile is wrong.
-        LaunchError: a rank failed; its message and exit code are passed on.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came; the ranks were told and have ended.
+        LaunchError: a rank failed; the error has its message and exit code.
+        KeyboardInterrupt: Ctrl-C or SIGTERM was received and passed on; the ranks have ended.
     """
     adopt_scheduler()
     if is_launched() or (hostfile is None and (gpus is None or gpus == 1)):
@@ -141,9 +140,9 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
 
 
 def launch_command(gpus: int | None, hostfile: str | None) -> tuple[list[str], dict[str, str]]:
-    """The launcher's command line, up to the module to run, and its environment. Starts nothing.
+    """Return the launcher's command line, up to the module to run, and its environment.
 
-    A hostfile that names this machine alone needs no ssh. Raises ClusterError.
+    A hostfile that names only this machine needs no ssh. Raises ClusterError.
     """
     if gpus is not None and gpus < 1:
         raise ClusterError(f"--gpus {gpus}: at least one device is needed")
@@ -156,7 +155,7 @@ def launch_command(gpus: int | None, hostfile: str | None) -> tuple[list[str], d
         return _local_command(count, environment), environment
     if shutil.which("pdsh") is None:
         raise ClusterError(
-            f"the machines of {hostfile} are started through pdsh, and there is none here: "
+            f"the ranks on the machines of {hostfile} are started with pdsh, which is not installed: "
             "install it, or start firp on every machine with torchrun or srun"
         )
     return _cluster_command(gpus, hostfile), environment
@@ -164,11 +163,11 @@ def launch_command(gpus: int | None, hostfile: str | None) -> tuple[list[str], d
 
 @contextlib.contextmanager
 def relayed_errors() -> Iterator[None]:
-    """Inside a launched rank: let one rank, or the launching process, tell the user what went wrong.
+    """Print the error of a group of ranks once: in one rank, or in the launching process.
 
-    A rank that fails leaves its message for the launching process. Where there is none (torchrun, srun, other machines)
-    the first rank to fail prints it. What other ranks raise afterwards (their peer is gone) is noise and stays silent;
-    so are those that were interrupted. A rank that is killed says nothing: its mark tells the launching process.
+    A failing rank writes its message for the launching process. Without one on this machine (torchrun, srun, other
+    machines) the first failing rank prints it. Later errors of other ranks, which have lost a peer, and interruptions
+    are not printed. A killed rank writes nothing; the launching process finds its mark.
     """
     if world_size() == 1:
         yield
@@ -184,14 +183,14 @@ def relayed_errors() -> Iterator[None]:
         atexit.unregister(_leave)
         raise
     except FirpError as error:
-        if not _speaks(error):
+        if not _prints_error(error):
             _exit(error.exit_code)
-        atexit.unregister(_leave)  # it would wait for the others
+        atexit.unregister(_leave)  # it would wait for the other ranks
         raise
     except Exception as error:
         if hasattr(error, "exit_code"):  # a command that ends early
             raise
-        if not _speaks(error):
+        if not _prints_error(error):
             _exit(1)
         atexit.unregister(_leave)
         raise
@@ -200,7 +199,7 @@ def relayed_errors() -> Iterator[None]:
 
 
 def _mark(number: int) -> Path | None:
-    """The file that is there while rank `number` runs, where the launching process sees it."""
+    """Return the file that exists while rank `number` runs; None when no launching process can see it."""
     return Path(os.environ[FAILURE_FILE]).with_name(f"{RANK_MARK}{number}") if _launched_here() else None
 
 
@@ -210,15 +209,15 @@ def _clear_mark() -> None:
 
 
 def _launched_here() -> bool:
-    """Whether the process that launched this rank runs on this machine and waits for a message."""
+    """Return True when the process that launched this rank waits for messages on this machine."""
     path = os.environ.get(FAILURE_FILE)
     return path is not None and Path(path).parent.is_dir()
 
 
-def _speaks(error: Exception) -> bool:
-    """Whether this rank tells the user about its error; a user error is left for the launching process, if any."""
+def _prints_error(error: Exception) -> bool:
+    """Return True when this rank prints its error; a launching process gets a FirpError as a message instead."""
     if _launched_here():
-        told = {
+        message = {
             "rank": None if getattr(error, "agreed", False) else rank(),
             "message": str(error),
             "exit_code": getattr(error, "exit_code", 1),
@@ -227,7 +226,7 @@ def _speaks(error: Exception) -> bool:
         if not isinstance(error, FirpError):
             return not Path(os.environ[FAILURE_FILE]).is_file()
         with contextlib.suppress(FileExistsError), Path(os.environ[FAILURE_FILE]).open("x", encoding="utf-8") as stream:
-            json.dump(told, stream)
+            json.dump(message, stream)
         return False
     if getattr(error, "agreed", False):
         return is_main()
@@ -237,12 +236,12 @@ def _speaks(error: Exception) -> bool:
         return True
     try:
         return torch.distributed.distributed_c10d._get_default_store().add("firp/failed", 1) == 1
-    except RuntimeError:  # rank 0 keeps the store and is gone: the peers' loss is no news
+    except RuntimeError:  # rank 0, which serves the store, has ended: the loss of a peer is known
         return not isinstance(error, PeerLostError)
 
 
 def _exit(code: int) -> None:
-    """Leave without the goodbyes of the process group: other ranks may still wait in a collective."""
+    """End the process without leaving the process group: other ranks may still wait in a collective."""
     _clear_mark()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -250,27 +249,28 @@ def _exit(code: int) -> None:
 
 
 def _failure(path: Path, code: int) -> LaunchError:
-    """What ended a launched group: the message of the first rank that failed, or which rank ended without one."""
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """Return the error that ended a launched group: the first failing rank's message, or which rank was killed."""
+    message = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     silent = [item.name.removeprefix(RANK_MARK) for item in path.parent.glob(f"{RANK_MARK}*")]
-    who = f"rank {silent[0]}" if len(silent) == 1 else "a rank"  # several: the others were made to end
+    who = f"rank {silent[0]}" if len(silent) == 1 else "a rank"  # several: the launcher ended the others
     number = -code if code < 0 else 256 - code  # the launcher's exit code for a rank that a signal ended
-    if told is None or (told["peer_lost"] and silent):
+    if message is None or (message["peer_lost"] and silent):
         if number == signal.SIGKILL:
             reason = "was killed (SIGKILL; the system does that when memory runs out)"
-        elif told is not None:  # the launcher saw first the rank that noticed
-            reason = "ended without a word (killed, out of memory, or crashed)"
+        elif message is not None:  # the launcher saw the end of a surviving rank first
+            reason = "ended without a message (killed, out of memory, or crashed)"
         else:
             named = f"signal {number}" if number in SIGNALS else f"exit code {code}"
-            return LaunchError(f"{who} failed ({named}); what it printed stands above, what was finished is kept")
+            return LaunchError(f"{who} failed ({named}); see its output above; what was finished is kept")
         return LaunchError(f"{who} {reason}; what was finished is kept: run again with --resume")
-    error = LaunchError(told["message"] if told["rank"] is None else f"rank {told['rank']}: {told['message']}")
-    error.exit_code = told["exit_code"]
+    source, text = message["rank"], message["message"]
+    error = LaunchError(text if source is None else f"rank {source}: {text}")
+    error.exit_code = message["exit_code"]
     return error
 
 
 def _local_command(gpus: int, environment: dict[str, str]) -> list[str]:
-    """The per-machine DeepSpeed launcher over this machine's devices; sets OMP_NUM_THREADS where ranks share cores."""
+    """Return the command of DeepSpeed's launcher for this machine; set OMP_NUM_THREADS where ranks share cores."""
     import torch
 
     devices: list[int | str] = list(range(gpus))
@@ -294,7 +294,7 @@ def _local_command(gpus: int, environment: dict[str, str]) -> list[str]:
 
 
 def _cluster_command(gpus: int | None, hostfile: str) -> list[str]:
-    """DeepSpeed's runner over the machines of a hostfile (pdsh and ssh without password)."""
+    """Return the command of DeepSpeed's runner for the machines of a hostfile (pdsh, ssh without password)."""
     options = [f"--hostfile={hostfile}", "--force_multi", f"--master_port={free_port()}"]
     if gpus is not None:
         options.append(f"--num_gpus={gpus}")
@@ -305,9 +305,9 @@ def _cluster_command(gpus: int | None, hostfile: str) -> list[str]:
 
 
 def _wait(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
-    """Run a launcher in a process group of its own; returns its exit code and whether the user interrupted it.
+    """Run a launcher in its own process group; return its exit code, and True if the user interrupted it.
 
-    The signals that end a program are passed on once, as SIGTERM: the launcher passes it to the ranks and waits for
+    The first signal that ends a program is passed on as SIGTERM: the launcher passes it to the ranks and waits for
     their checkpoint.
     """
     interrupted = False
@@ -347,29 +347,31 @@ def _restore_signals(previous: dict[int, Any]) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a closed terminal end the work within by KeyboardInterrupt; what comes again while it is
-    tidied up ends the process, but not what comes at once: a terminal and a launcher may both pass one signal on.
+    """Raise KeyboardInterrupt in the block on Ctrl-C, SIGTERM or a closed terminal.
+
+    A later signal ends the process at once. A signal within SAME_INTERRUPTION seconds is ignored, since a terminal and
+    a launcher may both pass on the same one.
     """
-    came: list[float] = []
+    received: list[float] = []
 
     def interrupt(*_: Any) -> None:
         now = time.monotonic()
-        if came and now - came[0] > SAME_INTERRUPTION:
+        if received and now - received[0] > SAME_INTERRUPTION:
             _exit(INTERRUPTED)
-        came.append(now)
-        if len(came) == 1:
+        received.append(now)
+        if len(received) == 1:
             raise KeyboardInterrupt
 
     previous = _handle_signals(interrupt)
     try:
         yield
     finally:
-        if not came:  # else the process is to end, and the same signal may still come from elsewhere
+        if not received:  # else the process ends, and the same signal may arrive once more
             _restore_signals(previous)
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
+    """Return a TCP port of this machine that is free now."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])

@@ -1,7 +1,7 @@
-"""Messages between the ranks of a run: small values and token tensors over gloo, whatever the states travel over.
+"""Messages between the ranks of a run: small values and token tensors, sent over gloo.
 
-A rank may wait for hours until the others have done their share; that is no fault, so nothing here times out. A peer
-that died closes its connections, which ends the wait at once.
+A rank may wait for hours while another one works, so nothing here times out. A rank that dies closes its connections,
+which ends the wait of the others at once.
 """
 
 from __future__ import annotations
@@ -21,89 +21,95 @@ from firp_cli.errors import FirpError, PeerLostError
 from firp_cli.machine import rank, world_size
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=365)
-PIECE = 1 << 26  # entries of a tensor that travel at once
-POLL_SECONDS = 0.001, 0.2  # between two looks whether all are here: at first, and after a while
+TIMEOUT = timedelta(days=365)
+CHUNK = 1 << 26  # bytes of a tensor in one message
+POLL_SECONDS = 0.001, 0.2  # between two checks in `wait`: the first pause, and the longest
 
 
 class RankGroup:
-    """The ranks of a run as one rank sees them: itself is number `rank` of `size`. Alone, nothing is sent.
+    """The ranks of a run; this process is number `rank` of `size`. A group of one rank sends nothing.
 
-    Every method but the constructor is collective: all ranks call it, in the same order. All raise PeerLostError when
-    a rank has died.
+    Every method is collective: all ranks call it, in the same order. Each raises PeerLostError when a rank has died.
     """
 
     def __init__(self) -> None:
-        """A group of this process alone."""
+        """Make a group of this process alone."""
         self.rank, self.size = 0, 1
         self._group: Any = None
 
     @classmethod
     def join(cls) -> RankGroup:
-        """The ranks that this process was started among; alone where it was not."""
+        """Return the group of all ranks that a launcher started; without a launcher, of this process alone."""
         joined = cls()
         if world_size() > 1:
             start()
             joined.rank, joined.size = rank(), world_size()
-            with talking():
-                joined._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+            with peer_loss_reported():
+                joined._group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
         return joined
 
     @property
     def main(self) -> bool:
-        """True on rank 0, which writes what there is one of and talks to the user."""
+        """Return True on rank 0, which writes shared files and prints messages."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's small value, by rank, on every rank."""
+        """Return the small values of all ranks, in the order of the ranks."""
         if self._group is None:
             return [value]
-        found: list[Any] = [None] * self.size
+        values: list[Any] = [None] * self.size
         self.wait()
-        with talking():
-            torch.distributed.all_gather_object(found, value, group=self._group)
-        return found
+        with peer_loss_reported():
+            torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
 
     def run_on_all(self, work: Callable[[], T]) -> T:
-        """Each rank's own `work()`. A FirpError of one is raised by all: the one of the lowest rank."""
+        """Call `work()` on every rank and return this rank's result.
+
+        When it raises a FirpError on some ranks, all ranks raise that of the lowest one.
+        """
         value, error = _attempt(work)
-        _raise_first(self.gather(error))
+        raise_on_all_ranks(*self.gather(error))
         return value  # type: ignore[return-value]  # None only where an error was raised
 
-    def first(self, work: Callable[[], T]) -> T:
-        """What `work()` returns on rank 0, the only one to call it. Its FirpError is raised by all."""
+    def run_on_main(self, work: Callable[[], T]) -> T:
+        """Call `work()` on rank 0 only and return its result on every rank. All ranks raise its FirpError."""
         outcome: list[Any] = list(_attempt(work)) if self.main else [None, None]
         if self._group is not None:
             self.wait()
-            with talking():
+            with peer_loss_reported():
                 torch.distributed.broadcast_object_list(outcome, src=0, group=self._group)
-        _raise_first([outcome[1]])
+        raise_on_all_ranks(outcome[1])
         return outcome[0]
 
-    def rows(self, mine: Tensor) -> Tensor:
-        """The ranks' tensors (n, ...) one behind the other, by rank, on every rank; of one type, on the CPU."""
+    def gather_rows(self, mine: Tensor) -> Tensor:
+        """Return the tensors (n, ...) of all ranks, concatenated in the order of the ranks.
+
+        `n` may differ between ranks. The tensors are on the CPU and have the same dtype.
+        """
         if self._group is None:
             return mine
         counts = self.gather(len(mine))
-        found = mine.new_empty(sum(counts), *mine.shape[1:])
+        rows = mine.new_empty(sum(counts), *mine.shape[1:])
         place = 0
         for source, count in enumerate(counts):
-            part = found[place : place + count]
+            part = rows[place : place + count]
             if source == self.rank:
                 part.copy_(mine)
-            with talking():
-                for piece in part.view(torch.uint8).split(PIECE) if count else ():
+            with peer_loss_reported():
+                for piece in part.view(torch.uint8).split(CHUNK) if count else ():
                     torch.distributed.broadcast(piece, src=source, group=self._group)
             place += count
-        return found
+        return rows
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Until every rank is here; `meanwhile()` is called now and then, and signals are heard, which a collective
-        alone would keep until it is done.
+        """Wait until every rank has called this, and call `meanwhile()` from time to time.
+
+        Signals are handled while it waits; a blocking collective would delay them until it ends.
         """
         if self._group is None:
             return
-        with talking():
+        with peer_loss_reported():
             work = torch.distributed.barrier(group=self._group, async_op=True)
             pause, most = POLL_SECONDS
             while not work.is_completed():
@@ -120,7 +126,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, FirpError | None]:
         return None, error
 
 
-def _raise_first(errors: list[FirpError | None]) -> None:
+def raise_on_all_ranks(*errors: FirpError | None) -> None:
+    """Raise the first error that is not None. All ranks call this with the same errors, so it is printed once."""
     for error in errors:
         if error is not None:
             error.agreed = True
@@ -128,12 +135,12 @@ def _raise_first(errors: list[FirpError | None]) -> None:
 
 
 @contextlib.contextmanager
-def talking() -> Iterator[None]:
-    """Turn what the backend says about a lost peer into a line for the user."""
+def peer_loss_reported() -> Iterator[None]:
+    """Turn the backend's error about a lost rank into PeerLostError."""
     try:
         yield
     except RuntimeError as error:
         raise PeerLostError(
-            "another rank ended before its time (killed, out of memory, or its machine failed); "
+            "another rank ended early (killed, out of memory, or its machine failed); "
             "what was finished is kept: run again with --resume"
         ) from error

@@ -1,8 +1,8 @@
-"""Teachers larger than a device: each rank keeps a part of every matrix (DeepSpeed ZeRO-3) and has one layer whole at a
-time, gathered when it runs.
+"""Teachers larger than a device: each rank keeps a part of every matrix (DeepSpeed ZeRO-3).
 
-Gathering is a collective, so all ranks must run the same layers in the same order. Training does by itself; ranks that
-share out other work ask `teacher.any_has_work` before each forward and run along until nobody has any left.
+A layer's weights are gathered when it runs; one layer at a time is whole. Gathering is a collective, so all ranks must
+run the same layers in the same order. Training does so by itself. Ranks that share other work call
+`teacher.any_has_work` before each forward and take part until no rank has work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from firp_cli.config import TeacherConfig
 from firp_cli.distributed.launch import load_deepspeed, start
-from firp_cli.distributed.rank_group import talking
+from firp_cli.distributed.rank_group import peer_loss_reported
 from firp_cli.errors import TeacherError
 from firp_cli.machine import default_device, is_main, world_size
 from firp_cli.teacher.library_layers import Cache, LibraryStack, MissingLayer
@@ -28,14 +28,14 @@ from firp_cli.teacher.load import PartError, PartialTeacher, load_upper
 from firp_cli.teacher.masks import LayerMask
 from firp_cli.teacher.teacher import Teacher
 
-WHOLE_ELEMENTS = 1 << 14  # parameters of at most so many elements (norms, biases) are whole on every rank
-ALONE = "one rank has nothing to share teacher.sharding=zero3 with: start more with --gpus"
+WHOLE_ELEMENTS = 1 << 14  # smaller parameters of one dimension (norms, biases) are whole on every rank
+ALONE = "teacher.sharding=zero3 has no effect on one rank: start more with --gpus"
 
 
 def load_for_ranks(config: TeacherConfig, first: int = 0) -> Teacher:
-    """The teacher as the recipe wants it on this rank, without its layers below `first`; every rank calls it.
+    """Load the recipe's teacher on this rank, without its layers below `first`. Every rank calls this.
 
-    Raises TeacherError as `load_upper`, and for one that cannot be shared out.
+    Raises TeacherError as `load_upper` does, and for a teacher that cannot be sharded.
     """
     if config.sharding == "none":
         return load_upper(config, first)
@@ -47,10 +47,11 @@ def load_for_ranks(config: TeacherConfig, first: int = 0) -> Teacher:
 
 
 def load_sharded(config: TeacherConfig, first: int = 0) -> Teacher:
-    """A teacher whose matrices are shared out over the ranks; every rank calls it. Rank 0 reads, one parameter at a
-    time; no rank ever holds more than its share and one parameter, or later one layer.
+    """Load a teacher with its matrices sharded over the ranks. Every rank calls this.
 
-    Raises TeacherError where the weights cannot be read parameter by parameter, LaunchError when a rank has died.
+    Rank 0 reads one parameter at a time. No rank has more in memory than its share and one parameter, later one layer.
+
+    Raises TeacherError when the weights cannot be read parameter by parameter, LaunchError when a rank has died.
     """
     start()
     load_deepspeed().init_distributed(verbose=False)
@@ -58,7 +59,7 @@ def load_sharded(config: TeacherConfig, first: int = 0) -> Teacher:
         vacant = PartialTeacher(config)
         vacant.drop_lower(first)
         sharing = _Sharing(vacant, default_device())
-        with talking():
+        with peer_loss_reported():
             vacant.fill(sharing.device, sharing.share)
             teacher = vacant.teacher
             gather = Gatherer()
@@ -66,25 +67,25 @@ def load_sharded(config: TeacherConfig, first: int = 0) -> Teacher:
                 gather.watch(module)
             gather.expect(sharing.shared)
             head = teacher.model.get_output_embeddings()
-            teacher.wrap_library(lambda library: ShardedStack(library, gather, head), peers=_any_works)
-            held = teacher.weight_bytes + sum(part.numel() * part.element_size() for part in _parts(sharing.shared))
-            return vacant.finished("zero3", held, world_size())
+            teacher.wrap_library(lambda library: ShardedStack(library, gather, head), peers=_any_rank_works)
+            size = teacher.weight_bytes + sum(part.numel() * part.element_size() for part in _parts(sharing.shared))
+            return vacant.finished("zero3", size, world_size())
     except PartError as error:
         raise TeacherError(
-            f"{config.model} cannot be shared out over ranks: {error}\n"
-            "leave teacher.sharding out, or spread it over one process's devices: teacher.device_map=auto"
+            f"{config.model} cannot be sharded over ranks: {error}\n"
+            "remove teacher.sharding, or spread the teacher over the devices of one process: teacher.device_map=auto"
         ) from error
 
 
 class _Sharing:
-    """Takes each parameter as it is read and leaves this rank its part."""
+    """Shards parameters one by one as they are read."""
 
     def __init__(self, vacant: PartialTeacher, device: torch.device) -> None:
         self._vacant, self.device = vacant, device
         self.shared: list[nn.Parameter] = []
 
     def share(self, name: str, empty: nn.Parameter) -> nn.Parameter:
-        """The parameter `name`, of the shape and dtype of `empty`; a collective."""
+        """Return this rank's part of parameter `name`, of the shape and dtype of `empty`. A collective."""
         if is_main():
             value = self._vacant.read(name).to(self.device, empty.dtype)
         else:
@@ -104,7 +105,7 @@ class _Sharing:
 
 
 class Gatherer:
-    """Has the parameters of one module whole at a time: of the one that runs, until another one does."""
+    """Gathers the parameters of one module at a time: those of the module that runs, until another one runs."""
 
     def __init__(self) -> None:
         self._held: tuple[int, ...] = ()
@@ -112,17 +113,17 @@ class Gatherer:
         self._covered: set[int] = set()
 
     def watch(self, module: nn.Module) -> None:
-        """Gather the module's shared parameters whenever it is about to run."""
+        """Gather the module's sharded parameters each time before it runs."""
         parameters = _shared(module)
         self._covered.update(map(id, parameters))
         module.register_forward_pre_hook(lambda *_: self._hold(parameters))
 
     def hold(self, module: nn.Module) -> None:
-        """Gather a module's shared parameters; a collective unless they are the ones held."""
+        """Gather a module's sharded parameters. A collective, unless they are gathered already."""
         self._hold(_shared(module))
 
     def expect(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Raise PartError where a parameter belongs to no module that is watched."""
+        """Raise PartError when a parameter belongs to no watched module."""
         if any(id(parameter) not in self._covered for parameter in parameters):
             raise PartError("it has weights outside of its embedding, layers and head")
 
@@ -130,8 +131,8 @@ class Gatherer:
         wanted = tuple(map(id, parameters))
         if wanted == self._held or not parameters:
             return
-        # what collecting gathers in inference mode may still be held when training saves it for its backward pass
-        with talking(), torch.inference_mode(False), torch.no_grad():
+        # not in inference mode: training may save weights that collecting gathered for its backward pass
+        with peer_loss_reported(), torch.inference_mode(False), torch.no_grad():
             self._stack.close()
             self._held = ()
             self._stack.enter_context(load_deepspeed().zero.GatheredParameters(parameters, modifier_rank=None))
@@ -139,8 +140,10 @@ class Gatherer:
 
 
 class ShardedStack:
-    """The library's layers over gathered weights. Under gradients a layer runs again in the backward pass, when its
-    weights are gathered a second time: none stay whole in between.
+    """The library's layers over gathered weights.
+
+    With gradients a layer runs again in the backward pass and its weights are gathered a second time, so no weights
+    stay whole in between.
     """
 
     name = "zero3"
@@ -155,13 +158,13 @@ class ShardedStack:
         return self._library.norm(hidden)
 
     def head(self, normed: Tensor) -> Tensor:
-        """Logits; the backward pass reads the weights as they are gathered now, wherever they are cut up meanwhile."""
+        """Return logits. The backward pass reads the weights gathered now, even after they are sharded again."""
         self._gather.hold(self._head)
         whole = {name: parameter.detach() for name, parameter in self._head.named_parameters()}
         return functional_call(self._head, whole, (normed,))
 
     def head_weight(self) -> Tensor:
-        """(V, d), whole until another module runs. A collective."""
+        """Return the head's weight (V, d), valid until another module runs. A collective."""
         self._gather.hold(self._head)
         return self._head.weight.detach()  # type: ignore[operator]
 
@@ -182,7 +185,7 @@ class ShardedStack:
 
 
 def _units(teacher: Teacher) -> Iterator[nn.Module]:
-    """What is gathered at once: the embedding, a layer, the head."""
+    """Yield the modules that are gathered as a whole: the embedding, each layer, the head."""
     yield teacher.model.get_input_embeddings()
     for layer in teacher.layers.children():
         if not isinstance(layer, MissingLayer):
@@ -198,9 +201,9 @@ def _parts(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.ds_tensor for parameter in parameters]  # type: ignore[attr-defined]
 
 
-def _any_works(work: bool) -> bool:
-    """Whether any rank has work; a collective."""
+def _any_rank_works(work: bool) -> bool:
+    """Return True if `work` is True on any rank. A collective."""
     flag = torch.tensor([float(work)], device=default_device())
-    with talking():
+    with peer_loss_reported():
         torch.distributed.all_reduce(flag)
     return bool(flag.item())

@@ -22,10 +22,8 @@ from firp_cli.metrics import accepted_length, chain_length
 from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate, compare_rows, target_states
 from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.predictors.forward import LOGIT_ELEMENTS
-from firp_cli.results import StepQuality
+from firp_cli.results import Progress, StepQuality
 from firp_cli.teacher.teacher import Teacher
-
-Progress = Callable[[int, int | None], None]
 
 
 class Sequences(Protocol):

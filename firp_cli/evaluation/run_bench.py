@@ -7,7 +7,7 @@ share its time: seconds are pooled over batches, and the bootstrap draws batches
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 
@@ -18,10 +18,8 @@ from firp_cli.evaluation.lossless import compare_tokens
 from firp_cli.evaluation.methods import BenchSettings, Method
 from firp_cli.evaluation.rows import BatchRun, Runs, bench_rows
 from firp_cli.machine import readable_bytes
-from firp_cli.results import BenchReport, Divergence, Generation
+from firp_cli.results import BenchReport, Divergence, Generation, Progress
 from firp_cli.teacher.teacher import Teacher
-
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from firp_cli.config import DataConfig
 from firp_cli.errors import FingerprintError, StoreError, UsageError
 from firp_cli.files import write_json
 from firp_cli.provenance import fingerprint
+from firp_cli.results import Progress, no_progress
 from firp_cli.store.reader import (
     FLOATS,
     MANIFEST,
@@ -37,12 +38,6 @@ from firp_cli.store.reader import (
 )
 from firp_cli.store.shard_file import check_disk_space, copy_hashed
 from firp_cli.store.writer import ShardPlan, StoreWriter, check_target
-
-Progress = Callable[[int, int | None], None]
-
-
-def no_progress(done: int, total: int | None = None) -> None:
-    """Ignore the progress."""
 
 
 def convert_store(

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from firp_cli.results import Progress
 from firp_cli.store.reader import (
     FLOATS,
     MANIFEST,
@@ -29,7 +30,6 @@ from firp_cli.store.reader import (
 )
 from firp_cli.store.shard_file import TensorEntry, read_header, read_rows
 
-Progress = Callable[[int, int | None], None]
 THREADS = 4  # shards read at once: hashing occupies a core each, a disk serves a few readers
 NAMED = 4  # conversations with the same fault that are named; the others are counted
 SHARES = {"shortest": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "longest": 1.0}

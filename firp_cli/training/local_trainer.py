@@ -6,7 +6,7 @@ For machines that have no DeepSpeed, and for measurements that train a predictor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,14 +15,13 @@ from firp_cli.config import TrainingConfig
 from firp_cli.errors import StoreError, UsageError
 from firp_cli.predictors.anchors import Sequenced
 from firp_cli.predictors.base import Predictor
+from firp_cli.results import Progress
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import MicroBatch
 from firp_cli.training.loop import Row, TrainingLoop
 from firp_cli.training.metrics_log import Listener
 from firp_cli.training.objective import ObjectiveModule
 from firp_cli.training.pace import Pace, make_optimizer
-
-Progress = Callable[[int, int | None], None]
 
 
 def train_local(

@@ -8,7 +8,7 @@ Shapes: B sequences, T positions, M anchors, d hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,9 @@ from torch import Tensor
 from firp_cli.errors import NumericsError
 from firp_cli.predictors.anchors import Sequenced, choose_anchors
 from firp_cli.predictors.base import Predictor, SequenceBatch
+from firp_cli.results import Progress
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import read_batch
-
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from firp_cli.evaluation.environment import machine_key, measurement_environment
 from firp_cli.evaluation.timing import Run, captured, enough_calls, milliseconds, undisturbed
 from firp_cli.files import cache_folder, write_json
 from firp_cli.provenance import fingerprint
-from firp_cli.results import as_json
+from firp_cli.results import Progress, as_json
 from firp_cli.teacher.attention import choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import StepMask
@@ -37,7 +37,6 @@ POINTS = 6  # expected row counts of a curve
 DEEPEST = 8  # largest distance of a row from the prefix, in tokens, as in a tree
 SECONDS, SECONDS_CUDA = 50.0, 15.0  # of all curves together
 Times = tuple[float, float, float]  # milliseconds of the three parts
-Progress = Callable[[int, int | None], None]
 
 
 def check_cache(teacher: Teacher, batch: int, context: int, most_rows: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from firp_cli.evaluation.environment import machine_key, measurement_environment
 from firp_cli.evaluation.simulate import simulate_speedup, simulate_steps
 from firp_cli.evaluation.timing import as_benched, undisturbed
 from firp_cli.predictors.base import Predictor, TreePredictor
-from firp_cli.results import Prediction
+from firp_cli.results import Prediction, Progress
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import CostReport, Trial, TunedTree, TuneReport
 from firp_cli.tuning.acceptance import Acceptance, candidate_positions, reliability
@@ -35,7 +35,6 @@ MOST_ROWS, MOST_ROWS_CUDA = 64, 256
 SMALLEST_CONTEXT = 64
 
 Tell = Callable[[str], None]
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass

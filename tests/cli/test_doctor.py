@@ -1,24 +1,15 @@
-"""`firp doctor` tells what is there and what is missing, and fails only on what is essential."""
+"""`firp doctor` lists what is installed and what is missing; only missing essentials fail."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from firp_cli.cli import doctor
 from firp_cli.errors import RecipeError
-
-app = typer.Typer()
-app.command()(doctor.doctor)
-
-
-def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments))
+from helpers.commands import invoke
 
 
 @pytest.fixture
@@ -29,9 +20,9 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_recipes", lambda: [doctor.Check("recipes", doctor.OK, "demo", "", essential=True)])
 
 
-def test_json_lists_every_check(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_json_lists_every_check(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FIRP_DATA_DIR", raising=False)
-    result = run("--json")
+    result = invoke("doctor", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     checks = {check["name"]: check for check in report["checks"]}
@@ -41,27 +32,30 @@ def test_json_lists_every_check(healthy: None, monkeypatch: pytest.MonkeyPatch) 
     assert checks["FIRP_DATA_DIR"]["status"] == "note" and "--data-dir" in checks["FIRP_DATA_DIR"]["remedy"]
 
 
-def test_the_table_names_remedies(healthy: None) -> None:
-    result = run()
-    assert result.exit_code == 0 and "firp can run here" in result.stdout and "what it is for" in result.stdout
+def test_doctor_table_names_remedies(healthy: None) -> None:
+    result = invoke("doctor")
+    assert result.exit_code == 0 and "firp can run here" in result.stdout and "purpose" in result.stdout
 
 
-def test_a_missing_essential_part_fails(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_fails_on_a_missing_essential_package(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     version = doctor.installed_version
     monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "deepspeed" else version(name))
-    result = run()
+    result = invoke("doctor")
     assert result.exit_code == 1
-    assert "pip install deepspeed" in result.stdout and "not usable until mended: deepspeed" in result.stdout
+    assert (
+        "pip install deepspeed" in result.stdout
+        and "firp cannot run until these are repaired: deepspeed" in result.stdout
+    )
 
 
-def test_optional_parts_do_not_fail(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_passes_without_optional_packages(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     version = doctor.installed_version
     missing = ("triton", "datasets")
     monkeypatch.setattr(doctor, "installed_version", lambda name: None if name in missing else version(name))
-    assert run().exit_code == 0
+    assert invoke("doctor").exit_code == 0
 
 
-def test_a_broken_recipe_is_named(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_a_broken_recipe(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
 
     def refuse(name: str) -> None:
@@ -73,7 +67,7 @@ def test_a_broken_recipe_is_named(healthy: None, monkeypatch: pytest.MonkeyPatch
     assert check.status == "broken" and "key bad" in check.detail and check.essential
 
 
-def test_the_data_folder_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_lists_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text("{}\n")
     monkeypatch.setenv("FIRP_DATA_DIR", str(tmp_path))
@@ -82,7 +76,7 @@ def test_the_data_folder_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert doctor._data()[0].status == "missing"
 
 
-def test_no_embedded_teacher_is_told_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_missing_embedded_teacher_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "teacher_source", lambda name: name)
     (check,) = doctor._embedded()
     assert check.status == "missing" and check.essential

@@ -1,4 +1,4 @@
-"""`firp quickstart`: prompts that are measured are not learnt from, and one command ends in a table and a recipe."""
+"""`firp quickstart`: test prompts are not trained on, and one command ends in a table and a recipe."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from firp_cli.cli.quickstart import (
     transfer_layer,
 )
 from firp_cli.data.datasets import load_prompts
-from firp_cli.errors import DatasetError, TeacherError
+from firp_cli.errors import DatasetError, TeacherError, UsageError
 from firp_cli.recipe import load_recipe
-from helpers.commands import firp
+from helpers.commands import firp, invoke
 
 
 def test_quickstart_keeps_the_last_tenth_of_a_file_back(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_quickstart_hands_the_time_that_is_left_to_training(monkeypatch: pytest.
     assert taught.epochs == MOST_EPOCHS and taught.gate_prompts == 2 and taught.max_steps is None
 
 
-@pytest.mark.slow
-def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path) -> None:
+@pytest.mark.nightly
+def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data" / "sums"
     data.mkdir(parents=True)
     rows = [{"messages": prompt.messages} for prompt in load_prompts("arithmetic", None, 40, "train")]
@@ -116,5 +116,6 @@ def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path) -> None:
     assert [entry["batch_size"] for entry in entries] == [1]
     recipe = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
     assert recipe.data.limit == 36 and recipe.store == "out/store"
-    again = firp("quickstart", "arithmetic", *options, cwd=tmp_path)
-    assert again.returncode == 2 and "holds an earlier quickstart" in again.stderr
+    monkeypatch.chdir(tmp_path)
+    error = invoke("quickstart", "arithmetic", *options).exception
+    assert isinstance(error, UsageError) and "contains an earlier quickstart" in str(error)

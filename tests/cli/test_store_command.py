@@ -1,4 +1,4 @@
-"""`firp store` as a user meets it: what it prints, its JSON, its exit codes, and what it refuses."""
+"""`firp store` in this process: output, JSON, exit codes and refusals."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def tamper(folder: Path, name: str, row: int, value: float) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_info(firp: Firp, made: Path) -> None:
+def test_store_info(firp: Firp, made: Path) -> None:
     shown = firp("info", made)
     assert shown.code == 0 and shown.err == ""
     assert f"{made}, complete" in shown.out and "layers 1, 3 and the final state, 8 wide, float32" in shown.out
@@ -78,7 +78,7 @@ def test_info(firp: Firp, made: Path) -> None:
     assert shown.code == 0 and "not complete" in shown.out and "shard-00002.safetensors: missing" in shown.out
 
 
-def test_verify_names_every_fault_and_ends_with_1(firp: Firp, made: Path) -> None:
+def test_store_verify_names_every_fault_and_exits_with_1(firp: Firp, made: Path) -> None:
     sound = firp("verify", made)
     assert sound.code == 0 and f"{made}: sound, 4 shards" in sound.out
     tamper(made, "hidden.3", 6, float("nan"))
@@ -102,7 +102,7 @@ def test_verify_names_every_fault_and_ends_with_1(firp: Firp, made: Path) -> Non
     assert [fault["file"] for fault in found["faults"]] == ["shard-00000.safetensors", "shard-00003.safetensors"]
 
 
-def test_verify_compares_the_teacher(firp: Firp, made: Path, collected: Path) -> None:
+def test_store_verify_compares_the_teacher(firp: Firp, made: Path, collected: Path) -> None:
     own = firp("verify", collected, "--teacher", "arithmetic")
     assert own.code == 0 and own.out.endswith("made by arithmetic\n")
     other = firp("verify", collected, "--teacher", "arithmetic-looped")
@@ -111,7 +111,7 @@ def test_verify_compares_the_teacher(firp: Firp, made: Path, collected: Path) ->
     assert len(firp("verify", made, "--teacher", "arithmetic").out.splitlines()) == 3
 
 
-def test_convert_split_and_merge(firp: Firp, collected: Path, tmp_path: Path) -> None:
+def test_store_convert_split_and_merge(firp: Firp, collected: Path, tmp_path: Path) -> None:
     small, parts, merged = tmp_path / "small", tmp_path / "parts", tmp_path / "merged"
     converted = json.loads(firp("convert", collected, "--dtype", "int8", "--output", small, "--json").out)
     whole = json.loads(firp("info", collected, "--json").out)
@@ -152,7 +152,7 @@ BAD: list[tuple[list[str], str]] = [
     (["merge", "made", "made", "--output", "new"], "two or more different stores"),
     (["split", "made", "--parts", "half", "--output", "new"], "got 'half'"),
     (["split", "made", "--parts", "nan,1", "--output", "new"], "got 'nan,1'"),
-    (["split", "made", "--parts", "1", "--output", "new"], "one number makes so many equal parts"),
+    (["split", "made", "--parts", "1", "--output", "new"], "one number is the count of equal parts"),
     (["split", "made", "--parts", "7", "--output", "new"], "one of them is empty"),
     (["split", "made", "--parts", "0.5,0.6", "--output", "new"], "sum to 1.1"),
     (["split", "made", "--parts", "3", "--output", "new", "--output", "new2"], "3 parts and 2 outputs"),
@@ -178,7 +178,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_bad_input_ends_with_2_and_a_remedy(
+def test_store_bad_input_exits_with_2_and_a_remedy(
     firp: Firp, stores: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(stores)
@@ -189,7 +189,7 @@ def test_bad_input_ends_with_2_and_a_remedy(
     assert sorted(stores.rglob("*")) == before
 
 
-def test_damage_found_on_the_way_ends_with_2_and_leaves_no_whole_store(firp: Firp, made: Path, tmp_path: Path) -> None:
+def test_store_convert_of_a_damaged_store_exits_with_2(firp: Firp, made: Path, tmp_path: Path) -> None:
     victim = made / "shard-00001.safetensors"
     data = bytearray(victim.read_bytes())
     data[-5] ^= 1
@@ -200,14 +200,14 @@ def test_damage_found_on_the_way_ends_with_2_and_leaves_no_whole_store(firp: Fir
     assert firp("convert", tmp_path / "new", "--dtype", "float32", "--output", tmp_path / "newer").code == 2
 
 
-def test_a_disk_that_is_too_small_is_said_first(firp: Firp, made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_store_convert_checks_the_disk_first(firp: Firp, made: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(store_file, "free_bytes", lambda _: 100)
     refused = firp("convert", made, "--dtype", "int8", "--output", tmp_path / "new")
     assert refused.code == 2 and "0.0 GB free\nmake room" in refused.err
     assert not (tmp_path / "new").exists()
 
 
-def test_states_too_large_for_float16_name_the_conversation(firp: Firp, made: Path, tmp_path: Path) -> None:
+def test_store_convert_names_the_conversation_that_overflows_float16(firp: Firp, made: Path, tmp_path: Path) -> None:
     tamper(made, "hidden.final", 5, 1e6)
     assert torch.isfinite(Store.open(made)[1].final).all() and firp("verify", made).code == 0
     refused = firp("convert", made, "--dtype", "float16", "--output", tmp_path / "new")

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from firp_cli.api.train_run import train
 from firp_cli.assets import shipped_recipes
-from firp_cli.config import TrainingConfig
+from firp_cli.config import Recipe, TrainingConfig
 from firp_cli.errors import FingerprintError, FirpError, PredictorError, StoreError, UsageError
 from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.training.memory_model import optimizer_memory
+from firp_cli.training.metrics_log import Listener
 from firp_cli.training.plan import make_plan
 from helpers.commands import invoke
 from helpers.models import HIDDEN, LAYERS, ROOT, VOCABULARY, tiny_model, tiny_teacher
@@ -32,7 +34,7 @@ def arguments(teacher_folder: Path, store_folder: Path) -> list[str]:
     return [*FIRP, *SETTINGS, f"teacher.model={teacher_folder}", f"--store={store_folder}"]
 
 
-def test_a_run_ends_with_the_gate_and_goes_no_further_twice(arguments: list[str], tmp_path: Path):
+def test_train_ends_with_the_gate_and_resumes_to_the_same_predictor(arguments: list[str], tmp_path: Path):
     output = tmp_path / "run"
     result = invoke("train", *arguments, f"--output={output}", "training.epochs=2")
     assert result.exit_code == 0, result.output
@@ -54,7 +56,22 @@ def test_a_run_ends_with_the_gate_and_goes_no_further_twice(arguments: list[str]
     assert (output / "predictor.safetensors").read_bytes() == before
 
 
-def test_two_ranks_start_themselves(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_train_function_returns_a_typed_result(teacher_folder: Path, store_folder: Path, tmp_path: Path):
+    recipe = load_recipe(None, [*FIRP, *SETTINGS, f"teacher.model={teacher_folder}"])
+    stopped = train(recipe, store=store_folder, output=tmp_path / "run", listener=Listener(stop=lambda done: done == 1))
+    assert stopped.stopped and stopped.steps == 1 < stopped.planned_steps and stopped.as_json() == {}
+    result = train(recipe, ["training.gate_prompts=1"], store=store_folder, output=tmp_path / "run", resume=True)
+    assert result.as_json() == json.loads((tmp_path / "run" / "training.json").read_text())
+    assert not result.stopped and result.output == tmp_path / "run" and result.steps == result.planned_steps
+    assert result.gate is not None and result.gate["prompts"] == 1
+    assert result.validation["best"]["expected_accepted_length"] == result.expected_accepted_length
+    with pytest.raises(StoreError, match="firp collect RECIPE"):
+        train(recipe, store=tmp_path / "nothing", output=tmp_path / "other")
+    with pytest.raises(UsageError, match="names no predictor"):
+        train(Recipe())
+
+
+def test_train_starts_two_ranks(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     output = tmp_path / "run"
     result = invoke("train", *arguments, f"--output={output}", "training.max_steps=2", "--gpus", 2)
@@ -63,7 +80,7 @@ def test_two_ranks_start_themselves(arguments: list[str], tmp_path: Path, monkey
     assert training["world_size"] == 2 and training["steps"] == 2 and training["gate"]["prompts"] == 2
 
 
-def test_a_plan_starts_nothing(tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_train_plan_starts_nothing(tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("firp_cli.distributed.sharding.load_upper", lambda *_: pytest.fail("a plan loads no weights"))
     monkeypatch.setattr("firp_cli.distributed.launch.launch", lambda *_: pytest.fail("a plan launches nothing"))
@@ -83,7 +100,7 @@ def test_a_plan_starts_nothing(tmp_path: Path, teacher_folder: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", list(shipped_recipes()))
-def test_every_shipped_recipe_can_be_planned(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_train_plans_every_shipped_recipe(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = invoke("train", name, "--plan")
     assert result.exit_code == 0, result.output
@@ -115,7 +132,7 @@ def test_plan_figures_of_a_large_teacher(tmp_path: Path):
     assert make_plan(own_heads, ranks=1).predictor_parameters == 4 * (4096**2 + 4096 + 128256 * 4096)
 
 
-def test_zero_stages_shard_what_they_say():
+def test_zero_stages_shard_optimizer_memory():
     sizes = [optimizer_memory(TrainingConfig(zero_stage=stage, precision="bf16"), 1000, 4) for stage in (0, 1, 2, 3)]
     assert [size["optimizer states"] for size in sizes] == [12000, 3000, 3000, 3000]
     assert [size["predictor gradients"] for size in sizes] == [4000, 2000, 500, 500]
@@ -124,7 +141,7 @@ def test_zero_stages_shard_what_they_say():
     assert list(plain.values()) == [4000, 4000, 8000]
 
 
-def test_a_missing_store_names_the_command_that_fills_it(teacher_folder: Path, tmp_path: Path):
+def test_train_names_the_command_that_fills_a_missing_store(teacher_folder: Path, tmp_path: Path):
     missing = tmp_path / "nothing"
     error = refused("demo", "data.limit=5", f"--store={missing}", f"--output={tmp_path / 'out'}")
     assert isinstance(error, StoreError)
@@ -132,18 +149,18 @@ def test_a_missing_store_names_the_command_that_fills_it(teacher_folder: Path, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_transfer_layer_out_of_range_tells_the_range(arguments: list[str], tmp_path: Path):
+def test_train_names_the_range_of_transfer_layers(arguments: list[str], tmp_path: Path):
     for extra in ([], ["--plan"]):
         error = refused(*arguments, f"predictor.layer={LAYERS}", f"--output={tmp_path / 'out'}", *extra)
         assert isinstance(error, PredictorError)
         assert f"transfer layer {LAYERS} is out of range" in str(error) and f"1 <= t <= {LAYERS - 1}" in str(error)
 
 
-def test_a_recipe_without_predictor_is_refused(tmp_path: Path):
+def test_train_refuses_a_recipe_without_predictor(tmp_path: Path):
     assert isinstance(refused(f"--output={tmp_path / 'out'}"), UsageError)
 
 
-def test_a_store_of_another_teacher_is_refused(arguments: list[str], teacher_folder: Path, tmp_path: Path):
+def test_train_refuses_a_store_of_another_teacher(arguments: list[str], teacher_folder: Path, tmp_path: Path):
     other = tmp_path / "other"
     shutil.copytree(teacher_folder, other)
     model = tiny_teacher("llama-mha").model
@@ -152,7 +169,7 @@ def test_a_store_of_another_teacher_is_refused(arguments: list[str], teacher_fol
     assert isinstance(error, FingerprintError)
 
 
-def test_medusa_has_no_ridge_start(arguments: list[str], tmp_path: Path):
+def test_train_refuses_a_ridge_start_of_medusa(arguments: list[str], tmp_path: Path):
     changed = [item for item in arguments if not item.startswith("predictor.")]
     error = refused(*changed, "predictor.kind=medusa", f"--output={tmp_path / 'out'}")
     assert "training.init" in str(error)

@@ -21,7 +21,7 @@ EOS = "<|im_end|>"
 
 
 def make_teacher(seed: int = 0, **settings: Any) -> Teacher:
-    """A tiny Llama that reads the byte tokenizer's tokens."""
+    """Return a tiny Llama with the vocabulary of the byte tokenizer."""
     tokenizer = with_template(CHATML)
     options = {
         "vocab_size": len(tokenizer),

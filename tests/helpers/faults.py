@@ -1,4 +1,4 @@
-"""Runs that are killed, and checks of what they leave."""
+"""Arguments of runs that are killed, and checks of the files that a kill leaves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def check_store(folder: Path, reference: dict[str, bytes]) -> int:
-    """What a kill leaves: whole shards alone, and a manifest that says so. Returns how many are entered."""
+    """Check that only whole shards are left, and a manifest that lists no others. Returns the number of shards."""
     found = shard_bytes(folder)
     assert found.items() <= reference.items()
     if not (folder / "manifest.json").is_file():

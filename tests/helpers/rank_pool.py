@@ -1,15 +1,18 @@
-"""Ranks that start in no time: a process that has imported everything forks them, and ends a group of which one died.
+"""Ranks that start quickly: a process that has imported everything forks them, and ends the group when one rank dies.
 
-Started as a program it reads one JSON request per line (see `RankPool.start`), answers with the ranks' process ids, and
-once all have ended with their exit codes. It does what the launcher of a machine does, without its ten seconds.
+As a program it reads one JSON request per line (see `RankPool.start`), responds with the ranks' process ids and, once
+all have ended, with their exit codes. It replaces the launcher of a machine, which takes ten seconds to start.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -30,14 +33,14 @@ class Group:
     """The ranks of one command."""
 
     def __init__(self, rank_pool: RankPool, pids: list[int]) -> None:
-        self.pids, self._nursery = pids, rank_pool
+        self.pids, self._pool = pids, rank_pool
 
     def wait(self) -> list[int]:
-        """Exit codes by rank; negative: the signal that ended it."""
-        return self._nursery.read()["codes"]
+        """Return the exit codes by rank; negative: the signal that ended the rank."""
+        return self._pool.read()["codes"]
 
     def wait_unless_killed(self, victim: int, seconds: float, reached: Callable[[], bool] = lambda: True) -> list[int]:
-        """Exit codes, where rank `victim` was killed `seconds` after `reached` came true, unless all ended before."""
+        """Kill rank `victim` `seconds` after `reached` is true, unless all ranks end before; return the exit codes."""
         ended = threading.Event()
 
         def kill() -> None:
@@ -45,7 +48,7 @@ class Group:
                 if ended.wait(POLL_SECONDS):
                     return
             if not ended.wait(seconds):
-                with contextlib.suppress(ProcessLookupError):  # it has ended: the rank_pool reaps at once
+                with contextlib.suppress(ProcessLookupError):  # the rank has ended: the pool reaps it at once
                     os.kill(self.pids[victim], signal.SIGKILL)
 
         killer = threading.Thread(target=kill)
@@ -58,7 +61,7 @@ class Group:
 
 
 class RankPool:
-    """Talks to the forking process."""
+    """Client of the forking process."""
 
     def __init__(self) -> None:
         values = {key: value for key, value in os.environ.items() if key != "FIRP_DATA_DIR"}
@@ -77,19 +80,21 @@ class RankPool:
         *,
         cwd: Path = ROOT,
         environment: Mapping[str, str] | None = None,
+        script: Path | None = None,
         **faults: int,
     ) -> Group:
-        """Run `firp argv` on `ranks` ranks; what they print goes to `log`.
+        """Run `firp argv` on `ranks` ranks; their output goes to `log`.
 
         Args:
+            script: a Python file that is run as a program instead of `firp`.
             environment: variables beside those of the test run.
-            faults: `file_bytes`: no file may grow beyond it, as on a full disk. `renames`: rank 0 is killed at the
-                rename of that number (from 1), before it, or with `renamed=1` right after it. `slurm=1` is no fault:
-                the ranks are told who they are as `srun` tells it.
+            faults: `file_bytes`: largest size of a file, as on a full disk. `renames`: number (from 1) of the rename at
+                which rank 0 is killed, before it, or with `renamed=1` right after it. `slurm=1` is no fault: the ranks
+                get the variables of `srun`.
         """
         assert self._process.stdin
         request = {"argv": argv, "ranks": ranks, "log": str(log), "faults": faults}
-        request |= {"cwd": str(cwd), "environment": dict(environment or {})}
+        request |= {"cwd": str(cwd), "environment": dict(environment or {}), "script": script and str(script)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Group(self, self.read()["pids"])
@@ -100,7 +105,7 @@ class RankPool:
     def read(self) -> dict[str, Any]:
         assert self._process.stdout
         line = self._process.stdout.readline()
-        assert line, "the rank_pool has ended"
+        assert line, "the rank pool has ended"
         return json.loads(line)
 
     def close(self) -> None:
@@ -119,7 +124,7 @@ def rank_pool() -> Iterator[RankPool]:
 
 
 def _die_at_rename(number: int, renamed: bool) -> None:
-    """Be killed at the rename of that number."""
+    """Kill this process at the rename of that number."""
     counted = 0
 
     def wrap(move: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +144,7 @@ def _die_at_rename(number: int, renamed: bool) -> None:
 
 
 def _rank(request: dict[str, Any], rank: int, port: int) -> None:
-    """What a forked rank does; never returns."""
+    """Run the command in a forked rank; never returns."""
     ranks, faults = request["ranks"], request["faults"]
     os.chdir(request["cwd"])
     os.environ |= request["environment"]
@@ -160,9 +165,12 @@ def _rank(request: dict[str, Any], rank: int, port: int) -> None:
     sys.argv = ["firp", *request["argv"]]
     code = 1
     try:
-        from firp_cli.cli.app import main
+        if request["script"]:
+            runpy.run_path(request["script"], run_name="__main__")
+        else:
+            from firp_cli.cli.app import main
 
-        main()
+            main()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
@@ -174,8 +182,8 @@ def _rank(request: dict[str, Any], rank: int, port: int) -> None:
         os._exit(code)
 
 
-def _tend(pids: list[int]) -> list[int]:
-    """Wait for all; once one has failed tell the others to end, and make them after a while."""
+def _wait(pids: list[int]) -> list[int]:
+    """Wait for all ranks and return their exit codes. Once one fails, send SIGTERM to the others, later SIGKILL."""
     codes: dict[int, int] = {}
     deadline = float("inf")
     while len(codes) < len(pids):
@@ -200,7 +208,7 @@ def _send(pids: list[int], number: int) -> None:
 
 
 def _serve() -> None:
-    """Import what commands import, then fork on request. Nothing is computed here: no thread may run at a fork."""
+    """Import what commands import, then fork on request. Compute nothing, since no thread may run at a fork."""
     import torch
 
     torch.set_num_threads(1)
@@ -209,6 +217,10 @@ def _serve() -> None:
     load_deepspeed()
     import torch.utils.tensorboard
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    for module in pkgutil.walk_packages([str(ROOT / "firp_cli")], "firp_cli."):
+        if not module.name.endswith("__main__") and ".triton_" not in module.name:
+            importlib.import_module(module.name)
 
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
@@ -219,7 +231,7 @@ def _serve() -> None:
                 _rank(request, rank, port)
             pids.append(pid)
         print(json.dumps({"pids": pids}), flush=True)
-        print(json.dumps({"codes": _tend(pids)}), flush=True)
+        print(json.dumps({"codes": _wait(pids)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answering: every kind of prompt counted, faults that lose one prompt alone, kills after which none is asked again."""
+"""Answering: accounts of prompts, failures that lose only one prompt, kills that lose no logged answer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from firp_cli.collecting import answer_log as answers_module
-from firp_cli.collecting.answer import MAX_CONSECUTIVE_FAILURES, respond
+from firp_cli.collecting.answer import MAX_CONSECUTIVE_FAILURES, account_line, respond
 from firp_cli.collecting.answer_log import AnswerLog, prompt_keys, read_answers
 from firp_cli.collecting.collect_store import collect_store
-from firp_cli.collecting.engine_responder import EngineResponder, account_line, make_responder
+from firp_cli.collecting.engine_responder import EngineResponder, make_responder
 from firp_cli.collecting.responders import Answer, RetryingResponder
 from firp_cli.config import DataConfig, Recipe
 from firp_cli.data.chat import encode_prompt
@@ -58,7 +58,7 @@ class Scripted:
         self.closed += 1
 
 
-def test_every_prompt_is_accounted_for_and_keeps_its_place(tmp_path: Path) -> None:
+def test_respond_counts_every_prompt_and_keeps_the_order(tmp_path: Path) -> None:
     """Prompts as they are, answers as written, EOS kept; empty and failed ones left out, cut ones counted."""
     replies: dict[int, list[int] | str] = {
         5: [20, 21, STOP],
@@ -92,10 +92,10 @@ def test_every_prompt_is_accounted_for_and_keeps_its_place(tmp_path: Path) -> No
     assert responder.closed == 1
     line = account_line(account)
     assert line.startswith("answers: 3 written, 1 of them cut at a length limit")
-    assert "2 empty, 1 failed" in line and "it broke; --resume tries them again" in line
+    assert "2 empty, 1 failed" in line and "first failure: it broke; --resume tries failed prompts again" in line
 
 
-def test_an_answer_ends_with_the_longest_sequence(tmp_path: Path) -> None:
+def test_respond_limits_answers_to_the_longest_sequence(tmp_path: Path) -> None:
     prompts = corpus_of([[4] * 7, [5] * 2])
     answered, account = respond(
         tiny_teacher(), prompts, DataConfig(max_new_tokens=6), 10, tmp_path, Scripted(lambda _: [9] * 50)
@@ -103,14 +103,14 @@ def test_an_answer_ends_with_the_longest_sequence(tmp_path: Path) -> None:
     assert [len(ids) for ids in answered.input_ids] == [10, 8] and account["cut"] == 2
 
 
-def test_equal_prompts_are_answered_once(tmp_path: Path) -> None:
+def test_respond_answers_equal_prompts_once(tmp_path: Path) -> None:
     responder = Scripted(lambda prompt: [prompt[0] + 1, STOP])
     answered, account = respond(tiny_teacher(), corpus_of([[5], [6], [5]]), DataConfig(), 100, tmp_path, responder)
     assert sorted(responder.asked) == [[5], [6]] and account["written"] == 3
     assert answered.input_ids[0].tolist() == answered.input_ids[2].tolist() == [5, 6, STOP]
 
 
-def test_what_was_answered_is_never_asked_again(tmp_path: Path) -> None:
+def test_respond_reuses_logged_answers(tmp_path: Path) -> None:
     """Not by another run, not with other prompts around; but under another limit or by somebody else it is."""
     teacher, data = tiny_teacher(), DataConfig(max_new_tokens=4)
     first = Scripted(lambda prompt: "no" if prompt[0] == 6 else [prompt[0] + 1, STOP])
@@ -126,7 +126,7 @@ def test_what_was_answered_is_never_asked_again(tmp_path: Path) -> None:
     assert other.asked == [[5], [5]]
 
 
-def test_when_nothing_is_answered_the_reason_is_said(tmp_path: Path) -> None:
+def test_respond_names_the_reason_when_no_prompt_is_answered(tmp_path: Path) -> None:
     prompts = corpus_of([[5], [6]])
     with pytest.raises(DatasetError, match="ended every answer at once"):
         respond(tiny_teacher(), prompts, DataConfig(), 100, tmp_path / "a", _made(tmp_path / "a", lambda _: [STOP]))
@@ -148,7 +148,7 @@ def _made(folder: Path, rule: Rule) -> Scripted:
     return Scripted(rule)
 
 
-def test_a_torn_line_is_cut_off_and_whole_ones_stay(tmp_path: Path) -> None:
+def test_read_answers_cuts_off_incomplete_lines(tmp_path: Path) -> None:
     with AnswerLog(tmp_path, 0) as log:
         log.add("aa", [1, 2])
         log.add("bb", [])
@@ -164,7 +164,7 @@ def test_a_torn_line_is_cut_off_and_whole_ones_stay(tmp_path: Path) -> None:
     assert read_answers(tmp_path) == {"aa": [1, 2], "bb": [], "cc": [3], "dd": [5]}
 
 
-def test_answers_reach_the_disk_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_log_syncs_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(answers_module.os, "fsync", lambda _: synced.append(1))
     with AnswerLog(tmp_path, 0) as log:
@@ -177,7 +177,7 @@ def test_answers_reach_the_disk_batch_by_batch(tmp_path: Path, monkeypatch: pyte
     assert len(read_answers(tmp_path)) == answers_module.SYNC_ANSWERS + 1 and synced == [1, 1]
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_respond_reports_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -186,17 +186,17 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         respond(tiny_teacher(), corpus_of([[5]]), DataConfig(), 100, tmp_path, Scripted(lambda _: [4, STOP]))
 
 
-def test_keys_tell_prompts_limits_and_makers_apart() -> None:
+def test_prompt_keys_depend_on_prompt_limit_and_maker() -> None:
     prompts = [torch.tensor(ids, dtype=torch.int32) for ids in ([5, 6], [6, 5], [5, 6, 0])]
     keys = [key for maker in "ab" for limit in (3, 4) for key in prompt_keys(maker, prompts, [limit] * 3)]
     assert len(set(keys)) == 12
 
 
-def run_steady(decode: Any, count: int, width: int) -> tuple[dict[int, Answer], RetryingResponder]:
-    steady = RetryingResponder(decode, width)
-    replies = list(steady.reply([[number] for number in range(count)], [1] * count))
+def run_retrying(decode: Any, count: int, width: int) -> tuple[dict[int, Answer], RetryingResponder]:
+    retrying = RetryingResponder(decode, width)
+    replies = list(retrying.reply([[number] for number in range(count)], [1] * count))
     assert sorted(reply.number for reply in replies) == list(range(count))
-    return {reply.number: reply for reply in replies}, steady
+    return {reply.number: reply for reply in replies}, retrying
 
 
 def in_batches(fault: Callable[[list[int]], None]) -> Any:
@@ -212,7 +212,7 @@ def in_batches(fault: Callable[[list[int]], None]) -> Any:
     return decode
 
 
-def test_a_prompt_that_fails_is_found_and_the_others_answered() -> None:
+def test_retrying_responder_isolates_failing_prompts() -> None:
     calls: list[int] = []
 
     def fault(batch: list[int]) -> None:
@@ -220,11 +220,11 @@ def test_a_prompt_that_fails_is_found_and_the_others_answered() -> None:
         if {13, 14, 40} & set(batch):
             raise RuntimeError(f"cannot stand {min({13, 14, 40} & set(batch))}\nmore")
 
-    replies, steady = run_steady(in_batches(fault), 50, 8)
+    replies, retrying = run_retrying(in_batches(fault), 50, 8)
     assert {number for number, reply in replies.items() if reply.failure} == {13, 14, 40}
     assert replies[13].failure == "cannot stand 13"
     assert all(reply.token_ids == [number] for number, reply in replies.items() if not reply.failure)
-    assert steady.width == 8 and len(calls) < 30  # found by halving, not one by one
+    assert retrying.width == 8 and len(calls) < 30  # found by halving, not one by one
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_prompt_that_fails_is_found_and_the_others_answered() -> None:
         RuntimeError("not enough memory: you tried"),
     ],
 )
-def test_memory_that_ends_halves_the_batch_for_good(error: Exception) -> None:
+def test_retrying_responder_halves_the_batch_when_memory_runs_out(error: Exception) -> None:
     sizes: list[int] = []
 
     def fault(batch: list[int]) -> None:
@@ -244,29 +244,29 @@ def test_memory_that_ends_halves_the_batch_for_good(error: Exception) -> None:
         if len(batch) > 3:
             raise error
 
-    replies, steady = run_steady(in_batches(fault), 20, 16)
+    replies, retrying = run_retrying(in_batches(fault), 20, 16)
     assert not any(reply.failure for reply in replies.values())
-    assert steady.width == 2 and sizes[:3] == [16, 8, 4] and set(sizes[3:]) == {2}
+    assert retrying.width == 2 and sizes[:3] == [16, 8, 4] and set(sizes[3:]) == {2}
 
 
-def test_a_prompt_that_fits_no_memory_is_left_out() -> None:
+def test_retrying_responder_skips_a_prompt_that_never_fits() -> None:
     def fault(batch: list[int]) -> None:
         if 2 in batch:
             raise MemoryError("too large")
 
-    replies, _ = run_steady(in_batches(fault), 5, 4)
+    replies, _ = run_retrying(in_batches(fault), 5, 4)
     assert [number for number, reply in replies.items() if reply.failure] == [2]
 
 
-def test_a_responder_that_cannot_start_is_no_prompts_fault() -> None:
+def test_retrying_responder_raises_when_decoding_cannot_start() -> None:
     def fault(_: list[int]) -> None:
         raise TeacherError("vLLM does not start")
 
     with pytest.raises(TeacherError, match="does not start"):
-        run_steady(in_batches(fault), 5, 4)
+        run_retrying(in_batches(fault), 5, 4)
 
 
-def test_the_engine_answers_as_generate_and_loses_only_what_fails(tmp_path: Path) -> None:
+def test_engine_responder_answers_as_generate(tmp_path: Path) -> None:
     teacher, rows = tiny_teacher("llama", True), random_prompts(9, seed=12)
     prompts = corpus_of([*rows[:4], [3, 97], *rows[4:]])  # the teacher has no token 97
     answered, account = respond(
@@ -277,7 +277,7 @@ def test_the_engine_answers_as_generate_and_loses_only_what_fails(tmp_path: Path
     assert account["failed"] == 1 and "token id outside of 0 to 96" in account["failure"]
 
 
-def test_the_engine_halves_its_batch_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_responder_halves_its_batch_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, prompts = tiny_teacher("llama", True), random_prompts(9, seed=13)
     responder = EngineResponder(teacher, 8)
     whole = {reply.number: reply.token_ids for reply in responder.reply(prompts, [6] * 9)}
@@ -287,7 +287,7 @@ def test_the_engine_halves_its_batch_where_memory_ends(monkeypatch: pytest.Monke
     room = KVCache.bytes_needed(**StepShape().cache(teacher, 3, 40))
     monkeypatch.setattr("firp_cli.decoding.sequences.free_bytes", lambda _: room)
     found = {reply.number: reply.token_ids for reply in responder.reply(prompts, [6] * 9)}
-    assert found == whole and responder._steady.width == 2
+    assert found == whole and responder._retrying.width == 2
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def dataset(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_failed_prompt_is_tried_again_and_the_store_is_whole(dataset: Path, tmp_path: Path) -> None:
+def test_collect_retries_failed_prompts_on_resume(dataset: Path, tmp_path: Path) -> None:
     teacher, data = make_teacher(), config(dataset, regenerate=True, max_new_tokens=9)
     bad = encode_prompt([{"role": "user", "content": "What is 11 + 77?"}], teacher.tokenizer)
     engine = EngineResponder(teacher, 6)
@@ -311,16 +311,16 @@ def test_a_failed_prompt_is_tried_again_and_the_store_is_whole(dataset: Path, tm
                 raise RuntimeError("a bad day")
 
     first = collect_store(teacher, data, [2], tmp_path / "store", responder=Moody(teacher, 6))
-    assert first["answers"]["failed"] == 1 and first["answers"]["failure"] == "a bad day"
-    assert first["conversations"] == 23 and first["skipped"] == {"answer failed": 1}
+    assert first.answers["failed"] == 1 and first.answers["failure"] == "a bad day"
+    assert first.conversations == 23 and first.skipped == {"answer failed": 1}
     assert Store.open(tmp_path / "store").manifest["counts"]["answers"]["failed"] == 1
     second = collect_store(teacher, data, [2], tmp_path / "store", responder=engine, resume=True)
-    assert second["answers"]["failed"] == 0 and second["conversations"] == 24
+    assert second.answers["failed"] == 0 and second.conversations == 24
     collect_store(teacher, data, [2], tmp_path / "reference", responder=engine)
     assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "reference")
     assert contents(tmp_path / "store")["manifest.json"] == contents(tmp_path / "reference")["manifest.json"]
     made = collect_store(teacher, data, [2], tmp_path / "other", responder=Moody(teacher, 6))
-    assert made["answers"]["failed"] == 1
+    assert made.answers["failed"] == 1
     merge_stores(tmp_path / "both", [tmp_path / "store", tmp_path / "other"])
     both = Store.open(tmp_path / "both").manifest["counts"]["answers"]
     assert (both["written"], both["failed"], both["failure"]) == (47, 1, "a bad day")
@@ -329,17 +329,17 @@ def test_a_failed_prompt_is_tried_again_and_the_store_is_whole(dataset: Path, tm
         collect_store(teacher, data, [2], tmp_path / "store", responder=stranger, resume=True)
 
 
-def test_recipes_choose_their_responder() -> None:
+def test_make_responder_follows_the_recipe() -> None:
     teacher = tiny_teacher("llama", True)
     assert make_responder(Recipe(), teacher) is None
     found = make_responder(Recipe(data=DataConfig(regenerate=True)), teacher)
     assert isinstance(found, EngineResponder) and found.name == "engine"
 
 
-def test_the_engine_needs_a_whole_teacher() -> None:
+def test_make_responder_refuses_the_engine_for_a_sharded_teacher() -> None:
     teacher, recipe = make_teacher(), Recipe(data=DataConfig(regenerate=True))
     teacher.loaded_weights = replace(teacher.loaded_weights, kind="zero3")
-    with pytest.raises(UsageError, match=r"shared out over ranks: set collect\.responder=vllm"):
+    with pytest.raises(UsageError, match=r"sharded over ranks: set collect\.responder=vllm"):
         make_responder(recipe, teacher)
     teacher = make_teacher()
     teacher.model.lm_head.to("meta")
@@ -367,7 +367,7 @@ def kept_lines(folder: Path) -> list[str]:
     return [line for path in sorted(folder.glob("answers-*.jsonl")) for line in path.read_text().splitlines()]
 
 
-def test_ranks_killed_while_answering_lose_nothing_that_was_kept(ranks: RankPool, place: Path, tmp_path: Path) -> None:
+def test_killed_ranks_keep_their_answers(ranks: RankPool, place: Path, tmp_path: Path) -> None:
     log, folder = tmp_path / "log", tmp_path / "store"
     assert ranks.run(answering(place, tmp_path / "one"), 1, log) == [0], log.read_text()
     reference = shard_bytes(tmp_path / "one")

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from firp_cli.api.collect_run import collect, estimate_collect
 from firp_cli.collecting import collect_store as capture_module
 from firp_cli.collecting.collect_store import collect_store
 from firp_cli.collecting.engine_responder import EngineResponder
 from firp_cli.collecting.estimate import estimate
 from firp_cli.collecting.teacher_states import capture, plan_batches
+from firp_cli.config import Recipe, TeacherConfig
 from firp_cli.data.chat import encode, encode_prompt
 from firp_cli.errors import (
     CapacityError,
@@ -34,6 +36,7 @@ from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from helpers.chat import byte_tokenizer
 from helpers.collecting import config, contents, make_teacher
+from helpers.commands import firp, invoke
 from helpers.models import FAMILIES, ROOT, VOCABULARY, generate_reference, tiny_model, tiny_teacher
 from helpers.rank_pool import RankPool
 
@@ -43,7 +46,7 @@ def random_ids(lengths: list[int], seed: int = 0) -> list[Tensor]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator, dtype=torch.int32) for length in lengths]
 
 
-def test_batches_hold_similar_lengths_and_every_conversation_once() -> None:
+def test_plan_batches_groups_similar_lengths() -> None:
     lengths = [5, 9, 30, 9, 1, 6, 16]
     batches = plan_batches(lengths, 20)
     assert sorted(index for batch in batches for index in batch) == list(range(7))
@@ -54,7 +57,7 @@ def test_batches_hold_similar_lengths_and_every_conversation_once() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_states_of_shared_forwards_are_those_of_one_conversation_alone(family: str) -> None:
+def test_capture_equals_the_forward_of_one_conversation(family: str) -> None:
     """Against the model's own forward, one conversation at a time (Llama, Mistral and Qwen2 with windows, Qwen3)."""
     wide = tiny_model(family)
     torch.manual_seed(1)
@@ -101,13 +104,11 @@ def dataset(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_store_holds_the_teachers_states_tokens_and_masks(
-    byte_teacher: Teacher, dataset: Path, tmp_path: Path
-) -> None:
+def test_store_has_the_teachers_states_tokens_and_masks(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     summary = collect_store(byte_teacher, config(dataset), [3, 1], tmp_path / "store")
     store = Store.open(tmp_path / "store", verify=True)
-    assert len(store) == summary["conversations"] == 24 and summary["shards"] >= 4
-    assert summary["layers"] == [1, 3] and summary["tokens"] == sum(store.lengths)
+    assert len(store) == summary.conversations == 24 and summary.shards >= 4
+    assert summary.layers == [1, 3] and summary.tokens == sum(store.lengths)
     for number, item in enumerate(store):
         messages = [
             {"role": "user", "content": f"What is {number} + {number * 7}?"},
@@ -127,7 +128,9 @@ def test_a_store_holds_the_teachers_states_tokens_and_masks(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_smaller_stores_stay_near_the_states(byte_teacher: Teacher, dataset: Path, tmp_path: Path, dtype: str) -> None:
+def test_compressed_stores_stay_near_the_states(
+    byte_teacher: Teacher, dataset: Path, tmp_path: Path, dtype: str
+) -> None:
     collect_store(byte_teacher, config(dataset), [2], tmp_path / "exact")
     collect_store(byte_teacher, config(dataset, store_dtype=dtype), [2], tmp_path / "small")
     exact, small = Store.open(tmp_path / "exact"), Store.open(tmp_path / "small")
@@ -165,7 +168,7 @@ def run_script(code: str) -> int:
     return subprocess.run(command, env=values, capture_output=True, timeout=120, check=False).returncode
 
 
-def test_kill_and_resume_end_with_the_same_bytes(dataset: Path, tmp_path: Path) -> None:
+def test_resume_after_a_kill_gives_the_same_bytes(dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     code = KILL_IN_SHARD.format(tests=str(ROOT / "tests"), dataset=str(dataset), folder=str(folder))
     assert run_script(code) == -signal.SIGKILL
@@ -176,25 +179,25 @@ def test_kill_and_resume_end_with_the_same_bytes(dataset: Path, tmp_path: Path) 
         Store.open(folder)
     before = {name: (folder / name).stat().st_mtime_ns for name in left}
     summary = collect_store(make_teacher(), config(dataset), [1, 2], folder, resume=True)
-    assert summary["shards_written"] == summary["shards"] - 2
+    assert summary.shards_written == summary.shards - 2
     assert before == {name: (folder / name).stat().st_mtime_ns for name in left}
     collect_store(make_teacher(), config(dataset), [1, 2], tmp_path / "uninterrupted")
     assert contents(folder) == contents(tmp_path / "uninterrupted")
 
 
-def test_a_damaged_shard_is_rebuilt_alone(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_resume_rebuilds_only_damaged_shards(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     collect_store(byte_teacher, config(dataset), [2], folder)
     whole = contents(folder)
     (folder / "shard-00001.safetensors").write_bytes(b"\0" * len(whole["shard-00001.safetensors"]))
     (folder / "shard-00003.safetensors").unlink()
     summary = collect_store(byte_teacher, config(dataset), [2], folder, resume=True)
-    assert summary["shards_written"] == 2
+    assert summary.shards_written == 2
     assert contents(folder) == whole
-    assert collect_store(byte_teacher, config(dataset), [2], folder, resume=True)["tokens_per_second"] is None
+    assert collect_store(byte_teacher, config(dataset), [2], folder, resume=True).tokens_per_second is None
 
 
-def test_resume_notices_other_data_and_other_teachers(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_resume_refuses_other_data_and_other_teachers(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     collect_store(byte_teacher, config(dataset), [2], folder)
     with pytest.raises(StoreError, match=r"layers \(store: \[2\], now: \[3\]\)"):
@@ -214,7 +217,7 @@ def test_nan_stops_before_its_shard(byte_teacher: Teacher, dataset: Path, tmp_pa
         Store.open(tmp_path / "store")
 
 
-def test_a_full_disk_is_said_before_and_while_writing(
+def test_full_disk_is_reported_before_and_during_writing(
     byte_teacher: Teacher, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from firp_cli.collecting import estimate as estimate_module
@@ -236,15 +239,15 @@ def test_a_full_disk_is_said_before_and_while_writing(
     assert len(Store.open(tmp_path / "full", verify=True)) == 24
 
 
-def test_rows_without_a_usable_answer_are_skipped_and_counted(byte_teacher: Teacher, tmp_path: Path) -> None:
+def test_rows_without_a_usable_answer_are_skipped(byte_teacher: Teacher, tmp_path: Path) -> None:
     path = tmp_path / "mixed.jsonl"
     turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     long = [{"role": "user", "content": "far too long " * 40}, turns[1]]
     rows = [{"messages": turns}, {"messages": turns[:1]}, {"messages": []}, {"messages": long}, {"messages": turns}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = collect_store(byte_teacher, config(path, max_length=60), [2], tmp_path / "store")
-    assert summary["conversations"] == 2
-    assert summary["skipped"] == {"no answer": 2, "no answer within max_length": 1}
+    assert summary.conversations == 2
+    assert summary.skipped == {"no answer": 2, "no answer within max_length": 1}
 
 
 def test_useless_loss_masks_and_unanswered_sets_are_refused(byte_teacher: Teacher, tmp_path: Path) -> None:
@@ -267,7 +270,9 @@ def test_useless_loss_masks_and_unanswered_sets_are_refused(byte_teacher: Teache
     assert not (tmp_path / "store").exists()
 
 
-def test_layers_and_tokenizers_that_do_not_fit(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_unusable_layers_and_missing_tokenizers_are_refused(
+    byte_teacher: Teacher, dataset: Path, tmp_path: Path
+) -> None:
     for layers in ([0], [4], [2, 9]):
         with pytest.raises(UsageError, match="layers 1 to 3 can be collected"):
             collect_store(byte_teacher, config(dataset), layers, tmp_path / "store")
@@ -275,7 +280,7 @@ def test_layers_and_tokenizers_that_do_not_fit(byte_teacher: Teacher, dataset: P
         collect_store(tiny_teacher(), config(dataset), [2], tmp_path / "store")
 
 
-def test_regenerated_stores_hold_the_teachers_own_text(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_regenerated_store_has_the_teachers_own_text(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     data = config(dataset, regenerate=True, max_new_tokens=12, batch_size=7)
     collect_store(byte_teacher, data, [2], tmp_path / "store", responder=EngineResponder(byte_teacher, 7))
     store = Store.open(tmp_path / "store")
@@ -289,61 +294,74 @@ def test_regenerated_stores_hold_the_teachers_own_text(byte_teacher: Teacher, da
         assert store[number].loss_mask.tolist() == [place >= len(prompt) for place in range(len(expected))]
 
 
-def test_the_estimate_is_right_and_writes_nothing(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_estimate_is_exact_and_writes_nothing(byte_teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     figures = estimate(byte_teacher, config(dataset), [1, 2], "float32", tmp_path / "deep" / "store")
     assert sorted(tmp_path.rglob("*")) == before
-    assert figures["exact"] and figures["free_bytes"] > 0 and figures["seconds"] > 0
+    assert figures.exact and figures.free_bytes > 0 and figures.seconds > 0
     summary = collect_store(byte_teacher, config(dataset), [1, 2], tmp_path / "store")
-    assert (figures["conversations"], figures["tokens"]) == (summary["conversations"], summary["tokens"])
-    assert figures["total_bytes"] == pytest.approx(summary["bytes"], rel=0.1)
+    assert (figures.conversations, figures.tokens) == (summary.conversations, summary.tokens)
+    assert figures.total_bytes == pytest.approx(summary.bytes, rel=0.1)
     data = config(dataset, regenerate=True, max_new_tokens=5)
     bound = estimate(byte_teacher, data, [2], "int8", tmp_path, responder=EngineResponder(byte_teacher, 32))
-    assert bound["upper_bound"] and bound["answering_seconds"] > 0 and bound["bytes_per_token"] == 5 + 2 * (32 + 2)
+    assert bound.upper_bound and bound.answering_seconds > 0 and bound.bytes_per_token == 5 + 2 * (32 + 2)
 
 
-def test_an_estimate_from_a_sample_comes_near(
+def test_estimate_from_a_sample_is_close(
     byte_teacher: Teacher, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = estimate(byte_teacher, config(dataset), [1], "float32", tmp_path)
     monkeypatch.setattr("firp_cli.collecting.estimate.SAMPLE_CONVERSATIONS", 8)
     figures = estimate(byte_teacher, config(dataset), [1], "float32", tmp_path)
-    assert not figures["exact"] and figures["sampled_conversations"] == 8 and figures["conversations"] == 24
-    assert figures["tokens"] == pytest.approx(exact["tokens"], rel=0.2)
+    assert not figures.exact and figures.sampled_conversations == 8 and figures.conversations == 24
+    assert figures.tokens == pytest.approx(exact.tokens, rel=0.2)
 
 
-def firp(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    values = {key: value for key, value in os.environ.items() if key != "FIRP_DATA_DIR"}
-    values |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "firp_cli", "collect", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=values, timeout=120, check=False)
-
-
-def test_the_command_from_estimate_to_store(teacher_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    common = ["--teacher", str(teacher_folder), "--dataset", str(dataset), "--layers", "1,3", "data.shard_tokens=300"]
-    planned = firp(*common, "--estimate", cwd=tmp_path)
-    assert planned.returncode == 0, planned.stderr
+def test_collect_estimates_and_fills_a_store(
+    teacher_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["--teacher", teacher_folder, "--dataset", dataset, "--layers", "1,3", "data.shard_tokens=300"]
+    planned = invoke("collect", *common, "--estimate")
+    assert planned.exit_code == 0, planned.output
     assert "nothing was started" in planned.stdout and "GB free" in planned.stdout
     assert not (tmp_path / "stores").exists()
-    done = firp(*common, "--limit", "10", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = invoke("collect", *common, "--limit", "10", "--json")
+    assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert summary["store"] == "stores/sums" and summary["conversations"] == 10
     store = Store.open(tmp_path / "stores" / "sums", verify=True)
     assert store.manifest["layers"] == [1, 3] and store.manifest["recipe"]["data"]["limit"] == 10
 
 
-def test_a_recipe_says_layers_and_folder(teacher_folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_collect_function_returns_a_typed_summary(teacher_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    overrides = [f"teacher.model={teacher_folder}", f"data.dataset={dataset}", "data.limit=8"]
+    figures = estimate_collect(None, overrides, layers=[1], output=tmp_path / "store", ranks=2)
+    assert figures.exact and figures.ranks == 2 and not (tmp_path / "store").exists()
+    summary = collect(None, overrides, layers=[1], output=tmp_path / "store")
+    assert (summary.conversations, summary.tokens) == (figures.conversations, figures.tokens) and summary.layers == [1]
+    assert summary.as_json()["store"] == str(tmp_path / "store") and "answers" not in summary.as_json()
+    with pytest.raises(StoreError, match="already holds a complete store"):
+        collect(None, overrides, output=tmp_path / "store")
+    recipe = Recipe(teacher=TeacherConfig(model=str(teacher_folder)), data=config(dataset, limit=8))
+    assert collect(recipe, output=tmp_path / "other").layers == [2]  # the middle one: the recipe has no predictor
+
+
+def test_collect_reads_layers_and_folder_from_the_recipe(
+    teacher_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sections = [f"teacher: {{model: {teacher_folder}}}", f"data: {{dataset: {dataset}}}"]
     text = "\n".join([*sections, "predictor: {kind: firp, layer: 3}", "store: mine"])
     (tmp_path / "run.yaml").write_text(text)
-    done = firp("run.yaml", cwd=tmp_path)
+    done = firp("collect", "run.yaml", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mine: 24 conversations") and "layers 3 and the final state" in done.stdout
     assert done.stdout.rstrip().endswith("next: firp train run.yaml --store mine")
-    again = firp("run.yaml", cwd=tmp_path)
-    assert again.returncode == 1 and "already holds a complete store" in again.stderr and "--resume" in again.stderr
-    assert len(again.stderr.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    error = invoke("collect", "run.yaml").exception
+    assert isinstance(error, StoreError) and error.exit_code == 1
+    assert "already holds a complete store" in str(error) and "--resume" in str(error)
+    assert len(str(error).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -353,17 +371,17 @@ def test_a_recipe_says_layers_and_folder(teacher_folder: Path, dataset: Path, tm
         (["--hostfile", "absent"], "no hostfile absent", 1),
         (["--layers", "two"], "--layers takes numbers", 1),
         (["data.limt=3"], "did you mean 'limit'", 1),
-        (["--layers", "99"], "can be collected", 2),  # the first says what of the teacher is loaded
+        (["--layers", "99"], "can be collected", 2),  # the first line names the loaded layers
         (["--dataset", "absent.jsonl"], "no such file: absent.jsonl", 1),
     ],
 )
-def test_bad_input_is_answered_in_a_line_or_two(
+def test_collect_bad_input_has_an_error_of_two_lines(
     ranks: RankPool, teacher_folder: Path, tmp_path: Path, arguments: list[str], words: str, lines: int
 ) -> None:
     place, log = tmp_path / "place", tmp_path / "log"
     place.mkdir()
     codes = ranks.run(["collect", "--teacher", str(teacher_folder), *arguments], 1, log, cwd=place)
-    told = log.read_text()
-    assert codes == [2] and words in told, told
-    assert len(told.splitlines()) == lines
+    printed = log.read_text()
+    assert codes == [2] and words in printed, printed
+    assert len(printed.splitlines()) == lines
     assert not list(place.iterdir())

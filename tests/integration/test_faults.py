@@ -1,6 +1,6 @@
-"""Kills, full disks, interrupted renames, damage, second processes: nothing that was finished is lost or changed.
+"""Kills, full disks, interrupted renames, damage, second processes: finished work is neither lost nor changed.
 
-Every test looks at what is on disk before and after; all run the command in processes of their own.
+Every test compares the disk before and after; all run the command in separate processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from helpers.faults import KILLED, check_store, collecting, make_place, shard_by
 from helpers.rank_pool import RankPool
 from helpers.training import rows
 
-KILLS = 20
+KILLS = [5, pytest.param(20, marks=pytest.mark.nightly)]  # random kills
+# First rename at which a run is killed, every how many, and 1 for a kill after it instead of before it. The normal run
+# kills before every odd rename and after every even one, the nightly run also the other way round.
+RENAMES = [(1, 2, 0), (2, 2, 1), *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((2, 2, 0), (1, 2, 1)))]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +45,18 @@ def training(place: Path, output: Path) -> list[str]:
     return ["train", *predictor, *(f"training.{setting}" for setting in settings), *folders]
 
 
-def test_collect_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Path, tmp_path: Path) -> None:
-    assert ranks.run(collecting(place, place / "store"), 1, tmp_path / "log") == [0]
-    reference = shard_bytes(place / "store")
+@pytest.fixture(scope="module")
+def whole_store(ranks: RankPool, place: Path) -> Path:
+    """A store that one rank collected without interruption."""
+    assert ranks.run(collecting(place, place / "store"), 1, place / "log") == [0], (place / "log").read_text()
+    return place / "store"
+
+
+@pytest.mark.parametrize("number", KILLS)
+def test_collect_survives_kills_of_ranks(
+    ranks: RankPool, place: Path, whole_store: Path, tmp_path: Path, number: int
+) -> None:
+    reference = shard_bytes(whole_store)
     assert len(reference) >= 10
     began = time.monotonic()
     assert ranks.run(collecting(place, tmp_path / "two"), 2, tmp_path / "log") == [0, 0]
@@ -52,19 +64,20 @@ def test_collect_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Pat
     assert shard_bytes(tmp_path / "two") == reference
     chance, folder, kept = random.Random(6), tmp_path / "store", 0
     kills = middles = 0
-    while kills < KILLS:
+    while kills < number or middles < 3:  # some kills must come while files are written, not only before and after
         count = chance.choice([2, 2, 3])
         wanted = chance.choice([0, min(kept + chance.randint(1, 6), len(reference))])
         group = ranks.start([*collecting(place, folder), "--resume"], count, tmp_path / "log")
-        codes = group.wait_unless_killed(  # by the clock, or when so many shards are there
+        codes = group.wait_unless_killed(  # by the clock, or when so many shards exist
             chance.randrange(count),
             0.0 if wanted else chance.uniform(0.0, 1.1) * usual,
             lambda wanted=wanted: len(list(folder.glob("shard-*.safetensors"))) >= wanted,
         )
         if KILLED in codes:
             kills += 1
+            assert kills < 50, "no kill came while files were written"
             now = check_store(folder, reference)
-            assert now >= kept  # no shard that was there is gone
+            assert now >= kept  # no shard is lost
             middles += 0 < now < len(reference)
             kept = now
         else:
@@ -72,7 +85,6 @@ def test_collect_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Pat
             assert shard_bytes(folder) == reference
             shutil.rmtree(folder)
             kept = 0
-    assert middles >= 3  # the kills came while shards were written, not only before and after
     assert ranks.run([*collecting(place, folder), "--resume"], chance.choice([1, 2, 3]), tmp_path / "log") in (
         [0],
         [0, 0],
@@ -85,11 +97,11 @@ def test_collect_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Pat
         "manifest.json",
         "provenance.json",
         ".lock",
-    }, "no temporary file and no sidecar is left"
+    }, "no temporary file and no sidecar remains"
 
 
 def check_run(output: Path, reference: list[dict[str, Any]]) -> int:
-    """What a kill leaves: checkpoints that are whole, and rows that an uninterrupted run has too. Returns the step."""
+    """Check what a kill leaves: whole checkpoints, rows of an uninterrupted run. Returns the last checkpoint's step."""
     newest = checkpoints.latest_checkpoint(output)
     for folder in output.glob("checkpoints/step-*"):
         if (folder / "state.json").is_file():
@@ -111,9 +123,10 @@ def rows_written(output: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def test_train_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Path, tmp_path: Path) -> None:
-    if not (place / "store").is_dir():
-        assert ranks.run(collecting(place, place / "store"), 1, tmp_path / "log") == [0]
+@pytest.mark.parametrize("number", KILLS)
+def test_train_survives_kills_of_ranks(
+    ranks: RankPool, place: Path, whole_store: Path, tmp_path: Path, number: int
+) -> None:
     began = time.monotonic()
     assert ranks.run(training(place, tmp_path / "whole"), 2, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
     usual = time.monotonic() - began
@@ -122,7 +135,7 @@ def test_train_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Path,
     assert len(reference) > 30
     chance, output, step = random.Random(6), tmp_path / "run", 0
     kills = middles = 0
-    while kills < KILLS:
+    while kills < number or middles < 3:  # some kills must come while files are written, not only before and after
         wanted = chance.choice([0, chance.randint(min(step + 1, len(reference)), len(reference))])
         group = ranks.start([*training(place, output), "--resume"], 2, tmp_path / "log")
         codes = group.wait_unless_killed(  # by the clock, or when so many rows are written
@@ -132,6 +145,7 @@ def test_train_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Path,
         )
         if KILLED in codes:
             kills += 1
+            assert kills < 50, "no kill came while files were written"
             now = check_run(output, reference)
             assert now >= step
             middles += now > step
@@ -142,7 +156,6 @@ def test_train_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Path,
             assert (output / "predictor.safetensors").read_bytes() == predictor
             shutil.rmtree(output)
             step = 0
-    assert middles >= 3
     assert ranks.run([*training(place, output), "--resume"], 2, tmp_path / "log") == [0, 0]
     assert rows(output) == reference
     assert (output / "predictor.safetensors").read_bytes() == predictor
@@ -161,12 +174,18 @@ def few_shards(ranks: RankPool, place: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("renamed", [0, 1])
-def test_collect_stands_a_kill_at_every_rename(
-    ranks: RankPool, place: Path, few_shards: dict[str, bytes], tmp_path: Path, renamed: int
+@pytest.mark.parametrize(("first", "every", "renamed"), RENAMES)
+def test_collect_survives_a_kill_at_every_rename(
+    ranks: RankPool,
+    place: Path,
+    few_shards: dict[str, bytes],
+    tmp_path: Path,
+    first: int,
+    every: int,
+    renamed: int,
 ) -> None:
     arguments = few(collecting(place, tmp_path / "store"))
-    for number in range(1, 100):
+    for number in range(first, 100, every):
         codes = ranks.run(arguments, 1, tmp_path / "log", renames=number, renamed=renamed)
         if codes == [0]:
             break
@@ -177,7 +196,7 @@ def test_collect_stands_a_kill_at_every_rename(
         assert shard_bytes(tmp_path / "store") == few_shards
         assert not list((tmp_path / "store").glob("*.tmp")) + list((tmp_path / "store").glob(".*.tmp"))
         shutil.rmtree(tmp_path / "store")
-    assert number > len(few_shards) + 2  # provenance, manifests, shards and what is said of them
+    assert number > len(few_shards) + 2  # provenance, manifests, shards and sidecars
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +211,12 @@ def training_few(place: Path, output: Path) -> list[str]:
     return [*arguments, "training.save_every=2", "training.max_steps=5", "training.validate_every=4"]
 
 
-@pytest.mark.parametrize("renamed", [0, 1])
-def test_train_stands_a_kill_at_every_rename(
-    ranks: RankPool, place: Path, trained: Path, tmp_path: Path, renamed: int
+@pytest.mark.parametrize(("first", "every", "renamed"), RENAMES)
+def test_train_survives_a_kill_at_every_rename(
+    ranks: RankPool, place: Path, trained: Path, tmp_path: Path, first: int, every: int, renamed: int
 ) -> None:
     reference = rows(trained)
-    for number in range(1, 100):
+    for number in range(first, 100, every):
         codes = ranks.run(training_few(place, tmp_path / "run"), 1, tmp_path / "log", renames=number, renamed=renamed)
         if codes == [0]:
             break
@@ -211,21 +230,23 @@ def test_train_stands_a_kill_at_every_rename(
     assert number > 12
 
 
-def test_a_full_disk_while_collecting_keeps_what_was_written(
+def test_collect_keeps_shards_on_a_full_disk(
     ranks: RankPool, place: Path, few_shards: dict[str, bytes], tmp_path: Path
 ) -> None:
     sizes = sorted(map(len, few_shards.values()))
     arguments = few(collecting(place, tmp_path / "store"))
     assert ranks.run(arguments, 1, tmp_path / "log", file_bytes=sizes[-1] - 1) == [1]
-    told = (tmp_path / "log").read_text()
-    assert "File too large" in told and "make room" in told and "--resume" in told and "Traceback" not in told
+    printed = (tmp_path / "log").read_text()
+    assert (
+        "File too large" in printed and "make room" in printed and "--resume" in printed and "Traceback" not in printed
+    )
     before = check_store(tmp_path / "store", few_shards)
     assert before < len(few_shards) and not list((tmp_path / "store").glob(".*.tmp"))
     assert ranks.run([*arguments, "--resume"], 1, tmp_path / "log") == [0]
     assert shard_bytes(tmp_path / "store") == few_shards
 
 
-def test_a_full_disk_while_training_keeps_the_last_checkpoint(
+def test_train_keeps_the_last_checkpoint_on_a_full_disk(
     ranks: RankPool, place: Path, trained: Path, tmp_path: Path
 ) -> None:
     reference, output = rows(trained), tmp_path / "run"
@@ -234,8 +255,8 @@ def test_a_full_disk_while_training_keeps_the_last_checkpoint(
     for limit in (whole[-1] - 1, whole[-1] + 1, metrics - 1):
         codes = ranks.run(training_few(place, output), 1, tmp_path / "log", file_bytes=limit)
         if codes != [0]:
-            told = (tmp_path / "log").read_text()
-            assert codes == [1] and "make room" in told and "Traceback" not in told
+            printed = (tmp_path / "log").read_text()
+            assert codes == [1] and "make room" in printed and "Traceback" not in printed
             check_run(output, reference)
             assert not list(output.glob("checkpoints/saving-*"))
             assert ranks.run([*training_few(place, output), "--resume"], 1, tmp_path / "log") == [0]
@@ -244,7 +265,7 @@ def test_a_full_disk_while_training_keeps_the_last_checkpoint(
         (tmp_path / "log").unlink()
 
 
-def test_a_flipped_byte_and_a_cut_shard_are_found_and_rebuilt_alone(
+def test_collect_rebuilds_only_damaged_shards(
     ranks: RankPool, place: Path, few_shards: dict[str, bytes], tmp_path: Path
 ) -> None:
     folder, names = tmp_path / "store", sorted(few_shards)
@@ -266,7 +287,7 @@ def test_a_flipped_byte_and_a_cut_shard_are_found_and_rebuilt_alone(
         assert untouched == {name: (folder / name).stat().st_mtime_ns for name in untouched}
 
 
-def test_nan_in_the_teachers_states_stops_and_leaves_no_shard_of_it(
+def test_collect_writes_no_shard_with_nan(
     ranks: RankPool, place: Path, few_shards: dict[str, bytes], tmp_path: Path
 ) -> None:
     broken = make_teacher()
@@ -280,8 +301,8 @@ def test_nan_in_the_teachers_states_stops_and_leaves_no_shard_of_it(
     (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n")
     for count in (1, 2):
         assert set(ranks.run(collecting(tmp_path, tmp_path / "store"), count, tmp_path / "log")) != {0}
-        told = (tmp_path / "log").read_text()
-        assert "NaN or infinity" in told and "conversation 30" in told and "Traceback" not in told
+        printed = (tmp_path / "log").read_text()
+        assert "NaN or infinity" in printed and "conversation 30" in printed and "Traceback" not in printed
         manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
         assert not manifest["complete"]
         assert all(not shard["first"] <= 30 < shard["next"] for shard in manifest["shards"])
@@ -290,7 +311,7 @@ def test_nan_in_the_teachers_states_stops_and_leaves_no_shard_of_it(
         (tmp_path / "log").unlink()
 
 
-def test_a_second_process_on_one_folder_is_refused(
+def test_second_process_on_a_folder_is_refused(
     ranks: RankPool, place: Path, few_shards: dict[str, bytes], trained: Path, tmp_path: Path
 ) -> None:
     for made, arguments, inside in (
@@ -302,8 +323,8 @@ def test_a_second_process_on_one_folder_is_refused(
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
         with lock_folder(folder / inside):
             assert set(ranks.run([*arguments, "--resume"], 1, tmp_path / "log")) <= {1, 2}
-        told = (tmp_path / "log").read_text()
-        assert "is writing" in told and f"process {os.getpid()}" in told and "--output" in told
+        printed = (tmp_path / "log").read_text()
+        assert "is writing" in printed and f"process {os.getpid()}" in printed and "--output" in printed
         assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
         assert ranks.run([*arguments, "--resume"], 1, tmp_path / "log") == [0]
         (tmp_path / "log").unlink()

@@ -1,4 +1,4 @@
-"""States made while training runs: the same losses as from a store, nothing on disk, or kept and read again."""
+"""States computed during training: the losses of a store, with nothing on disk or with states kept on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from firp_cli.collecting import online as online_module
 from firp_cli.collecting.collect_store import collect_store
@@ -23,6 +22,7 @@ from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.metrics_log import Listener
 from firp_cli.training.trainer import train
 from helpers.collecting import make_teacher
+from helpers.commands import invoke
 from helpers.training import losses
 
 LAYER = 2
@@ -63,7 +63,9 @@ def hybrid(teacher: Teacher, data: DataConfig, folder: Path, dtype: str = "float
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_losses_are_those_of_a_store(teacher: Teacher, dataset: Path, tmp_path: Path, dtype: str) -> None:
+def test_online_and_hybrid_losses_equal_those_of_a_store(
+    teacher: Teacher, dataset: Path, tmp_path: Path, dtype: str
+) -> None:
     wanted = recipe(dataset, dtype)
     collect_store(teacher, wanted.data, [LAYER], tmp_path / "store")
     train(wanted, teacher, Store.open(tmp_path / "store"), tmp_path / "cached")
@@ -80,9 +82,7 @@ def test_losses_are_those_of_a_store(teacher: Teacher, dataset: Path, tmp_path: 
     assert kept.made == len(kept) and len(list((tmp_path / "cache").glob("cache-*.safetensors"))) >= 3
 
 
-def test_a_hybrid_run_makes_each_state_once_and_goes_on_with_what_it_kept(
-    teacher: Teacher, dataset: Path, tmp_path: Path
-) -> None:
+def test_hybrid_computes_each_state_once_and_resumes_from_disk(teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     wanted = recipe(dataset)
     first = hybrid(teacher, wanted.data, tmp_path / "cache")
     stopped = train(wanted, teacher, first, tmp_path / "run", listener=Listener(stop=lambda done: done == 4))
@@ -95,7 +95,7 @@ def test_a_hybrid_run_makes_each_state_once_and_goes_on_with_what_it_kept(
     assert not torch.equal(other[3].final, second[3].final) and other.made == 1
 
 
-def test_damaged_cache_files_are_made_again(teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_hybrid_recomputes_damaged_files(teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     data = recipe(dataset).data
     whole = hybrid(teacher, data, tmp_path)
     expected = [whole[index].final for index in range(len(whole))]
@@ -111,7 +111,7 @@ def test_damaged_cache_files_are_made_again(teacher: Teacher, dataset: Path, tmp
     assert 0 < again.made < len(again)
 
 
-def test_ranks_read_what_others_made(teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_hybrid_ranks_read_each_others_files(teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     data = recipe(dataset).data
     zero, one = (hybrid(teacher, data, tmp_path, rank=rank) for rank in (0, 1))
     zero.fetch(range(12))
@@ -120,7 +120,7 @@ def test_ranks_read_what_others_made(teacher: Teacher, dataset: Path, tmp_path: 
     assert one.made == 2 and torch.equal(got[5].hidden[LAYER], zero[5].hidden[LAYER])
 
 
-def test_several_readers_get_the_same(teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
+def test_hybrid_threads_read_equal_states(teacher: Teacher, dataset: Path, tmp_path: Path) -> None:
     states = hybrid(teacher, recipe(dataset).data, tmp_path)
     expected = [item.final.clone() for item in states[:]]
     fresh, wrong = hybrid(teacher, recipe(dataset).data, tmp_path / "other"), []
@@ -139,7 +139,7 @@ def test_several_readers_get_the_same(teacher: Teacher, dataset: Path, tmp_path:
     assert not wrong
 
 
-def test_nan_names_the_conversation(dataset: Path) -> None:
+def test_online_nan_names_the_conversation(dataset: Path) -> None:
     broken = make_teacher()
     data = recipe(dataset).data
     corpus = corpus_of(broken, data)
@@ -153,7 +153,7 @@ def test_nan_names_the_conversation(dataset: Path) -> None:
         states.fetch(range(6))
 
 
-def test_a_full_disk_keeps_what_was_kept(
+def test_hybrid_keeps_its_files_on_a_full_disk(
     teacher: Teacher, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = hybrid(teacher, recipe(dataset).data, tmp_path)
@@ -172,15 +172,13 @@ def test_a_full_disk_keeps_what_was_kept(
 
 
 @pytest.mark.parametrize("mode", ["online", "hybrid"])
-def test_the_command_trains_without_a_store(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from firp_cli.cli.app import app
-
+def test_train_without_a_store(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     answered = str(mode == "hybrid").lower()
     arguments = ["train", "demo", f"data.mode={mode}", f"data.regenerate={answered}", "data.limit=24"]
     arguments += ["training.max_steps=2"]
     arguments += ["training.gate_prompts=1", "data.max_new_tokens=8", "--store=cache", "--output=run", "--json"]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     training = json.loads(result.stdout)
     assert training["steps"] == 2 and training["store"]["mode"] == mode

@@ -1,4 +1,4 @@
-"""The responder of another process, against a stand-in with vLLM's signatures: vLLM itself is not in these tests."""
+"""The vLLM responder against a stand-in with vLLM's signatures; vLLM itself is not used."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from firp_cli.store.reader import Store
 from firp_cli.teacher.teacher import Teacher
 from helpers import vllm_stand_in
 from helpers.collecting import config, corpus_of, make_teacher
+from helpers.commands import invoke
 from helpers.models import ROOT, looped_teacher, random_prompts
 
 STOP = vllm_stand_in.STOP
@@ -34,7 +35,7 @@ Script = Callable[..., Path]
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
-    """Puts the stand-in where `import vllm` finds it, here and in the other process, and says what goes wrong."""
+    """Make `import vllm` find the stand-in, here and in vLLM's process; return a function that sets its faults."""
     (tmp_path / "modules" / "vllm").mkdir(parents=True)
     shutil.copy(vllm_stand_in.__file__, tmp_path / "modules" / "vllm" / "__init__.py")
     monkeypatch.syspath_prepend(tmp_path / "modules")
@@ -78,7 +79,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_answers_come_by_token_ids_from_a_process_that_then_ends(
+def test_vllm_answers_by_token_ids_and_its_process_ends(
     script: Script, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes = script()
@@ -104,7 +105,7 @@ def test_answers_come_by_token_ids_from_a_process_that_then_ends(
     assert not alive(start["pid"])
 
 
-def test_a_prompt_that_vllm_refuses_loses_no_other(
+def test_vllm_refused_prompt_loses_no_other(
     script: Script, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(refuse=96, drop_stop=True)
@@ -120,7 +121,7 @@ def test_a_prompt_that_vllm_refuses_loses_no_other(
     assert account["failed"] == 0 and len(again.input_ids) == 7
 
 
-def test_memory_that_ends_and_a_killed_process_are_survived(
+def test_vllm_survives_little_memory_and_a_killed_process(
     script: Script, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes = script(room=3, die=96)
@@ -134,7 +135,7 @@ def test_memory_that_ends_and_a_killed_process_are_survived(
     assert not any(alive(line["pid"]) for line in asked(notes) if "pid" in line)
 
 
-def test_a_vllm_that_does_not_start_is_said(script: Script, teacher: Teacher, tmp_path: Path) -> None:
+def test_vllm_reports_that_it_does_not_start(script: Script, teacher: Teacher, tmp_path: Path) -> None:
     prompts = corpus_of([[5]])
     for faults, options, words in (
         ({}, {"tensor_paralel_size": 2}, "unexpected keyword argument 'tensor_paralel_size'"),
@@ -145,10 +146,10 @@ def test_a_vllm_that_does_not_start_is_said(script: Script, teacher: Teacher, tm
             respond(teacher, prompts, DataConfig(), 100, tmp_path, responder_of(teacher, tmp_path, **options))
 
 
-def test_what_vllm_cannot_do_is_refused(script: Script, teacher: Teacher, tmp_path: Path) -> None:
+def test_vllm_refuses_unsupported_options_and_teachers(script: Script, teacher: Teacher, tmp_path: Path) -> None:
     looped = TeacherConfig(looped=LoopedSection(block=2, loops=2))
     for given, options, words in (
-        (TeacherConfig(), {"model": "x"}, "not for you to set"),
+        (TeacherConfig(), {"model": "x"}, "cannot be set"),
         (looped, {}, "does not run the loops"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -157,16 +158,16 @@ def test_what_vllm_cannot_do_is_refused(script: Script, teacher: Teacher, tmp_pa
         VllmResponder(TeacherConfig(), looped_teacher(2, 2), {}, 100)
 
 
-def test_a_missing_vllm_is_refused_before_the_teacher_is_loaded(tmp_path: Path) -> None:
+def test_missing_vllm_is_refused_before_the_teacher_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if vllm_process.importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed")
-    command = [sys.executable, "-m", "firp_cli", "collect", "--regenerate", "collect.responder=vllm"]
-    values = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "teacher.model=nowhere"], capture_output=True, text=True, cwd=tmp_path, env=values)
-    assert done.returncode == 2 and "pip install 'firp[vllm]'" in done.stderr and len(done.stderr.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    error = invoke("collect", "--regenerate", "collect.responder=vllm", "teacher.model=nowhere").exception
+    assert isinstance(error, UsageError) and error.exit_code == 2
+    assert "pip install 'firp[vllm]'" in str(error) and len(str(error).splitlines()) == 1
 
 
-def test_ranks_share_the_devices(
+def test_vllm_ranks_share_the_devices(
     script: Script, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six ranks on a machine, vLLM over two devices each: every second rank answers, with its own and the next."""
@@ -184,11 +185,11 @@ def test_ranks_share_the_devices(
     assert responder_of(teacher, tmp_path, tensor_parallel_size=4)._visible == ["7", "6", "5", "4"]
     monkeypatch.setenv("LOCAL_RANK", "4")
     assert not responder_of(teacher, tmp_path, tensor_parallel_size=4).active  # two devices are too few
-    with pytest.raises(UsageError, match="asks for 8 devices, and this machine has 6 ranks"):
+    with pytest.raises(UsageError, match="needs 8 devices, and this machine has 6 ranks"):
         responder_of(teacher, tmp_path, tensor_parallel_size=8)
 
 
-def test_the_process_ends_with_the_one_that_asked(script: Script, teacher: Teacher, tmp_path: Path) -> None:
+def test_vllm_process_ends_with_the_process_that_started_it(script: Script, teacher: Teacher, tmp_path: Path) -> None:
     """Killed in the middle of a batch: nothing holds the devices' memory afterwards."""
     notes = script(seconds=30)
     teacher.model.save_pretrained(tmp_path / "teacher")
@@ -211,7 +212,7 @@ def test_the_process_ends_with_the_one_that_asked(script: Script, teacher: Teach
     assert not alive(pid)
 
 
-def test_a_store_from_vllm(script: Script, teacher: Teacher, tmp_path: Path) -> None:
+def test_collect_with_vllm(script: Script, teacher: Teacher, tmp_path: Path) -> None:
     lines = [json.dumps({"question": f"{n} + {n}?"}) for n in range(8)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n")
     data = config(tmp_path / "sums.jsonl", regenerate=True, max_new_tokens=9)
@@ -225,7 +226,7 @@ def test_a_store_from_vllm(script: Script, teacher: Teacher, tmp_path: Path) -> 
     responder = make_responder(recipe, teacher)
     assert isinstance(responder, VllmResponder)
     summary = collect_store(teacher, data, [2], tmp_path / "store", responder=responder)
-    assert summary["answers"]["written"] == 8
+    assert summary.answers["written"] == 8
     store = Store.open(tmp_path / "store", verify=True)
     assert store.manifest["settings"]["responder"] == "vllm"
     for item in store:

@@ -1,4 +1,4 @@
-"""`firp collect` on several ranks: started by itself, by torchrun and by srun; signals, kills and what resumes."""
+"""`firp collect` on several ranks, started by firp, torchrun and srun: signals, kills, resuming."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def entered(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_an_interrupted_collect_keeps_what_is_whole(
+def test_interrupted_collect_keeps_whole_shards(
     ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path, count: int, number: signal.Signals
 ) -> None:
     folder = tmp_path / "store"
@@ -60,9 +60,9 @@ def test_an_interrupted_collect_keeps_what_is_whole(
             os.kill(pid, number)
     codes = group.wait()
     assert time.monotonic() - began < PROMPT_SECONDS
-    told = (tmp_path / "log").read_text()
-    assert codes == [INTERRUPTED] * count, told
-    assert told.count("--resume goes on") == 1 and "Traceback" not in told
+    printed = (tmp_path / "log").read_text()
+    assert codes == [INTERRUPTED] * count, printed
+    assert printed.count("--resume goes on") == 1 and "Traceback" not in printed
     kept = check_store(folder, reference)
     assert 6 <= kept < len(reference)
     if count == 1:
@@ -73,9 +73,7 @@ def test_an_interrupted_collect_keeps_what_is_whole(
     assert before == {path: path.stat().st_mtime_ns for path in before}  # written once
 
 
-def test_ranks_that_srun_started_find_each_other(
-    ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_collect_with_srun(ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     command = [*collecting(place, tmp_path / "store"), "--json"]
     assert ranks.run(command, 2, tmp_path / "log", slurm=1) == [0, 0], (tmp_path / "log").read_text()
     assert shard_bytes(tmp_path / "store") == reference
@@ -93,18 +91,18 @@ def test_ranks_that_srun_started_find_each_other(
         (["--output", "STORE"], 1, "already holds a complete store"),
     ],
 )
-def test_an_error_of_all_ranks_is_told_once(
+def test_error_of_all_ranks_is_printed_once(
     ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path, change: list[str], code: int, words: str
 ) -> None:
     change = [str(place / "store") if item == "STORE" else item for item in change]
     codes = ranks.run([*collecting(place, tmp_path / "store"), *change], 2, tmp_path / "log", slurm=1)
-    told = (tmp_path / "log").read_text()
+    printed = (tmp_path / "log").read_text()
     assert codes[0] == code and codes[1] != 0
-    assert told.count("firp:") == 1 and words in told and len(told.splitlines()) <= 2, told
+    assert printed.count("firp:") == 1 and words in printed and len(printed.splitlines()) <= 2, printed
     assert not (tmp_path / "store").exists()
 
 
-def test_an_estimate_counts_the_ranks_and_starts_none(ranks: RankPool, place: Path, tmp_path: Path) -> None:
+def test_estimate_counts_the_ranks_and_starts_none(ranks: RankPool, place: Path, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("one slots=4\ntwo slots=2\n")
     for asked, count in ((["--gpus", "2"], 2), (["--hostfile", str(tmp_path / "hosts")], 6)):
         log = tmp_path / f"log-{count}"
@@ -115,8 +113,8 @@ def test_an_estimate_counts_the_ranks_and_starts_none(ranks: RankPool, place: Pa
         assert found["tokens_per_second"] == pytest.approx(count * found["rank_tokens_per_second"])
         assert found["seconds"] == pytest.approx(found["tokens"] / found["tokens_per_second"])
     assert ranks.run(command, 1, tmp_path / "log") == [0]
-    told = " ".join((tmp_path / "log").read_text().split())
-    assert "measured on a sample, times 6 ranks: an estimate" in told and "nothing was started" in told
+    printed = " ".join((tmp_path / "log").read_text().split())
+    assert "measured on a sample, times 6 ranks: an estimate" in printed and "nothing was started" in printed
     assert not (tmp_path / "store").exists()
 
 
@@ -147,7 +145,7 @@ def launched_rank(launching: int, number: int) -> psutil.Process:
     raise AssertionError(f"no rank {number}")
 
 
-def test_a_launched_collect_stands_a_signal_and_a_kill(
+def test_launched_collect_survives_a_signal_and_a_kill(
     ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     """The real launcher: SIGTERM to the launching process, then kill -9 of a rank, then another number of ranks."""
@@ -158,8 +156,8 @@ def test_a_launched_collect_stands_a_signal_and_a_kill(
     process.terminate()
     assert process.wait() == INTERRUPTED, log.read_text()
     assert time.monotonic() - began < PROMPT_SECONDS
-    told = log.read_text()
-    assert told.count("--resume goes on") == 1 and "Traceback" not in told and "Error" not in told
+    printed = log.read_text()
+    assert printed.count("--resume goes on") == 1 and "Traceback" not in printed and "Error" not in printed
     kept = check_store(folder, reference)
     assert 4 <= kept < len(reference)
 
@@ -170,9 +168,9 @@ def test_a_launched_collect_stands_a_signal_and_a_kill(
     launched_rank(process.pid, 1).kill()
     assert process.wait() == 1, log.read_text()
     assert time.monotonic() - began < PROMPT_SECONDS
-    told = log.read_text()
-    assert re.search(r"firp: rank 1 (was killed|ended without a word).*run again with --resume", told), told
-    assert told.count("firp:") == 1 and "Traceback" not in told
+    printed = log.read_text()
+    assert re.search(r"firp: rank 1 (was killed|ended without a message).*run again with --resume", printed), printed
+    assert printed.count("firp:") == 1 and "Traceback" not in printed
     assert kept + 4 <= check_store(folder, reference) < len(reference)
 
     assert ranks.run([*collecting(place, folder), "--resume"], 3, log) == [0, 0, 0]
@@ -180,9 +178,7 @@ def test_a_launched_collect_stands_a_signal_and_a_kill(
     assert len(Store.open(folder, verify=True)) == CONVERSATIONS
 
 
-def test_ranks_that_torchrun_started_print_one_summary(
-    place: Path, reference: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_collect_with_torchrun_prints_one_summary(place: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "firp_cli", *collecting(place, tmp_path / "store"), "--json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180, check=False)

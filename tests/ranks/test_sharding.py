@@ -1,4 +1,4 @@
-"""Teachers shared out over ranks (gloo): the states, stores and losses of the whole one, a part of its memory."""
+"""Teachers sharded over ranks (gloo): states, stores and losses of the whole teacher, a part of its memory."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_share(memory: dict[str, Any], count: int, unshared: int) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_store_is_that_of_the_whole_teacher(ranks: RankPool, place: Path, tmp_path: Path, count: int):
+def test_sharded_store_equals_that_of_the_whole_teacher(ranks: RankPool, place: Path, tmp_path: Path, count: int):
     codes = ranks.run(collecting(place, tmp_path / "store", *SHARED), count, tmp_path / "log")
     assert codes == [0] * count, (tmp_path / "log").read_text()
     names = sorted(path.name for path in (place / "store").glob("shard-*"))
@@ -74,7 +74,7 @@ def test_a_store_is_that_of_the_whole_teacher(ranks: RankPool, place: Path, tmp_
     assert f"shared over {count} ranks" in (tmp_path / "log").read_text()
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(ranks: RankPool, place: Path, tmp_path: Path):
+def test_sharded_collect_resumes_to_the_same_bytes(ranks: RankPool, place: Path, tmp_path: Path):
     folder, log = tmp_path / "store", tmp_path / "log"
     command = [*collecting(place, folder, *SHARED, "data.shard_tokens=120"), "--resume"]
     assert ranks.run(command, 2, log) == [0, 0], log.read_text()
@@ -98,7 +98,9 @@ PREDICTORS = {
 
 
 @pytest.mark.parametrize(("kind", "count"), [("hidden_transfer", 3), ("firp", 2), ("medusa", 2)])
-def test_losses_are_those_of_the_whole_teacher(ranks: RankPool, place: Path, tmp_path: Path, kind: str, count: int):
+def test_sharded_losses_equal_those_of_the_whole_teacher(
+    ranks: RankPool, place: Path, tmp_path: Path, kind: str, count: int
+):
     settings = [f"predictor.kind={kind}", *PREDICTORS[kind]]
     log = tmp_path / "log"
     assert ranks.run(training(place, tmp_path / "whole", *settings), count, log) == [0] * count, log.read_text()
@@ -119,24 +121,26 @@ def test_losses_are_those_of_the_whole_teacher(ranks: RankPool, place: Path, tmp
         assert "resuming after step 2 of 4" in log.read_text() and losses(tmp_path / "shared") == expected
 
 
-def test_one_rank_says_that_there_is_nothing_to_share():
+def test_sharding_on_one_rank_has_a_note():
     teacher = load_for_ranks(TeacherConfig(sharding="zero3"), 2)
     assert teacher.first == 2 and teacher.peers is None
     assert (
-        "one rank has nothing to share" in teacher_line(teacher.loaded_weights)
-        and "--gpus" in teacher.loaded_weights.note
+        "has no effect on one rank" in teacher_line(teacher.loaded_weights) and "--gpus" in teacher.loaded_weights.note
     )
 
 
-def test_a_teacher_that_cannot_be_shared_is_refused_by_all_ranks(ranks: RankPool, place: Path, tmp_path: Path):
+def test_teacher_that_cannot_be_sharded_is_refused_by_all_ranks(ranks: RankPool, place: Path, tmp_path: Path):
     shutil.copytree(place / "teacher", tmp_path / "teacher")
     for path in (tmp_path / "teacher").glob("model*"):
         path.unlink()
     command = collecting(place, tmp_path / "store", *SHARED, f"teacher.model={tmp_path / 'teacher'}")
     codes = ranks.run(command, 2, tmp_path / "log")
-    assert 2 in codes and set(codes) <= {2, -15}  # whoever is told that the other has failed ends too
+    assert 2 in codes and set(codes) <= {
+        2,
+        -15,
+    }  # a rank that is asked to end after the other failed may exit by SIGTERM
     log = (tmp_path / "log").read_text()
-    assert "cannot be shared out over ranks: " in log and "no safetensors weights" in log and "device_map=auto" in log
+    assert "cannot be sharded over ranks: " in log and "no safetensors weights" in log and "device_map=auto" in log
     assert not (tmp_path / "store").exists()
 
 
@@ -149,7 +153,7 @@ def test_a_teacher_that_cannot_be_shared_is_refused_by_all_ranks(ranks: RankPool
         (["data.regenerate=true"], "set collect.responder=vllm"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_a_remedy(overrides: list[str], message: str):
+def test_sharding_refuses_settings_that_do_not_fit(overrides: list[str], message: str):
     with pytest.raises(RecipeError, match=message) as found:
         load_recipe("demo", [*SHARED, *overrides])
     assert len(str(found.value)) < 260

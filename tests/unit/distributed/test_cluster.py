@@ -1,4 +1,4 @@
-"""Hostfiles, Slurm's variables and what they start."""
+"""Hostfiles, Slurm variables, node lists, and launch commands."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_hostfile_says_machines_in_order(hostfile: Path) -> None:
+def test_read_hostfile_keeps_the_order(hostfile: Path) -> None:
     assert list(read_hostfile(hostfile).items()) == [("node-2", 8), ("node-1", 4)]
     assert ranks_by_host(hostfile, None) == {"node-2": 8, "node-1": 4}
     assert ranks_by_host(hostfile, 3) == {"node-2": 3, "node-1": 3}
@@ -53,18 +53,18 @@ def test_a_hostfile_says_machines_in_order(hostfile: Path) -> None:
         ("node-1\n", r"hosts:1: 'node-1' is not of the form `HOST slots=N`"),
         ("node-1 slots=4\nnode-2 slots = 4\n", r"hosts:2: .* is not of the form"),
         ("node-1 slots=4\nnode-2 slots=0\n", r"hosts:2: node-2 has no slot"),
-        ("node-1 slots=4\n\nnode-1 slots=4\n", r"hosts:3: node-1 stands twice \(first on line 1\)"),
+        ("node-1 slots=4\n\nnode-1 slots=4\n", r"hosts:3: node-1 is listed twice \(first on line 1\)"),
         ("# nobody\n", "names no machine"),
         ("", "names no machine"),
     ],
 )
-def test_a_wrong_hostfile_is_told_by_line(tmp_path: Path, text: str, words: str) -> None:
+def test_read_hostfile_names_the_wrong_line(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(ClusterError, match=words):
         read_hostfile(tmp_path / "hosts")
 
 
-def test_a_missing_hostfile_is_told(tmp_path: Path) -> None:
+def test_read_hostfile_refuses_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=r"no hostfile .*hosts: it has a line"):
         read_hostfile(tmp_path / "hosts")
     (tmp_path / "hosts").write_bytes(b"\xff\xfe\x00")
@@ -72,7 +72,7 @@ def test_a_missing_hostfile_is_told(tmp_path: Path) -> None:
         read_hostfile(tmp_path / "hosts")
 
 
-def test_a_task_of_srun_knows_its_rank() -> None:
+def test_slurm_ranks_of_an_srun_task() -> None:
     found = slurm_ranks(STEP)
     port = int(found.pop("MASTER_PORT"))
     assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07"}
@@ -96,7 +96,7 @@ def test_a_task_of_srun_knows_its_rank() -> None:
         {"SLURM_PTY_PORT": "4711"},  # srun --pty
     ],
 )
-def test_what_is_no_task_beside_others_joins_nobody(changes: dict[str, str]) -> None:
+def test_slurm_ranks_is_empty_without_a_group(changes: dict[str, str]) -> None:
     assert slurm_ranks(STEP | changes) == {}
     assert slurm_ranks({}) == {} and slurm_ranks({"SLURM_JOB_ID": "4711"}) == {}
 
@@ -110,12 +110,12 @@ def test_what_is_no_task_beside_others_joins_nobody(changes: dict[str, str]) -> 
         ("n[099-101]", ["n099", "n100", "n101"]),
     ],
 )
-def test_node_lists(text: str, nodes: list[str]) -> None:
+def test_expand_nodes(text: str, nodes: list[str]) -> None:
     assert expand_nodes(text) == nodes
 
 
 @pytest.mark.parametrize("text", ["", "gpu[", "gpu[1-", "gpu[a-b]", ","])
-def test_what_is_no_node_list_is_refused(text: str) -> None:
+def test_expand_nodes_refuses_other_text(text: str) -> None:
     with pytest.raises(ClusterError, match="set MASTER_ADDR to the first"):
         expand_nodes(text)
 
@@ -125,7 +125,7 @@ def devices(command: list[str]) -> dict[str, list[int]]:
     return json.loads(base64.urlsafe_b64decode(world.partition("=")[2]))
 
 
-def test_what_a_launch_would_run(hostfile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_command_follows_the_hostfile(hostfile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     command, environment = launch_command(3, None)
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.launch"]
@@ -146,7 +146,7 @@ def test_what_a_launch_would_run(hostfile: Path, tmp_path: Path, monkeypatch: py
         launch_command(0, None)
 
 
-def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_command_refuses_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ClusterError, match="--gpus 3: this machine shows 2 CUDA devices"):
