@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from firp_cli.assets import embedded_teachers, nearest
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import TeacherError
 from firp_cli.machine import default_device
 from firp_cli.teacher.attention import LayerMask
 from firp_cli.teacher.library_layers import Cache, Stack
 from firp_cli.teacher.looped_llama import register
-from firp_cli.teacher.source import locate, teacher_name
+from firp_cli.teacher.source import known_teachers, locate, teacher_name
 from firp_cli.teacher.teacher import MissingLayer, Teacher
 from firp_cli.teacher.weight_files import LoadedWeights, WeightFiles, weights_fingerprint
 
@@ -273,8 +274,9 @@ def _try_tokenizer(config: TeacherConfig) -> Any:
 
 def _unloadable(config: TeacherConfig, error: Exception) -> TeacherError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = "" if "/" in config.model else nearest(config.model, [*embedded_teachers(), *known_teachers()])
     return TeacherError(
-        f"cannot load the teacher {config.model!r}: {first}\n"
+        f"cannot load the teacher {config.model!r}{hint}: {first}\n"
         "give a local model folder, a .gguf file or a reachable hub id as teacher.model"
     )
 
