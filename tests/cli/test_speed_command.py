@@ -114,7 +114,9 @@ def test_generate_refuses_trees_and_other_teachers(work: Path) -> None:
 
 
 def test_embedded_exits_are_lossless_and_fill_the_pipeline() -> None:
-    """Greedy text of the embedded looped teacher equals transformers' `generate`; with broken exits the pipeline would run empty."""
+    """Greedy text of the embedded looped teacher equals transformers' `generate`. A full pipeline shows that the exits
+    predict well.
+    """
     teacher, predictor, _ = load_pair("speed", None, force=False)
     assert isinstance(predictor, SpeedPredictor)
     rows = load_prompts("arithmetic", None, 12)
