@@ -21,6 +21,7 @@ _PLACES = {
     "tune": "firp_cli.api.tune_run",
     "bench": "firp_cli.api.bench_run",
     "write_report": "firp_cli.api.write_report",
+    "Recipe": "firp_cli.config",
     "BenchSettings": "firp_cli.evaluation.methods",
     "TuneSettings": "firp_cli.tuning.calibration",
     "EngineOptions": "firp_cli.decoding.engine",

@@ -7,6 +7,7 @@ from firp_cli.api.loading import LayerBackend as LayerBackend
 from firp_cli.api.train_run import train as train
 from firp_cli.api.tune_run import tune as tune
 from firp_cli.api.write_report import write_report as write_report
+from firp_cli.config import Recipe as Recipe
 from firp_cli.decoding.engine import EngineOptions as EngineOptions
 from firp_cli.errors import FirpError as FirpError
 from firp_cli.evaluation.methods import BenchSettings as BenchSettings

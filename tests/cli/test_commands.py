@@ -248,7 +248,7 @@ def test_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     where = [
         sys.executable,
         "-c",
-        "import firp_cli, firp_cli.recipe as r; print(firp_cli.__file__, len(r.shipped_recipes()))",
+        "import firp_cli, firp_cli.assets as a; print(firp_cli.__file__, len(a.shipped_recipes()))",
     ]
     assert {"py.typed", "__init__.pyi"} <= {path.name for path in (site / "firp_cli").iterdir()}
     done = subprocess.run(
