@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,16 +137,17 @@ class Decoder:
         A string is a user message. Strings and chat messages go through the tokenizer's chat template; token ids are
         returned as they are. Raises UsageError, DatasetError.
         """
-        if isinstance(prompt, str):
-            return encode_prompt([{"role": "user", "content": prompt}], self.teacher.tokenizer)
-        items = list(prompt)
+        items: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if items and all(isinstance(item, dict) for item in items):
-            return encode_prompt(items, self.teacher.tokenizer)  # type: ignore[arg-type]
-        if all(isinstance(item, int) for item in items):
-            return items  # type: ignore[return-value]
-        raise UsageError(
-            "a prompt is a string, a list of token ids or a list of chat messages; several: generate_batch"
-        )
+            if self.teacher.tokenizer is None:
+                raise UsageError(f"the teacher {self.teacher.name} has no tokenizer: give token ids")
+            return encode_prompt(items, self.teacher.tokenizer)
+        try:
+            return [operator.index(item) for item in items]
+        except TypeError:
+            raise UsageError(
+                "a prompt is a string, a list of token ids or a list of chat messages; generate_batch takes several"
+            ) from None
 
     def generate(
         self,
@@ -199,6 +201,8 @@ class Decoder:
         `progress` is called with (prompts done, all prompts) after each batch. The other arguments and the errors are
         those of `generate`.
         """
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         encoded = [self.encode(prompt) for prompt in prompts]
         engine = self._prepare(temperature, top_p, seed)
         self._log_cache(engine, min(batch_size, len(encoded)), max(map(len, encoded), default=0), max_new_tokens)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import firp_cli
 from firp_cli.config import TeacherConfig
@@ -89,7 +90,7 @@ def test_generate_equals_the_command(decoder: firp_cli.Decoder) -> None:
 
 def test_generate_takes_text_messages_and_token_ids(decoder: firp_cli.Decoder) -> None:
     ids = decoder.encode(PROMPT)
-    results = [decoder.generate(prompt, 24) for prompt in (PROMPT, MESSAGES, ids, tuple(ids))]
+    results = [decoder.generate(prompt, 24) for prompt in (PROMPT, MESSAGES, ids, torch.tensor(ids))]
     assert {tuple(result.token_ids) for result in results} == {tuple(results[0].token_ids)}
     assert results[0].prompt_tokens == len(ids) and results[0].finish_reason == "length"
     with pytest.raises(UsageError, match="generate_batch"):
@@ -104,6 +105,8 @@ def test_generate_batch_equals_single_prompts(decoder: firp_cli.Decoder) -> None
     batch = decoder.generate_batch(prompts, 24, batch_size=2, progress=lambda *counts: calls.append(counts))
     assert [item.token_ids for item in batch] == [decoder.generate(prompt, 24).token_ids for prompt in prompts]
     assert calls == [(2, 3), (3, 3)] and decoder.generate_batch([]) == []
+    with pytest.raises(UsageError, match="at least 1"):
+        decoder.generate_batch(prompts, batch_size=0)
 
 
 @pytest.mark.parametrize("predictor", [None, "firp", "medusa"])
@@ -162,11 +165,16 @@ def test_load_takes_a_teacher_or_a_transformers_model(work: Path) -> None:
         decoder = firp_cli.load(given, work / "one", device="cpu")
         assert decoder.generate("w5 w6 w7", 12).token_ids == expected.token_ids
         assert decoder.predictor is not None and decoder.predictor.kind == "firp"
-    assert firp_cli.load(teacher).teacher is teacher
+    alone = firp_cli.load(teacher)
+    assert alone.teacher is teacher
+    tokens, teacher.tokenizer = alone.encode("w5 w6 w7"), None
+    assert alone.generate(tokens, 12).token_ids == expected.token_ids
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        alone.generate("w5 w6 w7")
     model.config._name_or_path = model.name_or_path = "/nowhere"
     with pytest.raises(TeacherError, match="give tokenizer="):
         firp_cli.load(model)
-    assert firp_cli.load(model, tokenizer=teacher.tokenizer).generate("w5", 4).token_ids
+    assert firp_cli.load(model, tokenizer=decoder.teacher.tokenizer).generate("w5", 4).token_ids
 
 
 def test_load_decodes_in_a_pipeline_with_a_speed_predictor() -> None:
