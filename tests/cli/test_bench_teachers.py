@@ -116,7 +116,9 @@ def embed(monkeypatch: pytest.MonkeyPatch, default: str, *folders: Path) -> None
     monkeypatch.setattr("firp_cli.evaluation.bench_groups.DEFAULT_TEACHER", default)
 
 
-def test_embedded_predictors_of_all_teachers_unless_one_is_meant(saved: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_takes_embedded_predictors_of_all_teachers_by_default(
+    saved: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = [saved("firp", "firp", "plain", "f1"), saved("speed", "speed", "looped", "f2")]
     embed(monkeypatch, "plain", *folders)
     assert embedded_folders(None, None) == embedded_folders(None, ["ar", "speed"]) == folders

@@ -30,7 +30,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_generate_streams_the_text_of_autoregressive_decoding() -> None:
-    """The drafting one runs as a process, as a user starts it."""
+    """Drafting runs in a process of its own, as a user starts it."""
     drafted = firp("generate", "--no-guard", "--prompt", PROMPT)
     assert drafted.returncode == 0, drafted.stderr
     reference = succeed("generate", "--method", "ar", "--prompt", PROMPT)

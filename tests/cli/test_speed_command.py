@@ -30,7 +30,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain checkpoint described as looped, a store of its states, and exits trained on it."""
+    """An ordinary checkpoint that the recipe describes as looped, a store of its states, and exits trained on it."""
     folder = tmp_path_factory.mktemp("speed")
     recipe = [f"teacher.model={save_teacher(folder / 'teacher')}", LOOPED, "predictor.kind=speed"]
     words = f"data.dataset={save_prompts(folder / 'words.jsonl', 16)}"
