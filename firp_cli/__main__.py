@@ -1,4 +1,4 @@
-"""`python -m firp_cli`: the same program as the `firp` command, for launchers that start modules."""
+"""`python -m firp_cli`: the `firp` command, for launchers that start modules."""
 
 from firp_cli.cli.app import main
 

@@ -86,6 +86,17 @@ class Generation:
     pipeline: PipelineTrace | None = None  # SPEED: a step is a tick, which emits one token or none
     autoregressive_steps: int = 0  # steps without a draft, made while drafting was slower
 
+    @property
+    def accepted_length(self) -> float | None:
+        """Tokens per decoding step, the bonus token included; of a pipeline tokens in r ticks. None without a step."""
+        ticks = self.pipeline.loops if self.pipeline else 1
+        return ticks * sum(self.accepted_lengths) / self.steps if self.steps else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of the decoding steps by their seconds; prefill and its token are left out. None without a step."""
+        return sum(self.accepted_lengths) / self.decode_seconds if self.accepted_lengths and self.decode_seconds else None
+
 
 @dataclass
 class Divergence:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firp_cli.cli.terminal import progress_bar, quiet_libraries
 from firp_cli.config import Recipe
 from firp_cli.recipe import load_recipe
+from firp_cli.reports.progress import console_progress
 from firp_cli.teacher.load import load_teacher
 
 LAYER, STEPS, TREE = 4, 4, "dynamic:8"
@@ -75,7 +75,7 @@ def train_all(rows: list[Variant], base: Recipe, teacher: Any, folder: Path) -> 
     from firp_cli.training.trainer import train
 
     todo = {row.folder: row for row in rows if not (folder / row.folder / "config.json").is_file()}
-    with progress_bar("training predictors") as progress:
+    with console_progress("training predictors") as progress:
         for number, (name, row) in enumerate(todo.items()):
             progress(number, len(todo))
             values = base.model_dump() | {"predictor": row.predictor}
@@ -95,7 +95,7 @@ def train_all(rows: list[Variant], base: Recipe, teacher: Any, folder: Path) -> 
 
 def measure(rows: list[Variant], teacher: Any, folder: Path, prompts: int, repeats: int) -> list[dict[str, Any]]:
     """Decode the same prompts with every row, interleaved, and add the validation figures of its predictor."""
-    from firp_cli.cli.bench import load_bench_prompts
+    from firp_cli.api.bench_run import load_bench_prompts
     from firp_cli.decoding.tree_spec import parse_tree
     from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
     from firp_cli.evaluation.run_bench import run_bench
@@ -109,7 +109,7 @@ def measure(rows: list[Variant], teacher: Any, folder: Path, prompts: int, repea
         )
     settings = BenchSettings(repeats=repeats)
     methods = make_methods(teacher, loaded, ["ar", *loaded], settings)
-    with progress_bar("decoding") as progress:
+    with console_progress("decoding") as progress:
         report = run_bench(
             teacher, load_bench_prompts("arithmetic", None, prompts, teacher), methods, settings, progress=progress
         )
@@ -161,7 +161,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.conversations, arguments.prompts, arguments.repeats = 40, 2, 1
-    quiet_libraries(verbose=False)
     from firp_cli.collecting.collect_store import collect_store
     from firp_cli.collecting.engine_responder import make_responder
 
@@ -180,7 +179,7 @@ def main() -> None:
         range(1, teacher.num_layers),
         store,
         resume=store.exists(),
-        progress=progress_bar,
+        progress=console_progress,
         responder=make_responder(base, teacher),
     )
     train_all(rows, base, teacher, arguments.output)

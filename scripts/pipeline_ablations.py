@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from firp_cli.api.bench_run import load_bench_prompts
 from firp_cli.api.loading import load_pair
-from firp_cli.cli.bench import load_bench_prompts
 from firp_cli.config import SpeedConfig
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.evaluation.methods import BenchSettings, Method, make_methods, pipeline_details

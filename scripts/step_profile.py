@@ -22,9 +22,9 @@ from unittest.mock import patch
 
 import torch
 
-from firp_cli.api.loading import LayerChoice, load_named_teacher
+from firp_cli.api.bench_run import load_bench_prompts
+from firp_cli.api.loading import LayerBackend, load_named_teacher
 from firp_cli.assets import DEFAULT_TEACHER
-from firp_cli.cli.bench import load_bench_prompts
 from firp_cli.decoding import step as step_module
 from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.engine import Engine
@@ -386,8 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print Markdown, write JSON."""
     known = parse(arguments)
     set_threads(known.threads)
-    choice = LayerChoice("library" if known.library else "lean")
-    teacher = load_named_teacher(known.teacher, None, device="cpu", choice=choice)
+    backend = LayerBackend("library" if known.library else "lean")
+    teacher = load_named_teacher(known.teacher, None, device="cpu", backend=backend)
     prompts = load_bench_prompts(known.dataset, known.data_dir, known.limit, teacher)
     found = subjects(teacher, known.methods, known.tree)
     run(found, [prompt.token_ids for prompt in prompts], known.max_new_tokens, known.repeats)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from firp_cli.cli.terminal import progress_bar, quiet_libraries, say
 from firp_cli.config import Recipe
 from firp_cli.recipe import load_recipe
+from firp_cli.reports.progress import console_progress
 from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.load import load_teacher
 
@@ -43,7 +44,7 @@ def prepare(recipe: Recipe, teacher: Teacher, dtypes: Sequence[str], folder: Pat
     layers = recipe.predictor.required_layers(teacher)
     responder = make_responder(recipe, teacher)
     whole = folder / "stores" / "all"
-    collect_store(teacher, recipe.data, layers, whole, progress=progress_bar, responder=responder)
+    collect_store(teacher, recipe.data, layers, whole, progress=console_progress, responder=responder)
     split_store(whole, list(stores.values()), [1 - HELD_OUT, HELD_OUT])
     for dtype in dtypes:
         if dtype != REFERENCE:
@@ -84,7 +85,7 @@ def measure(recipe: Recipe, dtypes: Sequence[str], folder: Path, prompts: int) -
     chosen = [held_out[index].input_ids[:start].tolist() for index, start in enumerate(starts[:prompts])]
     rows = []
     for number, dtype in enumerate(dtypes):
-        say(f"{dtype}: training and decoding, {number + 1} of {len(dtypes)}")
+        print(f"{dtype}: training and decoding, {number + 1} of {len(dtypes)}", file=sys.stderr)
         train(recipe, teacher, stores[dtype], folder / dtype)
         predictor = load_predictor(folder / dtype, lean)
         tree = parse_tree(TREE, predictor.steps)
@@ -161,7 +162,6 @@ def main() -> None:
         arguments.conversations, arguments.steps, arguments.prompts = 40, 3, 2
     if arguments.output.exists():
         parser.error(f"{arguments.output} is there already: give another --output, or delete it")
-    quiet_libraries(verbose=False)
     from firp_cli.provenance import environment
 
     settings = {

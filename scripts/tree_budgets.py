@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
+from firp_cli.api.bench_run import load_bench_prompts
 from firp_cli.api.loading import load_pair
-from firp_cli.cli.bench import load_bench_prompts
 from firp_cli.decoding.make_engine import make_engine
 from firp_cli.decoding.tree_file import read_trees, spec_of
 from firp_cli.decoding.tree_spec import parse_tree

@@ -1,4 +1,4 @@
-"""Teachers and predictors as commands name them. Imports torch: import it inside a command."""
+"""Teachers and predictors by the names that users give them. Imports torch: a command imports this module late."""
 
 from __future__ import annotations
 
@@ -25,26 +25,38 @@ from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import LoadedWeights
 
-LOG = logging.getLogger("firp")  # the program prints it on stderr
-STACKS = ("lean", "library")
+LOG = logging.getLogger("firp")  # commands print it on stderr
+BACKENDS = ("lean", "library")
 
 
 @dataclass(frozen=True)
-class LayerChoice:
-    """Which layers decode. Raises UsageError on a name that is none of STACKS."""
+class LayerBackend:
+    """Implementation of the teacher's decoder layers.
 
-    layers: str = "lean"
+    Attributes:
+        name: `lean` (joined matrices, used where they give the library's logits) or `library` (transformers' modules).
+        compiled: run the lean layers through torch.compile.
+
+    Raises UsageError on another name, or on `compiled` with the library's layers.
+    """
+
+    name: str = "lean"
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        if self.layers not in STACKS:
-            raise UsageError(f"unknown layers {self.layers!r}{nearest(self.layers, STACKS)}")
-        if self.compiled and self.layers != "lean":
-            raise UsageError("--compile is for the lean layers: leave --layers library out")
+        if self.name not in BACKENDS:
+            raise UsageError(f"unknown backend {self.name!r}{nearest(self.name, BACKENDS)}")
+        if self.compiled and self.name != "lean":
+            raise UsageError("--compile is for the lean layers: leave --backend library out")
+
+    @staticmethod
+    def of(value: str | LayerBackend) -> LayerBackend:
+        """Return the backend of that name, or the given one."""
+        return LayerBackend(value) if isinstance(value, str) else value
 
     def apply(self, teacher: Teacher) -> None:
-        """Use the lean layers if they are wanted and fit; say why not where they do not."""
-        if self.layers != "lean":
+        """Switch the teacher to the lean layers if asked for; log the reason where it keeps the library's."""
+        if self.name != "lean":
             return
         if teacher.device.type == "cpu" and teacher.dtype == torch.float32 and cpu_kernels.to_be_compiled():
             LOG.info("compiling kernels for this processor: a few seconds, once")
@@ -58,13 +70,14 @@ def load_named_teacher(
     predictor: Path | None,
     dtype: str = "auto",
     device: torch.device | str | None = None,
-    choice: LayerChoice | None = None,
+    backend: LayerBackend | None = None,
 ) -> Teacher:
-    """The teacher named on the command line, else the one that the predictor was trained for, else the embedded one.
+    """Load the teacher that is named, else the one that the predictor was trained for, else the embedded one.
 
-    How its layers loop, where its own config does not say, is what the predictor was trained with.
+    A loop structure that the teacher's config lacks is taken from the predictor's config.
+
+    Raises TeacherError; FingerprintError where the predictor's loop structure does not fit the teacher.
     """
-    choice = choice or LayerChoice()
     trained_for = read_config(predictor)["teacher"] if predictor else {}
     name = model or trained_for.get("name") or DEFAULT_TEACHER
     looped = trained_for.get("looped")
@@ -75,20 +88,22 @@ def load_named_teacher(
         if looped is None or name == trained_for.get("name"):
             raise
         raise FingerprintError(
-            f"{predictor} was trained for {trained_for.get('name')}, whose layers run {looped['loops']} times; "
-            f"{name} is another one: {error}"
+            f"{predictor} was trained for {trained_for.get('name')}, whose layers run {looped['loops']} times, not for "
+            f"{name}: {error}"
         ) from error
-    choice.apply(teacher)
+    (backend or LayerBackend()).apply(teacher)
     return teacher
 
 
-def share_teacher(teacher: Teacher, predictor: Path, rank: int, ranks: int, choice: LayerChoice | None = None) -> None:
-    """Keep only the layers that this rank's stages of the predictor's pipeline run, and move them to its device."""
+def share_teacher(
+    teacher: Teacher, predictor: Path, rank: int, ranks: int, backend: LayerBackend | None = None
+) -> None:
+    """Release the layers that this rank's pipeline stages do not run, and move the others to its device."""
     loops = len(teacher.boundaries(read_config(predictor)["predictor"].get("loops")))
     part = PipelineStages(loops, rank, ranks)
     teacher.release(part.layers(teacher.boundaries(None if teacher.looped else loops), teacher.num_layers))
     teacher.model.to(default_device())
-    (choice or LayerChoice()).apply(teacher)
+    (backend or LayerBackend()).apply(teacher)
 
 
 def load_pair(
@@ -97,21 +112,23 @@ def load_pair(
     force: bool,
     dtype: str = "auto",
     ranks: tuple[int, int] = (0, 1),
-    choice: LayerChoice | None = None,
+    backend: LayerBackend | None = None,
 ) -> tuple[Teacher, Predictor, Path]:
-    """A predictor by folder or embedded name, with its teacher, or that part of it which rank `ranks[0]` of `ranks[1]`
-    runs.
+    """Load a predictor by folder or embedded name, with its teacher.
+
+    `ranks` is (rank, number of ranks): with several ranks a speed predictor's teacher keeps only this rank's layers.
+    Raises PredictorError, TeacherError, FingerprintError.
     """
     folder = predictor_folder(name)
     alone = ranks[1] == 1 or read_config(folder)["predictor"].get("kind") != "speed"
-    teacher = load_named_teacher(model, folder, dtype, None if alone else "cpu", choice)
+    teacher = load_named_teacher(model, folder, dtype, None if alone else "cpu", backend)
     if not alone:
-        share_teacher(teacher, folder, *ranks, choice)
+        share_teacher(teacher, folder, *ranks, backend)
     return teacher, load_predictor(folder, teacher, force), folder
 
 
 def teacher_line(held: LoadedWeights) -> str:
-    """What of the teacher this process has loaded, for the user."""
+    """Describe in one line which layers of the teacher this process has loaded."""
     why = f" ({held.note})" if held.note else ""
     if held.kind == "whole":
         return f"teacher: all {held.of} layers loaded, {readable_bytes(held.held)}{why}"
@@ -121,9 +138,9 @@ def teacher_line(held: LoadedWeights) -> str:
 
 
 def complete_teacher(config: TeacherConfig, held: LoadedWeights) -> Teacher | str:
-    """The whole teacher on one device, where there was a part of it; or why it does not fit there.
+    """Load the whole teacher on one device after a part of it was loaded; return the reason where it does not fit.
 
-    The caller lets go of the part first.
+    The caller releases the part first.
     """
     gc.collect()
     device = default_device()
@@ -142,8 +159,10 @@ def complete_teacher(config: TeacherConfig, held: LoadedWeights) -> Teacher | st
 def load_trees(
     tree: str | None, folder: Path, predictor: Predictor, teacher: Teacher, temperature: float, options: EngineOptions
 ) -> TreeSpec | TunedTrees | None:
-    """The tree that `--tree` names, else those of the predictor's tree.json; of tuned ones those of this machine, and
-    a line where there are none. None for predictors that feed a pipeline. Raises UsageError.
+    """Return the tree that `tree` names (a specification or a tree.json), else those of the predictor's tree.json.
+
+    Of tuned trees only those of this machine, teacher and temperature are used; where there are none, the file's
+    default is used and a line is logged. None for predictors that feed a pipeline. Raises UsageError.
     """
     if predictor.pipeline:
         return None
@@ -154,11 +173,11 @@ def load_trees(
 
     trees = read_trees(path, predictor.steps)
     key = machine_key(teacher, options.attention, options.graphs)
-    own = trees.fitting(key, teacher.fingerprint, temperature)
-    if trees.entries and not own.entries:
+    fitting = trees.fitting(key, teacher.fingerprint, temperature)
+    if trees.entries and not fitting.entries:
         here = any((entry.machine, entry.teacher) == (key, teacher.fingerprint) for entry in trees.entries)
         LOG.info(
             f"{path} was tuned {'for another temperature' if here else 'on another machine'}, {trees.default} is used: "
-            f"`firp tune {folder}` measures this one"
+            f"`firp tune {folder}` measures this {'temperature' if here else 'machine'}"
         )
-    return own if own.entries else trees.default
+    return fitting if fitting.entries else trees.default

@@ -1,4 +1,4 @@
-"""The `firp` program: commands, error messages, exit codes. Heavy imports happen inside commands."""
+"""The `firp` program: its commands, error messages and exit codes. Commands import heavy modules when they run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from firp_cli.cli.eval import evaluate
 from firp_cli.cli.generate import generate
 from firp_cli.cli.quickstart import quickstart
 from firp_cli.cli.store import store
+from firp_cli.cli.terminal import INTERRUPTION, RenamedOptions
 from firp_cli.cli.train import train
 from firp_cli.cli.tune import tune
 from firp_cli.errors import INTERRUPTED, FirpError
 
 app = typer.Typer(
     name="firp",
-    help="Decode faster without changing one token: train draft predictors on a frozen LLM's hidden states.",
+    help="Lossless speculative decoding: train draft predictors on a frozen LLM's hidden states, and decode with them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,14 +46,14 @@ app.command("collect")(collect)
 app.add_typer(store, name="store")
 app.command("train")(train)
 app.command("eval")(evaluate)
-app.command("tune")(tune)
-app.command("bench")(bench)
-app.command("generate")(generate)
+app.command("tune", cls=RenamedOptions)(tune)
+app.command("bench", cls=RenamedOptions)(bench)
+app.command("generate", cls=RenamedOptions)(generate)
 app.command("doctor")(doctor)
 
 
 def main() -> None:
-    """Entry point: user errors are one or two lines on stderr, `-v` shows the traceback."""
+    """Run the program. A user error prints one to three lines on stderr; with `-v` its traceback."""
     try:
         app()
     except FirpError as error:
@@ -61,5 +62,5 @@ def main() -> None:
         typer.echo(f"firp: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("firp: interrupted; what was finished is kept, --resume goes on", err=True)
+        typer.echo(INTERRUPTION, err=True)
         sys.exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""What commands share: consoles, progress bars, and the options that all of them take."""
+"""Parts that commands share: messages, progress bars, common options and the old names of options."""
 
 from __future__ import annotations
 
@@ -8,51 +8,84 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
+from firp_cli.config import Precision
 from firp_cli.errors import INTERRUPTED
 from firp_cli.machine import is_main, world_size
 from firp_cli.results import Progress
 
+if TYPE_CHECKING:
+    from firp_cli.api.loading import LayerBackend
+    from firp_cli.decoding.engine import EngineOptions
+
+OLD_OPTIONS = {"--layers": "--backend", "--sittings": "--timing-rounds"}  # old name: new name; until version 0.2
 T = TypeVar("T")
+INTERRUPTION = "firp: interrupted; finished work is kept, --resume goes on from there"
 
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library warnings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Model = Annotated[
-    str | None, typer.Option(help="Model folder, hub id, .gguf file or known name. Default: each predictor's own.")
+    str | None,
+    typer.Option(help="Model folder, hub id, .gguf file or known name. Default: the teacher of each predictor."),
 ]
-Gpus = Annotated[
-    int, typer.Option(min=1, help="Devices that share a speed predictor's pipeline; on a CPU ranks share the cores.")
-]
+Dtype = Annotated[Precision, typer.Option(help="Number format of the teacher. auto: the one in its config.")]
+DataDir = Annotated[str | None, typer.Option(help="Folder that contains NAME/SPLIT.jsonl. Default: $FIRP_DATA_DIR.")]
+Gpus = Annotated[int, typer.Option(min=1, help="Devices that share a speed predictor's pipeline; on a CPU: processes.")]
 Guarded = Annotated[
     bool | None,
     typer.Option(
         "--guard/--no-guard",
-        help="Decode plainly for a while where drafting does not pay. Default: bench guards pipelines alone; generate "
-        "also trees, unless it samples: the text would follow from times as well as from the seed.",
+        help="Fall back to autoregressive decoding while drafting is slower. Default: on for greedy generate and for "
+        "SPEED; off when sampling, so that a seed reproduces its text.",
     ),
 ]
 Tree = Annotated[
     str | None,
     typer.Option(
-        help="dynamic:N, chain or static:4x2x1, each with /K for K draft steps and @B for pseudo rows of B nodes; none "
-        "for plain decoding; or a tree.json. Default: the predictor's tree.json."
+        help="Draft tree: dynamic:N (N nodes), chain or static:4x2x1; /K after it limits the draft steps, @B the nodes "
+        "with pseudo states; none: autoregressive decoding. Or a tree.json. Default: the predictor's tree.json."
     ),
 ]
-Layers = Annotated[
-    str, typer.Option(help="lean: joined matrices, where their logits are the library's; library: its own modules.")
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature. 0: greedy.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Top-p of sampling, applied after the temperature.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="Decoder layers: lean (joined matrices, used where they give the library's logits) or library "
+        "(transformers' modules)."
+    ),
 ]
-Attention = Annotated[str, typer.Option(help="auto, sdpa (torch) or triton (the kernel for trees over long caches).")]
-Graphs = Annotated[bool, typer.Option(help="Capture decoding steps as CUDA graphs.")]
+Attention = Annotated[
+    str, typer.Option(help="auto, sdpa (torch) or triton (a kernel for trees over long caches; CUDA only).")
+]
+Graphs = Annotated[bool, typer.Option(help="Capture decoding steps as CUDA graphs, on CUDA devices.")]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Run the lean layers through torch.compile.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the cores that this process may use.")]
-Force = Annotated[bool, typer.Option("--force", help="Use artefacts of another teacher all the same.")]
+Force = Annotated[bool, typer.Option("--force", help="Accept a store or predictor made for another teacher.")]
+
+
+class RenamedOptions(TyperCommand):
+    """Command that accepts the old names of options and names the new ones on stderr."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [self._current(argument) for argument in args])
+
+    def _current(self, argument: str) -> str:
+        old, sign, value = argument.partition("=")
+        new = OLD_OPTIONS.get(old)
+        if new is None or new not in {name for parameter in self.params for name in parameter.opts}:
+            return argument
+        say(f"firp: {old} is now called {new}; the old name will be removed in the next version")
+        return new + sign + value
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """Every rank's `work()`; a user error of one is raised by all, so that it is told once."""
+    """Run `work` on every rank. A user error of one rank is raised on all of them, so that it is printed once."""
     if world_size() == 1:
         return work()
     from firp_cli.distributed.rank_group import RankGroup
@@ -60,21 +93,33 @@ def agreed(work: Callable[[], T]) -> T:
     return RankGroup.join().run_on_all(work)
 
 
+def decoding_options(
+    backend: str, compiled: bool, attention: str, graphs: bool, threads: int | None
+) -> tuple[LayerBackend, EngineOptions]:
+    """Set the CPU threads and return the options of the decoder layers and of the engine. Raises UsageError."""
+    from firp_cli.api.loading import LayerBackend
+    from firp_cli.decoding.engine import EngineOptions
+    from firp_cli.machine import set_threads
+
+    set_threads(threads)
+    return LayerBackend(backend, compiled), EngineOptions(attention=attention, graphs=graphs)
+
+
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a closed terminal end the work within, and the user is told that it can go on."""
+    """End the enclosed work on Ctrl-C, SIGTERM or a closed terminal, and print that `--resume` continues it."""
     from firp_cli.distributed.launch import interruptible
 
     with interruptible():
         try:
             yield
         except KeyboardInterrupt:
-            say("firp: interrupted; what was finished is kept, --resume goes on")
+            say(INTERRUPTION)
             raise typer.Exit(INTERRUPTED) from None
 
 
 def say(text: str) -> None:
-    """A line to stderr for the user, once per job."""
+    """Print a line on stderr, on the main rank only."""
     if is_main():
         from rich.console import Console
 
@@ -83,9 +128,9 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Progress]:
-    """A bar on stderr: `with progress_bar("collecting") as progress: work(progress=progress)`. Silent on other ranks.
+    """Show a progress bar on stderr: `with progress_bar("collecting") as progress: work(progress=progress)`.
 
-    Where stderr is no terminal a line is printed every ten seconds instead.
+    Where stderr is not a terminal, print a line every ten seconds. Ranks other than the main one print nothing.
     """
     from firp_cli.reports.progress import console_progress
 
@@ -101,7 +146,7 @@ def _silent(done: int, total: int | None = None) -> None:
 
 
 def split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """`[RECIPE] [key=value ...]` as typed: the recipe if there is one, and the overrides."""
+    """Split the arguments `[RECIPE] [key=value ...]` into the recipe, or None, and the overrides."""
     names = [item for item in arguments if "=" not in item]
     if len(names) > 1:
         raise typer.BadParameter(f"one recipe expected, got {', '.join(names)}")
@@ -109,7 +154,7 @@ def split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def command_line(context: typer.Context) -> list[str]:
-    """This command as it could be typed again: its name, then every argument and option that is not at its default."""
+    """Return the command's name, then every argument and option that differs from its default."""
     typed = [str(context.command.name)]
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
@@ -126,12 +171,12 @@ def command_line(context: typer.Context) -> list[str]:
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout."""
+    """Print JSON on stdout."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def quiet_libraries(verbose: bool) -> None:
-    """Keep the libraries' own bars and advice off the terminal unless `-v`, and show firp's own notes."""
+    """Print the messages of the logger `firp`; unless `verbose`, silence the progress bars and advice of libraries."""
     _show_notes()
     if verbose:
         return
@@ -144,7 +189,7 @@ def quiet_libraries(verbose: bool) -> None:
 
 
 def _show_notes() -> None:
-    """Print what the library logs under `firp`: work that takes long and was not asked for, such as unpacking."""
+    """Print the messages of the logger `firp` on stderr."""
     log = logging.getLogger("firp")
     if not log.handlers:
         log.addHandler(_Notes())
@@ -153,6 +198,8 @@ def _show_notes() -> None:
 
 
 class _Notes(logging.Handler):
+    """Prints each message as a line."""
+
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
 

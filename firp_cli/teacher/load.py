@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
+from firp_cli.assets import embedded_teachers, nearest
 from firp_cli.config import LoopedSection, TeacherConfig
 from firp_cli.errors import TeacherError
 from firp_cli.machine import default_device
@@ -23,7 +24,7 @@ from firp_cli.teacher.check import check_against_model, standard_attention
 from firp_cli.teacher.library_layers import Cache, MissingLayer, Stack
 from firp_cli.teacher.looped_llama import register
 from firp_cli.teacher.masks import LayerMask
-from firp_cli.teacher.source import locate, teacher_name
+from firp_cli.teacher.source import known_teachers, locate, teacher_name
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import LoadedWeights, WeightFiles, weights_fingerprint
 
@@ -295,8 +296,9 @@ def _try_tokenizer(config: TeacherConfig) -> Any:
 
 def _unloadable(config: TeacherConfig, error: Exception) -> TeacherError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = "" if "/" in config.model else nearest(config.model, [*embedded_teachers(), *known_teachers()])
     return TeacherError(
-        f"cannot load the teacher {config.model!r}: {first}\n"
+        f"cannot load the teacher {config.model!r}{hint}: {first}\n"
         "give a local model folder, a .gguf file or a reachable hub id as teacher.model"
     )
 

@@ -1,4 +1,4 @@
-"""Benches of several teachers: predictors grouped by theirs, each measured with its own, one report of all."""
+"""Benches of several teachers: predictors are grouped by teacher, measured with it, and reported together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from firp_cli.cli.bench import _plan
+from firp_cli.api.bench_run import groups_to_measure
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import FingerprintError, UsageError
 from firp_cli.evaluation.bench_groups import choose_groups, embedded_folders, group_by_teacher, teacher_labels
@@ -26,15 +26,15 @@ from helpers.folders import save_prompts, save_teacher
 from helpers.models import looped_model, looped_teacher, make_predictor, random_prompts, tiny_teacher
 
 
-def plain_bench(teacher: Teacher, methods: list[str], skip_long: bool = False) -> BenchReport:
+def short_bench(teacher: Teacher, methods: list[str], skip_long: bool = False) -> BenchReport:
     settings = BenchSettings(max_new_tokens=6, repeats=1, warmup=0)
     prompts = [BenchPrompt(prompt, "set") for prompt in [*random_prompts(2, seed=9), [5] * 507]]
     return run_bench(teacher, prompts, make_methods(teacher, {}, methods, settings), settings, skip_long=skip_long)
 
 
-def test_merged_reports_name_each_rows_teacher_and_keep_their_baselines_apart() -> None:
-    one = plain_bench(tiny_teacher("llama"), ["ar", "hf"], skip_long=True)
-    two = plain_bench(looped_teacher(2, 3), ["hf"], skip_long=True)
+def test_merged_report_names_the_teacher_of_each_row() -> None:
+    one = short_bench(tiny_teacher("llama"), ["ar", "hf"], skip_long=True)
+    two = short_bench(looped_teacher(2, 3), ["hf"], skip_long=True)
     assert merge_reports([one]) is one and one.teachers == [] and one.rows[0].teacher is None
     merged = merge_reports([one, two])
     labels = [("tiny-llama", "ar"), ("tiny-llama", "hf"), ("looped-2x3", "hf")]
@@ -51,7 +51,7 @@ def test_merged_reports_name_each_rows_teacher_and_keep_their_baselines_apart() 
     assert BenchReport.from_json(old).teachers == []
 
 
-def test_teachers_in_folders_are_called_by_their_last_part_where_that_is_enough() -> None:
+def test_teacher_labels_shorten_folders_where_unique() -> None:
     assert teacher_labels(["arithmetic", "/models/looped"]) == ["arithmetic", "looped"]
     assert teacher_labels(["org/looped", "/a/x", "/b/x"]) == ["org/looped", "/a/x", "/b/x"]
 
@@ -61,7 +61,7 @@ Save = Callable[[str, str, str, str], Path]
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Save:
-    """Writes a predictor folder of nothing but its config.json."""
+    """Writes a predictor folder that contains only config.json."""
 
     def save(folder: str, kind: str, teacher: str, fingerprint: str) -> Path:
         (tmp_path / folder).mkdir()
@@ -116,7 +116,9 @@ def embed(monkeypatch: pytest.MonkeyPatch, default: str, *folders: Path) -> None
     monkeypatch.setattr("firp_cli.evaluation.bench_groups.DEFAULT_TEACHER", default)
 
 
-def test_embedded_predictors_of_all_teachers_unless_one_is_meant(saved: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_takes_embedded_predictors_of_all_teachers_by_default(
+    saved: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = [saved("firp", "firp", "plain", "f1"), saved("speed", "speed", "looped", "f2")]
     embed(monkeypatch, "plain", *folders)
     assert embedded_folders(None, None) == embedded_folders(None, ["ar", "speed"]) == folders
@@ -151,12 +153,12 @@ def bench_of(work: Path, *arguments: str) -> tuple[Any, BenchReport]:
     return result, BenchReport.from_json(json.loads((work / "report" / "bench.json").read_text()))
 
 
-def test_predictors_of_two_teachers_in_one_run(two_teachers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_measures_two_teachers_one_after_the_other(two_teachers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, load = two_teachers, load_teacher
     living: list[weakref.ref[Teacher]] = []
 
     def load_alone(*arguments: Any, **options: Any) -> Teacher:
-        assert all(teacher() is None for teacher in living), "an earlier teacher is still held"
+        assert all(teacher() is None for teacher in living), "an earlier teacher is still in memory"
         teacher = load(*arguments, **options)
         living.append(weakref.ref(teacher))
         return teacher
@@ -177,7 +179,7 @@ def test_predictors_of_two_teachers_in_one_run(two_teachers: Path, monkeypatch: 
     assert csv_header.startswith("teacher,dataset,")
 
 
-def test_methods_choose_the_teachers_that_are_loaded(two_teachers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_loads_only_teachers_of_the_methods(two_teachers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = two_teachers
     _, report = bench_of(work, str(work / "one"), str(work / "early"), "--methods", "ar,speed")
     assert report.teachers == [] and report.teacher["name"] == str(work / "looped")
@@ -189,21 +191,20 @@ def test_methods_choose_the_teachers_that_are_loaded(two_teachers: Path, monkeyp
     assert [(row.teacher, row.method) for row in report.rows] == [("teacher", "firp"), ("looped", "speed")]
 
 
-def test_a_named_teacher_is_everyones(two_teachers: Path) -> None:
+def test_named_teacher_is_used_for_all_predictors(two_teachers: Path) -> None:
     folders = [str(two_teachers / name) for name in ("early", "one")]
     words = str(two_teachers / "words.jsonl")
     result = invoke("bench", *folders, "--dataset", words, "--teacher", str(two_teachers / "looped"), *SHORT)
     assert isinstance(result.exception, FingerprintError) and "one was trained for" in str(result.exception)
 
 
-def test_several_ranks_take_predictors_of_one_teacher(two_teachers: Path) -> None:
-    settings = BenchSettings(ranks=2)
+def test_several_ranks_need_one_teacher_and_a_speed_predictor(two_teachers: Path) -> None:
     early, one = (str(two_teachers / name) for name in ("early", "one"))
-    (group,) = _plan([early, one], ["ar", "speed"], None, settings)
+    (group,) = groups_to_measure([early, one], ["ar", "speed"], None, 2)
     assert group.methods == ["ar", "speed"] and group.label is None
     with pytest.raises(UsageError, match="--gpus takes predictors of one teacher"):
-        _plan([early, one], None, None, settings)
+        groups_to_measure([early, one], None, None, 2)
     with pytest.raises(UsageError, match="firp decodes on one"):
-        _plan([one], None, None, settings)
+        groups_to_measure([one], None, None, 2)
     with pytest.raises(UsageError, match="name a speed predictor"):
-        _plan([one], ["ar"], None, settings)
+        groups_to_measure([one], ["ar"], None, 2)

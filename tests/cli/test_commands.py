@@ -1,4 +1,4 @@
-"""The command line as a user meets it: generate, bad input, the README's commands, the wheel."""
+"""The command line: `firp generate`, bad input, renamed options, the README's commands and the wheel."""
 
 from __future__ import annotations
 
@@ -12,36 +12,47 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from firp_cli.cli.app import app, main
 from firp_cli.cli.terminal import say
-from helpers.commands import PROMPT, firp
+from firp_cli.errors import PredictorError
+from helpers.commands import PROMPT, firp, invoke, succeed
 from helpers.models import ROOT
 from helpers.rank_pool import RankPool
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_generate_streams_the_same_text_as_plain_decoding() -> None:
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_generate_streams_the_text_of_autoregressive_decoding() -> None:
+    """Drafting runs in a process of its own, as a user starts it."""
     drafted = firp("generate", "--no-guard", "--prompt", PROMPT)
-    plain = firp("generate", "--method", "ar", "--prompt", PROMPT)
-    assert drafted.returncode == plain.returncode == 0, drafted.stderr
-    assert drafted.stdout == plain.stdout
+    assert drafted.returncode == 0, drafted.stderr
+    reference = succeed("generate", "--method", "ar", "--prompt", PROMPT)
+    assert drafted.stdout == reference.stdout
     assert "####" in drafted.stdout
     tokens, steps, accepted = re.search(
         r"(\d+) tokens in (\d+) steps, accepted length ([\d.]+)", drafted.stderr
     ).groups()
     assert float(accepted) > 1.3
     assert int(steps) < int(tokens) - 1
-    assert "accepted length 1.00" in plain.stderr
+    assert "accepted length 1.00" in reference.stderr
     memory, summary = drafted.stderr.splitlines()
     assert memory.startswith("K/V cache for 1 x ") and memory.endswith("B")
     assert summary.startswith(f"{tokens} tokens")
 
 
-def test_generate_colours_what_was_drafted() -> None:
-    done = firp("generate", "--prompt", PROMPT, FORCE_COLOR="1")
-    assert "\x1b[32m" in done.stdout
-    assert re.sub(r"\x1b\[[0-9;]*m", "", done.stdout) == firp("generate", "--prompt", PROMPT).stdout
+def test_generate_colours_drafted_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    black = succeed("generate", "--prompt", PROMPT).stdout
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = succeed("generate", "--prompt", PROMPT).stdout
+    assert "\x1b[32m" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == black
 
 
 def test_generate_writes_jsonl(tmp_path: Path) -> None:
@@ -49,21 +60,51 @@ def test_generate_writes_jsonl(tmp_path: Path) -> None:
     rows = [{"prompt": PROMPT}, {"question": "Tom has 9 pens and loses 2. How many pens are left?"}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "out.jsonl"
-    done = firp("generate", "medusa", "--prompts", str(prompts), "--output", str(output), "--batch-size", "2")
-    assert done.returncode == 0, done.stderr
+    succeed("generate", "medusa", "--prompts", prompts, "--output", output, "--batch-size", "2")
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(records) == 2
     for record in records:
         assert {"prompt_tokens", "token_ids", "text", "steps", "accepted_lengths"} <= set(record)
         assert len(record["accepted_lengths"]) == record["steps"]
         assert sum(record["accepted_lengths"]) + 1 == len(record["token_ids"])
-    alone = json.loads(firp("generate", "--json", "--prompt", PROMPT).stdout)
+    alone = json.loads(succeed("generate", "--json", "--prompt", PROMPT).stdout)
     assert alone["token_ids"] == records[0]["token_ids"]
 
 
-def test_sampling_is_seeded() -> None:
-    options = ("generate", "--prompt", PROMPT, "--temperature", "1", "--top-p", "0.95", "--max-new-tokens", "30")
-    assert firp(*options, "--seed", "3").stdout == firp(*options, "--seed", "3").stdout
+def test_generate_skips_and_counts_long_prompts(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, "x " * 3000)))
+    done = succeed("generate", "--prompts", prompts, "--skip-long", "--max-new-tokens", "8")
+    assert len(done.stdout.splitlines()) == 1
+    assert "skipped 1 of 2 prompts longer than 2040 tokens" in done.stderr
+
+
+def test_generate_raw_leaves_out_the_chat_template() -> None:
+    options = ("--json", "--max-new-tokens", "4", "--prompt", PROMPT)
+    templated, raw = (json.loads(succeed("generate", *flags, *options).stdout) for flags in ((), ("--raw",)))
+    assert raw["prompt_tokens"] < templated["prompt_tokens"]
+
+
+def test_generate_with_a_seed_reproduces_its_text() -> None:
+    options = ("generate", "--prompt", PROMPT, "--temperature", "2", "--top-p", "0.95", "--max-new-tokens", "30")
+    texts = [succeed(*options, "--seed", seed).stdout for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("old", [["--layers", "library"], ["--layers=library"]])
+def test_old_option_names_work_and_print_the_new_ones(old: list[str]) -> None:
+    done = succeed("generate", *old, "--prompt", PROMPT, "--max-new-tokens", "4")
+    line, *_ = done.stderr.splitlines()
+    assert line == "firp: --layers is now called --backend; the old name will be removed in the next version"
+    refused = invoke("generate", *old, "--compile", "--prompt", PROMPT).exception
+    assert "leave --backend library out" in str(refused)
+    assert "--layers" not in succeed("generate", "--help").stdout
+
+
+def test_old_name_of_timing_rounds_is_accepted() -> None:
+    done = invoke("tune", "--sittings", "2", "--batch-sizes", "0")
+    assert "firp: --sittings is now called --timing-rounds;" in done.stderr
+    assert "at least 1" in str(done.exception)
 
 
 BAD = [
@@ -72,8 +113,8 @@ BAD = [
     (["generate", "frip", "--prompt", "x"], 2, "did you mean 'firp'"),
     (["generate", "--tree", "spiral", "--prompt", "x"], 2, "dynamic:N"),
     (["generate", "--tree", "dynamic:8@0", "--prompt", "x"], 2, "at least 1"),
-    (["generate", "--layers", "leam", "--prompt", "x"], 2, "did you mean 'lean'"),
-    (["generate", "--layers", "library", "--compile", "--prompt", "x"], 2, "leave --layers library out"),
+    (["generate", "--backend", "leam", "--prompt", "x"], 2, "did you mean 'lean'"),
+    (["generate", "--backend", "library", "--compile", "--prompt", "x"], 2, "leave --backend library out"),
     (["generate", "--attention", "tritn", "--prompt", "x"], 2, "choose from auto, sdpa, triton"),
     (["generate", "speed", "--attention", "tritn", "--prompt", "x"], 2, "choose from auto, sdpa, triton"),
     (["generate", "--method", "ar", "--tree", "chain", "--prompt", "x"], 2, "leave --tree"),
@@ -104,29 +145,38 @@ BAD = [
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"), BAD, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else ""
 )
-def test_bad_input_is_one_or_two_lines(
+def test_bad_input_prints_at_most_three_lines(
     ranks: RankPool, arguments: list[str], status: int, expected: str, tmp_path: Path
 ) -> None:
     place, log = tmp_path / "place", tmp_path / "log"
     place.mkdir()
     settings = {"COLUMNS": "200", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     codes = ranks.run(arguments, 1, log, cwd=place, environment=settings)
-    told = log.read_text()
-    assert codes == [status], told
-    assert expected in told
-    assert "Traceback" not in told
-    message = told[told.index("firp: ") :]
+    printed = log.read_text()
+    assert codes == [status], printed
+    assert expected in printed
+    assert "Traceback" not in printed
+    message = printed[printed.index("firp: ") :]
     assert len(message.strip().splitlines()) <= 3
-    assert not list(place.iterdir()), "a refused command leaves nothing behind"
+    assert not list(place.iterdir()), "a refused command wrote files"
 
 
-def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_say_prints_brackets_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     say("folder [bold]x[/bold] [/tmp/x] [cuda]")
     assert capsys.readouterr().err.strip() == "folder [bold]x[/bold] [/tmp/x] [cuda]"
 
 
-def test_verbose_shows_the_traceback() -> None:
-    assert "Traceback" in firp("generate", "frip", "--prompt", "x", "-v").stderr
+def test_main_raises_user_errors_with_verbose_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["firp", "generate", "frip", "--prompt", "x"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("firp: no predictor folder 'frip'")
+    monkeypatch.setattr("sys.argv", [*arguments, "-v"])
+    with pytest.raises(PredictorError):
+        main()
 
 
 def readme_commands() -> list[list[str]]:
@@ -135,17 +185,14 @@ def readme_commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if re.match(r"(\.venv/bin/)?firp ", line)]
 
 
-def test_readme_names_commands() -> None:
+def test_readme_contains_commands() -> None:
     assert len(readme_commands()) >= 8
 
 
 @pytest.mark.parametrize("arguments", readme_commands(), ids=lambda words: " ".join(words)[:50])
 def test_readme_commands_parse(arguments: list[str]) -> None:
     """Options and recipes of every command line in the README exist."""
-    from typer.main import get_command
-
     from firp_cli.assets import shipped_recipes
-    from firp_cli.cli.app import app
     from firp_cli.recipe import load_recipe
 
     command = get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
@@ -155,27 +202,28 @@ def test_readme_commands_parse(arguments: list[str]) -> None:
         load_recipe(arguments[1])
 
 
-def test_readme_commands_run(tmp_path: Path) -> None:
-    """Those that need no hub: shortened, and really run."""
+def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that need no hub run, with small limits; bench in a process of its own."""
+    monkeypatch.chdir(tmp_path)
     ran = 0
     for arguments in readme_commands():
-        if any(word.startswith("smollm2") for word in arguments):  # tests/test_smollm2.py has those
+        if any(word.startswith("smollm2") for word in arguments):  # tested by test_smollm2.py
             continue
         if arguments[0] == "doctor" or (arguments[0] == "generate" and "--prompt" in arguments):
-            done = firp(*arguments, cwd=tmp_path)
+            succeed(*arguments)
         elif arguments[:3] == ["bench", "--dataset", "arithmetic"]:
             short = ["--limit", "2", "--repeats", "1", "--max-new-tokens", "24", "--output", str(tmp_path / "bench")]
             done = firp(*arguments, *short, cwd=tmp_path)
+            assert done.returncode == 0, (arguments, done.stderr)
         else:
             continue
         ran += 1
-        assert done.returncode == 0, (arguments, done.stderr)
     assert ran >= 3
 
 
 @pytest.mark.slow
-def test_wheel_works_elsewhere(tmp_path: Path) -> None:
-    """Recipes and embedded data travel in the wheel; the package found there answers without the checkout."""
+def test_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    """The wheel contains the recipes, the embedded data and the mark of a typed package."""
     build = [
         sys.executable,
         "-m",
@@ -200,10 +248,11 @@ def test_wheel_works_elsewhere(tmp_path: Path) -> None:
     where = [
         sys.executable,
         "-c",
-        "import firp_cli, firp_cli.assets as r; print(firp_cli.__file__, len(r.shipped_recipes()))",
+        "import firp_cli, firp_cli.assets as a; print(firp_cli.__file__, len(a.shipped_recipes()))",
     ]
-    told = subprocess.run(
+    assert {"py.typed", "__init__.pyi"} <= {path.name for path in (site / "firp_cli").iterdir()}
+    done = subprocess.run(
         where, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, check=True
     )
-    assert str(site) in told.stdout
-    assert int(told.stdout.split()[-1]) >= 9
+    assert str(site) in done.stdout
+    assert int(done.stdout.split()[-1]) >= 9

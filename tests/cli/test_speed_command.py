@@ -1,4 +1,4 @@
-"""SPEED from the command line: the whole chain on a teacher that only the recipe calls looped, and the embedded one."""
+"""SPEED from the command line: all commands on a teacher that only the recipe describes as looped; the embedded one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain checkpoint described as looped, a store of its states, and exits trained on it."""
+    """An ordinary checkpoint that the recipe describes as looped, a store of its states, and exits trained on it."""
     folder = tmp_path_factory.mktemp("speed")
     recipe = [f"teacher.model={save_teacher(folder / 'teacher')}", LOOPED, "predictor.kind=speed"]
     words = f"data.dataset={save_prompts(folder / 'words.jsonl', 16)}"
@@ -41,18 +41,18 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_store_holds_the_loops_states(work: Path) -> None:
+def test_store_contains_the_states_of_the_exits(work: Path) -> None:
     manifest = json.loads((work / "store" / "manifest.json").read_text())
-    assert manifest["layers"] == [3, 5]  # behind the first two loops; the coda follows the third
+    assert manifest["layers"] == [3, 5]  # after the first two loops; the coda follows the third
 
 
-def test_the_gate_simulates_what_it_decodes(work: Path) -> None:
+def test_gate_simulation_equals_decoding(work: Path) -> None:
     gate = json.loads((work / "run" / "training.json").read_text())["gate"]
     assert gate["prompts"] == 2 and gate["simulated"] == pytest.approx(gate["real"], abs=1e-9)
 
 
-def test_bench_knows_the_loops_without_being_told(work: Path) -> None:
-    """The predictor remembers how its teacher loops; transformers' own generate loops too and is the reference."""
+def test_bench_takes_the_loops_from_the_predictor(work: Path) -> None:
+    """The predictor's config describes the loops; transformers' own `generate` loops too and is the reference."""
     out = work / "bench"
     options = ["--limit", "3", "--max-new-tokens", "10", "--repeats", "1", "--no-guard", "--output", out]
     done = invoke("bench", work / "run", "--dataset", work / "words.jsonl", *options)
@@ -81,7 +81,7 @@ def test_eval_reports_the_exits_and_the_pipeline(work: Path) -> None:
     assert {path.name for path in out.iterdir()} == {"eval.json", "quality.png", "occupancy.png"}
 
 
-def test_generate_writes_what_plain_decoding_writes(work: Path) -> None:
+def test_generate_equals_autoregressive_decoding(work: Path) -> None:
     texts = []
     for method in ("ar", "speed"):
         path = work / f"{method}.jsonl"
@@ -92,7 +92,7 @@ def test_generate_writes_what_plain_decoding_writes(work: Path) -> None:
     assert texts[0] == texts[1] and len(texts[0]) == 16
 
 
-def test_an_unshared_teacher_needs_groups_and_gains_nothing(work: Path) -> None:
+def test_unshared_teacher_needs_groups_and_is_not_faster(work: Path) -> None:
     recipe = [f"teacher.model={work / 'teacher'}", "predictor.kind=speed"]
     error = invoke("collect", *recipe, f"data.dataset={work / 'words.jsonl'}", f"store={work / 'no'}").exception
     assert "set predictor.loops to the groups" in str(error)
@@ -106,15 +106,17 @@ def test_an_unshared_teacher_needs_groups_and_gains_nothing(work: Path) -> None:
     assert "no gain is to be expected on one device" in " ".join(done.stdout.split())
 
 
-def test_refusals(work: Path) -> None:
+def test_generate_refuses_trees_and_other_teachers(work: Path) -> None:
     error = invoke("generate", work / "run", "--prompt", "w5", "--tree", "chain").exception
     assert isinstance(error, UsageError) and "has no tree" in str(error)
     error = invoke("generate", work / "run", "--teacher", "arithmetic", "--prompt", "w5").exception
     assert isinstance(error, FingerprintError) and "layers run 3 times" in str(error)
 
 
-def test_the_embedded_exits_are_lossless_and_fill_the_pipe() -> None:
-    """Greedy text of the embedded looped teacher equals transformers' `generate`; broken exits would empty the pipe."""
+def test_embedded_exits_are_lossless_and_fill_the_pipeline() -> None:
+    """Greedy text of the embedded looped teacher equals transformers' `generate`. A full pipeline shows that the exits
+    predict well.
+    """
     teacher, predictor, _ = load_pair("speed", None, force=False)
     assert isinstance(predictor, SpeedPredictor)
     rows = load_prompts("arithmetic", None, 12)

@@ -1,4 +1,4 @@
-"""`firp tune` as a user meets it: trees are written, reported, found again, and foretell what bench measures."""
+"""`firp tune`: writes trees and a report; generate and bench use the trees."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import PROMPT, firp
+from helpers.commands import PROMPT, firp, succeed
 
 SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "16", "--repeats", "1"]
-SHORT += ["--sittings", "2"]
+SHORT += ["--timing-rounds", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_writes_trees_and_a_report(tuned: Path) -> None:
+def test_tune_writes_trees_and_a_report(tuned: Path) -> None:
     trees = json.loads((tuned / "tree.json").read_text())
     assert [entry["batch_size"] for entry in trees["entries"]] == [1, 2]
     assert trees["tree"] == "chain"  # the default, for other machines, is the predictor's own
@@ -37,26 +37,24 @@ def test_it_writes_trees_and_a_report(tuned: Path) -> None:
     assert "calibration: " in printed and "cost of passes: " in printed and "tree.json" in printed
 
 
-def test_costs_are_measured_once_for_a_machine(tuned: Path) -> None:
-    where = ["--tree-file", str(tuned / "again.json"), "--output", str(tuned / "again")]
-    done = firp("tune", "firp", *SHORT, *where, "--no-trial", cwd=tuned, FIRP_CACHE_DIR=str(tuned / "cache"))
-    assert done.returncode == 0 and "kept from an earlier run" in done.stderr, done.stderr
+def test_costs_are_measured_once_for_a_machine(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIRP_CACHE_DIR", str(tuned / "cache"))
+    where = ["--tree-file", tuned / "again.json", "--output", tuned / "again"]
+    done = succeed("tune", "firp", *SHORT, *where, "--no-trial")
+    assert "kept from an earlier run" in done.stderr
     written = json.loads((tuned / "again" / "tune.json").read_text())
     assert all(trial["measured"] is None for trial in written["ladder"])
 
 
-def test_generate_takes_the_tree(tuned: Path) -> None:
-    done = firp("generate", "firp", "--tree", str(tuned / "tree.json"), "--prompt", PROMPT)
-    plain = firp("generate", "--method", "ar", "--prompt", PROMPT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == plain.stdout
+def test_generate_uses_tuned_trees(tuned: Path) -> None:
+    done = succeed("generate", "firp", "--tree", tuned / "tree.json", "--prompt", PROMPT)
+    assert done.stdout == succeed("generate", "--method", "ar", "--prompt", PROMPT).stdout
 
 
-def test_bench_prints_what_was_foretold(tuned: Path) -> None:
+def test_bench_reports_the_prediction_of_a_tuned_tree(tuned: Path) -> None:
     options = ["--dataset", "arithmetic", "--limit", "2", "--repeats", "1", "--max-new-tokens", "24"]
-    where = ["--tree", str(tuned / "tree.json"), "--output", str(tuned / "bench")]
-    done = firp("bench", "firp", *options, *where, "--methods", "ar,firp")
-    assert done.returncode == 0, done.stderr
+    where = ["--tree", tuned / "tree.json", "--output", tuned / "bench"]
+    done = succeed("bench", "firp", *options, *where, "--methods", "ar,firp")
     entry = json.loads((tuned / "tree.json").read_text())["entries"][0]
     report = json.loads((tuned / "bench" / "bench.json").read_text())
     row = next(row for row in report["rows"] if row["method"] == "firp")
@@ -66,10 +64,10 @@ def test_bench_prints_what_was_foretold(tuned: Path) -> None:
         assert "predicted" in done.stdout
 
 
-def test_a_tree_tuned_elsewhere_is_not_used(tuned: Path) -> None:
-    other = json.loads((tuned / "tree.json").read_text())
-    for entry in other["entries"]:
+def test_tree_of_another_machine_is_not_used(tuned: Path) -> None:
+    trees = json.loads((tuned / "tree.json").read_text())
+    for entry in trees["entries"]:
         entry["machine"]["device"] = "another machine"
-    (tuned / "other.json").write_text(json.dumps(other))
-    done = firp("generate", "firp", "--tree", str(tuned / "other.json"), "--prompt", PROMPT)
-    assert done.returncode == 0 and "firp tune" in done.stderr, done.stderr
+    (tuned / "other.json").write_text(json.dumps(trees))
+    done = succeed("generate", "firp", "--tree", tuned / "other.json", "--prompt", PROMPT)
+    assert "firp tune" in done.stderr

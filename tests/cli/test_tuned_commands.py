@@ -1,4 +1,4 @@
-"""Tuned trees and the guard as `bench` and `generate` take them."""
+"""Tuned trees and the guard in `firp bench` and `firp generate`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from firp_cli.api.loading import load_pair, load_trees
+from firp_cli.cli.terminal import quiet_libraries
 from firp_cli.config import TeacherConfig
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.speed.pipeline import PipelineEngine
@@ -27,7 +28,7 @@ from helpers.commands import invoke
 from helpers.folders import save_prompts, save_teacher
 from helpers.models import embedded_predictor, embedded_prompts, embedded_teacher, make_predictor, tiny_teacher
 
-FORETOLD = Prediction(2.0, 1.5, 1.0, 1.33)
+PREDICTED = Prediction(2.0, 1.5, 1.0, 1.33)
 GREEDY = {"temperature": 0.0, "options": EngineOptions()}
 
 
@@ -43,7 +44,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def entry(loaded: Teacher, batch: int, tree: str, **changes: Any) -> TunedTree:
     given = {"machine": machine_key(loaded), "teacher": loaded.fingerprint, "temperature": 0.0, **changes}
-    return TunedTree(batch_size=batch, context=32, tree=tree, predicted=FORETOLD, **given)
+    return TunedTree(batch_size=batch, context=32, tree=tree, predicted=PREDICTED, **given)
 
 
 def write(path: Path, *entries: TunedTree, **default: Any) -> Path:
@@ -52,6 +53,7 @@ def write(path: Path, *entries: TunedTree, **default: Any) -> Path:
 
 
 def test_trees_come_from_the_option_else_the_folder(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    quiet_libraries(verbose=False)  # prints what is logged
     teacher, predictor, _ = load_pair(str(work / "one"), None, False)
     options: dict[str, Any] = GREEDY
     assert load_trees(None, tmp_path, predictor, teacher, **options) == parse_tree("dynamic:8", 3)
@@ -69,22 +71,24 @@ def test_trees_come_from_the_option_else_the_folder(work: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"machine": {"device": "another"}}, "was tuned on another machine, chain is used: `firp tune "),
         ({"teacher": "another"}, "was tuned on another machine, chain is used: `firp tune "),
         ({"temperature": 0.7}, "was tuned for another temperature, chain is used: `firp tune "),
     ],
 )
-def test_trees_of_another_machine_are_said_in_one_line(
-    changes: dict[str, Any], said: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_trees_of_another_machine_print_one_line(
+    changes: dict[str, Any], expected: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    quiet_libraries(verbose=False)  # prints what is logged
     teacher, predictor, folder = load_pair(str(work / "one"), None, False)
     file = write(tmp_path / "tree.json", entry(teacher, 1, "dynamic:4", **changes), tree="chain")
-    found = load_trees(str(file), folder, predictor, teacher, 0.0, EngineOptions())
-    assert found == parse_tree("chain", 3)
+    trees = load_trees(str(file), folder, predictor, teacher, 0.0, EngineOptions())
+    assert trees == parse_tree("chain", 3)
     (line,) = capsys.readouterr().err.splitlines()
-    assert said in line and line.endswith(f"`firp tune {folder}` measures this one")
+    measured = "temperature" if "temperature" in changes else "machine"
+    assert expected in line and line.endswith(f"`firp tune {folder}` measures this {measured}")
 
 
 def test_pipelines_have_no_trees() -> None:
@@ -96,7 +100,7 @@ def test_pipelines_have_no_trees() -> None:
 @pytest.mark.parametrize(
     ("guard", "trees", "pipeline"), [(None, False, True), (True, True, True), (False, False, False)]
 )
-def test_who_is_guarded(guard: bool | None, trees: bool, pipeline: bool) -> None:
+def test_guard_is_on_for_pipelines_by_default(guard: bool | None, trees: bool, pipeline: bool) -> None:
     teacher = tiny_teacher("llama")
     predictors = {
         "firp": LoadedPredictor(
@@ -104,19 +108,19 @@ def test_who_is_guarded(guard: bool | None, trees: bool, pipeline: bool) -> None
         ),
         "speed": LoadedPredictor(make_predictor(teacher, kind="speed", loops=2), None, Path("b")),
     }
-    plainly, drafting, piping = make_methods(
+    baseline, drafting, piping = make_methods(
         teacher, predictors, ["ar", "firp", "speed"], BenchSettings(max_new_tokens=8, guard=guard)
     )
-    assert isinstance(plainly.engine, Engine) and isinstance(drafting.engine, Engine)
+    assert isinstance(baseline.engine, Engine) and isinstance(drafting.engine, Engine)
     assert isinstance(piping.engine, PipelineEngine)
     assert (piping.engine.fallback is not None) == pipeline
-    for engine, guarded in ((plainly.engine, False), (drafting.engine, trees)):
+    for engine, guarded in ((baseline.engine, False), (drafting.engine, trees)):
         engine.generate([[5, 9, 33]], 8)
         assert bool(engine.fallbacks) == guarded
 
 
 @pytest.mark.parametrize(("size", "tree"), [(1, "dynamic:6/3"), (4, "static:2x1")])
-def test_a_row_says_which_tuned_tree_it_took(size: int, tree: str) -> None:
+def test_bench_row_names_its_tuned_tree(size: int, tree: str) -> None:
     teacher, predictor = embedded_teacher(), embedded_predictor("firp")
     entries = (entry(teacher, 1, "dynamic:6/3"), entry(teacher, 4, "static:2x1"))
     tuned = TunedTrees(parse_tree("dynamic:8", 4), 4, entries)
@@ -131,7 +135,7 @@ def test_a_row_says_which_tuned_tree_it_took(size: int, tree: str) -> None:
     rows = {row.method: row for row in report.rows}
     assert {name: (row.tree, row.predicted) for name, row in rows.items()} == {
         "ar": (None, None),
-        "tuned": (tree, FORETOLD),
+        "tuned": (tree, PREDICTED),
         "fixed": ("dynamic:4", None),
     }
     assert rows["tuned"].lossless.identical == 4
@@ -149,24 +153,24 @@ def test_bench_takes_a_file_of_tuned_trees(work: Path, tmp_path: Path) -> None:
         assert "another machine" not in done.stderr
         written = json.loads((out / "bench.json").read_text())
         row = next(row for row in written["rows"] if row["method"] == "firp")
-        assert (row["tree"], row["predicted"]) == (tree, as_json(FORETOLD))
+        assert (row["tree"], row["predicted"]) == (tree, as_json(PREDICTED))
         assert row["lossless"]["identical"] == 4 and written["settings"]["guard"] is True
 
 
 @pytest.mark.parametrize("guard", [None, "--guard", "--no-guard"])
 @pytest.mark.parametrize("temperature", ["0", "0.8"])
-def test_generate_is_guarded_where_the_seed_decides_nothing(
+def test_generate_is_guarded_unless_it_samples(
     guard: str | None, temperature: str, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sampled text must follow from its seed; times would have a say through the guard."""
+    """A seed reproduces its text only without a guard, whose decisions depend on measured times."""
     made: list[bool] = []
     original = Engine.__init__
 
-    def noting(engine: Engine, *arguments: Any, **options: Any) -> None:
+    def recording(engine: Engine, *arguments: Any, **options: Any) -> None:
         original(engine, *arguments, **options)
         made.append(options["guard"])
 
-    monkeypatch.setattr(Engine, "__init__", noting)
+    monkeypatch.setattr(Engine, "__init__", recording)
     options = [guard] if guard else []
     done = invoke(
         *("generate", work / "one", "--prompt", "w5 w6", "--max-new-tokens", "4", "--temperature", temperature),
@@ -176,13 +180,13 @@ def test_generate_is_guarded_where_the_seed_decides_nothing(
     assert made == [guard == "--guard" if guard else temperature == "0"]
 
 
-def test_generate_says_where_trees_were_tuned(work: Path, tmp_path: Path) -> None:
+def test_generate_prints_that_trees_were_tuned_elsewhere(work: Path, tmp_path: Path) -> None:
     teacher, _, _ = load_pair(str(work / "one"), None, False)
     options = ["--prompt", "w5 w6 w7", "--max-new-tokens", "12", "--tree"]
     expected = invoke("generate", work / "one", "--method", "ar", *options[:-1]).stdout
-    for machine, said in ((machine_key(teacher), False), ({"device": "another"}, True)):
+    for machine, noted in ((machine_key(teacher), False), ({"device": "another"}, True)):
         file = write(tmp_path / "tree.json", entry(teacher, 1, "dynamic:3", machine=machine))
         done = invoke("generate", work / "one", *options, file)
         assert done.exit_code == 0, (done.output, done.exception)
         assert done.stdout == expected
-        assert ("was tuned on another machine" in done.stderr) == said
+        assert ("was tuned on another machine" in done.stderr) == noted

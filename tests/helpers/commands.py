@@ -26,3 +26,10 @@ def firp(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.Co
 def invoke(*arguments: object) -> Result:
     """Run the program in this process; a user error comes out as `result.exception`."""
     return CliRunner().invoke(app, [str(item) for item in arguments])
+
+
+def succeed(*arguments: object) -> Result:
+    """Run the program in this process and check that it succeeds."""
+    result = invoke(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from firp_cli import machine
-from firp_cli.api.loading import LayerChoice
+from firp_cli.api.loading import LayerBackend
 from firp_cli.errors import UsageError
 from firp_cli.machine import _cpu_quota, cores_of_rank, set_threads, usable_cores
 
@@ -124,18 +124,18 @@ def test_set_threads_honours_environment(
 @pytest.mark.parametrize(
     ("layers", "compiled", "message"),
     [
-        ("leam", False, "unknown layers 'leam'; did you mean 'lean'?"),
-        ("", False, "unknown layers ''; known: lean, library"),
-        ("librari", True, "unknown layers 'librari'; did you mean 'library'?"),
-        ("library", True, "--compile is for the lean layers: leave --layers library out"),
+        ("leam", False, "unknown backend 'leam'; did you mean 'lean'?"),
+        ("", False, "unknown backend ''; known: lean, library"),
+        ("librari", True, "unknown backend 'librari'; did you mean 'library'?"),
+        ("library", True, "--compile is for the lean layers: leave --backend library out"),
     ],
 )
 def test_impossible_layers_are_refused(layers: str, compiled: bool, message: str) -> None:
     with pytest.raises(UsageError) as refused:
-        LayerChoice(layers, compiled)
+        LayerBackend(layers, compiled)
     assert str(refused.value) == message
 
 
-def test_possible_layers_are_accepted() -> None:
-    assert LayerChoice() == LayerChoice("lean", False)
-    assert LayerChoice("library").layers == "library" and LayerChoice("lean", True).compiled
+def test_layers_that_can_be() -> None:
+    assert LayerBackend() == LayerBackend("lean", False)
+    assert LayerBackend("library").name == "library" and LayerBackend("lean", True).compiled

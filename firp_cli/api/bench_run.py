@@ -1,0 +1,183 @@
+"""`firp_cli.bench`: accepted length and speedup of predictors against autoregressive decoding and transformers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher
+from firp_cli.collecting.collect_store import OpenProgress, silent
+from firp_cli.data.chat import encode_prompt
+from firp_cli.data.datasets import Prompt, dataset_names, load_prompts
+from firp_cli.errors import UsageError
+from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
+from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
+from firp_cli.evaluation.run_bench import BenchPrompt, follow_bench, memory_line, merge_reports, run_bench, spread
+from firp_cli.predictors.folder import load_predictor, predictor_folder
+from firp_cli.results import BenchReport
+from firp_cli.teacher.teacher import Teacher
+
+DEFAULT_LIMIT = 40
+
+
+def bench(
+    predictors: str | Sequence[str] | None = None,
+    *,
+    dataset: str,
+    methods: Sequence[str] | None = None,
+    teacher: str | None = None,
+    dtype: str = "auto",
+    data_dir: str | None = None,
+    limit: int | None = None,
+    tree: str | None = None,
+    skip_long: bool = False,
+    force: bool = False,
+    backend: str | LayerBackend = "lean",
+    settings: BenchSettings | None = None,
+    progress: OpenProgress = silent,
+) -> BenchReport:
+    """Decode the same prompts with several methods and compare them.
+
+    Args:
+        predictors: predictor folders or embedded names. None: the embedded ones.
+        dataset: known name, hub id or .jsonl file; several with commas.
+        methods: names among `ar`, `hf` and the predictors' methods. None: all.
+        teacher: model folder, hub id, .gguf file or known name. None: each predictor's own.
+        limit: prompts of each data set. None: 40. skip_long: skip and count prompts that exceed the context.
+        settings: how the methods are measured. backend: implementation of the decoder layers.
+        progress: `progress(description)` opens a progress bar: a context manager that gives a function of (done,
+            total).
+
+    Example:
+        >>> settings = firp_cli.BenchSettings(max_new_tokens=64, repeats=1)
+        >>> report = firp_cli.bench("firp", dataset="arithmetic", limit=8, settings=settings)
+        >>> [(row.method, row.speedup) for row in report.rows]
+
+    Of the ranks that share a pipeline only the first returns rows.
+
+    Raises UsageError, DatasetError, TeacherError, PredictorError, FingerprintError and CapacityError.
+    """
+    settings, names = settings or BenchSettings(), [predictors] if isinstance(predictors, str) else predictors
+    prompts = find_prompts(dataset, data_dir, limit)
+    loader = _Loader(teacher, dtype, tree, force, LayerBackend.of(backend), settings)
+    groups = groups_to_measure(names, methods, teacher, settings.ranks)
+    reports = [_measure(loader, group, prompts, skip_long, progress) for group in groups]
+    return merge_reports(reports)
+
+
+def groups_to_measure(
+    predictors: Sequence[str] | None, methods: Sequence[str] | None, teacher: str | None, ranks: int = 1
+) -> list[Group]:
+    """Return the predictors and methods to measure, by teacher. Raises UsageError, PredictorError."""
+    if predictors:
+        folders = [predictor_folder(str(name)) for name in predictors]
+    else:
+        folders = embedded_folders(teacher, methods)
+        measured = "the embedded ones are measured" if folders else "only the baselines are measured"
+        LOG.info(f"no predictor named: {measured}")
+    groups = choose_groups(methods, group_by_teacher(folders, teacher))
+    if ranks == 1:
+        return groups
+    if len(groups) > 1:
+        raise UsageError(
+            f"--gpus takes predictors of one teacher, these have {len(groups)} "
+            f"({', '.join(str(group.teacher) for group in groups)}): name some of them, or --methods"
+        )
+    for name in groups[0].methods:
+        if groups[0].kinds.get(name, "speed") != "speed":
+            raise UsageError(
+                f"--gpus spreads a pipeline over devices; {name} decodes on one: leave it out of --methods"
+            )
+    if "speed" not in groups[0].kinds.values():
+        raise UsageError("--gpus spreads a pipeline over devices: name a speed predictor")
+    return groups
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Loads the teacher and the predictors of a group."""
+
+    teacher: str | None
+    dtype: str
+    tree: str | None
+    force: bool
+    backend: LayerBackend
+    settings: BenchSettings
+
+    def load(self, group: Group) -> tuple[Teacher, dict[str, LoadedPredictor]]:
+        """Return the group's teacher, and the predictors that its methods need by method name."""
+        settings = self.settings
+        device = None if settings.rank == 0 else "cpu"  # the other ranks move their part to their device afterwards
+        folder = next(iter(group.folders.values()), None)
+        teacher = load_named_teacher(self.teacher, folder, self.dtype, device, self.backend)
+        if settings.rank > 0:
+            pipeline = next(folder for name, folder in group.folders.items() if group.kinds[name] == "speed")
+            share_teacher(teacher, pipeline, settings.rank, settings.ranks, self.backend)
+        loaded = {}
+        for name in group.methods:
+            if name in group.folders:
+                folder = group.folders[name]
+                predictor = load_predictor(folder, teacher, self.force)
+                trees = load_trees(self.tree, folder, predictor, teacher, settings.temperature, settings.engine)
+                loaded[name] = LoadedPredictor(predictor, trees, folder)
+        return teacher, loaded
+
+
+def _measure(
+    loader: _Loader, group: Group, prompts: Sequence[tuple[str, Prompt]], skip_long: bool, progress: OpenProgress
+) -> BenchReport:
+    """Measure a group's methods with its teacher, which is loaded and released here. Ranks after the first return a
+    report without rows.
+    """
+    settings = loader.settings
+    teacher, loaded = loader.load(group)
+    methods = make_methods(teacher, loaded, group.methods, settings)
+    encoded = _encode(prompts, teacher)
+    if settings.rank > 0:
+        follow_bench(encoded, methods, settings, teacher.max_positions, skip_long)
+        return BenchReport({}, teacher.describe(), {}, [])
+    suffix = f" with {group.label}" if group.label else ""
+    LOG.info(memory_line(methods, encoded, settings, teacher.max_positions))
+    LOG.info(f"warm-up{suffix}: each method decodes the longest batch once, uncounted")
+    with progress(f"measuring{suffix}") as bar:
+        report = run_bench(teacher, encoded, methods, settings, skip_long=skip_long, progress=bar)
+    del teacher, loaded, methods
+    if group.label:  # the next teacher needs the memory
+        gc.collect()
+        torch.cuda.empty_cache()
+    return report
+
+
+def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, teacher: Teacher) -> list[BenchPrompt]:
+    """Return the encoded prompts of one data set, or of several named with commas; at most `limit` of each."""
+    return _encode(find_prompts(datasets, data_dir, limit), teacher)
+
+
+def find_prompts(datasets: str, data_dir: str | None, limit: int | None) -> list[tuple[str, Prompt]]:
+    """Return (data set, prompt) pairs: the first prompts, or, in a data set with categories, as many of each category.
+
+    Raises DatasetError.
+    """
+    count = limit or DEFAULT_LIMIT
+    pairs = []
+    for name in dataset_names(datasets):
+        prompts = load_prompts(name, data_dir, count)
+        if any(prompt.category for prompt in prompts):
+            everything = load_prompts(name, data_dir, None)
+            prompts = [everything[place] for place in spread([prompt.category for prompt in everything], count)]
+        if limit is None and len(prompts) == count:
+            LOG.info(f"{name}: {count} prompts are measured; --limit N for another number")
+        label = Path(name).stem if name.endswith(".jsonl") else name
+        pairs += [(label, prompt) for prompt in prompts]
+    return pairs
+
+
+def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher) -> list[BenchPrompt]:
+    return [
+        BenchPrompt(encode_prompt(prompt.messages, teacher.tokenizer), name, prompt.category)
+        for name, prompt in prompts
+    ]

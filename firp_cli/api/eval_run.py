@@ -1,0 +1,189 @@
+"""`firp_cli.evaluate`: quality of a predictor's drafts, without decoding."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from firp_cli.api.loading import LOG, load_pair
+from firp_cli.assets import DEFAULT_TEACHER
+from firp_cli.collecting.collect_store import OpenProgress, collect_store, silent
+from firp_cli.collecting.engine_responder import EngineResponder
+from firp_cli.config import DataConfig, Recipe
+from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
+from firp_cli.decoding.speed.pipeline import PipelineEngine
+from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree
+from firp_cli.errors import UsageError
+from firp_cli.evaluation.environment import measurement_environment
+from firp_cli.evaluation.quality import Sequences
+from firp_cli.evaluation.quality import evaluate as measure_quality
+from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
+from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.speed import SpeedPredictor
+from firp_cli.recipe import load_recipe
+from firp_cli.results import EvalReport, PipelineReport
+from firp_cli.store.reader import Store
+from firp_cli.teacher.teacher import Teacher
+from firp_cli.training.batches import split_validation
+
+DEFAULT_LIMIT = 40
+DECODED = 16  # prompts that a pipeline decodes for its diagnostics
+DECODED_TOKENS = 128  # new tokens of each
+
+
+@dataclass
+class _Subset:
+    """Some sequences of a store."""
+
+    store: Sequences
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self.store[self.indices[index]]
+
+
+def evaluate(
+    predictor: str | Path,
+    *,
+    store: str | Path | None = None,
+    dataset: str | None = None,
+    teacher: str | None = None,
+    data_dir: str | None = None,
+    limit: int | None = None,
+    tree: str | None = None,
+    force: bool = False,
+    progress: OpenProgress = silent,
+) -> EvalReport:
+    """Measure top-1, top-5, KL, expected accepted length and similarity of the drafts by step.
+
+    Args:
+        predictor: predictor folder or embedded name.
+        store: hidden-state store to evaluate on. Of the store that the predictor was trained on, the conversations
+            that training held out are used.
+        dataset: known name, hub id or .jsonl file, whose test prompts the teacher answers first. Without `store` and
+            `dataset`: the training store, else the data set of the predictor's recipe.
+        limit: conversations at most. None: all of a store, 40 prompts.
+        progress: `progress(description)` opens a progress bar: a context manager that gives a function of (done,
+            total).
+
+    Example:
+        >>> firp_cli.evaluate("firp", dataset="arithmetic", limit=8).expected_accepted_length_tree
+
+    Raises UsageError, TeacherError, PredictorError, FingerprintError, DatasetError and StoreError.
+    """
+    if store is not None and dataset is not None:
+        raise UsageError("give either --store or --dataset")
+    model, loaded, folder = load_pair(str(predictor), teacher, force)
+    spec = _tree(tree, folder, loaded)
+    recipe = _recipe(folder)
+    source = Path(store) if store is not None else None if dataset else _training_store(recipe)
+    with tempfile.TemporaryDirectory(prefix="firp-eval-") as temporary:
+        if source is None:
+            answers = Path(temporary) / "store"
+            config = _test_prompts(recipe.data, dataset, data_dir, limit)
+            _collect(model, config, loaded, answers, progress)
+            sequences, _ = _from_store(model, loaded, Recipe(), answers)
+            data: dict[str, Any] = {"dataset": config.dataset, "split": "test", "answers": "teacher, greedy"}
+        else:
+            sequences, data = _from_store(model, loaded, recipe, source)
+        with progress("evaluating") as bar:
+            quality = measure_quality(model, loaded, sequences, spec, limit=limit, progress=bar)
+            pipeline = _pipeline(model, loaded, sequences, limit)
+    return EvalReport(
+        environment=measurement_environment(model),
+        teacher=model.describe(),
+        predictor={"folder": str(folder), **loaded.describe()},
+        data={**data, "sequences": quality.sequences, "anchors": quality.anchors},
+        steps=quality.steps,
+        expected_accepted_length_chain=quality.expected_accepted_length_chain,
+        expected_accepted_length_tree=quality.expected_accepted_length_tree,
+        tree=str(spec) if spec else "",
+        pipeline=pipeline,
+        similarity=quality.similarity,
+    )
+
+
+def _tree(tree: str | None, folder: Path, predictor: Predictor) -> TreeSpec | None:
+    """Return the tree to evaluate the drafts with, where each node has its own pseudo rows; None for a pipeline."""
+    if predictor.pipeline and tree:
+        raise UsageError(f"{folder} feeds a pipeline, which has no tree: leave --tree out")
+    if predictor.pipeline:
+        return None
+    spec = parse_tree(tree, predictor.steps) if tree else default_tree(folder, predictor)
+    return replace(spec, budget=None)
+
+
+def _pipeline(teacher: Teacher, predictor: Predictor, sequences: Sequences, limit: int | None) -> PipelineReport | None:
+    """Decode the prompts of a few sequences in a SPEED pipeline and measure a tick; None for other predictors."""
+    if not isinstance(predictor, SpeedPredictor):
+        return None
+    engine = PipelineEngine(teacher, predictor, guard=False)
+    generations = []
+    for index in range(min(len(sequences), limit or len(sequences), DECODED)):
+        ids, mask = sequences[index].input_ids, sequences[index].loss_mask
+        start = int(mask.int().argmax())
+        if 0 < start <= teacher.max_positions - DECODED_TOKENS:
+            generations += engine.generate([ids[:start].tolist()], DECODED_TOKENS)
+    middle = [item.prompt_tokens + len(item.token_ids) // 2 for item in generations]
+    cost = measure_tick(teacher, predictor, sum(middle) // len(middle)) if middle else None
+    return pipeline_report(generations, teacher.looped is not None, cost=cost)
+
+
+def _recipe(folder: Path) -> Recipe:
+    """Return the recipe that the predictor was trained with; an empty one where the folder has none."""
+    path = folder / "recipe.yaml"
+    return load_recipe(str(path)) if path.is_file() else Recipe()
+
+
+def _training_store(recipe: Recipe) -> Path | None:
+    """Return the store that the predictor was trained on, where it still exists."""
+    store = Path(recipe.store) if recipe.store else None
+    return store if store is not None and (store / "manifest.json").is_file() else None
+
+
+def _test_prompts(config: DataConfig, dataset: str | None, data_dir: str | None, limit: int | None) -> DataConfig:
+    """Describe the test prompts that the teacher answers: those of `dataset`, else of the predictor's recipe."""
+    name = dataset or config.dataset or DEFAULT_TEACHER
+    if limit is None:
+        LOG.info(f"{name}: the teacher answers at most {DEFAULT_LIMIT} prompts; --limit N for another number")
+    return config.model_copy(
+        update={
+            "dataset": name,
+            "split": "test",
+            "data_dir": data_dir or config.data_dir,
+            "limit": limit or DEFAULT_LIMIT,
+            "regenerate": True,
+        }
+    )
+
+
+def _collect(teacher: Teacher, config: DataConfig, predictor: Predictor, folder: Path, progress: OpenProgress) -> None:
+    """Fill a temporary store with the teacher's own answers and their states."""
+    responder = EngineResponder(teacher, config.batch_size)
+    collect_store(teacher, config, predictor.required_layers, folder, progress=progress, responder=responder)
+
+
+def _from_store(
+    teacher: Teacher, predictor: Predictor, recipe: Recipe, folder: Path
+) -> tuple[Sequences, dict[str, Any]]:
+    """Open a store and return its sequences, with their description for the report; of the store that the predictor
+    was trained on, only those that training held out.
+    """
+    store = Store.open(folder, layers=predictor.required_layers)
+    tokenizer = teacher.tokenizer
+    store.check_teacher(teacher.fingerprint, tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
+    data: dict[str, Any] = {"store": str(folder)}
+    if recipe.store is None or Path(recipe.store).resolve() != folder.resolve():
+        return store, data
+    _, held_out = split_validation(len(store), recipe.training.validation_fraction, recipe.training.seed)
+    if not held_out:
+        LOG.info(f"{folder}: training held nothing out of this store, so the figures are those of its training data")
+        return store, data
+    LOG.info(f"{folder}: the predictor was trained on this store; the {len(held_out)} held-out conversations are used")
+    return _Subset(store, held_out), {**data, "part": "held out of training"}

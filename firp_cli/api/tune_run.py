@@ -1,0 +1,112 @@
+"""`firp_cli.tune`: choose draft trees by measuring this machine, and write them into a tree.json."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from firp_cli.api.loading import LOG, LayerBackend, load_pair
+from firp_cli.assets import DEFAULT_TEACHER
+from firp_cli.collecting.collect_store import OpenProgress, silent
+from firp_cli.data.chat import encode_prompt
+from firp_cli.data.datasets import KNOWN, dataset_names, load_prompts
+from firp_cli.data.formats import Message
+from firp_cli.decoding.tree_file import update_trees
+from firp_cli.decoding.tree_spec import default_tree
+from firp_cli.errors import UsageError
+from firp_cli.files import write_json
+from firp_cli.predictors.folder import predictor_folder
+from firp_cli.recipe import load_recipe
+from firp_cli.tune_results import TuneReport
+from firp_cli.tuning.calibration import TuneSettings
+from firp_cli.tuning.tuner import tune as choose_trees
+
+DEFAULT_LIMIT = 64
+
+
+def tune(
+    predictor: str | Path = "firp",
+    *,
+    dataset: str | None = None,
+    split: str = "train",
+    data_dir: str | None = None,
+    limit: int = DEFAULT_LIMIT,
+    teacher: str | None = None,
+    dtype: str = "auto",
+    backend: str | LayerBackend = "lean",
+    force: bool = False,
+    settings: TuneSettings | None = None,
+    tree_file: str | Path | None = None,
+    progress: OpenProgress = silent,
+) -> TuneReport:
+    """Measure what decoding steps cost on this machine, choose the fastest draft tree of each batch size, and write
+    the trees into `tree_file` (None: tree.json in the predictor's folder).
+
+    Args:
+        predictor: predictor folder or embedded name.
+        dataset: calibration prompts: known name, hub id or .jsonl file. None: the data set of the predictor's recipe.
+        split: the last `limit` prompts of this split are used. It must not be `test`, which `bench` decodes.
+        settings: batch sizes, sampling and effort. backend: implementation of the decoder layers.
+        progress: `progress(description)` opens a progress bar: a context manager that gives a function of (done,
+            total).
+
+    Example:
+        >>> report = firp_cli.tune("runs/demo", settings=firp_cli.TuneSettings(batches=(1, 4)))
+        >>> [(tree.batch_size, tree.tree) for tree in report.entries]
+
+    Raises UsageError, DatasetError, TeacherError, PredictorError, FingerprintError and CapacityError.
+    """
+    folder = predictor_folder(str(predictor))
+    name = dataset or _trained_on(folder)
+    target = Path(tree_file) if tree_file is not None else folder / "tree.json"
+    _check_writable(target)
+    prompts = _prompts(name, split, data_dir, limit)
+    model, drafting, _ = load_pair(str(predictor), teacher, force, dtype, backend=LayerBackend.of(backend))
+    with progress("measuring passes") as bar:
+        report = choose_trees(
+            model,
+            drafting,
+            [encode_prompt(messages, model.tokenizer) for messages in prompts],
+            settings or TuneSettings(),
+            dataset=f"{name}, {split}",
+            default=default_tree(folder, drafting),
+            tell=LOG.info,
+            progress=bar,
+        )
+    report.predictor["folder"] = str(folder)
+    known = target if target.is_file() else folder / "tree.json"
+    write_json(target, update_trees(known, report.entries))  # entries of other machines and batch sizes stay
+    return report
+
+
+def _trained_on(folder: Path) -> str:
+    """Return the data set of the predictor's recipe, else the embedded one."""
+    path = folder / "recipe.yaml"
+    return (load_recipe(str(path)).data.dataset if path.is_file() else None) or DEFAULT_TEACHER
+
+
+def _check_writable(path: Path) -> None:
+    """Raise UsageError before anything is measured where the trees could not be written."""
+    folder = path.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "cannot be written to" if folder.is_dir() else "is not a folder"
+        raise UsageError(f"{folder} {reason}: --tree-file FILE writes the trees elsewhere")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: --tree-file takes a file")
+
+
+def _prompts(datasets: str, split: str, data_dir: str | None, limit: int) -> list[list[Message]]:
+    """Return the last prompts of the split: training uses the first ones, and `bench` those of the test split.
+
+    Raises UsageError for the prompts that `bench` decodes, DatasetError.
+    """
+    names = dataset_names(datasets)
+    for name in names:
+        testing = name in KNOWN and "train" not in KNOWN[name].splits
+        if split == "test" or testing:
+            problem = f"{name} has test prompts only" if testing else "--split test"
+            raise UsageError(
+                f"{problem}: a tree that is tuned on the prompts of bench proves nothing; take others (--dataset)"
+            )
+    share = -(-limit // len(names))
+    return [prompt.messages for name in names for prompt in load_prompts(name, data_dir, None, split)[-share:]]
