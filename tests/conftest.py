@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that run side by side would wait for each other's threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from helpers.rank_pool import RankPool
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Starts commands on any number of ranks, without the seconds of importing."""
     from helpers.rank_pool import rank_pool  # it imports this module

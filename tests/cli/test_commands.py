@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from firp_cli.cli.terminal import say
-from helpers.commands import PROMPT, firp
+from helpers.commands import PROMPT, firp, firp_process
 from helpers.models import ROOT
 from helpers.rank_pool import RankPool
 
@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_generate_streams_the_same_text_as_plain_decoding() -> None:
-    drafted = firp("generate", "--no-guard", "--prompt", PROMPT)
+    drafted = firp_process("generate", "--no-guard", "--prompt", PROMPT)
     plain = firp("generate", "--method", "ar", "--prompt", PROMPT)
     assert drafted.returncode == plain.returncode == 0, drafted.stderr
     assert drafted.stdout == plain.stdout
@@ -193,14 +193,14 @@ def test_wheel_works_elsewhere(tmp_path: Path) -> None:
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    done = firp(
+    done = firp_process(
         "generate", "--prompt", PROMPT, "--max-new-tokens", "40", cwd=tmp_path, PYTHONPATH=str(site), PYTHONSAFEPATH="1"
     )
     assert done.returncode == 0, done.stderr
     where = [
         sys.executable,
         "-c",
-        "import firp_cli, firp_cli.recipe as r; print(firp_cli.__file__, len(r.shipped_recipes()))",
+        "import firp_cli, firp_cli.assets as a; print(firp_cli.__file__, len(a.shipped_recipes()))",
     ]
     told = subprocess.run(
         where, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, check=True

@@ -22,7 +22,7 @@ from firp_cli.cli.quickstart import (
 from firp_cli.data.datasets import load_prompts
 from firp_cli.errors import DatasetError, TeacherError
 from firp_cli.recipe import load_recipe
-from helpers.commands import firp
+from helpers.commands import firp, firp_process
 
 
 def test_quickstart_keeps_the_last_tenth_of_a_file_back(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_quickstart_hands_the_time_that_is_left_to_training(monkeypatch: pytest.
     assert taught.epochs == MOST_EPOCHS and taught.gate_prompts == 2 and taught.max_steps is None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path) -> None:
     data = tmp_path / "data" / "sums"
     data.mkdir(parents=True)
@@ -105,7 +105,7 @@ def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path) -> None:
     own = data / "own.jsonl"
     own.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--prompts", str(own), "--minutes", "2", "--output", "out", "--max-new-tokens", "48"]
-    done = firp("quickstart", "arithmetic", *options, cwd=tmp_path, FIRP_CACHE_DIR=str(tmp_path / "cache"))
+    done = firp_process("quickstart", "arithmetic", *options, cwd=tmp_path, FIRP_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     commands = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ firp ")]
     assert commands == ["collect", "collect", "train", "tune", "bench"]

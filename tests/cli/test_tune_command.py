@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import PROMPT, firp
+from helpers.commands import PROMPT, firp, firp_process
 
 SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "16", "--repeats", "1"]
 SHORT += ["--sittings", "2"]
@@ -18,7 +18,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tree.json`, the report in `report`, and what was printed in `printed`."""
     folder = tmp_path_factory.mktemp("tuned")
     where = ["--tree-file", str(folder / "tree.json"), "--output", str(folder / "report")]
-    done = firp("tune", "firp", *SHORT, *where, cwd=folder, FIRP_CACHE_DIR=str(folder / "cache"))
+    done = firp_process("tune", "firp", *SHORT, *where, cwd=folder, FIRP_CACHE_DIR=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout + done.stderr)
     return folder

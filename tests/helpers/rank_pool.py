@@ -7,9 +7,12 @@ once all have ended with their exit codes. It does what the launcher of a machin
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -77,11 +80,13 @@ class RankPool:
         *,
         cwd: Path = ROOT,
         environment: Mapping[str, str] | None = None,
+        script: Path | None = None,
         **faults: int,
     ) -> Group:
         """Run `firp argv` on `ranks` ranks; what they print goes to `log`.
 
         Args:
+            script: a Python file that is run as a program instead of `firp`.
             environment: variables beside those of the test run.
             faults: `file_bytes`: no file may grow beyond it, as on a full disk. `renames`: rank 0 is killed at the
                 rename of that number (from 1), before it, or with `renamed=1` right after it. `slurm=1` is no fault:
@@ -89,7 +94,7 @@ class RankPool:
         """
         assert self._process.stdin
         request = {"argv": argv, "ranks": ranks, "log": str(log), "faults": faults}
-        request |= {"cwd": str(cwd), "environment": dict(environment or {})}
+        request |= {"cwd": str(cwd), "environment": dict(environment or {}), "script": script and str(script)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Group(self, self.read()["pids"])
@@ -160,9 +165,12 @@ def _rank(request: dict[str, Any], rank: int, port: int) -> None:
     sys.argv = ["firp", *request["argv"]]
     code = 1
     try:
-        from firp_cli.cli.app import main
+        if request["script"]:
+            runpy.run_path(request["script"], run_name="__main__")
+        else:
+            from firp_cli.cli.app import main
 
-        main()
+            main()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
@@ -209,6 +217,10 @@ def _serve() -> None:
     load_deepspeed()
     import torch.utils.tensorboard
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    for module in pkgutil.walk_packages([str(ROOT / "firp_cli")], "firp_cli."):
+        if not module.name.endswith("__main__") and ".triton_" not in module.name:
+            importlib.import_module(module.name)
 
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

@@ -26,7 +26,7 @@ from helpers.faults import KILLED, check_store, collecting, make_place, shard_by
 from helpers.rank_pool import RankPool
 from helpers.training import rows
 
-KILLS = 20
+KILLS = [(3, 1), pytest.param(20, 3, marks=pytest.mark.nightly)]  # kills in all, and in the middle of the work
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +42,26 @@ def training(place: Path, output: Path) -> list[str]:
     return ["train", *predictor, *(f"training.{setting}" for setting in settings), *folders]
 
 
-def test_collect_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Path, tmp_path: Path) -> None:
-    assert ranks.run(collecting(place, place / "store"), 1, tmp_path / "log") == [0]
-    reference = shard_bytes(place / "store")
-    assert len(reference) >= 10
+@pytest.fixture(scope="module")
+def reference(ranks: RankPool, place: Path) -> dict[str, bytes]:
+    assert ranks.run(collecting(place, place / "store"), 1, place / "log") == [0]
+    found = shard_bytes(place / "store")
+    assert len(found) >= 10
+    return found
+
+
+@pytest.mark.parametrize(("all_kills", "middle_kills"), KILLS)
+def test_collect_loses_nothing_when_a_rank_is_killed(
+    ranks: RankPool, place: Path, reference: dict[str, bytes], tmp_path: Path, all_kills: int, middle_kills: int
+) -> None:
     began = time.monotonic()
     assert ranks.run(collecting(place, tmp_path / "two"), 2, tmp_path / "log") == [0, 0]
     usual = time.monotonic() - began
     assert shard_bytes(tmp_path / "two") == reference
     chance, folder, kept = random.Random(6), tmp_path / "store", 0
     kills = middles = 0
-    while kills < KILLS:
+    while kills < all_kills or middles < middle_kills:
+        assert kills < 3 * all_kills, "the kills come before and after the work, not while files are written"
         count = chance.choice([2, 2, 3])
         wanted = chance.choice([0, min(kept + chance.randint(1, 6), len(reference))])
         group = ranks.start([*collecting(place, folder), "--resume"], count, tmp_path / "log")
@@ -72,7 +81,6 @@ def test_collect_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Pat
             assert shard_bytes(folder) == reference
             shutil.rmtree(folder)
             kept = 0
-    assert middles >= 3  # the kills came while shards were written, not only before and after
     assert ranks.run([*collecting(place, folder), "--resume"], chance.choice([1, 2, 3]), tmp_path / "log") in (
         [0],
         [0, 0],
@@ -111,9 +119,11 @@ def rows_written(output: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def test_train_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Path, tmp_path: Path) -> None:
-    if not (place / "store").is_dir():
-        assert ranks.run(collecting(place, place / "store"), 1, tmp_path / "log") == [0]
+@pytest.mark.parametrize(("all_kills", "middle_kills"), KILLS)
+@pytest.mark.usefixtures("reference")
+def test_train_loses_nothing_when_a_rank_is_killed(
+    ranks: RankPool, place: Path, tmp_path: Path, all_kills: int, middle_kills: int
+) -> None:
     began = time.monotonic()
     assert ranks.run(training(place, tmp_path / "whole"), 2, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
     usual = time.monotonic() - began
@@ -122,7 +132,8 @@ def test_train_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Path,
     assert len(reference) > 30
     chance, output, step = random.Random(6), tmp_path / "run", 0
     kills = middles = 0
-    while kills < KILLS:
+    while kills < all_kills or middles < middle_kills:
+        assert kills < 3 * all_kills, "the kills come before and after the work, not while files are written"
         wanted = chance.choice([0, chance.randint(min(step + 1, len(reference)), len(reference))])
         group = ranks.start([*training(place, output), "--resume"], 2, tmp_path / "log")
         codes = group.wait_unless_killed(  # by the clock, or when so many rows are written
@@ -142,7 +153,6 @@ def test_train_loses_nothing_when_a_rank_is_killed(ranks: RankPool, place: Path,
             assert (output / "predictor.safetensors").read_bytes() == predictor
             shutil.rmtree(output)
             step = 0
-    assert middles >= 3
     assert ranks.run([*training(place, output), "--resume"], 2, tmp_path / "log") == [0, 0]
     assert rows(output) == reference
     assert (output / "predictor.safetensors").read_bytes() == predictor
@@ -161,12 +171,22 @@ def few_shards(ranks: RankPool, place: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("renamed", [0, 1])
+RENAMES = [(1, 4, 0), (3, 4, 1), *(pytest.param(1, 1, after, marks=pytest.mark.nightly) for after in (0, 1))]
+at_renames = pytest.mark.parametrize(("first", "stride", "renamed"), RENAMES)  # killed before them, or right after
+
+
+@at_renames
 def test_collect_stands_a_kill_at_every_rename(
-    ranks: RankPool, place: Path, few_shards: dict[str, bytes], tmp_path: Path, renamed: int
+    ranks: RankPool,
+    place: Path,
+    few_shards: dict[str, bytes],
+    tmp_path: Path,
+    first: int,
+    stride: int,
+    renamed: int,
 ) -> None:
     arguments = few(collecting(place, tmp_path / "store"))
-    for number in range(1, 100):
+    for number in range(first, 100, stride):
         codes = ranks.run(arguments, 1, tmp_path / "log", renames=number, renamed=renamed)
         if codes == [0]:
             break
@@ -192,12 +212,12 @@ def training_few(place: Path, output: Path) -> list[str]:
     return [*arguments, "training.save_every=2", "training.max_steps=5", "training.validate_every=4"]
 
 
-@pytest.mark.parametrize("renamed", [0, 1])
+@at_renames
 def test_train_stands_a_kill_at_every_rename(
-    ranks: RankPool, place: Path, trained: Path, tmp_path: Path, renamed: int
+    ranks: RankPool, place: Path, trained: Path, tmp_path: Path, first: int, stride: int, renamed: int
 ) -> None:
     reference = rows(trained)
-    for number in range(1, 100):
+    for number in range(first, 100, stride):
         codes = ranks.run(training_few(place, tmp_path / "run"), 1, tmp_path / "log", renames=number, renamed=renamed)
         if codes == [0]:
             break

@@ -101,7 +101,7 @@ def test_two_ranks_equal_one_rank_with_doubled_accumulation(tmp_path: Path, monk
 
     At its end rank 1 fails, and says why.
     """
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]))
     with pytest.raises(LaunchError, match="rank 1: a fault of rank 1 alone") as caught:
         launch(2, None, [str(tmp_path)], module="test_training")
     assert caught.value.exit_code == 2

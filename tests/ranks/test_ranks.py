@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import pytest
 from firp_cli.decoding.make_engine import make_engine
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.speed.stages import Ranks
-from firp_cli.distributed.launch import launch, relayed_errors, start
+from firp_cli.distributed.launch import relayed_errors, start
 from firp_cli.errors import UsageError
 from firp_cli.machine import rank, world_size
 from firp_cli.teacher.teacher import Teacher
-from helpers.models import ROOT, make_predictor, random_prompts, tiny_model, tiny_teacher
+from helpers.models import make_predictor, random_prompts, tiny_model, tiny_teacher
+from helpers.rank_pool import RankPool
 
 TOKENS = 12
 # one group per stage; three groups of four layers (2, 1, 1), an exit left out, a threshold; lean layers or not
@@ -47,12 +47,12 @@ def decoded(number: int, size: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_ranks_write_the_tokens_of_one_process(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ranks_write_the_tokens_of_one_process(ranks: RankPool, count: int, tmp_path: Path):
     """Every rank works on its own groups of layers and ends with the same tokens, in as many ticks; sampling too, since
     the last rank alone draws.
     """
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
-    launch(count, None, [str(tmp_path)], module="test_ranks")
+    codes = ranks.run([str(tmp_path)], count, tmp_path / "log", script=Path(__file__))
+    assert codes == [0] * count, (tmp_path / "log").read_text()
     alone = decoded(0, 1)
     for number in range(count):
         assert json.loads((tmp_path / f"{number}.json").read_text()) == alone
