@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from firp_cli.cli.terminal import say
-from helpers.commands import PROMPT, firp, firp_process
+from helpers.commands import PROMPT, firp
 from helpers.models import ROOT
 from helpers.rank_pool import RankPool
 
@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_generate_streams_the_same_text_as_plain_decoding() -> None:
-    drafted = firp_process("generate", "--no-guard", "--prompt", PROMPT)
+    drafted = firp("generate", "--no-guard", "--prompt", PROMPT)
     plain = firp("generate", "--method", "ar", "--prompt", PROMPT)
     assert drafted.returncode == plain.returncode == 0, drafted.stderr
     assert drafted.stdout == plain.stdout
@@ -193,7 +193,7 @@ def test_wheel_works_elsewhere(tmp_path: Path) -> None:
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    done = firp_process(
+    done = firp(
         "generate", "--prompt", PROMPT, "--max-new-tokens", "40", cwd=tmp_path, PYTHONPATH=str(site), PYTHONSAFEPATH="1"
     )
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from firp_cli.cli.quickstart import (
 from firp_cli.data.datasets import load_prompts
 from firp_cli.errors import DatasetError, TeacherError
 from firp_cli.recipe import load_recipe
-from helpers.commands import firp, firp_process
+from helpers.commands import firp
 
 
 def test_quickstart_keeps_the_last_tenth_of_a_file_back(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path) -> None:
     own = data / "own.jsonl"
     own.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--prompts", str(own), "--minutes", "2", "--output", "out", "--max-new-tokens", "48"]
-    done = firp_process("quickstart", "arithmetic", *options, cwd=tmp_path, FIRP_CACHE_DIR=str(tmp_path / "cache"))
+    done = firp("quickstart", "arithmetic", *options, cwd=tmp_path, FIRP_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     commands = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ firp ")]
     assert commands == ["collect", "collect", "train", "tune", "bench"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import PROMPT, firp, firp_process
+from helpers.commands import PROMPT, firp
 
-SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "8", "--repeats", "1"]
+SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "16", "--repeats", "1"]
 SHORT += ["--sittings", "2"]
 
 
@@ -18,7 +18,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tree.json`, the report in `report`, and what was printed in `printed`."""
     folder = tmp_path_factory.mktemp("tuned")
     where = ["--tree-file", str(folder / "tree.json"), "--output", str(folder / "report")]
-    done = firp_process("tune", "firp", *SHORT, *where, cwd=folder, FIRP_CACHE_DIR=str(folder / "cache"))
+    done = firp("tune", "firp", *SHORT, *where, cwd=folder, FIRP_CACHE_DIR=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout + done.stderr)
     return folder
@@ -39,9 +39,7 @@ def test_it_writes_trees_and_a_report(tuned: Path) -> None:
 
 def test_costs_are_measured_once_for_a_machine(tuned: Path) -> None:
     where = ["--tree-file", str(tuned / "again.json"), "--output", str(tuned / "again")]
-    done = firp(
-        "tune", "firp", *SHORT, *where, "--no-trial", "--sittings", "1", cwd=tuned, FIRP_CACHE_DIR=str(tuned / "cache")
-    )
+    done = firp("tune", "firp", *SHORT, *where, "--no-trial", cwd=tuned, FIRP_CACHE_DIR=str(tuned / "cache"))
     assert done.returncode == 0 and "kept from an earlier run" in done.stderr, done.stderr
     written = json.loads((tuned / "again" / "tune.json").read_text())
     assert all(trial["measured"] is None for trial in written["ladder"])

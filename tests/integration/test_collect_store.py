@@ -33,7 +33,6 @@ from firp_cli.store.reader import Store
 from firp_cli.teacher.teacher import Teacher
 from helpers.chat import byte_tokenizer
 from helpers.collecting import config, contents, make_teacher
-from helpers.commands import firp
 from helpers.models import FAMILIES, ROOT, VOCABULARY, generate_reference, tiny_model, tiny_teacher
 from helpers.rank_pool import RankPool
 
@@ -312,13 +311,20 @@ def test_an_estimate_from_a_sample_comes_near(
     assert figures["tokens"] == pytest.approx(exact["tokens"], rel=0.2)
 
 
+def firp(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    values = {key: value for key, value in os.environ.items() if key != "FIRP_DATA_DIR"}
+    values |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "firp_cli", "collect", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=values, timeout=120, check=False)
+
+
 def test_the_command_from_estimate_to_store(teacher_folder: Path, dataset: Path, tmp_path: Path) -> None:
     common = ["--teacher", str(teacher_folder), "--dataset", str(dataset), "--layers", "1,3", "data.shard_tokens=300"]
-    planned = firp("collect", *common, "--estimate", cwd=tmp_path)
+    planned = firp(*common, "--estimate", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
     assert "nothing was started" in planned.stdout and "GB free" in planned.stdout
     assert not (tmp_path / "stores").exists()
-    done = firp("collect", *common, "--limit", "10", "--json", cwd=tmp_path)
+    done = firp(*common, "--limit", "10", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["store"] == "stores/sums" and summary["conversations"] == 10
@@ -330,11 +336,11 @@ def test_a_recipe_says_layers_and_folder(teacher_folder: Path, dataset: Path, tm
     sections = [f"teacher: {{model: {teacher_folder}}}", f"data: {{dataset: {dataset}}}"]
     text = "\n".join([*sections, "predictor: {kind: firp, layer: 3}", "store: mine"])
     (tmp_path / "run.yaml").write_text(text)
-    done = firp("collect", "run.yaml", cwd=tmp_path)
+    done = firp("run.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mine: 24 conversations") and "layers 3 and the final state" in done.stdout
     assert done.stdout.rstrip().endswith("next: firp train run.yaml --store mine")
-    again = firp("collect", "run.yaml", cwd=tmp_path)
+    again = firp("run.yaml", cwd=tmp_path)
     assert again.returncode == 1 and "already holds a complete store" in again.stderr and "--resume" in again.stderr
     assert len(again.stderr.splitlines()) == 1
 

@@ -26,7 +26,6 @@ from firp_cli.store.reader import Store
 from firp_cli.teacher.teacher import Teacher
 from helpers import vllm_stand_in
 from helpers.collecting import config, corpus_of, make_teacher
-from helpers.commands import firp
 from helpers.models import ROOT, looped_teacher, random_prompts
 
 STOP = vllm_stand_in.STOP
@@ -161,7 +160,9 @@ def test_what_vllm_cannot_do_is_refused(script: Script, teacher: Teacher, tmp_pa
 def test_a_missing_vllm_is_refused_before_the_teacher_is_loaded(tmp_path: Path) -> None:
     if vllm_process.importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed")
-    done = firp("collect", "--regenerate", "collect.responder=vllm", "teacher.model=nowhere", cwd=tmp_path)
+    command = [sys.executable, "-m", "firp_cli", "collect", "--regenerate", "collect.responder=vllm"]
+    values = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "teacher.model=nowhere"], capture_output=True, text=True, cwd=tmp_path, env=values)
     assert done.returncode == 2 and "pip install 'firp[vllm]'" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
