@@ -453,7 +453,8 @@ def run_with_faults(folder: Path, names: list[str], lost: bool = False) -> tuple
     return done, json.loads((folder / "out" / "gpu_suite.json").read_text())["parts"]
 
 
-@pytest.mark.parametrize("names", [["smoke", "dies", "last"], pytest.param(FAULTS, marks=pytest.mark.nightly)], ids=len)
+@pytest.mark.nightly
+@pytest.mark.parametrize("names", [["smoke", "dies", "last"], FAULTS], ids=len)
 def test_suite_loses_one_part_to_a_process_that_dies_breaks_or_hangs(tmp_path: Path, names: list[str]) -> None:
     done, parts = run_with_faults(tmp_path, names)
     failed = {"dies", "breaks", "hangs"}
