@@ -30,8 +30,9 @@ tiers = pytest.mark.parametrize("nightly", [False, pytest.param(True, marks=pyte
 
 
 def compile_only(monkeypatch: pytest.MonkeyPatch, architecture: int, cache: Path, device: int) -> list[str]:
-    """From now on kernels are compiled for an architecture and not launched; returns the list of their names, one for
-    each variant. `device`: a number of its own for each test, for kernels are kept by device.
+    """Compile kernels for an architecture from now on and launch none; return the growing list of compiled variants.
+
+    `device`: a number that no other test uses, since Triton caches kernels by device.
     """
     import triton
 

@@ -89,7 +89,7 @@ def test_suite_runs_all_parts_at_toy_size(tmp_path: Path) -> None:
 
 
 def check_figures(parts: dict[str, Any]) -> None:
-    """Figures that must hang together."""
+    """Check that figures of several parts agree."""
     found = {name: item["result"] for name, item in parts.items()}
     ar = found["7b.ar"]
     floor = 1e3 * (ar["weight_bytes"] + ar["cache_bytes"]) / found["bandwidth"]["bytes_per_second"]
@@ -434,7 +434,7 @@ if __name__ == "__main__":
 
 
 def run_with_faults(folder: Path, lost: bool = False) -> tuple[Any, dict[str, Any]]:
-    """Run the suite over parts of SCRIPT in processes (`lost`: the first part gives nothing); return the process and parts."""
+    """Run the parts of SCRIPT in processes (`lost`: the first gives nothing); return the process and the parts."""
     script = folder / "suite_with_faults.py"
     script.write_text(SCRIPT.format(scripts=str(ROOT / "scripts"), smoke=lost))
     done = subprocess.run(
