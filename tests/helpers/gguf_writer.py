@@ -26,7 +26,7 @@ def write_gguf(
     """Write `model` with the embedded teacher's tokenizer and chat template.
 
     Args:
-        quantised: kind of every matrix; None: float32. fields, tensors: added to the model's. left_out: omitted tensors.
+        quantised: kind of every matrix; None: float32. fields, tensors: added to the model's. left_out: omitted.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)

@@ -184,7 +184,7 @@ def described_model(name: str) -> Any:
 
 @made_once
 def described_teacher(name: str, lean: bool = True) -> Teacher:
-    """Return a teacher whose loops a recipe describes; `raven-norms` keeps library layers: its norms magnify rounding."""
+    """Return a teacher whose loops a recipe describes; `raven-norms` keeps library layers: norms magnify rounding."""
     teacher = Teacher(described_model(name), name=f"described-{name}", looped=DESCRIBED[name][1])
     if lean:
         assert teacher.use_lean_layers() is None or name == "raven-norms"
