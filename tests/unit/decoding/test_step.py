@@ -318,7 +318,7 @@ def test_an_exact_length_needs_no_mask(section: str) -> None:
         assert torch.equal(masked.cache.lengths, exact.cache.lengths)
 
 
-DECODED = [("ar", "llama"), ("firp", "mistral-window")]
+DECODED = [("ar", "llama", "library"), ("firp", "mistral-window", "lean")]
 
 
 class TestDecodingByTheKernel:
@@ -326,9 +326,12 @@ class TestDecodingByTheKernel:
 
     __test__ = os.environ.get("TRITON_INTERPRET") == "1"
 
-    @pytest.mark.parametrize(("section", "family"), nightly_rest(DECODED, ["ar", "firp"], ["llama", "mistral-window"]))
-    def test_tokens_are_those_of_generate(self, any_stack: str, section: str, family: str) -> None:
-        given, teacher = SECTIONS[section], tiny_teacher(family, any_stack == "lean")
+    @pytest.mark.parametrize(
+        ("section", "family", "stack"),
+        nightly_rest(DECODED, ["ar", "firp"], ["llama", "mistral-window"], ["lean", "library"]),
+    )
+    def test_tokens_are_those_of_generate(self, section: str, family: str, stack: str) -> None:
+        given, teacher = SECTIONS[section], tiny_teacher(family, stack == "lean")
         predictor = make_predictor(teacher, **given) if given else None
         spec = parse_tree("dynamic:3@2", 3) if predictor else None
         prompts = [random_prompts(1, seed=7, low=length, high=length)[0] for length in (20, 3)]
@@ -343,4 +346,4 @@ class TestDecodingByTheKernel:
 @tiers
 def test_the_kernel_decodes_in_the_interpreter(nightly: bool) -> None:
     printed = run_interpreted(f"{__file__}::TestDecodingByTheKernel", nightly=nightly, conftest=True)
-    assert "4 passed" in printed
+    assert ("6 passed" if nightly else "2 passed") in printed
