@@ -95,7 +95,9 @@ class Generation:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens of the decoding steps by their seconds; prefill and its token are left out. None without a step."""
-        return sum(self.accepted_lengths) / self.decode_seconds if self.accepted_lengths and self.decode_seconds else None
+        return (
+            sum(self.accepted_lengths) / self.decode_seconds if self.accepted_lengths and self.decode_seconds else None
+        )
 
 
 @dataclass

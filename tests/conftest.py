@@ -1,6 +1,4 @@
-"""Tiny teachers of every tested family and looped ones, built in code, and fake predictors: always, never or sometimes
-right.
-"""
+"""Fixtures of several files: ranks, tiny teachers, a teacher and a store on disk."""
 
 from __future__ import annotations
 
@@ -8,8 +6,9 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes that run side by side would wait for each other's threads
+if "PYTEST_XDIST_WORKER" in os.environ:  # parallel processes would wait for each other's threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
     from helpers.rank_pool import RankPool
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
-    """Starts commands on any number of ranks, without the seconds of importing."""
+    """A pool that starts commands on any number of ranks, without the seconds of importing."""
     from helpers.rank_pool import rank_pool  # it imports this module
 
     with rank_pool() as made:
@@ -50,25 +49,25 @@ def teacher() -> Teacher:
 
 @pytest.fixture(params=list(FAMILIES))
 def any_teacher(request: pytest.FixtureRequest) -> Teacher:
-    """Every family in turn, on the library's layers."""
+    """A teacher of every family, on the library's layers."""
     return tiny_teacher(request.param)
 
 
 @pytest.fixture(params=["lean", "library"])
 def any_stack(request: pytest.FixtureRequest) -> str:
-    """Both stacks of layers in turn."""
+    """Name of each layer stack."""
     return request.param
 
 
 @pytest.fixture(params=list(FAMILIES))
 def stacked_teacher(request: pytest.FixtureRequest, any_stack: str) -> Teacher:
-    """Every family in turn, on both stacks."""
+    """A teacher of every family on each layer stack."""
     return tiny_teacher(request.param, any_stack == "lean")
 
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines read a group late."""
+    """Make engines read a group of steps late."""
     monkeypatch.setattr(torch.cuda, "Event", Arrived)
     monkeypatch.setattr(step, "OutputRing", LateRing)
 
@@ -90,7 +89,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store_folder(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 conversations that go round a cycle of words, in two shards."""
+    """A store of 24 conversations, each a walk round a cycle of words, in two shards."""
     folder = tmp_path_factory.mktemp("store")
     teacher = load_teacher(TeacherConfig(model=str(teacher_folder)))
     tokenizer = teacher.tokenizer

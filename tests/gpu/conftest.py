@@ -1,4 +1,4 @@
-"""Tests here need a CUDA device; without one they are not collected."""
+"""Collect tests of CUDA devices only where there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lossless checks on CUDA, in fp32 and bf16, with graphs and kernels. Skipped where there is no CUDA device."""
+"""Losslessness on CUDA, in fp32 and bf16, with graphs and kernels. Skipped without a CUDA device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def predictor_for(teacher: Teacher, section: dict) -> Predictor:
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("section", KINDS, ids=lambda section: section["kind"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fp32_equals_generate(family: str, section: dict, batch: int) -> None:
+def test_fp32_decoding_equals_generate(family: str, section: dict, batch: int) -> None:
     teacher = on_cuda(family, torch.float32)
     prompts = random_prompts(4, seed=21)
     predictor = predictor_for(teacher, section)
@@ -52,8 +52,8 @@ def test_fp32_equals_generate(family: str, section: dict, batch: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_differs_only_at_near_ties(family: str) -> None:
-    """Other row counts round differently in bf16: where outputs part, the two logits must be close."""
+def test_bf16_decoding_differs_only_at_near_ties(family: str) -> None:
+    """Other row counts round differently in bf16: where outputs differ, the two logits must be close."""
     teacher = on_cuda(family, torch.bfloat16)
     predictor = predictor_for(teacher, KINDS[0])
     for prompt in random_prompts(4, seed=22):
@@ -71,8 +71,8 @@ def test_bf16_differs_only_at_near_ties(family: str) -> None:
 
 @pytest.mark.parametrize("section", KINDS, ids=lambda section: section["kind"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_step_never_waits_for_the_device(section: dict, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No host synchronisation inside a step; the read of what was emitted comes after it."""
+def test_step_never_waits_for_the_device(section: dict, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoding step contains no host synchronisation; emitted tokens are read after it."""
     teacher = on_cuda("llama", torch.float32)
     engine = Engine(teacher, predictor_for(teacher, section), options=EngineOptions(graphs=False))
     prompts = random_prompts(3, seed=25)[:batch]
@@ -102,7 +102,7 @@ def texts(engine: Engine, prompts: list[list[int]], batch: int) -> list[list[int
 
 
 def written(teacher: Teacher, prompts: list[list[int]]) -> list[list[int]]:
-    """What `generate` writes."""
+    """Return the tokens of `generate`."""
     return [generate_reference(teacher.model, prompt, 24) for prompt in prompts]
 
 
@@ -110,8 +110,8 @@ def written(teacher: Teacher, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize("tree", ["dynamic:9", "dynamic:9@3"])
 @pytest.mark.parametrize("section", [None, *KINDS], ids=lambda section: section["kind"] if section else "ar")
 @pytest.mark.parametrize("family", ["llama", "mistral-window"])
-def test_graphs_replay_what_steps_do(family: str, section: dict | None, tree: str, batch: int) -> None:
-    """The second run finds its keys seen, the third one its graphs captured."""
+def test_graphs_write_the_tokens_of_eager_steps(family: str, section: dict | None, tree: str, batch: int) -> None:
+    """In the second run the graphs' keys are known, in the third the graphs are captured."""
     teacher = on_cuda(family, torch.float32)
     predictor = predictor_for(teacher, section) if section else None
     spec = parse_tree(tree, predictor.steps) if predictor else None
@@ -129,7 +129,7 @@ def test_graphs_replay_what_steps_do(family: str, section: dict | None, tree: st
     assert len(captured.graphs._replays) > 0
 
 
-def test_graphs_of_larger_requests_replace_the_old_ones() -> None:
+def test_graphs_of_larger_requests_replace_smaller_ones() -> None:
     """New buffers, new graphs, the same tokens; then the small request in the large buffers."""
     teacher = on_cuda("qwen3", torch.float32)
     engine = Engine(teacher, predictor_for(teacher, KINDS[0]))
@@ -140,8 +140,8 @@ def test_graphs_of_larger_requests_replace_the_old_ones() -> None:
             assert texts(engine, prompts, count) == written(teacher, prompts)
 
 
-def test_a_step_that_cannot_be_captured_spoils_nothing() -> None:
-    """The error names what broke the capture; stream, random numbers, memory and the next capture are as before."""
+def test_failed_capture_leaves_the_device_usable() -> None:
+    """The error names the cause; stream, random numbers, memory and the next capture are as before."""
     device = torch.device("cuda", torch.cuda.current_device())
     values = torch.zeros(4, device=device)
 
@@ -167,11 +167,11 @@ def test_a_step_that_cannot_be_captured_spoils_nothing() -> None:
     kept()
     torch.cuda.synchronize()
     assert torch.equal(values, before + 2)
-    test_replayed_steps_draw_anew()
+    test_replayed_steps_sample_new_tokens()
 
 
-def test_replayed_steps_draw_anew() -> None:
-    """Sampled texts differ from request to request, on graphs too, and repeat with the seed."""
+def test_replayed_steps_sample_new_tokens() -> None:
+    """Sampled texts differ between requests, also with graphs, and repeat with the seed."""
     teacher = on_cuda("llama", torch.float32)
     predictor = predictor_for(teacher, KINDS[0])
     runs = []
@@ -185,7 +185,7 @@ def test_replayed_steps_draw_anew() -> None:
 
 
 def wide_teacher(lean: bool, **options: Any) -> Teacher:
-    """A Llama with heads of 64, for which attention kernels are made."""
+    """Return a Llama with heads of 64, a size of the attention kernels."""
     sizes = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 2048, "initializer_range": 0.1}
     torch.manual_seed(4)
     config = transformers.MistralConfig(**(SETTINGS | sizes | {"sliding_window": None} | options))
@@ -199,7 +199,7 @@ def wide_teacher(lean: bool, **options: Any) -> Teacher:
 @pytest.mark.parametrize("section", [None, *KINDS], ids=lambda section: section["kind"] if section else "ar")
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("lean", [True, False], ids=["lean", "library"])
-def test_the_kernel_decodes_what_torch_decodes(
+def test_kernel_writes_the_tokens_of_torch_attention(
     lean: bool, window: int | None, section: dict | None, batch: int
 ) -> None:
     pytest.importorskip("triton")
@@ -213,8 +213,8 @@ def test_the_kernel_decodes_what_torch_decodes(
             assert texts(engine, prompts, batch) == expected, (attention, graphs)
 
 
-def test_one_graph_serves_all_lengths() -> None:
-    """The kernel reads the true lengths, so a text that grows needs no other graph."""
+def test_graph_serves_all_lengths() -> None:
+    """The kernel reads lengths from the device, so a growing text needs no other graph."""
     pytest.importorskip("triton")
     teacher = wide_teacher(lean=True)
     prompt = random_prompts(1, seed=29, low=240, high=240)[0]
@@ -224,7 +224,7 @@ def test_one_graph_serves_all_lengths() -> None:
         assert engine.graphs is not None and len(engine.graphs._replays) == 1
 
 
-def test_the_kernel_reads_long_prefixes() -> None:
+def test_kernel_reads_long_prefixes() -> None:
     """Several splits of more than a thousand positions, sequences of very different lengths."""
     pytest.importorskip("triton")
     teacher = wide_teacher(lean=True)
@@ -237,7 +237,7 @@ def test_the_kernel_reads_long_prefixes() -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("section", [None, *KINDS], ids=lambda section: section["kind"] if section else "ar")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lean_layers_decode_what_the_librarys_do(family: str, section: dict | None, batch: int) -> None:
+def test_lean_layers_write_the_tokens_of_library_layers(family: str, section: dict | None, batch: int) -> None:
     teacher, prompts = on_cuda(family, torch.float32), random_prompts(4, seed=27)
     predictor = predictor_for(teacher, section) if section else None
     expected = written(teacher, prompts)
@@ -246,8 +246,8 @@ def test_lean_layers_decode_what_the_librarys_do(family: str, section: dict | No
     assert texts(Engine(teacher, predictor), prompts, batch) == expected
 
 
-def test_reading_late_changes_nothing() -> None:
-    """The host learns of a sequence's end some steps late; an EOS comes in the middle of a text."""
+def test_late_reading_changes_no_token() -> None:
+    """The host sees the end of a sequence some steps late; one text ends by EOS in the middle."""
     teacher = on_cuda("llama", torch.float32)
     predictor, prompts = predictor_for(teacher, KINDS[0]), random_prompts(4, seed=28)
     expected = written(teacher, prompts)
@@ -264,7 +264,7 @@ def test_reading_late_changes_nothing() -> None:
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("shape", [(1, 4), (3, 4)], ids=["1x4", "3x4"])
-def test_a_pipeline_equals_generate(shape: tuple[int, int], batch: int) -> None:
+def test_pipeline_equals_generate(shape: tuple[int, int], batch: int) -> None:
     teacher = wrap_model(copy.deepcopy(looped_model(*shape)).to("cuda", torch.float32), name="looped")
     engine = PipelineEngine(teacher, predictor_for(teacher, {"kind": "speed"}), guard=False)  # type: ignore[arg-type]
     prompts = random_prompts(4, seed=21)
@@ -273,8 +273,8 @@ def test_a_pipeline_equals_generate(shape: tuple[int, int], batch: int) -> None:
         assert item.token_ids == generate_reference(teacher.model, prompt, 24)
 
 
-def test_a_tick_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The read of what left comes after the tick's work."""
+def test_tick_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished tokens are read after the tick's work."""
     teacher = wrap_model(copy.deepcopy(looped_model(2, 3)).to("cuda", torch.float32), name="looped")
     engine = PipelineEngine(teacher, predictor_for(teacher, {"kind": "speed"}), guard=False)  # type: ignore[arg-type]
     engine.generate([[5, 6, 7]], 12)

@@ -15,7 +15,7 @@ TEMPLATE = (
 
 
 def save_teacher(folder: Path, model: Any = None) -> Path:
-    """A tiny teacher with a word tokenizer and chat template, as a folder."""
+    """Save a tiny teacher with a word tokenizer and a chat template; return the folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -29,6 +29,7 @@ def save_teacher(folder: Path, model: Any = None) -> Path:
 
 
 def save_prompts(path: Path, count: int = 4) -> Path:
+    """Save random questions with answers; return the file."""
     lines = []
     for number, prompt in enumerate(random_prompts(count, seed=41, low=4, high=9)):
         words = " ".join(f"w{token}" for token in prompt)

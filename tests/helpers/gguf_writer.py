@@ -1,4 +1,4 @@
-"""Writes tiny models as GGUF files, as llama.cpp's converter names, permutes and quantises their tensors."""
+"""Tiny models as GGUF files, with tensors named, permuted and quantised as llama.cpp's converter does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_gguf(
     """Write `model` with the embedded teacher's tokenizer and chat template.
 
     Args:
-        quantised: kind of every matrix; None: float32. fields, tensors: more of them. left_out: tensors to omit.
+        quantised: kind of every matrix; None: float32. fields, tensors: added to the model's. left_out: omitted.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)

@@ -67,7 +67,7 @@ described = pytest.mark.parametrize("name", list(DESCRIBED))
 
 
 def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`lru_cache` for models: made outside of inference mode, so that others may train on what one test has made."""
+    """Cache what `make` returns. Models are made outside of inference mode, so that any test may train on them."""
 
     @lru_cache
     @wraps(make)
@@ -80,7 +80,7 @@ def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
 
 @made_once
 def tiny_model(family: str) -> Any:
-    """A random causal LM. Weights are wide, so that greedy text wanders instead of repeating one token."""
+    """Return a random causal LM. Its weights are large, so that greedy text varies instead of repeating one token."""
     name, options = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**(SETTINGS | options))
     torch.manual_seed(sum(map(ord, family)))
@@ -89,7 +89,7 @@ def tiny_model(family: str) -> Any:
 
 @made_once
 def tiny_teacher(family: str = "llama", lean: bool = False) -> Teacher:
-    """A teacher on the library's layers, or on their lean twins."""
+    """Return a teacher on the library's layers or on lean layers."""
     teacher = wrap_model(tiny_model(family), name=f"tiny-{family}")
     if lean:
         assert use_lean_layers(teacher) is None
@@ -98,7 +98,7 @@ def tiny_teacher(family: str = "llama", lean: bool = False) -> Teacher:
 
 @made_once
 def looped_model(unique: int, loops: int, **options: Any) -> Any:
-    """A random parameter-shared Llama of `unique` layers that run `loops` times."""
+    """Return a random parameter-shared Llama of `unique` layers that run `loops` times."""
     config = LoopedLlamaConfig(**(SETTINGS | options), unique_layers=unique, loops=loops)
     torch.manual_seed(10 * unique + loops)
     return LoopedLlamaForCausalLM(config).eval()
@@ -113,7 +113,7 @@ def looped_teacher(unique: int, loops: int, lean: bool = True) -> Teacher:
 
 
 class OwnLoopsDecoder(nn.Module):
-    """Prelude, block x loops, coda in a forward of its own; with `norm_each_loop` a norm ends every loop."""
+    """Decoder of prelude, block x loops and coda in one forward; with `norm_each_loop` a norm ends every loop."""
 
     def __init__(self, config: LlamaConfig, shape: LoopedSection) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class OwnLoopsDecoder(nn.Module):
         state = self.embed_tokens(input_ids)
         rotary = self.rotary_emb(state, positions)
         prelude, block = self.shape.prelude, self.shape.block
-        behind_loops = []
+        loop_states = []
         for layer in self.layers[:prelude]:
             state = layer(state, attention_mask=mask, position_embeddings=rotary)
         for _ in range(self.shape.loops):
@@ -138,17 +138,17 @@ class OwnLoopsDecoder(nn.Module):
                 state = layer(state, attention_mask=mask, position_embeddings=rotary)
             if self.shape.norm_each_loop:
                 state = self.norm(state)
-            behind_loops.append(state)
+            loop_states.append(state)
         for layer in self.layers[prelude + block :]:
             state = layer(state, attention_mask=mask, position_embeddings=rotary)
         normed = self.shape.norm_each_loop and not self.shape.coda
-        return state if normed else self.norm(state), tuple(behind_loops)
+        return state if normed else self.norm(state), tuple(loop_states)
 
 
 class OwnLoops(PreTrainedModel):
-    """A model whose own code loops: of Ouro's kind (a norm ends every loop) or of Raven's (prelude and coda).
+    """Model whose code loops, like Ouro (a norm ends every loop) or Raven (prelude and coda).
 
-    It reports one state per loop, as such models do, and keeps no cache.
+    It returns one state per loop, as such models do, and has no cache.
     """
 
     config_class = LlamaConfig
@@ -167,25 +167,25 @@ class OwnLoops(PreTrainedModel):
         return self.lm_head
 
     def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutputWithPast:
-        state, behind_loops = self.model(input_ids)
-        return CausalLMOutputWithPast(logits=self.lm_head(state), hidden_states=behind_loops)
+        state, loop_states = self.model(input_ids)
+        return CausalLMOutputWithPast(logits=self.lm_head(state), hidden_states=loop_states)
 
 
 def described_model(name: str) -> Any:
-    """A model of DESCRIBED that nobody else holds: its own code loops, or a plain checkpoint yet to be looped."""
+    """Return a new model of DESCRIBED: one whose code loops, or an ordinary checkpoint whose layers a recipe loops."""
     family, shape = DESCRIBED[name]
     if family != "own":
         return copy.deepcopy(tiny_model(family))
     torch.manual_seed(sum(map(ord, name)))
     model = OwnLoops(LlamaConfig(**(SETTINGS | {"num_hidden_layers": shape.unique})), shape).eval()
-    with torch.no_grad():  # else a norm too many or too few would hardly show
+    with torch.no_grad():  # a norm too many or too few then changes the output
         model.model.norm.weight.uniform_(0.5, 2.0)
     return model
 
 
 @made_once
 def described_teacher(name: str, lean: bool = True) -> Teacher:
-    """A teacher whose loops a recipe describes. One keeps the library's layers: its many norms magnify rounding."""
+    """Return a teacher whose loops a recipe describes; `raven-norms` keeps library layers: norms magnify rounding."""
     teacher = wrap_model(described_model(name), name=f"described-{name}", looped=DESCRIBED[name][1])
     if lean:
         assert use_lean_layers(teacher) is None or name == "raven-norms"
@@ -193,7 +193,7 @@ def described_teacher(name: str, lean: bool = True) -> Teacher:
 
 
 def pipe_teacher(name: str, lean: bool = True) -> tuple[Teacher, int | None]:
-    """A teacher and its `predictor.loops`: "2x3" is a looped one, "llama/3" three groups of one without sharing."""
+    """Return a teacher and its `predictor.loops`: "2x3" is a looped one, "llama/3" an unshared one in three groups."""
     if name in DESCRIBED:
         return described_teacher(name, lean), None
     if "/" in name:
@@ -203,7 +203,7 @@ def pipe_teacher(name: str, lean: bool = True) -> tuple[Teacher, int | None]:
 
 @made_once
 def embedded_teacher() -> Teacher:
-    """The embedded teacher on lean layers: its embedded predictors draft well, random ones hardly ever do."""
+    """Return the embedded teacher on lean layers. Its embedded predictors draft well, unlike random ones."""
     teacher = load_teacher(TeacherConfig(model="arithmetic"), "cpu")
     assert use_lean_layers(teacher) is None
     return teacher
@@ -216,7 +216,7 @@ def embedded_predictor(kind: str) -> Predictor:
 
 @lru_cache
 def embedded_prompts(count: int) -> list[list[int]]:
-    """The first held-out questions, as the chat template puts them."""
+    """Return the first held-out questions, rendered by the chat template."""
     lines = (ROOT / "data/datasets/arithmetic/test.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     chats = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
     tokenizer = embedded_teacher().tokenizer
@@ -224,7 +224,7 @@ def embedded_prompts(count: int) -> list[list[int]]:
 
 
 def make_predictor(teacher: Teacher, seed: int = 0, **section: Any) -> Predictor:
-    """A predictor with random weights near the identity."""
+    """Return a predictor with random weights near the identity."""
     config = KINDS[section["kind"]].model_validate(section)
     predictor = build_predictor(config, teacher)
     torch.manual_seed(seed)
@@ -236,7 +236,7 @@ def make_predictor(teacher: Teacher, seed: int = 0, **section: Any) -> Predictor
 
 
 def generate_reference(model: Any, prompt: list[int], tokens: int, **options: Any) -> list[int]:
-    """What transformers' own greedy `generate` writes after one prompt, EOS included."""
+    """Return the tokens of transformers' greedy `generate` after one prompt, EOS included."""
     ids = torch.tensor([prompt], device=model.device)
     options = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0} | options
     out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -253,7 +253,7 @@ def random_prompts(count: int, seed: int = 0, low: int = 1, high: int = 30) -> l
 def sequence_batch(
     teacher: Teacher, sequences: list[list[int]], responses: list[int], layers: list[int]
 ) -> SequenceBatch:
-    """Teacher-forced states of whole sequences; `responses[b]` is where the response of sequence b starts."""
+    """Return teacher-forced states of whole sequences; the response of sequence b starts at `responses[b]`."""
     length = max(map(len, sequences))
     ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in sequences])
     lengths = torch.tensor([len(row) for row in sequences])
@@ -269,10 +269,10 @@ def sequence_batch(
 
 
 class FakePredictor(TreePredictor):
-    """Drafts from known continuations: finds where a state stands in them and answers with what follows, or not.
+    """Predictor that knows the continuations: it finds the position of a state in them and drafts the next tokens.
 
-    `right(position, step)` says whether the draft of that step is the true token; it is token+1 otherwise. Other
-    candidates fill the breadth with lower probability.
+    The draft of a step is the true token if `right(position, step)`, else token+1. Other candidates fill the breadth
+    with lower probability.
     """
 
     def __init__(
@@ -317,7 +317,7 @@ class FakePredictor(TreePredictor):
 
 
 class ParentPredictor(FakePredictor):
-    """A predictor whose children depend on the parent's token: the true successor only below the true parent."""
+    """Predictor whose candidates depend on the parent's token: the true successor only follows the true parent."""
 
     @property
     def parent_dependent(self) -> bool:
@@ -330,8 +330,8 @@ class ParentPredictor(FakePredictor):
 
 
 class FakeExits(SpeedPredictor):
-    """Early exits that know the continuations: an exit finds where its state stands in them and puts the true next
-    token on top where `right(position, loop)`, the token after it in the vocabulary where not.
+    """Early exits that know the continuations: an exit finds the position of its state in them and ranks first the true
+    next token if `right(position, loop)`, else the token after it in the vocabulary.
     """
 
     def __init__(

@@ -1,8 +1,10 @@
-"""Pairwise cover of test parameters, in place of their full product."""
+"""Test parameters in tiers: a pairwise cover by default, the full product nightly."""
 
 from collections.abc import Sequence
 from itertools import combinations, product
 from typing import Any
+
+import pytest
 
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -24,3 +26,10 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
         uncovered -= covered
         cover.append(tuple(axis[index] for axis, index in zip(axes, indices, strict=True)))
     return cover
+
+
+def nightly_rest(chosen: Sequence[tuple[Any, ...]], *axes: Sequence[Any]) -> list[Any]:
+    """Return the full product of the axes for `parametrize`; combinations that are not `chosen` are marked nightly."""
+    rows = list(product(*axes))
+    assert set(chosen) <= set(rows)
+    return [pytest.param(*row, marks=() if row in chosen else pytest.mark.nightly) for row in rows]

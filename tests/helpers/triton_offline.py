@@ -1,6 +1,4 @@
-"""What tests of Triton kernels share where there is no device: kernels interpreted in a process of their own, and a
-driver that compiles kernels and launches nothing.
-"""
+"""Triton kernels without a device: interpreted in a process of their own, or compiled and not launched."""
 
 from __future__ import annotations
 
@@ -11,23 +9,33 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import triton
 
 from helpers.models import ROOT
 
 
-def run_interpreted(tests: str) -> None:
-    """Run tests (`FILE::CLASS`) in a process whose kernels are interpreted. Triton decides at its first import."""
+def run_interpreted(*tests: str, nightly: bool = False, conftest: bool = False) -> str:
+    """Run tests (`FILE::CLASS`) of one tier in a process whose kernels are interpreted; return what it printed.
+
+    Triton decides at its first import whether kernels are interpreted.
+    """
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--noconftest", tests]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "nightly" if nightly else "not nightly"]
+    command = [sys.executable, "-m", "pytest", *options, *([] if conftest else ["--noconftest"]), *tests]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+tiers = pytest.mark.parametrize("nightly", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["some", "rest"])
 
 
 def compile_only(monkeypatch: pytest.MonkeyPatch, architecture: int, cache: Path, device: int) -> list[str]:
-    """From now on kernels are compiled for an architecture and not launched; returns the list of their names, one for
-    each variant. `device`: a number of its own for each test, for kernels are kept by device.
+    """Compile kernels for an architecture from now on and launch none; return the growing list of compiled variants.
+
+    `device`: a number that no other test uses, since Triton caches kernels by device.
     """
+    import triton
+
     loaded: list[str] = []
 
     def load(name: str, binary: bytes, shared: int, number: int) -> tuple[int, int, int, int, int]:

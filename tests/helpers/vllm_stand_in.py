@@ -1,7 +1,7 @@
-"""Takes vLLM's place in tests: its public signatures (0.11 to 0.26), no keyword that it does not have, answers by a
-rule. The file that $VLLM_STAND_IN names says what it is to do wrong; beside it stands what it was asked.
+"""Stand-in for vLLM: its public signatures (0.11 to 0.26), no keyword that it lacks, answers by a rule.
 
-Only what firp uses is here, and refusals as vLLM words them.
+It has only the parts that firp uses; its errors have vLLM's texts. The JSON file `$VLLM_STAND_IN` lists the faults that
+it simulates; the file with `.asked` appended records its calls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 STOP = 7
-ENGINE_ARGUMENTS = {  # of vllm.EngineArgs, those that users of LLM pass most
+ENGINE_ARGUMENTS = {  # the arguments of vllm.EngineArgs that users of LLM pass most
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -40,7 +40,7 @@ def note(**what: Any) -> None:
 
 
 class SamplingParams:
-    """As vllm.SamplingParams, with its defaults."""
+    """Stand-in for vllm.SamplingParams, with its defaults."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class RequestOutput:
 
 
 class LLM:
-    """As vllm.LLM: everything but the model by keyword, what it does not know goes to EngineArgs, which is strict."""
+    """Stand-in for vllm.LLM: keywords except for the model; unknown ones go to EngineArgs, which is strict."""
 
     def __init__(
         self,
@@ -165,5 +165,5 @@ class LLM:
 
 
 def answer(prompt: Sequence[int]) -> list[int]:
-    """What the stand-in writes after a prompt: some tokens that follow from it, and the stop token."""
+    """Return the stand-in's answer to a prompt: tokens computed from it, then the stop token."""
     return [20 + (sum(prompt) + place) % 60 for place in range(1 + sum(prompt) % 5)] + [STOP]

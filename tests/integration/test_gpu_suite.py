@@ -1,4 +1,4 @@
-"""`scripts/gpu_suite.py` at toy size on the CPU, end to end, and what its parts are made of."""
+"""`scripts/gpu_suite.py` at toy size on the CPU, end to end, and its parts."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def part(run: Any, name: str = "made", **options: Any) -> Part:
     return Part(name, run, 1, **options)
 
 
-@pytest.mark.slow
-def test_all_parts_run_at_toy_size(tmp_path: Path) -> None:
+@pytest.mark.nightly
+def test_suite_runs_all_parts_at_toy_size(tmp_path: Path) -> None:
     lines = [json.dumps({"question": f"What is {n} + 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(20)]
     (tmp_path / "data" / "gsm8k").mkdir(parents=True)
     (tmp_path / "data" / "gsm8k" / "train.jsonl").write_text("\n".join(lines))
@@ -89,7 +89,7 @@ def test_all_parts_run_at_toy_size(tmp_path: Path) -> None:
 
 
 def check_figures(parts: dict[str, Any]) -> None:
-    """Figures that must hang together."""
+    """Check that figures of several parts agree."""
     found = {name: item["result"] for name, item in parts.items()}
     ar = found["7b.ar"]
     floor = 1e3 * (ar["weight_bytes"] + ar["cache_bytes"]) / found["bandwidth"]["bytes_per_second"]
@@ -115,7 +115,7 @@ def check_figures(parts: dict[str, Any]) -> None:
         assert projected["accepted_length"] == pytest.approx(rows[kind]["accepted_length"])
 
 
-def test_a_failing_part_is_recorded_and_the_others_go_on(
+def test_suite_records_a_failing_part_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(shared: Shared, work: Work) -> None:
@@ -140,7 +140,7 @@ def test_a_failing_part_is_recorded_and_the_others_go_on(
     assert [line.split()[2] for line in printed[:3]] == ["first", "second", "third"] and "2 things" in printed[1]
 
 
-def test_a_part_that_overruns_is_stopped_and_keeps_what_it_found(shared: Shared, monkeypatch: Any) -> None:
+def test_part_that_overruns_is_stopped_and_keeps_its_values(shared: Shared, monkeypatch: Any) -> None:
     monkeypatch.setattr("suite.work.GRACE", 0.1)
 
     def endless(shared: Shared, work: Work) -> None:
@@ -159,7 +159,7 @@ def test_a_part_that_overruns_is_stopped_and_keeps_what_it_found(shared: Shared,
     assert signal.getitimer(signal.ITIMER_REAL)[0] == pytest.approx(before[1], abs=5)
 
 
-def test_what_does_not_fit_is_skipped_or_cut(shared: Shared) -> None:
+def test_part_without_enough_time_is_skipped_or_cut(shared: Shared) -> None:
     def choosy(shared: Shared, work: Work) -> None:
         work.values["small"] = work.clock.allows(0.5, "a small thing")
         work.values["large"] = work.clock.allows(50, "a large thing")
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_skipped_or_cut(shared: Shared) -> None:
     assert Clock(3.0).left() == pytest.approx(3.0, abs=0.1)
 
 
-def test_shares_are_of_what_is_left() -> None:
+def test_shares_divide_the_remaining_time() -> None:
     one, two, three = (Part(str(share), lambda *_: None, share) for share in (10, 20, 30))
     assert allowed(one, [two, three], 120) == pytest.approx(20)
     assert allowed(two, [three], 115) == pytest.approx(46)  # what the first did not use falls to the others
@@ -180,7 +180,7 @@ def test_shares_are_of_what_is_left() -> None:
     assert allowed(three, [], -3) == 0
 
 
-def test_parts_come_with_what_they_need() -> None:
+def test_parts_are_selected_with_their_needs() -> None:
     def names(wanted: list[str] | None, real: bool = False) -> list[str]:
         return [item.name for item in select(gpu_suite.offered(real), wanted)]
 
@@ -209,7 +209,7 @@ def sources(folder: Path) -> Path:
     return folder
 
 
-def test_the_same_packages_give_the_same_text(tmp_path: Path) -> None:
+def test_corpus_is_the_same_for_the_same_packages(tmp_path: Path) -> None:
     folder = sources(tmp_path)
     one, two = (corpus.gather(50, 30_000, 4, None, folder) for _ in range(2))
     assert one == two and one.mixed() == two.mixed() and len(one.mixed(3)) == 6
@@ -222,7 +222,7 @@ def test_the_same_packages_give_the_same_text(tmp_path: Path) -> None:
     assert not asked & {item[0]["content"] for item in one.mixed()}
 
 
-def test_text_is_rendered_as_the_template_does(tmp_path: Path) -> None:
+def test_corpus_renders_text_as_the_template_does(tmp_path: Path) -> None:
     found = corpus.gather(50, 30_000, 4, None, sources(tmp_path))
     tokenizer = build_tokenizer(map(corpus.render, found.mixed()), 400)
     assert 300 < len(tokenizer) <= 400
@@ -232,7 +232,7 @@ def test_text_is_rendered_as_the_template_does(tmp_path: Path) -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_a_projection_adds_up_the_steps_at_their_contexts() -> None:
+def test_projection_adds_up_the_steps_at_their_contexts() -> None:
     step = replay.between(100, 200, 4.0, 6.0)  # 0.02 ms more for every token
     plain = replay.between(100, 200, 2.0, 3.0)
     found = replay.project([100], [[3, 2]], step, plain)
@@ -266,7 +266,7 @@ tests/test_gpu.py::test_d
 """
 
 
-def test_outcomes_are_counted_also_of_a_run_that_was_stopped() -> None:
+def test_gpu_test_outcomes_are_counted_also_of_a_stopped_run() -> None:
     assert gpu_tests.counts(OUTPUT) == {"passed": 1, "failed": 1, "error": 0, "skipped": 1}
     assert gpu_tests.counts(SEVERAL) == {"passed": 1, "failed": 0, "error": 1, "skipped": 0}
     for output, status, error in ((OUTPUT, 1, Failed), ("", 2, Failed), ("", 5, Skipped)):
@@ -279,14 +279,14 @@ def test_outcomes_are_counted_also_of_a_run_that_was_stopped() -> None:
 
 
 @pytest.mark.parametrize(("shape", "billions"), [(sizes.SHAPE_7B, 7.25), (sizes.SHAPE_1B, 1.24)])
-def test_the_shapes_are_as_large_as_they_are_called(shape: sizes.Shape, billions: float) -> None:
+def test_shapes_have_the_size_of_their_names(shape: sizes.Shape, billions: float) -> None:
     model = shapes.empty_model(shape | shapes.NO_TOKENS, torch.device("meta"), torch.bfloat16)
     assert sum(value.numel() for value in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
     assert model.config.eos_token_id is None
 
 
-def test_a_step_reads_all_weights_but_the_embedding_rows() -> None:
+def test_weight_bytes_leave_out_the_embedding_rows() -> None:
     for family in ("llama", "llama-tied"):
         teacher = tiny_teacher(family)
         every = sum(value.numel() for value in teacher.model.parameters())
@@ -295,7 +295,7 @@ def test_a_step_reads_all_weights_but_the_embedding_rows() -> None:
     assert shapes.cache_bytes(tiny_teacher("llama"), 10) == 2 * 4 * 2 * 12 * 10 * 4
 
 
-def test_a_random_teacher_is_made_once_and_given_back(shared: Shared) -> None:
+def test_random_teacher_is_made_once_and_freed(shared: Shared) -> None:
     first = shapes.shaped(shared, "7b")
     assert shapes.shaped(shared, "7b") is first and first.eos_token_ids == ()
     assert shapes.shaped(shared, "1b") is not first
@@ -303,7 +303,7 @@ def test_a_random_teacher_is_made_once_and_given_back(shared: Shared) -> None:
     assert not shared.found
 
 
-def test_every_kind_has_a_predictor_and_those_of_pipelines_come_last_and_briefly() -> None:
+def test_predictors_of_every_kind_are_made_and_pipelines_come_last() -> None:
     for layers in (4, 12, 32):
         assert list(shapes.sections(layers)) == list(KINDS)
     teacher = tiny_teacher("llama")
@@ -320,13 +320,13 @@ def test_every_kind_has_a_predictor_and_those_of_pipelines_come_last_and_briefly
         assert set(own.hidden) == set(predictor.required_layers) and own.input_ids is answer.input_ids
 
 
-def test_tuning_does_what_its_time_allows() -> None:
+def test_tuning_fits_its_time() -> None:
     whole, brief = (tune_settings(sizes.FULL, seconds, short) for seconds, short in ((25.0, False), (8.0, True)))
     assert (whole.batches, whole.trial, whole.seconds) == ((1,), True, 5.0)
     assert (brief.batches, brief.trial, brief.seconds) == ((1,), False, pytest.approx(1.6))
 
 
-def test_kernels_are_told_apart_by_their_names() -> None:
+def test_kernels_are_classified_by_their_names() -> None:
     names = {
         "_attend": "attention",
         "nvjet_tst_128x8_64x12_1x2_h_bz_TNT": "matrix products",
@@ -347,7 +347,7 @@ def data_sets(folder: Path) -> Path:
     return folder
 
 
-def test_a_real_teacher_is_answered_trained_tuned_benched_and_replayed(tmp_path: Path) -> None:
+def test_suite_runs_the_parts_of_a_real_teacher(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     from helpers.gguf_writer import write_gguf
 
@@ -433,35 +433,36 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-def test_a_process_that_dies_breaks_or_hangs_costs_one_part(tmp_path: Path) -> None:
-    script = tmp_path / "suite_with_faults.py"
-    script.write_text(SCRIPT.format(scripts=str(ROOT / "scripts"), smoke=False))
+def run_with_faults(folder: Path, lost: bool = False) -> tuple[Any, dict[str, Any]]:
+    """Run the parts of SCRIPT in processes (`lost`: the first gives nothing); return the process and the parts."""
+    script = folder / "suite_with_faults.py"
+    script.write_text(SCRIPT.format(scripts=str(ROOT / "scripts"), smoke=lost))
     done = subprocess.run(
-        [sys.executable, str(script), "--device", "cpu", "--output", str(tmp_path / "out")],
+        [sys.executable, str(script), "--device", "cpu", "--output", str(folder / "out")],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1, done.stderr
-    parts = json.loads((tmp_path / "out" / "gpu_suite.json").read_text())["parts"]
-    statuses = {name: item["status"] for name, item in parts.items()}
+    return done, json.loads((folder / "out" / "gpu_suite.json").read_text())["parts"]
+
+
+@pytest.mark.nightly
+def test_suite_loses_one_part_to_a_process_that_dies_breaks_or_hangs(tmp_path: Path) -> None:
+    done, parts = run_with_faults(tmp_path)
     failed = {"dies", "breaks", "hangs"}
+    statuses = {name: item["status"] for name, item in parts.items()}
     assert statuses == {name: "failed" if name in failed else "done" for name in [*failed, "smoke", "takes", "last"]}
     assert parts["dies"]["result"] == {"rows": [1, 2]} and "status -9" in parts["dies"]["error"]
     assert "illegal memory access" in parts["breaks"]["error"] and parts["takes"]["result"] == {"taken": 7.0}
     assert parts["last"]["result"] == {"taken": 7.0}
     assert "about to die" in done.stdout and "about to die" in (tmp_path / "out" / "gpu_suite.log").read_text()
-    script.write_text(SCRIPT.format(scripts=str(ROOT / "scripts"), smoke=True))  # nothing was given
-    done = subprocess.run(
-        [sys.executable, str(script), "--device", "cpu", "--output", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 1 and "nothing else is run" in done.stdout
-    parts = json.loads((tmp_path / "out" / "gpu_suite.json").read_text())["parts"]
-    assert list(parts) == ["smoke"]
+
+
+@pytest.mark.nightly
+def test_suite_ends_after_a_failed_smoke_part(tmp_path: Path) -> None:
+    done, parts = run_with_faults(tmp_path, lost=True)
+    assert "nothing else is run" in done.stdout and list(parts) == ["smoke"]
 
 
 def test_missing_modules_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,7 +473,7 @@ def test_missing_modules_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert needs.missing(["--device=cpu", "--teacher", name]) == ["no_such_module", "neither_this"]
 
 
-def test_a_part_that_swallows_its_end_is_stopped_again(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_part_that_swallows_its_end_is_stopped_again(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("suite.work.GRACE", 0.1)
     monkeypatch.setattr("suite.work.AGAIN", 0.1)
 
@@ -489,13 +490,13 @@ def test_a_part_that_swallows_its_end_is_stopped_again(shared: Shared, monkeypat
     assert record["status"] == "cut" and record["result"] == {"swallowed": 2} and record["seconds"] < 2
 
 
-def test_errors_after_which_a_device_is_of_no_use_are_told_from_others() -> None:
+def test_fatal_device_errors_are_recognised() -> None:
     AcceleratorError = type("AcceleratorError", (RuntimeError,), {})
     assert is_fatal(AcceleratorError("x")) and is_fatal(RuntimeError("CUDA error: device-side assert triggered"))
     assert not is_fatal(torch.OutOfMemoryError("CUDA error: out of memory")) and not is_fatal(ValueError("CUDA error"))
 
 
-def test_what_a_dead_process_leaves_is_marked_and_the_rest_goes_on() -> None:
+def test_remaining_parts_continue_after_a_dead_process() -> None:
     parts = [part(lambda *_: None, name) for name in "abc"]
     found = groups.Found(records={"a": {"status": "done"}, "b": {"status": "running", "result": {"x": 1}}})
     assert [item.name for item in groups.remaining(parts, found, "status -9")] == ["c"]
@@ -505,7 +506,7 @@ def test_what_a_dead_process_leaves_is_marked_and_the_rest_goes_on() -> None:
     assert found.records["a"]["error"] == "cannot start"
 
 
-def test_gaps_are_told_in_units_of_the_dtype() -> None:
+def test_gaps_are_in_units_of_the_dtype() -> None:
     assert bout.unit_in_last_place(20.0, torch.bfloat16) == 0.125
     assert bout.unit_in_last_place(-1.0, torch.bfloat16) == 2**-7
     assert bout.unit_in_last_place(1.5, torch.float32) == 2**-23
@@ -520,7 +521,7 @@ def test_answers_come_in_mixtures_of_batches_sorted_by_length() -> None:
         assert lengths == sorted(lengths) and max(map(len, mixed)) <= 3
 
 
-def test_predictors_of_a_real_teacher_begin_at_two_thirds_of_its_depth(shared: Shared) -> None:
+def test_real_predictors_begin_at_two_thirds_of_the_depth(shared: Shared) -> None:
     made = Real(shared).sections(30)
     assert made["firp"]["layer"] == 20 and made["hidden_transfer"]["layers"] == [20, 21, 22, 23]
     assert Real(shared).sections(4)["hidden_transfer"]["layers"] == [3, 3, 3, 3]
@@ -528,7 +529,7 @@ def test_predictors_of_a_real_teacher_begin_at_two_thirds_of_its_depth(shared: S
 
 
 @pytest.mark.parametrize("text", ["dynamic:8@3", "chain", "dynamic:2/1", "static:2x2"])
-def test_trees_survive_being_handed_on_and_kept(text: str, tmp_path: Path) -> None:
+def test_trees_survive_json_and_tree_files(text: str, tmp_path: Path) -> None:
     tree = parse_tree(text, 4)
     assert str(tree_of(json.loads(json.dumps(described(tree))), 4)) == str(tree)
     write_tree(tmp_path, tree)

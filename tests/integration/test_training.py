@@ -25,6 +25,7 @@ from firp_cli.training.metrics_log import Listener
 from firp_cli.training.pace import Pace, learning_rate_factor
 from firp_cli.training.trainer import train
 from helpers.models import HIDDEN, ROOT, tiny_teacher
+from helpers.rank_pool import RankPool
 from helpers.training import FIRP, MEDUSA, losses, recipe, rows, run, store
 
 
@@ -95,16 +96,24 @@ def test_resume_is_exact(whole: Path, tmp_path: Path, predictor: dict[str, Any],
         assert (stopped / name).read_bytes() == (reference / name).read_bytes()
 
 
-@pytest.mark.slow
-def test_two_ranks_equal_one_with_doubled_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Started through the DeepSpeed launcher; ranks talk over gloo. Stages 0 and 3, shared and own heads.
+@pytest.mark.parametrize(
+    "launcher", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["forked", "deepspeed"]
+)
+def test_two_ranks_equal_one_rank_with_doubled_accumulation(
+    ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: bool
+):
+    """Ranks talk over gloo; forked, or started through the DeepSpeed launcher. Stages 0 and 3, shared and own heads.
 
     At the end rank 1 fails with an error of its own.
     """
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    with pytest.raises(LaunchError, match="rank 1: a fault of rank 1 alone") as caught:
-        launch(2, None, [str(tmp_path)], module="integration.test_training")
-    assert caught.value.exit_code == 2
+    if launcher:
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]))
+        with pytest.raises(LaunchError, match="rank 1: a fault of rank 1 alone") as caught:
+            launch(2, None, [str(tmp_path)], module="test_training")
+        assert caught.value.exit_code == 2
+    else:
+        codes = ranks.run([str(tmp_path)], 2, tmp_path / "log", script=Path(__file__))
+        assert codes[0] == 0 and codes[1] != 0 and "a fault of rank 1 alone" in (tmp_path / "log").read_text()
     for name, (predictor, training) in TWO_RANKS.items():
         run(tmp_path / "one" / name, recipe(predictor, **(training | {"gradient_accumulation": 2})))
         one, two = rows(tmp_path / "one" / name), rows(tmp_path / "two" / name)

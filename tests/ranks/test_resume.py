@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from firp_cli.config import Recipe
-from firp_cli.distributed.launch import launch, relayed_errors
+from firp_cli.distributed.launch import relayed_errors
 from firp_cli.errors import FirpError, UsageError
 from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
@@ -26,7 +26,8 @@ from firp_cli.training.batches import Order, Prefetcher, Reader
 from firp_cli.training.metrics_log import Listener, check_trackers
 from firp_cli.training.random_state import random_state, restore_random_state, seed_rank
 from firp_cli.training.trainer import train
-from helpers.models import ROOT, tiny_teacher
+from helpers.models import tiny_teacher
+from helpers.rank_pool import RankPool
 from helpers.training import FIRP, losses, recipe, rows, run, store
 
 STAGES = [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
@@ -38,15 +39,14 @@ def wanted(stage: int, precision: str, accumulation: int) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of runs that began on one rank and ended on two, and of runs that did the reverse."""
+def moved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that began on one rank and ended on two, and the other way round."""
     folder = tmp_path_factory.mktemp("moved")
     for stage, precision in STAGES:
         settings = wanted(stage, precision, 2)
         assert run(folder / f"one-two-{stage}-{precision}", settings, listener=STOP).stopped
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        launch(2, None, [str(folder)], module="ranks.test_resume")
+    codes = ranks.run([str(folder)], 2, folder / "log", script=Path(__file__))
+    assert codes == [0, 0], (folder / "log").read_text()
     for stage, precision in STAGES:
         assert not run(folder / f"two-one-{stage}-{precision}", wanted(stage, precision, 1), resume=True).stopped
     return folder

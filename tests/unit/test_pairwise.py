@@ -5,7 +5,7 @@ from math import prod
 
 import pytest
 
-from helpers.pairwise import pairwise
+from helpers.pairwise import nightly_rest, pairwise
 
 SHAPES = [(1, 1), (2, 3), (2, 2, 2), (4, 3, 2), (3, 3, 3, 3), (5, 1, 4), (2, 2, 2, 2, 2, 2), (6, 5, 2, 2)]
 
@@ -28,3 +28,9 @@ def test_pairwise_repeats_equal_values_and_takes_short_shapes() -> None:
     assert pairwise([1, 2, 3]) == [(1,), (2,), (3,)]
     assert pairwise() == [] and pairwise([], [1, 2]) == []
     assert len(pairwise([0, 0], [1, 1])) == 4
+
+
+def test_nightly_rest_marks_what_is_not_chosen() -> None:
+    rows = nightly_rest([(1, "b"), (2, "a")], [1, 2], ["a", "b"])
+    assert [row.values for row in rows] == [(1, "a"), (1, "b"), (2, "a"), (2, "b")]
+    assert [[mark.name for mark in row.marks] for row in rows] == [["nightly"], [], [], ["nightly"]]

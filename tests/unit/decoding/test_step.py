@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -26,7 +24,9 @@ from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import StepMask, TreeRows, pseudo_positions, rows_allowed
 from firp_cli.teacher.teacher import Teacher
 from helpers.decoding import covered
-from helpers.models import ROOT, VOCABULARY, generate_reference, make_predictor, random_prompts, tiny_teacher
+from helpers.models import VOCABULARY, generate_reference, make_predictor, random_prompts, tiny_teacher
+from helpers.pairwise import nightly_rest
+from helpers.triton_offline import run_interpreted, tiers
 
 CPU = torch.device("cpu")
 SECTIONS: dict[str, dict[str, Any] | None] = {
@@ -311,15 +311,20 @@ def test_exact_length_needs_no_mask(section: str) -> None:
         assert torch.equal(masked.cache.lengths, exact.cache.lengths)
 
 
+DECODED = [("ar", "llama", "library"), ("firp", "mistral-window", "lean")]
+
+
 class TestDecodingByTheKernel:
     """Tests for the interpreter, in a separate process: Triton chooses it at its first import."""
 
     __test__ = os.environ.get("TRITON_INTERPRET") == "1"
 
-    @pytest.mark.parametrize("family", ["llama", "mistral-window"])
-    @pytest.mark.parametrize("section", ["ar", "firp"])
-    def test_tokens_are_those_of_generate(self, any_stack: str, section: str, family: str) -> None:
-        given, teacher = SECTIONS[section], tiny_teacher(family, any_stack == "lean")
+    @pytest.mark.parametrize(
+        ("section", "family", "stack"),
+        nightly_rest(DECODED, ["ar", "firp"], ["llama", "mistral-window"], ["lean", "library"]),
+    )
+    def test_tokens_are_those_of_generate(self, section: str, family: str, stack: str) -> None:
+        given, teacher = SECTIONS[section], tiny_teacher(family, stack == "lean")
         predictor = make_predictor(teacher, **given) if given else None
         spec = parse_tree("dynamic:3@2", 3) if predictor else None
         prompts = [random_prompts(1, seed=7, low=length, high=length)[0] for length in (20, 3)]
@@ -331,10 +336,7 @@ class TestDecodingByTheKernel:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.skipif(TestDecodingByTheKernel.__test__, reason="this process interprets kernels itself")
-def test_the_kernel_decodes_in_the_interpreter() -> None:
-    settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command = [sys.executable, *options, f"{__file__}::TestDecodingByTheKernel"]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "8 passed" in done.stdout
+@tiers
+def test_the_kernel_decodes_in_the_interpreter(nightly: bool) -> None:
+    printed = run_interpreted(f"{__file__}::TestDecodingByTheKernel", nightly=nightly, conftest=True)
+    assert ("6 passed" if nightly else "2 passed") in printed

@@ -37,8 +37,8 @@ from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.triton_layer import rotate_and_write, silu_product
 from helpers.layers import new_teacher, some_ids, tolerance_of, varied
 from helpers.models import FAMILIES, generate_reference, make_predictor, random_prompts, tiny_model
-from helpers.pairwise import pairwise
-from helpers.triton_offline import compile_only, run_interpreted
+from helpers.pairwise import nightly_rest, pairwise
+from helpers.triton_offline import compile_only, run_interpreted, tiers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -163,9 +163,8 @@ class TestKernels:
     def test_grouped_heads(self, heads: int, group: int) -> None:
         check(Case(heads=heads, group=group, normed=True))
 
-    @pytest.mark.parametrize("batch", [1, 3])
-    @pytest.mark.parametrize("rows", [1, 2, 7, 20])
-    def test_row_counts(self, rows: int, batch: int) -> None:
+    @pytest.mark.parametrize(("rows", "batch"), nightly_rest([(1, 3), (2, 1), (7, 3)], [1, 2, 7, 20], [1, 3]))
+    def test_rows(self, rows: int, batch: int) -> None:
         check(Case(batch, rows))
         check(Case(batch, rows, shared_angles=True), slots_first)
 
@@ -302,15 +301,19 @@ class _Launched:
         return lambda *given, **options: self.counted(self.name, lambda: self.kernel[grid](*given, **options))
 
 
+LAYERED = [*FAMILIES, "3x4", "ouro-loops", "qwen3-loops"]
+STEPS = [("llama", 1), ("qwen2", 2), ("mistral-window", 2), ("qwen3", 1), ("qwen3-loops", 1)]
+DECODED = [("llama", "dynamic:5@2")]
+
+
 class TestLayers:
     """Whole decoding steps through lean layers, on the CUDA device or in the interpreter."""
 
     __test__ = INTERPRETED or DEVICE == "cuda"
     pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
-    @pytest.mark.parametrize("batch", [1, 2])
-    @pytest.mark.parametrize("name", [*FAMILIES, "3x4", "ouro-loops", "qwen3-loops"])
-    def test_steps_equal_steps_without_kernels(self, name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(("name", "batch"), nightly_rest(STEPS, LAYERED, [1, 2]))
+    def test_steps_are_those_without_kernels(self, name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
         teacher = new_teacher(name)
         teacher.model.to(DEVICE)
         assert use_lean_layers(teacher) is None
@@ -395,10 +398,11 @@ class TestLayers:
         for got, expected in zip(steps(teacher, 2, True), steps(teacher, 2, False), strict=True):
             assert (got - expected).abs().max().item() <= 2e-5 * max(1.0, expected.abs().max().item())
 
-    @pytest.mark.parametrize("tree", ["static:2x1", "dynamic:5@2"])
-    @pytest.mark.parametrize("family", ["llama", "qwen3"])
-    def test_engine_equals_generate(self, family: str, tree: str) -> None:
-        """Decode sequences of different lengths, the first of which ends before the other."""
+    @pytest.mark.parametrize(
+        ("family", "tree"), nightly_rest(DECODED, ["llama", "qwen3"], ["static:2x1", "dynamic:5@2"])
+    )
+    def test_the_engine_writes_what_generate_does(self, family: str, tree: str) -> None:
+        """Sequences of different lengths, the first of which leaves before the other one."""
         teacher = wrap_model(copy.deepcopy(tiny_model(family)).to(DEVICE))
         assert use_lean_layers(teacher) is None
         predictor = make_predictor(teacher, kind="firp", layer=2, steps=2).to(DEVICE)
@@ -440,10 +444,10 @@ class TestLayers:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels")
-@pytest.mark.parametrize("tests", ["TestKernels", "TestLayers"])
-def test_in_the_interpreter(tests: str) -> None:
-    run_interpreted(f"{__file__}::{tests}")
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels itself")
+@tiers
+def test_in_the_interpreter(nightly: bool) -> None:
+    run_interpreted(f"{__file__}::TestKernels", f"{__file__}::TestLayers", nightly=nightly)
 
 
 @pytest.mark.skipif(
