@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The ablation table: start values, one layer against staggered ones, k, transfer layer, static against dynamic trees.
+"""Ablation table: start values, one layer or staggered layers, k, transfer layer, static and dynamic trees.
 
-All is trained on one store of the embedded teacher's own answers and decoded in one interleaved bench run, so the rows
-can be compared with each other. Takes about half an hour on two cores; --quick is a functional check.
+Every predictor is trained on one store of the embedded teacher's own answers and decoded in one interleaved bench run,
+so rows can be compared with each other. Takes about half an hour on two cores; --quick is a functional check.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ TREES = ("chain", "static:2x2", "static:4x2x1", "dynamic:4", "dynamic:8", "dynam
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a predictor section, how it starts, whether it trains, and the tree it decodes with."""
+    """One row: a predictor section, its start values, and the tree it decodes with. `trained`: False keeps the start
+    values.
+    """
 
     group: str
     name: str
@@ -36,7 +38,7 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """Variants that differ in the tree alone share a predictor."""
+        """Folder of the predictor; variants that differ only in the tree share it."""
         shape = "-".join(str(value) for value in self.predictor.values()).replace(", ", "_").strip("[]")
         return f"{shape}-{self.init}-{'trained' if self.trained else 'start'}".replace("[", "").replace("]", "")
 
@@ -50,7 +52,7 @@ def staggered(*layers: int) -> dict[str, Any]:
 
 
 def variants(layers: int) -> list[Variant]:
-    """All rows for a teacher of `layers` layers."""
+    """Return all rows for a teacher of `layers` layers."""
     rows = [
         Variant("start", "identity", firp(), "identity", trained=False),
         Variant("start", "ridge only", firp(), trained=False),
@@ -68,7 +70,7 @@ def variants(layers: int) -> list[Variant]:
 
 
 def train_all(rows: list[Variant], base: Recipe, teacher: Any, folder: Path) -> None:
-    """Train each distinct predictor once; what an earlier run finished is kept."""
+    """Train each distinct predictor once; results of an earlier run are kept."""
     from firp_cli.store.reader import Store
     from firp_cli.training.trainer import train
 
@@ -132,7 +134,7 @@ def measure(rows: list[Variant], teacher: Any, folder: Path, prompts: int, repea
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
-    """The table as markdown."""
+    """Return the table as Markdown."""
     lines = ["| | variant | top-1 by step | accepted length | step / ar step | speedup over ar | identical |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in table:
@@ -152,7 +154,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--quick", action="store_true", help="a few conversations and prompts; the figures mean nothing"
+        "--quick",
+        action="store_true",
+        help="a few conversations and prompts: checks that the script runs, measures nothing",
     )
     arguments = parser.parse_args()
     if arguments.quick:

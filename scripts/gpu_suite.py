@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Everything that only a GPU can tell, in one command under seven minutes.
+"""GPU tests and measurements in one command of under seven minutes.
 
-A smoke test comes first; the command ends with status 1 where it fails. Then random teachers of 7 and 1 billion
-parameters (ceilings, plain decoding, passes of many rows, steps, prompts, batches, transformers' `generate`),
+A smoke test comes first; the command ends with status 1 if it fails. Then random teachers of 7 and 1 billion parameters
+(ceilings, autoregressive decoding, passes of many rows, decoding steps, prompts, batches, transformers' `generate`),
 predictors trained, tuned, benched and compared in fp32, their accepted lengths projected onto the large shape, and the
-tests marked `gpu`. The predictors are those of a teacher of about 100 million parameters that is trained on the spot,
-or, with `--teacher`, of a real one: it answers the prompts of the data folder, and what it was trained into comes back
-in predictors.tar.
+tests marked `gpu`. The predictors belong to a teacher of about 100 million parameters that is trained by the suite or,
+with `--teacher`, to a real one: it answers the prompts of the data folder, and its trained predictors are returned in
+predictors.tar.
 
-Groups of parts are processes of their own with time limits. Every part has a share of the time; what does not fit is
-cut, what fails is noted, and the others go on. The output folder holds gpu_suite.json, gpu_suite.md, gpu_suite.log and,
-with `--teacher`, predictors.tar, written anew as results come.
+Groups of parts are processes of their own with time limits. Every part has a share of the time; work that does not fit
+is skipped, failures are recorded, and the other parts continue. The output folder holds gpu_suite.json, gpu_suite.md,
+gpu_suite.log and, with `--teacher`, predictors.tar; they are rewritten as results arrive.
 
-It runs from a checkout, installed or not, and needs neither deepspeed nor datasets. Where there is no `.git`, the
-environment's FIRP_GIT_COMMIT is noted. `--device cpu` runs all parts at toy size.
+The suite runs from a checkout, installed or not, and needs neither deepspeed nor datasets. Without `.git` it records
+the environment's FIRP_GIT_COMMIT. `--device cpu` runs all parts at toy size.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ BEGAN = time.monotonic()
 SCRIPT = Path(__file__).resolve()
 ROOT = SCRIPT.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for devices without using one
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # query devices without using one
 os.environ.setdefault("PYTHONUNBUFFERED", "1")
 
 from suite.needs import missing
 from suite.spare import FLAG, Spare, read_job
 
-FIRST: Spare | None = None  # imports while this process does
+FIRST: Spare | None = None  # a process that imports while this one does
 if __name__ == "__main__":
     if lacking := missing(sys.argv[1:]):
         print(f"the suite needs modules that are not installed: {', '.join(lacking)}", file=sys.stderr)
@@ -77,14 +77,14 @@ from suite.sizes import FULL, QUICK, TOY
 from suite.work import Part, Shared, grouped, select
 
 MINUTES, QUICK_MINUTES = 6.8, 3.0
-SPARE = 8.0  # seconds at the end that no part gets
+SPARE = 8.0  # seconds at the end that belong to no part
 TOKENS = 5_000_000
 SMOKE_SECONDS = 80.0  # with kernels to compile
 CACHE = "FIRP_CACHE_DIR"
 
 
 def chain(name: str, seconds: Sequence[float]) -> list[Part]:
-    """The parts that train predictors for a teacher, with their shares."""
+    """Return the parts that train predictors for a teacher, with their shares."""
     first = (f"{name}.teacher",) if name == "trained" else ()
     gives = "predictors" if name == "trained" else "saved"
     both = (*first, f"{name}.train")
@@ -102,7 +102,7 @@ def chain(name: str, seconds: Sequence[float]) -> list[Part]:
 
 
 def shaped(name: str, run: Callable[..., None], share: float, group: str, **options: Any) -> Part:
-    """A part that measures a random teacher."""
+    """Return a part that measures a random teacher."""
     return Part(name, partial(run, name=name.split(".")[0]), share, group=group, **options)
 
 
@@ -138,13 +138,13 @@ PARTS = [  # shares of the time: seconds, about
 
 
 def offered(with_teacher: bool) -> list[Part]:
-    """The parts that there are with a real teacher, or without one."""
+    """Return the parts that exist with a real teacher, or without one."""
     left_out = "trained." if with_teacher else "real."
     return [part for part in PARTS if not part.name.startswith(left_out)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_suite"), help="folder of the report")
     parser.add_argument("--minutes", type=float, help=f"of the whole run ({MINUTES:g}, quick: {QUICK_MINUTES:g})")
@@ -162,7 +162,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     known.arguments = list(sys.argv[1:] if arguments is None else arguments)
     known.minutes = known.minutes or (QUICK_MINUTES if known.quick else MINUTES)
     if known.predictors and not known.teacher:
-        parser.error("--predictors are those of a --teacher")
+        parser.error("--predictors needs --teacher")
     if known.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu runs all parts at toy size")
     try:
@@ -174,7 +174,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def describe(shared: Shared) -> dict[str, Any]:
-    """The device as it tells of itself."""
+    """Describe the device by its own properties."""
     device = shared.device
     found: dict[str, Any] = {"type": device.type, "dtype": str(shared.dtype).removeprefix("torch.")}
     if device.type != "cuda":
@@ -191,10 +191,10 @@ def describe(shared: Shared) -> dict[str, Any]:
 
 
 def make_shared(known: argparse.Namespace, scratch: Path) -> Shared:
-    """What the parts of a process share."""
+    """Return the values that the parts of a process share."""
     device = torch.device(known.device, 0) if known.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, which takes longer than it saves
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans again for every length, which takes longer than it saves
     return Shared(
         device=device,
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
@@ -210,7 +210,7 @@ def make_shared(known: argparse.Namespace, scratch: Path) -> Shared:
 
 
 def sizes_of(known: argparse.Namespace) -> Any:
-    """How large everything is."""
+    """Return the sizes of all parts."""
     return TOY if known.device == "cpu" else QUICK if known.quick else FULL
 
 
@@ -226,12 +226,15 @@ class Run:
         names = [part.name for part in known.chosen]
         settings = {"sizes": sizes_of(known).name, "minutes": known.minutes, "parts": names, "teacher": known.teacher}
         argv = [Path(word).name if Path(word).is_absolute() else word for word in environment()["argv"]]
-        self.head = {"environment": environment() | {"argv": argv}, "settings": settings}  # paths say nothing elsewhere
+        self.head = {
+            "environment": environment() | {"argv": argv},
+            "settings": settings,
+        }  # paths mean nothing on other machines
         known.output.mkdir(parents=True, exist_ok=True)
         self.log = (known.output / f"{report.NAME}.log").open("wb", buffering=0)
 
     def write(self) -> None:
-        """The report, with what there is by now."""
+        """Write the report with the results so far."""
         report.write(self.known.output, self.head, time.monotonic() - self.began, self.found)
 
     def tell(self, text: str) -> None:
@@ -240,7 +243,7 @@ class Run:
         print(text, flush=True)
 
     def groups(self, isolated: bool) -> bool:
-        """Run them; returns whether no part failed. Ends behind a smoke test that did."""
+        """Run the groups; return True if no part failed. Stops after a failed smoke test."""
         chosen = self.known.chosen
         waiting = grouped(chosen)
         if isolated and len(waiting) > 1:
@@ -263,14 +266,14 @@ class Run:
         return all(record["status"] != "failed" for record in self.found.records.values())
 
     def _shared(self) -> Shared:
-        """In-process: one for all groups."""
+        """Shared values of an in-process run: one object for all groups."""
         if self.held is None:
             self.held = make_shared(self.known, self.scratch)
             self.found.device = describe(self.held)
         return self.held
 
     def _apart(self, plan: Plan) -> list[Part]:
-        """Run a group in a process of its own, while the next one starts; returns what is left of it."""
+        """Run a group in a process of its own, while the next process starts; return the parts that remain."""
         self.count += 1
         path = self.scratch / f"found{self.count}.json"
         process = (self.spare or self._ready()).start(self._job(plan, path))
@@ -288,14 +291,14 @@ class Run:
         return Spare(SCRIPT, self.known.arguments)
 
     def _job(self, plan: Plan, path: Path) -> dict[str, Any]:
-        """What a group's process is to do."""
+        """Return the job of a group's process."""
         names = {"parts": plan.parts, "later": plan.later, "chosen": plan.chosen}
         job: dict[str, Any] = {name: [part.name for part in parts] for name, parts in names.items()}
         job |= {"until": plan.until, "given": self.found.given, "scratch": str(self.scratch), "path": str(path)}
         return job | {"environment": {CACHE: os.environ[CACHE]}}
 
     def _unpack(self) -> None:
-        """Unpack a real teacher's GGUF file while other groups run. What is wrong with it its first part will say."""
+        """Unpack a real teacher's GGUF file while other groups run. Its first part reports errors of the file."""
 
         def unpack() -> None:
             dtype = "bfloat16" if self.known.device == "cuda" else "float32"
@@ -315,7 +318,7 @@ class Run:
         self.write()
 
     def close(self) -> None:
-        """Write the report, and end what waits."""
+        """Write the report and end waiting processes."""
         self.write()
         self.log.close()
         if self.spare is not None:
@@ -323,7 +326,7 @@ class Run:
 
 
 def run_job(known: argparse.Namespace) -> int:
-    """A group's process: wait for the job and do it."""
+    """Wait for a group's job and do it."""
     preload()
     job = read_job()
     if job is None:
@@ -336,12 +339,12 @@ def run_job(known: argparse.Namespace) -> int:
 
 
 def preload() -> None:
-    """Import once what every group needs."""
+    """Import modules that every group needs."""
     from transformers.models.llama import modeling_llama  # noqa: F401
 
 
 def main(arguments: Sequence[str] | None = None, began: float | None = None, isolated: bool = True) -> int:
-    """Run the suite; returns 1 if a part failed. `isolated`: groups are processes of their own."""
+    """Run the suite; return 1 if a part failed. `isolated`: groups are processes of their own."""
     known = parse(arguments)
     logging.set_verbosity_error()
     if known.job:
@@ -352,7 +355,7 @@ def main(arguments: Sequence[str] | None = None, began: float | None = None, iso
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
         patch.dict(os.environ, {CACHE: f"{scratch}/cache"}),
     ):
-        run = Run(known, Path(scratch), began)  # caches are of this run alone
+        run = Run(known, Path(scratch), began)  # caches belong to this run alone
         try:
             whole = run.groups(isolated)
         finally:
@@ -363,7 +366,7 @@ def main(arguments: Sequence[str] | None = None, began: float | None = None, iso
 
 
 def _terminate(number: int, frame: Any) -> None:
-    """End as after an error: what was found is written, and no process is left."""
+    """Handle a signal as an error: results are written, and no process remains."""
     sys.exit(1)
 
 

@@ -4,9 +4,9 @@
     python scripts/memory_growth.py [--steps 2] [--vocabularies 8192,131072] [--lengths 512,1024,2048,4096] [--json]
 
 A point trains a FIRP predictor of a random Llama through the trainer and its engine, on a CPU in float32, and reads the
-kernel's own peak of resident memory. Three figures, because the vocabulary's matrix (embedding and head in one) belongs
-to the teacher and not to the loss: the whole process; the same without that matrix; and what training alone adds to
-what was resident when it began. The ratio to keep at or below 1.2 is the strictest, the last.
+kernel's peak of resident memory. There are three figures, because the vocabulary matrix (embedding and head in one)
+belongs to the teacher and not to the loss: the whole process; the process without that matrix; and the memory that
+training adds to the resident memory before it. The last is the strictest: its ratio is to stay at or below 1.2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZE, FEED, LAYERS, FIRST, BATCH, ANCHORS = 256, 688, 8, 2, 4, 64
 
 @dataclass
 class Conversation:
-    """What the trainer reads of a store."""
+    """The fields of a store that the trainer reads."""
 
     input_ids: Any
     loss_mask: Any
@@ -36,7 +36,7 @@ class Conversation:
 
 
 def measure(vocabulary: int, length: int, steps: int) -> dict[str, int]:
-    """Train `steps` steps in this process; bytes: the peak, and what was resident before training."""
+    """Train `steps` steps in this process; return bytes: the peak, and the resident memory before training."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -84,19 +84,19 @@ def measure(vocabulary: int, length: int, steps: int) -> dict[str, int]:
     load_deepspeed()
     with tempfile.TemporaryDirectory() as folder:
         before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts over from here
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # restarts the peak from here
         train(recipe, teacher, store, Path(folder) / "run")
         return {"peak": _status("VmHWM"), "before": before}
 
 
 def _status(field: str) -> int:
-    """A figure of this process, in bytes."""
+    """Return a memory figure of this process, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def point(vocabulary: int, length: int, steps: int) -> dict[str, Any]:
-    """A measured point, from a fresh process. Raises RuntimeError with what that process said."""
+    """Measure one point in a fresh process. Raises RuntimeError with that process's error output."""
     command = [sys.executable, __file__, "--point", f"{vocabulary},{length}", "--steps", str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -115,7 +115,7 @@ def point(vocabulary: int, length: int, steps: int) -> dict[str, Any]:
 
 
 def growth(points: list[dict[str, Any]], by: str) -> dict[str, Any]:
-    """Of each figure: the last point's ratio to the first one's, and the exponent in what was varied."""
+    """Return for each figure the last point's ratio to the first one's, and the exponent in the varied size."""
     first, last = points[0], points[-1]
     span = math.log(last[by] / first[by])
     figures = ("peak_bytes", "peak_without_matrix_bytes", "training_bytes")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What a SPEED pipeline gains and what wasted work costs: exits left out, thresholds, exits that are never right.
+"""Ablations of a SPEED pipeline: fewer exits, thresholds, exits that are never right, with and without the guard.
 
-Every variant decodes the same prompts in one interleaved run beside plain decoding, with the trained weights.
+Every variant decodes the same prompts in one interleaved run beside autoregressive decoding, with the trained weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Variant:
 
 
 def variants(loops: int) -> list[Variant]:
-    """All exits, fewer, surer; untrained, never right, and never right with the guard."""
+    """Return the variants: all exits, fewer, with thresholds; untrained, never right, and never right with the
+    guard."""
     every = list(range(1, loops))
     rows = [Variant("all exits", every)]
     for exits in ([1], every[1:], every[-1:]):
@@ -65,7 +66,7 @@ class NeverRight(SpeedPredictor):
 
 
 def build(variant: Variant, trained: SpeedPredictor, teacher: Teacher) -> SpeedPredictor:
-    """The variant's predictor."""
+    """Return the variant's predictor."""
     config = SpeedConfig(kind="speed", exits=variant.exits, threshold=variant.threshold, loops=trained.grouping)
     if variant.start == "never":
         predictor: SpeedPredictor = NeverRight(config, teacher)
@@ -81,7 +82,7 @@ def build(variant: Variant, trained: SpeedPredictor, teacher: Teacher) -> SpeedP
 
 
 def cells(row: BenchRow) -> list[str]:
-    """A line of the table."""
+    """Return a line of the table."""
     speed = f"{row.speedup:.2f}" if row.speedup else "-"
     same = f"{row.lossless.identical}/{row.lossless.compared}" if row.lossless.compared else "reference"
     if row.pipeline is None:
@@ -93,7 +94,7 @@ def cells(row: BenchRow) -> list[str]:
 
 
 def main() -> int:
-    """Measure and print a Markdown table, and the tick's breakdown."""
+    """Measure and print a Markdown table and the breakdown of a tick."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predictor", default="speed", help="trained speed predictor: folder or embedded name")
     parser.add_argument("--dataset", default="arithmetic")
@@ -121,7 +122,7 @@ def main() -> int:
         settings,
         progress=lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr, flush=True),
     )
-    headers = ["variant", "tokens per tick", "exit accuracy", "plain tokens", "ms per loop or step", "speedup", "same"]
+    headers = ["variant", "tokens per tick", "exit accuracy", "ar tokens", "ms per loop or step", "speedup", "same"]
     print("\n| " + " | ".join(headers) + " |\n|" + "---|" * len(headers))
     for row in report.rows:
         print("| " + " | ".join(cells(row)) + " |")

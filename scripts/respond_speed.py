@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Answering prompts: tokens per second of the refilled engine, of its plain batches, and of transformers' `generate`.
+"""Answer prompts: tokens per second of continuous batching, of fixed batches, and of transformers' `generate`.
 
 All three get the same prompts by length, the same batch size and limit, and count the same tokens: those of the
 answers, EOS included. Repeats are interleaved; medians are compared.
@@ -41,7 +41,7 @@ def in_batches(method: Engine | HuggingFaceGenerate, prompts: Texts, limit: int,
 
 
 def measure(methods: dict[str, Callable[[], Texts]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Texts]]:
-    """Tokens per second of each repeat, and the answers."""
+    """Return tokens per second of each repeat, and the answers."""
     rates: dict[str, list[float]] = {name: [] for name in methods}
     answers: dict[str, Texts] = {}
     for turn in range(repeats + 1):

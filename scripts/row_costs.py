@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""The regime: what a forward of M rows costs relative to a forward of one row.
+"""Cost of a forward pass of M rows relative to one row.
 
-A step that verifies a draft runs M rows where plain decoding runs one. It pays where the rows share what one row costs
-already, above all the reading of the weights. Two teachers in float32, the embedded one and a random Llama whose
+A step that verifies a draft runs M rows where autoregressive decoding runs one. It pays where rows share the cost of
+one row, above all the reading of the weights. Two teachers in float32, the embedded one and a random Llama whose
 weights exceed a CPU's caches, run the rows of a tree over a committed context: layers, final norm, and head of all
-rows, with masks and position embeddings made beforehand. Row counts take turns within every round, so that a machine
-that slows down slows them all; ratios are taken within a round.
+rows, with masks and position embeddings made in advance. Row counts take turns within every round, so that a slow phase
+of the machine affects all of them; ratios are taken within a round.
 
-Where others use the cores, a forward is interrupted for milliseconds whatever its rows, which draws ratios towards 1:
-the last column tells how often.
+Where other processes use the cores, a forward is interrupted for milliseconds independent of its rows, which moves
+ratios towards 1; the last column counts these interruptions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RANDOM_LLAMA = {
 }
 QUICK = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
 QUICK |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-BLOCK_SECONDS = 0.1  # of one row's iterations in a round, where their number is not given
+BLOCK_SECONDS = 0.1  # duration of the iterations of one row in a round, if their number is not given
 LEAST_ITERATIONS = 3
 Forward = Callable[[], tuple[float, float]]  # seconds in the layers, and in norm and head
 Times = list[tuple[float, float, float]]  # by round: seconds of the two parts, interruptions of a forward
@@ -67,19 +67,19 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of one value per round."""
+        """Return the spread of one value per round."""
         low, middle, high = np.quantile(np.asarray(values, dtype=float), [0.25, 0.5, 0.75])
         return cls(float(middle), float(low), float(high))
 
     def cell(self, digits: int = 2) -> str:
-        """`median [low, high]`."""
+        """Return `median [low, high]`."""
         return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 @dataclass
 class RowCost:
-    """A forward of `rows` rows: milliseconds in all and by part, and the whole relative to the smallest row count's
-    of the same round. `interruptions`: involuntary context switches in a forward, mean.
+    """Cost of a forward of `rows` rows: milliseconds in all and by part, and the ratio to the smallest row count of the
+    same round. `interruptions`: involuntary context switches in a forward, mean.
     """
 
     stack: str
@@ -92,7 +92,7 @@ class RowCost:
 
 
 def random_teacher(shape: dict[str, Any]) -> Teacher:
-    """A Llama of that shape with random float32 weights."""
+    """Return a Llama of that shape with random float32 weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -100,14 +100,14 @@ def random_teacher(shape: dict[str, Any]) -> Teacher:
 
 
 def load(name: str, quick: bool) -> Teacher:
-    """The random teacher, or one by folder or embedded name, in float32 on the CPU."""
+    """Return the random teacher, or one by folder or embedded name, in float32 on the CPU."""
     if name == RANDOM:
         return random_teacher(RANDOM_LLAMA | (QUICK if quick else {}))
     return load_teacher(TeacherConfig(model=name, dtype="float32"), "cpu")
 
 
 def stacks(teacher: Teacher, library: bool) -> list[Teacher]:
-    """The teacher on the lean stack, and, where asked, once more on the library's: one copy of the weights."""
+    """Return the teacher on the lean layers and, if asked, once more on the library's; both share the weights."""
     reason = use_lean_layers(teacher)
     if reason is not None:
         raise SystemExit(reason)
@@ -115,7 +115,7 @@ def stacks(teacher: Teacher, library: bool) -> list[Teacher]:
 
 
 def make_forward(passes: CostProbe, rows: int) -> Forward:
-    """A step's forward of `rows` rows behind the cache's prefix, which it leaves as it is."""
+    """Return a step's forward of `rows` rows after the cache's prefix, which it does not change."""
     parts = passes.parts(rows)
 
     def forward() -> tuple[float, float]:
@@ -129,7 +129,9 @@ def make_forward(passes: CostProbe, rows: int) -> Forward:
 
 
 def block(forward: Forward, iterations: int) -> tuple[float, float, float]:
-    """Median seconds of `iterations` forwards, by part, behind an uncounted one; and how often others took the core."""
+    """Return the median seconds of `iterations` forwards by part, after an uncounted one, and the number of
+    interruptions.
+    """
     forward()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
     layers, head = zip(*(forward() for _ in range(iterations)), strict=True)
@@ -138,7 +140,7 @@ def block(forward: Forward, iterations: int) -> tuple[float, float, float]:
 
 
 def enough_iterations(forward: Forward) -> int:
-    """Iterations that fill BLOCK_SECONDS."""
+    """Return the number of iterations that fill BLOCK_SECONDS."""
     return max(LEAST_ITERATIONS, round(BLOCK_SECONDS / sum(block(forward, LEAST_ITERATIONS)[:2])))
 
 
@@ -161,7 +163,7 @@ def measure(
 
 
 def summarise(times: dict[tuple[str, int], Times]) -> list[RowCost]:
-    """Medians over rounds; ratios to the same stack's smallest row count in the same round."""
+    """Return medians over rounds; ratios are to the same layers' smallest row count in the same round."""
     costs = []
     for (stack, rows), rounds in times.items():
         base = times[stack, min(count for name, count in times if name == stack)]
@@ -182,7 +184,7 @@ def summarise(times: dict[tuple[str, int], Times]) -> list[RowCost]:
 
 
 def table(costs: Sequence[RowCost]) -> str:
-    """A Markdown table, a line per stack and row count. The final norm counts to the head."""
+    """Return a Markdown table with a line per kind of layers and row count. The final norm counts to the head."""
     least = min(cost.rows for cost in costs)
     compared = f"over {least} row" if least == 1 else f"over {least} rows"
     headers = [
@@ -212,7 +214,9 @@ def table(costs: Sequence[RowCost]) -> str:
 
 
 def size(teacher: Teacher) -> dict[str, Any]:
-    """Parameters, and what one forward reads of them: an embedding that is no head is looked up, not read."""
+    """Return the number of parameters and the bytes that one forward reads: an embedding that is no head is only looked
+    up.
+    """
     parameters = {id(value): value for value in teacher.model.parameters()}
     looked_up = teacher.model.get_input_embeddings().weight
     tied = looked_up is teacher.model.get_output_embeddings().weight
@@ -225,7 +229,7 @@ def size(teacher: Teacher) -> dict[str, Any]:
 
 
 def cache_sizes() -> dict[str, str]:
-    """The first processor's caches where the system tells them, e.g. {"L3": "32768K"}; instructions' left out."""
+    """Return the first processor's data caches where the system lists them, e.g. {"L3": "32768K"}."""
     found = {}
     for file in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")):
         kind, level, amount = (file.with_name(name).read_text().strip() for name in ("type", "level", "size"))
@@ -235,7 +239,7 @@ def cache_sizes() -> dict[str, str]:
 
 
 def row_counts(text: str) -> list[int]:
-    """`1,4,8` as ascending numbers."""
+    """Parse `1,4,8` into ascending numbers."""
     counts = sorted({int(part) for part in text.split(",")})
     if counts[0] < 1:
         raise argparse.ArgumentTypeError("row counts are at least 1")
@@ -243,12 +247,12 @@ def row_counts(text: str) -> list[int]:
 
 
 def names(text: str) -> list[str]:
-    """`a,b` as a list."""
+    """Parse `a,b` into a list."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; `--quick` makes everything tiny that was not given."""
+    """Parse the command line; `--quick` reduces every size that was not given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", type=names, default=[DEFAULT_TEACHER, RANDOM], help=f"names, or {RANDOM}")
     parser.add_argument("--rows", type=row_counts, help="row counts, with commas (1,4,8,16,32)")
@@ -256,7 +260,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="rounds (9)")
     parser.add_argument("--iterations", type=int, help=f"forwards of a round (those of one row in {BLOCK_SECONDS} s)")
     parser.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS, else the usable cores")
-    parser.add_argument("--library", action="store_true", help="also measure the library's layers")
+    parser.add_argument("--library", action="store_true", help="measure the library's layers too")
     parser.add_argument("--quick", action="store_true", help="a random teacher of two layers, few rows and rounds")
     parser.add_argument("--output", type=Path, help="JSON file")
     known = parser.parse_args(arguments)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Where a decoding step's time goes: layers, heads, maps, and the engine's own work around them, on the CPU.
+"""Time of a decoding step by part on the CPU: layers, heads, maps, and the engine's own work around them.
 
-Functions of the engine are wrapped by a clock for the runs that are profiled. The clock knows which part runs and
-charges all time to exactly one part, so the parts of a step add up to the step; what no part claims is the host loop.
-A step ends when the host has written what it emitted, which is what `decode_seconds` counts. The same prompts are
-decoded unwrapped in turns with the profiled runs: the difference is what wrapping costs.
+Functions of the engine are wrapped by a clock for the profiled runs. The clock knows which part runs and
+charges all time to exactly one part, so the parts of a step add up to the step; time that no part claims is the host
+loop. A step ends when the host has written its tokens, as `decode_seconds` counts. The same prompts are
+decoded unwrapped in turns with the profiled runs: the difference is the cost of wrapping.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ TREE = "tree building"
 MASKS = "positions and masks"
 ROTARY = "rotary look-up"
 EMBED = "embedding"
-ROWS = "joining rows, the loop over layers"
+ROWS = "joining rows, loop over layers"
 CHOICE = "choice of the tokens (argmax)"
 ACCEPT = "acceptance"
 COMMIT = "K/V commit"
 STATES = "draft: picking the accepted node's states"
 OWN = "draft: the predictor's own blocks and heads"
 TOPK = "draft: log-softmax and top-k"
-GLUE = "step: what joins these, roots and drafts copied"
+GLUE = "step: calls between these, copies of roots and drafts"
 PUSH = "ring push"
 READ = "ring read"
 HOST = "host loop"
@@ -67,15 +67,15 @@ PARTS = (
 )
 TEACHER = (LAYERS, HEAD, DRAFT_HEAD)
 PREDICTOR = (PSEUDO, OWN)
-WRAPPED_CALLS = 20_000  # to measure what a wrapper costs
+WRAPPED_CALLS = 20_000  # calls for measuring the cost of a wrapper
 
 
 class StepClock:
-    """Charges time to the part that runs, step by step."""
+    """Clock that charges time to the running part, step by step."""
 
     def __init__(self) -> None:
         self.steps: list[list[float]] = []  # seconds by part
-        self.calls = 0  # of wrapped functions, in the steps that are kept
+        self.calls = 0  # calls of wrapped functions, in the steps that are kept
         self._seconds = [0.0] * len(PARTS)
         self._count = 0
         self._host = PARTS.index(HOST)
@@ -83,10 +83,10 @@ class StepClock:
         self._mark = time.perf_counter()
 
     def wrap(self, function: Callable[..., Any], part: str, inside: dict[str, str] | None = None) -> Callable[..., Any]:
-        """The function with its time charged to `part`, what it calls and is wrapped itself apart.
+        """Return the function with its time charged to `part`; wrapped functions that it calls are charged separately.
 
         Args:
-            inside: other parts to charge where the part that calls is one of these.
+            inside: other parts to charge if the calling part is one of these.
         """
         own = PARTS.index(part)
         others = {PARTS.index(caller): PARTS.index(other) for caller, other in (inside or {}).items()}
@@ -110,7 +110,7 @@ class StepClock:
         return timed
 
     def close(self, keep: bool) -> None:
-        """A step ends here; not kept, it was the prefill."""
+        """End a step; one that is not kept was the prefill."""
         now = time.perf_counter()
         self._seconds[self._part] += now - self._mark
         if keep:
@@ -121,7 +121,7 @@ class StepClock:
 
 @contextmanager
 def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
-    """Wrap what a step calls. Everything is as it was afterwards."""
+    """Wrap the functions that a step calls, and restore them at the end."""
     predictor, teacher = engine.plan(1, 1, 1).predictor, engine.teacher
     wrapped: list[tuple[Any, str, str]] = [
         (teacher.stack, "layer", LAYERS),
@@ -155,7 +155,7 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
 
 
 def spawning(clock: StepClock, make: Callable[..., None]) -> Callable[..., None]:
-    """A `DecodeStep` whose maps are timed: the engine hands them over ready for decoding."""
+    """A `DecodeStep` whose maps are timed: the engine passes them ready for decoding."""
 
     def made(stepper: DecodeStep, *arguments: Any, **options: Any) -> None:
         make(stepper, *arguments, **options)
@@ -166,7 +166,7 @@ def spawning(clock: StepClock, make: Callable[..., None]) -> Callable[..., None]
 
 
 def closing(clock: StepClock, write: Callable[..., Any]) -> Callable[..., Any]:
-    """`DecodeBatch._write`, behind which a step ends: on the CPU the host reads every step by itself."""
+    """`DecodeBatch._write` that also ends a step: on the CPU the host reads every step by itself."""
 
     def timed(run: DecodeBatch, held: Any, rows: Any, prefill: bool = False) -> Any:
         rates = write(run, held, rows, prefill=prefill)
@@ -189,13 +189,13 @@ class Part:
 
 @dataclass
 class Profile:
-    """Where a method's steps spend their time; times in microseconds.
+    """Times of the parts of a method's steps, in microseconds.
 
     Attributes:
-        rows: through the last layer in one step. tokens_per_step: emitted.
+        rows: rows through the last layer in one step. tokens_per_step: emitted tokens.
         plain: an unwrapped step, median over prompts and repeats.
         slowdown: a wrapped step over an unwrapped one of the same prompt and repeat, median.
-        wrapping: calls of wrapped functions in a step x what wrapping an empty function costs.
+        wrapping: calls of wrapped functions in a step x the cost of wrapping an empty function.
         outside: share outside layers, norm and head, over the faster half of the steps. all_outside: over all steps.
         engine: `outside` without the predictor's own matrices.
     """
@@ -216,7 +216,7 @@ class Profile:
 
 @dataclass
 class Subject:
-    """A method to profile, and what its runs gave."""
+    """A method to profile, and the results of its runs."""
 
     method: str
     engine: Engine
@@ -227,9 +227,9 @@ class Subject:
 
 
 def subjects(teacher: Teacher, methods: Sequence[str], trees: Sequence[str]) -> list[Subject]:
-    """An engine for `ar`, and one for every predictor and tree; without trees a predictor takes its own.
+    """Return an engine for `ar`, and one for every predictor and tree; the default is the predictor's own tree.
 
-    Raises FirpError on names that cannot be.
+    Raises FirpError on unknown names and on predictors without trees.
     """
     found = []
     for name in methods:
@@ -239,14 +239,14 @@ def subjects(teacher: Teacher, methods: Sequence[str], trees: Sequence[str]) -> 
         folder = predictor_folder(name)
         predictor = load_predictor(folder, teacher, force=False)
         if predictor.pipeline:
-            raise FirpError(f"{name} feeds a pipeline: scripts/pipeline_ablations.py breaks down its tick")
+            raise FirpError(f"{name} feeds a pipeline: scripts/pipeline_ablations.py prints the breakdown of its tick")
         specs = [parse_tree(text, predictor.steps) for text in trees] or [default_tree(folder, predictor)]
         found += [Subject(name, Engine(teacher, predictor, spec)) for spec in specs]
     return found
 
 
 def run(found: Sequence[Subject], prompts: Sequence[list[int]], max_new_tokens: int, repeats: int) -> None:
-    """Decode every prompt with every method, unwrapped and wrapped in turns, behind an uncounted warm-up."""
+    """Decode every prompt with every method, unwrapped and wrapped in turns, after an uncounted warm-up."""
     for subject in found:
         subject.engine.generate(prompts[:1], max_new_tokens)
     for repeat in range(repeats):
@@ -258,7 +258,7 @@ def run(found: Sequence[Subject], prompts: Sequence[list[int]], max_new_tokens: 
 
 
 def decode(subject: Subject, prompt: list[int], max_new_tokens: int, wrapped: bool) -> None:
-    """One prompt, its seconds per step noted."""
+    """Decode one prompt and record its seconds per step."""
     with profiled(subject.clock, subject.engine) if wrapped else nullcontext():
         made = subject.engine.generate([prompt], max_new_tokens)[0]
     if made.steps:  # an answer of one token comes from the prefill
@@ -268,7 +268,7 @@ def decode(subject: Subject, prompt: list[int], max_new_tokens: int, wrapped: bo
 
 
 def wrapper_seconds() -> float:
-    """What wrapping adds to a call: an empty function's, wrapped and bare."""
+    """Return the seconds that wrapping adds to a call, measured on an empty function."""
     clock = StepClock()
 
     def nothing() -> None:
@@ -284,20 +284,20 @@ def wrapper_seconds() -> float:
 
 
 def average(steps: Sequence[list[float]]) -> list[float]:
-    """Mean seconds by part."""
+    """Return mean seconds by part."""
     return [fmean(seconds) for seconds in zip(*steps, strict=True)]
 
 
 def summarise(subject: Subject, wrapper: float) -> Profile:
-    """Means over the profiled steps. `wrapper`: seconds that wrapping adds to a call.
+    """Return means over the profiled steps. `wrapper`: seconds that wrapping adds to a call.
 
-    On a machine that others use, a part is interrupted the more often the longer it is, so medians part by part do not
-    add up to a step. The faster half of the steps is taken whole instead.
+    On a machine with other work, a long part is interrupted more often, so medians of single parts do not
+    add up to a step. The faster half of the steps is used whole instead.
     """
     clock, engine = subject.clock, subject.engine
     plan = engine.plan(1, 1, 1)
     if not clock.steps:
-        raise FirpError(f"{subject.method} made no step: the answers have one token")
+        raise FirpError(f"{subject.method} made no decoding step: the answers have one token")
     ordered = sorted(clock.steps, key=sum)
     faster, every = (average(steps) for steps in (ordered[: (len(ordered) + 1) // 2], ordered))
     parts = [
@@ -324,7 +324,7 @@ def summarise(subject: Subject, wrapper: float) -> Profile:
 
 
 def report(profile: Profile) -> str:
-    """A Markdown table of a method, with a line about the whole step."""
+    """Return a Markdown table of a method, with a line about the whole step."""
     lines = [*profile.parts, total(profile.parts)]
     cells = [
         [
@@ -348,7 +348,7 @@ def report(profile: Profile) -> str:
 
 
 def total(parts: Sequence[Part]) -> Part:
-    """All parts together."""
+    """Return the sum of all parts."""
     columns = zip(
         *((part.microseconds, part.share, part.all_microseconds, part.all_share) for part in parts), strict=True
     )
@@ -356,12 +356,12 @@ def total(parts: Sequence[Part]) -> Part:
 
 
 def names(text: str) -> list[str]:
-    """`a,b` as a list."""
+    """Parse `a,b` into a list."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default=DEFAULT_TEACHER, help="folder, embedded name or hub id")
     parser.add_argument("--methods", type=names, default=["ar", "firp"], help="ar, predictors' folders or names")
@@ -372,11 +372,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS, else the usable cores")
-    parser.add_argument("--library", action="store_true", help="run the library's layers, not their lean twins")
+    parser.add_argument("--library", action="store_true", help="run the library's layers in place of the lean ones")
     parser.add_argument("--output", type=Path, help="JSON file")
     known = parser.parse_args(arguments)
     if not known.methods:
-        parser.error("--methods names none")
+        parser.error("--methods names no method")
     if min(known.limit, known.max_new_tokens - 1, known.repeats, known.threads or 1) < 1:
         parser.error("--limit, --repeats and --threads are at least 1, --max-new-tokens at least 2")
     return known

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What a store's dtype costs: bytes, error of the states, and accepted length of predictors trained on it.
+"""Cost of a store's dtype: bytes, error of the states, and accepted length of predictors trained on it.
 
-One float32 store is split; the larger part is converted to each dtype and trained on, with
-the same seed and steps. All predictors are judged on the float32 states of the smaller part, and decode its prompts.
+One float32 store is split. The larger part is converted to each dtype and trained on with the same seed and optimizer
+steps; all predictors are judged on the float32 states of the smaller part and decode its prompts.
 Takes about five minutes with the embedded teacher on two threads; --quick is a functional check.
 """
 
@@ -29,11 +29,11 @@ REFERENCE = "float32"
 TREE = "dynamic:8"
 HELD_OUT = 0.15
 NEW_TOKENS = 96
-MOST_LOST, MOST_BYTES = 0.02, 0.52  # of accepted length, and of the bytes of bfloat16
+MOST_LOST, MOST_BYTES = 0.02, 0.52  # shares of accepted length, and of the bytes of bfloat16
 
 
 def prepare(recipe: Recipe, teacher: Teacher, dtypes: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Stores by dtype, all of the same conversations, and `held out`: float32 states of others."""
+    """Return stores by dtype, all of the same conversations, and `held out`: float32 states of others."""
     from firp_cli.collecting.collect_store import collect_store
     from firp_cli.collecting.engine_responder import make_responder
     from firp_cli.store.tools import convert_store, split_store
@@ -53,7 +53,7 @@ def prepare(recipe: Recipe, teacher: Teacher, dtypes: Sequence[str], folder: Pat
 
 
 def state_error(exact: Store, rounded: Store) -> dict[str, float]:
-    """||rounded - exact|| / ||exact|| of a state: the mean over all states, and the largest."""
+    """Return ||rounded - exact|| / ||exact|| of a state: the mean over all states, and the largest."""
     import torch
 
     total = count = worst = 0.0
@@ -67,7 +67,7 @@ def state_error(exact: Store, rounded: Store) -> dict[str, float]:
 
 
 def measure(recipe: Recipe, dtypes: Sequence[str], folder: Path, prompts: int) -> list[dict[str, Any]]:
-    """A row for each dtype; losses are relative to the predictor that was trained on float32 states."""
+    """Return a row for each dtype; losses are relative to the predictor trained on float32 states."""
     from firp_cli.decoding.tree_spec import parse_tree
     from firp_cli.evaluation.gate import gate
     from firp_cli.evaluation.quality import evaluate
@@ -106,7 +106,7 @@ def measure(recipe: Recipe, dtypes: Sequence[str], folder: Path, prompts: int) -
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds `bytes_ratio` to bfloat16, and `lost_*` against float32: the shares of accepted length."""
+    """Add `bytes_ratio` to bfloat16, and `lost_*` against float32: the lost shares of accepted length."""
     by_dtype = {row["dtype"]: row for row in rows}
     best = by_dtype[REFERENCE]
     for row in rows:
@@ -118,7 +118,7 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table; what is lost is in percent of the float32 row."""
+    """Return the table; losses are in percent of the float32 row."""
     lines = [
         "| dtype | bytes per token | of bfloat16 | error of a state, mean (largest) | expected, chain | expected, tree "
         "| decoded | lost: expected, decoded |",
@@ -145,13 +145,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/store-dtypes"), help="a new folder")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="float32 is always measured")
-    parser.add_argument("--conversations", type=int, default=480, help="of the arithmetic data set")
+    parser.add_argument("--conversations", type=int, default=480, help="conversations of the arithmetic data set")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
-    parser.add_argument("--prompts", type=int, default=40, help="held-out prompts that are decoded")
+    parser.add_argument("--prompts", type=int, default=40, help="held-out prompts to decode")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--regenerate", action="store_true", help="let the teacher answer; else the data set's answers")
+    parser.add_argument(
+        "--regenerate", action="store_true", help="let the teacher answer; default: the data set's answers"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--quick", action="store_true", help="a few of everything; the figures mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few of everything: checks that the script runs, measures nothing"
+    )
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.conversations, arguments.steps, arguments.prompts = 40, 3, 2
@@ -165,7 +169,7 @@ def main() -> None:
         "data.store_dtype": REFERENCE,
         "data.regenerate": arguments.regenerate,
         "training.max_steps": arguments.steps,
-        "training.epochs": 1000,  # as many as the steps take
+        "training.epochs": 1000,  # as many as the optimizer steps take
         "training.validation_fraction": 0.0,
         "training.gate_prompts": 0,
         "training.seed": arguments.seed,
@@ -174,12 +178,12 @@ def main() -> None:
     dtypes = [REFERENCE, *(dtype for dtype in arguments.dtypes if dtype != REFERENCE)]
     rows = measure(recipe, dtypes, arguments.output, arguments.prompts)
     if arguments.json:
-        told = {key: str(value) for key, value in settings.items()}
-        print(json.dumps({"environment": environment(), "settings": told, "rows": rows}, indent=2))
+        described = {key: str(value) for key, value in settings.items()}
+        print(json.dumps({"environment": environment(), "settings": described, "rows": rows}, indent=2))
     else:
         print(markdown(rows))
         print(
-            f"asked of int8: at most {MOST_BYTES} of bfloat16's bytes, at most {MOST_LOST:.0%} of accepted length lost"
+            f"target of int8: at most {MOST_BYTES} of bfloat16's bytes, at most {MOST_LOST:.0%} of accepted length lost"
         )
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Writing and reading a store against plain safetensors on the same disk: MB/s, interleaved, medians.
+"""Write and read a store against plain safetensors files on the same disk: MB/s, interleaved, medians.
 
-Both write the same tensors into as many files and sync them. The store also scales states to its dtype, looks for NaN,
+Both write the same tensors into as many files and sync them. The store also scales states to its dtype, checks for NaN,
 hashes, renames, and keeps its manifest; as in `firp collect`, a thread writes one shard while the next one is scaled.
 Both read the files from end to end one conversation at a time, in order and shuffled, into one piece of memory, as the
-training's reader fills a batch; a store of int8 or float8 gives floats back. Files are synced and dropped from the page
-cache before each reading; the last column says how much of what was read came from the disk.
+trainer's reader fills a batch; a store of int8 or float8 returns floats. Files are synced and dropped from the page
+cache before each reading; the last column gives the share of the bytes that came from the disk.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TARGET = 0.7
 
 @dataclass(frozen=True)
 class Corpus:
-    """Conversations of random states: `states` are the rows that a teacher would hand over, by tensor name."""
+    """Conversations of random states: `states` are the rows that a teacher would give, by tensor name."""
 
     lengths: list[int]
     shards: int
@@ -54,7 +54,7 @@ class Corpus:
 
 
 def make_corpus(tokens: int, shards: int, hidden_size: int, dtype: torch.dtype) -> Corpus:
-    """One shard's worth of states, written `shards` times; conversations of 50 to 600 tokens."""
+    """Return one shard's states, written `shards` times; conversations of 50 to 600 tokens."""
     generator = random.Random(0)
     lengths: list[int] = []
     while sum(lengths) < tokens:
@@ -64,7 +64,7 @@ def make_corpus(tokens: int, shards: int, hidden_size: int, dtype: torch.dtype) 
 
 
 def tensors_of(corpus: Corpus, dtype: str) -> dict[str, Tensor]:
-    """A shard, its states brought to the store's dtype."""
+    """Return a shard, its states converted to the store's dtype."""
     tensors = {
         "input_ids": torch.arange(corpus.shard_tokens, dtype=torch.int32),
         "loss_mask": torch.ones(corpus.shard_tokens, dtype=torch.bool),
@@ -76,7 +76,7 @@ def tensors_of(corpus: Corpus, dtype: str) -> dict[str, Tensor]:
 
 
 def write_store(corpus: Corpus, dtype: str, folder: Path) -> None:
-    """All that `firp collect` does with the states that it has."""
+    """Write the states as `firp collect` does."""
     count, size = len(corpus.lengths), next(iter(corpus.states.values())).shape[1]
     with StoreWriter(
         folder,
@@ -88,7 +88,9 @@ def write_store(corpus: Corpus, dtype: str, folder: Path) -> None:
     ) as writer:
         plans = writer.plan(corpus.lengths * corpus.shards, {})
         if [plan.next for plan in plans] != [count * number for number in range(1, corpus.shards + 1)]:
-            raise SystemExit(f"shards of {corpus.shard_tokens} tokens are cut otherwise: give {LEAST_SHARDS} or fewer")
+            raise SystemExit(
+                f"shards of {corpus.shard_tokens} tokens are cut differently: give {LEAST_SHARDS} or fewer"
+            )
         with ThreadPoolExecutor(1) as pool:
             writing: Future[Any] | None = None
             for plan in plans:
@@ -101,7 +103,7 @@ def write_store(corpus: Corpus, dtype: str, folder: Path) -> None:
 
 
 def write_plain(tensors: dict[str, Tensor], shards: int, folder: Path) -> None:
-    """The same tensors through `save_file`, synced."""
+    """Write the same tensors through `save_file`, synced."""
     folder.mkdir()
     for number in range(shards):
         path = folder / ShardPlan(number, 0, 0).file
@@ -111,7 +113,7 @@ def write_plain(tensors: dict[str, Tensor], shards: int, folder: Path) -> None:
 
 
 def read_store(folder: Path, order: Sequence[int]) -> None:
-    """Every conversation of `order` with all its states."""
+    """Read every conversation of `order` with all its states."""
     store, memory = Store.open(folder), Memory()
     for index in order:
         rows = store.stored(index)
@@ -121,7 +123,7 @@ def read_store(folder: Path, order: Sequence[int]) -> None:
 
 
 def read_plain(folder: Path, order: Sequence[int], lengths: Sequence[int]) -> None:
-    """The same rows by name and place from open safetensors files, as they are stored."""
+    """Read the same rows by name and position from open safetensors files, as they are stored."""
     files = [safe_open(path, framework="pt") for path in sorted(folder.glob("shard-*"))]
     tensors = [{name: file.get_tensor(name) for name in file.keys()} for file in files]  # noqa: SIM118
     bounds, memory = list(pairwise([0, *accumulate(lengths)])), Memory()
@@ -134,13 +136,13 @@ def read_plain(folder: Path, order: Sequence[int], lengths: Sequence[int]) -> No
 
 
 class Memory:
-    """Memory that is used again: what lies in a map is read from the disk only when it is copied."""
+    """Memory that is used again: mapped bytes are read from the disk only when they are copied."""
 
     def __init__(self) -> None:
         self._bytes = torch.zeros(1 << 24, dtype=torch.uint8)
 
     def like(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Room for as many numbers of a type."""
+        """Return room for as many numbers of a type."""
         size = rows.numel() * dtype.itemsize
         if size > len(self._bytes):
             self._bytes = torch.zeros(size, dtype=torch.uint8)
@@ -148,14 +150,14 @@ class Memory:
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Let the next reading of a folder's files come from the disk."""
+    """Drop a folder's files from the page cache, so that the next reading comes from the disk."""
     for path in folder.iterdir():
         with path.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def disk_bytes() -> int | None:
-    """Bytes that this process has caused to be read from disks so far; None where the system does not tell."""
+    """Return the bytes that this process has read from disks so far; None where the system does not count them."""
     path = Path("/proc/self/io")
     if not path.is_file():
         return None
@@ -164,7 +166,7 @@ def disk_bytes() -> int | None:
 
 
 def timed(work: Callable[[], None]) -> tuple[float, int | None]:
-    """Seconds, and bytes read from disk."""
+    """Return seconds, and bytes read from disk."""
     before, began = disk_bytes(), time.perf_counter()
     work()
     seconds, after = time.perf_counter() - began, disk_bytes()
@@ -172,7 +174,7 @@ def timed(work: Callable[[], None]) -> tuple[float, int | None]:
 
 
 def measure(dtype: str, tokens: int, shards: int, hidden_size: int, repeats: int, scratch: Path) -> dict[str, Any]:
-    """Median MB/s of both for one dtype, and medians of the ratios of neighbouring runs."""
+    """Return median MB/s of both for one dtype, and medians of the ratios of neighbouring runs."""
     corpus = make_corpus(tokens, shards, hidden_size, FLOATS.get(dtype, torch.bfloat16))
     tensors = tensors_of(corpus, dtype)
     size = shards * sum(tensor.nbytes for tensor in tensors.values())
@@ -195,7 +197,7 @@ def measure(dtype: str, tokens: int, shards: int, hidden_size: int, repeats: int
     }
     found: dict[str, dict[str, list[float]]] = {job: {side: [] for side in folders} for job in jobs}
     from_disk: list[float] = []
-    for repeat in range(repeats + 1):  # the first one warms up
+    for repeat in range(repeats + 1):  # the first is a warm-up
         for job, sides in jobs.items():
             for side in sorted(sides, reverse=bool(repeat % 2)):
                 if job == "write":
@@ -221,7 +223,7 @@ def measure(dtype: str, tokens: int, shards: int, hidden_size: int, repeats: int
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: MB/s of the store, of plain safetensors, and their ratio."""
+    """Return the table: MB/s of the store, of plain safetensors, and their ratio."""
     lines = ["| dtype | bytes per token | write | read in order | read shuffled | from disk |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
@@ -237,13 +239,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure every dtype and print the table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to write, on the disk to be measured; default: here")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure; default: the current one")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", *SCALED], choices=[*FLOATS, *SCALED])
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per shard")
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of torch: the training's readers have one each")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; the trainer's readers have one each")
     parser.add_argument("--json", action="store_true", help="print JSON with every repeat instead of the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -257,7 +259,7 @@ def main() -> None:
         settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "folder")}
         print(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=2))
     else:
-        print(f"MB/s of the store / of plain safetensors = ratio; medians of {arguments.repeats}, {TARGET} is asked\n")
+        print(f"MB/s of the store / of plain safetensors = ratio; medians of {arguments.repeats}, target {TARGET}\n")
         print(markdown(rows))
 
 

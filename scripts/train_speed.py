@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Optimizer steps per second of `firp train` against a bare loop over the same forward, backward and AdamW step.
 
-Both take the same micro-batches of one store from the same start values, by turns. Bare: the micro-batches lie in
-memory before the clock starts, no DeepSpeed, no reading ahead, no journal. firp: the command's own trainer with its
-defaults: conversations from the mapped store, journal and TensorBoard; once without and once with the validations and
-checkpoints that a run makes. Medians over repeats.
+Both take the same micro-batches of one store from the same start values, in turns. Bare: the micro-batches are in
+memory before the clock starts, no DeepSpeed, no reading ahead, no metrics log. firp: the command's own trainer with its
+defaults: conversations from the mapped store, metrics and TensorBoard; once without and once with the validations and
+checkpoints of a run. Medians over repeats.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from firp_cli.training.trainer import data_order, planned_steps, train
 
 
 def bare_rate(recipe: Recipe, teacher: Teacher, store: Store, warm: int) -> tuple[float, list[float]]:
-    """Steps per second after `warm` of them, and the losses."""
+    """Return steps per second after `warm` of them, and the losses."""
     settings = recipe.training
     assert recipe.predictor is not None
     torch.manual_seed(settings.seed)
@@ -69,7 +69,9 @@ def bare_rate(recipe: Recipe, teacher: Teacher, store: Store, warm: int) -> tupl
 
 
 def firp_rate(recipe: Recipe, teacher: Teacher, store: Store, warm: int, output: Path) -> tuple[float, list[float]]:
-    """Steps per second of the trainer after `warm` of them, all that a run does between them included; the losses."""
+    """Return the trainer's steps per second after `warm` of them, all of its work between them included; and the
+    losses.
+    """
     moments: list[float] = []
     losses: list[float] = []
 
@@ -82,18 +84,18 @@ def firp_rate(recipe: Recipe, teacher: Teacher, store: Store, warm: int, output:
 
 
 def main() -> None:
-    """Print the speeds and their ratios."""
+    """Print the rates and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="demo")
     parser.add_argument("override", nargs="*", help="section.field=value")
     parser.add_argument("--limit", type=int, default=600, help="conversations collected")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--warm", type=int, default=10, help="steps that are not timed")
+    parser.add_argument("--warm", type=int, default=10, help="untimed steps at the start")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     fixed = [f"data.limit={arguments.limit}", f"training.max_steps={arguments.steps}"]
-    fixed += ["training.init=identity", "data.regenerate=false"]  # neither is a step
+    fixed += ["training.init=identity", "data.regenerate=false"]  # neither belongs to a step
     recipe = load_recipe(arguments.recipe, [*fixed, *arguments.override])
     assert recipe.predictor is not None
     teacher = load_teacher(recipe.teacher)
@@ -109,8 +111,8 @@ def main() -> None:
             rates["bare loop"].append(rate)
             rate, losses = firp_rate(alone, teacher, store, arguments.warm, folder / f"alone-{number}")
             rates["firp train, steps"].append(rate)
-            # the trainer's schedule warms the rate up, so the losses part after the first step
-            assert abs(losses[0] - expected[0]) < 1e-5 * abs(expected[0]), "both begin alike"
+            # the trainer's schedule warms the rate up, so the losses differ after the first step
+            assert abs(losses[0] - expected[0]) < 1e-5 * abs(expected[0]), "both start with the same loss"
             rate, _ = firp_rate(recipe, teacher, store, arguments.warm, folder / f"whole-{number}")
             rates["firp train, whole"].append(rate)
     result = {

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Accepted length and speed against the size of the tree and the number of its nodes that get pseudo rows.
+"""Accepted length and throughput by the size of the tree and the number of its nodes that get pseudo rows.
 
-Every tree decodes the same prompts in one interleaved run beside transformers' `generate` and plain decoding. With
-`--brute-force` these are thirty trees of all kinds and the one that `firp tune` chose for this machine, and the last
-line says how far that one is from the best of all.
+Every tree decodes the same prompts in one interleaved run beside transformers' `generate` and autoregressive decoding.
+With `--brute-force` these are thirty trees of all kinds and the one that `firp tune` chose for this machine, and the
+last line compares that one with the best of all.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ BRUTE_FORCE = [
 
 
 def specs(nodes: list[int], budgets: list[int]) -> list[str]:
-    """Dynamic trees of each size, with each budget below it and without."""
+    """Return dynamic trees of each size, with each budget below it and without a budget."""
     return [
-        f"dynamic:{size}{behind}"
+        f"dynamic:{size}{suffix}"
         for size in nodes
-        for behind in (*(f"@{budget}" for budget in budgets if budget < size), "")
+        for suffix in (*(f"@{budget}" for budget in budgets if budget < size), "")
     ]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, BenchRow]:
-    """A row for each tree, and those of the baselines."""
+    """Return a row for each tree, and those of the baselines."""
     teacher, predictor, folder = load_pair(arguments.predictor, None, force=False)
     settings = BenchSettings(arguments.max_new_tokens, repeats=arguments.repeats)
     methods = make_methods(teacher, {}, ["hf", "ar"], settings)
@@ -93,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, BenchRow]:
 
 
 def verdict(rows: dict[str, BenchRow]) -> str:
-    """How the tuned tree compares with the best one that was tried."""
+    """Compare the tuned tree with the best measured one."""
     others = {name: row.tokens_per_second for name, row in rows.items() if row.tree is not None and name != TUNED}
     best = max(others, key=lambda name: others[name])
     share = rows[TUNED].tokens_per_second / others[best]
@@ -101,7 +101,7 @@ def verdict(rows: dict[str, BenchRow]) -> str:
 
 
 def table(rows: dict[str, BenchRow]) -> str:
-    """Markdown: accepted length, time of a step, speedup over both baselines, equality of the output."""
+    """Return Markdown: accepted length, time of a step, speedup over both baselines, equality of the output."""
     lines = [
         [
             name,
@@ -117,7 +117,7 @@ def table(rows: dict[str, BenchRow]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the table, and write it if asked."""
+    """Measure, print the table, and write it if a file is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--predictor", default="firp", help="folder or embedded name")
     parser.add_argument("--dataset", default="arithmetic")
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--trees", nargs="+", default=None, help="these trees in place of nodes x budgets")
     parser.add_argument("--brute-force", action="store_true", help="thirty trees and the tuned one")
-    parser.add_argument("--tuned", type=Path, default=None, help="tree.json of the tuned one; the predictor's")
+    parser.add_argument("--tuned", type=Path, default=None, help="tree.json of the tuned one; default: the predictor's")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path, default=None, help="JSON file for the rows")
     arguments = parser.parse_args(argv)

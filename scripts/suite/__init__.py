@@ -1,1 +1,1 @@
-"""The parts of `scripts/gpu_suite.py`."""
+"""Parts of `scripts/gpu_suite.py`."""

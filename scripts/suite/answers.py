@@ -1,4 +1,4 @@
-"""Answers that the teacher writes itself, with its states: what predictors are trained on."""
+"""Answers that the teacher writes, with its states: the training data of the predictors."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from firp_cli.teacher.teacher import Teacher
 from suite.subject import TEMPERATURES, Subject, subject
 from suite.work import Shared, Table, Work
 
-PACK_TOKENS = 16_384  # of a forward that captures states
-BATCHES = 8  # that are cut from prompts sorted by length: together a fair mix
-ROOMY = 0.25  # share of a GPU's free memory that states may take; more of them lie in the host's
-SLACK = 1.3  # over the time that the last batch took
-CAPTURED_A_SECOND = 50_000  # tokens, until it is known
+PACK_TOKENS = 16_384  # tokens of a forward that captures states
+BATCHES = 8  # batches cut at once from prompts sorted by length: together a fair mix
+ROOMY = 0.25  # share of a GPU's free memory that states may take; beyond it they go to host memory
+SLACK = 1.3  # times the duration of the last batch
+CAPTURED_A_SECOND = 50_000  # tokens, until it is measured
 
 
 @dataclass
 class OutputSequence:
-    """An answer of the teacher's with its states: what training reads of a store."""
+    """An answer of the teacher with its states: the fields of a store's sequence that training reads."""
 
     input_ids: Tensor
     loss_mask: Tensor
@@ -42,7 +42,7 @@ class OutputSequence:
 
 @dataclass
 class Account:
-    """What was written, and how long that took; `captured`: tokens of prompts and answers whose states are there."""
+    """Counts and times of the answers; `captured`: tokens of prompts and answers whose states are captured."""
 
     answers: int = 0
     tokens: int = 0
@@ -53,11 +53,11 @@ class Account:
 
     @property
     def seconds_to_capture(self) -> float:
-        """Of a token."""
+        """Seconds to capture one token."""
         return self.capture_seconds / self.captured if self.captured else 1 / CAPTURED_A_SECOND
 
     def plain(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the counts as JSON values."""
         return {
             "number": self.answers,
             "tokens": self.tokens,
@@ -70,8 +70,8 @@ class Account:
 
 
 def write_answers(shared: Shared, work: Work) -> None:
-    """Greedy answers to all training prompts, of a real teacher then sampled ones, until there are enough tokens or the
-    time is over; later parts find `sequences`.
+    """Answer all training prompts greedily, those of a real teacher then also by sampling, until there are enough
+    tokens or the time is over; later parts read `sequences`.
     """
     own = subject(shared)
     teacher = own.teacher()
@@ -97,7 +97,7 @@ def write_answers(shared: Shared, work: Work) -> None:
 
 
 def passes(own: Subject) -> Iterator[tuple[float, int]]:
-    """Temperature and seed of every pass over the prompts; one greedy pass where no number of tokens is wanted."""
+    """Yield temperature and seed of every pass over the prompts; one greedy pass if no number of tokens is given."""
     yield 0.0, 0
     number = 0
     while own.tokens is not None:
@@ -106,15 +106,16 @@ def passes(own: Subject) -> Iterator[tuple[float, int]]:
 
 
 def fitting(shared: Shared, own: Subject, teacher: Teacher) -> list[list[int]]:
-    """Token ids of the training prompts that are short enough; of a trained teacher as many as the sizes say."""
+    """Return token ids of the training prompts that are short enough; of a trained teacher as many as the sizes
+    allow."""
     encoded = (encode_prompt(messages, teacher.tokenizer) for messages in own.asked())
     short = (ids for ids in encoded if len(ids) <= own.question_tokens)
     return list(short if own.tokens is not None else islice(short, shared.sizes.answers))
 
 
 def mixtures(prompts: Sequence[list[int]], at_once: int) -> Iterator[list[list[list[int]]]]:
-    """Batches of prompts of similar length, BATCHES at a time: those of one time are a fair mix of all."""
-    start, size = 0, at_once  # one batch first: behind it is known what its states take
+    """Yield batches of prompts of similar length, BATCHES at a time: batches of one group are a fair mix of all."""
+    start, size = 0, at_once  # one batch first: it measures the memory of its states
     while start < len(prompts):
         part = sorted(prompts[start : start + size], key=len)
         yield [part[first : first + at_once] for first in range(0, len(part), at_once)]
@@ -124,7 +125,7 @@ def mixtures(prompts: Sequence[list[int]], at_once: int) -> Iterator[list[list[l
 def answer(
     engine: Engine, batches: Sequence[Sequence[list[int]]], own: Subject, work: Work, account: Account
 ) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """Answer batch after batch; returns prompts with answers, and whether there is time and need for more."""
+    """Answer batch after batch; return prompts with answers, and whether time and need remain."""
     pending: list[tuple[list[int], list[int]]] = []
     last = 0.0
     for batch in batches:
@@ -154,7 +155,7 @@ def with_states(
     keeps: bool,
     account: Account,
 ) -> list[OutputSequence]:
-    """The answers with the states of all their positions. `keeps`: on the teacher's device."""
+    """Return the answers with the states of all their positions. `keeps`: on the teacher's device."""
     began = time.perf_counter()
     sequences = [torch.tensor([*prompt, *text]) for prompt, text in pending]
     masks = [torch.arange(len(prompt) + len(text)) >= len(prompt) for prompt, text in pending]
@@ -172,7 +173,7 @@ def with_states(
 def captured_states(
     teacher: Teacher, sequences: Sequence[Tensor], layers: Sequence[int], keeps: bool = False
 ) -> list[dict[str, Tensor]]:
-    """The states of every sequence: parts of what a forward made, none copied once more."""
+    """Return the states of every sequence: views of the tensors of one forward, without another copy."""
     found: list[dict[str, Tensor]] = [{} for _ in sequences]
 
     def sink(indices: list[int], states: dict[str, Tensor]) -> None:
@@ -186,18 +187,18 @@ def captured_states(
 
 
 def on_device(teacher: Teacher, own: Subject, prompts: Sequence[list[int]], layers: Sequence[int]) -> bool:
-    """Whether a GPU has ample room for the states of all answers."""
+    """Return True if a GPU has ample room for the states of all answers."""
     free = free_bytes(teacher.device)
     if teacher.device.type != "cuda" or free is None:
         return False
     mean = sum(map(len, prompts)) / max(1, len(prompts))
     answers = own.answer_tokens * len(prompts) if own.tokens is None else own.tokens
-    rows = answers * (1 + 2 * mean / own.answer_tokens)  # answers are half as long as they may be, about
+    rows = answers * (1 + 2 * mean / own.answer_tokens)  # answers have about half of their largest length
     return rows * (1 + len(layers)) * teacher.hidden_size * teacher.dtype.itemsize < ROOMY * free
 
 
 def predictors_for(own: Subject, teacher: Teacher) -> dict[str, Predictor]:
-    """Untrained predictors of every kind."""
+    """Return untrained predictors of every kind."""
     with torch.inference_mode(False):
         return {
             kind: build_predictor(KINDS[kind].model_validate(section), teacher)
@@ -206,13 +207,13 @@ def predictors_for(own: Subject, teacher: Teacher) -> dict[str, Predictor]:
 
 
 def stored(sequences: Sequence[OutputSequence], predictor: Predictor) -> list[OutputSequence]:
-    """The answers as a store for this predictor holds them: no step moves states that it does not read."""
+    """Return the answers as this predictor's store contains them: without states that it does not read."""
     layers = predictor.required_layers
     return [replace(item, hidden={layer: item.hidden[layer] for layer in layers}) for item in sequences]
 
 
 def report(work: Work, account: Account) -> None:
-    """What there is by now."""
+    """Report the results so far."""
     work.values |= account.plain()
     rate = account.tokens / max(1e-9, account.seconds)
     work.key = f"{account.answers} answers, {account.tokens / 1e6:.3f} M tokens, {rate:.0f} tokens/s"

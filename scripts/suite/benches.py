@@ -1,4 +1,4 @@
-"""Trees tuned for a teacher's predictors, the bench of all in the suite's dtype, the fp32 comparison, and SPEED on the
+"""Trees tuned for a teacher's predictors, their bench in the suite's dtype, the fp32 comparison, and SPEED on the
 embedded looped teacher.
 """
 
@@ -39,20 +39,20 @@ from suite.sizes import Sizes
 from suite.subject import keep_tree, lean, predictors, questions, saved, subject, tree_for, tree_of
 from suite.work import Failed, Shared, Skipped, Table, Work
 
-TUNE_SECONDS, TUNE_BRIEF_SECONDS = 26.0, 8.0  # of one predictor on a GPU, all of it and the least of it, about
+TUNE_SECONDS, TUNE_BRIEF_SECONDS = 26.0, 8.0  # seconds of tuning one predictor on a GPU, in full and at least, about
 LEAST_TUNING = 8  # prompts
-PASSES_SHARE = 0.2  # of a predictor's tuning, for measuring passes
-SLOW_SHARE = 0.35  # of a bench's time, for methods that are no CUDA graphs
-ONE_DEVICE = "no gain there: every tick runs all groups of layers"
+PASSES_SHARE = 0.2  # share of a predictor's tuning for measuring passes
+SLOW_SHARE = 0.35  # share of a bench's time for methods without CUDA graphs
+ONE_DEVICE = "no gain expected: every tick runs all groups of layers"
 LOOPED, LOOPED_PREDICTOR = "arithmetic-looped", "speed"
-TICK_SECONDS, TICK_CONTEXT = 4.0, 192  # of timing a pipeline's ticks, about, and the tokens in its cache
+TICK_SECONDS, TICK_CONTEXT = 4.0, 192  # seconds of timing a pipeline's ticks, about; tokens in its cache
 GUARD = False  # every step drafts
 
 
 @dataclass
 class Traced:
-    """How a method decoded: the predictor's kind, its tree as `described`, and by prompt its length and the tokens that
-    each step emitted.
+    """Record of a method's decoding: the predictor's kind, its tree as `described`, and by prompt its length and the
+    tokens emitted by each step.
     """
 
     name: str
@@ -64,19 +64,21 @@ class Traced:
 
     @property
     def spec(self) -> TreeSpec:
-        """The tree."""
+        """Return the tree."""
         return tree_of(self.tree, self.steps)
 
 
 def tune_trees(shared: Shared, work: Work) -> None:
-    """Trees of each trained predictor that drafts them; later parts find `trees`, by kind, at the first batch size."""
+    """Tune a tree for each trained predictor that drafts trees; later parts read `trees`, by kind, at the first batch
+    size.
+    """
     sizes, teacher = shared.sizes, subject(shared).teacher()
     sources = max(1, len(subject(shared).tests()))
     most = max(sizes.tune_prompts, -(-LEAST_TUNING // sources))
     prompts = questions(shared, teacher, most, skip=max(sizes.bench_prompts, sizes.exact_prompts))
     if not prompts:
-        raise Skipped("no questions are left to tune on")
-    headers = ["kind", "batch", "tree", "foretold length", "foretold speedup", "tried: length, speedup", "seconds"]
+        raise Skipped("no questions remain to tune on")
+    headers = ["kind", "batch", "tree", "predicted length", "predicted speedup", "tried: length, speedup", "seconds"]
     table = Table("Tuned trees", headers)
     work.tables.append(table)
     made = predictors(shared, teacher)
@@ -109,14 +111,14 @@ def tune_trees(shared: Shared, work: Work) -> None:
 
 
 def write_tree(folder: Path, tree: TreeSpec) -> None:
-    """The tree.json of a predictor's folder: the tree for any machine."""
+    """Write the tree.json of a predictor's folder: the tree for any machine."""
     if tree.kind != "none":
         fields = {name: value for name, value in described(tree).items() if value is not None and name != "nodes"}
         (folder / "tree.json").write_text(json.dumps(fields) + "\n", encoding="utf-8")
 
 
 def tune_settings(sizes: Sizes, seconds: float, brief: bool) -> TuneSettings:
-    """What `tune` may do in so many seconds. `brief`: the first batch size alone, and no trial."""
+    """Return the settings of `tune` for a number of seconds. `brief`: the first batch size alone, and no trial."""
     return TuneSettings(
         batches=sizes.tune_batches[:1] if brief else sizes.tune_batches,
         max_new_tokens=sizes.bench_tokens,
@@ -130,17 +132,17 @@ def tune_settings(sizes: Sizes, seconds: float, brief: bool) -> TuneSettings:
 
 
 def _tuned_cells(kind: str, report: TuneReport, spent: float) -> list[list[str]]:
-    """A line for each batch size; the seconds are those of all of them."""
+    """Return a line for each batch size; the seconds are those of all of them."""
     cells = []
     for entry, trial in zip(report.entries, report.batches, strict=True):
-        foretold, tried = entry.predicted, trial.measured
+        predicted, tried = entry.predicted, trial.measured
         cells.append(
             [
                 kind,
                 str(entry.batch_size),
                 entry.tree if entry.tree == trial.tree else f"{entry.tree} (best: {trial.tree})",
-                f"{foretold.accepted_length:.2f}",
-                f"{foretold.speedup:.2f}",
+                f"{predicted.accepted_length:.2f}",
+                f"{predicted.speedup:.2f}",
                 f"{tried.accepted_length:.2f}, {tried.speedup:.2f}" if tried else "not tried",
                 f"{spent:.0f}",
             ]
@@ -149,8 +151,8 @@ def _tuned_cells(kind: str, report: TuneReport, spent: float) -> list[list[str]]
 
 
 def bench(shared: Shared, work: Work) -> None:
-    """`hf`, `ar`, every predictor that drafts trees with its kind's tuned one, those that were given among them, and
-    those that feed a pipeline, in the suite's dtype; later parts find `traces`, of the trees.
+    """Bench `hf`, `ar`, every predictor that drafts trees (with the tuned tree of its kind), the given predictors, and
+    those that feed a pipeline, in the suite's dtype; later parts read `traces`, the records of the trees.
     """
     sizes, teacher = shared.sizes, subject(shared).teacher()
     loaded = contenders(shared, teacher, work)
@@ -181,8 +183,8 @@ def bench(shared: Shared, work: Work) -> None:
 
 
 def contenders(shared: Shared, teacher: Teacher, work: Work) -> dict[str, LoadedPredictor]:
-    """The trained predictors by kind and those that were given by the names of their folders; what cannot be loaded is
-    noted.
+    """Return the trained predictors by kind and the given ones by the names of their folders; those that cannot be
+    loaded are recorded.
     """
     found = {
         kind: LoadedPredictor(predictor, tree_for(shared, predictor), Path(kind))
@@ -201,7 +203,7 @@ def contenders(shared: Shared, teacher: Teacher, work: Work) -> dict[str, Loaded
 
 
 def traced(bout: Bout, loaded: dict[str, LoadedPredictor]) -> list[Traced]:
-    """How those that draft trees have decoded so far."""
+    """Return the records of the methods that draft trees, so far."""
     return [
         Traced(
             name,
@@ -217,26 +219,28 @@ def traced(bout: Bout, loaded: dict[str, LoadedPredictor]) -> list[Traced]:
 
 
 def whole(report: BenchReport) -> list[BenchRow]:
-    """One row of each method: over all data sets where there are several."""
+    """Return one row of each method: over all data sets if there are several."""
     rows = [row for row in report.rows if row.category == "all"]
     return [row for row in rows if row.dataset == "all"] or rows
 
 
 def speeds(report: BenchReport) -> str:
-    """`firp 2.1 tokens a step, 1.50 x ar, ...`; a pipeline's are tokens in as many ticks as it has loops."""
-    told = []
+    """Return `firp 2.1 tokens a step, 1.50 x ar, ...`; a pipeline's tokens are counted over as many ticks as it has
+    loops.
+    """
+    texts = []
     for row in whole(report):
         if row.method not in ("ar", "hf"):
             unit = f"in {row.pipeline.loops} ticks" if row.pipeline else "a step"
-            told.append(
+            texts.append(
                 f"{row.method} {row.accepted_length:.2f} tokens {unit}, {row.speedup or float('nan'):.2f} x ar"
                 f" ({row.lossless.identical}/{row.lossless.compared} identical)"
             )
-    return ", ".join(told)
+    return ", ".join(texts)
 
 
 def _pipelines(report: BenchReport) -> Table:
-    """What pipelines did, which a bench on one device cannot show in speed, and whether their outputs are right."""
+    """Report ticks and correctness of pipelines, whose speedup a bench on one device cannot show."""
     rows = [row for row in whole(report) if row.pipeline]
     headers, cells = pipeline_cells(replace(report, rows=rows))
     same = [f"{row.lossless.identical}/{row.lossless.compared}" for row in rows]
@@ -245,19 +249,19 @@ def _pipelines(report: BenchReport) -> Table:
 
 
 def _identical(bout: Bout) -> Table:
-    """Answers identical with those of `ar` and of `generate`, and how near the teacher was where the others part."""
+    """Report answers identical with those of `ar` and of `generate`, and the logit gaps where the others differ."""
     cells = []
     for name, by_reference in bout.identical().items():
         for reference, one in by_reference.items():
             gaps = [one["median_ulps"], one["largest_ulps"]]
-            told = ["" if gap is None else f"{gap:.1f}" for gap in gaps]
-            cells.append([name, reference, f"{one['identical']}/{one['compared']}", *told])
+            quantiles = ["" if gap is None else f"{gap:.1f}" for gap in gaps]
+            cells.append([name, reference, f"{one['identical']}/{one['compared']}", *quantiles])
     headers = ["method", "against", "identical", "median gap, units in the last place", "largest"]
     return Table("Answers compared", headers, cells)
 
 
 def exact(shared: Shared, work: Work) -> None:
-    """The same weights in fp32: every method must write what `generate` writes, token for token. Raises Failed."""
+    """Compare in fp32 with the same weights: every method must write the tokens of `generate`. Raises Failed."""
     sizes, own = shared.sizes, subject(shared)
     made: dict[str, Predictor] = predictors(shared, own.teacher())
     teacher = own.teacher(torch.float32)
@@ -285,7 +289,7 @@ def exact(shared: Shared, work: Work) -> None:
 
 
 def looped(shared: Shared, work: Work) -> None:
-    """SPEED on the embedded looped teacher with its embedded predictor, on embedded questions."""
+    """Bench SPEED on the embedded looped teacher with its embedded predictor, on embedded questions."""
     sizes = shared.sizes
     name = str(shared.dtype).removeprefix("torch.")
     teacher = load_teacher(TeacherConfig.model_validate({"model": LOOPED, "dtype": name}), shared.device)

@@ -1,7 +1,7 @@
-"""Methods that answer the same prompts in turns, as far as the time allows, and what comes out of it so far.
+"""Methods that answer the same prompts in turns within a time limit, and their results so far.
 
 A round is one prompt of every data set. Methods without CUDA graphs (transformers' `generate`, pipelines) take many
-times as long as the others: they answer once, and fewer prompts where their share of the time is over. Every ratio of
+times as long as the others: they answer once, and fewer prompts when their share of the time is over. Every ratio of
 two methods is over the prompts that both have answered.
 """
 
@@ -26,14 +26,14 @@ from firp_cli.results import BenchRow, Divergence, Generation, TickCost
 from firp_cli.teacher.teacher import Teacher
 from suite.work import Clock
 
-FEW_TOKENS = 3  # of a warm-up without graphs
-NEXT_ROUND = 1.25  # what a round may take, over what the longest one took
-EVERY = 3.0  # seconds between two reports
+FEW_TOKENS = 3  # tokens of a warm-up without graphs
+NEXT_ROUND = 1.25  # expected time of the next round, over the longest one so far
+EVERY = 3.0  # seconds between reports
 
 
 @dataclass(frozen=True)
 class Difference:
-    """First token at which an answer leaves the reference's: the gap between the logits that the teacher gives the two
+    """First token at which an answer differs from the reference's: the gap between the teacher's logits of the two
     tokens, also in units in the last place of the larger one in the teacher's dtype. A side that had ended has token -1
     and no gap.
     """
@@ -46,7 +46,7 @@ class Difference:
     ulps: float
 
     def divergence(self) -> Divergence:
-        """As a bench's row has it."""
+        """Return the difference as a bench's row contains it."""
         return Divergence(self.prompt, self.position, self.expected, self.got, self.gap)
 
 
@@ -54,8 +54,8 @@ class Bout:
     """Answers of all methods by prompt.
 
     Args:
-        prompts: in the order in which they are answered, those of a round side by side.
-        slow_share: of the time, that all slow methods may take; None: they answer every prompt.
+        prompts: in the order of answering, those of a round together.
+        slow_share: share of the time for all slow methods; None: they answer every prompt.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Bout:
         self.slow_seconds = math.inf if slow_share is None else slow_share * clock.seconds
         self.made: dict[str, dict[int, list[Generation]]] = {method.name: {} for method in methods}
         self.differences: dict[tuple[str, str], dict[int, Difference | None]] = {}
-        self.tick: TickCost | None = None  # of a pipeline, where it was measured
+        self.tick: TickCost | None = None  # cost of a pipeline's tick, if measured
         self._logits: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def run(self, report: Callable[[], None]) -> None:
-        """Round after round; `report` is called every few seconds and at the end."""
+        """Run round after round; `report` is called every few seconds and at the end."""
         self._warm()
         size = len({prompt.dataset for prompt in self.prompts})
-        spent_slowly, slow_round, longest, told = 0.0, 0.0, 0.0, time.perf_counter()
+        spent_slowly, slow_round, longest, reported = 0.0, 0.0, 0.0, time.perf_counter()
         for start in range(0, len(self.prompts), size):
             numbers = range(start, min(start + size, len(self.prompts)))
             slowly = spent_slowly + slow_round <= self.slow_seconds
@@ -91,16 +91,16 @@ class Bout:
             for number in numbers:
                 spent += self._answer(number, slowly)
                 self._compare(number)
-                if time.perf_counter() - told > EVERY:
+                if time.perf_counter() - reported > EVERY:
                     report()
-                    told = time.perf_counter()
+                    reported = time.perf_counter()
             slow_round, spent_slowly = max(slow_round, spent), spent_slowly + spent
             longest = max(longest, time.perf_counter() - began - spent)
         report()
 
     def _warm(self) -> None:
-        """A few tokens; with graphs the longest prompt first, so that what is captured serves the others, and again
-        with all tokens, until what comes back is captured.
+        """Decode a few tokens; with graphs the longest prompt first, so that its graphs serve the others, then with all
+        tokens until the steps that repeat are captured.
         """
         order = sorted((prompt.token_ids for prompt in self.prompts), key=len)
         for method in self.methods:
@@ -111,7 +111,7 @@ class Bout:
                 method.generate([prompt], self.tokens)
 
     def _answer(self, number: int, slowly: bool) -> float:
-        """All methods answer a prompt; returns the seconds that the slow ones took."""
+        """Answer a prompt with all methods; return the seconds of the slow ones."""
         spent = 0.0
         turn = number % len(self.methods)
         for repeat in range(self.repeats):
@@ -126,7 +126,7 @@ class Bout:
         return spent
 
     def _compare(self, number: int) -> None:
-        """Every method's answer with that of `ar` and of `generate`."""
+        """Compare every method's answer with that of `ar` and of `generate`."""
         for reference in ("ar", "hf"):
             expected = self.made.get(reference, {}).get(number)
             for method in self.methods:
@@ -153,7 +153,7 @@ class Bout:
         return Difference(number, place, expected[place], got[place], one - two, (one - two) / unit)
 
     def runs(self, name: str, numbers: Sequence[int] | None = None) -> list[BatchRun]:
-        """A method's answers with its repeats folded; of these prompts alone."""
+        """Return a method's answers with its repeats combined, of these prompts alone."""
         made = self.made[name]
         chosen = sorted(made) if numbers is None else sorted(set(numbers) & set(made))
         return [
@@ -162,7 +162,9 @@ class Bout:
         ]
 
     def rows(self, reference: str) -> list[BenchRow]:
-        """Every method on each data set and on all; compared with `reference`, each ratio over common prompts."""
+        """Return rows of every method on each data set and on all, compared with `reference`; each ratio is over common
+        prompts.
+        """
         found = []
         for method in self.methods:
             name, answered = method.name, list(self.made[method.name])
@@ -187,7 +189,7 @@ class Bout:
         return [made[number][0] for number in sorted(made) if row.dataset in (ALL, self.prompts[number].dataset)]
 
     def _over_hf(self, row: BenchRow) -> float | None:
-        """How much faster than `generate`, over the prompts that it has answered too."""
+        """Return the speedup over `generate`, over the prompts that both have answered."""
         if "hf" not in self.made or row.method == "hf":
             return None
         common = [
@@ -198,7 +200,7 @@ class Bout:
         return speedup(self.runs("hf", common), self.runs(row.method, common)) if common else None
 
     def identical(self) -> dict[str, dict[str, Any]]:
-        """By method and reference: answers compared, those that are identical, the gaps at the first differences."""
+        """Return by method and reference: answers compared, identical answers, the gaps at the first differences."""
         found: dict[str, dict[str, Any]] = {}
         for (name, reference), differences in self.differences.items():
             marks = [one for one in differences.values() if one is not None]
@@ -214,11 +216,11 @@ class Bout:
 
 
 def slow(method: Method) -> bool:
-    """Whether its steps are never CUDA graphs."""
+    """Return True if the method never runs CUDA graphs."""
     return method.engine is None or isinstance(method.engine, PipelineEngine)
 
 
 def unit_in_last_place(value: float, dtype: torch.dtype) -> float:
-    """The distance between neighbouring numbers of the dtype at this size."""
+    """Return the distance between neighbouring numbers of the dtype at this size."""
     info = torch.finfo(dtype)
     return max(info.tiny, 2.0 ** math.floor(math.log2(max(abs(value), info.tiny))) * info.eps)

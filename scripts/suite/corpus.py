@@ -1,5 +1,5 @@
-"""Text that is there on any machine: arithmetic problems, GSM8K where it is given, Python sources of the installed
-packages. The same machine and limits give the same text, in the same order.
+"""Text that exists on any machine: arithmetic problems, GSM8K if it is given, Python sources of the installed packages.
+The same machine and limits give the same text, in the same order.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from firp_cli.errors import DatasetError
 PAD, USER, ASSISTANT, END = SPECIAL_TOKENS
 SEED = 11
 PIECE = 1800  # characters of a source file in one conversation
-SHOWN = 0.4  # of a piece, what is asked to be continued
-FILE_BYTES = (500, 200_000)  # files smaller or larger are left out
-HELD_OUT = 20  # every so many source files, none of which is trained on
+SHOWN = 0.4  # share of a piece that is the question
+FILE_BYTES = (500, 200_000)  # smaller and larger files are skipped
+HELD_OUT = 20  # one in this many source files is not trained on
 CODE = "python"
 
 
@@ -37,7 +37,7 @@ class Corpus:
     questions: dict[str, list[list[Message]]] = field(default_factory=dict)
 
     def mixed(self, most: int | None = None) -> list[list[Message]]:
-        """The conversations of all sources, shuffled; of each at most so many."""
+        """Return the conversations of all sources, shuffled; at most a given number of each."""
         every = [item for source in self.conversations.values() for item in source[:most]]
         random.Random(SEED).shuffle(every)
         return every
@@ -46,9 +46,10 @@ class Corpus:
 def gather(
     problems: int, code_bytes: int, questions: int, data_dir: str | None, packages: Path | None = None
 ) -> Corpus:
-    """All text. `problems` and `questions`: how many, of a source. `packages`: a folder in place of the installed ones.
+    """Return all text. `problems` and `questions`: their numbers for each source. `packages`: a folder in place of the
+    installed ones.
 
-    Raises DatasetError where a given data folder has no GSM8K.
+    Raises DatasetError if a given data folder has no GSM8K.
     """
     corpus = Corpus()
     made = (item for item in generate(SEED) if not item.held_out)
@@ -58,7 +59,7 @@ def gather(
         corpus.conversations["gsm8k"] = load_conversations("gsm8k", "train", data_dir)
         try:
             corpus.questions["gsm8k"] = [prompt.messages for prompt in load_prompts("gsm8k", data_dir, questions)]
-        except DatasetError:  # the training questions alone were given
+        except DatasetError:  # only the training questions are given
             kept = corpus.conversations["gsm8k"]
             corpus.questions["gsm8k"] = [item[:1] for item in kept[:questions]]
             corpus.conversations["gsm8k"] = kept[questions:]
@@ -74,12 +75,12 @@ def gather(
 
 
 def turn(question: str, answer: str) -> list[Message]:
-    """A conversation of one question."""
+    """Return a conversation of one question."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def sources(folder: Path, limit: int, held_out: bool) -> Iterator[str]:
-    """Texts of the Python files below a folder, `limit` bytes in all; in an order that mixes the packages."""
+    """Yield texts of the Python files below a folder, `limit` bytes in all, in an order that mixes the packages."""
     for rank, name in _ranked(folder):
         if limit <= 0:
             return
@@ -96,13 +97,13 @@ def sources(folder: Path, limit: int, held_out: bool) -> Iterator[str]:
 
 @lru_cache
 def _ranked(folder: Path) -> list[tuple[bytes, str]]:
-    """The Python files below a folder, with the hashes that they are ordered by."""
+    """Return the Python files below a folder, with the hashes that order them."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.py")]
     return sorted((hashlib.sha256(name.encode()).digest(), name) for name in names)
 
 
 def code_turns(text: str) -> Iterator[list[Message]]:
-    """A file as conversations: some lines, and the lines that follow."""
+    """Return a file as conversations: some lines, and the lines that follow."""
     lines = text.splitlines(keepends=True)
     while lines:
         size, count = 0, 0
@@ -116,13 +117,13 @@ def code_turns(text: str) -> Iterator[list[Message]]:
 
 
 def render(conversation: Sequence[Message]) -> str:
-    """What the tokenizer's chat template makes of a conversation."""
+    """Return a conversation as the tokenizer's chat template renders it."""
     tags = {"user": USER, "assistant": ASSISTANT}
     return "".join(f"{tags[message['role']]}\n{message['content']}{END}\n" for message in conversation)
 
 
 def sample(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """The first texts, `limit` characters in all."""
+    """Return the first texts, `limit` characters in all."""
     for text in texts:
         if limit <= 0:
             return

@@ -1,4 +1,4 @@
-"""The tests marked `gpu`, in a process of their own."""
+"""Tests marked `gpu`, in a process of their own."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ MARK = "mark.gpu"
 FIRST = "test_gpu.py"
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 SUMMARY = "short test summary info"
-TAIL = 25  # lines of the output that are kept
-SPARE = 2.0  # seconds of the part's time that the tests do not get
+TAIL = 25  # last lines of the output that are kept
+SPARE = 2.0  # seconds of the part's time not given to the tests
 VERBOSE = re.compile(
     rf"^(?:\[gw\d+\] +\[ *\d+%\] )?(?:(\S+::.*?) )?({'|'.join(OUTCOMES)})\b(?: (\S+::\S.*))?", re.MULTILINE
 )
 
 
 def marked_files(root: Path) -> list[str]:
-    """Test files that have tests marked so, FIRST ahead: others may import what this machine lacks."""
+    """Return the test files with tests marked `gpu`, those of FIRST ahead: others may import packages that the machine
+    lacks.
+    """
     own = "test_gpu_suite.py"
     found = sorted(
         str(path.relative_to(root))
@@ -37,14 +39,14 @@ def marked_files(root: Path) -> list[str]:
 
 
 def counts(output: str) -> dict[str, int]:
-    """Outcomes of a verbose run, also of one that was stopped."""
+    """Return the outcomes of a verbose run, also of one that was stopped."""
     progress = output.partition(SUMMARY)[0]
     found = Counter(match.group(2) for match in VERBOSE.finditer(progress) if match.group(1) or match.group(3))
     return {outcome.lower(): found[outcome] for outcome in OUTCOMES}
 
 
 def command(files: list[str], workers: int) -> list[str]:
-    """pytest's command line; in several processes where pytest-xdist is installed."""
+    """Return pytest's command line; in several processes if pytest-xdist is installed."""
     several = workers > 1 and importlib.util.find_spec("xdist") is not None
     spread = ["-n", str(workers)] if several else []
     options = ["-p", "no:cacheprovider", "--no-header", "--tb=short"]
@@ -52,7 +54,7 @@ def command(files: list[str], workers: int) -> list[str]:
 
 
 def tests(shared: Shared, work: Work) -> None:
-    """Run them within the part's time. Raises Failed if any fails, Skipped where there is no CUDA device."""
+    """Run the tests within the part's time. Raises Failed if any fails, Skipped without a CUDA device."""
     if importlib.util.find_spec("pytest") is None:
         raise Skipped("pytest is not installed")
     files = marked_files(shared.root)
@@ -66,7 +68,7 @@ def tests(shared: Shared, work: Work) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # so that its workers can be ended with it
+        start_new_session=True,  # its workers are ended with it
     )
     try:
         output, _ = process.communicate(timeout=max(1.0, work.clock.left() - SPARE))
@@ -82,7 +84,7 @@ def tests(shared: Shared, work: Work) -> None:
 
 
 def report(work: Work, output: str, cuda: bool) -> None:
-    """What came out. Raises Failed, Skipped."""
+    """Report the outcomes. Raises Failed, Skipped."""
     found: dict[str, Any] = work.values["counts"]
     work.values["tail"] = output.splitlines()[-TAIL:]
     work.key = ", ".join(f"{count} {outcome}" for outcome, count in found.items() if count) or "no test ran"

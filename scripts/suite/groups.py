@@ -1,8 +1,8 @@
-"""Groups of parts as processes of their own: what one of them does to its device or its memory ends with it.
+"""Groups of parts as processes of their own: damage to a device or to memory ends with the process.
 
-A group's process writes what it has found after every part, and while one runs, to a file that its parent reads. Where
-a process ends early, or hangs, the part that ran is marked as failed and the remaining parts of its group start in
-another one. The parent never uses the device.
+A group's process writes its results after every part, and during a part, to a file that its parent reads. If
+a process ends early or hangs, its running part is marked as failed and the remaining parts of the group start in
+another process. The parent never uses the device.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from suite.shapes import RANDOM
 from suite.sizes import TOY
 from suite.work import GRACE, OutOfTime, Part, Shared, Work, allowed, run_part
 
-HANDED = ("bytes_per_second", "trees", "traces", "saved")  # of `Shared.found`, to other processes
-STARTING = 90.0  # seconds that a process may take before and between its parts
-POLL = 0.2  # seconds between two looks at a process
-ENDING = 3.0  # seconds that a process has to end when it is told to
-SAVED_EVERY = 0.5  # seconds between two writes while a part runs
-ENDED, BROKEN = 0, 3  # exit statuses: all parts were run; the device can no longer be used
+HANDED = ("bytes_per_second", "trees", "traces", "saved")  # names in `Shared.found` that go to other processes
+STARTING = 90.0  # seconds of a process before and between its parts, at most
+POLL = 0.2  # seconds between checks of a process
+ENDING = 3.0  # seconds for a process to end after a signal
+SAVED_EVERY = 0.5  # seconds between writes while a part runs
+ENDED, BROKEN = 0, 3  # exit statuses: all parts have run; the device is unusable
 
 Records = dict[str, dict[str, Any]]
 Tell = Callable[[str], None]
@@ -39,7 +39,7 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Found:
-    """What parts have found: records and tables by part, what they hand on, the device."""
+    """Results of the parts: records and tables by part, values for later parts, the device."""
 
     device: dict[str, Any] = field(default_factory=dict)
     records: Records = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Found:
     given: dict[str, Any] = field(default_factory=dict)
 
     def take(self, other: dict[str, Any]) -> None:
-        """Add what another process has written."""
+        """Add the results that another process has written."""
         self.device = other["device"] or self.device
         self.records |= other["records"]
         self.tables |= other["tables"]
@@ -56,10 +56,10 @@ class Found:
 
 @dataclass
 class Plan:
-    """Which parts a process runs, and which come after them.
+    """Parts that a process runs, and the parts after them.
 
     Attributes:
-        parts: of this process. later: of others, for the shares. chosen: all of the run.
+        parts: of this process. later: of other processes, for the shares. chosen: all parts of the run.
         until: time.monotonic() at which the run ends.
     """
 
@@ -70,9 +70,9 @@ class Plan:
 
 
 def run_parts(plan: Plan, shared: Shared, found: Found, write: Callable[[str | None, float], None], tell: Tell) -> bool:
-    """Run parts one after the other; returns False where one has left the device unusable.
+    """Run parts one after the other; return False if one has left the device unusable.
 
-    `write(part, until)` is called whenever there is something new: the part that runs, and when it must have ended.
+    `write(part, until)` is called for every new result, with the running part and its deadline.
     """
     shared.found |= found.given
     for number, part in enumerate(plan.parts):
@@ -98,7 +98,7 @@ def run_parts(plan: Plan, shared: Shared, found: Found, write: Callable[[str | N
             try:
                 _clear(shared, plan.parts[number + 1 :])
                 record["held_bytes"] = shared.held_bytes()
-            except Exception as error:  # what a part has started may fail only here
+            except Exception as error:  # asynchronous errors of a part may surface only here
                 record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "fatal": True}
                 record["traceback"] = traceback.format_exc().strip().splitlines()
         save(work, record)
@@ -110,12 +110,12 @@ def run_parts(plan: Plan, shared: Shared, found: Found, write: Callable[[str | N
 
 
 def as_json(value: Any) -> Any:
-    """The value as JSON has it. What JSON has no word for becomes text: nothing that a part has found is to be lost."""
+    """Return a value as JSON. Values without a JSON form become text, so that no result is lost."""
     return json.loads(json.dumps(plain(value), default=str))
 
 
 def _clear(shared: Shared, later: Sequence[Part]) -> None:
-    """Give memory back that the next part does not need."""
+    """Free memory that the next part does not need."""
     name = later[0].name if later else ""
     if not (name.split(".")[0] in shared.sizes.shapes or name == "replay"):
         shared.free(RANDOM)
@@ -123,14 +123,14 @@ def _clear(shared: Shared, later: Sequence[Part]) -> None:
 
 
 def line(name: str, record: dict[str, Any]) -> str:
-    """What is printed behind a part."""
+    """Return the line that is printed after a part."""
     reason = str(record.get("reason") or record.get("error") or "").partition("\n")[0]
-    told = [text for text in (record["key"], reason, *record["cuts"]) if text]
-    return f"{record['seconds']:6.1f} s  {name:<14} {record['status']:<8} {'; '.join(told)}"
+    details = [text for text in (record["key"], reason, *record["cuts"]) if text]
+    return f"{record['seconds']:6.1f} s  {name:<14} {record['status']:<8} {'; '.join(details)}"
 
 
 def child(plan: Plan, make_shared: Callable[[], Shared], found: Found, path: Path, describe: Callable) -> int:
-    """What a group's process does: run the parts and write to `path`. Returns its exit status."""
+    """Run a group's parts and write to `path`. Returns the exit status of the process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         ended.append(number)
@@ -155,11 +155,11 @@ def child(plan: Plan, make_shared: Callable[[], Shared], found: Found, path: Pat
 
 
 class Watch:
-    """A process: its output, its file, and its end.
+    """A process: its output, its result file, and its end.
 
     Args:
-        forward: gets what it prints. changed: is called with what its file holds, whenever that is new.
-        until: time.monotonic() at which it is ended whatever it does.
+        forward: called with its output. changed: called with the content of its file when that is new.
+        until: time.monotonic() at which it is ended in any case.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Watch:
         self._stamp: int = 0
 
     def wait(self) -> str:
-        """Wait for the end; returns why it was no good one, or nothing."""
+        """Wait for the end; return the reason of a failure, or nothing."""
         quiet, reason = time.monotonic(), ""
         try:
             while self.process.poll() is None:
@@ -185,7 +185,7 @@ class Watch:
                 if self._look():
                     quiet = time.monotonic()
                 if time.monotonic() > self._limit(quiet):
-                    reason = "stopped, since it did not end in time"
+                    reason = "stopped: it did not end in time"
                     break
         finally:
             self._end()
@@ -196,7 +196,7 @@ class Watch:
         return reason or ("" if status == ENDED else f"its process ended with status {status}")
 
     def _limit(self, quiet: float) -> float:
-        """When the process must have come further."""
+        """Return the time of the next sign of progress that is required."""
         running = self.state.get("part") is not None
         return min(self.until, self.state["until"] if running else quiet + STARTING)
 
@@ -206,11 +206,11 @@ class Watch:
         if text:
             self.forward(text)
         elif ready:
-            time.sleep(seconds)  # nobody writes any more
+            time.sleep(seconds)  # no process writes any more
         return bool(text)
 
     def _look(self) -> bool:
-        """Read the file where it is new."""
+        """Read the file if it is new."""
         try:
             stamp = self.path.stat().st_mtime_ns
             if stamp == self._stamp:
@@ -222,7 +222,7 @@ class Watch:
         return True
 
     def _end(self) -> None:
-        """Ask the process to end, then make it; what it has started goes with it."""
+        """Ask the process to end, then force it, together with its children."""
         until = time.monotonic() + ENDING
         if self.process.poll() is None:
             self._signal(signal.SIGTERM)
@@ -237,8 +237,8 @@ class Watch:
 
 
 def remaining(parts: Sequence[Part], found: Found, reason: str) -> list[Part]:
-    """The parts of a group whose process has ended that are still to be run; the one that ran has failed. So has the
-    first, where none was begun: a process that cannot start is not started for ever.
+    """Return the parts of an ended process that are still to run; its running part has failed. If no part was begun,
+    the first one has failed too: a process that cannot start is not started again and again.
     """
     running = [part for part in parts if found.records.get(part.name, {}).get("status") == "running"]
     left = [part for part in parts if part.name not in found.records]

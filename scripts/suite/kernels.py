@@ -1,4 +1,4 @@
-"""Whole steps with torch's products and with the kernel of few rows: which of the two the library should take."""
+"""Whole decoding steps with torch's products and with the kernel of few rows: a basis for choosing between them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ POINT_SECONDS = 8.0
 
 
 def kernels(shared: Shared, work: Work, name: str) -> None:
-    """Milliseconds of plain steps and of FIRP's with several trees, batch 1, either way."""
+    """Measure milliseconds of `ar` steps and of FIRP's with several trees, batch 1, with either product."""
     teacher, sizes = shaped(shared, name), shared.sizes
     stack = teacher.stack
     if not isinstance(stack, LeanStack) or not runs_own_products(teacher.model.get_output_embeddings().weight):
         raise Skipped("the kernel of few rows does not run here")
     predictor = random_predictor(teacher, sections(teacher.num_layers)["firp"])
-    table = Table(f"{name}: steps at {sizes.context} tokens of context, ms (over plain)", ["step", "torch", "kernel"])
+    table = Table(f"{name}: steps at {sizes.context} tokens of context, ms (over ar)", ["step", "torch", "kernel"])
     work.tables.append(table)
     chosen = stack.own_products
     columns: dict[str, dict[str, float]] = {"torch": {}, "kernel": {}}
@@ -43,4 +43,4 @@ def kernels(shared: Shared, work: Work, name: str) -> None:
     finally:
         stack.own_products = chosen
     if columns["kernel"]:
-        work.key = f"plain {columns['torch']['plain']:.3f} ms, with the kernel {columns['kernel']['plain']:.3f} ms"
+        work.key = f"ar {columns['torch']['plain']:.3f} ms, with the kernel {columns['kernel']['plain']:.3f} ms"

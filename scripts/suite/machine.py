@@ -1,4 +1,4 @@
-"""The ceilings: bytes that a copy moves in a second, and the rate of a large bf16 matrix product."""
+"""Ceilings of the device: bytes per second of a copy, and the rate of a large bf16 matrix product."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from suite.work import Shared, Table, Work
 
 
 def bandwidth(shared: Shared, work: Work) -> None:
-    """Median rates of a copy (bytes read and bytes written) and of a square product of random numbers; later parts find
-    `bytes_per_second`.
+    """Measure median rates of a copy (bytes read and bytes written) and of a square product of random numbers; later
+    parts read `bytes_per_second`.
     """
     sizes = shared.sizes
     dtype = torch.bfloat16 if shared.device.type == "cuda" else shared.dtype
@@ -35,14 +35,14 @@ def bandwidth(shared: Shared, work: Work) -> None:
 
 
 def copy(shared: Shared) -> float:
-    """Milliseconds of a copy."""
+    """Return the milliseconds of a copy."""
     source = torch.empty(shared.sizes.copy_bytes // 2, dtype=torch.bfloat16, device=shared.device).normal_()
     target = torch.empty_like(source)
     return milliseconds(lambda: target.copy_(source), shared.device, shared.sizes.repeats)
 
 
 def product(shared: Shared, dtype: torch.dtype) -> float:
-    """Milliseconds of a matrix product."""
+    """Return the milliseconds of a matrix product."""
     shape = (shared.sizes.matrix, shared.sizes.matrix)
     left, right = (torch.empty(shape, device=shared.device).normal_().to(dtype) for _ in range(2))
     out = torch.empty_like(left)

@@ -1,4 +1,4 @@
-"""The modules that the suite cannot run without; itself needs none of them."""
+"""Modules that the suite needs; this file imports none of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NEEDED = (
     "matplotlib",
 )
 ON_CUDA = ("triton",)
-FOR_GGUF = ("gguf", "accelerate")  # which transformers reads such a file with
+FOR_GGUF = ("gguf", "accelerate")  # modules with which transformers reads such a file
 KNOWN = Path(__file__).resolve().parents[2] / "data" / "teachers"  # NAME.yaml: teachers that are GGUF files
 
 
 def missing(arguments: Sequence[str]) -> list[str]:
-    """Modules that a run with these command-line arguments needs and that are not installed."""
+    """Return the modules that a run with these command-line arguments needs and that are not installed."""
     words = [word for argument in arguments for word in argument.split("=")]
     needed = [*NEEDED, *(() if "cpu" in words else ON_CUDA)]
     needed += FOR_GGUF if any(map(_is_gguf, words)) else ()

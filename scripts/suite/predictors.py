@@ -1,4 +1,4 @@
-"""Predictors of every kind for a teacher, on answers that it wrote itself, and the files that they are kept in."""
+"""Predictors of every kind for a teacher, trained on its own answers, and their files."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from suite.subject import saved, subject
 from suite.work import Shared, Table, Work
 
 EPOCHS = 100_000  # the clock ends a run
-USED = 0.9  # of a kind's share of the time: the rest is for what follows the last step
-SHARES = {"firp": 0.45, "hidden_transfer": 0.30, "medusa": 0.25}  # of the training time
-PIPELINE_SHARE = 0.1  # what an exit learns, it learns in seconds
+USED = 0.9  # part of a kind's share of the time; the rest is for work after the last optimizer step
+SHARES = {"firp": 0.45, "hidden_transfer": 0.30, "medusa": 0.25}  # shares of the training time
+PIPELINE_SHARE = 0.1  # an exit is trained in seconds
 RIDGE_LAMBDA = 1e-4
 ARCHIVE = "predictors.tar"
-MOST_BYTES = 16 * 1000 * 1000 - 100_000  # of a file of the output
+MOST_BYTES = 16 * 1000 * 1000 - 100_000  # largest file of the output
 HEADERS = ["kind", "parameters", "steps", "seconds", "top-1 by step, start", "top-1 by step, best", "expected length"]
 
 
 def train_predictors(shared: Shared, work: Work) -> None:
-    """Each kind trained for its share of the time, those that draft trees first. Later parts find `predictors`, kind to
-    predictor, and `saved`, the kinds that lie in the scratch folder.
+    """Train each kind for its share of the time, those that draft trees first. Later parts read `predictors`, kind to
+    predictor, and `saved`, the kinds in the scratch folder.
     """
     sizes, clock, own = shared.sizes, work.clock, subject(shared)
     teacher = own.teacher()
@@ -73,7 +73,7 @@ def train_predictors(shared: Shared, work: Work) -> None:
         work.key = "expected accepted length: " + ", ".join(f"{line[0]} {line[-1]}" for line in table.cells)
         dtype = torch.float32 if shared.device.type == "cpu" else teacher.dtype
         shared.found["predictors"][kind] = predictor.to(dtype)
-        if shared.teacher is not None:  # nobody has the other one
+        if shared.teacher is not None:  # the other teacher exists only in this run
             keep(shared, teacher, predictor, work)
         work.save()
     del sequences
@@ -81,7 +81,7 @@ def train_predictors(shared: Shared, work: Work) -> None:
 
 
 def keep(shared: Shared, teacher: Teacher, predictor: Predictor, work: Work) -> None:
-    """Write a predictor, in 16 bits, to the scratch folder, and all that lie there to the archive."""
+    """Write a predictor, in 16 bits, to the scratch folder, and all predictors there to the archive."""
     folder = saved(shared, predictor.kind)
     save_predictor(predictor, folder, teacher, torch.bfloat16)
     found = json.dumps(plain(work.values[predictor.kind]), indent=2) + "\n"
@@ -91,7 +91,7 @@ def keep(shared: Shared, teacher: Teacher, predictor: Predictor, work: Work) -> 
 
 
 def pack(shared: Shared, work: Work) -> None:
-    """Write the archive anew: all saved predictors, but for those that would make it larger than MOST_BYTES."""
+    """Rewrite the archive: all saved predictors, except those that would make it larger than MOST_BYTES."""
     if shared.output is None:
         return
     size, folders = 0, []
@@ -106,7 +106,7 @@ def pack(shared: Shared, work: Work) -> None:
 
 
 def write_archive(path: Path, folders: list[Path]) -> None:
-    """The folders' files as NAME/FILE."""
+    """Write the folders' files as NAME/FILE."""
     with tarfile.open(path, "w") as archive:
         for folder in folders:
             for file in sorted(folder.iterdir()):
@@ -117,12 +117,12 @@ def write_archive(path: Path, folders: list[Path]) -> None:
 
 
 def share(predictor: Predictor) -> float:
-    """Of the training time, relative to the other kinds."""
+    """Return a kind's share of the training time, relative to the other kinds."""
     return SHARES.get(predictor.kind, PIPELINE_SHARE)
 
 
 def summary(predictor: Predictor, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a run: its size, and its first and best measurement on held-out answers."""
+    """Return the summary of a run: its size, and its first and best measurement on held-out answers."""
     held_out = [row for row in history if row["split"] == "validation"]
     best = max(held_out, key=lambda row: row["expected_accepted_length"])
     return {

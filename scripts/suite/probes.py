@@ -1,4 +1,4 @@
-"""Whole decoding steps, timed as the engine makes them."""
+"""Timing of whole decoding steps, as the engine runs them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from firp_cli.tuning.step_timing import TimedStep
 from suite.timing import Run, milliseconds
 from suite.work import Shared
 
-UNTIMED = 3  # steps: with graphs the first is run, the second captured
+UNTIMED = 3  # steps before the timing: with graphs the first is run, the second captured
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A step's time, and whether it was a graph."""
+    """Time of a step. `graphed`: it is a CUDA graph."""
 
     milliseconds: float
     graphed: bool
 
 
 def probe(engine: Engine, batch: int, context: int, plain: bool = False) -> Run:
-    """A step of a batch with so many tokens in the cache, ready to be run again and again."""
+    """Return a step of a batch with a number of tokens in the cache, ready to be run repeatedly."""
     held = TimedStep(engine, batch, context)
     run = held.plain if plain else held.step
     for _ in range(UNTIMED):
@@ -30,11 +30,11 @@ def probe(engine: Engine, batch: int, context: int, plain: bool = False) -> Run:
 
 
 def time_step(shared: Shared, engine: Engine, batch: int, context: int, plain: bool = False) -> Timed:
-    """A step with the engine's tree, or a plain one."""
+    """Time a step with the engine's tree, or an autoregressive one."""
     spent = milliseconds(probe(engine, batch, context, plain), shared.device, shared.sizes.repeats)
     return Timed(spent, engine.graphs is not None)
 
 
 def time_plain(shared: Shared, engine: Engine, batch: int, context: int) -> Timed:
-    """A plain step."""
+    """Time an autoregressive step."""
     return time_step(shared, engine, batch, context, plain=True)

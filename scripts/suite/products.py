@@ -1,4 +1,4 @@
-"""A decoding layer's products of few rows: torch's with the operations around them, and the kernels that do both."""
+"""Products of few rows in a decoding layer: torch's with the operations around them, and the kernels that do both."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from suite.timing import graphed, milliseconds
 from suite.work import Shared, Skipped, Table, Work
 
 ROWS = (1, 32)
-APART = 1 << 28  # bytes of different matrices that a timing goes through: more than a cache holds
+APART = 1 << 28  # bytes of different matrices in one timing: more than fit a cache
 EPSILON = 1e-5
-POINT_SECONDS = 5.0  # of one matrix with all tiles and rows on a GPU, compiling included
+POINT_SECONDS = 5.0  # seconds of one matrix with all tiles and rows on a GPU, compiling included
 TILES = ((32, 256, 4, 4), (32, 128, 6, 4), (64, 128, 4, 4), (16, 256, 5, 4))
 GATED_TILES = ((16, 128, 6, 4), (32, 128, 4, 4), (64, 64, 5, 4), (32, 128, 4, 8))
 PackedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, matrix, residual
@@ -25,7 +25,7 @@ PackedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, matrix, resid
 
 @dataclass(frozen=True)
 class Matrix:
-    """A product of a layer: (N, K), twice N if `gated`; with a norm ahead of it, or added to the residual rows."""
+    """A product of a layer: (N, K), twice N if `gated`; after a norm, or added to the residual rows."""
 
     name: str
     outputs: int
@@ -39,7 +39,7 @@ class Matrix:
 
 
 def matrices(shape: Shape) -> list[Matrix]:
-    """The products of a layer of a shape."""
+    """Return the products of a layer of a shape."""
     size, feed, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
     queries, keys = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
     return [
@@ -51,7 +51,7 @@ def matrices(shape: Shape) -> list[Matrix]:
 
 
 def library(matrix: Matrix, norm: Tensor) -> PackedLinear:
-    """torch's operations, and the kernel for the gate."""
+    """Return torch's operations, and the kernel for the gate."""
     from firp_cli.teacher.triton_layer import silu_product
 
     def run(rows: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def library(matrix: Matrix, norm: Tensor) -> PackedLinear:
 
 
 def kernel(matrix: Matrix, norm: Tensor, following: Tensor, hidden: Tensor, tiles: Any) -> PackedLinear:
-    """The kernel with given tiles, on rows that the one before has prepared."""
+    """Return the kernel with given tiles, on rows that the previous kernel has prepared."""
     from firp_cli.teacher.triton_products import add_product, normed_product, prepare
 
     prepared = prepare(hidden, norm)
@@ -79,7 +79,7 @@ def kernel(matrix: Matrix, norm: Tensor, following: Tensor, hidden: Tensor, tile
 
 
 def products(shared: Shared, work: Work, name: str) -> None:
-    """Milliseconds of each product of a shape, by torch and by the kernel with several tiles, over the rows."""
+    """Measure milliseconds of each product of a shape, by torch and by the kernel with several tiles, over the rows."""
     if shared.device.type != "cuda":
         raise Skipped("the kernel runs on CUDA devices")
     from firp_cli.teacher.triton_products import Tiles
@@ -105,7 +105,7 @@ def products(shared: Shared, work: Work, name: str) -> None:
 
 
 def one(shared: Shared, matrix: Matrix, rows: int, wanted: list[Any]) -> dict[str, Any]:
-    """Times of one product, and how far the kernel is from torch, relative to the largest value."""
+    """Return times of one product, and the error of the kernel against torch, relative to the largest value."""
     device, dtype = shared.device, torch.bfloat16
     torch.manual_seed(rows)
     count = max(2, APART // (2 * matrix.weights * matrix.inputs))
@@ -134,7 +134,7 @@ def one(shared: Shared, matrix: Matrix, rows: int, wanted: list[Any]) -> dict[st
 
 
 def timed(shared: Shared, run: PackedLinear, hidden: Tensor, weights: list[Tensor], residual: Tensor) -> float:
-    """Milliseconds of a call, from a graph that goes through all matrices."""
+    """Return milliseconds of a call, from a graph that goes through all matrices."""
 
     @torch.inference_mode()
     def every() -> None:

@@ -1,6 +1,6 @@
-"""Accepted lengths of the bench of a trained or real teacher, replayed through a large random teacher: a projection.
+"""Projection: accepted lengths of the bench of a trained or real teacher, replayed through a large random teacher.
 
-What a step of the large teacher costs is measured; what is accepted is borrowed from another, smaller one.
+The cost of a step of the large teacher is measured; the accepted lengths come from another, smaller one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from suite.subject import subject
 from suite.work import Shared, Skipped, Table, Work
 
 LABEL = "projection"
-SMALLEST = 64  # positions of the nearer context that is measured
+SMALLEST = 64  # least positions of the shorter measured context
 Cost = Callable[[float], float]  # tokens in the cache to milliseconds of a step
 
 
 @dataclass
 class Projection:
-    """What decoding would take: steps, tokens behind the first of each answer, milliseconds with and without drafts."""
+    """Projected decoding: steps, tokens after the first of each answer, milliseconds with and without drafts."""
 
     tokens: int
     steps: int
@@ -41,10 +41,10 @@ class Projection:
 
 
 def project(prompts: Sequence[int], emitted: Sequence[Sequence[int]], step: Cost, plain: Cost) -> Projection:
-    """Go through the steps of all answers: each costs what it costs behind the tokens that are there by then.
+    """Go through the steps of all answers; each costs its time at the tokens present by then.
 
     Args:
-        prompts: tokens of each prompt. emitted: tokens of each step behind the first new token, which is prefill's.
+        prompts: tokens of each prompt. emitted: tokens of each step after the first new token, which is prefill's.
     """
     tokens = steps = 0
     drafted = alone = 0.0
@@ -60,13 +60,13 @@ def project(prompts: Sequence[int], emitted: Sequence[Sequence[int]], step: Cost
 
 
 def between(near: int, far: int, at_near: float, at_far: float) -> Cost:
-    """The straight line through two measured contexts."""
+    """Return the straight line through two measured contexts."""
     slope = (at_far - at_near) / (far - near)
     return lambda cached: at_near + slope * (cached - near)
 
 
 def contexts(traces: Sequence[Traced]) -> tuple[int, int]:
-    """Two contexts that all steps lie between."""
+    """Return two contexts that enclose all steps."""
     shortest = min(length for trace in traces for length in trace.prompts)
     longest = max(
         length + sum(answer) for trace in traces for length, answer in zip(trace.prompts, trace.emitted, strict=True)
@@ -76,7 +76,7 @@ def contexts(traces: Sequence[Traced]) -> tuple[int, int]:
 
 
 def replay(shared: Shared, work: Work) -> None:
-    """Project the trace of each method that drafts trees onto the large shape."""
+    """Project the record of each method that drafts trees onto the large shape."""
     name = next(iter(shared.sizes.shapes))
     traces = [Traced(**fields) for fields in shared.found["traces"]]
     if not traces:
@@ -109,7 +109,7 @@ def replay(shared: Shared, work: Work) -> None:
 
 
 def described(found: Projection, tree: TreeSpec) -> dict[str, Any]:
-    """A projection for the JSON."""
+    """Return a projection for the JSON."""
     return {
         "label": LABEL,
         "tree": str(tree),

@@ -1,4 +1,4 @@
-"""The suite's JSON and its Markdown."""
+"""JSON and Markdown of the suite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRACEBACK_SHOWN = 4
 
 
 def write(output: Path, head: dict[str, Any], seconds: float, found: Found) -> None:
-    """Both files, whole, with what there is by now."""
+    """Write both files, whole, with the results so far."""
     whole = {"schema": SCHEMA, **head, "device": found.device, "seconds": round(seconds, 1), "parts": found.records}
     write_json(output / f"{NAME}.json", plain(whole))
     text = markdown(whole, found.tables)
@@ -25,7 +25,7 @@ def write(output: Path, head: dict[str, Any], seconds: float, found: Found) -> N
 
 
 def markdown(whole: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """What ran, and the tables of every part."""
+    """Return the parts that ran, and the tables of every part."""
     records: Mapping[str, dict[str, Any]] = whole["parts"]
     versions, device = whole["environment"]["versions"], whole["device"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "triton") if name in versions)
@@ -44,7 +44,7 @@ def markdown(whole: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str
             for table in tables[name]
             if table["cells"]
         ]
-        blocks += [f"Left out of {name}: {'; '.join(item['cuts'])}."] if item["cuts"] else []
+        blocks += [f"Skipped in {name}: {'; '.join(item['cuts'])}."] if item["cuts"] else []
         if item["status"] == "failed":
             lines = "\n".join(item.get("traceback", [])[-TRACEBACK_SHOWN:])
             blocks.append(f"**{name} failed:** {item['error']}" + (f"\n\n```\n{lines}\n```" if lines else ""))
@@ -52,5 +52,5 @@ def markdown(whole: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str
 
 
 def why(record: Mapping[str, Any]) -> str:
-    """Why a part brought nothing."""
+    """Return the reason why a part has no result."""
     return str(record.get("reason") or record.get("error") or "").partition("\n")[0]

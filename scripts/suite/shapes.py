@@ -1,4 +1,6 @@
-"""Random teachers of a given shape, made on the device in their dtype, and what a decoding step reads of them."""
+"""Random teachers of a given shape, made on the device in their dtype, and the bytes that a decoding step of them
+reads.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,12 @@ from suite.sizes import Shape
 from suite.work import Shared
 
 RANDOM = "random teacher"
-PIPELINE_GROUPS = 4  # of a teacher's layers, for a predictor that feeds a pipeline
+PIPELINE_GROUPS = 4  # groups of a teacher's layers, for a predictor that feeds a pipeline
 NO_TOKENS: Shape = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}  # nothing ends a random text
 
 
 def empty_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """A Llama with random weights that never were anywhere else."""
+    """Return a Llama with random weights, created on the device."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
@@ -31,7 +33,7 @@ def empty_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def shaped(shared: Shared, name: str) -> Teacher:
-    """The random teacher of a shape on lean layers; one at a time is kept."""
+    """Return the random teacher of a shape on lean layers; one at a time is kept."""
     held = shared.found.get(RANDOM)
     if held is not None and held[0] == name:
         return held[1]
@@ -48,8 +50,8 @@ def shaped(shared: Shared, name: str) -> Teacher:
 
 
 def sections(layers: int, steps: int = 4) -> dict[str, dict[str, Any]]:
-    """Settings of every predictor kind for a teacher of so many layers, none shared. Kinds that are not named here take
-    their own defaults.
+    """Return settings of every predictor kind for a teacher of so many layers, none shared. Kinds that are not named
+    here use their defaults.
     """
     groups = min(PIPELINE_GROUPS, layers)
     places = [max(1, min(layers - 1, round(layers * step / (steps + 2)))) for step in range(1, steps + 1)]
@@ -63,7 +65,7 @@ def sections(layers: int, steps: int = 4) -> dict[str, dict[str, Any]]:
 
 
 def random_predictor(teacher: Teacher, section: dict[str, Any]) -> Predictor:
-    """A predictor whose drafts are worth nothing and cost what they always cost."""
+    """Return a predictor with worthless drafts of the usual cost."""
     config = KINDS[section["kind"]].model_validate(section)
     with torch.inference_mode(False):
         predictor = build_predictor(config, teacher)
@@ -73,7 +75,7 @@ def random_predictor(teacher: Teacher, section: dict[str, Any]) -> Predictor:
 
 
 def weight_bytes(teacher: Teacher) -> int:
-    """Bytes of weights that a step reads: layers, norm and head; of the embedding it looks one row up."""
+    """Return bytes of weights that a step reads: layers, norm and head; one row of the embedding."""
     looked_up: nn.Parameter = teacher.model.get_input_embeddings().weight
     tied = looked_up is teacher.model.get_output_embeddings().weight
     every = sum(value.nbytes for value in teacher.model.parameters())
@@ -81,5 +83,5 @@ def weight_bytes(teacher: Teacher) -> int:
 
 
 def cache_bytes(teacher: Teacher, context: int) -> int:
-    """Bytes of keys and values of a sequence."""
+    """Return bytes of keys and values of a sequence."""
     return 2 * teacher.num_layers * teacher.kv_heads * teacher.head_size * context * teacher.dtype.itemsize

@@ -1,4 +1,4 @@
-"""How large the suite is: in full, quick, and as a toy that runs on a CPU in a test."""
+"""Sizes of the suite: in full, quick, and as a toy that runs on a CPU in a test."""
 
 from __future__ import annotations
 
@@ -73,25 +73,25 @@ TRAINED_TOY: Shape = TRAINED | {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of all parts. Tokens, unless said otherwise.
+    """Sizes of all parts. Tokens, unless another unit is named.
 
     Attributes:
-        copy_bytes, matrix: that a copy reads, and the order of the matrices. repeats: rounds of a timing.
-        shapes: random teachers by name; the first one is what the trace is replayed through.
-        context: of single steps. contexts, rows: of passes. prompts: whose prefill is timed. batches: of steps.
+        copy_bytes, matrix: bytes that a copy reads, and the order of the matrices. repeats: rounds of a timing.
+        shapes: random teachers by name; the first one is the shape of the projection.
+        context: of single steps. contexts, rows: of passes. prompts: of prefill. batches: of steps.
         new_tokens: of `ar` and `generate`. workers: processes of the tests.
         vocabulary, problems, code_bytes, tokenizer_bytes: of the corpus; the problems are a count.
         trained: the shape of the teacher. window, train_batch: of its training. train_steps: at most.
-        answers, answer_tokens, question_tokens: what the teacher writes for the predictors, in number and length.
+        answers, answer_tokens, question_tokens: number and length of the answers that the predictors are trained on.
         at_once: answers in a batch. real_prompts, real_answer_tokens, real_question_tokens: the same of a real
             teacher, whose prompts are counted by data set.
-        anchors, conversations: of a training step of the predictors. held_out, ridge_answers: that are measured on,
-            and that the ridge start is solved on, at most.
+        anchors, conversations: of an optimizer step of the predictors. held_out, ridge_answers: answers to measure on,
+            and for the ridge start, at most.
         bench_prompts, bench_tokens, bench_repeats: of the bench, prompts of each data set at most.
         exact_prompts, exact_tokens: of the fp32 comparison. tune_prompts: of `tune`, of each data set.
-        tuned, tune_rows: predictors, and rows of a step, at most. tune_batches: that get a tree. tune_seconds: of
-            measuring passes, at most. tune_sittings: at which whole steps are timed; None: as many as the device asks
-            for.
+        tuned, tune_rows: predictors, and rows of a step, at most. tune_batches: batch sizes with a tree of their own.
+            tune_seconds: of measuring passes, at most. tune_sittings: rounds of timing whole steps; None: the default
+            of the device.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""What must hold before anything is worth measuring: kernels that agree with torch, steps that are captured and replay
-to the same tokens, none that waits for the host, and a failed capture that spoils nothing.
+"""Smoke test before any measurement: kernels that agree with torch, steps that are captured and replay to the same
+tokens, no step that waits for the host, and a failed capture without damage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from suite.shapes import NO_TOKENS, empty_model, random_predictor
 from suite.sizes import Shape
 from suite.work import Failed, Shared, Table, Work
 
-SHAPE: Shape = {  # small, with the head size and the grouped heads of real models
+SHAPE: Shape = {  # small, with head size and grouped heads of real models
     "vocab_size": 1024,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -45,12 +45,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
 TREES = ("dynamic:8", "dynamic:8@3")
 TOKENS, PROMPT = 32, 40
 KERNEL_SHAPES = ((1, 128, 1, 700), (16, 64, 3, 300), (80, 128, 4, 1500))  # rows, head size, group, prefix
-LEAST_SAME = 0.3  # a near tie early in a text changes all tokens behind it
+LEAST_SAME = 0.3  # a near tie early in a text changes all tokens after it
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 def smoke(shared: Shared, work: Work) -> None:
-    """All checks. Raises Failed naming those that do not hold."""
+    """Run all checks. Raises Failed naming those that fail."""
     checks = {
         "kernel": kernel,
         "graphs": graphs,
@@ -66,7 +66,7 @@ def smoke(shared: Shared, work: Work) -> None:
         began = work.clock.spent()
         try:
             said = check(shared)
-        except Exception as error:  # all are tried: what is wrong is to be mended at once
+        except Exception as error:  # the other checks run too: one run lists all faults
             said = f"{type(error).__name__}: {error}"
             work.values[f"{name} traceback"] = traceback.format_exc().splitlines()[-12:]
         wrong += [f"{name}: {said}"] if said else []
@@ -79,7 +79,7 @@ def smoke(shared: Shared, work: Work) -> None:
 
 
 def kernel(shared: Shared) -> str:
-    """The attention kernel against torch's, in fp32 and bf16; what differs, or nothing."""
+    """Compare the attention kernel with torch's, in fp32 and bf16; return the difference, or nothing."""
     if shared.device.type != "cuda":
         return ""
     from firp_cli.teacher.triton_attention import row_bits, tree_attention
@@ -102,7 +102,7 @@ def kernel(shared: Shared) -> str:
 
 
 def _dense(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, lengths: Tensor) -> Tensor:
-    """The same attention in float64 under a dense mask."""
+    """Return the same attention in float64 under a dense mask."""
     rows, group = seen.shape[1], queries.shape[1] // keys.shape[1]
     places = torch.arange(keys.shape[2] - rows, device=keys.device)
     committed = (places < lengths[:, None])[:, None].expand(-1, rows, -1)
@@ -130,7 +130,9 @@ def _prompts(teacher: Teacher, count: int) -> list[list[int]]:
 
 
 def graphs(shared: Shared) -> str:
-    """Answers of every kind in fp32, through graphs, against eager ones and `generate`'s; the first that differs."""
+    """Compare answers of every kind in fp32, through graphs, with eager ones and those of `generate`; return the first
+    that differs.
+    """
     teacher = _teacher(shared)
     prompts = _prompts(teacher, 3)
     expected = [_generate(teacher, prompt) for prompt in prompts]
@@ -155,7 +157,7 @@ def _generate(teacher: Teacher, prompt: list[int]) -> list[int]:
 
 
 def sampling(shared: Shared) -> str:
-    """Sampled answers: replays draw anew; on a CPU, where there are none, a seed repeats them."""
+    """Check sampled answers: replays draw new numbers; on a CPU, without graphs, a seed repeats them."""
     teacher = _teacher(shared)
     predictor = _predictor(teacher, SECTIONS["firp"])
     texts = []
@@ -169,8 +171,8 @@ def sampling(shared: Shared) -> str:
 
 
 def products(shared: Shared) -> str:
-    """Answers in the suite's dtype with torch's products and with the kernel of few rows, each through graphs against
-    its own eager ones; and the share of plain tokens that the two have in common, which rounding alone keeps from 1.
+    """Compare answers in the suite's dtype with torch's products and with the kernel of few rows, each through graphs
+    against its own eager ones; report the share of equal `ar` tokens, which rounding alone keeps from 1.
     """
     teacher = _teacher(shared, shared.dtype)
     stack = teacher.stack
@@ -195,7 +197,7 @@ def products(shared: Shared) -> str:
 
 
 def waiting(shared: Shared) -> str:
-    """Whether a step of any kind waits for the device, in the suite's dtype."""
+    """Check that no step of any kind waits for the device, in the suite's dtype."""
     if shared.device.type != "cuda":
         return ""
     teacher = _teacher(shared, shared.dtype)
@@ -217,7 +219,7 @@ def waiting(shared: Shared) -> str:
                 stack.own_products = temperature == 0
             spec = parse_tree(TREES[1], predictor.steps) if predictor else None
             engine = Engine(teacher, predictor, spec, temperature, options=EngineOptions(graphs=False))
-            engine.generate(_prompts(teacher, 2), 4)  # constants are made once
+            engine.generate(_prompts(teacher, 2), 4)  # creates constants
             DecodeStep.step = watched  # type: ignore[method-assign]
             try:
                 engine.generate(_prompts(teacher, 2), TOKENS)
@@ -229,7 +231,7 @@ def waiting(shared: Shared) -> str:
 
 
 def capture(shared: Shared) -> str:
-    """What a failed capture leaves behind."""
+    """Check the state after a failed capture."""
     if shared.device.type != "cuda":
         return ""
     values = torch.zeros(4, device=shared.device)
@@ -244,14 +246,14 @@ def capture(shared: Shared) -> str:
     capturing, stream = CudaCapture(shared.device), torch.cuda.current_stream()
     try:
         capturing(waits)
-        return "a step that waits for the host was captured"
+        return "a step that waits for the host is captured without an error"
     except CaptureError:
         pass
     if torch.cuda.current_stream() != stream:
-        return "the stream is not put back"
+        return "the stream is not restored"
     torch.empty(1 << 20, device=shared.device).normal_()
     torch.cuda.empty_cache()
     before = values.clone()
     capturing(add)()
     torch.cuda.synchronize()
-    return "" if torch.equal(values, before + 1) else "a replay after it does nothing"
+    return "" if torch.equal(values, before + 1) else "a replay after it has no effect"

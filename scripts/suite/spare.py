@@ -1,5 +1,5 @@
-"""Processes that stand ready: started ahead, they import what a group of parts needs and wait for the job. Imports
-nothing that takes time.
+"""Processes started ahead: they import the modules of a group of parts and wait for the job. This file imports nothing
+slow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FLAG = "--job"  # the job follows on standard input
 
 
 class Spare:
-    """A process of the suite that waits for its job. One that gets none ends with its parent."""
+    """A process of the suite that waits for its job. Without a job it ends with its parent."""
 
     def __init__(self, script: Path, arguments: Sequence[str]) -> None:
         self.process = subprocess.Popen(
@@ -26,11 +26,11 @@ class Spare:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that what it starts can be ended with it
+            start_new_session=True,  # its children are ended with it
         )
 
     def start(self, job: dict[str, Any]) -> subprocess.Popen[bytes]:
-        """Hand over the job. A process that has ended already gets none."""
+        """Hand over the job. A process that has ended gets none."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
@@ -38,13 +38,13 @@ class Spare:
         return self.process
 
     def end(self) -> None:
-        """End it."""
+        """End the process."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 def read_job() -> dict[str, Any] | None:
-    """The job of this process; None where its parent is gone."""
+    """Return the job of this process; None if its parent has ended."""
     text = sys.stdin.readline()
     return json.loads(text) if text else None

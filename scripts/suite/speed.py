@@ -1,5 +1,5 @@
-"""Plain decoding of random teachers against what the device can read, with transformers' `generate` beside it; prompts
-and batches.
+"""Autoregressive decoding of random teachers against the bandwidth of the device, beside transformers' `generate`;
+prompts and batches.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from suite.shapes import cache_bytes, random_predictor, sections, shaped, weight
 from suite.work import Shared, Table, Work
 
 REPEATS = 3
-TREES = ("chain", "dynamic:8@3", "dynamic:16@4")  # of the batches
+TREES = ("chain", "dynamic:8@3", "dynamic:16@4")  # trees of the batches
 PROMPT_SEED = 5
-HF_SECONDS = 6.0  # that `generate` takes for REPEATS + 1 answers, about
-COMPILE_SECONDS = 10.0, 1.2  # of a static cache's forward, and of each of its layers, about
+HF_SECONDS = 6.0  # seconds of `generate` for REPEATS + 1 answers, about
+COMPILE_SECONDS = 10.0, 1.2  # seconds of compiling a static cache's forward, and each of its layers, about
 
 
 def random_prompts(teacher: Teacher, count: int, length: int) -> list[list[int]]:
-    """Token ids of no meaning."""
+    """Return random token ids."""
     generator = torch.Generator().manual_seed(PROMPT_SEED)
     return torch.randint(3, teacher.vocab_size, (count, length), generator=generator).tolist()
 
 
 def decoding(engine: Engine | HuggingFaceGenerate, prompts: list[list[int]], tokens: int) -> float:
-    """Milliseconds a step of an answer of so many tokens, prefill left out: the median behind an uncounted answer."""
+    """Return milliseconds a step of an answer of a number of tokens, without prefill: the median after an uncounted
+    answer.
+    """
     engine.generate(prompts, tokens)
     made = [engine.generate(prompts, tokens)[0] for _ in range(REPEATS)]
     return 1e3 * median(item.decode_seconds / (len(item.token_ids) - 1) for item in made)
 
 
 def ar(shared: Shared, work: Work, name: str) -> None:
-    """A plain step with graphs, within `Engine.generate`, and without graphs; its bytes over the copy's rate."""
+    """Time an `ar` step with graphs, within `Engine.generate`, and without graphs; and its bytes at the copy's rate."""
     teacher, sizes = shaped(shared, name), shared.sizes
     engine, without = Engine(teacher), Engine(teacher, options=EngineOptions(graphs=False))
     step = time_plain(shared, engine, 1, sizes.context)
@@ -70,7 +72,7 @@ def ar(shared: Shared, work: Work, name: str) -> None:
 
 
 def _ar_table(name: str, work: Work) -> None:
-    """What is known by now."""
+    """Report the results so far."""
     values = work.values
     floor, share = values["floor_milliseconds"], values["share_of_bandwidth"]
     eager, whole = (values.get(what) for what in ("eager_step_milliseconds", "generate_milliseconds"))
@@ -84,7 +86,7 @@ def _ar_table(name: str, work: Work) -> None:
         f"{eager:.3f} ms" if eager else "not measured",
         f"{whole:.3f} ms" if whole else "not measured",
     ]
-    title = f"{name}: plain decoding, {values['context']} tokens of context"
+    title = f"{name}: autoregressive decoding, {values['context']} tokens of context"
     work.tables[:] = [Table(title, headers, [line])]
     work.save()
 
@@ -99,7 +101,7 @@ class StaticGenerate(HuggingFaceGenerate):
 
 
 def hf(shared: Shared, work: Work, name: str) -> None:
-    """transformers' `generate` with its dynamic cache, batch 1."""
+    """Time transformers' `generate` with its dynamic cache, batch 1."""
     teacher, sizes = shaped(shared, name), shared.sizes
     cuda = shared.device.type == "cuda"
     if cuda and not work.clock.allows(HF_SECONDS, "dynamic cache"):
@@ -109,8 +111,8 @@ def hf(shared: Shared, work: Work, name: str) -> None:
 
 
 def compiled(shared: Shared, work: Work, name: str) -> None:
-    """transformers' `generate` with its static cache, which it compiles on CUDA devices. Raises Failed where it cannot:
-    the library's compiler may fail where we do not.
+    """Time transformers' `generate` with its static cache, which it compiles on CUDA devices. Raises Failed if it
+    cannot: the library's compiler may fail where ours does not.
     """
     teacher, sizes = shaped(shared, name), shared.sizes
     cuda = shared.device.type == "cuda"
@@ -133,7 +135,7 @@ def _generated(work: Work, name: str, label: str, milliseconds: float) -> None:
 
 
 def prefill(shared: Shared, work: Work, name: str) -> None:
-    """Tokens of a prompt per second, its first new token chosen."""
+    """Measure tokens of a prompt per second, its first new token chosen."""
     teacher = shaped(shared, name)
     engine = Engine(teacher)
     table = Table(f"{name}: prefill", ["prompt", "ms", "tokens/s"])
@@ -151,11 +153,12 @@ def prefill(shared: Shared, work: Work, name: str) -> None:
 
 
 def batches(shared: Shared, work: Work, name: str) -> None:
-    """Plain steps and tree steps of FIRP over the batch size; the accepted length at which a tree breaks even."""
+    """Time `ar` steps and tree steps of FIRP over the batch size; and the accepted length at which a tree breaks
+    even."""
     teacher, sizes = shaped(shared, name), shared.sizes
     predictor = random_predictor(teacher, sections(teacher.num_layers)["firp"])
     headers = ["batch", "ar ms", "ar tokens/s", *(f"{spec}: ms, over ar" for spec in TREES)]
-    title = f"{name}: batches at {sizes.context} tokens of context (a tree pays above that accepted length)"
+    title = f"{name}: batches at {sizes.context} tokens of context (a tree pays above this accepted length)"
     table = Table(title, headers)
     work.tables.append(table)
     for batch in sizes.batches:
@@ -163,12 +166,12 @@ def batches(shared: Shared, work: Work, name: str) -> None:
             break
         plain = time_plain(shared, Engine(teacher), batch, sizes.context)
         trees = {}
-        for spec in TREES:  # no engine keeps its name: its cache would stay beside the next one's
+        for spec in TREES:  # no variable keeps an engine: its cache would stay beside the next one's
             tree = parse_tree(spec, predictor.steps)
             trees[spec] = time_step(shared, Engine(teacher, predictor, tree), batch, sizes.context)
         work.values[str(batch)] = _batch_values(batch, plain, trees)
         table.cells.append(_batch_cells(batch, plain, list(trees.values())))
-        work.key = f"batch {batch}: {1e3 * batch / plain.milliseconds:.0f} tokens/s plain"
+        work.key = f"batch {batch}: {1e3 * batch / plain.milliseconds:.0f} tokens/s ar"
         work.save()
         shared.free()
 

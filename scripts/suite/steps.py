@@ -1,4 +1,4 @@
-"""What passes of many rows cost, and where the time of a step goes."""
+"""Cost of passes of many rows, and time of a decoding step by part."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from suite.sizes import Sizes
 from suite.timing import Run, graphed, milliseconds, wait
 from suite.work import Shared, Table, Work
 
-POINT_SECONDS = 2.5  # of one row count at one context on a GPU, compiling kernels included
+POINT_SECONDS = 2.5  # seconds of one row count at one context on a GPU, compiling kernels included
 TREE = "dynamic:16@4"
 PROFILED = 5  # steps
 OTHER = "norms, elementwise, masks, indices"
-KERNELS = {  # what names of kernels and operations hold
+KERNELS = {  # parts of the names of kernels and operations
     "attention": ("_attend", "_combine", "attention", "flash", "fmha"),
     "matrix products": (
         "gemm",
@@ -43,7 +43,7 @@ KERNELS = {  # what names of kernels and operations hold
 
 
 def passes(shared: Shared, work: Work, name: str) -> None:
-    """CostProbe of M rows, by part, over M and the context, batch 1, as graphs."""
+    """Time CostProbe passes of M rows, by part, over M and the context, batch 1, as graphs."""
     teacher, sizes, device = shaped(shared, name), shared.sizes, shared.device
     kernel = choose_backend("auto", device) == "triton"
     split = max(1, teacher.num_layers // 3)
@@ -53,7 +53,7 @@ def passes(shared: Shared, work: Work, name: str) -> None:
     for context in sizes.contexts:
         held = CostProbe(teacher, split, 1, context, max(sizes.rows), kernel)
         for rows in sizes.rows:
-            if device.type == "cuda" and not work.clock.allows(POINT_SECONDS, f"{rows} rows behind {context} tokens"):
+            if device.type == "cuda" and not work.clock.allows(POINT_SECONDS, f"{rows} rows after {context} tokens"):
                 break
             points.append({"context": context, "rows": rows} | point(shared, held, rows))
             work.key, work.tables[:] = _ratios(points), [_passes_table(name, points, sizes)]
@@ -63,7 +63,7 @@ def passes(shared: Shared, work: Work, name: str) -> None:
 
 
 def point(shared: Shared, held: CostProbe, rows: int) -> dict[str, Any]:
-    """A pass of so many rows, by part. Its graphs, which hold the cache, go when this returns."""
+    """Time a pass of a number of rows, by part. Its graphs, which hold the cache, are freed on return."""
     runs = {part: graphed(run, shared.device) for part, run in held.parts(rows).items()}
     times = {part: milliseconds(run, shared.device, shared.sizes.repeats) for part, (run, _) in runs.items()}
     whole = {"milliseconds": sum(times.values()), "graphed": all(graph for _, graph in runs.values())}
@@ -71,7 +71,7 @@ def point(shared: Shared, held: CostProbe, rows: int) -> dict[str, Any]:
 
 
 def _ratios(points: list[dict[str, Any]]) -> str:
-    """The largest pass of the first context over its smallest."""
+    """Return the ratio of the largest pass of the first context to its smallest."""
     own = [point for point in points if point["context"] == points[0]["context"]] if points else []
     if len(own) < 2:
         return "nothing to compare"
@@ -97,7 +97,7 @@ def _passes_table(name: str, points: list[dict[str, Any]], sizes: Sizes) -> Tabl
 
 
 def breakdown(shared: Shared, work: Work, name: str) -> None:
-    """A plain step and a tree step: as a graph, without one, and the time of their kernels by kind."""
+    """Time an `ar` step and a tree step: as a graph, without one, and their kernels by kind."""
     teacher, sizes = shaped(shared, name), shared.sizes
     predictor = random_predictor(teacher, sections(teacher.num_layers)["firp"])
     spec = parse_tree(TREE, predictor.steps)
@@ -128,11 +128,11 @@ def breakdown(shared: Shared, work: Work, name: str) -> None:
         table.cells += [[label, what, f"{value:.3f}", ""] for what, value in whole.items()]
         work.save()
     plain, tree = (work.values[label]["graph_milliseconds"] for label in work.values)
-    work.key = f"plain {plain:.3f} ms, {TREE} {tree:.3f} ms ({tree / plain:.2f} times)"
+    work.key = f"ar {plain:.3f} ms, {TREE} {tree:.3f} ms ({tree / plain:.2f} times)"
 
 
 def kernels(run: Run, device: torch.device) -> tuple[dict[str, float], int]:
-    """Milliseconds of a step's kernels (operations on a CPU) by kind, and how many there are, by torch's profiler."""
+    """Return milliseconds of a step's kernels (operations on a CPU) by kind, and their number, by torch's profiler."""
     run()
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -154,6 +154,6 @@ def kernels(run: Run, device: torch.device) -> tuple[dict[str, float], int]:
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel does, by its name."""
+    """Return the kind of a kernel by its name."""
     name = kernel.lower()
     return next((kind for kind, parts in KERNELS.items() if any(part in name for part in parts)), OTHER)

@@ -1,5 +1,5 @@
-"""The teacher that predictors are trained for, tuned and benched with: one that was trained on the spot, or a real one
-that was given; its prompts, and its predictors.
+"""Teacher of the trained, tuned and benched predictors: one that the suite trains, or a real one; its prompts, and its
+predictors.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from suite.work import Shared
 
 DEFAULT_TREE = "dynamic:8"
 SEED = 17
-TRAINING_SETS = ("gsm8k", "mbpp", "self_instruct", "chat")  # training splits, of those that there are
+TRAINING_SETS = ("gsm8k", "mbpp", "self_instruct", "chat")  # training splits, of the data sets that exist
 TEST_SETS = ("gsm8k", "humaneval", "mt_bench")
-PACKAGED = "chat"  # is there on any machine
-DEPTH = 2 / 3  # of the layers, where predictors of a real teacher begin; SmolLM2: layer 20 of 30
-TEMPERATURES = (0.7, 1.0)  # of the passes over the prompts behind the greedy one
+PACKAGED = "chat"  # embedded: exists on any machine
+DEPTH = 2 / 3  # share of the layers below the predictors of a real teacher; SmolLM2: layer 20 of 30
+TEMPERATURES = (0.7, 1.0)  # temperatures of the passes over the prompts after the greedy one
 SAVED = "predictors"  # folder in the scratch folder
 
 
@@ -41,8 +41,8 @@ class Subject(Protocol):
     """A teacher with its prompts.
 
     Attributes:
-        question_tokens, answer_tokens: of a prompt that is answered for training, and of its answer, at most.
-        tokens: that are answered at most; None: every prompt is answered once.
+        question_tokens, answer_tokens: of a training prompt and of its answer, at most.
+        tokens: tokens to answer at most; None: every prompt is answered once.
     """
 
     question_tokens: int
@@ -50,26 +50,26 @@ class Subject(Protocol):
     tokens: int | None
 
     def teacher(self, dtype: torch.dtype | None = None) -> Teacher:
-        """The teacher on lean layers, in the suite's dtype or with the same weights in another."""
+        """Return the teacher on lean layers, in the suite's dtype or with the same weights in another."""
 
     def asked(self) -> Iterator[list[Message]]:
-        """Training prompts in an order in which every part of them is a fair mix."""
+        """Return training prompts in an order in which every section is a fair mix."""
 
     def tests(self) -> dict[str, list[list[Message]]]:
-        """Questions by source that nothing is trained on."""
+        """Return questions by source that nothing is trained on."""
 
     def sections(self, layers: int) -> dict[str, dict[str, Any]]:
-        """Settings of the predictors to train for a teacher of so many layers, by kind."""
+        """Return settings of the predictors to train for a teacher of so many layers, by kind."""
 
 
 def subject(shared: Shared) -> Subject:
-    """The real teacher where one was given."""
+    """Return the real teacher if one is given, else the trained one."""
     return Trained(shared) if shared.teacher is None else Real(shared)
 
 
 def lean(teacher: Teacher) -> Teacher:
-    """The teacher on lean layers; of one that computes in fp32 the library's where they differ by more than rounding,
-    for it is what others are compared with. Raises RuntimeError.
+    """Put the teacher on lean layers; a teacher that computes in fp32 stays on the library's if they differ by more
+    than rounding, since it is the reference. Raises RuntimeError.
     """
     reason = use_lean_layers(teacher)
     if reason and teacher.dtype != torch.float32:
@@ -78,7 +78,7 @@ def lean(teacher: Teacher) -> Teacher:
 
 
 class Trained:
-    """The teacher that `trained.teacher` has trained."""
+    """Teacher that `trained.teacher` has trained."""
 
     tokens = None
 
@@ -107,7 +107,7 @@ class Trained:
 
 
 class Real:
-    """The teacher that was given, and the data sets of the data folder."""
+    """Real teacher, and the data sets of the data folder."""
 
     def __init__(self, shared: Shared) -> None:
         self.shared, self.tokens = shared, shared.tokens
@@ -121,7 +121,7 @@ class Real:
         config = TeacherConfig.model_validate({"model": self.shared.teacher, "dtype": str(own).removeprefix("torch.")})
         with torch.inference_mode(False):
             teacher = load_teacher(config, self.shared.device)
-            _ = teacher.fingerprint  # of the weights as they lie in the file
+            _ = teacher.fingerprint  # computed from the weights as stored in the file
             if dtype not in (None, own):
                 return lean(wrap_model(teacher.model.to(dtype), teacher.tokenizer, name=teacher.name))
             lean(teacher)
@@ -144,7 +144,7 @@ class Real:
         found = {}
         for name in names:
             found[name] = [prompt.messages for prompt in load_prompts(name, self.shared.data_dir)]
-            random.Random(SEED).shuffle(found[name])  # of all categories
+            random.Random(SEED).shuffle(found[name])  # mix all categories
         return found
 
     def sections(self, layers: int) -> dict[str, dict[str, Any]]:
@@ -164,8 +164,8 @@ class Real:
 
 
 def questions(shared: Shared, teacher: Teacher, most: int, skip: int = 0) -> list[BenchPrompt]:
-    """Test questions, the first of every source, then the second of every source, and so on, those behind the first
-    `skip`; of each source at most so many. Those that leave no room for an answer are left out.
+    """Return test questions, the first of every source, then the second of every source, and so on, after the first
+    `skip`; at most a number of each source. Those without room for an answer are left out.
     """
     room = teacher.max_positions - max(shared.sizes.bench_tokens, shared.sizes.new_tokens) - 1
     found = []
@@ -177,7 +177,7 @@ def questions(shared: Shared, teacher: Teacher, most: int, skip: int = 0) -> lis
 
 
 def predictors(shared: Shared, teacher: Teacher) -> dict[str, Predictor]:
-    """The trained predictors by kind; in a process that did not train them, as they were saved."""
+    """Return the trained predictors by kind; in a process that did not train them, as they were saved."""
     held = shared.found.get("predictors")
     if held is None:
         held = shared.found["predictors"] = {
@@ -187,19 +187,19 @@ def predictors(shared: Shared, teacher: Teacher) -> dict[str, Predictor]:
 
 
 def saved(shared: Shared, kind: str) -> Path:
-    """The folder of a trained predictor."""
+    """Return the folder of a trained predictor."""
     assert shared.scratch is not None
     return shared.scratch / SAVED / kind
 
 
 def keep_tree(shared: Shared, kind: str, tree: TreeSpec) -> None:
-    """Hand a tuned tree on, unless it is to draft nothing."""
+    """Keep a tuned tree for later parts, unless it drafts nothing."""
     if tree.kind != "none":
         shared.found.setdefault("trees", {})[kind] = described(tree)
 
 
 def tree_for(shared: Shared, predictor: Predictor) -> TreeSpec | None:
-    """The tree that was tuned for this kind, or DEFAULT_TREE; None for a pipeline."""
+    """Return the tree that was tuned for this kind, or DEFAULT_TREE; None for a pipeline."""
     if predictor.pipeline:
         return None
     fields = shared.found.get("trees", {}).get(predictor.kind)
@@ -207,5 +207,5 @@ def tree_for(shared: Shared, predictor: Predictor) -> TreeSpec | None:
 
 
 def tree_of(fields: dict[str, Any], steps: int) -> TreeSpec:
-    """A tree from what `described` says of it."""
+    """Return a tree from its `described` form."""
     return spec_of(SimpleNamespace(**fields), steps)  # type: ignore[arg-type]

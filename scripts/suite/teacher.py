@@ -1,4 +1,4 @@
-"""A teacher trained on the spot: a Llama of about 100 million parameters, by the clock."""
+"""A teacher trained by the suite: a Llama of about 100 million parameters, for a limited time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from suite.work import Shared, Table, Work
 PEAK_RATE = 1.5e-3
 DECAY = 0.1
 WARMUP = 0.05
-HELD_OUT = 0.01  # share of the tokens that the loss is reported on
+HELD_OUT = 0.01  # share of the tokens for the reported loss
 HELD_OUT_BATCHES = 8
-LEFT_OVER = 0.06  # share of the part's time behind training
-SCHEDULE = 10_000  # places of the learning rate's schedule
+LEFT_OVER = 0.06  # share of the part's time after training
+SCHEDULE = 10_000  # points of the learning rate's schedule
 LOGGED = 20  # losses that are kept
 
 
 def train_teacher(shared: Shared, work: Work) -> None:
-    """Text, tokenizer, training, held-out loss; later parts find `state` (the weights in the suite's dtype), `config`,
-    `tokenizer` and `corpus`.
+    """Gather text, train tokenizer and teacher, measure the held-out loss; later parts read `state` (the weights in the
+    suite's dtype), `config`, `tokenizer` and `corpus`.
     """
     sizes, clock = shared.sizes, work.clock
     questions = max(sizes.bench_prompts, sizes.exact_prompts, sizes.tune_prompts)
@@ -76,13 +76,13 @@ def _table(values: dict[str, Any], corpus: Corpus) -> Table:
 
 
 def encode_all(tokenizer: Any, texts: list[str]) -> Tensor:
-    """All texts one behind the other (tokens,)."""
+    """Return all texts one after another (tokens,)."""
     encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     return torch.tensor([token for item in encoded for token in item.ids], dtype=torch.int32)
 
 
 def windows(stream: Tensor, batch: int, length: int, device: torch.device) -> Iterator[Tensor]:
-    """Endless batches (batch, length + 1) from random places of the stream, which lies on the device."""
+    """Yield endless batches (batch, length + 1) from random places of the stream, which is on the device."""
     generator = torch.Generator(device).manual_seed(0)
     numbers = torch.arange(length + 1, device=device)
     while True:
@@ -113,7 +113,9 @@ def fit(model: Any, stream: Tensor, shared: Shared, work: Work) -> dict[str, Any
         optimizer.zero_grad()
         step += 1
         if place * LOGGED >= len(losses):
-            losses.append({"step": step, "loss": loss.item()})  # waits, so that the clock is the device's
+            losses.append(
+                {"step": step, "loss": loss.item()}
+            )  # synchronises, so that the clock includes the device's work
             work.values["losses"] = losses
             work.save()
     losses.append({"step": step, "loss": loss.item()})
@@ -133,7 +135,7 @@ def fit(model: Any, stream: Tensor, shared: Shared, work: Work) -> dict[str, Any
 
 
 def make_optimizer(model: Any) -> torch.optim.AdamW:
-    """AdamW that decays the matrices but not the norms' scales."""
+    """Return AdamW that decays the matrices but not the norms' scales."""
     groups = [
         {"params": [value for value in model.parameters() if value.dim() > 1], "weight_decay": DECAY},
         {"params": [value for value in model.parameters() if value.dim() < 2], "weight_decay": 0.0},
@@ -142,7 +144,7 @@ def make_optimizer(model: Any) -> torch.optim.AdamW:
 
 
 def next_token_loss(model: Any, ids: Tensor, device: torch.device) -> Tensor:
-    """Mean cross-entropy of (B, T + 1) tokens."""
+    """Return the mean cross-entropy of (B, T + 1) tokens."""
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         logits = model.lm_head(hidden)

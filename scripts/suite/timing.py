@@ -11,18 +11,18 @@ import torch
 from firp_cli.evaluation.timing import captured
 
 Run = Callable[[], object]
-ROUND_SECONDS = 0.02  # of one round, at least
+ROUND_SECONDS = 0.02  # least duration of one round
 MOST_CALLS = 200
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done everything."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def milliseconds(run: Run, device: torch.device, rounds: int) -> float:
-    """Milliseconds of a call: the median over rounds that fill ROUND_SECONDS, behind two uncounted calls."""
+    """Return milliseconds of a call: the median over rounds that fill ROUND_SECONDS, after two uncounted calls."""
     run()
     one = _round(run, 1, device)
     calls = max(1, min(MOST_CALLS, round(1000 * ROUND_SECONDS / max(one, 1e-3))))
@@ -30,7 +30,7 @@ def milliseconds(run: Run, device: torch.device, rounds: int) -> float:
 
 
 def graphed(run: Run, device: torch.device) -> tuple[Run, bool]:
-    """The run as a CUDA graph, and whether it could be captured; elsewhere itself."""
+    """Return the call as a CUDA graph, and True if it could be captured; on other devices the call itself."""
     graph = captured(run, device)
     return graph, graph is not run
 

@@ -1,4 +1,4 @@
-"""What a part of the suite is: its time, what it found, and what all parts share."""
+"""A part of the suite: its time, its results, and the values that parts share."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ import torch
 from suite.sizes import Sizes
 
 TRACEBACK_LINES = 12
-GRACE = 5.0  # seconds that a part may take beyond its time before it is stopped
-AGAIN = 1.0  # seconds after which a part that swallowed that is stopped again
-NOT_SERIOUS = ("OutOfMemoryError",)  # what names CUDA and leaves the process able to use it
+GRACE = 5.0  # seconds beyond its time before a part is stopped
+AGAIN = 1.0  # seconds after which a part that caught that is stopped again
+NOT_SERIOUS = ("OutOfMemoryError",)  # errors that name CUDA but leave the device usable
 
 
 class OutOfTime(BaseException):
-    """A part took longer than it may, or its process is to end. No Exception: nothing that a part calls may swallow
+    """A part took longer than allowed, or its process must end. Not an Exception, so that no handler of a part catches
     it.
     """
 
 
 class Skipped(Exception):
-    """A part cannot run here; the text says why."""
+    """A part cannot run here; the text is the reason."""
 
 
 class Failed(Exception):
-    """A part ran and found what must not be; the text says what."""
+    """A part ran and found an error; the text names it."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Table:
 
 
 class Clock:
-    """The time of a part, and what was left out for want of it."""
+    """Time of a part, and work skipped for lack of it."""
 
     def __init__(self, seconds: float) -> None:
         self.began, self.seconds = time.perf_counter(), seconds
@@ -61,21 +61,21 @@ class Clock:
         return self.seconds - self.spent()
 
     def allows(self, seconds: float, what: str) -> bool:
-        """Whether there is time for something that takes about so long; if not, that is noted."""
+        """Return True if there is time for work of about so many seconds; otherwise record it as skipped."""
         left = self.left()
         if left >= seconds:
             return True
-        self.cuts.append(f"{what}: needs about {seconds:.0f} s, {max(0.0, left):.0f} s left")
+        self.cuts.append(f"{what}: needs about {seconds:.0f} s, {max(0.0, left):.0f} s remain")
         return False
 
 
 @dataclass
 class Work:
-    """A part at work. What it has found when it is stopped or fails is kept.
+    """A running part. Its results are kept when it is stopped or fails.
 
     Attributes:
-        values: for the JSON. key: its figure in one line. tables: for the Markdown.
-        save: writes what was found so far, so that it outlives the process.
+        values: for the JSON. key: its main figure in one line. tables: for the Markdown.
+        save: writes the results so far, so that they outlive the process.
     """
 
     clock: Clock
@@ -90,13 +90,13 @@ Save = Callable[[Work, dict[str, Any]], None]
 
 @dataclass
 class Shared:
-    """What parts hand on to later ones.
+    """Values that parts pass to later ones.
 
     Attributes:
         root: the checkout. data_dir: folder of data sets. teacher: name, folder or file of a real teacher; None: one is
-            trained. predictors: folders of predictors for it that are benched as well. tokens: that it answers at most.
-        scratch: folder for what later parts read. output: folder of the report; None: nothing is kept.
-        found: what parts hand on, by name; of HANDED also to other processes.
+            trained. predictors: folders of predictors for it that are benched as well. tokens: to answer at most.
+        scratch: folder of files for later parts. output: folder of the report; None: nothing is kept.
+        found: values for later parts, by name; those of HANDED also go to other processes.
     """
 
     device: torch.device
@@ -112,15 +112,17 @@ class Shared:
     found: dict[str, Any] = field(default_factory=dict)
 
     def free(self, *names: str) -> None:
-        """Forget what was handed on, and give its memory back."""
+        """Drop the values for later parts, and free their memory."""
         for name in names:
             self.found.pop(name, None)
-        if self.device.type == "cuda":  # on a CPU models are toys, and looking for cycles takes longer than many a part
+        if self.device.type == "cuda":  # on a CPU models are toys, and a search for cycles takes longer than many parts
             gc.collect()
             torch.cuda.empty_cache()
 
     def held_bytes(self) -> int | None:
-        """What tensors take of a GPU's memory: behind a part, what was handed on and a random teacher. CPUs: None."""
+        """Return bytes of a GPU's memory in tensors: after a part, the values for later parts and a random teacher.
+        None on CPUs.
+        """
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
@@ -129,9 +131,9 @@ class Part:
     """A part of the suite.
 
     Attributes:
-        share: of the time, relative to the other parts. group: parts of one group that follow each other share a
+        share: of the time, relative to the other parts. group: consecutive parts of one group share a
             process. least: seconds below which it is not begun at full size. most: seconds at most.
-        needs: parts that must have handed on what they give. gives: its name in `Shared.found`.
+        needs: parts whose results it needs. gives: the name of its result in `Shared.found`.
     """
 
     name: str
@@ -145,9 +147,9 @@ class Part:
 
 
 def select(parts: Sequence[Part], wanted: Sequence[str] | None) -> list[Part]:
-    """The parts named, those that they need before them; a name ahead of a dot takes all parts behind it. None: all.
+    """Return the named parts, each after the parts that it needs; `NAME.` parts are selected by NAME. None: all.
 
-    Raises ValueError naming what there is.
+    Raises ValueError naming the parts that exist.
     """
     names = {part.name for part in parts}
     groups = {name.split(".")[0] for name in names}
@@ -161,21 +163,23 @@ def select(parts: Sequence[Part], wanted: Sequence[str] | None) -> list[Part]:
 
 
 def allowed(part: Part, later: Sequence[Part], left: float) -> float:
-    """Seconds for a part: its share of what is left for it and the later ones. What it does not use falls to them."""
+    """Return seconds for a part: its share of the time that remains for it and the later ones, which get what it does
+    not use.
+    """
     seconds = max(0.0, left) * part.share / (part.share + sum(other.share for other in later))
     return seconds if part.most is None else min(max(0.0, left), part.most)
 
 
 def grouped(parts: Sequence[Part]) -> list[list[Part]]:
-    """The parts in their order, cut where the group changes."""
+    """Return the parts in their order, cut where the group changes."""
     return [list(found) for _, found in groupby(parts, key=lambda part: part.group)]
 
 
 def run_part(
     part: Part, shared: Shared, seconds: float, least: float, missing: Sequence[str], save: Save = lambda *_: None
 ) -> tuple[Work, dict[str, Any]]:
-    """Run a part within its seconds. Whatever happens in it is in the record that comes back; `fatal` is in it where
-    the process can no longer use its device. `save(work, record)` is called while it runs.
+    """Run a part within its seconds. Its record contains the outcome; `fatal` marks a process that can no longer use
+    its device. `save(work, record)` is called while it runs.
     """
     work = Work(Clock(seconds))
     record: dict[str, Any] = {"status": "done", "allowed_seconds": round(seconds, 1)}
@@ -183,16 +187,16 @@ def run_part(
     work.save()
     try:
         if missing:
-            raise Skipped(f"{', '.join(missing)} brought nothing")
+            raise Skipped(f"{', '.join(missing)} gave no result")
         if seconds < least:
-            raise Skipped(f"needs at least {least:.0f} s, {seconds:.0f} s left")
+            raise Skipped(f"needs at least {least:.0f} s, {seconds:.0f} s remain")
         with stopped_after(seconds + GRACE):
             part.run(shared, work)
     except Skipped as reason:
         record |= {"status": "skipped", "reason": str(reason)}
     except OutOfTime:
         work.clock.cuts.append(f"stopped after {work.clock.spent():.0f} s")
-    except Exception as error:  # the other parts go on
+    except Exception as error:  # the other parts continue
         lines = traceback.format_exc().strip().splitlines()
         record |= {
             "status": "failed",
@@ -207,13 +211,13 @@ def run_part(
 
 
 def described(work: Work, record: dict[str, Any]) -> dict[str, Any]:
-    """The record with what the part has found so far."""
+    """Return the record with the results of the part so far."""
     spent = round(work.clock.spent(), 1)
     return record | {"seconds": spent, "key": work.key, "cuts": work.clock.cuts, "result": work.values}
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether a CUDA error is one after which every call in this process fails."""
+    """Return True for a CUDA error after which every call in this process fails."""
     kind = type(error).__name__
     if kind in NOT_SERIOUS:
         return False
@@ -222,7 +226,7 @@ def is_fatal(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def stopped_after(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in what runs here once the seconds are over, and again where that was swallowed. Outside the main
+    """Raise OutOfTime in the enclosed code once the seconds are over, and again if it was caught. Outside the main
     thread nothing is stopped.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -84,7 +84,7 @@ def test_all_parts_run_at_toy_size(tmp_path: Path) -> None:
     check_figures(parts)
     text = (output / "gpu_suite.md").read_text()
     assert all(f"| {name} |" in text for name in parts) and "Projection" in text and "python" in text
-    assert "Pipelines on one device (no gain there" in text
+    assert "Pipelines on one device (no gain expected" in text
     assert not list(output.glob(".*"))
 
 
@@ -133,7 +133,7 @@ def test_a_failing_part_is_recorded_and_the_others_go_on(
     assert [found[name]["status"] for name in found] == ["failed", "done", "skipped"]
     assert found["first"]["error"] == "RuntimeError: out of luck" and found["first"]["result"] == {"before": 1}
     assert any("raise RuntimeError" in line for line in found["first"]["traceback"])
-    assert found["third"]["reason"] == "first brought nothing"
+    assert found["third"]["reason"] == "first gave no result"
     text = (tmp_path / "gpu_suite.md").read_text()
     assert "**first failed:** RuntimeError: out of luck" in text and "## Things" in text
     printed = capsys.readouterr().out.splitlines()
@@ -166,9 +166,9 @@ def test_what_does_not_fit_is_skipped_or_cut(shared: Shared) -> None:
 
     _, record = run_part(part(choosy), shared, 2.0, 0.0, [])
     assert record["result"] == {"small": True, "large": False}
-    assert (record["status"], record["cuts"]) == ("cut", ["a large thing: needs about 50 s, 2 s left"])
+    assert (record["status"], record["cuts"]) == ("cut", ["a large thing: needs about 50 s, 2 s remain"])
     _, record = run_part(part(choosy), shared, 2.0, 5.0, [])
-    assert (record["status"], record["reason"]) == ("skipped", "needs at least 5 s, 2 s left")
+    assert (record["status"], record["reason"]) == ("skipped", "needs at least 5 s, 2 s remain")
     assert Clock(3.0).left() == pytest.approx(3.0, abs=0.1)
 
 
