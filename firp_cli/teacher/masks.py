@@ -29,7 +29,7 @@ def causal_allowed(lengths_B: Tensor, rows: int) -> Tensor:
 
 
 def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor | None, steps: int) -> Tensor:
-    """Return (B, M, M) bool over real rows and pseudo states (FIRP section 3: these see what their anchor sees).
+    """Return (B, M, M) bool over real rows and pseudo states (FIRP section 3: pseudo states see as their anchors).
 
     The pseudo state of step i and anchor a sees every real row that row `anchors[a]` sees, that row itself included,
     and the pseudo states of steps 1..i of the same anchor. Real rows never see pseudo states. `anchors_BA` None: every
