@@ -119,7 +119,7 @@ BAD = [
     (["generate", "speed", "--attention", "tritn", "--prompt", "x"], 2, "choose from auto, sdpa, triton"),
     (["generate", "--method", "ar", "--tree", "chain", "--prompt", "x"], 2, "leave --tree"),
     (["generate", "--attention", "triton", "--prompt", "x"], 2, "on CUDA devices, the teacher is on cpu: use sdpa"),
-    (["generate", "--prompt", "x " * 3000], 2, "context holds 2048"),
+    (["generate", "--prompt", "x " * 3000], 2, "the teacher's context has 2048 positions"),
     (["generate", "--teacher", "/nowhere", "--method", "ar", "--prompt", "x"], 2, "teacher.model"),
     (["train", "dem"], 2, "did you mean 'demo'"),
     (["train", "demo", "training.epoch=2"], 2, "did you mean 'epochs'"),
@@ -136,7 +136,7 @@ BAD = [
     (["tune", "--split", "test"], 2, "proves nothing"),
     (["tune", "--dataset", "gsm8k"], 2, "--data-dir"),
     (["tune", "speed"], 2, "no tree to tune"),
-    (["tune", "--context", "2000"], 2, "context holds 2048"),
+    (["tune", "--context", "2000"], 2, "the teacher's context has 2048 positions"),
     (["tune", "--limit", "3"], 2, "raise --limit"),
     (["tune", "--tree-file", "/proc/trees/tree.json"], 2, "--tree-file"),
 ]

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.commands import PROMPT, firp, succeed
 
-SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "16", "--repeats", "1"]
+SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "8", "--repeats", "1"]
 SHORT += ["--timing-rounds", "2"]
 
 
@@ -40,7 +40,7 @@ def test_tune_writes_trees_and_a_report(tuned: Path) -> None:
 def test_costs_are_measured_once_for_a_machine(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIRP_CACHE_DIR", str(tuned / "cache"))
     where = ["--tree-file", tuned / "again.json", "--output", tuned / "again"]
-    done = succeed("tune", "firp", *SHORT, *where, "--no-trial")
+    done = succeed("tune", "firp", *SHORT, *where, "--no-trial", "--timing-rounds", "1")
     assert "kept from an earlier run" in done.stderr
     written = json.loads((tuned / "again" / "tune.json").read_text())
     assert all(trial["measured"] is None for trial in written["ladder"])

@@ -79,7 +79,7 @@ def test_generate_equals_autoregressive_decoding(backend: str, reference: firp_c
     assert drafted.token_ids == expected.token_ids and drafted.text == expected.text
     assert expected.finish_reason == "eos" and expected.accepted_length == 1.0
     assert drafted.accepted_length is not None and drafted.accepted_length > 1.3
-    assert drafted.tokens_per_second == pytest.approx(sum(drafted.emitted) / drafted.decode_seconds)
+    assert drafted.tokens_per_second == pytest.approx(sum(drafted.accepted_lengths) / drafted.decode_seconds)
 
 
 def test_generate_equals_the_command(decoder: firp_cli.Decoder) -> None:

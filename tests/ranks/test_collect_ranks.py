@@ -178,6 +178,7 @@ def test_launched_collect_survives_a_signal_and_a_kill(
     assert len(Store.open(folder, verify=True)) == CONVERSATIONS
 
 
+@pytest.mark.nightly
 def test_collect_with_torchrun_prints_one_summary(place: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "firp_cli", *collecting(place, tmp_path / "store"), "--json"]

@@ -57,7 +57,7 @@ def check_share(memory: dict[str, Any], count: int, unshared: int) -> None:
     assert unshared / count <= memory["bytes"] <= 1.05 * unshared / count
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_sharded_store_equals_that_of_the_whole_teacher(ranks: RankPool, place: Path, tmp_path: Path, count: int):
     codes = ranks.run(collecting(place, tmp_path / "store", *SHARED), count, tmp_path / "log")
     assert codes == [0] * count, (tmp_path / "log").read_text()
@@ -97,7 +97,9 @@ PREDICTORS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "count"), [("hidden_transfer", 3), ("firp", 2), ("medusa", 2)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("hidden_transfer", 3), ("firp", 2), pytest.param("medusa", 2, marks=pytest.mark.nightly)]
+)
 def test_sharded_losses_equal_those_of_the_whole_teacher(
     ranks: RankPool, place: Path, tmp_path: Path, kind: str, count: int
 ):

@@ -201,7 +201,7 @@ def test_refusals() -> None:
     for options in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(UsageError, match="temperature"):
             PipelineEngine(teacher, None, **options)
-    with pytest.raises(TeacherError, match=r"predictor\.loops says 2"):
+    with pytest.raises(TeacherError, match=r"predictor\.loops is 2"):
         PipelineEngine(teacher, None, loops=2)
     with pytest.raises(TeacherError, match=r"\(1 to 4\)"):
         PipelineEngine(tiny_teacher("llama"), None)

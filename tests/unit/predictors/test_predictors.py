@@ -275,7 +275,7 @@ def test_exits_out_of_range(teacher: Teacher) -> None:
             make_predictor(teacher, kind="speed", loops=1, exits=exits)
     with pytest.raises(TeacherError, match=r"set predictor\.loops .* \(1 to 4\)"):
         make_predictor(teacher, kind="speed")
-    with pytest.raises(TeacherError, match=r"runs its layers 4 times, predictor\.loops says 3"):
+    with pytest.raises(TeacherError, match=r"runs its layers 4 times, predictor\.loops is 3"):
         make_predictor(looped_teacher(1, 4), kind="speed", loops=3)
 
 

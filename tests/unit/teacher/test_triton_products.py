@@ -197,7 +197,7 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="kernels are interpreted, or compiled for the device here")
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.nightly)])
 def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Compile one variant for all numbers of rows that share a block."""
     loaded = compile_only(monkeypatch, architecture, tmp_path, 2000 + architecture)
