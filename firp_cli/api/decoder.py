@@ -23,6 +23,7 @@ from firp_cli.machine import readable_bytes
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import load_predictor, predictor_folder, read_config
 from firp_cli.results import Generation
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a user message, token ids, or chat messages
@@ -101,7 +102,7 @@ def _wrap(model: Any, tokenizer: Any, config: TeacherConfig, device: torch.devic
             raise TeacherError(f"no tokenizer at {source!r}, where the model came from: give tokenizer=") from error
     if device is not None:
         model.to(device)
-    return Teacher(model, tokenizer, name=source or "in-memory", looped=config.looped)
+    return wrap_model(model, tokenizer, name=source or "in-memory", looped=config.looped)
 
 
 class Decoder:

@@ -119,7 +119,7 @@ BAD = [
     (["generate", "speed", "--attention", "tritn", "--prompt", "x"], 2, "choose from auto, sdpa, triton"),
     (["generate", "--method", "ar", "--tree", "chain", "--prompt", "x"], 2, "leave --tree"),
     (["generate", "--attention", "triton", "--prompt", "x"], 2, "on CUDA devices, the teacher is on cpu: use sdpa"),
-    (["generate", "--prompt", "x " * 3000], 2, "the teacher's context has 2048 positions"),
+    (["generate", "--prompt", "x " * 3000], 2, "context holds 2048"),
     (["generate", "--teacher", "/nowhere", "--method", "ar", "--prompt", "x"], 2, "teacher.model"),
     (["train", "dem"], 2, "did you mean 'demo'"),
     (["train", "demo", "training.epoch=2"], 2, "did you mean 'epochs'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from firp_cli.results import as_json
 from firp_cli.teacher.load import load_teacher
 from helpers.commands import PROMPT, succeed
 from helpers.folders import save_prompts, save_teacher
-from helpers.models import ROOT, make_predictor
+from helpers.models import ROOT, generate_reference, make_predictor, tiny_model
 
 OTHER_PROMPT = "Tom has 9 pens and loses 2. How many pens are left?"
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -253,3 +254,19 @@ def test_evaluate_returns_the_report_that_the_command_writes(work: Path) -> None
 def test_tune_refuses_the_prompts_of_bench(work: Path) -> None:
     with pytest.raises(UsageError, match="proves nothing"):
         firp_cli.tune(work / "one", dataset=str(work / "words.jsonl"), split="test")
+
+
+def test_load_takes_a_transformers_model_and_checks_it(decoder: firp_cli.Decoder) -> None:
+    model, prompt = copy.deepcopy(tiny_model("llama")), list(range(5, 14))
+    expected = generate_reference(model, prompt, 12)
+    tokenizer = decoder.teacher.tokenizer
+    assert firp_cli.load(model, tokenizer=tokenizer).generate(prompt, 12).token_ids == expected
+    model.model.register_forward_hook(_scale_states)
+    with pytest.raises(TeacherError, match="differ from its own forward at logits"):
+        firp_cli.load(model, tokenizer=tokenizer)
+
+
+def _scale_states(module: object, arguments: object, output: Any) -> Any:
+    """Change the states after the last layer, where `Teacher` does not see it."""
+    output.last_hidden_state = output.last_hidden_state * 1.5
+    return output

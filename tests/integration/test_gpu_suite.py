@@ -347,6 +347,7 @@ def data_sets(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 def test_suite_runs_the_parts_of_a_real_teacher(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     from helpers.gguf_writer import write_gguf

@@ -302,7 +302,7 @@ class _Launched:
 
 
 LAYERED = [*FAMILIES, "3x4", "ouro-loops", "qwen3-loops"]
-STEPS = [("llama", 1), ("qwen2", 2), ("mistral-window", 2), ("qwen3", 1), ("qwen3-loops", 1)]
+STEPS = [("llama", 2), ("qwen2", 1), ("mistral-window", 1), ("qwen3-loops", 1)]
 DECODED = [("llama", "dynamic:5@2")]
 
 
