@@ -98,7 +98,11 @@ PREDICTORS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("hidden_transfer", 3), ("firp", 2), pytest.param("medusa", 2, marks=pytest.mark.nightly)]
+    ("kind", "count"),
+    [
+        ("firp", 2),
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in (("hidden_transfer", 3), ("medusa", 2))),
+    ],
 )
 def test_sharded_losses_equal_those_of_the_whole_teacher(
     ranks: RankPool, place: Path, tmp_path: Path, kind: str, count: int
