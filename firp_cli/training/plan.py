@@ -13,6 +13,7 @@ import torch
 
 from firp_cli.assets import embedded_folder
 from firp_cli.config import Recipe, TeacherConfig
+from firp_cli.errors import TeacherError
 from firp_cli.predictors.folder import build_predictor
 from firp_cli.teacher.source import hub_reachable, locate_config
 from firp_cli.teacher.teacher import Teacher
@@ -118,7 +119,10 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         folder = _shape_folder(config.model)
-        source, found = (folder, None) if folder else locate_config(config)
+        try:
+            source, found = (folder, None) if folder else locate_config(config)
+        except TeacherError as error:  # a known teacher that is not installed
+            return None, str(error).splitlines()[0]
         try:
             found = found or AutoConfig.from_pretrained(source, local_files_only=True, **options)
         except OSError:

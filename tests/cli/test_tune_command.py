@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.commands import PROMPT, firp, succeed
 
 SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "8", "--repeats", "1"]
 SHORT += ["--timing-rounds", "2"]
+THREADS = ["--threads", "1"]  # trees are kept by machine and threads
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Restore torch's threads, which `--threads` sets for this process too."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +29,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tree.json`, the report in `report`, and what was printed in `printed`."""
     folder = tmp_path_factory.mktemp("tuned")
     where = ["--tree-file", str(folder / "tree.json"), "--output", str(folder / "report")]
-    done = firp("tune", "firp", *SHORT, *where, cwd=folder, FIRP_CACHE_DIR=str(folder / "cache"))
+    done = firp("tune", "firp", *SHORT, *THREADS, *where, cwd=folder, FIRP_CACHE_DIR=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout + done.stderr)
     return folder
@@ -40,7 +51,7 @@ def test_tune_writes_trees_and_a_report(tuned: Path) -> None:
 def test_costs_are_measured_once_for_a_machine(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIRP_CACHE_DIR", str(tuned / "cache"))
     where = ["--tree-file", tuned / "again.json", "--output", tuned / "again"]
-    done = succeed("tune", "firp", *SHORT, *where, "--no-trial", "--timing-rounds", "1")
+    done = succeed("tune", "firp", *SHORT, *THREADS, *where, "--no-trial", "--timing-rounds", "1")
     assert "kept from an earlier run" in done.stderr
     written = json.loads((tuned / "again" / "tune.json").read_text())
     assert all(trial["measured"] is None for trial in written["ladder"])
@@ -54,7 +65,7 @@ def test_generate_uses_tuned_trees(tuned: Path) -> None:
 def test_bench_reports_the_prediction_of_a_tuned_tree(tuned: Path) -> None:
     options = ["--dataset", "arithmetic", "--limit", "2", "--repeats", "1", "--max-new-tokens", "24"]
     where = ["--tree", tuned / "tree.json", "--output", tuned / "bench"]
-    done = succeed("bench", "firp", *options, *where, "--methods", "ar,firp")
+    done = succeed("bench", "firp", *options, *THREADS, *where, "--methods", "ar,firp")
     entry = json.loads((tuned / "tree.json").read_text())["entries"][0]
     report = json.loads((tuned / "bench" / "bench.json").read_text())
     row = next(row for row in report["rows"] if row["method"] == "firp")
