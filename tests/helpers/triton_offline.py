@@ -13,20 +13,17 @@ import pytest
 from helpers.models import ROOT
 
 
-def run_interpreted(*tests: str, nightly: bool = False, conftest: bool = False) -> str:
+def run_interpreted(*tests: str, nightly: bool = False) -> str:
     """Run tests (`FILE::CLASS`) of one tier in a process whose kernels are interpreted; return what it printed.
 
     Triton decides at its first import whether kernels are interpreted.
     """
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "nightly" if nightly else "not nightly"]
-    command = [sys.executable, "-m", "pytest", *options, *([] if conftest else ["--noconftest"]), *tests]
+    options = ["-v", "-x", "-p", "no:cacheprovider", "-m", "nightly" if nightly else "not nightly"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout
-
-
-tiers = pytest.mark.parametrize("nightly", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["some", "rest"])
 
 
 def compile_only(monkeypatch: pytest.MonkeyPatch, architecture: int, cache: Path, device: int) -> list[str]:

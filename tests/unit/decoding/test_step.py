@@ -26,7 +26,6 @@ from firp_cli.teacher.teacher import Teacher
 from helpers.decoding import covered
 from helpers.models import VOCABULARY, generate_reference, make_predictor, random_prompts, tiny_teacher
 from helpers.pairwise import nightly_rest
-from helpers.triton_offline import run_interpreted, tiers
 
 CPU = torch.device("cpu")
 SECTIONS: dict[str, dict[str, Any] | None] = {
@@ -331,12 +330,3 @@ class TestDecodingByTheKernel:
         engine = Engine(teacher, predictor, spec, options=EngineOptions(attention="triton"))
         for prompt, item in zip(prompts, engine.generate(prompts, 5), strict=True):
             assert item.token_ids == generate_reference(teacher.model, prompt, 5)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.skipif(TestDecodingByTheKernel.__test__, reason="this process interprets kernels itself")
-@tiers
-def test_the_kernel_decodes_in_the_interpreter(nightly: bool) -> None:
-    printed = run_interpreted(f"{__file__}::TestDecodingByTheKernel", nightly=nightly, conftest=True)
-    assert ("6 passed" if nightly else "2 passed") in printed

@@ -1,7 +1,7 @@
 """Triton kernels of a decoding step's attention against dense attention under a mask made element by element.
 
 Triton decides at its first import whether kernels are compiled or interpreted, and transformers imports it. So
-`test_in_the_interpreter` runs `TestKernels` in a separate process; on a CUDA device they also run here, compiled.
+`tests/integration/test_triton_interpreter.py` runs `TestKernels` in a separate process; on a CUDA device they also run here, compiled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
 
 from firp_cli.teacher.triton_attention import MAX_SPLITS, launch_sizes, row_bits, tree_attention  # noqa: E402
-from helpers.triton_offline import compile_only, run_interpreted  # noqa: E402
+from helpers.triton_offline import compile_only  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -259,12 +259,6 @@ class TestKernels:
             positions.copy_(inputs.positions)
             graph.replay()
             torch.testing.assert_close(output.cpu().float(), reference(inputs), rtol=0, atol=TOLERANCE[dtype])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels")
-def test_in_the_interpreter() -> None:
-    run_interpreted(f"{__file__}::TestKernels")
 
 
 @pytest.mark.skipif(

@@ -1,6 +1,6 @@
 """Triton kernels of a decoding step's layers against torch, and layers with these kernels against layers without.
 
-Kernels are compiled or interpreted as in test_triton_attention.py: `test_in_the_interpreter` runs `TestKernels` and
+Kernels are compiled or interpreted as in test_triton_attention.py: `tests/integration/test_triton_interpreter.py` runs `TestKernels` and
 `TestLayers` in a separate process; on a CUDA device they also run here, compiled.
 """
 
@@ -38,7 +38,7 @@ from firp_cli.teacher.triton_layer import rotate_and_write, silu_product
 from helpers.layers import new_teacher, some_ids, tolerance_of, varied
 from helpers.models import FAMILIES, generate_reference, make_predictor, random_prompts, tiny_model
 from helpers.pairwise import nightly_rest, pairwise
-from helpers.triton_offline import compile_only, run_interpreted, tiers
+from helpers.triton_offline import compile_only
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -438,13 +438,6 @@ class TestLayers:
                 graph.replay()
                 replayed = output.clone()
                 torch.testing.assert_close(replayed, teacher.layer(1, hidden, rotary, positions, seen, kv_cache))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels itself")
-@tiers
-def test_in_the_interpreter(nightly: bool) -> None:
-    run_interpreted(f"{__file__}::TestKernels", f"{__file__}::TestLayers", nightly=nightly)
 
 
 @pytest.mark.skipif(

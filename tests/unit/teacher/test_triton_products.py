@@ -1,7 +1,7 @@
 """Triton kernel of a step's products against torch's operations in float64, interpreted or on a CUDA device.
 
 Triton decides at its first import whether kernels are compiled or interpreted, and transformers imports it. So
-`test_in_the_interpreter` runs `TestProducts` in a separate process; on a CUDA device it also runs here, compiled.
+`tests/integration/test_triton_interpreter.py` runs `TestProducts` in a separate process; on a CUDA device it also runs here, compiled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 pytest.importorskip("triton", reason="needs triton: pip install triton")
 
 from firp_cli.teacher.triton_products import ROWS, Tiles, add_product, choose, normed_product, prepare
-from helpers.triton_offline import compile_only, run_interpreted
+from helpers.triton_offline import compile_only
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -81,7 +81,10 @@ class Case:
         assert torch.equal(again, residual)
 
 
-@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run by test_in_the_interpreter, or on a CUDA device")
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED,
+    reason="run by tests/integration/test_triton_interpreter.py, or on a CUDA device",
+)
 @pytest.mark.gpu
 class TestProducts:
     @pytest.mark.parametrize("bias", [False, True])
@@ -189,11 +192,6 @@ def test_tiles_fit_matrix_and_memory() -> None:
                 assert tiles.stages >= 2 and stage * tiles.stages <= 160 << 10, (
                     "a Hopper block has 227 KiB, an A100's 163"
                 )
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets kernels")
-def test_in_the_interpreter() -> None:
-    run_interpreted(f"{__file__}::TestProducts")
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="kernels are interpreted, or compiled for the device here")
