@@ -1,7 +1,8 @@
 """Triton kernels of a decoding step's attention against dense attention under a mask made element by element.
 
 Triton decides at its first import whether kernels are compiled or interpreted, and transformers imports it. So
-`tests/integration/test_triton_interpreter.py` runs `TestKernels` in a separate process; on a CUDA device they also run here, compiled.
+`tests/integration/test_triton_interpreter.py` runs `TestKernels` in a separate process; on a CUDA device
+they also run here, compiled.
 """
 
 from __future__ import annotations

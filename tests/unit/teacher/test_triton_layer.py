@@ -1,7 +1,7 @@
 """Triton kernels of a decoding step's layers against torch, and layers with these kernels against layers without.
 
-Kernels are compiled or interpreted as in test_triton_attention.py: `tests/integration/test_triton_interpreter.py` runs `TestKernels` and
-`TestLayers` in a separate process; on a CUDA device they also run here, compiled.
+Kernels are compiled or interpreted as in test_triton_attention.py: `tests/integration/test_triton_interpreter.py` runs
+`TestKernels` and `TestLayers` in a separate process; on a CUDA device they also run here, compiled.
 """
 
 from __future__ import annotations

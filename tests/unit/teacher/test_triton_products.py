@@ -1,7 +1,8 @@
 """Triton kernel of a step's products against torch's operations in float64, interpreted or on a CUDA device.
 
 Triton decides at its first import whether kernels are compiled or interpreted, and transformers imports it. So
-`tests/integration/test_triton_interpreter.py` runs `TestProducts` in a separate process; on a CUDA device it also runs here, compiled.
+`tests/integration/test_triton_interpreter.py` runs `TestProducts` in a separate process; on a CUDA device
+it also runs here, compiled.
 """
 
 from __future__ import annotations
