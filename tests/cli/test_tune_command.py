@@ -12,7 +12,7 @@ import torch
 from helpers.commands import PROMPT, firp, succeed
 
 SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "8", "--repeats", "1"]
-SHORT += ["--timing-rounds", "2"]
+SHORT += ["--timing-rounds", "1"]
 THREADS = ["--threads", "1"]  # trees are kept by machine and threads
 
 
@@ -51,7 +51,7 @@ def test_tune_writes_trees_and_a_report(tuned: Path) -> None:
 def test_costs_are_measured_once_for_a_machine(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIRP_CACHE_DIR", str(tuned / "cache"))
     where = ["--tree-file", tuned / "again.json", "--output", tuned / "again"]
-    done = succeed("tune", "firp", *SHORT, *THREADS, *where, "--no-trial", "--timing-rounds", "1")
+    done = succeed("tune", "firp", *SHORT, *THREADS, *where, "--no-trial")
     assert "kept from an earlier run" in done.stderr
     written = json.loads((tuned / "again" / "tune.json").read_text())
     assert all(trial["measured"] is None for trial in written["ladder"])
