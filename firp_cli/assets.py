@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,7 @@ def find_shipped_recipe(name: str) -> Path:
     files = _recipe_files()
     spelled = name.replace("_", "-")
     if name not in files and spelled in files:
-        if not is_launched():
-            LOG.warning("the recipe %s is now named %s; the next version drops the old name", name, spelled)
+        _note_new_name(name, spelled)
         name = spelled
     if name not in files:
         raise RecipeError(f"no recipe file {name!r} and no shipped recipe of that name{nearest(name, files)}")
@@ -78,3 +78,10 @@ def nearest(name: str, known: Any) -> str:
     known = [str(item) for item in known]
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+@cache
+def _note_new_name(name: str, spelled: str) -> None:
+    """Log the new name of a recipe, once per process and never on launched ranks."""
+    if not is_launched():
+        LOG.warning("the recipe %s is now named %s; the next version drops the old name", name, spelled)
