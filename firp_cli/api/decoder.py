@@ -22,13 +22,12 @@ from firp_cli.errors import TeacherError, UsageError
 from firp_cli.machine import readable_bytes
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import load_predictor, predictor_folder, read_config
-from firp_cli.results import Generation
+from firp_cli.results import Generation, Progress, no_progress
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a user message, token ids, or chat messages
 OnText = Callable[[str, bool], object]  # (piece of text, True where the predictor drafted it)
-Progress = Callable[[int, int | None], None]
 CONTEXT_TOKENS = 8  # tokens before a piece that decide how it is written (spaces, split characters)
 
 
@@ -195,7 +194,7 @@ class Decoder:
         top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
-        progress: Progress = lambda done, total: None,
+        progress: Progress = no_progress,
     ) -> list[Generation]:
         """Generate text after several prompts, `batch_size` at once; results are in the prompts' order.
 

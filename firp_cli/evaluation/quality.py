@@ -22,7 +22,7 @@ from firp_cli.metrics import accepted_length, chain_length
 from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate, compare_rows, target_states
 from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.predictors.forward import LOGIT_ELEMENTS
-from firp_cli.results import Progress, StepQuality
+from firp_cli.results import Progress, StepQuality, no_progress
 from firp_cli.teacher.teacher import Teacher
 
 
@@ -73,7 +73,7 @@ def evaluate(
     *,
     limit: int | None = None,
     batch_size: int = 4,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Quality:
     """Compare the draft of every anchor with the teacher's own rows, over the first `limit` sequences.
 

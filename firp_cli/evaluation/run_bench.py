@@ -18,7 +18,7 @@ from firp_cli.evaluation.lossless import compare_tokens
 from firp_cli.evaluation.methods import BenchSettings, Method
 from firp_cli.evaluation.rows import BatchRun, Runs, bench_rows
 from firp_cli.machine import readable_bytes
-from firp_cli.results import BenchReport, Divergence, Generation, Progress
+from firp_cli.results import BenchReport, Divergence, Generation, Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 
 
@@ -111,7 +111,7 @@ def measure(
     prompts: Sequence[BenchPrompt],
     batches: Sequence[Batch],
     settings: BenchSettings,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Runs:
     """Decode every batch with every method `repeats` times and fold the repeats.
 
@@ -204,7 +204,7 @@ def run_bench(
     settings: BenchSettings,
     *,
     skip_long: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> BenchReport:
     """Measure the methods on the prompts. Raises CapacityError, UsageError."""
     if settings.batch_size < 1 or settings.repeats < 1:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from firp_cli.results import Progress
+from firp_cli.results import Progress, no_progress
 from firp_cli.store.reader import (
     FLOATS,
     MANIFEST,
@@ -108,7 +108,7 @@ def _distribution(lengths: Sequence[int]) -> dict[str, Any]:
     return quantiles | {"mean": sum(ordered) / len(ordered), "histogram": histogram}
 
 
-def verify_store(folder: Path, progress: Progress = lambda done, total: None) -> list[StoreFault]:
+def verify_store(folder: Path, progress: Progress = no_progress) -> list[StoreFault]:
     """Return every fault of a store, by file: sizes, checksums, layout, offsets, NaN and infinities, empty loss masks.
 
     Each shard is read once, in blocks, several shards at a time. `progress` counts bytes. Raises StoreError when there

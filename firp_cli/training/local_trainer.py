@@ -15,7 +15,7 @@ from firp_cli.config import TrainingConfig
 from firp_cli.errors import StoreError, UsageError
 from firp_cli.predictors.anchors import Sequenced
 from firp_cli.predictors.base import Predictor
-from firp_cli.results import Progress
+from firp_cli.results import Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import MicroBatch
 from firp_cli.training.loop import Row, TrainingLoop
@@ -30,7 +30,7 @@ def train_local(
     sequences: Sequence[Sequenced],
     settings: TrainingConfig,
     seconds: float | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
     ridge_sequences: int | None = None,
 ) -> list[Row]:
     """Train a predictor in place; it ends with the weights of the best validation.

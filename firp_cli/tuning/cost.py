@@ -23,7 +23,7 @@ from firp_cli.evaluation.environment import machine_key, measurement_environment
 from firp_cli.evaluation.timing import Run, captured, enough_calls, milliseconds, undisturbed
 from firp_cli.files import cache_folder, write_json
 from firp_cli.provenance import fingerprint
-from firp_cli.results import Progress, as_json
+from firp_cli.results import Progress, as_json, no_progress
 from firp_cli.teacher.attention import choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import StepMask
@@ -187,7 +187,7 @@ def measure_cost(
     seconds: float | None = None,
     attention: str = "auto",
     graphs: bool = True,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> CostReport:
     """Measure passes of 1 to `most_rows` rows per sequence at every batch size and context.
 
@@ -328,7 +328,7 @@ def load_or_measure(
     attention: str = "auto",
     graphs: bool = True,
     seconds: float | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> tuple[CostReport, bool]:
     """Return the report of an earlier measurement on the same machine with the same teacher, else measure and keep it.
 

@@ -14,7 +14,7 @@ from firp_cli.evaluation.environment import machine_key, measurement_environment
 from firp_cli.evaluation.simulate import simulate_speedup, simulate_steps
 from firp_cli.evaluation.timing import as_benched, undisturbed
 from firp_cli.predictors.base import Predictor, TreePredictor
-from firp_cli.results import Prediction, Progress
+from firp_cli.results import Prediction, Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import CostReport, Trial, TunedTree, TuneReport
 from firp_cli.tuning.acceptance import Acceptance, candidate_positions, reliability
@@ -103,7 +103,7 @@ class Tuner:
             batches.append(batch)
         return batches
 
-    def measure(self, progress: Progress = lambda done, total: None) -> CostReport:
+    def measure(self, progress: Progress = no_progress) -> CostReport:
         """Measure the cost of passes at the batch sizes and around the context, or load an earlier measurement."""
         split = min(self.predictor.transfer_layers, default=self.teacher.num_layers)
         room = self.teacher.max_positions
@@ -280,7 +280,7 @@ def tune(
     dataset: str = "",
     default: TreeSpec | None = None,
     tell: Tell = lambda line: None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> TuneReport:
     """Choose a tree for each batch size. The prompts should be like those that will be decoded, but not the same.
 

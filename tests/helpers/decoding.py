@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from itertools import product
 from typing import Any
 
 import pytest
@@ -12,16 +11,9 @@ import torch
 
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import generate_reference, tiny_model
-from helpers.pairwise import pairwise
 
 TOKENS = 24
 READERS = ["item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "nonzero", "cpu"]
-
-
-def covered(*axes: Sequence[Any]) -> list[Any]:
-    """Return the product of the axes as test parameters. Those beyond a pairwise cover are marked `nightly`."""
-    quick = pairwise(*axes)
-    return [pytest.param(*case, marks=[] if case in quick else pytest.mark.nightly) for case in product(*axes)]
 
 
 def references(teacher: Teacher, prompts: list[list[int]], tokens: int = TOKENS) -> list[list[int]]:

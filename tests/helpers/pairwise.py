@@ -31,5 +31,10 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
 def nightly_rest(chosen: Sequence[tuple[Any, ...]], *axes: Sequence[Any]) -> list[Any]:
     """Return the full product of the axes for `parametrize`; combinations that are not `chosen` are marked nightly."""
     rows = list(product(*axes))
-    assert set(chosen) <= set(rows)
+    assert all(row in rows for row in chosen)
     return [pytest.param(*row, marks=() if row in chosen else pytest.mark.nightly) for row in rows]
+
+
+def covered(*axes: Sequence[Any]) -> list[Any]:
+    """Return the full product of the axes for `parametrize`; what a pairwise cover does not need is marked nightly."""
+    return nightly_rest(pairwise(*axes), *axes)

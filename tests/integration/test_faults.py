@@ -26,7 +26,7 @@ from helpers.faults import KILLED, check_store, collecting, make_place, shard_by
 from helpers.rank_pool import RankPool
 from helpers.training import rows
 
-KILLS = [3, pytest.param(20, marks=pytest.mark.nightly)]  # random kills
+KILLS = [5, pytest.param(20, marks=pytest.mark.nightly)]  # random kills
 # First rename at which a run is killed, every how many, and 1 for a kill after it instead of before it. The normal run
 # kills before every odd rename and after every even one, the nightly run also the other way round.
 RENAMES = [(1, 2, 0), (2, 2, 1), *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((2, 2, 0), (1, 2, 1)))]

@@ -15,7 +15,7 @@ from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
-from helpers.decoding import TOKENS, count_reads, covered, references
+from helpers.decoding import TOKENS, count_reads, references
 from helpers.models import (
     FAMILIES,
     LAYERS,
@@ -27,6 +27,7 @@ from helpers.models import (
     tiny_model,
     tiny_teacher,
 )
+from helpers.pairwise import covered
 
 TREES = ["dynamic:2", "dynamic:9", "chain", "static:3x2x1"]
 STACKS = ["lean", "library"]

@@ -16,7 +16,6 @@ from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
 from firp_cli.predictors.base import Draft, TreePredictor
 from firp_cli.results import Generation
 from firp_cli.teacher.teacher import Teacher
-from helpers.decoding import covered
 from helpers.models import (
     FAMILIES,
     VOCABULARY,
@@ -30,6 +29,7 @@ from helpers.models import (
     tiny_model,
     tiny_teacher,
 )
+from helpers.pairwise import covered
 from helpers.trees import paths_of, random_draft
 
 TOKENS = 16

@@ -31,7 +31,6 @@ from firp_cli.results import Generation, Prediction
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TunedTree
-from helpers.decoding import covered
 from helpers.graphs import with_graphs
 from helpers.models import (
     VOCABULARY,
@@ -45,6 +44,7 @@ from helpers.models import (
     tiny_model,
     tiny_teacher,
 )
+from helpers.pairwise import covered
 
 AUTOREGRESSIVE, DRAFTED, START = 1.0, 1.5, 1.1  # seconds of a step, by the tests' clock
 

@@ -20,8 +20,8 @@ from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError
 from firp_cli.machine import free_bytes, readable_bytes
-from helpers.decoding import covered
 from helpers.models import looped_teacher, make_predictor, random_prompts, tiny_teacher
+from helpers.pairwise import covered
 
 CPU = torch.device("cpu")
 METHODS: dict[str, tuple[dict[str, Any] | None, str]] = {

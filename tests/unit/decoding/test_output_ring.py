@@ -14,9 +14,9 @@ from firp_cli.decoding.output_ring import OutputRing, Rows
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.results import Generation
 from firp_cli.teacher.teacher import Teacher
-from helpers.decoding import covered
 from helpers.graphs import LateRing
 from helpers.models import embedded_predictor, embedded_prompts, embedded_teacher, generate_reference
+from helpers.pairwise import covered
 
 CPU = torch.device("cpu")
 

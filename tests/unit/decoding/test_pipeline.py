@@ -22,7 +22,7 @@ from firp_cli.decoding.speed.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.speed.tick_log import total
 from firp_cli.errors import CapacityError, TeacherError, UsageError
 from firp_cli.results import Generation
-from helpers.decoding import count_reads, covered
+from helpers.decoding import count_reads
 from helpers.models import (
     DESCRIBED,
     FAMILIES,
@@ -33,6 +33,7 @@ from helpers.models import (
     random_prompts,
     tiny_teacher,
 )
+from helpers.pairwise import covered
 from helpers.pipelines import RULES, TOKENS, fake_exits, random_exits, references, some_prompts
 
 SHAPES = ["1x4", "2x3", "4x2", "3x4"]

@@ -23,9 +23,8 @@ from firp_cli.teacher.attention import BACKENDS, attend, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import StepMask, TreeRows, pseudo_positions, rows_allowed
 from firp_cli.teacher.teacher import Teacher
-from helpers.decoding import covered
 from helpers.models import VOCABULARY, generate_reference, make_predictor, random_prompts, tiny_teacher
-from helpers.pairwise import nightly_rest
+from helpers.pairwise import covered, nightly_rest
 
 CPU = torch.device("cpu")
 SECTIONS: dict[str, dict[str, Any] | None] = {

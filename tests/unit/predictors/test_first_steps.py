@@ -21,7 +21,6 @@ from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import StepMask, step_rows
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TunedTree
-from helpers.decoding import covered
 from helpers.graphs import with_graphs
 from helpers.models import (
     FakeExits,
@@ -37,6 +36,7 @@ from helpers.models import (
     tiny_model,
     tiny_teacher,
 )
+from helpers.pairwise import covered
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "firp": {"kind": "firp", "layer": 2, "steps": 4, "bias": True},

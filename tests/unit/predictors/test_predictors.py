@@ -21,7 +21,6 @@ from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.masks import AttentionMask, causal_allowed, pseudo_positions, rows_allowed, step_rows
 from firp_cli.teacher.teacher import Teacher
-from helpers.decoding import covered
 from helpers.models import (
     FAMILIES,
     HIDDEN,
@@ -34,6 +33,7 @@ from helpers.models import (
     tiny_model,
     tiny_teacher,
 )
+from helpers.pairwise import covered
 
 KINDS = [
     {"kind": "firp", "layer": 2, "steps": 3},
