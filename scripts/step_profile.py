@@ -28,7 +28,7 @@ from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.decoding import step as step_module
 from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.output_ring import OutputRing
+from firp_cli.decoding.output_buffer import OutputBuffer
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import default_tree, parse_tree
@@ -39,7 +39,7 @@ from firp_cli.machine import set_threads
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.reports.cells import markdown_table
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.masks import StepMask
+from firp_cli.teacher.masks import AttentionMask, KernelMask
 from firp_cli.teacher.teacher import Teacher
 
 LAYERS = "layers"
@@ -58,8 +58,8 @@ STATES = "draft: picking the accepted node's states"
 OWN = "draft: the predictor's own blocks and heads"
 TOPK = "draft: log-softmax and top-k"
 GLUE = "step: calls between these, copies of roots and drafts"
-PUSH = "ring push"
-READ = "ring read"
+PUSH = "output"
+READ = "read"
 HOST = "host loop"
 PARTS = (
     *(LAYERS, HEAD, DRAFT_HEAD, PSEUDO, TREE, MASKS, ROTARY, EMBED, ROWS),
@@ -134,11 +134,11 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
         (DecodeStep, "_forward", MASKS),
         (DecodeStep, "_rotary", ROTARY),
         (DecodeStep, "_draft_next", STATES),
-        (StepMask, "at", MASKS),
+        *((kind, "at", MASKS) for kind in (AttentionMask, KernelMask)),
         (Sampler, "__call__", CHOICE),
         (KVCache, "commit", COMMIT),
-        (OutputRing, "push", PUSH),
-        (OutputRing, "launched", READ),
+        (OutputBuffer, "write", PUSH),
+        (OutputBuffer, "launched", READ),
     ]
     if predictor is not None:
         parts = {"draft_hidden": OWN, "logits": OWN, "draft": TOPK}

@@ -26,7 +26,7 @@ from firp_cli.decoding import step
 from firp_cli.store.writer import StoreWriter
 from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.teacher import Teacher
-from helpers.graphs import Arrived, LateRing
+from helpers.graphs import Arrived, LateBuffer
 from helpers.models import FAMILIES, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ def stacked_teacher(request: pytest.FixtureRequest, any_stack: str) -> Teacher:
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make engines read a group of steps late."""
+    """Make engines read steps late, as on a CUDA device."""
     monkeypatch.setattr(torch.cuda, "Event", Arrived)
-    monkeypatch.setattr(step, "OutputRing", LateRing)
+    monkeypatch.setattr(step, "OutputBuffer", LateBuffer)
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ class ContinuousBatcher:
         admission = _Admission(self.engine, min(batch, ADMITTED), longest)
         stepper = self.engine.stepper(DraftSetup(), batch, positions)
         stepper.cache.use(batch)
-        stepper.ring.reset()
+        stepper.output.drain()
         run = DecodeBatch(stepper, [], Writer(self.teacher, max(limits)), self.engine.graphs)
         waiting, free = deque(range(len(prompts))), list(range(batch))
         live: dict[int, OutputSequence] = {}
@@ -86,7 +86,7 @@ class ContinuousBatcher:
             known = {item.number for item in run.live if item.finish_reason}  # with graphs they stay for a while
             free = []
             while not free:
-                run.advance()
+                run.step("autoregressive")
                 free = [at for at, item in enumerate(run.live) if item.finish_reason and item.number not in known]
             live = dict(enumerate(run.live))
             for place in free:

@@ -8,7 +8,6 @@ cause and leaves the process as it was: decoding without graphs is the user's de
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
@@ -17,7 +16,6 @@ from firp_cli.errors import TeacherError
 
 Step = Callable[[], None]
 SMALLEST_BUCKET = 256  # positions
-MOST_GRAPHS = 32
 
 
 class CaptureError(TeacherError):
@@ -37,28 +35,19 @@ class StepGraphs:
 
     Args:
         capture: makes a replay from a step, `CudaCapture` on CUDA devices.
-        limit: most graphs in memory; the least recently used one is dropped first.
     """
 
-    def __init__(self, capture: Callable[[Step], Step], limit: int = MOST_GRAPHS) -> None:
-        self._capture, self._limit = capture, limit
-        self._replays: OrderedDict[Hashable, Step] = OrderedDict()
+    def __init__(self, capture: Callable[[Step], Step]) -> None:
+        self._capture = capture
+        self._replays: dict[Hashable, Step] = {}
         self._seen: set[Hashable] = set()
 
     def run(self, key: Hashable, step: Step) -> None:
         """Run a step, or replay the graph of its key. Raises CaptureError."""
-        if key in self._replays:
-            self._replays.move_to_end(key)
-        elif key in self._seen:
+        if key in self._seen and key not in self._replays:
             self._replays[key] = self._capture(step)
-            if len(self._replays) > self._limit:
-                self._replays.popitem(last=False)
         self._seen.add(key)
         self._replays.get(key, step)()
-
-    def settled(self, key: Hashable) -> bool:
-        """Return True if a run of this key takes its usual time: it is neither eager nor captured."""
-        return key in self._replays
 
     def forget(self) -> None:
         """Drop all graphs, before the tensors that they work on are freed."""

@@ -1,6 +1,6 @@
 """The decoding loop: autoregressive or with draft trees; greedy or sampled; one or several sequences; any device.
 
-The host launches steps (decoding/step.py), reads the emitted tokens a few steps later, and only decides when to stop.
+The host launches steps (decoding/step.py), reads the emitted tokens (decoding/batch.py), and only decides when to stop.
 On CUDA devices steps are captured as graphs.
 """
 
@@ -28,7 +28,6 @@ from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.teacher import Teacher
 
 CAPACITY_STEP = 1024  # positions
-READ_EVERY = 1  # steps between two reads on CUDA devices, where the host reads one group late
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class EngineOptions:
     Attributes:
         attention: `sdpa`, `triton`, or `auto` (the kernel on CUDA devices that have Triton).
         graphs: capture steps on CUDA devices.
-        read_every: steps between two reads; None: READ_EVERY on CUDA devices, 1 elsewhere.
         prefill_chunk: prompt tokens per forward.
 
     Raises UsageError.
@@ -46,16 +44,13 @@ class EngineOptions:
 
     attention: str = "auto"
     graphs: bool = True
-    read_every: int | None = None
     prefill_chunk: int = 512
 
     def __post_init__(self) -> None:
         if self.attention not in BACKENDS:
             raise UsageError(f"unknown attention {self.attention!r}: choose from {', '.join(BACKENDS)}")
-        for name in ("read_every", "prefill_chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.prefill_chunk < 1:
+            raise UsageError(f"prefill_chunk must be at least 1, got {self.prefill_chunk}")
 
 
 class Engine:
@@ -92,10 +87,8 @@ class Engine:
         self.clock = clock
         device = teacher.device
         self._kernel = choose_backend(options.attention, device) == "triton"
-        on_cuda = device.type == "cuda"
-        self._every = options.read_every or (READ_EVERY if on_cuda else 1)
         self.graphs: StepGraphs | None = None
-        if on_cuda and options.graphs:
+        if device.type == "cuda" and options.graphs:
             self.graphs = StepGraphs(CudaCapture(device, [] if self.sampler.greedy else [self.sampler.generator]))
         self.kept: DecodeStep | None = None  # graphs hold the addresses of its tensors
         self._limited: dict[int, tuple[TreePredictor, PseudoStateMaker]] = {}  # by draft steps
@@ -128,8 +121,8 @@ class Engine:
         run = DecodeBatch(stepper, sequences, writer, self.graphs, self._fallback(setup), self.clock)
         run.prefill(prompts, self.options.prefill_chunk)
         while run.leave():
-            run.advance()  # launches a step: parts 1 to 5 in `DecodeStep.step`
-        stepper.ring.reset()  # waits for steps after all ends, so that the next call does not pay for them
+            run.step(run.next_mode())
+        stepper.output.drain()  # waits for a step after all ends, so that the next call does not pay for it
         return [writer.generation(item, run.prefilled - began) for item in sequences]
 
     def setup(self, batch: int, longest_prompt: int, max_new_tokens: int) -> DraftSetup:
@@ -169,7 +162,7 @@ class Engine:
             self.graphs.forget()
         del kept  # its memory is free for the new one
         capacity = self._capacity(positions)
-        stepper = DecodeStep(self.teacher, setup, self.sampler, batch, capacity, self._every, self._kernel)
+        stepper = DecodeStep(self.teacher, setup, self.sampler, batch, capacity, self._kernel)
         if self.graphs is not None:
             self.kept = stepper
         return stepper
@@ -179,10 +172,6 @@ class Engine:
         shape = self.setup(batch, longest_prompt, max_new_tokens).shape
         capacity = self._capacity(longest_prompt + max_new_tokens)
         return KVCache.bytes_needed(**shape.cache(self.teacher, batch, capacity))
-
-    def ahead(self, setup: DraftSetup) -> int:
-        """Return the positions that the device may write before the host reads any: two groups of steps, and one."""
-        return (2 * self._every + 1) * setup.shape.width
 
     def _capacity(self, positions: int) -> int:
         """Return the positions to allocate: with graphs more than asked for, so that the next batches fit as well."""

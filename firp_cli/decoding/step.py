@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from firp_cli.decoding.accept import Accepted, accept, accept_root
-from firp_cli.decoding.output_ring import OutputRing
+from firp_cli.decoding.output_buffer import OutputBuffer
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import check_fits
 from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anchor, numbers, root_tree
@@ -25,7 +25,7 @@ from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.predictors.base import Draft, PseudoStateMaker, TreePredictor
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.masks import AttentionMask, StepMask, step_rows
+from firp_cli.teacher.masks import AttentionMask, KernelMask, Mask, step_mask, step_rows
 from firp_cli.teacher.teacher import Teacher
 
 PREFILL_ENTRIES = 1 << 26  # most entries of a prefill chunk's mask
@@ -33,8 +33,7 @@ PREFILL_ENTRIES = 1 << 26  # most entries of a prefill chunk's mask
 # nodes, then the accepted one's drafts. On a CPU sixteen rows cost less than two passes of few (scripts/NOTES.md,
 # rows). The bound on CUDA devices is not measured yet.
 ONE_PASS_ROWS, ONE_PASS_ROWS_CUDA = 16, 64
-# a tree from the last step's draft; the root alone, which drafts; the root alone, without a draft
-Mode = Literal["drafted", "start", "autoregressive"]
+Mode = Literal["drafted", "autoregressive"]  # a tree from the last step's draft, which drafts again; the root alone
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,14 @@ class StepShape:
         }
 
 
+class StepRows(NamedTuple):
+    """Rows of a step: which sees which (B, M, M) bool, distances from the root (B, M), the kernel's `row_bits`."""
+
+    seen: Tensor
+    offsets: Tensor
+    bits: Tensor | None
+
+
 @dataclass(frozen=True)
 class DraftSetup:
     """Predictor and tree of a batch's decoding steps. Without them decoding is autoregressive.
@@ -87,19 +94,18 @@ class DraftSetup:
         """Return the setup of a predictor and a tree, with its step's shape."""
         pseudo = len(predictor.transfer_layers)
         anchors = (tree.budget or 1) if tree.limited else tree.nodes
-        rows = max(tree.nodes + pseudo * anchors, 1 + pseudo)
-        width = tree.depth(predictor.steps) + 1
+        rows, width = tree.nodes + pseudo * anchors, tree.depth(predictor.steps) + 1
         shape = StepShape(tree.nodes, predictor.steps, anchors if pseudo else 0, rows, width)
         return DraftSetup(predictor, tree, maker or predictor.make_pseudo_states, ratio, shape)
 
 
 class DecodeStep:
-    """Device side of a batch: K/V cache, roots, drafts, and the ring of emitted tokens.
+    """Device side of a batch: K/V cache, roots, drafts, and the emitted tokens.
 
     Args:
         setup: predictor and tree of the steps that have a draft. batch: most sequences. capacity: positions of the
             longest one.
-        every: steps between two reads of the host. kernel: attention by the Triton kernel.
+        kernel: attention by the Triton kernel.
 
     Raises CapacityError where the K/V cache does not fit the device.
     """
@@ -111,7 +117,6 @@ class DecodeStep:
         sampler: Sampler,
         batch: int,
         capacity: int,
-        every: int = 1,
         kernel: bool = False,
     ) -> None:
         self.teacher, self.sampler, self.kernel = teacher, sampler, kernel
@@ -120,8 +125,7 @@ class DecodeStep:
         self.make_pseudo_states = setup.make_pseudo_states
         predictor, device, steps = setup.predictor, teacher.device, setup.shape.steps
         self._transfer = predictor.transfer_layers if predictor else ()
-        self._constant: dict[int, tuple[Tensor, Tensor]] = {}
-        self._bits: dict[tuple[int, int, int], Tensor] = {}  # graphs hold their addresses
+        self._fixed_rows: dict[tuple[int, ...], StepRows] = {}  # graphs hold their addresses
         self._windowed = any(window is not None for window in teacher.windows)
         self._breadth = setup.tree.breadth(teacher.vocab_size) if setup.tree else 1
         cache = setup.shape.cache(teacher, batch, capacity)
@@ -135,8 +139,9 @@ class DecodeStep:
             self._angles = [torch.cat([part.flatten(1) for part in self._angles], dim=-1)]  # one look-up for both
         self._root = torch.zeros(batch, dtype=torch.long, device=device)
         shape = (batch, steps, self._breadth)  # empty without a predictor
-        self._draft = Draft(torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device))
-        self.ring = OutputRing(batch, setup.shape.width, every, device)
+        self._draft = Draft(torch.empty(shape, dtype=torch.long, device=device), torch.empty(shape, device=device))
+        self._no_draft()
+        self.output = OutputBuffer(batch, setup.shape.width, device)
         self._one_pass = ONE_PASS_ROWS_CUDA if device.type == "cuda" else ONE_PASS_ROWS
 
     @property
@@ -149,7 +154,8 @@ class DecodeStep:
         """
         teacher, device, cache = self.teacher, self.teacher.device, self.cache
         cache.use(len(prompts))
-        self.ring.reset()
+        self.output.drain()
+        self._no_draft()
         width = max(len(prompt) for prompt in prompts) - 1
         chunk = min(chunk, max(1, PREFILL_ENTRIES // max(1, width)))
         padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
@@ -165,18 +171,24 @@ class DecodeStep:
         cache.set_lengths(torch.tensor([len(prompt) - 1 for prompt in prompts], device=device))
         self._root[: len(prompts)].copy_(torch.tensor([prompt[-1] for prompt in prompts], device=device))
 
-    def step(self, longest: int, mode: Mode, exact: bool = False) -> None:
+    def _no_draft(self) -> None:
+        """Set a draft of arbitrary tokens of probability 0. They are distinct: one path of a tree can be accepted."""
+        self._draft.tokens.copy_(numbers(self._breadth, self.teacher.device))
+        self._draft.log_probs.fill_(-torch.inf)
+
+    def step(self, longest: int, mode: Mode, exact: bool = False, first: bool = False) -> None:
         """Emit tokens of all sequences and, except in an `autoregressive` step, draft the next ones.
 
         Args:
             longest: bound of the committed lengths. exact: every sequence has this length.
-            mode: `drafted` builds a tree from the last step's draft, so that step was not autoregressive. Without a
-                predictor all steps are autoregressive.
+            mode: `drafted` builds a tree from the draft of the last step of this mode. Without a predictor all steps
+                are autoregressive.
+            first: the step follows prefill, so its tree is the root alone.
         """
         root = self._root[: self.batch]
-        drafting = self.predictor is not None and mode != "autoregressive"
+        drafting = self.predictor is not None and mode == "drafted"
         # 1. Build the tree of N nodes from the draft distributions.
-        tree, anchors = self._build(root) if mode == "drafted" else (root_tree(root), None)
+        tree, anchors = self._build(root) if drafting and not first else (root_tree(root), None)
         # 2. Run the N nodes through all layers, from layer t_i on also the step-i pseudo states of the anchors.
         real, pseudo = self._forward(tree, anchors, longest, drafting, exact)
         # 3. Apply the head to the N real rows, and descend while a child's token is its parent's target.
@@ -191,12 +203,11 @@ class DecodeStep:
             self._draft_next(tree, accepted, anchors, normed, pseudo, drafted)
         # 5. Move the accepted path's K/V to the prefix; the next step overwrites all other rows.
         self.cache.commit(accepted.path, accepted.count + 1)
-        self.ring.push(accepted.count, accepted.tokens)
+        self.output.write(accepted.count, accepted.tokens)
 
     def _build(self, root: Tensor) -> tuple[Tree, Tensor | None]:
         """Build the tree of the last draft, and choose its anchors (B, A); None: every node."""
-        if self.tree is None or self.predictor is None:
-            return root_tree(root), None
+        assert self.tree is not None and self.predictor is not None
         draft = Draft(self._draft.tokens[: self.batch], self._draft.log_probs[: self.batch])
         tree = build(self.tree, self.predictor, draft, root)
         return tree, anchor_nodes(tree, self.shape.anchors) if self.tree.limited and self._transfer else None
@@ -207,14 +218,15 @@ class DecodeStep:
         """Run all rows of a step through all layers. Return real rows (B, N, d), pseudo states (B, k, A, d) or None."""
         teacher, cache = self.teacher, self.cache
         transfer = self._transfer if drafting else ()
-        rows, offsets = self._rows(tree, anchors) if transfer else (tree.ancestors, tree.depth)
+        rows, offsets, bits = self._rows(tree, anchors, len(transfer))
         positions = cache.lengths[:, None] + offsets
         cache.begin(rows.shape[1], longest)
-        mask = None
-        if self.kernel or rows.shape[1] > 1 or self._windowed or not exact:
+        mask: Mask | None = None
+        if self.kernel:
+            mask = KernelMask(rows, positions, cache.lengths, longest, bits)
+        elif rows.shape[1] > 1 or self._windowed or not exact:
             slots = cache.prefix_slots(longest)
-            bits = self._row_bits(rows, tree, anchors)
-            mask = StepMask(rows, positions, cache.lengths, slots, teacher.dtype, self.kernel, exact, bits)
+            mask = step_mask(rows, positions, cache.lengths, slots, teacher.dtype, exact, self._windowed)
         return forward_rows(
             teacher,
             teacher.embed(tree.tokens),
@@ -226,6 +238,24 @@ class DecodeStep:
             cache=cache,
             rotary=self._rotary(positions),
         )
+
+    def _rows(self, tree: Tree, anchors: Tensor | None, steps: int) -> StepRows:
+        """Return the rows of a step with pseudo states of `steps`. They are made once where every step has the same."""
+        key = (*tree.tokens.shape, steps)
+        if key in self._fixed_rows:
+            return self._fixed_rows[key]
+        rows, offsets = step_rows(tree.ancestors, tree.depth, anchors, steps) if steps else (tree.ancestors, tree.depth)
+        bits = None
+        if self.kernel:
+            from firp_cli.teacher.triton_attention import row_bits
+
+            bits = row_bits(rows)
+        made = StepRows(rows, offsets, bits)
+        fixed = key[1] == 1 or (anchors is None and self.tree is not None and self.tree.kind == "static")
+        # what a graph's capture makes only its replays fill, so no other step may read it
+        if fixed and not (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._fixed_rows[key] = made
+        return made
 
     def _logits(self, normed: Tensor, pseudo: Tensor | None, drafting: bool) -> tuple[Tensor, Tensor | None]:
         """Return the logits (B, N, V) of the normed real rows (B, N, d), and of every anchor's drafts (B, A, k, V).
@@ -241,37 +271,6 @@ class DecodeStep:
         states = predictor.draft_hidden(self.teacher, normed.flatten(0, 1), flat)
         logits = self.teacher.head(torch.cat([normed, states.reshape(batch, -1, size)], dim=1))
         return logits[:, :nodes], logits[:, nodes:].view(batch, anchors, predictor.steps, -1)
-
-    def _rows(self, tree: Tree, anchors: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the mask among real and pseudo rows (B, M, M), and their distances from the root (B, M). They are made
-        once where they are the same at every step.
-        """
-        steps = len(self._transfer)
-        batch, nodes = tree.tokens.shape
-        if not self._unchanging(tree, anchors):
-            return step_rows(tree.ancestors, tree.depth, anchors, steps)
-        if nodes not in self._constant:
-            self._constant[nodes] = step_rows(tree.ancestors[:1], tree.depth[:1], None, steps)
-        rows, offsets = self._constant[nodes]
-        return rows.expand(batch, -1, -1), offsets.expand(batch, -1)
-
-    def _unchanging(self, tree: Tree, anchors: Tensor | None) -> bool:
-        """Return True if the mask among a step's rows is the same at every step."""
-        static = self.tree is not None and self.tree.kind == "static"
-        return anchors is None and (static or tree.tokens.shape[1] == 1)
-
-    def _row_bits(self, rows: Tensor, tree: Tree, anchors: Tensor | None) -> Tensor | None:
-        """Return the kernel's `row_bits` of rows (B, M, M) that are the same at every step; else None."""
-        if not self.kernel or not self._unchanging(tree, anchors):
-            return None
-        from firp_cli.teacher.triton_attention import row_bits
-
-        key = (len(rows), tree.tokens.shape[1], rows.shape[1])
-        if key not in self._bits:
-            if rows.is_cuda and torch.cuda.is_current_stream_capturing():
-                return row_bits(rows)  # only this graph's replays make it, so no other step may read it
-            self._bits[key] = row_bits(rows)
-        return self._bits[key]
 
     def _rotary(self, positions: Tensor) -> list[Tensor] | None:
         """Look up position embeddings where they depend on the position alone; else None."""

@@ -162,9 +162,37 @@ class AttentionMask:
         return additive if rows == additive.shape[2] else additive[:, :, :rows]
 
 
+def step_mask(
+    rows: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    dtype: torch.dtype,
+    exact: bool = False,
+    windowed: bool = True,
+) -> AttentionMask:
+    """Return the dense mask of a decoding step over a `KVCache`: M scratch rows before the committed prefix.
+
+    Args:
+        rows: (B, M, M) bool: row m sees row j. Every row sees the whole prefix.
+        positions: (B, M). lengths: (B,) of the prefixes, on the device.
+        slots: (S,) numbers 0.. of the prefix slots in view. `exact`: every sequence has committed all of them.
+        windowed: some layer has a window.
+    """
+    if exact:
+        allowed = functional.pad(rows, (0, slots.shape[0]), value=True)
+    else:
+        committed = (slots < lengths[:, None])[:, None]
+        allowed = torch.cat([rows, committed.expand(*positions.shape, -1)], dim=2)
+    if not windowed:
+        return AttentionMask(allowed, dtype)
+    keys = torch.cat([positions, slots.expand(len(positions), -1)], dim=1)
+    return AttentionMask(allowed, dtype, positions, keys)
+
+
 @dataclass(frozen=True)
 class TreeRows:
-    """Mask of a decoding step as the attention kernel reads it: arguments of `tree_attention`, with its names."""
+    """Mask of a layer in a decoding step as the attention kernel reads it: arguments of `tree_attention`."""
 
     lengths: Tensor
     bits: Tensor
@@ -173,85 +201,39 @@ class TreeRows:
     longest: int
     window: int | None
 
-    def first(self, rows: int) -> TreeRows:
-        """Return the same for a layer at which only the first rows are present, contiguous for the kernel."""
-        if rows == self.bits.shape[1]:
-            return self
-        bits, positions = self.bits[:, :rows].contiguous(), self.positions[:, :rows]
-        if self.window is not None:  # the kernel reads positions only under a window
-            positions = positions.contiguous()
-        return TreeRows(self.lengths, bits, positions, self.scratch, self.longest, self.window)
-
 
 LayerMask = Tensor | TreeRows | StructuredRows | None  # a layer's argument; None: every row sees every slot
 
 
-class StepMask:
-    """Mask of a decoding step over a `KVCache`: M scratch rows before the committed prefix.
+class KernelMask:
+    """Mask of a decoding step for the attention kernel, each layer's arguments made once.
 
     Args:
-        rows: (B, M, M) bool: row m sees row j. Every row sees the whole prefix.
-        positions: (B, M). lengths: (B,) of the prefixes, on the device.
-        slots: (S,) numbers 0.. of the prefix slots in view. `exact`: every sequence has committed all of them.
-        dtype: the teacher's. kernel: return the attention kernel's arguments instead of a dense mask.
+        rows, positions, lengths: see `step_mask`. longest: bound of the lengths.
         bits: `row_bits` of the rows, where the caller has them already.
     """
 
     def __init__(
-        self,
-        rows: Tensor,
-        positions: Tensor,
-        lengths: Tensor,
-        slots: Tensor,
-        dtype: torch.dtype,
-        kernel: bool = False,
-        exact: bool = False,
-        bits: Tensor | None = None,
+        self, rows: Tensor, positions: Tensor, lengths: Tensor, longest: int, bits: Tensor | None = None
     ) -> None:
-        self.rows, self.positions, self.lengths, self.slots = rows, positions, lengths, slots
-        self.dtype, self.kernel, self.exact, self.bits = dtype, kernel, exact, bits
-        self._made: dict[int | None, Tensor] = {}
-        self._tree_rows: dict[tuple[int | None, int], TreeRows] = {}
+        self.rows, self.positions, self.lengths, self.longest, self._bits = rows, positions, lengths, longest, bits
+        self._made: dict[tuple[int | None, int], TreeRows] = {}
 
-    def at(self, window: int | None, rows: int) -> Tensor | TreeRows:
-        """Return an additive mask (B, 1, rows, M + S), or the kernel's arguments."""
-        if self.kernel:
-            return self._first(window, rows)
-        if window not in self._made:
-            self._made[window] = self._additive(window)
-        made = self._made[window]
-        return made if rows == made.shape[2] else made[:, :, :rows]
+    def at(self, window: int | None, rows: int) -> TreeRows:
+        """Return the kernel's arguments for the first `rows` rows."""
+        if (window, rows) not in self._made:
+            count = self.rows.shape[1]
+            bits, positions = self._whole(window) if rows == count else self.at(window, count).bits, self.positions
+            if rows < count:
+                bits, positions = bits[:, :rows].contiguous(), positions[:, :rows]
+                if window is not None:  # the kernel reads positions only under a window
+                    positions = positions.contiguous()
+            self._made[window, rows] = TreeRows(self.lengths, bits, positions, count, self.longest, window)
+        return self._made[window, rows]
 
-    def _rows_within(self, window: int | None) -> Tensor:
-        if window is None:
-            return self.rows
-        return self.rows & (self.positions[:, :, None] - self.positions[:, None] < window)
-
-    def _additive(self, window: int | None) -> Tensor:
-        batch, count = self.positions.shape
-        if self.exact and window is None:
-            allowed = functional.pad(self.rows, (0, self.slots.shape[0]), value=True)
-            return torch.where(allowed, *mask_levels(self.dtype, allowed.device))[:, None]
-        committed = (self.slots < self.lengths[:, None])[:, None]
-        if window is not None:
-            committed = committed & (self.slots > self.positions[:, :, None] - window)
-        allowed = torch.cat([self._rows_within(window), committed.expand(batch, count, -1)], dim=2)
-        return torch.where(allowed, *mask_levels(self.dtype, allowed.device))[:, None]
-
-    def _first(self, window: int | None, rows: int) -> TreeRows:
-        """Return the kernel's arguments for the first rows, made once per decoding step rather than in every layer."""
-        key, count = (window, rows), self.rows.shape[1]
-        if key not in self._tree_rows:
-            if rows == count:
-                self._tree_rows[key] = self._whole(window)
-            else:
-                self._tree_rows[key] = self._first(window, count).first(rows)
-        return self._tree_rows[key]
-
-    def _whole(self, window: int | None) -> TreeRows:
+    def _whole(self, window: int | None) -> Tensor:
         from firp_cli.teacher.triton_attention import row_bits
 
-        bits = self.bits
-        if bits is None or window is not None:
-            bits = row_bits(self._rows_within(window))
-        return TreeRows(self.lengths, bits, self.positions, self.rows.shape[2], self.slots.shape[0], window)
+        if window is None:
+            return row_bits(self.rows) if self._bits is None else self._bits
+        return row_bits(self.rows & (self.positions[:, :, None] - self.positions[:, None] < window))

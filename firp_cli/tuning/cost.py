@@ -26,7 +26,7 @@ from firp_cli.provenance import fingerprint
 from firp_cli.results import Progress, as_json, no_progress
 from firp_cli.teacher.attention import choose_backend
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.masks import StepMask
+from firp_cli.teacher.masks import KernelMask, Mask, step_mask
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import CostCheck, CostCurve, CostReport
 
@@ -77,11 +77,13 @@ class CostProbe:
         positions = self.cache.lengths[:, None] + numbers.clamp(max=DEEPEST)
         hidden = teacher.embed(((numbers + 1) % teacher.vocab_size).expand(self.batch, rows))
         rotary = teacher.rotary(hidden, positions)
-        mask = None  # as in decoding without the kernel: one row sees every slot
-        if rows > 1 or self.kernel or any(window is not None for window in teacher.windows):
-            seen = torch.ones(rows, rows, dtype=torch.bool, device=device).tril().expand(self.batch, rows, rows)
+        mask: Mask | None = None  # as in decoding without the kernel: one row sees every slot
+        seen = torch.ones(rows, rows, dtype=torch.bool, device=device).tril().expand(self.batch, rows, rows)
+        if self.kernel:
+            mask = KernelMask(seen, positions, self.cache.lengths, self.context)
+        elif rows > 1 or any(window is not None for window in teacher.windows):
             slots = self.cache.prefix_slots(self.context)
-            mask = StepMask(seen, positions, self.cache.lengths, slots, teacher.dtype, self.kernel, exact=True)
+            mask = step_mask(seen, positions, self.cache.lengths, slots, teacher.dtype, exact=True)
 
         def layers(first: int, last: int, states: torch.Tensor) -> torch.Tensor:
             self.cache.begin(rows, self.context)

@@ -42,7 +42,7 @@ class TimedStep:
         setup = engine.setup(batch, context, 0) if spec is None else engine.setup_of(spec)
         self.engine, self.context = engine, context
         self.mode: Mode = "drafted" if setup.predictor else "autoregressive"
-        self.stepper = engine.stepper(setup, batch, context + engine.ahead(setup))
+        self.stepper = engine.stepper(setup, batch, context + 2 * setup.shape.width)
         endless = copy(engine.teacher)
         endless.eos_token_ids = ()
         self.items = [OutputSequence(number, context, context - 1) for number in range(batch)]

@@ -1,4 +1,4 @@
-"""Captured steps without a CUDA device: operations recorded on tapes, and rings that are read late."""
+"""Captured steps without a CUDA device: operations recorded on tapes, and output that is read late."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from firp_cli.decoding.cuda_graphs import Step, StepGraphs
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.output_ring import OutputRing
+from firp_cli.decoding.output_buffer import OutputBuffer
 
 
 def with_graphs(engine: Engine) -> tuple[RecordingGraphs, Tapes]:
@@ -32,12 +32,12 @@ class Arrived:
         pass
 
 
-class LateRing(OutputRing):
-    """Ring that is read as on a CUDA device, one group late, with copies on the CPU."""
+class LateBuffer(OutputBuffer):
+    """Output that is read as on a CUDA device, one step late, with copies on the CPU."""
 
-    def __init__(self, batch: int, width: int, every: int, device: torch.device) -> None:
-        super().__init__(batch, width, every, device)
-        self.late, self._host = True, torch.zeros_like(self._rows)
+    def __init__(self, batch: int, width: int, device: torch.device) -> None:
+        super().__init__(batch, width, device)
+        self.late, self._copies = True, [torch.zeros_like(self._row) for _ in range(2)]
 
 
 class Tapes:

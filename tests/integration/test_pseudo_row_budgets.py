@@ -198,8 +198,8 @@ def prefilled(teacher: Teacher, predictor: TreePredictor, spec: TreeSpec, prompt
     sampler = Sampler(0.0, 1.0, 0, torch.device("cpu"))
     stepper = DecodeStep(teacher, DraftSetup.of(predictor, spec), sampler, len(prompts), 100)
     stepper.prefill(prompts, 512)
-    stepper.step(max(map(len, prompts)) - 1, "start")
-    stepper.ring.launched(None, drain=True)
+    stepper.step(max(map(len, prompts)) - 1, "drafted", first=True)
+    stepper.output.launched(None)
     return stepper
 
 
@@ -249,7 +249,7 @@ def test_node_without_pseudo_rows_drafts_from_its_nearest_anchor(kind: str, tree
             stepper._draft.tokens.copy_(draft.tokens)
             stepper._draft.log_probs.copy_(draft.log_probs)
             stepper.step(80, "drafted")
-            read.append(stepper.ring.launched(None)[0][1][0])
+            read.append(stepper.output.launched(None)[0][1])
         assert read[0] == read[1]
         for row, (count, *tokens) in enumerate(read[0]):
             assert tokens[: count + 1] == texts[row][emitted[row] : emitted[row] + count + 1]

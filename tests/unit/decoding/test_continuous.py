@@ -8,7 +8,6 @@ from firp_cli.decoding import continuous
 from firp_cli.decoding.continuous import ContinuousBatcher, Decoded
 from firp_cli.decoding.cuda_graphs import StepGraphs
 from firp_cli.decoding.engine import EngineOptions
-from firp_cli.decoding.output_ring import OutputRing
 from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.step import DecodeStep
 from firp_cli.errors import CapacityError, UsageError
@@ -135,22 +134,13 @@ def test_long_prompts_are_admitted_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
     assert [item.token_ids for item in found] == [greedy(teacher, prompt, 12) for prompt in prompts]
 
 
-def test_late_reads_and_replayed_steps_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("late")
+def test_late_reads_and_replayed_steps_change_no_token() -> None:
     """As on a CUDA device: with graphs and late reads, so that finished sequences are decoded for a while."""
     teacher, prompts = tiny_teacher("llama", True), random_prompts(15, seed=11)
     limits = limits_of(15)
-    batcher = ContinuousBatcher(teacher, EngineOptions(read_every=3))
+    batcher = ContinuousBatcher(teacher)
     batcher.engine.graphs = StepGraphs(lambda step: step)
-    delayed: list[tuple[object, list[list[list[int]]]]] = []
-    launched = OutputRing.launched
-
-    def late(self: OutputRing, tag: object, drain: bool = False) -> list[tuple[object, list[list[list[int]]]]]:
-        delayed.extend(launched(self, tag, drain))
-        ready = delayed[:] if drain else delayed[:-1]
-        del delayed[: len(ready)]
-        return ready
-
-    monkeypatch.setattr(OutputRing, "launched", late)
     found = sorted(batcher.decode(prompts, limits, 4), key=lambda item: item.number)
     assert [item.token_ids for item in found] == [
         greedy(teacher, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)

@@ -11,9 +11,9 @@ import torch
 from scipy.stats import chi2
 
 from firp_cli.decoding.fallback import (
-    CALIBRATION,
     FIRST_PAUSE,
     LONGEST_PAUSE,
+    TIMED,
     AutoregressiveFallback,
     pipeline_fallback,
 )
@@ -218,10 +218,10 @@ def test_refusals() -> None:
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("name", ["1x4", "2x3", "raven", "ouro", "qwen2-window", "mistral-window/3", "llama/2"])
 def test_fallback_changes_no_token(name: str, batch: int) -> None:
-    """Exits that are never right: a window of ticks (4r: four tokens), 8 tokens that time autoregressive steps, 32 more
-    without the pipeline, a window, ... By this test's clock a tick takes as long as an autoregressive step.
+    """Exits that are never right: a window of ticks (4r: four tokens), five tokens that time autoregressive steps, 32
+    more without the pipeline, a window, ... By this test's clock a tick takes as long as an autoregressive step.
     """
-    outside = CALIBRATION + FIRST_PAUSE
+    outside = TIMED + FIRST_PAUSE
     tokens = 1 + 4 + outside + 4 + 7
     teacher = copy.copy(pipe_teacher(name)[0])
     teacher.eos_token_ids = ()
@@ -258,7 +258,7 @@ def pause_of(fallback: AutoregressiveFallback, seconds: float = 1.0) -> int:
 
 def tick_window(fallback: AutoregressiveFallback, rate: float, seconds: float) -> None:
     """Record a window of ticks, or fewer if the fallback pauses them."""
-    for _ in range(fallback.policy.window):
+    for _ in range(fallback._rates.maxlen or 0):
         if fallback.speculating:
             fallback.speculated(rate, seconds)
 
@@ -270,8 +270,8 @@ def test_pauses_grow_until_the_pipeline_pays_again() -> None:
     for _ in range(8):
         tick_window(fallback, 0.25, 0.5)
         pauses.append(pause_of(fallback))
-    assert pauses == [CALIBRATION + FIRST_PAUSE, *(min(FIRST_PAUSE * 2**time, LONGEST_PAUSE) for time in range(1, 8))]
-    assert fallback.needed == 0.5
+    assert pauses == [TIMED + FIRST_PAUSE, *(min(FIRST_PAUSE * 2**time, LONGEST_PAUSE) for time in range(1, 8))]
+    assert fallback.cost == 0.5
     tick_window(fallback, 0.5, 0.5)
     tick_window(fallback, 0.55, 0.5)
     assert fallback.speculating
@@ -281,17 +281,17 @@ def test_pauses_grow_until_the_pipeline_pays_again() -> None:
 
 def test_fallback_times_an_empty_pipe() -> None:
     """The same half token per tick pays with cheap ticks, and does not with expensive ones."""
-    for seconds, pause in ((0.3, CALIBRATION), (0.9, CALIBRATION + FIRST_PAUSE)):
+    for seconds, pause in ((0.3, TIMED), (0.9, TIMED + FIRST_PAUSE)):
         fallback = pipeline_fallback(4)
         tick_window(fallback, 0.5, seconds)
         assert pause_of(fallback) == pause
     full = pipeline_fallback(4)
     for _ in range(5):
         tick_window(full, 0.95, 0.9)
-    assert full.speculating and full.needed is None, "a full pipe is not doubted"
+    assert full.speculating and not full.measured, "a full pipe is not doubted"
     unshared = pipeline_fallback(4, shared=False)
     tick_window(unshared, 0.95, 1.1)
-    assert pause_of(unshared) == CALIBRATION + FIRST_PAUSE
+    assert pause_of(unshared) == TIMED + FIRST_PAUSE
 
 
 def test_sampling_is_exact() -> None:

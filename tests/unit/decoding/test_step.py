@@ -21,7 +21,7 @@ from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.attention import BACKENDS, attend, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.masks import StepMask, TreeRows, pseudo_positions, rows_allowed
+from firp_cli.teacher.masks import KernelMask, TreeRows, pseudo_positions, rows_allowed, step_mask
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import VOCABULARY, generate_reference, make_predictor, random_prompts, tiny_teacher
 from helpers.pairwise import covered, nightly_rest
@@ -51,7 +51,7 @@ def step_mask_case() -> tuple[Tensor, Tensor, Tensor]:
 def test_step_mask_is_the_element_wise_rule(window: int | None, present: int, dtype: torch.dtype) -> None:
     """A row sees the committed prefix and its part of the rows, both no further back than the window."""
     rows, positions, lengths = step_mask_case()
-    mask = StepMask(rows, positions, lengths, torch.arange(9), dtype).at(window, present)
+    mask = step_mask(rows, positions, lengths, torch.arange(9), dtype).at(window, present)
     assert isinstance(mask, Tensor)
     assert (mask.shape, mask.dtype) == ((3, 1, present, 5 + 9), dtype)
     for b in range(3):
@@ -70,7 +70,9 @@ def test_exact_lengths_give_the_same_mask(window: int | None, present: int) -> N
     """Every sequence is as long as the view, so the mask needs no lengths."""
     rows, positions, lengths = step_mask_case()
     positions, lengths = positions - lengths[:, None] + 9, torch.full_like(lengths, 9)
-    masks = [StepMask(rows, positions, lengths, torch.arange(9), torch.float32, exact=exact) for exact in (True, False)]
+    masks = [
+        step_mask(rows, positions, lengths, torch.arange(9), torch.float32, exact=exact) for exact in (True, False)
+    ]
     first, second = (mask.at(window, present) for mask in masks)
     assert isinstance(first, Tensor) and isinstance(second, Tensor)
     assert torch.equal(first, second)
@@ -78,8 +80,8 @@ def test_exact_lengths_give_the_same_mask(window: int | None, present: int) -> N
 
 def test_step_mask_serves_layers_with_and_without_window() -> None:
     rows, positions, lengths = step_mask_case()
-    mask = StepMask(rows, positions, lengths, torch.arange(9), torch.float32)
-    fresh = {window: StepMask(rows, positions, lengths, torch.arange(9), torch.float32) for window in (None, 3)}
+    mask = step_mask(rows, positions, lengths, torch.arange(9), torch.float32)
+    fresh = {window: step_mask(rows, positions, lengths, torch.arange(9), torch.float32) for window in (None, 3)}
     for window in (None, 3, None, 3):
         for present in (2, 5, 4):
             assert torch.equal(mask.at(window, present), fresh[window].at(window, present))  # type: ignore[arg-type]
@@ -91,10 +93,10 @@ def test_step_mask_serves_layers_with_and_without_window() -> None:
 @pytest.mark.parametrize("present", [2, 5])
 def test_kernel_rows_equal_the_dense_mask(window: int | None, present: int) -> None:
     rows, positions, lengths = step_mask_case()
-    mask = StepMask(rows, positions, lengths, torch.arange(9), torch.float32, kernel=True)
+    mask = KernelMask(rows, positions, lengths, 9)
     tree_rows = mask.at(window, present)
     assert mask.at(window, present) is tree_rows, "made once, for all layers"
-    dense = StepMask(rows, positions, lengths, torch.arange(9), torch.float32).at(window, present)
+    dense = step_mask(rows, positions, lengths, torch.arange(9), torch.float32).at(window, present)
     assert isinstance(tree_rows, TreeRows)
     assert isinstance(dense, Tensor)
     assert (tree_rows.scratch, tree_rows.longest, tree_rows.window) == (5, 9, window)
@@ -179,7 +181,7 @@ def rows_of(teacher: Teacher, predictor: TreePredictor, ids: Tensor, anchors: Te
         teacher,
         teacher.embed(ids),
         positions,
-        StepMask(rows, positions, cache.lengths, cache.prefix_slots(0), torch.float32),
+        step_mask(rows, positions, cache.lengths, cache.prefix_slots(0), torch.float32),
         transfer_layers=predictor.transfer_layers,
         make_pseudo_states=predictor.make_pseudo_states,
         anchors=anchors,
@@ -196,7 +198,7 @@ def new_stepper(teacher: Teacher, section: str, batch: int, capacity: int, tree:
     setup = DraftSetup.of(predictor, parse_tree(tree, predictor.steps)) if predictor else DraftSetup()
     stepper = DecodeStep(teacher, setup, Sampler(0.0, 1.0, 0, CPU), batch, capacity)
     stepper.prefill(random_prompts(batch, seed=5, low=5, high=5), 512)
-    stepper.step(4, "start")
+    stepper.step(4, "drafted", first=True)
     stepper.step(8, "drafted")
     return stepper
 
@@ -249,7 +251,7 @@ def test_select_copies_one_layer_at_a_time() -> None:
 def addresses(stepper: DecodeStep) -> list[int]:
     keys, values = stepper.cache.update(*torch.zeros(2, 1, stepper.teacher.kv_heads, 0, stepper.teacher.head_size), 0)
     state = (keys, values, stepper.cache.lengths, stepper._root, stepper._draft.tokens, stepper._draft.log_probs)
-    return [tensor.data_ptr() for tensor in (*state, stepper.ring._rows, stepper.ring._cursor)]
+    return [tensor.data_ptr() for tensor in (*state, stepper.output._row)]
 
 
 @sections
@@ -269,7 +271,7 @@ def test_tensors_of_a_batch_keep_their_addresses(section: str) -> None:
     stepper.step(16, "drafted")
     assert places() == first
     stepper.prefill(random_prompts(2, seed=6), 7)
-    stepper.step(29, "start")
+    stepper.step(29, "drafted", first=True)
     assert places() == first
 
 
@@ -281,14 +283,14 @@ def test_remaining_sequences_go_on_unchanged(section: str) -> None:
     whole, selected = (new_stepper(teacher, section, 4, capacity=120) for _ in range(2))
     kept = torch.tensor([1, 3])
     emitted: list[list[list[int]]] = [[], []]
-    whole.ring.launched(None, drain=True)
-    selected.ring.launched(None, drain=True)
+    whole.output.launched(None)
+    selected.output.launched(None)
     selected.select(kept)
     for _ in range(6):
         for rows, stepper in zip(emitted, (whole, selected), strict=True):
             stepper.step(100, "drafted")
-            ((_, read),) = stepper.ring.launched(None)
-            rows += read
+            ((_, read),) = stepper.output.launched(None)
+            rows.append(read)
     assert [[step[1], step[3]] for step in emitted[0]] == [step[:2] for step in emitted[1]]
     assert all(0 <= token < VOCABULARY for step in emitted[1] for row in step[:2] for token in row[1 : row[0] + 2])
 
@@ -300,12 +302,12 @@ def test_exact_length_needs_no_mask(section: str) -> None:
     teacher = tiny_teacher("llama", lean=True)
     masked, exact = (new_stepper(teacher, section, 1, capacity=60) for _ in range(2))
     for stepper in (masked, exact):
-        stepper.ring.launched(None, drain=True)
+        stepper.output.launched(None)
     for _ in range(8):
         length = int(masked.cache.lengths)
         masked.step(length + 5, "drafted")
         exact.step(length, "drafted", exact=True)
-        assert masked.ring.launched(None) == exact.ring.launched(None)
+        assert masked.output.launched(None) == exact.output.launched(None)
         assert torch.equal(masked.cache.lengths, exact.cache.lengths)
 
 

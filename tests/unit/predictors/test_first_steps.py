@@ -18,7 +18,7 @@ from firp_cli.predictors.base import Draft, TreePredictor
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.results import Prediction
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.masks import StepMask, step_rows
+from firp_cli.teacher.masks import step_mask, step_rows
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import TunedTree
 from helpers.graphs import with_graphs
@@ -112,7 +112,7 @@ def pseudo_rows(teacher: Teacher, predictor: TreePredictor) -> Tensor:
     one = torch.ones(1, 1, 1, dtype=torch.bool)
     rows, offsets = step_rows(one, torch.zeros(1, 1, dtype=torch.long), None, predictor.steps)
     cache.begin(rows.shape[1], 0)
-    mask = StepMask(rows, offsets, cache.lengths, cache.prefix_slots(0), torch.float32)
+    mask = step_mask(rows, offsets, cache.lengths, cache.prefix_slots(0), torch.float32)
     _, pseudo = forward_rows(
         teacher,
         teacher.embed(torch.tensor([[9]])),
@@ -272,10 +272,10 @@ def test_autoregressive_steps_make_no_draft(section: str, monkeypatch: pytest.Mo
         stepper.step(length, "autoregressive")
     monkeypatch.undo()
     assert calls == []
-    stepper.step(12, "start")
+    stepper.step(12, "drafted", first=True)
     assert int(stepper.cache.lengths) == len(prompt) + 4
     straight.prefill([prompt + text[:4]], 512)
-    straight.step(len(prompt) + 3, "start")
+    straight.step(len(prompt) + 3, "drafted", first=True)
     for stepped, prefilled in zip(stepper.buffers(), straight.buffers(), strict=True):
         torch.testing.assert_close(stepped, prefilled, rtol=1e-4, atol=1e-4)
 

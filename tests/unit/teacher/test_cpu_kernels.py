@@ -27,7 +27,7 @@ from firp_cli.teacher.cpu_kernels import MOST_ROWS, CompileError, Copy, PackedMa
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.lean_layers import LeanStack
 from firp_cli.teacher.load import wrap_model
-from firp_cli.teacher.masks import StepMask
+from firp_cli.teacher.masks import step_mask
 from firp_cli.teacher.packed_linear import OneDNNMatrix, PackedLinear
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import SETTINGS, generate_reference, make_predictor, random_prompts, tiny_model
@@ -160,7 +160,7 @@ def run_layers(
     seen = (torch.rand(batch, rows, rows) < 0.5).tril() | torch.eye(rows, dtype=torch.bool)
     positions = cache.lengths[:, None] + torch.arange(rows).clamp(max=6)
     cache.begin(rows, context)
-    mask = StepMask(seen, positions, cache.lengths, cache.prefix_slots(context), teacher.dtype)
+    mask = step_mask(seen, positions, cache.lengths, cache.prefix_slots(context), teacher.dtype)
     rotary = teacher.rotary(hidden, positions)
     stop = teacher.num_layers if stop is None else stop
     with torch.inference_mode():

@@ -20,7 +20,7 @@ from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.load import wrap_model
-from firp_cli.teacher.masks import AttentionMask, StepMask
+from firp_cli.teacher.masks import AttentionMask, step_mask
 from firp_cli.teacher.teacher import Teacher
 from helpers.layers import (
     LOOPED,
@@ -76,7 +76,7 @@ def cached_states(teacher: Teacher, batch: int) -> list[Tensor]:
         positions = kv_cache.lengths[:, None] + torch.tensor(depth)
         kv_cache.begin(len(depth), 24)
         allowed = rows.expand(batch, -1, -1)
-        mask = StepMask(allowed, positions, kv_cache.lengths, kv_cache.prefix_slots(24), torch.float32)
+        mask = step_mask(allowed, positions, kv_cache.lengths, kv_cache.prefix_slots(24), torch.float32)
         states.append(forward_rows(teacher, teacher.embed(ids[:, -len(depth) :]), positions, mask, cache=kv_cache)[0])
         path, counts = torch.tensor([[0, 1, 3]] * batch), torch.tensor([3, 1, 2][:batch])
         kv_cache.commit(path[:, : len(depth)], counts.clamp(max=len(depth)))

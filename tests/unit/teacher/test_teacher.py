@@ -13,7 +13,7 @@ from firp_cli.errors import TeacherError
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.load import load_teacher, wrap_model
-from firp_cli.teacher.masks import AttentionMask, StepMask
+from firp_cli.teacher.masks import AttentionMask, step_mask
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import LAYERS, VOCABULARY, sequence_batch, tiny_model, tiny_teacher
 
@@ -116,5 +116,5 @@ def run_step(
     """Return the states of a step's rows after the last layer."""
     cache.begin(rows.shape[1], longest)
     positions = cache.lengths[:, None] + depth
-    mask = StepMask(allowed, positions, cache.lengths, cache.prefix_slots(longest), torch.float32)
+    mask = step_mask(allowed, positions, cache.lengths, cache.prefix_slots(longest), torch.float32)
     return forward_rows(teacher, teacher.embed(rows), positions, mask, cache=cache)[0]

@@ -26,12 +26,12 @@ from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.step import DecodeStep, DraftSetup
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.forward import forward_rows
-from firp_cli.teacher import triton_attention, triton_layer, triton_products
+from firp_cli.teacher import masks, triton_attention, triton_layer, triton_products
 from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.lean_layers import LeanLayer, LeanStack, RMSNorm
 from firp_cli.teacher.load import wrap_model
-from firp_cli.teacher.masks import AttentionMask, StepMask
+from firp_cli.teacher.masks import AttentionMask, KernelMask, Mask
 from firp_cli.teacher.packed_linear import PackedLinear, widens
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.triton_layer import rotate_and_write, silu_product
@@ -208,14 +208,16 @@ def prefilled(teacher: Teacher, ids: Tensor) -> KVCache:
     return kv_cache
 
 
-def step_mask(kv_cache: KVCache, depth: list[int], dtype: torch.dtype, kernel: bool) -> tuple[Tensor, StepMask]:
+def step_mask(kv_cache: KVCache, depth: list[int], dtype: torch.dtype, kernel: bool) -> tuple[Tensor, Mask]:
     """Return positions and mask of rows at these depths, which all see themselves and the first row."""
     device, count = kv_cache.lengths.device, len(depth)
     rows = torch.eye(count, device=device).bool()
     rows[:, 0] = True
     positions = kv_cache.lengths[:, None] + torch.tensor(depth, device=device)
     allowed = rows.expand(len(positions), -1, -1)
-    return positions, StepMask(allowed, positions, kv_cache.lengths, kv_cache.prefix_slots(24), dtype, kernel)
+    if kernel:
+        return positions, KernelMask(allowed, positions, kv_cache.lengths, 24)
+    return positions, masks.step_mask(allowed, positions, kv_cache.lengths, kv_cache.prefix_slots(24), dtype)
 
 
 @torch.no_grad()
@@ -501,11 +503,14 @@ def test_decode_step_reuses_row_bits_of_static_trees(
     spec = parse_tree(tree, predictor.steps)
     sampler = Sampler(0.0, 1.0, 0, torch.device("cpu"))
     stepper = DecodeStep(teacher, DraftSetup.of(predictor, spec), sampler, 3, 40, kernel=True)
-    made: list[StepMask] = []
+    made: list[KernelMask] = []
 
-    def forward(_: Any, real: Tensor, positions: Tensor, mask: StepMask, **given: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        _: Any, real: Tensor, positions: Tensor, mask: KernelMask, **given: Any
+    ) -> tuple[Tensor, Tensor | None]:
         made.append(mask)
-        dense = StepMask(mask.rows, positions, mask.lengths, mask.slots, mask.dtype)
+        slots = stepper.cache.prefix_slots(mask.longest)
+        dense = masks.step_mask(mask.rows, positions, mask.lengths, slots, teacher.dtype)
         return forward_rows(teacher, real, positions, dense, **given)
 
     monkeypatch.setattr("firp_cli.decoding.step.forward_rows", forward)
@@ -516,10 +521,10 @@ def test_decode_step_reuses_row_bits_of_static_trees(
         monkeypatch.setattr(stepper, "kernel", True)
         for batch in (3, 2):
             stepper.select(torch.arange(batch))
-            for mode in ("autoregressive", "start", "drafted", "drafted"):
+            for mode in ("autoregressive", "drafted", "drafted", "autoregressive"):
                 stepper.step(12, mode)  # type: ignore[arg-type]
                 tree_rows = made[-1].at(None, made[-1].rows.shape[1])
-                assert torch.equal(tree_rows.bits, triton_attention.row_bits(made[-1].rows))  # type: ignore[union-attr]
-    kept = [mask.bits for mask in made]
-    assert all(bits is not None for bits in (kept[0], kept[1], kept[4]))
-    assert (kept[2] is not None) == (kept[3] is kept[2] is not None) == tree.startswith("static")
+                assert torch.equal(tree_rows.bits, triton_attention.row_bits(made[-1].rows))
+    kept = [mask.at(None, mask.rows.shape[1]).bits for mask in made[:4]]
+    assert kept[3] is kept[0], "made once"
+    assert (kept[2] is kept[1]) == tree.startswith("static")

@@ -149,7 +149,7 @@ class TestProducts:
         from firp_cli.teacher.kv_cache import KVCache
         from firp_cli.teacher.lean_layers import LeanStack
         from firp_cli.teacher.load import wrap_model
-        from firp_cli.teacher.masks import StepMask
+        from firp_cli.teacher.masks import KernelMask, Mask, step_mask
 
         torch.manual_seed(0)
         sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -172,7 +172,10 @@ class TestProducts:
                 cache.fill(length)
                 cache.begin(rows, length)
                 stack.own_products = own
-                mask = StepMask(seen, positions, cache.lengths, cache.prefix_slots(length), torch.float16, kernel)
+                slots = cache.prefix_slots(length)
+                mask: Mask = step_mask(seen, positions, cache.lengths, slots, torch.float16)
+                if kernel:
+                    mask = KernelMask(seen, positions, cache.lengths, length)
                 out = hidden
                 rotary = teacher.rotary(hidden, positions)
                 for index in range(2):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from firp_cli.decoding.batch import DecodeBatch
-from firp_cli.decoding.engine import Engine, EngineOptions
+from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.sequences import Writer
 from firp_cli.decoding.step import Mode
 from firp_cli.decoding.tree_file import TunedTrees
@@ -44,8 +44,7 @@ def test_every_call_repeats_the_same_step(
     if run == "late":
         request.getfixturevalue("late")
     teacher, predictor = embedded_teacher(), embedded_predictor("firp")
-    options = EngineOptions(read_every=4 if run == "late" else 1)
-    engine = Engine(teacher, predictor, parse_tree("dynamic:8", 4), options=options)
+    engine = Engine(teacher, predictor, parse_tree("dynamic:8", 4))
     tapes = with_graphs(engine)[1] if run == "graphs" else None
     timed = TimedStep(engine, batch, 50, parse_tree(tree, 4))
     assert timed.rows == TREES[tree]
@@ -71,7 +70,7 @@ def test_every_call_repeats_the_same_step(
     assert after["ar_step"][0][0].tolist() == [51] * batch
     if run != "graphs":
         assert {count for count, _ in rows} == {TREES[tree], 1}
-        assert max(longest for _, longest in rows) <= (50 if run == "at-once" else 50 + 8 * 5)
+        assert max(longest for _, longest in rows) <= (50 if run == "at-once" else 50 + 2 * 5)
     assert tapes is None or (tapes.captured == (1 if tree == "none" else 2) and tapes.replayed > 90)
     for item in timed.items:
         assert item.finish_reason == "" and len(item.tokens) <= 4 * 5
