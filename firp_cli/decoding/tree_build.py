@@ -94,11 +94,11 @@ def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, ro
     batch, (count, steps) = root.shape[0], candidates.tokens.shape
     probable = torch.nn.functional.pad(draft.log_probs.flatten(1), (0, 1))
     scores = probable.index_select(1, candidates.tokens.flatten()).view(batch, count, steps).sum(-1)
-    order = scores.sort(dim=1, descending=True, stable=True).indices  # of equals the parent comes first
-    places = order[:, :nodes].sort(dim=1).values  # candidate number of every node
+    order = scores.sort(dim=1, descending=True, stable=True)  # of equals the parent comes first
+    places = order.indices[:, :nodes]  # candidate number of every node
     nodes = places.shape[1]
     facts = candidates.facts[places]
-    node_of = torch.zeros(batch, count, dtype=torch.long, device=root.device)
+    node_of = torch.empty(batch, count, dtype=torch.long, device=root.device)  # only nodes are read: a tree is closed
     node_of.scatter_(1, places, numbers(nodes, root.device).expand(batch, nodes))
     ways = node_of.gather(1, facts[:, :, : steps + 2].flatten(1)).view(batch, nodes, steps + 2)
     paths = ways[:, :, : steps + 1]
@@ -110,7 +110,7 @@ def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, ro
         depth=facts[:, :, -2],
         ancestors=ancestors.scatter_(2, paths, True),
         paths=paths,
-        scores=scores.gather(1, places),
+        scores=order.values[:, :nodes],
     )
 
 
@@ -147,8 +147,8 @@ def build_by_level(nodes: int, predictor: TreePredictor, draft: Draft, root: Ten
         widths.append(frontier_tokens.shape[1])
     levels, node_numbers, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
     every = torch.cat(scores, dim=1)
-    order = every[:, 1:].sort(dim=1, descending=True, stable=True).indices
-    chosen = order[:, :limit].sort(dim=1).values
+    order = every[:, 1:].sort(dim=1, descending=True, stable=True)
+    chosen = order.indices[:, :limit]
     places = torch.nn.functional.pad(chosen + 1, (1, 0))  # candidate number of every node, the root first
     node_of = torch.zeros_like(levels).expand(batch, -1).scatter(1, places, node_numbers.expand(batch, -1))
     above = torch.cat(parents, dim=1).gather(1, chosen)

@@ -1,6 +1,6 @@
 """Specifications of draft trees: the text form, tree.json files, and the limits of steps and pseudo rows.
 
-Nodes are in order of depth, so a parent precedes its children; node 0 is the root, the last emitted token. A child is
+A parent precedes its children; node 0 is the root, the last emitted token. A child is
 named by its position among its parent's candidates, 0 for the most probable one.
 """
 

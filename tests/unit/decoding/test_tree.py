@@ -52,7 +52,7 @@ def test_dynamic_tree_is_the_best_set_of_prefixes(predictor: TreePredictor, node
 
 def check_structure(tree: Tree, row: int, paths: list[tuple[int, ...]]) -> None:
     assert [len(path) for path in paths] == tree.depth[row].tolist()
-    assert tree.depth[row].tolist() == sorted(tree.depth[row].tolist())
+    assert all(parent < node for node, parent in enumerate(tree.parents[row].tolist()[1:], start=1))
     for node, path in enumerate(paths):
         ancestors = {above for above in range(len(paths)) if paths[above] == path[: len(paths[above])]}
         assert set(tree.ancestors[row, node].nonzero()[:, 0].tolist()) == ancestors
