@@ -7,6 +7,7 @@ best. A candidate's position is its place among its parent's candidates, 0 for t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.predictors.base import Draft, TreePredictor
 
-MAX_CANDIDATES = 4096  # most prefixes that are scored at once
+MAX_PREFIXES = 4096  # most prefixes that are scored at once
 
 
 @dataclass
@@ -37,37 +38,63 @@ class Tree:
     scores: Tensor | None = None
 
 
-def build_best(nodes: int, predictor: TreePredictor, draft: Draft, root: Tensor) -> Tree:
-    """Build the tree of the root tokens (B,) and the `nodes - 1` best prefixes of the draft."""
+def build(spec: TreeSpec, predictor: TreePredictor, draft: Draft, root: Tensor) -> Tree:
+    """Build a step's tree: root tokens (B,) and below them candidates that the predictor scores."""
+    if spec.kind == "none":
+        return root_tree(root)
+    run = spec.depth(draft.tokens.shape[1])
+    draft = Draft(draft.tokens[:, :run], draft.log_probs[:, :run])
+    if spec.kind == "static":
+        return _build_static(spec, predictor, draft, root)
+    prefixes = None
     if not predictor.parent_dependent:
-        candidates = _candidates(nodes, *draft.tokens.shape[1:], root.device)
-        if candidates is not None:
-            return _build_from_candidates(candidates, nodes, draft, root)
-    return build_by_level(nodes, predictor, draft, root)
+        prefixes = _best_prefixes(spec.nodes, *draft.tokens.shape[1:], root.device)
+    if prefixes is None:
+        return build_by_level(spec.nodes, predictor, draft, root)
+    return _build_from_prefixes(prefixes, spec.nodes, draft, root)
 
 
 @dataclass
-class _Candidates:
-    """All prefixes that may be among the best, the root first and parents before children.
+class _Prefixes:
+    """Prefixes of drafts, the root's first and parents before children, as constants.
 
-    `tokens` (C, k): indices of a prefix's tokens among the k * s candidates of a draft, padded with k * s.
-    `facts` (C, P + 3): the prefixes from the root to this one, padded with itself (P = k + 1); its parent; its depth;
-    the index of its own token: 0 the root's, 1 the draft's first.
+    Attributes:
+        steps: (C, k) indices of a prefix's tokens among the k * s candidates of a draft, padded with k * s.
+        facts: (C, k + 4) the numbers of the prefixes from the root to this one, padded with itself (k + 1); its parent;
+            its depth; the index of its own token: 0 the root's, 1 the draft's first.
     """
 
-    tokens: Tensor
+    steps: Tensor
     facts: Tensor
+
+    @staticmethod
+    def of(paths: Sequence[tuple[int, ...]], steps: int, breadth: int, device: torch.device) -> _Prefixes:
+        """Return prefixes, given as positions, as constants for drafts of `steps` x `breadth` candidates."""
+        number = {path: place for place, path in enumerate(paths)}
+        places, facts = [], []
+        for path in number:
+            own = [depth * breadth + position for depth, position in enumerate(path)]
+            way = [number[path[:depth]] for depth in range(len(path) + 1)]
+            missing = steps - len(path)
+            places.append(own + [steps * breadth] * missing)
+            facts.append([*way, *way[-1:] * missing, number[path[:-1]], len(path), own[-1] + 1 if path else 0])
+        return _Prefixes(torch.tensor(places, device=device), torch.tensor(facts, device=device))
+
+    def scores(self, draft: Draft) -> Tensor:
+        """Return the joint log-probabilities (B, C)."""
+        probable = torch.nn.functional.pad(draft.log_probs.flatten(1), (0, 1))
+        return probable.index_select(1, self.steps.flatten()).view(len(probable), *self.steps.shape).sum(-1)
 
 
 @cache  # graphs hold their addresses
-def _candidates(nodes: int, steps: int, breadth: int, device: torch.device) -> _Candidates | None:
+def _best_prefixes(nodes: int, steps: int, breadth: int, device: torch.device) -> _Prefixes | None:
     """Return the prefixes whose positions r_1.. have (r_1 + 1)(r_2 + 1).. < `nodes`; None if they are too many.
 
     Where steps do not depend on the parent's token, a prefix is at most as probable as every prefix of no greater
     positions. So one with a larger product cannot be among the `nodes - 1` best.
     """
     level: list[tuple[int, ...]] = [()]
-    every: list[tuple[int, ...]] = []
+    every = list(level)
     for _ in range(steps):
         level = [
             (*path, position)
@@ -76,42 +103,36 @@ def _candidates(nodes: int, steps: int, breadth: int, device: torch.device) -> _
             if math.prod(above + 1 for above in path) * (position + 1) < nodes
         ]
         every += level
-        if len(every) > MAX_CANDIDATES:
+        if len(every) > MAX_PREFIXES:
             return None
-    number = {path: place for place, path in enumerate([(), *every])}
-    tokens, facts = [], []
-    for path in number:
-        places = [depth * breadth + position for depth, position in enumerate(path)]
-        way = [number[path[:depth]] for depth in range(len(path) + 1)]
-        tokens.append(places + [steps * breadth] * (steps - len(path)))
-        way_and_parent = [*way, *way[-1:] * (steps - len(path)), number[path[:-1]]]
-        facts.append([*way_and_parent, len(path), places[-1] + 1 if path else 0])
-    return _Candidates(torch.tensor(tokens, device=device), torch.tensor(facts, device=device))
+    return _Prefixes.of(every, steps, breadth, device)
 
 
-def _build_from_candidates(candidates: _Candidates, nodes: int, draft: Draft, root: Tensor) -> Tree:
-    """Build the tree where steps do not depend on the parent's token: score all prefixes at once."""
-    batch, (count, steps) = root.shape[0], candidates.tokens.shape
-    probable = torch.nn.functional.pad(draft.log_probs.flatten(1), (0, 1))
-    scores = probable.index_select(1, candidates.tokens.flatten()).view(batch, count, steps).sum(-1)
-    order = scores.sort(dim=1, descending=True, stable=True)  # of equals the parent comes first
-    places = order.indices[:, :nodes]  # candidate number of every node
+def _build_from_prefixes(prefixes: _Prefixes, nodes: int, draft: Draft, root: Tensor) -> Tree:
+    """Build the tree of the best prefixes, where steps do not depend on the parent's token: score all at once."""
+    batch, steps = draft.tokens.shape[:2]
+    order = prefixes.scores(draft).sort(dim=1, descending=True, stable=True)  # of equals the parent comes first
+    places = order.indices[:, :nodes]  # number of every node's prefix
     nodes = places.shape[1]
-    facts = candidates.facts[places]
-    node_of = torch.empty(batch, count, dtype=torch.long, device=root.device)  # only nodes are read: a tree is closed
+    facts = prefixes.facts[places]
+    node_of = torch.empty_like(order.indices)  # only nodes are read: a node's ancestors are nodes
     node_of.scatter_(1, places, numbers(nodes, root.device).expand(batch, nodes))
     ways = node_of.gather(1, facts[:, :, : steps + 2].flatten(1)).view(batch, nodes, steps + 2)
     paths = ways[:, :, : steps + 1]
     ancestors = torch.zeros(batch, nodes, nodes, dtype=torch.bool, device=root.device)
-    every = torch.cat([root[:, None], draft.tokens.flatten(1)], dim=1)
     return Tree(
-        tokens=every.gather(1, facts[:, :, -1]),
+        tokens=_with_root(root, draft).gather(1, facts[:, :, -1]),
         parents=ways[:, :, -1],
         depth=facts[:, :, -2],
         ancestors=ancestors.scatter_(2, paths, True),
         paths=paths,
         scores=order.values[:, :nodes],
     )
+
+
+def _with_root(root: Tensor, draft: Draft) -> Tensor:
+    """Return the root's token and all candidates (B, 1 + k * s)."""
+    return torch.cat([root[:, None], draft.tokens.flatten(1)], dim=1)
 
 
 @cache  # graphs hold their addresses
@@ -203,59 +224,38 @@ def _root_shape(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return zeros, torch.ones(batch, 1, 1, dtype=torch.bool, device=device)
 
 
-def build(spec: TreeSpec, predictor: TreePredictor, draft: Draft, root: Tensor) -> Tree:
-    """Build a step's tree: root tokens (B,) and below them candidates that the predictor scores."""
-    if spec.kind == "none":
-        return root_tree(root)
-    if spec.kind == "static":
-        return _build_static(spec, predictor, draft, root)
-    run = spec.depth(draft.tokens.shape[1])
-    return build_best(spec.nodes, predictor, Draft(draft.tokens[:, :run], draft.log_probs[:, :run]), root)
-
-
 @cache  # graphs hold their addresses
-def _static_shape(spec: TreeSpec, device: torch.device) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Return parents (N,), depth (N,), ancestors (N, N), paths (N, P), and per depth its nodes' (parent, position)."""
-    index = {path: number for number, path in enumerate(((), *spec.paths))}
-    parents = [index[path[:-1]] for path in index]
-    ancestors = torch.zeros(spec.nodes, spec.nodes, dtype=torch.bool)
-    ways = []
-    for path, number in index.items():
-        way = [index[path[:depth]] for depth in range(len(path) + 1)]
-        ancestors[number, way] = True
-        ways.append(way + way[-1:] * (spec.depth(0) + 1 - len(way)))
-    levels = []
-    for depth in range(1, spec.depth(0) + 1):
-        paths = [path for path in spec.paths if len(path) == depth]
-        nodes = torch.tensor([index[path[:-1]] for path in paths], device=device)
-        levels.append((nodes, torch.tensor([path[-1] for path in paths], device=device)))
-    depths = torch.tensor([len(path) for path in index])
-    shape = (torch.tensor(parents), depths, ancestors, torch.tensor(ways))
-    return [part.to(device) for part in shape], levels
-
-
-@cache  # graphs hold their addresses
-def _static_places(spec: TreeSpec, breadth: int, device: torch.device) -> Tensor:
-    """Return (N - 1,) the indices of the nodes' tokens, without the root, among the k * s candidates of a draft."""
-    return torch.tensor([(len(path) - 1) * breadth + path[-1] for path in spec.paths], device=device)
+def _static_shape(
+    spec: TreeSpec, steps: int, breadth: int, device: torch.device
+) -> tuple[_Prefixes, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return prefixes, ancestors (N, N) bool, and by depth the parents and positions of its nodes."""
+    prefixes = _Prefixes.of(((), *spec.paths), steps, breadth, device)
+    itself = torch.zeros(spec.nodes, spec.nodes, dtype=torch.bool, device=device)
+    ancestors = itself.scatter(1, prefixes.facts[:, : steps + 1], True)
+    levels, parents = [], prefixes.facts[1:, -3]
+    for depth in range(1, steps + 1):
+        level = [node for node, path in enumerate(spec.paths) if len(path) == depth]
+        positions = torch.tensor([spec.paths[node][-1] for node in level], device=device)
+        levels.append((parents[level], positions))
+    return prefixes, ancestors, levels
 
 
 def _build_static(spec: TreeSpec, predictor: TreePredictor, draft: Draft, root: Tensor) -> Tree:
-    shape, levels = _static_shape(spec, root.device)
-    batch = root.shape[0]
-    parents, depth, ancestors, paths = (part.expand(batch, *part.shape) for part in shape)
-    if not predictor.parent_dependent and not spec.limited:  # every node's token has an index of its own
-        places = _static_places(spec, draft.tokens.shape[2], root.device)
-        tokens = torch.cat([root[:, None], draft.tokens.flatten(1).index_select(1, places)], dim=1)
-        return Tree(tokens, parents, depth, ancestors, paths)
-    tokens, scores = root[:, None], draft.log_probs.new_zeros(batch, 1)
-    for number, (nodes, positions) in enumerate(levels, start=1):
-        candidates, log_probs = predictor.child_candidates(draft, number, tokens[:, nodes])
-        picks = positions[None, :, None].expand(batch, -1, 1)
-        if spec.limited:
-            scores = torch.cat([scores, scores[:, nodes] + log_probs.gather(2, picks)[:, :, 0]], dim=1)
-        tokens = torch.cat([tokens, candidates.gather(2, picks)[:, :, 0]], dim=1)
-    return Tree(tokens, parents, depth, ancestors, paths, scores if spec.limited else None)
+    prefixes, ancestors, levels = _static_shape(spec, *draft.tokens.shape[1:], root.device)
+    batch, steps, scores = len(root), draft.tokens.shape[1], None
+    if not predictor.parent_dependent:
+        tokens = _with_root(root, draft).index_select(1, prefixes.facts[:, -1])
+        scores = prefixes.scores(draft) if spec.limited else None
+    else:
+        tokens, scores = root[:, None], draft.log_probs.new_zeros(batch, 1)
+        for depth, (parents, positions) in enumerate(levels, start=1):
+            candidates, log_probs = predictor.child_candidates(draft, depth, tokens[:, parents])
+            picks = positions[None, :, None].expand(batch, -1, 1)
+            scores = torch.cat([scores, scores[:, parents] + log_probs.gather(2, picks)[:, :, 0]], dim=1)
+            tokens = torch.cat([tokens, candidates.gather(2, picks)[:, :, 0]], dim=1)
+    facts = prefixes.facts.expand(batch, -1, -1)
+    paths, parents, depth_of = facts[:, :, : steps + 1], facts[:, :, -3], facts[:, :, -2]
+    return Tree(tokens, parents, depth_of, ancestors.expand(batch, -1, -1), paths, scores)
 
 
 def anchor_nodes(tree: Tree, count: int) -> Tensor:
@@ -265,10 +265,18 @@ def anchor_nodes(tree: Tree, count: int) -> Tensor:
     """
     assert tree.scores is not None
     reached = tree.scores.exp()
-    passed = torch.zeros_like(reached).scatter_add_(1, tree.parents[:, 1:], reached[:, 1:])
-    ending = reached - passed
-    ending[:, 0] = torch.inf  # every node needs an ancestor with pseudo rows
-    return ending.topk(count, dim=1).indices
+    passed = (
+        _passed_start(reached.shape[1], reached.device)
+        .expand_as(reached)
+        .scatter_add(1, tree.parents[:, 1:], reached[:, 1:])
+    )
+    return (reached - passed).topk(count, dim=1).indices
+
+
+@cache  # graphs hold their addresses
+def _passed_start(nodes: int, device: torch.device) -> Tensor:
+    """Return (N,) zeros, for the root -inf: every node needs an ancestor with pseudo rows."""
+    return torch.tensor([-torch.inf] + [0.0] * (nodes - 1), device=device)
 
 
 def nearest_anchor(tree: Tree, anchors: Tensor, path: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ splits.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import e, log2
 from typing import NamedTuple
 
@@ -76,9 +76,15 @@ def row_bits(allowed: Tensor) -> Tensor:
     batch, rows, columns = allowed.shape
     words = triton.cdiv(columns, 32)
     padded = torch.nn.functional.pad(allowed, (0, words * 32 - columns)).view(batch, rows, words, 32)
-    shifts = torch.arange(32, dtype=torch.int32, device=allowed.device)
     # No two terms share a bit, so the sum never carries. Bit 31 is the sign and wraps around in two's complement.
-    return (padded.to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
+    return torch.where(padded, *_bits(allowed.device)).sum(-1, dtype=torch.int32)
+
+
+@cache  # graphs hold their addresses
+def _bits(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the values of bits 0 to 31 of a word (32,), and 0."""
+    bits = torch.ones(32, dtype=torch.int32, device=device) << torch.arange(32, dtype=torch.int32, device=device)
+    return bits, torch.zeros((), dtype=torch.int32, device=device)
 
 
 @triton.jit

@@ -21,8 +21,10 @@ from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.attention import BACKENDS, attend, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.lean_layers import RMSNorm
 from firp_cli.teacher.masks import KernelMask, TreeRows, pseudo_positions, rows_allowed, step_mask
 from firp_cli.teacher.teacher import Teacher
+from helpers.launches import Launches
 from helpers.models import VOCABULARY, generate_reference, make_predictor, random_prompts, tiny_teacher
 from helpers.pairwise import covered, nightly_rest
 
@@ -309,6 +311,41 @@ def test_exact_length_needs_no_mask(section: str) -> None:
         exact.step(length, "drafted", exact=True)
         assert masked.output.launched(None) == exact.output.launched(None)
         assert torch.equal(masked.cache.lengths, exact.cache.lengths)
+
+
+# Launches of a step beside those of its layers, of which test_triton_layer.py counts each. On a CUDA device sorting and
+# the choice of candidates are a few more.
+LAUNCHES = {
+    ("ar", "", 0.0): 14,
+    ("firp", "chain", 0.0): 38,
+    ("firp", "dynamic:8", 0.0): 54,
+    ("firp", "dynamic:8", 0.7): 58,
+    ("firp", "dynamic:8@3", 0.0): 72,
+    ("hidden_transfer", "static:3x2@2", 0.0): 69,
+    ("medusa", "dynamic:8", 0.0): 59,
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize(("section", "tree", "temperature"), list(LAUNCHES))
+@torch.no_grad()
+def test_step_launches_no_more_kernels(
+    section: str, tree: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second step of a kind, whose constants exist."""
+    teacher, given = tiny_teacher("llama", lean=True), SECTIONS[section]
+    predictor = make_predictor(teacher, **given) if given else None
+    engine = Engine(teacher, predictor, parse_tree(tree, predictor.steps) if predictor else None)
+    stepper = DecodeStep(teacher, engine.setup(1, 20, 40), Sampler(temperature, 1.0, 0, CPU), 1, 60, kernel=True)
+    launches = Launches()
+    monkeypatch.setattr(Teacher, "layers_between", lambda *given: launches.counted("layers", lambda: given[3]))
+    monkeypatch.setattr(RMSNorm, "__call__", lambda norm, rows: launches.counted("norm", lambda: rows))
+    stepper.step(20, "drafted")
+    launches.names.clear()
+    with launches:
+        stepper.step(20, "drafted")
+    names = [name for name in launches.names if name != "layers"]
+    assert len(names) <= LAUNCHES[section, tree, temperature], names
 
 
 DECODED = [("ar", "llama", "library"), ("firp", "mistral-window", "lean")]

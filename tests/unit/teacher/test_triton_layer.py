@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
 
@@ -35,6 +34,7 @@ from firp_cli.teacher.masks import AttentionMask, KernelMask, Mask
 from firp_cli.teacher.packed_linear import PackedLinear, widens
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.triton_layer import rotate_and_write, silu_product
+from helpers.launches import Launches
 from helpers.layers import new_teacher, some_ids, tolerance_of, varied
 from helpers.models import FAMILIES, generate_reference, make_predictor, random_prompts, tiny_model
 from helpers.pairwise import nightly_rest, pairwise
@@ -251,20 +251,11 @@ def steps(teacher: Teacher, batch: int, kernel: bool) -> list[Tensor]:
     return found
 
 
-class Trace(TorchDispatchMode):
-    """Names of the operations that would launch kernels on a device, in order: torch's, without views and allocations,
-    the Triton kernels, and RMS norms, which are one kernel on CUDA devices.
-    """
-
-    FREE = {
-        *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unbind", "split", "alias"),
-        *("detach", "as_strided", "unsqueeze", "squeeze", "empty", "new_empty", "empty_like", "empty_strided"),
-    }
+class Trace(Launches):
+    """Launches of torch's operations and of the Triton kernels. An RMS norm is one kernel on CUDA devices."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.names: list[str] = []
-        self._within = False
         for module, kernels in (
             (triton_products, ("_prepare", "_product")),
             (triton_layer, ("_rotate_and_write", "_silu_product")),
@@ -274,21 +265,6 @@ class Trace(TorchDispatchMode):
                 monkeypatch.setattr(module, name, _Launched(getattr(module, name), self.counted, name))
         norm = RMSNorm.__call__
         monkeypatch.setattr(RMSNorm, "__call__", lambda *given: self.counted("norm", lambda: norm(*given)))
-
-    def counted(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run work that counts as one launch."""
-        self.names.append(name)
-        self._within = True
-        try:
-            return work()
-        finally:
-            self._within = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not self._within and name not in self.FREE:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass

@@ -1,0 +1,38 @@
+"""Counts of the kernels that operations would launch on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FREE = {  # views, allocations, numbers
+    *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unbind", "split", "alias"),
+    *("detach", "as_strided", "unsqueeze", "squeeze", "empty", "new_empty", "empty_like", "empty_strided"),
+    *("split_with_sizes", "_reshape_alias", "lift_fresh", "scalar_tensor"),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Names of torch's operations that would launch kernels, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._within = False
+
+    def counted(self, name: str, work: Callable[[], Any]) -> Any:
+        """Run work that counts as one launch."""
+        self.names.append(name)
+        self._within = True
+        try:
+            return work()
+        finally:
+            self._within = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not self._within and name not in FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
