@@ -119,6 +119,19 @@ def test_equal_probabilities_stay_together() -> None:
         assert (equal >= top_p_thresholds(equal, top_p)).all()
 
 
+def check_neighbours(find: Callable[[Tensor, float], Tensor]) -> None:
+    """Find thresholds in a row of two probabilities next to each other, the first token's mass exactly at top-p."""
+    half = torch.tensor(0.5)
+    below = torch.nextafter(half, torch.tensor(0.0))
+    row = torch.stack([below, half])[None].to(DEVICE)
+    assert find(row, 0.5).item() == 0.5
+    assert find(row, 0.6).item() == below.item()
+
+
+def test_neighbouring_floats_are_told_apart() -> None:
+    check_neighbours(top_p_thresholds)
+
+
 def test_only_rows_with_many_likely_tokens_are_sorted() -> None:
     vocabulary = 5 * CANDIDATES
     logits = make_logits("usual", 5, vocabulary)
@@ -225,11 +238,7 @@ class TestKernel:
             assert torch.equal(find(certain, top_p), torch.ones(5, 1, device=DEVICE))
 
     def test_neighbouring_floats_are_told_apart(self, find: Callable[[Tensor, float], Tensor]) -> None:
-        half = torch.tensor(0.5)
-        below = torch.nextafter(half, torch.tensor(0.0))
-        row = torch.stack([below, half])[None].to(DEVICE)
-        assert find(row, 0.5).item() == 0.5
-        assert find(row, 0.6).item() == below.item()
+        check_neighbours(find)
 
     def test_rows_without_probabilities_end(self, find: Callable[[Tensor, float], Tensor]) -> None:
         """NaN and zeros, which a faulty teacher gives, do not run for ever."""
