@@ -1,42 +1,69 @@
-"""Choice of tokens from logits: greedy, or by temperature and top-p."""
+"""Choice of tokens from logits: greedy, or by temperature and top-p.
+
+Shapes: B sequences, N nodes, V vocabulary size.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from firp_cli.errors import UsageError
+from firp_cli.teacher.attention import choose_backend
+
+CANDIDATES = 1024  # most probable tokens of a row, which on a CPU are tried before the row is sorted
 
 
 class Sampler:
     """Chooses the teacher's token at every node: argmax at temperature 0, else a draw after temperature and top-p.
 
-    The warpers are transformers' own, in the order of its `generate`. Raises UsageError.
+    Top-p keeps a token if the tokens that are more probable have less than `top_p` together, so tokens of equal
+    probability stay together. Apart from these and from rounding that is the rule of transformers' `generate`. Raises
+    UsageError.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device) -> None:
-        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
-
-        if temperature < 0 or not 0 < top_p <= 1:
+        if not (temperature >= 0 and 0 < top_p <= 1):
             raise UsageError(f"temperature must be >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
         self.greedy = temperature == 0.0
-        self._warpers: list[Any] = []
-        if not self.greedy:
-            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
-            if top_p < 1.0:
-                self._warpers.append(TopPLogitsWarper(top_p))
+        self._temperature, self._top_p = temperature, top_p
+        self._find_thresholds = top_p_thresholds
+        if choose_backend("auto", device) == "triton":
+            from firp_cli.decoding import triton_sampling
+
+            self._find_thresholds = triton_sampling.top_p_thresholds
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Choose tokens (B, N) from float32 logits (B, N, V)."""
         if self.greedy:
             return logits.max(-1).indices  # `argmax` uses one core for few rows on a CPU
-        scores = logits.flatten(0, 1)
-        for warp in self._warpers:
-            scores = warp(None, scores)
-        probabilities = scores.softmax(-1)
-        # the first of independent exponential clocks with these rates is a draw; `multinomial` would wait for the host
+        probabilities = (logits.flatten(0, 1) / self._temperature).softmax(-1)
+        if self._top_p < 1.0:
+            removed = probabilities < self._find_thresholds(probabilities, self._top_p)
+            probabilities.masked_fill_(removed, 0.0)
+        # The first of independent exponential clocks with these rates is a draw; `multinomial` would wait for the host.
+        # The rates need not add up to 1. A clock of 0 would give NaN for a rate of 0, and `argmax` prefers NaN.
         clocks = torch.empty_like(probabilities).exponential_(generator=self.generator)
+        clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)
         return (probabilities / clocks).argmax(-1).view(logits.shape[:2])
+
+
+def top_p_thresholds(probabilities: Tensor, top_p: float) -> Tensor:
+    """Return the smallest probability (B * N, 1) that top-p keeps in each row of (B * N, V)."""
+    if probabilities.device.type != "cpu" or probabilities.shape[1] <= CANDIDATES:
+        return _thresholds_of_sorted(probabilities.sort(-1, descending=True).values, top_p)[0]
+    thresholds, found = _thresholds_of_sorted(probabilities.topk(CANDIDATES).values, top_p)
+    if not found.all():
+        rest = probabilities[~found].sort(-1, descending=True).values
+        thresholds[~found] = _thresholds_of_sorted(rest, top_p)[0]
+    return thresholds
+
+
+def _thresholds_of_sorted(candidates: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return thresholds (B * N, 1) from the most probable tokens of each row, most probable first, and the rows (B * N)
+    in which these tokens have at least `top_p` together.
+    """
+    before = candidates.cumsum(-1) < top_p  # the next candidate is kept
+    last = before.sum(-1, keepdim=True).clamp(max=candidates.shape[1] - 1)
+    return candidates.gather(-1, last), ~before[:, -1]
