@@ -83,10 +83,10 @@ class Engine:
         self.predictor = predictor
         self.tree = tree or (default_tree(None, predictor) if predictor else None)
         self.options = options = options or EngineOptions()
-        self.sampler = Sampler(temperature, top_p, seed, teacher.device)
         self.clock = clock
         device = teacher.device
         self._kernel = choose_backend(options.attention, device) == "triton"
+        self.sampler = Sampler(temperature, top_p, seed, device, self._kernel)
         self.graphs: StepGraphs | None = None
         if device.type == "cuda" and options.graphs:
             self.graphs = StepGraphs(CudaCapture(device, [] if self.sampler.greedy else [self.sampler.generator]))

@@ -18,17 +18,23 @@ class Sampler:
     """Chooses the teacher's token at every node: argmax at temperature 0, else a draw after temperature and top-p.
 
     Top-p keeps a token if the tokens that are more probable have less than `top_p` together, so tokens of equal
-    probability stay together. Apart from these and from rounding that is the rule of transformers' `generate`. Raises
-    UsageError.
+    probability stay together. Apart from these and from rounding that is the rule of transformers' `generate`.
+
+    Args:
+        kernel: find what top-p keeps by the Triton kernel; None: on CUDA devices that have Triton.
+
+    Raises UsageError.
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, temperature: float, top_p: float, seed: int, device: torch.device, kernel: bool | None = None
+    ) -> None:
         if not (temperature >= 0 and 0 < top_p <= 1):
             raise UsageError(f"temperature must be >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
         self.greedy = temperature == 0.0
         self._temperature, self._top_p = temperature, top_p
         self._find_thresholds = top_p_thresholds
-        if choose_backend("auto", device) == "triton":
+        if choose_backend("auto", device) == "triton" if kernel is None else kernel:
             from firp_cli.decoding import triton_sampling
 
             self._find_thresholds = triton_sampling.top_p_thresholds
