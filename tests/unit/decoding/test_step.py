@@ -319,7 +319,7 @@ LAUNCHES = {
     ("ar", "", 0.0): 14,
     ("firp", "chain", 0.0): 38,
     ("firp", "dynamic:8", 0.0): 54,
-    ("firp", "dynamic:8", 0.7): 58,
+    ("firp", "dynamic:8", 0.7): 59,
     ("firp", "dynamic:8@3", 0.0): 72,
     ("hidden_transfer", "static:3x2@2", 0.0): 69,
     ("medusa", "dynamic:8", 0.0): 59,
