@@ -58,6 +58,7 @@ from firp_cli.provenance import environment
 from firp_cli.teacher.source import locate
 from suite import (
     answers,
+    attention,
     benches,
     gpu_tests,
     groups,
@@ -119,6 +120,7 @@ PARTS = [  # shares of the time: seconds, about
     *chain("real", (75, 110, 45, 90, 30)),
     Part("replay", replay.replay, 25, group="predictors", needs=("trained.bench", "real.bench")),
     shaped("7b.products", products.products, 40, "products"),
+    shaped("7b.attention", attention.attention, 15, "products"),
     Part("tests", gpu_tests.tests, 60, group="tests", least=15),
     shaped("1b.ar", speed.ar, 10, "1b"),
     shaped("1b.kernels", kernels.kernels, 20, "1b"),

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_SPLITS = 128
+MOST_ELEMENTS = 4096  # of a block of rows with four warps; larger blocks need eight to stay in registers
 
 
 class LaunchSizes(NamedTuple):
@@ -43,7 +44,14 @@ def head_block(size: int) -> int:
 
 
 def launch_sizes(
-    packed: int, scratch: int, prefix: int, size: int, itemsize: int, heads: int, multiprocessors: int
+    packed: int,
+    scratch: int,
+    prefix: int,
+    size: int,
+    itemsize: int,
+    heads: int,
+    multiprocessors: int,
+    most_m: int | None = None,
 ) -> LaunchSizes:
     """Return tile sizes and grid: splits for two programs per multiprocessor, each with at least one block of slots.
 
@@ -52,12 +60,14 @@ def launch_sizes(
         scratch, prefix: slots that a row may see: R, and at most this many committed ones.
         size: D, in elements of `itemsize` bytes.
         heads: B * Hk.
+        most_m: most packed rows of a block, a power of two; None: what four warps hold.
     """
     width = head_block(size)
     # The largest blocks that ptxas fits into registers with almost no spilling (sm_80 and sm_90, 4 warps). Two blocks
     # of keys and values in flight then take at most 70 KB of shared memory.
     block_n = min(64, max(16, (8192 if itemsize <= 2 else 2048) // width))
-    block_m = min(64 if itemsize <= 2 and width <= 64 else 32, max(16, triton.next_power_of_2(packed)))
+    most_m = most_m or (64 if itemsize <= 2 and width <= 64 else 32)
+    block_m = min(most_m, max(16, triton.next_power_of_2(packed)))
     tiles = triton.cdiv(packed, block_m)
     blocks = triton.cdiv(scratch, block_n) + triton.cdiv(prefix, block_n)
     splits = triton.cdiv(2 * multiprocessors, heads * tiles)
@@ -235,6 +245,7 @@ def tree_attention(
     window: int | None = None,
     positions: Tensor | None = None,
     splits: int | None = None,
+    most_m: int | None = None,
 ) -> Tensor:
     """Softmax attention of a step's rows over each other and over the committed prefix (Flash-Decoding): (B, Hq, M, D)
     in the queries' dtype, whose `.transpose(1, 2)` is contiguous.
@@ -252,7 +263,7 @@ def tree_attention(
         longest: the host's upper bound of the lengths. Chooses the number of splits and nothing else.
         window: a row sees only the prefix positions p with position - p < window; None: the whole prefix.
         positions: (B, M) integer positions of the rows, needed with a window.
-        splits: number of splits, instead of that of `launch_sizes`.
+        splits: number of splits, instead of that of `launch_sizes`. most_m: see there.
     """
     batch, query_heads, rows, size = queries.shape
     heads = keys.shape[1]
@@ -263,7 +274,8 @@ def tree_attention(
     group = query_heads // heads
     prefix = longest if window is None else min(longest, window)
     processors = _multiprocessors(queries.device)
-    chosen = launch_sizes(group * rows, scratch, prefix, size, queries.element_size(), batch * heads, processors)
+    itemsize, width = queries.element_size(), head_block(size)
+    chosen = launch_sizes(group * rows, scratch, prefix, size, itemsize, batch * heads, processors, most_m)
     splits = splits or chosen.splits
     output = queries.new_empty(batch, rows, query_heads, size)
     parts = output if splits == 1 else output.new_empty(splits, *output.shape, dtype=torch.float32)
@@ -274,11 +286,11 @@ def tree_attention(
         _attend[batch * heads, chosen.tiles, splits](
             queries, keys, values, lengths.contiguous(), *row_data, parts, log_sums,
             queries.stride()[:3], keys.stride()[:3], values.stride()[:3], rows, scratch, window or 0, scaling * log2(e),
-            heads, group, size, head_block(size), chosen.block_m, chosen.block_n, window is not None, interpreted,
-            num_warps=4, num_stages=2,
+            heads, group, size, width, chosen.block_m, chosen.block_n, window is not None, interpreted,
+            num_warps=4 if chosen.block_m * width <= MOST_ELEMENTS else 8, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             _combine[(batch * rows * query_heads,)](
-                parts, log_sums, output, splits, size, head_block(size), triton.next_power_of_2(splits), CHUNK=16
+                parts, log_sums, output, splits, size, width, triton.next_power_of_2(splits), CHUNK=16
             )
     return output.transpose(1, 2)

@@ -41,6 +41,7 @@ class Case:
     window: int | None = None
     splits: int | None = None
     longest: int | None = None
+    most_m: int | None = None
 
     @property
     def slots(self) -> int:
@@ -120,6 +121,7 @@ def attend(case: Case, inputs: Inputs, layout: Callable[[Tensor], Tensor] = slot
         window=case.window,
         positions=inputs.positions.to(DEVICE) if case.window is not None else None,
         splits=case.splits,
+        most_m=case.most_m,
     )
 
 
@@ -193,6 +195,10 @@ class TestKernels:
         case = Case((30,), rows=20, scratch=24, group=4, window=window, splits=2)
         assert launch_sizes(80, 24, 30, 128, 4, 1, 1).tiles == 3
         check(case)
+
+    @pytest.mark.parametrize("most_m", [16, 64])
+    def test_other_blocks_of_rows(self, most_m: int) -> None:
+        check(Case((30,), rows=20, scratch=24, group=4, dtype=torch.bfloat16, splits=2, most_m=most_m))
 
     def test_strided_layouts(self) -> None:
         case = Case(heads=2)
@@ -269,9 +275,10 @@ class TestKernels:
 def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The interpreter accepts types that the compiler refuses. The driver here launches nothing."""
     loaded = compile_only(monkeypatch, architecture, tmp_path, architecture)
-    for case in (Case(dtype=torch.bfloat16, window=9), Case(dtype=torch.float16, size=96), Case()):
+    large = Case(dtype=torch.bfloat16, rows=40, scratch=40, most_m=64)
+    for case in (Case(dtype=torch.bfloat16, window=9), Case(dtype=torch.float16, size=96), Case(), large):
         attend(replace(case, splits=2), make(case))
-    assert len(loaded) == 6
+    assert len(loaded) == 7  # the outputs of two cases are combined by one variant
 
 
 def test_row_bits_pack_columns() -> None:
