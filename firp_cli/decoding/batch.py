@@ -28,6 +28,14 @@ class Launched(NamedTuple):
     follows_draft: bool
 
 
+def halves(batch: int) -> list[int]:
+    """Return a batch size and its halves down to 1, rounded down: the sizes that are captured."""
+    sizes = [batch]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
 class DecodeBatch:
     """Decoding steps of one batch.
 
@@ -73,18 +81,27 @@ class DecodeBatch:
         if self.graphs is None:
             stepper.step(longest, mode, exact=not ahead and len(self.live) == 1)
         else:
-            longest = stepper.capacity if stepper.kernel else min(bucket(longest), stepper.capacity)
-            self.graphs.run((mode, stepper.batch, longest), lambda: stepper.step(longest, mode))
+            self.replay(self.graphs, mode, longest)
         for step, rows in stepper.output.launched(self._launched(mode)):
             self._read(step, rows)
 
+    def replay(self, graphs: StepGraphs, mode: Mode, longest: int) -> None:
+        """Launch a step as a graph, one for each mode and batch size: the kernel reads true lengths. Other attention
+        has a graph for each bucket of the lengths.
+        """
+        stepper = self.stepper
+        longest = stepper.capacity if stepper.kernel else min(bucket(longest), stepper.capacity)
+        graphs.run((mode, stepper.batch, longest), lambda: stepper.step(longest, mode))
+
     def leave(self) -> bool:
-        """Remove finished sequences from the batch; return True while any remains. Graphs are captured per batch size:
-        with them the finished ones leave when half of the batch has finished.
+        """Remove finished sequences from the batch; return True while any remains. With graphs, which are captured per
+        batch size, the batch only shrinks to one of `halves`, so that some finished sequences stay.
         """
         keep = [place for place, item in enumerate(self.live) if not item.finish_reason]
-        enough = self.graphs is None or 2 * len(keep) <= len(self.live)
-        if keep and len(keep) < len(self.live) and enough:
+        size = len(keep) if self.graphs is None else min(half for half in halves(len(self.live)) if half >= len(keep))
+        if keep and size < len(self.live):
+            finished = [place for place, item in enumerate(self.live) if item.finish_reason]
+            keep = sorted([*keep, *finished[: size - len(keep)]])
             self.stepper.select(torch.tensor(keep, device=self.stepper.teacher.device))
             self.live = [self.live[place] for place in keep]
         return bool(keep)

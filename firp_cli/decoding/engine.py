@@ -6,18 +6,19 @@ On CUDA devices steps are captured as graphs.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from firp_cli.decoding.batch import DecodeBatch
-from firp_cli.decoding.cuda_graphs import CudaCapture, StepGraphs
+from firp_cli.decoding.batch import DecodeBatch, halves
+from firp_cli.decoding.cuda_graphs import SMALLEST_BUCKET, CudaCapture, StepGraphs, bucket
 from firp_cli.decoding.fallback import AutoregressiveFallback, tree_fallback
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import OnTokens, OutputSequence, Writer, check_prompts
-from firp_cli.decoding.step import DecodeStep, DraftSetup
+from firp_cli.decoding.step import DecodeStep, DraftSetup, Mode
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree
 from firp_cli.errors import UsageError
@@ -124,6 +125,27 @@ class Engine:
             run.step(run.next_mode())
         stepper.output.drain()  # waits for a step after all ends, so that the next call does not pay for it
         return [writer.generation(item, run.prefilled - began) for item in sequences]
+
+    @torch.inference_mode()
+    def capture(self, batch: int, longest_prompt: int, max_new_tokens: int) -> None:
+        """Capture the steps of such a batch and of what remains of it, so that no answer takes the time of a capture.
+        Does nothing without graphs. Raises CapacityError.
+        """
+        if self.graphs is None:
+            return
+        setup = self.setup(batch, longest_prompt, max_new_tokens)
+        stepper = self.stepper(setup, batch, longest_prompt + max_new_tokens)
+        run = DecodeBatch(stepper, [], Writer(self.teacher, max_new_tokens), self.graphs)
+        modes: list[Mode] = ["drafted"] if setup.predictor else ["autoregressive"]
+        if setup.predictor and self._guard is not False:
+            modes.append("autoregressive")
+        lengths = [stepper.capacity]
+        while not stepper.kernel and lengths[-1] > SMALLEST_BUCKET:
+            lengths.append(bucket(lengths[-1]) // 2)
+        for size, mode, longest in itertools.product(halves(batch), modes, lengths):
+            stepper.cache.use(size)
+            for _ in range(2):  # the first run of a key is eager, the second one is captured
+                run.replay(self.graphs, mode, longest)
 
     def setup(self, batch: int, longest_prompt: int, max_new_tokens: int) -> DraftSetup:
         """Return predictor, tree and sizes of a batch's steps. Of tuned trees it takes the one for the batch size and

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 
+from firp_cli.decoding.engine import Engine
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.bench_groups import teacher_labels
 from firp_cli.evaluation.environment import measurement_environment
@@ -121,6 +122,11 @@ def measure(
     total = len(methods) * (settings.warmup + settings.repeats * len(batches))
     repeats: dict[str, list[list[list[Generation]]]] = {method.name: [[] for _ in batches] for method in methods}
     longest = longest_batch(prompts, batches)
+    context = max(len(prompt.token_ids) for prompt in prompts)
+    for method in methods:
+        if isinstance(method.engine, Engine):
+            for size in {len(batch.numbers) for batch in batches}:
+                method.engine.capture(size, context, settings.max_new_tokens)
     for done, (method, place, counted) in enumerate(turns(methods, len(batches), settings, longest), start=1):
         generations = method.generate(_tokens(prompts, batches[place]), settings.max_new_tokens)
         if counted:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from firp_cli.decoding.accept import accept
+from firp_cli.decoding.batch import halves
 from firp_cli.decoding.tree_build import anchor_nodes, build, nearest_anchor
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.metrics import ticks_per_token
@@ -36,7 +37,7 @@ def simulate_time(
 
     Args:
         emitted: by sequence, tokens of each decoding step. step: time of a step with that many live sequences.
-        halving: finished sequences leave the batch once half of it has finished (as with CUDA graphs), not at once.
+        halving: the batch shrinks to its halves only (as with CUDA graphs), not with every finished sequence.
     """
     total = 0.0
     for start in range(0, len(emitted), batch):
@@ -44,8 +45,7 @@ def simulate_time(
         size = len(lengths)
         for number in range(lengths[-1]):
             live = sum(1 for length in lengths if length > number)
-            if not halving or 2 * live <= size:
-                size = live
+            size = min(half for half in halves(size) if half >= live) if halving else live
             total += step(size)
     return total
 

@@ -251,8 +251,8 @@ def tree_attention(
     in the queries' dtype, whose `.transpose(1, 2)` is contiguous.
 
     Slots [0, R) contain the K/V of this step's rows, row j in slot j; slots [R, R + length_b) the committed prefix of
-    sequence b, position p in slot R + p. Slots after these, and scratch that no row sees, are never read. Nothing here
-    waits for the device. Before a CUDA graph captures it, call it once with the same shapes, so that Triton compiles.
+    sequence b, position p in slot R + p. Others, and scratch that no row sees, are never read. Nothing waits for the
+    device. Before a CUDA graph captures it, call it once with the same shapes, so that Triton compiles.
 
     Args:
         queries: (B, Hq, M, D) float32, float16 or bfloat16, M <= R; any strides, D contiguous.
@@ -272,10 +272,9 @@ def tree_attention(
     assert rows <= scratch and bits.shape == (batch, rows, triton.cdiv(scratch, 32)) and bits.dtype == torch.int32
     assert window is None or positions is not None, "a window needs the rows' positions"
     group = query_heads // heads
-    prefix = longest if window is None else min(longest, window)
-    processors = _multiprocessors(queries.device)
-    itemsize, width = queries.element_size(), head_block(size)
-    chosen = launch_sizes(group * rows, scratch, prefix, size, itemsize, batch * heads, processors, most_m)
+    prefix, processors = longest if window is None else min(longest, window), _multiprocessors(queries.device)
+    packed, itemsize, width = group * rows, queries.element_size(), head_block(size)
+    chosen = launch_sizes(packed, scratch, prefix, size, itemsize, batch * heads, processors, most_m)
     splits = splits or chosen.splits
     output = queries.new_empty(batch, rows, query_heads, size)
     parts = output if splits == 1 else output.new_empty(splits, *output.shape, dtype=torch.float32)

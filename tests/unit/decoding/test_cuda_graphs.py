@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from firp_cli.decoding.batch import halves
 from firp_cli.decoding.cuda_graphs import SMALLEST_BUCKET, CaptureError, Step, StepGraphs, bucket
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.step import DecodeStep
@@ -222,3 +223,36 @@ def test_replayed_steps_draw_new_numbers() -> None:
         texts.add(tuple(expected))
     assert len(texts) == 3
     assert tapes.replayed > 10
+
+
+@pytest.mark.parametrize(("method", "guard"), [("ar", False), ("firp", False), ("firp-budget", True)])
+def test_capture_in_advance_leaves_none_to_answers(method: str, guard: bool) -> None:
+    """Also for the sizes to which a batch shrinks, and for each bucket of lengths."""
+    prompts, engine = embedded_prompts(5), embedded_engine(method, guard=guard)
+    expected = [reference(number, TOKENS) for number in range(5)]
+    graphs, tapes = with_graphs(engine)
+    engine.capture(5, max(map(len, prompts)), TOKENS)
+    captured, keys = tapes.captured, set(graphs.keys)
+    modes = {"autoregressive"} if method == "ar" else {"drafted", "autoregressive"} if guard else {"drafted"}
+    assert {(mode, size) for mode, size, _ in keys} == {(mode, size) for mode in modes for size in (5, 2, 1)}
+    for count in (5, 2):
+        got = engine.generate(prompts[:count], TOKENS)
+        assert [item.token_ids for item in got] == expected[:count]
+    assert tapes.captured == captured == len(keys) and set(graphs.keys) == keys
+
+
+def test_captured_lengths_cover_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = embedded_engine("firp")
+    graphs, _ = with_graphs(engine)
+    engine.capture(1, 700, 100)
+    assert sorted(longest for _, _, longest in set(graphs.keys)) == [256, 512, 1024]
+
+
+def test_batches_shrink_to_their_halves() -> None:
+    """Three of four remaining sequences decode in a batch of four until half of them have finished."""
+    assert halves(13) == [13, 6, 3, 1] and halves(1) == [1]
+    engine = embedded_engine("firp")
+    expected = [reference(number, 60) for number in range(5)]
+    engine.graphs = graphs = RecordingGraphs(lambda step: step)
+    assert [item.token_ids for item in engine.generate(embedded_prompts(5), 60)] == expected
+    assert {size for _, size, _ in graphs.keys} <= {5, 2, 1}
