@@ -266,12 +266,11 @@ def tree_attention(
         splits: number of splits, instead of that of `launch_sizes`. most_m: see there.
     """
     batch, query_heads, rows, size = queries.shape
-    heads = keys.shape[1]
+    heads, group = keys.shape[1], query_heads // keys.shape[1]
     assert keys.shape == values.shape and (keys.shape[0], keys.shape[3]) == (batch, size) and query_heads % heads == 0
     assert queries.stride(3) == keys.stride(3) == values.stride(3) == 1 and queries.dtype == keys.dtype == values.dtype
     assert rows <= scratch and bits.shape == (batch, rows, triton.cdiv(scratch, 32)) and bits.dtype == torch.int32
     assert window is None or positions is not None, "a window needs the rows' positions"
-    group = query_heads // heads
     prefix, processors = longest if window is None else min(longest, window), _multiprocessors(queries.device)
     packed, itemsize, width = group * rows, queries.element_size(), head_block(size)
     chosen = launch_sizes(packed, scratch, prefix, size, itemsize, batch * heads, processors, most_m)
