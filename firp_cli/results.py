@@ -102,13 +102,16 @@ class Generation:
 
 @dataclass
 class Divergence:
-    """First token at which an output differs from the reference. `logit_gap`: logit of expected minus that of got."""
+    """First token at which an output differs from the reference. `logit_gap`: logit of expected minus that of got, NaN
+    where one side had ended, which has token -1; `gap_ulps`: the same in units in the last place of the larger logit.
+    """
 
     prompt: int
     position: int
     expected: int
     got: int
     logit_gap: float
+    gap_ulps: float | None = None
 
 
 @dataclass
@@ -118,6 +121,11 @@ class Lossless:
     compared: int = 0
     identical: int = 0
     divergences: list[Divergence] = field(default_factory=list)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Lossless:
+        """Return the comparison that JSON values describe."""
+        return Lossless(value["compared"], value["identical"], [Divergence(**mark) for mark in value["divergences"]])
 
 
 @dataclass
@@ -234,6 +242,7 @@ class BenchRow:
     pipeline: PipelineReport | None = None  # SPEED: a step is a tick; accepted length is tokens per r ticks
     predicted: Prediction | None = None  # by `firp tune`, for this tree, batch size and machine
     teacher: str | None = None  # label of its teacher, in a report of several
+    lossless_ar: Lossless | None = None  # against `ar`, where rounding separates `ar` from the reference
 
 
 @dataclass
@@ -256,14 +265,15 @@ class BenchReport:
         rows = []
         for row in value["rows"]:
             row = dict(row)
-            lossless, predicted = row.pop("lossless"), row.pop("predicted", None)
-            marks = [Divergence(**mark) for mark in lossless["divergences"]]
-            compared = Lossless(lossless["compared"], lossless["identical"], marks)
+            lossless, against_ar = Lossless.from_json(row.pop("lossless")), row.pop("lossless_ar", None)
+            predicted = row.pop("predicted", None)
             pipeline = PipelineReport.from_json(row.pop("pipeline", None))
             known = {item.name for item in fields(BenchRow)}
             kept = {key: item for key, item in row.items() if key in known}
             prediction = Prediction(**predicted) if predicted else None
-            rows.append(BenchRow(**kept, lossless=compared, pipeline=pipeline, predicted=prediction))
+            made = BenchRow(**kept, lossless=lossless, pipeline=pipeline, predicted=prediction)
+            made.lossless_ar = Lossless.from_json(against_ar) if against_ar else None
+            rows.append(made)
         keys = ("environment", "teacher", "settings", "skipped_long", "schema")
         return BenchReport(rows=rows, teachers=value.get("teachers", []), **{key: value[key] for key in keys})
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,11 +26,17 @@ def compare_tokens(
 
 
 def first_divergence(
-    teacher: Teacher, number: int, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]
+    teacher: Teacher,
+    number: int,
+    prompt: Sequence[int],
+    expected: Sequence[int],
+    got: Sequence[int],
+    logits_after: Callable[[Sequence[int]], torch.Tensor] | None = None,
 ) -> Divergence | None:
     """Return the first divergence of `got` from `expected`, with the gap of the teacher's logits of the two tokens.
 
-    If one side is shorter, its token is -1 and the gap is NaN.
+    Args:
+        logits_after: returns the teacher's logits (V,) after tokens; None computes them.
     """
     if list(expected) == list(got):
         return None
@@ -38,9 +45,17 @@ def first_divergence(
     if position == len(pairs):
         longer = [expected[position] if len(expected) > position else -1, got[position] if len(got) > position else -1]
         return Divergence(number, position, longer[0], longer[1], float("nan"))
-    logits = next_token_logits(teacher, [*prompt, *expected[:position]])
-    gap = (logits[expected[position]] - logits[got[position]]).item()
-    return Divergence(number, position, expected[position], got[position], gap)
+    ids = [*prompt, *expected[:position]]
+    logits = next_token_logits(teacher, ids) if logits_after is None else logits_after(ids)
+    one, two = (logits[token].item() for token in (expected[position], got[position]))
+    unit = unit_in_last_place(max(abs(one), abs(two)), teacher.dtype)
+    return Divergence(number, position, expected[position], got[position], one - two, (one - two) / unit)
+
+
+def unit_in_last_place(value: float, dtype: torch.dtype) -> float:
+    """Return the distance between neighbouring numbers of the dtype at this size."""
+    info = torch.finfo(dtype)
+    return max(info.tiny, 2.0 ** math.floor(math.log2(max(abs(value), info.tiny))) * info.eps)
 
 
 @torch.inference_mode()

@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 
+import torch
+
 from firp_cli.decoding.engine import Engine
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.bench_groups import teacher_labels
 from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.evaluation.lossless import compare_tokens
-from firp_cli.evaluation.methods import BenchSettings, Method
-from firp_cli.evaluation.rows import BatchRun, Runs, bench_rows
+from firp_cli.evaluation.methods import BASELINES, BenchSettings, Method
+from firp_cli.evaluation.rows import BatchRun, Runs, bench_rows, lossless, runs_of
 from firp_cli.machine import readable_bytes
 from firp_cli.results import BenchReport, Divergence, Generation, Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
@@ -222,15 +224,21 @@ def run_bench(
     reference = reference_method(names, settings.temperature)
     token_ids = [prompt.token_ids for prompt in fitting]
     divergences: dict[str, dict[int, Divergence | None]] = {}
-    if reference:
-        for name in names:
-            if name != reference:
-                divergences[name] = compare_tokens(teacher, token_ids, runs[reference], runs[name])
+    against_ar: dict[str, dict[int, Divergence | None]] = {}
+    for name in names:
+        if reference and name != reference:
+            divergences[name] = compare_tokens(teacher, token_ids, runs[reference], runs[name])
+        # in half precision `ar` itself differs from the reference, whose products round otherwise
+        if reference == "hf" and teacher.dtype != torch.float32 and "ar" in names and name not in BASELINES:
+            against_ar[name] = compare_tokens(teacher, token_ids, runs["ar"], runs[name])
     rows = []
     for method in methods:
         method_rows = bench_rows(method.name, runs, divergences.get(method.name, {}), settings.temperature)
         for row in method_rows:
             row.predictor, row.tree, row.batch_size = method.predictor, method.tree, settings.batch_size
+            if method.name in against_ar:
+                own = runs_of(row.dataset, row.category, runs[method.name])
+                row.lossless_ar = lossless(own, against_ar[method.name])
         if method.add_details is not None:
             method.add_details(method_rows, runs[method.name], settings)
         rows += method_rows

@@ -212,7 +212,7 @@ def lossless_note(report: BenchReport) -> str | None:
     """Return a note on outputs that differ from the reference, for each teacher with such outputs; None if all are
     identical or nothing was compared.
     """
-    notes = [note for part in by_teacher(report) if (note := _lossless_note(part))]
+    notes = [note for part in by_teacher(report) for note in (_lossless_note(part), _ar_note(part)) if note]
     return "; ".join(notes) or None
 
 
@@ -236,6 +236,20 @@ def _lossless_note(report: BenchReport) -> str | None:
         )
     gap = f"up to {largest:.2g} apart" if gaps else "not comparable"
     return f"{start} and the two tokens' logits are {gap}: more than {dtype} rounding explains; please report this"
+
+
+def _ar_note(report: BenchReport) -> str | None:
+    """Return the note on outputs compared with `ar`, which runs the same layers; None where they were not compared."""
+    whole = [row for row in report.rows if row.category == "all" and row.dataset != "all" and row.lossless_ar]
+    counts, gaps = [], [0.0]
+    for row in whole:
+        assert row.lossless_ar is not None
+        counts.append(f"{row_label(row)} {row.lossless_ar.identical}/{row.lossless_ar.compared} ({row.dataset})")
+        gaps += [abs(mark.gap_ulps) for mark in row.lossless_ar.divergences if mark.gap_ulps is not None]
+    if not counts:
+        return None
+    gap = f"; where they differ, the logits are at most {max(gaps):.1f} units in the last place apart"
+    return f"identical to ar's outputs: {', '.join(counts)}{gap if max(gaps) else ''}"
 
 
 def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
@@ -278,8 +292,9 @@ def _flat(row: BenchRow) -> dict[str, Any]:
         if item.name.endswith("_interval"):
             low, high = value or ("", "")
             flat[item.name.replace("_interval", "_low")], flat[item.name.replace("_interval", "_high")] = low, high
-        elif item.name == "lossless":
-            flat["lossless_compared"], flat["lossless_identical"] = value.compared, value.identical
+        elif item.name in ("lossless", "lossless_ar"):
+            if value is not None:
+                flat[f"{item.name}_compared"], flat[f"{item.name}_identical"] = value.compared, value.identical
         elif item.name == "predicted":
             flat.update({f"predicted_{name}": _csv_value(part) for name, part in vars(value).items()} if value else {})
         elif item.name == "pipeline":

@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from firp_cli.decoding.speed.pipeline import PipelineEngine
-from firp_cli.evaluation.lossless import next_token_logits
+from firp_cli.evaluation.lossless import first_divergence, next_token_logits
 from firp_cli.evaluation.methods import Method
 from firp_cli.evaluation.rows import ALL, BatchRun, bench_rows, speedup
 from firp_cli.evaluation.run_bench import Batch, BenchPrompt, fold
@@ -29,25 +27,6 @@ from suite.work import Clock
 FEW_TOKENS = 3  # tokens of a warm-up without graphs
 NEXT_ROUND = 1.25  # expected time of the next round, over the longest one so far
 EVERY = 3.0  # seconds between reports
-
-
-@dataclass(frozen=True)
-class Difference:
-    """First token at which an answer differs from the reference's: the gap between the teacher's logits of the two
-    tokens, also in units in the last place of the larger one in the teacher's dtype. A side that had ended has token -1
-    and no gap.
-    """
-
-    prompt: int
-    position: int
-    expected: int
-    got: int
-    gap: float
-    ulps: float
-
-    def divergence(self) -> Divergence:
-        """Return the difference as a bench's row contains it."""
-        return Divergence(self.prompt, self.position, self.expected, self.got, self.gap)
 
 
 class Bout:
@@ -72,9 +51,9 @@ class Bout:
         self.tokens, self.repeats, self.clock = tokens, repeats, clock
         self.slow_seconds = math.inf if slow_share is None else slow_share * clock.seconds
         self.made: dict[str, dict[int, list[Generation]]] = {method.name: {} for method in methods}
-        self.differences: dict[tuple[str, str], dict[int, Difference | None]] = {}
+        self.differences: dict[tuple[str, str], dict[int, Divergence | None]] = {}
         self.tick: TickCost | None = None  # cost of a pipeline's tick, if measured
-        self._logits: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._logits: dict[tuple[int, ...], Tensor] = {}
 
     def run(self, report: Callable[[], None]) -> None:
         """Run round after round; `report` is called every few seconds and at the end."""
@@ -135,22 +114,14 @@ class Bout:
                     found = self._difference(number, expected[0].token_ids, got[0].token_ids)
                     self.differences.setdefault((method.name, reference), {})[number] = found
 
-    def _difference(self, number: int, expected: Sequence[int], got: Sequence[int]) -> Difference | None:
-        if list(expected) == list(got):
-            return None
-        place = next((at for at, pair in enumerate(zip(expected, got, strict=False)) if pair[0] != pair[1]), None)
-        if place is None:
-            place = min(len(expected), len(got))
-            one, two = ((side[place] if len(side) > place else -1) for side in (expected, got))
-            return Difference(number, place, one, two, math.nan, math.nan)
-        key = (number, tuple(expected[:place]))
-        if key not in self._logits:
-            logits = next_token_logits(self.teacher, [*self.prompts[number].token_ids, *expected[:place]])
-            self._logits[key] = logits.float().cpu()
-        logits = self._logits[key]
-        one, two = (logits[token].item() for token in (expected[place], got[place]))
-        unit = unit_in_last_place(max(abs(one), abs(two)), self.teacher.dtype)
-        return Difference(number, place, expected[place], got[place], one - two, (one - two) / unit)
+    def _difference(self, number: int, expected: Sequence[int], got: Sequence[int]) -> Divergence | None:
+        prompt = self.prompts[number].token_ids
+        return first_divergence(self.teacher, number, prompt, expected, got, self._logits_after)
+
+    def _logits_after(self, ids: Sequence[int]) -> Tensor:
+        if tuple(ids) not in self._logits:
+            self._logits[tuple(ids)] = next_token_logits(self.teacher, ids).cpu()
+        return self._logits[tuple(ids)]
 
     def runs(self, name: str, numbers: Sequence[int] | None = None) -> list[BatchRun]:
         """Return a method's answers with its repeats combined, of these prompts alone."""
@@ -173,9 +144,7 @@ class Bout:
             runs = {name: self.runs(name)}
             if "ar" in self.made:
                 runs["ar"] = self.runs("ar", answered)
-            differences = self.differences.get((name, reference), {})
-            marks = {number: one and one.divergence() for number, one in differences.items()}
-            for row in bench_rows(name, runs, marks, 0.0):
+            for row in bench_rows(name, runs, self.differences.get((name, reference), {}), 0.0):
                 row.predictor, row.tree = method.predictor, method.tree
                 row.speedup_hf = self._over_hf(row)
                 row.pipeline = pipeline_report(self._answers(row), self.teacher.looped is not None, 1, self.tick)
@@ -203,7 +172,7 @@ class Bout:
         found: dict[str, dict[str, Any]] = {}
         for (name, reference), differences in self.differences.items():
             marks = [one for one in differences.values() if one is not None]
-            ulps = sorted(abs(one.ulps) for one in marks if not math.isnan(one.ulps))
+            ulps = sorted(abs(one.gap_ulps) for one in marks if one.gap_ulps is not None)
             found.setdefault(name, {})[reference] = {
                 "compared": len(differences),
                 "identical": len(differences) - len(marks),
@@ -217,9 +186,3 @@ class Bout:
 def slow(method: Method) -> bool:
     """Return True if the method never runs CUDA graphs."""
     return method.engine is None or isinstance(method.engine, PipelineEngine)
-
-
-def unit_in_last_place(value: float, dtype: torch.dtype) -> float:
-    """Return the distance between neighbouring numbers of the dtype at this size."""
-    info = torch.finfo(dtype)
-    return max(info.tiny, 2.0 ** math.floor(math.log2(max(abs(value), info.tiny))) * info.eps)

@@ -29,7 +29,6 @@ from firp_cli.predictors import folder as registry
 from firp_cli.teacher.load import load_teacher
 from suite import (
     answers,
-    bout,
     corpus,
     gpu_tests,
     groups,
@@ -505,12 +504,6 @@ def test_remaining_parts_continue_after_a_dead_process() -> None:
     found = groups.Found()
     assert [item.name for item in groups.remaining(parts, found, "cannot start")] == ["b", "c"]
     assert found.records["a"]["error"] == "cannot start"
-
-
-def test_gaps_are_in_units_of_the_dtype() -> None:
-    assert bout.unit_in_last_place(20.0, torch.bfloat16) == 0.125
-    assert bout.unit_in_last_place(-1.0, torch.bfloat16) == 2**-7
-    assert bout.unit_in_last_place(1.5, torch.float32) == 2**-23
 
 
 def test_answers_come_in_mixtures_of_batches_sorted_by_length() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -15,7 +16,7 @@ from firp_cli.config import DataConfig, TeacherConfig
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
-from firp_cli.evaluation.lossless import first_divergence
+from firp_cli.evaluation.lossless import first_divergence, unit_in_last_place
 from firp_cli.evaluation.methods import (
     BenchSettings,
     LoadedPredictor,
@@ -39,7 +40,7 @@ from firp_cli.evaluation.run_bench import (
 from firp_cli.machine import readable_bytes
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import BenchReport, Divergence, Generation
-from firp_cli.teacher.load import load_teacher
+from firp_cli.teacher.load import load_teacher, wrap_model
 from firp_cli.teacher.teacher import Teacher
 from helpers.commands import invoke
 from helpers.folders import save_prompts, save_teacher
@@ -48,6 +49,7 @@ from helpers.models import (
     generate_reference,
     make_predictor,
     random_prompts,
+    tiny_model,
     tiny_teacher,
 )
 
@@ -213,8 +215,35 @@ def test_first_divergence_reports_position_and_logit_gap(teacher: Teacher) -> No
     logits = teacher.model(torch.tensor([[*prompt, *expected[:7]]])).logits[0, -1]
     assert mark.logit_gap == pytest.approx((logits[expected[7]] - logits[got[7]]).item(), abs=1e-4)
     assert mark.logit_gap > 0
+    unit = unit_in_last_place(max(abs(logits[token].item()) for token in (expected[7], got[7])), torch.float32)
+    assert mark.gap_ulps == pytest.approx(mark.logit_gap / unit)
     short = first_divergence(teacher, 0, prompt, expected, expected[:4])
     assert short is not None and (short.position, short.got) == (4, -1) and math.isnan(short.logit_gap)
+
+
+def test_gaps_are_in_units_of_the_dtype() -> None:
+    assert unit_in_last_place(20.0, torch.bfloat16) == 0.125
+    assert unit_in_last_place(-1.0, torch.bfloat16) == 2**-7
+    assert unit_in_last_place(1.5, torch.float32) == 2**-23
+
+
+def test_bench_compares_with_ar_in_half_precision() -> None:
+    """`ar` and draft trees run the same layers; `generate` runs the library's, which round otherwise."""
+    teacher = wrap_model(copy.deepcopy(tiny_model("llama")).bfloat16())
+    loaded = {
+        "firp": LoadedPredictor(
+            make_predictor(teacher, kind="firp", layer=2, steps=3), parse_tree("chain", 3), Path("f")
+        )
+    }
+    settings = BenchSettings(max_new_tokens=12, repeats=1)
+    prompts = [BenchPrompt(prompt, "set") for prompt in random_prompts(3, seed=8, low=4)]
+    report = run_bench(teacher, prompts, make_methods(teacher, loaded, ["ar", "hf", "firp"], settings), settings)
+    rows = {row.method: row for row in report.rows}
+    against = rows["firp"].lossless_ar
+    assert against is not None and against.compared == 3 and rows["ar"].lossless_ar is None
+    assert against.identical == 3 - len(against.divergences) and rows["firp"].lossless.compared == 3
+    exact = run_bench(teacher, prompts, make_methods(teacher, loaded, ["ar", "firp"], settings), settings)
+    assert all(row.lossless_ar is None for row in exact.rows), "the reference is `ar` itself"
 
 
 def test_hf_pads_left_cuts_at_eos_and_ignores_the_models_penalties(teacher: Teacher) -> None:

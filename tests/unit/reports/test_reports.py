@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -84,6 +85,18 @@ def test_lossless_note_depends_on_gap_and_dtype() -> None:
     assert near and "bfloat16 rounding decides" in near and "1 outputs" not in near
     assert far and "report this" in far
     assert exact and "report this" in exact
+
+
+def test_note_compares_with_ar_in_half_precision() -> None:
+    report = with_divergence(0.03, "bfloat16")
+    firp = next(row for row in report.rows if row.method == "firp")
+    firp.lossless_ar = Lossless(40, 38, [Divergence(7, 31, 1, 2, 0.03, -1.5), Divergence(8, 3, 1, -1, math.nan)])
+    note = tables.lossless_note(report)
+    assert note and "identical to ar's outputs: firp 38/40" in note and "at most 1.5 units in the last place" in note
+    again = BenchReport.from_json(json.loads(json.dumps(as_json(report))))
+    assert [row.lossless_ar and row.lossless_ar.identical for row in again.rows].count(38) == 1
+    line = next(line for line in csv.DictReader(io.StringIO(tables.bench_csv(report))) if line["method"] == "firp")
+    assert (line["lossless_ar_compared"], line["lossless_ar_identical"]) == ("40", "38")
 
 
 def test_html_embeds_figures_and_needs_no_network() -> None:
