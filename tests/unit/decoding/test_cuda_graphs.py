@@ -5,14 +5,17 @@ A tape replays on the CPU as a CUDA graph does: the same operations on the same 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from firp_cli.decoding.batch import halves
-from firp_cli.decoding.cuda_graphs import SMALLEST_BUCKET, CaptureError, Step, StepGraphs, bucket
+from firp_cli.decoding.cuda_graphs import SMALLEST_BUCKET, CaptureError, CudaCapture, Step, StepGraphs, bucket
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
@@ -256,3 +259,111 @@ def test_batches_shrink_to_their_halves() -> None:
     engine.graphs = graphs = RecordingGraphs(lambda step: step)
     assert [item.token_ids for item in engine.generate(embedded_prompts(5), 60)] == expected
     assert {size for _, size, _ in graphs.keys} <= {5, 2, 1}
+
+
+class FakeGenerator:
+    """Random state that, as torch's, refuses draws while a capture has not ended."""
+
+    def __init__(self) -> None:
+        self.capturing = False
+
+    def clone_state(self) -> FakeGenerator:
+        return FakeGenerator()
+
+    def graphsafe_set_state(self, state: FakeGenerator) -> None:
+        self.capturing = state.capturing
+
+
+class FakeCuda:
+    """The parts of `torch.cuda` that a capture uses. A broken capture raises at its end, before anything is undone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream_now, self.pools = "default", 0
+        self.recording: set[int] = set()
+        self.generators = [FakeGenerator()]
+        self.broken = False
+        cuda = self
+
+        class Graph:
+            def __init__(self) -> None:
+                self.drawing = list(cuda.generators)
+
+            def register_generator_state(self, generator: FakeGenerator) -> None:
+                self.drawing.append(generator)
+
+            def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+                assert cuda.stream_now == "capture" and torch.is_inference_mode_enabled()
+                assert not cuda.recording and not any(generator.capturing for generator in self.drawing)
+                self.pool = pool
+                cuda.recording.add(pool)
+                for generator in self.drawing:
+                    generator.capturing = True
+
+            def capture_end(self) -> None:
+                if cuda.broken:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                cuda.recording.remove(self.pool)
+                for generator in self.drawing:
+                    generator.capturing = False
+
+            def replay(self) -> None:
+                pass
+
+        @contextlib.contextmanager
+        def stream(name: str) -> Iterator[None]:
+            before, cuda.stream_now = cuda.stream_now, name
+            try:
+                yield
+            finally:
+                cuda.stream_now = before
+
+        def pool_handle() -> int:
+            cuda.pools += 1
+            return cuda.pools
+
+        for name, value in {
+            "CUDAGraph": Graph,
+            "Stream": lambda device: "capture",
+            "stream": stream,
+            "device": lambda device: contextlib.nullcontext(),
+            "graph_pool_handle": pool_handle,
+            "synchronize": lambda: None,
+            "empty_cache": lambda: None,
+            "current_device": lambda: 0,
+            "default_generators": self.generators,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(
+            torch._C, "_cuda_endAllocateToPool", lambda index, pool: cuda.recording.discard(pool), raising=False
+        )
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("operation not permitted\nwhen stream is capturing"), KeyboardInterrupt()]
+)
+def test_capture_that_fails_half_way_leaves_nothing_behind(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stream, pool and random states are as before, and the next capture succeeds."""
+    cuda, sampler = FakeCuda(monkeypatch), FakeGenerator()
+    capture = CudaCapture(torch.device("cuda", 0), [sampler])  # type: ignore[list-item]
+    done: list[str] = []
+
+    def failing() -> None:
+        done.append("half")
+        cuda.broken = True
+        raise error
+
+    expected = CaptureError if isinstance(error, RuntimeError) else KeyboardInterrupt
+    with pytest.raises(expected) as raised:
+        capture(failing)
+    if expected is CaptureError:
+        assert "operation not permitted" in str(raised.value) and "--no-graphs" in str(raised.value)
+        assert "stream is capturing" not in str(raised.value), "one line"
+    assert cuda.stream_now == "default" and not cuda.recording
+    assert not sampler.capturing and not cuda.generators[0].capturing
+    cuda.broken, before = False, cuda.pools
+    replay = capture(lambda: done.append("whole"))
+    assert callable(replay) and done == ["half", "whole"]
+    assert cuda.pools == before, "the pool was replaced after the failure, not before the next capture"
+    assert cuda.stream_now == "default" and not cuda.recording and not sampler.capturing
