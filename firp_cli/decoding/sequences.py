@@ -43,13 +43,9 @@ class Writer:
 
     def write(self, item: OutputSequence, tokens: list[int], drafted: int) -> int:
         """Append the tokens of a step up to the sequence's end, call `on_tokens`, and return how many were kept."""
-        kept = self._append(item, tokens)
-        if self.on_tokens:
-            self.on_tokens(item.number, tokens[:kept], min(drafted, kept))
-        return kept
-
-    def _append(self, item: OutputSequence, tokens: list[int]) -> int:
-        for kept, token in enumerate(tokens, start=1):
+        kept = 0
+        for token in tokens:
+            kept += 1
             item.tokens.append(token)
             if token in self.teacher.eos_token_ids:
                 item.finish_reason = "eos"
@@ -58,8 +54,10 @@ class Writer:
             elif len(item.tokens) >= (item.limit or self.max_new_tokens):
                 item.finish_reason = "length"
             if item.finish_reason:
-                return kept
-        return len(tokens)
+                break
+        if self.on_tokens:
+            self.on_tokens(item.number, tokens[:kept], min(drafted, kept))
+        return kept
 
     def _stopped(self, tokens: list[int]) -> bool:
         """Return True if the end of the text contains a stop string. A token may be as short as one byte of it."""
