@@ -28,7 +28,6 @@ class OutputSequence:
     accepted_lengths: list[int] = field(default_factory=list)
     finish_reason: str = ""
     decode_seconds: float = 0.0
-    trace: PipelineTrace | None = None
     autoregressive_steps: int = 0
     limit: int | None = None
 
@@ -65,7 +64,9 @@ class Writer:
         tail = self.teacher.tokenizer.decode(tokens[-window:])
         return any(text in tail for text in self.stop)
 
-    def generation(self, item: OutputSequence, prefill_seconds: float) -> Generation:
+    def generation(
+        self, item: OutputSequence, prefill_seconds: float, trace: PipelineTrace | None = None
+    ) -> Generation:
         """Return the record of a finished sequence."""
         tokenizer = self.teacher.tokenizer
         return Generation(
@@ -77,7 +78,7 @@ class Writer:
             decode_seconds=item.decode_seconds,
             finish_reason=item.finish_reason,
             text=tokenizer.decode(item.tokens, skip_special_tokens=True) if tokenizer else "",
-            pipeline=item.trace,
+            pipeline=trace,
             autoregressive_steps=item.autoregressive_steps,
         )
 

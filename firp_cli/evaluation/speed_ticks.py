@@ -106,7 +106,6 @@ class TimedTick:
         self.run.fill()
         positions = torch.arange(context + predictor.loops - 1, context - 1, -1, device=teacher.device)
         self.run.position = positions[:, None].contiguous()
-        self.run.hidden = self.run.hidden + self.run.hidden[:1]
         self.state = (self.run.position, self.run.expected, self.run.hidden)
         self.out = self.run.layers()
 

@@ -36,8 +36,6 @@ class PipelineEngine:
     """Decodes prompts with a teacher whose loops work on several tokens at once.
 
     Args:
-        predictor: early exits; None starts a token only after its predecessor has left (autoregressive decoding).
-        loops: number of stages of a teacher without sharing, without a predictor.
         guard: fall back to autoregressive decoding while the pipeline is slower. Several ranks never fall back.
         stages: this process's stages; None runs them all.
         clock: seconds, for the fallback and the reported times.
@@ -46,8 +44,7 @@ class PipelineEngine:
     def __init__(
         self,
         teacher: Teacher,
-        predictor: ExitPredictor | None = None,
-        loops: int | None = None,
+        predictor: ExitPredictor,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -58,7 +55,7 @@ class PipelineEngine:
     ) -> None:
         teacher.need_whole("decoding")
         self.teacher, self.predictor, self.prefill_chunk = teacher, predictor, prefill_chunk
-        self.boundaries = teacher.boundaries(predictor.grouping if predictor else loops)
+        self.boundaries = teacher.boundaries(predictor.grouping)
         self.loops = len(self.boundaries)
         self.stages = stages or PipelineStages(self.loops)
         self.clock = clock
@@ -68,8 +65,8 @@ class PipelineEngine:
         self.groups = [part for group in groups if (part := group.within(mine))]
         guarded = guard and self.stages.size == 1 and self.loops > 1
         self.fallback = pipeline_fallback(self.loops, shared=teacher.looped is not None) if guarded else None
-        exits = enumerate(predictor.exits if predictor else ())
         # stages of this process after which an exit predicts, by the exit's place among all
+        exits = enumerate(predictor.exits)
         self.exit_stages = {place: loop - 1 - mine.start for place, loop in exits if loop - 1 in mine}
         predicting = [*self.exit_stages.values(), *([len(mine) - 1] if self.stages.last else [])]
         self.predicting = torch.tensor(predicting, dtype=torch.long, device=teacher.device)
@@ -107,10 +104,10 @@ class PipelineEngine:
         prefilled = self.clock()
         while run.drop_finished(self.clock() - prefilled):
             run.advance(writer)
-        for item, trace in zip(sequences, run.log.traces(len(sequences)), strict=True):
-            trace.autoregressive_tokens = len(item.tokens) - 1 - trace.left
-            item.trace = trace
-        return [writer.generation(item, prefilled - began) for item in sequences]
+        traces = run.log.traces([len(item.tokens) for item in sequences])
+        return [
+            writer.generation(item, prefilled - began, trace) for item, trace in zip(sequences, traces, strict=True)
+        ]
 
     def cache_bytes(self, batch: int, longest_prompt: int, max_new_tokens: int) -> int:
         """Return the size of such a batch's K/V cache, which has K/V of every loop."""
@@ -135,7 +132,7 @@ class PipelineRun:
         self.live = list(sequences)
         device = self.teacher.device
         self.cache = StageCache(engine.groups, len(sequences), slots, device)
-        self.log = TickLog(engine.loops, engine.predictor.exits if engine.predictor else ())
+        self.log = TickLog(engine.loops, engine.predictor.exits)
         self.filled = False
         self.slots = torch.arange(slots, device=device)
         self.stage_numbers = torch.arange(engine.loops, device=device)[:, None]
@@ -214,10 +211,7 @@ class PipelineRun:
         self.position = torch.full((self.engine.loops, batch), EMPTY, device=device)
         self.position[0] = torch.tensor([item.committed for item in self.live], device=device)
         self.expected = torch.full_like(self.position, EMPTY)
-        state = self.teacher.embed(tokens)
-        self.hidden = state.new_zeros(len(self.stages.mine), *state.shape)
-        if self.stages.first:
-            self.hidden[0] = state
+        self.hidden = self.teacher.embed(tokens).expand(len(self.stages.mine), -1, -1)  # one stage has a token
         self.log.begin([item.number for item in self.live])
         self.filled = True
 
@@ -272,20 +266,15 @@ class PipelineRun:
         """Return what this process's stages predict after their tokens (n, B) and, with a threshold, which of these
         predictions are probable enough to start a token (n, B). A stage without exit repeats its last prediction.
         """
-        engine, predictor, mine = self.engine, self.engine.predictor, self.stages.mine
-        threshold = predictor.threshold if predictor else None
+        engine, mine, threshold = self.engine, self.stages.mine, self.engine.predictor.threshold
         predicted = self.expected[mine.start : mine.stop]
         sure = None if threshold is None else torch.ones_like(predicted)
         if not len(engine.predicting):
             return predicted, sure
         states = out.unbind()
         final = states[-1] if self.stages.last else None
-        if predictor is None:
-            assert final is not None
-            logits = self.teacher.head(final if engine.normed else self.teacher.norm(final))[None]
-        else:
-            exits = {place: states[stage] for place, stage in engine.exit_stages.items()}
-            logits = predictor.pipeline_logits(self.teacher, exits, final, engine.normed)
+        exits = {place: states[stage] for place, stage in engine.exit_stages.items()}
+        logits = engine.predictor.pipeline_logits(self.teacher, exits, final, engine.normed)
         chosen = logits.argmax(-1)
         if final is not None and not engine.sampler.greedy:
             chosen[-1] = engine.sampler(logits[-1][:, None])[:, 0]

@@ -29,21 +29,22 @@ class TickLog:
         """Record a tick: (3, r, B) of positions, expected and predicted tokens."""
         self._runs[-1][1].append(tick)
 
-    def traces(self, sequences: int) -> list[PipelineTrace]:
-        """Return the records of all sequences, without the tokens decoded outside the pipeline."""
-        parts = [[torch.empty(3, 0, self.loops, dtype=torch.long)] for _ in range(sequences)]
+    def traces(self, tokens: Sequence[int]) -> list[PipelineTrace]:
+        """Return the records of all sequences, given the numbers of their tokens."""
+        parts = [[torch.empty(3, 0, self.loops, dtype=torch.long)] for _ in tokens]
         for numbers, ticks in self._runs:
             if ticks:
                 for number, part in zip(numbers, torch.stack(ticks, dim=1).cpu().unbind(-1), strict=True):
                     parts[number].append(part)
-        return [self._trace(*torch.cat(part, dim=1)) for part in parts]
+        return [self._trace(count, *torch.cat(part, dim=1)) for count, part in zip(tokens, parts, strict=True)]
 
-    def _trace(self, position: Tensor, expected: Tensor, predicted: Tensor) -> PipelineTrace:
+    def _trace(self, tokens: int, position: Tensor, expected: Tensor, predicted: Tensor) -> PipelineTrace:
         """Return a sequence's record from its positions, expected and predicted tokens, (T, r) each."""
         valid, stages = position >= 0, torch.arange(self.loops)
         changed = valid & (expected >= 0) & (predicted != expected)
         deepest = torch.where(changed, stages, -1).amax(dim=1, keepdim=True)
         left = valid[:, -1]
+        emitted = int(left.sum())
         hits = []
         wrong = torch.zeros_like(left)
         for loop in self.exits:
@@ -55,7 +56,8 @@ class TickLog:
             self.loops,
             list(self.exits),
             ticks=len(valid),
-            left=int(left.sum()),
+            left=emitted,
+            autoregressive_tokens=tokens - 1 - emitted,  # the first is prefill's
             started=int(valid[:, 0].sum()),
             flushes=int((deepest >= 0).sum()),
             flushed=int((valid & (stages < deepest)).sum()),
