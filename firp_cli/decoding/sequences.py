@@ -9,7 +9,7 @@ import torch
 
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.machine import free_bytes, readable_bytes
-from firp_cli.results import Generation, PipelineTrace
+from firp_cli.results import Generation
 from firp_cli.teacher.teacher import Teacher
 
 OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this step, number of drafted ones)
@@ -64,9 +64,7 @@ class Writer:
         tail = self.teacher.tokenizer.decode(tokens[-window:])
         return any(text in tail for text in self.stop)
 
-    def generation(
-        self, item: OutputSequence, prefill_seconds: float, trace: PipelineTrace | None = None
-    ) -> Generation:
+    def generation(self, item: OutputSequence, prefill_seconds: float) -> Generation:
         """Return the record of a finished sequence."""
         tokenizer = self.teacher.tokenizer
         return Generation(
@@ -78,7 +76,6 @@ class Writer:
             decode_seconds=item.decode_seconds,
             finish_reason=item.finish_reason,
             text=tokenizer.decode(item.tokens, skip_special_tokens=True) if tokenizer else "",
-            pipeline=trace,
             autoregressive_steps=item.autoregressive_steps,
         )
 

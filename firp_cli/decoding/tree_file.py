@@ -45,8 +45,7 @@ class TunedTrees:
         """
 
         def distance(entry: TunedTree) -> tuple[float, int, float, int]:
-            sizes = (_factor(entry.batch_size, batch), -entry.batch_size)
-            return (*sizes, _factor(entry.context, context), -entry.context)
+            return _factor(entry.batch_size, batch), -entry.batch_size, _factor(entry.context, context), -entry.context
 
         return min(self.entries, key=distance, default=None)
 

@@ -95,8 +95,7 @@ class PipelineEngine:
         sequences = [OutputSequence(number, len(prompt), len(prompt)) for number, prompt in enumerate(prompts)]
         longest = max(map(len, prompts))
         slots = longest + max_new_tokens + self.loops
-        needed = self.cache_bytes(len(prompts), longest, max_new_tokens)
-        check_fits(needed, len(prompts), slots, self.teacher.device)
+        check_fits(self.cache_bytes(len(prompts), longest, max_new_tokens), len(prompts), slots, self.teacher.device)
         run = PipelineRun(self, sequences, slots)
         tokens = run.prefill(prompts)
         for item, token in zip(sequences, tokens.tolist(), strict=True):
@@ -104,10 +103,11 @@ class PipelineEngine:
         prefilled = self.clock()
         while run.drop_finished(self.clock() - prefilled):
             run.advance(writer)
-        traces = run.log.traces([len(item.tokens) for item in sequences])
-        return [
-            writer.generation(item, prefilled - began, trace) for item, trace in zip(sequences, traces, strict=True)
-        ]
+        generations = [writer.generation(item, prefilled - began) for item in sequences]
+        for made, trace in zip(generations, run.log.traces(len(prompts)), strict=True):
+            trace.autoregressive_tokens = len(made.token_ids) - 1 - trace.left  # the first token is prefill's
+            made.pipeline = trace
+        return generations
 
     def cache_bytes(self, batch: int, longest_prompt: int, max_new_tokens: int) -> int:
         """Return the size of such a batch's K/V cache, which has K/V of every loop."""
@@ -129,7 +129,7 @@ class PipelineRun:
 
     def __init__(self, engine: PipelineEngine, sequences: list[OutputSequence], slots: int) -> None:
         self.engine, self.teacher, self.stages = engine, engine.teacher, engine.stages
-        self.live = list(sequences)
+        self.live = sequences
         device = self.teacher.device
         self.cache = StageCache(engine.groups, len(sequences), slots, device)
         self.log = TickLog(engine.loops, engine.predictor.exits)
@@ -211,7 +211,7 @@ class PipelineRun:
         self.position = torch.full((self.engine.loops, batch), EMPTY, device=device)
         self.position[0] = torch.tensor([item.committed for item in self.live], device=device)
         self.expected = torch.full_like(self.position, EMPTY)
-        self.hidden = self.teacher.embed(tokens).expand(len(self.stages.mine), -1, -1)  # one stage has a token
+        self.hidden = self.teacher.embed(tokens).repeat(len(self.stages.mine), 1, 1)  # one stage has a token
         self.log.begin([item.number for item in self.live])
         self.filled = True
 

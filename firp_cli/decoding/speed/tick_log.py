@@ -29,22 +29,21 @@ class TickLog:
         """Record a tick: (3, r, B) of positions, expected and predicted tokens."""
         self._runs[-1][1].append(tick)
 
-    def traces(self, tokens: Sequence[int]) -> list[PipelineTrace]:
-        """Return the records of all sequences, given the numbers of their tokens."""
-        parts = [[torch.empty(3, 0, self.loops, dtype=torch.long)] for _ in tokens]
+    def traces(self, sequences: int) -> list[PipelineTrace]:
+        """Return the records of all sequences."""
+        parts = [[torch.empty(3, 0, self.loops, dtype=torch.long)] for _ in range(sequences)]
         for numbers, ticks in self._runs:
             if ticks:
                 for number, part in zip(numbers, torch.stack(ticks, dim=1).cpu().unbind(-1), strict=True):
                     parts[number].append(part)
-        return [self._trace(count, *torch.cat(part, dim=1)) for count, part in zip(tokens, parts, strict=True)]
+        return [self._trace(*torch.cat(part, dim=1)) for part in parts]
 
-    def _trace(self, tokens: int, position: Tensor, expected: Tensor, predicted: Tensor) -> PipelineTrace:
+    def _trace(self, position: Tensor, expected: Tensor, predicted: Tensor) -> PipelineTrace:
         """Return a sequence's record from its positions, expected and predicted tokens, (T, r) each."""
         valid, stages = position >= 0, torch.arange(self.loops)
         changed = valid & (expected >= 0) & (predicted != expected)
         deepest = torch.where(changed, stages, -1).amax(dim=1, keepdim=True)
         left = valid[:, -1]
-        emitted = int(left.sum())
         hits = []
         wrong = torch.zeros_like(left)
         for loop in self.exits:
@@ -56,8 +55,7 @@ class TickLog:
             self.loops,
             list(self.exits),
             ticks=len(valid),
-            left=emitted,
-            autoregressive_tokens=tokens - 1 - emitted,  # the first is prefill's
+            left=int(left.sum()),
             started=int(valid[:, 0].sum()),
             flushes=int((deepest >= 0).sum()),
             flushed=int((valid & (stages < deepest)).sum()),
