@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,10 @@ class NeverRight(SpeedPredictor):
     """Exits that predict the least probable token."""
 
     def pipeline_logits(
-        self, teacher: Teacher, exits: torch.Tensor | None, final: torch.Tensor | None, *arguments: Any
+        self, teacher: Teacher, exits: Mapping[int, torch.Tensor], final: torch.Tensor | None, *arguments: Any
     ) -> torch.Tensor:
         logits = super().pipeline_logits(teacher, exits, final, *arguments)
-        logits[: 0 if exits is None else len(exits)] *= -1.0
+        logits[: len(exits)] *= -1.0
         return logits
 
 

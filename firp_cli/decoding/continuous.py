@@ -7,7 +7,6 @@ The K/V of a new prompt are made in a small cache and copied to the free place, 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -64,22 +63,23 @@ class ContinuousBatcher:
         longest = max(map(len, prompts))
         positions = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         batch = min(batch_size, len(prompts))
-        admission = _Admission(self.engine, min(batch, ADMITTED), longest)
+        # makes the K/V of new prompts
+        admission = DecodeStep(self.teacher, DraftSetup(), self.engine.sampler, min(batch, ADMITTED), longest)
         stepper = self.engine.stepper(DraftSetup(), batch, positions)
         stepper.cache.use(batch)
         stepper.output.drain()
         run = DecodeBatch(stepper, [], Writer(self.teacher, max(limits)), self.engine.graphs)
-        waiting, free = deque(range(len(prompts))), list(range(batch))
+        waiting, free = iter(range(len(prompts))), list(range(batch))
         live: dict[int, OutputSequence] = {}
         while True:
-            free = free[: len(waiting)]
-            fresh = [waiting.popleft() for _ in free]
-            for start in range(0, len(fresh), ADMITTED):
-                part = slice(start, start + ADMITTED)
-                admission.admit(stepper, free[part], fresh[part], prompts, limits)
-            for place, number in zip(free, fresh, strict=True):
-                count = len(prompts[number])
-                live[place] = OutputSequence(number, count, count - 1, limit=limits[number])
+            taken = list(zip(free, waiting, strict=False))  # without a free place no prompt is taken
+            for start in range(0, len(taken), ADMITTED):
+                places, numbers = zip(*taken[start : start + ADMITTED], strict=True)
+                rows = [self._checked(prompts, number, limits[number]) for number in numbers]
+                admission.prefill(rows, self.engine.options.prefill_chunk)
+                stepper.adopt(torch.tensor(places, device=self.teacher.device), admission, max(map(len, rows)) - 1)
+                for place, number, row in zip(places, numbers, rows, strict=True):
+                    live[place] = OutputSequence(number, len(row), len(row) - 1, limit=limits[number])
             run.live = [live[place] for place in range(len(live))]  # unread steps keep the previous list
             if not run.leave():
                 return
@@ -93,28 +93,10 @@ class ContinuousBatcher:
                 item = live[place]
                 yield Decoded(item.number, item.tokens, stepper.cache.finite(place, item.committed))
 
-
-class _Admission:
-    """Prefill of new prompts in a cache of `batch` sequences, from which a running batch takes them."""
-
-    def __init__(self, engine: Engine, batch: int, longest: int) -> None:
-        teacher = self.teacher = engine.teacher
-        self.chunk = engine.options.prefill_chunk
-        self.stepper = DecodeStep(teacher, DraftSetup(), engine.sampler, batch, longest)
-
-    def admit(
-        self,
-        running: DecodeStep,
-        places: Sequence[int],
-        numbers: Sequence[int],
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-    ) -> None:
-        """Start prompts `numbers` at `places` of the running batch. Raises UsageError, CapacityError."""
-        for number in numbers:
-            check_prompts(self.teacher, [prompts[number]], limits[number])
-            if not 0 <= min(prompts[number]) <= max(prompts[number]) < self.teacher.vocab_size:
-                raise UsageError(f"prompt {number} has a token id outside of 0 to {self.teacher.vocab_size - 1}")
-        rows = [list(prompts[number]) for number in numbers]
-        self.stepper.prefill(rows, self.chunk)
-        running.adopt(torch.tensor(places, device=self.teacher.device), self.stepper, max(map(len, rows)) - 1)
+    def _checked(self, prompts: Sequence[Sequence[int]], number: int, limit: int) -> list[int]:
+        """Return prompt `number`. Raises UsageError, CapacityError."""
+        prompt = list(prompts[number])
+        check_prompts(self.teacher, [prompt], limit)
+        if not 0 <= min(prompt) <= max(prompt) < self.teacher.vocab_size:
+            raise UsageError(f"prompt {number} has a token id outside of 0 to {self.teacher.vocab_size - 1}")
+        return prompt

@@ -9,7 +9,7 @@ import torch
 
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.machine import free_bytes, readable_bytes
-from firp_cli.results import Generation, PipelineTrace
+from firp_cli.results import Generation
 from firp_cli.teacher.teacher import Teacher
 
 OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this step, number of drafted ones)
@@ -28,7 +28,6 @@ class OutputSequence:
     accepted_lengths: list[int] = field(default_factory=list)
     finish_reason: str = ""
     decode_seconds: float = 0.0
-    trace: PipelineTrace | None = None
     autoregressive_steps: int = 0
     limit: int | None = None
 
@@ -43,13 +42,9 @@ class Writer:
 
     def write(self, item: OutputSequence, tokens: list[int], drafted: int) -> int:
         """Append the tokens of a step up to the sequence's end, call `on_tokens`, and return how many were kept."""
-        kept = self._append(item, tokens)
-        if self.on_tokens:
-            self.on_tokens(item.number, tokens[:kept], min(drafted, kept))
-        return kept
-
-    def _append(self, item: OutputSequence, tokens: list[int]) -> int:
-        for kept, token in enumerate(tokens, start=1):
+        kept = 0
+        for token in tokens:
+            kept += 1
             item.tokens.append(token)
             if token in self.teacher.eos_token_ids:
                 item.finish_reason = "eos"
@@ -58,8 +53,10 @@ class Writer:
             elif len(item.tokens) >= (item.limit or self.max_new_tokens):
                 item.finish_reason = "length"
             if item.finish_reason:
-                return kept
-        return len(tokens)
+                break
+        if self.on_tokens:
+            self.on_tokens(item.number, tokens[:kept], min(drafted, kept))
+        return kept
 
     def _stopped(self, tokens: list[int]) -> bool:
         """Return True if the end of the text contains a stop string. A token may be as short as one byte of it."""
@@ -79,7 +76,6 @@ class Writer:
             decode_seconds=item.decode_seconds,
             finish_reason=item.finish_reason,
             text=tokenizer.decode(item.tokens, skip_special_tokens=True) if tokenizer else "",
-            pipeline=item.trace,
             autoregressive_steps=item.autoregressive_steps,
         )
 

@@ -45,8 +45,7 @@ class TunedTrees:
         """
 
         def distance(entry: TunedTree) -> tuple[float, int, float, int]:
-            sizes = (_factor(entry.batch_size, batch), -entry.batch_size)
-            return (*sizes, _factor(entry.context, context), -entry.context)
+            return _factor(entry.batch_size, batch), -entry.batch_size, _factor(entry.context, context), -entry.context
 
         return min(self.entries, key=distance, default=None)
 
@@ -63,13 +62,11 @@ def _factor(first: int, second: int) -> float:
 
 def spec_of(entry: TunedTree, steps: int) -> TreeSpec:
     """Return the tree of an entry for a predictor of `steps`. Raises UsageError."""
-    if entry.paths is None or entry.tree.startswith("dynamic"):
+    if entry.paths is None or entry.tree.startswith(("dynamic", "chain/")):  # the text contains everything
         return tree_of("entry", {"tree": entry.tree}, steps)
     name = entry.tree.partition("@")[0].partition("/")[0]
     if name == f"static:{len(entry.paths) + 1}":
         name = ""  # the text form of a tree without a name
-    if name == "chain" and entry.steps is not None:
-        name = "static:" + "x".join("1" * len(entry.paths))  # parse_tree gives this name to a chain of fewer steps
     fields = {"paths": entry.paths, "name": name, "steps": entry.steps, "budget": entry.budget}
     return tree_of("entry", fields, steps)
 

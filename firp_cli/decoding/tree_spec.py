@@ -43,10 +43,10 @@ class TreeSpec:
     def __str__(self) -> str:
         if self.kind == "none":
             return "none"
-        shape, run = self.name or f"{self.kind}:{self.nodes}", "" if self.steps is None else f"/{self.steps}"
-        if run and self.name == _widths([1] * self.depth(0)) and self.depth(0) == self.steps:
-            shape = "chain"
-        return shape + run + (f"@{self.budget}" if self.limited else "")
+        shape = self.name or f"{self.kind}:{self.nodes}"
+        if self.steps is not None:
+            shape = f"{'chain' if shape == _chain(self.steps) else shape}/{self.steps}"
+        return f"{shape}@{self.budget}" if self.limited else shape
 
     @property
     def limited(self) -> bool:
@@ -83,69 +83,60 @@ def parse_tree(spec: str, steps: int) -> TreeSpec:
     `/K` after it runs only K of the predictor's `steps` (a chain is then K deep), `@B` after that gives pseudo rows to
     only B nodes. Raises UsageError.
     """
-    if Path(spec).is_file():
-        return _from_file(Path(spec), steps)
-    if spec == "none":
-        return TreeSpec("none", 1)
+    path = Path(spec)
+    if path.is_file():
+        return tree_of(str(path), read_tree_file(path), steps)
     shape, at, budget = spec.rpartition("@")
     if at:
-        if not _is_number(budget) or int(budget) < 1 or "@" in shape:
+        if not _count(budget) or "@" in shape:
             raise UsageError(f"tree {spec!r}: give the number of nodes with pseudo rows after @, at least 1")
-        return _with(parse_tree(shape, steps), spec, budget=int(budget))
+        return _with_limits(parse_tree(shape, steps), spec, budget=_count(budget))
     shape, slash, run = spec.rpartition("/")
     if slash and (shape.partition(":")[0] in KINDS or Path(shape).is_file()):
-        if not _is_number(run) or not 1 <= int(run) <= steps:
+        if not 1 <= _count(run) <= steps:
             raise UsageError(f"tree {spec!r}: give the number of draft steps after /, 1 to {steps}")
-        inner = parse_tree(_widths([1] * int(run)) if shape == "chain" else shape, steps)
-        return _with(inner, spec, steps=int(run))
-    if spec == "chain":
-        return static_tree([(0,) * depth for depth in range(1, steps + 1)], steps, "chain")
+        return _with_limits(parse_tree(_chain(int(run)) if shape == "chain" else shape, steps), spec, steps=int(run))
+    if spec == "none":
+        return TreeSpec("none", 1)
     kind, _, rest = spec.partition(":")
-    if kind == "dynamic" and _is_number(rest) and 2 <= int(rest) <= MAX_NODES:
+    if kind == "dynamic" and 2 <= _count(rest) <= MAX_NODES:
         return TreeSpec("dynamic", int(rest))
-    if kind == "static" and rest:
-        widths = rest.split("x")
-        if all(_is_number(width) and int(width) > 0 for width in widths):
-            levels = [range(int(width)) for width in widths]
-            paths = [path for depth in range(1, len(levels) + 1) for path in itertools.product(*levels[:depth])]
-            return static_tree(paths, steps, spec)
+    widths = [1] * steps if spec == "chain" else [_count(width) for width in rest.split("x")]
+    if all(widths) and (spec == "chain" or kind == "static"):
+        levels = [range(width) for width in widths]
+        paths = [path for depth in range(1, len(levels) + 1) for path in itertools.product(*levels[:depth])]
+        return static_tree(paths, steps, spec)
     raise UsageError(
         f"no tree {spec!r}: give dynamic:N (2 <= N <= {MAX_NODES}), chain, static:4x2x1 (each may end in /K: K draft "
         "steps, and @B: pseudo rows for B nodes), none, or a tree.json file"
     )
 
 
-def _with(spec: TreeSpec, text: str, **changes: int) -> TreeSpec:
-    """Return the tree with the limit that follows it in `text`."""
-    changed = replace(spec, **changes)  # type: ignore[arg-type]
-    if spec.kind == "none":
+def _with_limits(tree: TreeSpec, text: str, **limits: int | None) -> TreeSpec:
+    """Return the tree with the limits that `text` gives it. Raises UsageError."""
+    if tree.kind == "none":
         raise UsageError(f"tree {text!r}: none has no draft to limit")
-    _check_steps(changed, text)
-    return changed
+    limited = replace(tree, **limits)  # type: ignore[arg-type]
+    if limited.kind == "static" and limited.steps is not None and limited.steps < limited.depth(0):
+        raise UsageError(f"tree {text!r} is {limited.depth(0)} deep, it needs at least as many draft steps")
+    return limited
 
 
-def _check_steps(spec: TreeSpec, text: str) -> None:
-    if spec.kind == "static" and spec.steps is not None and spec.steps < spec.depth(0):
-        raise UsageError(f"tree {text!r} is {spec.depth(0)} deep, it needs at least as many draft steps")
+def _chain(depth: int) -> str:
+    """Return the text form of a chain of any depth; `chain` is one of all the predictor's steps."""
+    return "static:" + "x".join("1" * depth)
 
 
-def _widths(widths: Sequence[int]) -> str:
-    return "static:" + "x".join(map(str, widths))
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+def _count(text: str) -> int:
+    """Return a number's value, 0 for other text."""
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def default_tree(folder: Path | None, predictor: Predictor) -> TreeSpec:
     """Return the default of the predictor folder's tree.json if it has one, else `dynamic:8`."""
     if folder is not None and (folder / "tree.json").is_file():
-        return _from_file(folder / "tree.json", predictor.steps)
+        return parse_tree(str(folder / "tree.json"), predictor.steps)
     return TreeSpec("dynamic", DEFAULT_NODES)
-
-
-def _from_file(path: Path, steps: int) -> TreeSpec:
-    return tree_of(path, read_tree_file(path), steps)
 
 
 def read_tree_file(path: Path) -> dict[str, Any]:
@@ -159,7 +150,7 @@ def read_tree_file(path: Path) -> dict[str, Any]:
     return value
 
 
-def tree_of(path: Path | str, value: dict[str, Any], steps: int) -> TreeSpec:
+def tree_of(path: str, value: dict[str, Any], steps: int) -> TreeSpec:
     """Return the tree of a tree.json's value, or of one of its entries: `paths`, with `name`, `steps` and `budget` if
     present, else the specification `tree`, else `dynamic:8`. Raises UsageError.
     """
@@ -180,9 +171,7 @@ def tree_of(path: Path | str, value: dict[str, Any], steps: int) -> TreeSpec:
         ) from None
     if any(limit is not None and limit < 1 for limit in limits.values()) or (limits["steps"] or 1) > steps:
         raise UsageError(f"{path}: `steps` must be 1 to {steps} and `budget` at least 1, got {limits}")
-    tree = replace(static_tree(paths, steps, str(value.get("name") or "")), **limits)  # type: ignore[arg-type]
-    _check_steps(tree, str(path))
-    return tree
+    return _with_limits(static_tree(paths, steps, str(value.get("name") or "")), path, **limits)
 
 
 def static_tree(paths: Sequence[tuple[int, ...]], steps: int, name: str = "") -> TreeSpec:

@@ -9,7 +9,6 @@ import torch
 
 from firp_cli.decoding.sequences import OutputSequence, Writer
 from firp_cli.decoding.speed.pipeline import PipelineEngine, PipelineRun
-from firp_cli.decoding.speed.stage_cache import StageCache
 from firp_cli.decoding.speed.stages import PipelineStages
 from firp_cli.decoding.speed.tick_log import total
 from firp_cli.evaluation.timing import PROMPT_TOKEN, milliseconds
@@ -98,8 +97,7 @@ class TimedTick:
         part.mine = range(stages)
         self.engine = PipelineEngine(teacher, predictor, guard=False, stages=part)
         self.item = OutputSequence(0, context)
-        cache = StageCache(self.engine.groups, 1, context + predictor.loops, teacher.device)
-        self.run = PipelineRun(self.engine, cache, [self.item])
+        self.run = PipelineRun(self.engine, [self.item], context + predictor.loops)
         self.writer = Writer(teacher, max_new_tokens=1 << 30)
         self.context = context
         if stages == predictor.loops:
@@ -108,9 +106,8 @@ class TimedTick:
         self.run.fill()
         positions = torch.arange(context + predictor.loops - 1, context - 1, -1, device=teacher.device)
         self.run.position = positions[:, None].contiguous()
-        self.run.hidden = self.run.hidden + self.run.hidden[:1]
         self.state = (self.run.position, self.run.expected, self.run.hidden)
-        self.out = self.run.layers(self.run.position[:stages])
+        self.out = self.run.layers()
 
     def _reset(self) -> None:
         self.item.committed, self.item.tokens, self.item.finish_reason = self.context, [PROMPT_TOKEN], ""
@@ -124,7 +121,7 @@ class TimedTick:
     def layers(self) -> None:
         """Run the layer groups over the stages that hold a token."""
         self.run.position, self.run.expected, self.run.hidden = self.state
-        self.run.layers(self.run.position[: len(self.engine.stages.mine)])
+        self.run.layers()
 
     def heads(self) -> None:
         """Run the exit maps, final norm and head of all stages, and choose their tokens."""

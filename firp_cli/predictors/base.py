@@ -7,7 +7,7 @@ Shapes: B sequences, R real rows, A anchors, k steps, s candidates per node, d h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -252,12 +252,12 @@ class ExitPredictor(Predictor):
 
     @abstractmethod
     def pipeline_logits(
-        self, teacher: Teacher, exits: Tensor | None, final: Tensor | None, places: Sequence[int], normed: bool = False
+        self, teacher: Teacher, exits: Mapping[int, Tensor], final: Tensor | None, normed: bool = False
     ) -> Tensor:
         """Return float32 logits of exits and of the last loop, from one pass through norm and head.
 
         Args:
-            exits: (E', B, d) states after the exit loops `self.exits[j]` for j in `places`; None: no exits.
+            exits: by j the states (B, d) after the exit loop `self.exits[j]`, in order.
             final: (B, d) state after the last layer, or None where that layer ran elsewhere.
             normed: True if `final` went through the final norm already.
 

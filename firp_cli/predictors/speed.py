@@ -7,7 +7,8 @@ Shapes: E exits, B sequences, T positions, A anchors, d hidden size, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,18 +53,19 @@ class SpeedPredictor(LinearMapPredictor, ExitPredictor):
         states = torch.stack([batch.hidden[layer].gather(1, index) for layer in self._layers])
         return teacher.norm(torch.stack(self._map(states, range(self.steps)))).movedim(0, 2)
 
-    def _map(self, states: Tensor, places: Sequence[int]) -> list[Tensor]:
-        """Map states (E', ..., d) after the exit loops in `places` to states before the final norm."""
-        pairs = zip((self.maps[place] for place in places), states, strict=True)
+    def _map(self, states: Iterable[Tensor], places: Iterable[int]) -> list[Tensor]:
+        """Map states (..., d) after the exit loops in `places` to states before the final norm."""
+        linears: list[Any] = [self.maps[place] for place in places]
+        pairs = zip(linears, states, strict=True)
         return [linear(state.to(linear.weight.dtype)).to(state.dtype) for linear, state in pairs]
 
     def step_logits(self, teacher: Teacher, states: Tensor, step: int) -> Tensor:
         return teacher.head(states)
 
     def pipeline_logits(
-        self, teacher: Teacher, exits: Tensor | None, final: Tensor | None, places: Sequence[int], normed: bool = False
+        self, teacher: Teacher, exits: Mapping[int, Tensor], final: Tensor | None, normed: bool = False
     ) -> Tensor:
-        rows = [] if exits is None else self._map(exits, places)
+        rows = self._map(exits.values(), exits)
         if final is None or not normed:
             return teacher.head(teacher.norm(torch.stack(rows if final is None else [*rows, final])))
         early = [teacher.norm(torch.stack(rows))] if rows else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
@@ -350,10 +350,10 @@ class FakeExits(SpeedPredictor):
                 self.answers[place, row, token % teacher.vocab_size] = 6.0
 
     def pipeline_logits(
-        self, teacher: Teacher, exits: Tensor | None, final: Tensor | None, places: Sequence[int], normed: bool = False
+        self, teacher: Teacher, exits: Mapping[int, Tensor], final: Tensor | None, normed: bool = False
     ) -> Tensor:
-        logits = super().pipeline_logits(teacher, exits, final, places, normed)
-        for row, place in enumerate(places if exits is not None else ()):
-            nearest = torch.cdist(exits[row].float(), self.known[place].float()).argmin(1)  # type: ignore[index]
+        logits = super().pipeline_logits(teacher, exits, final, normed)
+        for row, (place, states) in enumerate(exits.items()):
+            nearest = torch.cdist(states.float(), self.known[place].float()).argmin(1)
             logits[row] = self.answers[place][nearest]
         return logits

@@ -36,8 +36,6 @@ class PipelineEngine:
     """Decodes prompts with a teacher whose loops work on several tokens at once.
 
     Args:
-        predictor: early exits; None starts a token only after its predecessor has left (autoregressive decoding).
-        loops: number of stages of a teacher without sharing, without a predictor.
         guard: fall back to autoregressive decoding while the pipeline is slower. Several ranks never fall back.
         stages: this process's stages; None runs them all.
         clock: seconds, for the fallback and the reported times.
@@ -46,8 +44,7 @@ class PipelineEngine:
     def __init__(
         self,
         teacher: Teacher,
-        predictor: ExitPredictor | None = None,
-        loops: int | None = None,
+        predictor: ExitPredictor,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -58,27 +55,23 @@ class PipelineEngine:
     ) -> None:
         teacher.need_whole("decoding")
         self.teacher, self.predictor, self.prefill_chunk = teacher, predictor, prefill_chunk
-        self.boundaries = teacher.boundaries(predictor.grouping if predictor else loops)
+        self.boundaries = teacher.boundaries(predictor.grouping)
         self.loops = len(self.boundaries)
         self.stages = stages or PipelineStages(self.loops)
         self.clock = clock
         self.sampler = Sampler(temperature, top_p, seed, teacher.device)
-        groups = layer_groups(self.boundaries, teacher.num_layers, teacher.looped)
-        self.groups = [part for group in groups if (part := group.within(self.stages.mine))]
+        mine, looped = self.stages.mine, teacher.looped
+        groups = layer_groups(self.boundaries, teacher.num_layers, looped)
+        self.groups = [part for group in groups if (part := group.within(mine))]
         guarded = guard and self.stages.size == 1 and self.loops > 1
         self.fallback = pipeline_fallback(self.loops, shared=teacher.looped is not None) if guarded else None
-        device, mine, looped = teacher.device, self.stages.mine, teacher.looped
-        exits = list(enumerate(predictor.exits)) if predictor else []
-        self.places = [place for place, loop in exits if loop - 1 in mine]  # exits of this process
-        rows = [loop - 1 - mine.start for _, loop in exits if loop - 1 in mine]
-        adjoining = rows == list(range(len(rows)))
-        # stages of this process after which an exit predicts; a slice gives a view, an index a copy
-        self.exit_stages = slice(len(rows)) if adjoining else torch.tensor(rows, device=device)
-        self.predicting = torch.tensor([*rows, len(mine) - 1] if self.stages.last else rows, device=device).long()
-        self.stage_numbers = torch.arange(self.loops, device=device)[:, None]
+        # stages of this process after which an exit predicts, by the exit's place among all
+        exits = enumerate(predictor.exits)
+        self.exit_stages = {place: loop - 1 - mine.start for place, loop in exits if loop - 1 in mine}
+        predicting = [*self.exit_stages.values(), *([len(mine) - 1] if self.stages.last else [])]
+        self.predicting = torch.tensor(predicting, dtype=torch.long, device=teacher.device)
         # a norm at the end of every loop (Ouro), run for several stages at once, norms the last stage's state too
         self.normed = bool(looped and looped.norm_each_loop and not looped.coda and len(mine) > 1)
-        self.windowed = any(window is not None for window in teacher.windows)
 
     @torch.inference_mode()
     def generate(
@@ -99,34 +92,28 @@ class PipelineEngine:
         check_prompts(self.teacher, prompts, max_new_tokens)
         writer = Writer(self.teacher, max_new_tokens, stop, on_tokens)
         began = self.clock()
-        sequences = [
-            OutputSequence(number, len(prompt), committed=len(prompt)) for number, prompt in enumerate(prompts)
-        ]
+        sequences = [OutputSequence(number, len(prompt), len(prompt)) for number, prompt in enumerate(prompts)]
         longest = max(map(len, prompts))
         slots = longest + max_new_tokens + self.loops
-        needed = self.cache_bytes(len(prompts), longest, max_new_tokens)
-        check_fits(needed, len(prompts), slots, self.teacher.device)
-        run = PipelineRun(self, StageCache(self.groups, len(prompts), slots, self.teacher.device), sequences)
+        check_fits(self.cache_bytes(len(prompts), longest, max_new_tokens), len(prompts), slots, self.teacher.device)
+        run = PipelineRun(self, sequences, slots)
         tokens = run.prefill(prompts)
         for item, token in zip(sequences, tokens.tolist(), strict=True):
             writer.write(item, [token], 0)
         prefilled = self.clock()
         while run.drop_finished(self.clock() - prefilled):
             run.advance(writer)
-        for item, trace in zip(sequences, run.log.traces(), strict=True):
-            item.trace = trace
-        return [writer.generation(item, prefilled - began) for item in sequences]
+        generations = [writer.generation(item, prefilled - began) for item in sequences]
+        for made, trace in zip(generations, run.log.traces(len(prompts)), strict=True):
+            trace.autoregressive_tokens = len(made.token_ids) - 1 - trace.left  # the first token is prefill's
+            made.pipeline = trace
+        return generations
 
     def cache_bytes(self, batch: int, longest_prompt: int, max_new_tokens: int) -> int:
         """Return the size of such a batch's K/V cache, which has K/V of every loop."""
         teacher, slots = self.teacher, longest_prompt + max_new_tokens + self.loops + 1
         layers = sum(len(group.layers) * len(group.stages) for group in self.groups)
         return layers * 2 * batch * teacher.kv_heads * slots * teacher.head_size * teacher.dtype.itemsize
-
-
-def pad_rows(table: Tensor, count: int) -> Tensor:
-    """Return the table with its last row repeated up to `count` rows."""
-    return torch.cat([table, table[-1:].expand(count - len(table), *table.shape[1:])])
 
 
 class PipelineRun:
@@ -136,19 +123,22 @@ class PipelineRun:
     (EMPTY: none). `hidden` (n, B, d) enters this process's stages in the next tick.
     """
 
-    def __init__(self, engine: PipelineEngine, cache: StageCache, sequences: list[OutputSequence]) -> None:
-        self.engine, self.teacher, self.stages, self.cache = engine, engine.teacher, engine.stages, cache
-        self.live = list(sequences)
-        exits = engine.predictor.exits if engine.predictor else ()
-        self.log = TickLog(engine.loops, exits, len(sequences))
+    position: Tensor
+    expected: Tensor
+    hidden: Tensor
+
+    def __init__(self, engine: PipelineEngine, sequences: list[OutputSequence], slots: int) -> None:
+        self.engine, self.teacher, self.stages = engine, engine.teacher, engine.stages
+        self.live = sequences
+        device = self.teacher.device
+        self.cache = StageCache(engine.groups, len(sequences), slots, device)
+        self.log = TickLog(engine.loops, engine.predictor.exits)
         self.filled = False
-        self.slots = torch.arange(cache.slots, device=engine.teacher.device)
-        self.angles = engine.teacher.rotary_table(cache.slots)
-        if self.angles is not None and len(self.angles[0]) < cache.slots:  # a token in flight may lie past the context
-            self.angles = [pad_rows(part, cache.slots) for part in self.angles]
-        empty = torch.empty(0, dtype=torch.long, device=engine.teacher.device)
-        self.position, self.expected, self.hidden = empty, empty, empty
-        self.no_token = empty  # (1, B) of EMPTY
+        self.slots = torch.arange(slots, device=device)
+        self.stage_numbers = torch.arange(engine.loops, device=device)[:, None]
+        self.angles = self.teacher.rotary_table(slots)
+        # the table may end at the context; a token in flight past it, which no answer contains, gets the last angles
+        self.end = len(self.angles[0]) if self.angles else slots
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Make the K/V of all prompts at every loop, in chunks; return the tokens after them (B,)."""
@@ -192,11 +182,11 @@ class PipelineRun:
         if kept and len(kept) < len(self.live):
             index = torch.tensor(kept, device=self.teacher.device)
             self.cache.select(index)
+            self.live = [self.live[place] for place in kept]
             if self.filled:
                 self.position, self.expected = self.position[:, index], self.expected[:, index]
-                self.hidden, self.no_token = self.hidden[:, index], self.no_token[:, index]
-                self.log.select(kept)
-        self.live = [self.live[place] for place in kept]
+                self.hidden = self.hidden[:, index]
+                self.log.begin([item.number for item in self.live])
         return bool(kept)
 
     def advance(self, writer: Writer) -> None:
@@ -221,32 +211,13 @@ class PipelineRun:
         self.position = torch.full((self.engine.loops, batch), EMPTY, device=device)
         self.position[0] = torch.tensor([item.committed for item in self.live], device=device)
         self.expected = torch.full_like(self.position, EMPTY)
-        self.no_token = self.expected[:1]
-        state = self.teacher.embed(tokens)
-        self.hidden = state.new_zeros(len(self.stages.mine), *state.shape)
-        if self.stages.first:
-            self.hidden[0] = state
+        self.hidden = self.teacher.embed(tokens).repeat(len(self.stages.mine), 1, 1)  # one stage has a token
         self.log.begin([item.number for item in self.live])
         self.filled = True
 
     def tick(self, writer: Writer) -> float:
         """Run every stage's loop once and read the tokens that left; return their number per sequence."""
-        emitted = 0
-        for item, position, expected, token in zip(self.live, *self.work().tolist(), strict=True):
-            left = position != EMPTY
-            item.accepted_lengths.append(int(left))
-            if left:
-                emitted += 1
-                item.committed += 1
-                writer.write(item, [token], int(expected == token))
-        return emitted / len(self.live)
-
-    def work(self) -> Tensor:
-        """Do a tick's work, without waiting for the host. Return for the last stage (3, B): its token's position (EMPTY
-        where no token leaves), the token that its successor was started from, and the exact one.
-        """
-        stages = self.stages.mine
-        out = self.layers(self.position[stages.start : stages.stop])
+        out = self.layers()
         predicted, sure = self.predict(out)
         arrived = self.stages.pass_on(out[-1])
         predicted = self.stages.share(predicted)
@@ -255,62 +226,66 @@ class PipelineRun:
         started = self._decide(predicted, None if sure is None else self.stages.share(sure))
         first = self.teacher.embed(started) if arrived is None else arrived
         self.hidden = torch.cat([first[None], out[:-1]])
-        return tick[:, -1]
+        emitted = 0
+        # of the last stage: its token's position, the token that its successor was started from, and the exact one
+        for item, position, expected, token in zip(self.live, *tick[:, -1].tolist(), strict=True):
+            left = position != EMPTY
+            item.accepted_lengths.append(int(left))
+            if left:
+                emitted += 1
+                item.committed += 1
+                writer.write(item, [token], int(expected == token))
+        return emitted / len(self.live)
 
-    def layers(self, position: Tensor) -> Tensor:
-        """Run the layer groups over this process's stages (n, B); return the states after their loops (n, B, d)."""
-        teacher, first, batch = self.teacher, self.stages.mine.start, len(self.live)
+    def layers(self) -> Tensor:
+        """Run the layer groups over this process's stages; return the states after their loops (n, B, d)."""
+        teacher, mine, batch = self.teacher, self.stages.mine, len(self.live)
+        position = self.position[mine.start : mine.stop]
         # no token in flight is further than r - 1 positions from the oldest one, which follows what was committed
         view = max(item.committed for item in self.live) + self.engine.loops
-        self.cache.begin_tick(position, view, first)
+        self.cache.begin_tick(position, view, mine.start)
         rows = position.flatten()[:, None]
         mask = self._mask(rows, view)
-        rows = rows.clamp(min=0)
-        hidden = self.hidden
+        rows = rows.clamp(0, self.end - 1)
+        hidden = self.hidden.flatten(0, 1)[:, None]
         if self.angles is None:
             rotary = teacher.rotary(hidden, rows)
         else:
             rotary = [part.index_select(0, rows[:, 0])[:, None] for part in self.angles]
         for group in self.engine.groups:
-            place, count = group.stages.start - first, len(group.stages)
-            part = slice(place * batch, (place + count) * batch)
-            angles = [table[part] for table in rotary]
-            states = hidden[place : place + count].flatten(0, 1)[:, None]
+            first, stop = ((stage - mine.start) * batch for stage in (group.stages.start, group.stages.stop))
+            part = slice(first, stop)
+            angles, places, states = [table[part] for table in rotary], rows[part], hidden[part]
             for layer in group.layers:
                 seen = mask.additive(teacher.windows[layer])[part]
-                states = teacher.layer(layer, states, angles, rows[part], seen, self.cache)
-            states = states.view(count, batch, -1)
-            hidden = torch.cat([hidden[:place], states, hidden[place + count :]]) if count < len(hidden) else states
-        return hidden
+                states = teacher.layer(layer, states, angles, places, seen, self.cache)
+            hidden = states if len(states) == len(hidden) else torch.cat([hidden[:first], states, hidden[stop:]])
+        return hidden.view(len(mine), batch, -1)
 
     def predict(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what this process's stages predict after their tokens (n, B) and, with a threshold, which of these
         predictions are probable enough to start a token (n, B). A stage without exit repeats its last prediction.
         """
-        engine, predictor, stages = self.engine, self.engine.predictor, self.stages.mine
-        predicted = self.expected[stages.start : stages.stop]
-        sure = None if predictor is None or predictor.threshold is None else torch.ones_like(predicted)
+        engine, mine, threshold = self.engine, self.stages.mine, self.engine.predictor.threshold
+        predicted = self.expected[mine.start : mine.stop]
+        sure = None if threshold is None else torch.ones_like(predicted)
         if not len(engine.predicting):
             return predicted, sure
-        final = out[-1] if self.stages.last else None
-        if predictor is None:
-            assert final is not None
-            logits = self.teacher.head(final if engine.normed else self.teacher.norm(final))[None]
-        else:
-            exits = out[engine.exit_stages] if engine.places else None
-            logits = predictor.pipeline_logits(self.teacher, exits, final, engine.places, engine.normed)
+        states = out.unbind()
+        final = states[-1] if self.stages.last else None
+        exits = {place: states[stage] for place, stage in engine.exit_stages.items()}
+        logits = engine.predictor.pipeline_logits(self.teacher, exits, final, engine.normed)
         chosen = logits.argmax(-1)
         if final is not None and not engine.sampler.greedy:
             chosen[-1] = engine.sampler(logits[-1][:, None])[:, 0]
-        if sure is not None:
-            assert predictor is not None and predictor.threshold is not None
-            probable = logits.softmax(-1).amax(-1) >= predictor.threshold
-            sure = sure.index_copy(0, engine.predicting, probable.long())
-            if final is not None:
-                sure[-1] = 1  # exact
-        if len(engine.predicting) == len(stages):
-            return chosen, sure
-        return predicted.index_copy(0, engine.predicting, chosen), sure
+        if sure is not None:  # the last loop's predictions are exact
+            assert threshold is not None
+            early = len(engine.exit_stages)
+            probable = logits[:early].softmax(-1).amax(-1) >= threshold
+            sure.index_copy_(0, engine.predicting[:early], probable.long())
+        if len(engine.predicting) < len(mine):
+            chosen = predicted.index_copy(0, engine.predicting, chosen)
+        return chosen, sure
 
     def _decide(self, predicted: Tensor, sure: Tensor | None) -> Tensor:
         """Set the next tick's positions and expected tokens from all predictions (r, B); return the new tokens (B,).
@@ -318,7 +293,7 @@ class PipelineRun:
         The oldest token whose prediction differs from the one that its successor was started from decides: it has no
         successor yet, or all younger tokens are flushed.
         """
-        stages = self.engine.stage_numbers
+        stages = self.stage_numbers
         changed = (predicted != self.expected) & (self.position >= 0)
         oldest = torch.where(changed, stages, EMPTY).amax(0)
         place = oldest.clamp(min=0)[None]
@@ -330,7 +305,7 @@ class PipelineRun:
         kept = torch.where(stages >= oldest, self.position, EMPTY)
         expected = torch.where(stages == oldest, young[1], self.expected)
         self.position = torch.cat([young[0], kept[:-1]])
-        self.expected = torch.cat([self.no_token, expected[:-1]])
+        self.expected = torch.cat([self.expected[:1], expected[:-1]])  # the first stage's token has no successor yet
         return young[1, 0].clamp(min=0)
 
     def step(self, writer: Writer) -> None:
@@ -340,13 +315,11 @@ class PipelineRun:
         tokens = torch.tensor([[item.tokens[-1]] for item in self.live], device=device)
         view = max(item.committed for item in self.live) + 1
         self.cache.begin_rows(positions, view)
-        alone = len(self.live) == 1 and not self.engine.windowed
+        alone = len(self.live) == 1 and set(teacher.windows) == {None}
         mask = None if alone else self._mask(positions, view)
         hidden, _ = forward_rows(teacher, teacher.embed(tokens), positions, mask, cache=self.cache)
         chosen = self.engine.sampler(teacher.head(teacher.norm(hidden)))[:, 0]
-        waiting = [0] * (self.engine.loops - 1)
         for item, token in zip(self.live, chosen.tolist(), strict=True):
             item.committed += 1
-            item.accepted_lengths += [*waiting, 1]
-            self.log.autoregressive_tokens[item.number] += 1
+            item.accepted_lengths += [0] * (self.engine.loops - 1) + [1]
             writer.write(item, [token], 0)

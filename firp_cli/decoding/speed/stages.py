@@ -22,7 +22,7 @@ class PipelineStages:
     def __init__(self, loops: int, rank: int = 0, size: int = 1) -> None:
         if size > loops:
             raise UsageError(f"{size} ranks are too many: the pipeline has {loops} stages, so at most {loops}")
-        self.loops, self.rank, self.size = loops, rank, size
+        self.rank, self.size = rank, size
         self.first, self.last = rank == 0, rank == size - 1
         length, longer = divmod(loops, size)
         starts = [length * place + min(place, longer) for place in range(size + 1)]
@@ -31,8 +31,8 @@ class PipelineStages:
 
     def layers(self, boundaries: Sequence[int], num_layers: int) -> range:
         """Return the layers that this rank's stages run, of a teacher whose loops end at `boundaries`."""
-        start = boundaries[self.mine.start - 1] if self.mine.start else 0
-        return range(start, num_layers if self.last else boundaries[self.mine.stop - 1])
+        ends = (0, *boundaries[:-1], num_layers)
+        return range(ends[self.mine.start], ends[self.mine.stop])
 
     def pass_on(self, state: Tensor) -> Tensor | None:
         """Send a state to the next rank and return the previous rank's of the same shape; None on the first rank."""

@@ -39,7 +39,7 @@ from helpers.pipelines import RULES, TOKENS, fake_exits, random_exits, reference
 SHAPES = ["1x4", "2x3", "4x2", "3x4"]
 OWN_CODE = [name for name, (family, _) in DESCRIBED.items() if family == "own"]
 DESCRIBED_LLAMAS = [name for name, (family, _) in DESCRIBED.items() if family != "own"]
-UNSHARED = [f"{family}/{loops}" for family in FAMILIES for loops in (1, 2, 3, 4)]
+UNSHARED = [f"{family}/{loops}" for family in FAMILIES for loops in (2, 3, 4)]
 
 
 def batches(engine: PipelineEngine, prompts: list[list[int]], size: int, tokens: int = TOKENS) -> list[Generation]:
@@ -64,8 +64,7 @@ def test_random_exits_are_lossless(name: str, stack: str) -> None:
     teacher, loops = pipe_teacher(name, stack == "lean")
     prompts = some_prompts()
     expected = references(name, prompts)
-    predictor = None if loops == 1 else random_exits(teacher, loops)
-    engine = PipelineEngine(teacher, predictor, loops=loops, guard=False)
+    engine = PipelineEngine(teacher, random_exits(teacher, loops), guard=False)
     together = engine.generate(prompts, TOKENS)
     alone = batches(engine, prompts[:2], 1)
     assert [item.token_ids for item in together] == expected
@@ -121,13 +120,11 @@ def test_fakes_right_from_a_later_exit_on(name: str, first: int) -> None:
         assert item.pipeline.flushes == 0
 
 
-@pytest.mark.parametrize(
-    "name", [*SHAPES, "ouro", "raven", "raven-norms", "qwen2-window", "mistral-window/3", "llama/1"]
-)
-def test_pipeline_without_predictor_has_one_token_in_flight(name: str) -> None:
+@pytest.mark.parametrize("name", [*SHAPES, "ouro", "raven", "raven-norms", "qwen2-window", "mistral-window/3"])
+def test_pipeline_below_the_threshold_has_one_token_in_flight(name: str) -> None:
     teacher, loops = pipe_teacher(name)
     prompts = some_prompts(seed=5)
-    got = PipelineEngine(teacher, None, loops=loops, guard=False).generate(prompts, TOKENS)
+    got = PipelineEngine(teacher, random_exits(teacher, loops, threshold=0.999), guard=False).generate(prompts, TOKENS)
     assert [item.token_ids for item in got] == references(name, prompts)
     for item in got:
         assert item.pipeline is not None
@@ -199,14 +196,15 @@ def test_callback_gets_every_token() -> None:
 
 def test_refusals() -> None:
     teacher = looped_teacher(2, 3)
+    predictor = random_exits(teacher, None)
     for options in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(UsageError, match="temperature"):
-            PipelineEngine(teacher, None, **options)
+            PipelineEngine(teacher, predictor, **options)
     with pytest.raises(TeacherError, match=r"predictor\.loops is 2"):
-        PipelineEngine(teacher, None, loops=2)
+        random_exits(teacher, 2)
     with pytest.raises(TeacherError, match=r"\(1 to 4\)"):
-        PipelineEngine(tiny_teacher("llama"), None)
-    engine = PipelineEngine(teacher, None)
+        random_exits(tiny_teacher("llama"), None)
+    engine = PipelineEngine(teacher, predictor)
     with pytest.raises(CapacityError, match="512"):
         engine.generate([[5] * 500], 20)
     with pytest.raises(UsageError, match="empty"):

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.speed.tick_log import total
@@ -89,8 +88,8 @@ def predictions(teacher: Teacher, predictor: SpeedPredictor) -> Predict:
     def predict(prefix: tuple[int, ...]) -> Predicted:
         layers = list(predictor.required_layers)
         batch = sequence_batch(teacher, [list(prefix)], [1], layers)
-        states = torch.stack([batch.hidden[layer][:, -1] for layer in layers])
-        logits = predictor.pipeline_logits(teacher, states, None, range(len(layers)))[:, 0]
+        states = {place: batch.hidden[layer][:, -1] for place, layer in enumerate(layers)}
+        logits = predictor.pipeline_logits(teacher, states, None)[:, 0]
         predicted = Predicted([None] * predictor.loops, [True] * predictor.loops)
         for loop, row in zip(predictor.exits, logits, strict=True):
             predicted.tokens[loop - 1] = int(row.argmax())

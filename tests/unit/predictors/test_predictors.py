@@ -250,17 +250,17 @@ def test_exit_is_a_map_before_norm_and_head(name: str) -> None:
                     exit_logits = teacher.head(teacher.norm(mapped))
                     torch.testing.assert_close(logits[step][b, place], exit_logits, rtol=1e-4, atol=1e-3)
         rows = torch.arange(2)
-        exits = torch.stack([batch.hidden[layer][rows, anchors[:, 1]] for layer in layers])
+        exits = {place: batch.hidden[layer][rows, anchors[:, 1]] for place, layer in enumerate(layers)}
         before, normed = batch.hidden[teacher.num_layers][rows, anchors[:, 1]], batch.final[rows, anchors[:, 1]]
         exact = teacher.head(normed)
         early = [row[:, 1] for row in logits]
         for got, expected in (
-            (predictor.pipeline_logits(teacher, exits, before, (0, 1)), [*early, exact]),
-            (predictor.pipeline_logits(teacher, exits, normed, (0, 1), normed=True), [*early, exact]),
-            (predictor.pipeline_logits(teacher, exits, None, (0, 1)), early),
-            (predictor.pipeline_logits(teacher, exits[1:], None, (1,)), early[1:]),
-            (predictor.pipeline_logits(teacher, None, before, ()), [exact]),
-            (predictor.pipeline_logits(teacher, None, normed, (), normed=True), [exact]),
+            (predictor.pipeline_logits(teacher, exits, before), [*early, exact]),
+            (predictor.pipeline_logits(teacher, exits, normed, normed=True), [*early, exact]),
+            (predictor.pipeline_logits(teacher, exits, None), early),
+            (predictor.pipeline_logits(teacher, {1: exits[1]}, None), early[1:]),
+            (predictor.pipeline_logits(teacher, {}, before), [exact]),
+            (predictor.pipeline_logits(teacher, {}, normed, normed=True), [exact]),
         ):
             torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-3)
 
