@@ -63,7 +63,7 @@ class PipelineEngine:
         mine, looped = self.stages.mine, teacher.looped
         groups = layer_groups(self.boundaries, teacher.num_layers, looped)
         self.groups = [part for group in groups if (part := group.within(mine))]
-        guarded = guard and self.stages.size == 1 and self.loops > 1
+        guarded = guard and self.stages.size == 1
         self.fallback = pipeline_fallback(self.loops, shared=teacher.looped is not None) if guarded else None
         # stages of this process after which an exit predicts, by the exit's place among all
         exits = enumerate(predictor.exits)
@@ -217,6 +217,20 @@ class PipelineRun:
 
     def tick(self, writer: Writer) -> float:
         """Run every stage's loop once and read the tokens that left; return their number per sequence."""
+        emitted = 0
+        for item, position, expected, token in zip(self.live, *self.work().tolist(), strict=True):
+            left = position != EMPTY
+            item.accepted_lengths.append(int(left))
+            if left:
+                emitted += 1
+                item.committed += 1
+                writer.write(item, [token], int(expected == token))
+        return emitted / len(self.live)
+
+    def work(self) -> Tensor:
+        """Do a tick's work, without waiting for the host. Return for the last stage (3, B): its token's position (EMPTY
+        where no token leaves), the token that its successor was started from, and the exact one.
+        """
         out = self.layers()
         predicted, sure = self.predict(out)
         arrived = self.stages.pass_on(out[-1])
@@ -226,16 +240,7 @@ class PipelineRun:
         started = self._decide(predicted, None if sure is None else self.stages.share(sure))
         first = self.teacher.embed(started) if arrived is None else arrived
         self.hidden = torch.cat([first[None], out[:-1]])
-        emitted = 0
-        # of the last stage: its token's position, the token that its successor was started from, and the exact one
-        for item, position, expected, token in zip(self.live, *tick[:, -1].tolist(), strict=True):
-            left = position != EMPTY
-            item.accepted_lengths.append(int(left))
-            if left:
-                emitted += 1
-                item.committed += 1
-                writer.write(item, [token], int(expected == token))
-        return emitted / len(self.live)
+        return tick[:, -1]
 
     def layers(self) -> Tensor:
         """Run the layer groups over this process's stages; return the states after their loops (n, B, d)."""
