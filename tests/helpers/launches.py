@@ -11,6 +11,7 @@ FREE = {  # views, allocations, numbers
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unbind", "split", "alias"),
     *("detach", "as_strided", "unsqueeze", "squeeze", "empty", "new_empty", "empty_like", "empty_strided"),
     *("split_with_sizes", "_reshape_alias", "lift_fresh", "scalar_tensor"),
+    "flatten",  # shown for tensors made in inference mode alone
 }
 
 
