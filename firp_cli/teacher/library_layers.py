@@ -38,11 +38,11 @@ class Stack(Protocol):
         """Return position embeddings of rows at `positions` (B, R) for this stack's layers: each (B, R, ..., D)."""
         ...
 
-    def norm(self, hidden: Tensor) -> Tensor:
+    def norm(self, hidden: Tensor, /) -> Tensor:
         """Apply the final norm."""
         ...
 
-    def head(self, normed: Tensor) -> Tensor:
+    def head(self, normed: Tensor, /) -> Tensor:
         """Return the logits (..., V) of normed states (..., d), in the teacher's dtype or in float32."""
         ...
 

@@ -248,12 +248,12 @@ class Teacher:
         self.library = self.stack = wrap(self.library)
         self.peers = peers
 
-    def lean_stack(self, compiled: bool = False, short: bool = True) -> LeanStack:
+    def lean_stack(self, compiled: bool, kernels: bool) -> LeanStack:
         """Return lean twins of the library's layers, which share their weights.
 
         Raises UnsupportedLayersError for layers of another kind. Arguments: see `LeanStack`.
         """
-        return LeanStack(self.layers, self._norm, self._rotary, self._head, compiled, short)
+        return LeanStack(self.layers, self._norm, self._rotary, self._head, compiled, kernels)
 
     def any_has_work(self, work: bool) -> bool:
         """Return True where a forward must run: this process has `work` or, of processes that hold the teacher

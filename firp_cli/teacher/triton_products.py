@@ -45,11 +45,12 @@ class Prepared:
     """Hidden rows between layers, prepared for the next norm.
 
     Attributes:
-        hidden: (..., d) contiguous. scaled: (M, d) the same, multiplied by the weight of the next norm.
+        hidden: (..., d) contiguous. norm: (d,) the weight of the next norm. scaled: (M, d) their product.
         squares: (M, P) float32 sums of the squares of parts of each row.
     """
 
     hidden: Tensor
+    norm: Tensor
     scaled: Tensor
     squares: Tensor
 
@@ -139,7 +140,7 @@ def prepare(hidden: Tensor, norm: Tensor) -> Prepared:
             flat, norm, scaled, squares, flat.stride(0), size, triton.next_power_of_2(size), parts,
             triton.next_power_of_2(parts), num_warps=4,
         )  # fmt: skip
-    return Prepared(hidden, scaled, squares)
+    return Prepared(hidden, norm, scaled, squares)
 
 
 def normed_product(
@@ -178,7 +179,7 @@ def add_product(
     if norm is not None:
         tiles = tiles or choose(size, flat.shape[1], row_block(len(flat)), gated=False)
         squares = rows.new_empty(len(flat), triton.cdiv(size, tiles.outputs), dtype=torch.float32)
-        prepared = Prepared(residual, flat.new_empty(len(flat), size), squares)
+        prepared = Prepared(residual, norm, flat.new_empty(len(flat), size), squares)
     _launch(flat, weight, bias, residual, tiles, prepared=prepared, norm=norm, added=True)
     return prepared
 
