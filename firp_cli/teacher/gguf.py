@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firp_cli.errors import TeacherError
+from firp_cli.errors import TeacherError, first_line
 from firp_cli.files import cache_folder, file_sha256, write_json
 from firp_cli.provenance import fingerprint
 
@@ -294,5 +294,4 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _damaged(path: Path, error: Exception) -> TeacherError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return TeacherError(f"{path} is damaged, truncated or no GGUF file ({first}); fetch it again")
+    return TeacherError(f"{path} is damaged, truncated or no GGUF file ({first_line(error)}); fetch it again")

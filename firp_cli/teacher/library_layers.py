@@ -67,7 +67,10 @@ class MissingLayer(nn.Identity):
 
 
 class LibraryStack:
-    """The library's modules as they are. Raises TeacherError where a layer takes no known cache."""
+    """The library's modules as they are; rows return from the devices where the library placed them.
+
+    Raises TeacherError where a layer takes no known cache.
+    """
 
     name = "library"
 
@@ -87,13 +90,13 @@ class LibraryStack:
         self._calls, self._lock, self._library_attention = 0, Lock(), ""
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
-        return list(self._rotary(hidden, positions))
+        return [part.to(hidden.device) for part in self._rotary(hidden, positions)]
 
     def norm(self, hidden: Tensor) -> Tensor:
-        return self._norm(hidden)
+        return self._norm(hidden).to(hidden.device)
 
     def head(self, normed: Tensor) -> Tensor:
-        return self._head(normed)
+        return self._head(normed).to(normed.device)
 
     def layer(
         self,
@@ -115,7 +118,7 @@ class LibraryStack:
                 **{self._cache_name: cache},
                 **attending,
             )
-        return output[0] if isinstance(output, tuple) else output
+        return (output[0] if isinstance(output, tuple) else output).to(hidden.device)
 
     @contextmanager
     def _kernel(self) -> Iterator[None]:

@@ -238,12 +238,11 @@ class Teacher:
         """Drop the embedding: training on a layer's states needs none."""
         self._embed = MissingLayer()
 
-    def wrap_library(self, wrap: Callable[[Any], Stack], peers: Callable[[bool], bool] | None = None) -> None:
-        """Run the library's layers through `wrap(library)` from now on.
+    def wrap_library(self, wrap: Callable[[Any], Stack], peers: Callable[[bool], bool]) -> None:
+        """Run the library's layers through `wrap(library)`, for a teacher that several processes hold together.
 
         Args:
-            peers: where several processes hold the teacher together, returns True while any of them has work; its
-                argument is whether this process has. A collective.
+            peers: returns True while any of them has work; its argument is whether this process has. A collective.
         """
         self.library = self.stack = wrap(self.library)
         self.peers = peers
@@ -279,15 +278,10 @@ class Teacher:
                 f"{work} needs all of {self.name} on one device: leave teacher.device_map and teacher.sharding out"
             )
 
-    def keep_fingerprint(self, fingerprint: str) -> None:
-        """Set the whole teacher's fingerprint, where this process does not hold all values that it samples."""
-        self._fingerprint = fingerprint
-
     @property
     def weight_bytes(self) -> int:
         """Bytes of the parameters that have memory."""
-        parameters = [parameter for parameter in self.model.parameters() if not parameter.is_meta]
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return sum(parameter.nbytes for parameter in self.model.parameters() if not parameter.is_meta)
 
     def boundaries(self, loops: int | None = None) -> tuple[int, ...]:
         """Return the number of layers that have run at the end of each loop; the last is all but the coda.
@@ -336,15 +330,20 @@ class Teacher:
         """16 hex digits over parameter names, shapes and sampled values: equal weights have equal fingerprints."""
         if self._fingerprint is None:
             parameters = dict(self.model.named_parameters())
-            shapes = [(name, parameter.shape) for name, parameter in parameters.items()]
-            extra = "" if self.looped is None else self.looped.model_dump_json()
 
             def sample(name: str, places: Tensor) -> Tensor:
                 flat = parameters[name].detach().flatten()
                 return flat[places.to(flat.device)]
 
-            self._fingerprint = weights_fingerprint(shapes, sample, extra)
+            self.keep_fingerprint(sample)
+        assert self._fingerprint is not None
         return self._fingerprint
+
+    def keep_fingerprint(self, sample: Callable[[str, Tensor], Tensor]) -> None:
+        """Compute the whole teacher's fingerprint. `sample` returns a parameter's values at flat places (n,)."""
+        shapes = [(name, parameter.shape) for name, parameter in self.model.named_parameters()]
+        extra = "" if self.looped is None else self.looped.model_dump_json()
+        self._fingerprint = weights_fingerprint(shapes, sample, extra)
 
     def describe(self) -> dict[str, Any]:
         """Return identity and size, for records and manifests."""
