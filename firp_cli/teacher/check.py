@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,9 @@ def check_against_model(teacher: Teacher) -> None:
 
     Raises TeacherError on a difference.
     """
-    inputs, start = _inputs(teacher)
+    ids = _token_ids(teacher)
+    start = teacher.embed(ids) if teacher.first == 0 else _states(teacher, ids.shape[1])
+    inputs = {"input_ids": ids} if teacher.first == 0 else {"inputs_embeds": start}
     states: list[Tensor] = []
     try:
         with _passing_layers(teacher.layers):
@@ -77,8 +78,7 @@ def standard_attention(teacher: Teacher) -> bool:
 @torch.no_grad()
 def _attends_as_standard(teacher: Teacher, index: int) -> bool:
     """Compare a layer's output under `CausalRows` with that under the dense mask."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, TOKENS, teacher.hidden_size, generator=generator).to(teacher.device, teacher.dtype)
+    states = _states(teacher, TOKENS)
     positions, mask = _causal(teacher, TOKENS)
     window = teacher.windows[index]
     try:
@@ -130,20 +130,15 @@ def _difference(teacher: Teacher, stack: Stack) -> float:
 
 def _token_ids(teacher: Teacher) -> Tensor:
     """Return random tokens (1, T), enough to pass short sliding windows."""
-    windows = [window for window in teacher.windows if window]
-    tokens = max([TOKENS, *(window + 8 for window in windows if window <= 256)])
+    tokens = max([TOKENS, *(window + 8 for window in teacher.windows if window and window <= 256)])
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, teacher.vocab_size, (1, tokens), generator=generator).to(teacher.device)
 
 
-def _inputs(teacher: Teacher) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the arguments of the model's own forward, and the input (1, T, d) of this process's first layer."""
-    ids = _token_ids(teacher)
-    if teacher.first == 0:
-        return {"input_ids": ids}, teacher.embed(ids)
+def _states(teacher: Teacher, tokens: int) -> Tensor:
+    """Return random states (1, T, d)."""
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, ids.shape[1], teacher.hidden_size, generator=generator).to(teacher.device, teacher.dtype)
-    return {"inputs_embeds": states}, states
+    return torch.randn(1, tokens, teacher.hidden_size, generator=generator).to(teacher.device, teacher.dtype)
 
 
 def _causal(teacher: Teacher, rows: int) -> tuple[Tensor, AttentionMask]:
@@ -155,18 +150,11 @@ def _causal(teacher: Teacher, rows: int) -> tuple[Tensor, AttentionMask]:
 @contextmanager
 def _passing_layers(layers: nn.ModuleList) -> Iterator[None]:
     """Let states pass missing layers unchanged, so that the model's own forward runs with the layers present."""
-    missing = {index: layer for index, layer in enumerate(layers) if isinstance(layer, MissingLayer)}
-    for index in missing:
-        layers[index] = _PassingLayer()
+    missing = [layer for layer in layers if isinstance(layer, MissingLayer)]
+    for layer in missing:
+        layer.passes = True
     try:
         yield
     finally:
-        for index, layer in missing.items():
-            layers[index] = layer
-
-
-class _PassingLayer(nn.Identity):
-    """Stand-in that returns its input and ignores a layer's other arguments."""
-
-    def forward(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
-        return input
+        for layer in missing:
+            layer.passes = False

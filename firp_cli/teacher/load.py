@@ -185,7 +185,6 @@ class PartialTeacher:
             key = self.files.key(name)
             if key is None or self.files.shape(key) != tuple(parameter.shape):
                 raise PartError(f"its files do not contain {name} as the library does")
-            self.files.dtype(key)
             if parameter.dtype != self.teacher.dtype:
                 raise PartError(f"{name} has another dtype than the other parameters")
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -131,7 +131,7 @@ def test_damaged_or_missing_file_error_names_file(folders: dict[str, Path], tmp_
     with pytest.raises(TeacherError, match=f"{path.name} cannot be read"):
         files = WeightFiles(str(tmp_path / "cut"))
         for name, _ in tiny_model("llama").named_parameters():
-            files.dtype(str(files.key(name)))
+            files.shape(str(files.key(name)))
     path.unlink()
     with pytest.raises(TeacherError, match=f"{path.name} is missing"):
         WeightFiles(str(tmp_path / "cut"))
