@@ -65,7 +65,10 @@ def read_config(path: Path) -> Any:
 
 
 class _Header:
-    """Header of a file, its fields and tensor table, read by the `gguf` package. Raises TeacherError."""
+    """Header of a file, its fields and tensor table, read by the `gguf` package.
+
+    Raises TeacherError for files other than a supported decoder, whole and in one file.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -80,15 +83,6 @@ class _Header:
             self._fields = reader.fields
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.architecture = str(self.get("general.architecture"))
-        self._check()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return a field's value; `*` in the key is the architecture."""
-        field = self._fields.get(key.replace("*", getattr(self, "architecture", "")))
-        return default if field is None else field.contents()
-
-    def _check(self) -> None:
-        """Refuse files other than a supported decoder, whole and in one file. Raises TeacherError."""
         if self.architecture not in ARCHITECTURES:
             raise TeacherError(
                 f"{self.path}: GGUF architecture {self.architecture!r} is not supported; "
@@ -101,6 +95,11 @@ class _Header:
             )
         if self.get("*.expert_count", 0):
             raise TeacherError(f"{self.path}: mixtures of experts are not supported from GGUF files")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a field's value; `*` in the key is the architecture."""
+        field = self._fields.get(key.replace("*", getattr(self, "architecture", "")))
+        return default if field is None else field.contents()
 
 
 def _unpack_into(folder: Path, path: Path, dtype: torch.dtype, digest: str) -> None:

@@ -133,7 +133,9 @@ class LibraryStack:
         The name is restored afterwards, because the model's own `generate` must not use `attend`. Threads may run
         layers at the same time (collecting on the fly, beside training): the last one restores the name.
         """
-        register_kernel()
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(KERNEL, _attend)
         with self._lock:
             if not self._calls:
                 self._library_attention = self._config._attn_implementation
@@ -146,13 +148,6 @@ class LibraryStack:
                 self._calls -= 1
                 if not self._calls:
                     self._config._attn_implementation = self._library_attention
-
-
-def register_kernel() -> None:
-    """Register `attend` in transformers' attention interface. Calling it again does nothing."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(KERNEL, _attend)
 
 
 def _attend(
@@ -185,11 +180,16 @@ def part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
     )
 
 
-def original_positions(config: Any, default: int) -> int:
-    """Return the number of positions that a model with `longrope` was first trained on."""
+def max_positions(config: Any, rope_type: str | None) -> int:
+    """Return the length of the context; with `longrope` the original one, because longer sequences get other factors
+    at all positions.
+    """
+    count: int = getattr(config, "max_position_embeddings", 1 << 30)
+    if rope_type != "longrope":
+        return count
     rope = getattr(config, "rope_parameters", None) or {}
-    count = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
-    return int(count or default)
+    original = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return min(count, int(original or count))
 
 
 def windows(config: Any, layers: int, looped: LoopedSection | None) -> list[int | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,8 +76,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str | None = None
     if len(devices) > 1:
         held, whole = teacher.weight_bytes, sum(parameter.nbytes for parameter in model.parameters())
         note = f"spread over {', '.join(sorted(devices))}"
-        count = teacher.num_layers
-        teacher.loaded_weights = LoadedWeights("device_map", count, count, held, whole - held, note)
+        teacher.loaded_weights = replace(teacher.loaded_weights, kind="device_map", saved=whole - held, note=note)
         teacher.library.name = "placed"
         if held < whole:  # layers on disk are read when they run
             _fingerprint_files(teacher, WeightFiles(located.model, located.revision, model.base_model_prefix))
@@ -99,9 +99,7 @@ def load_upper(config: TeacherConfig, first: int, device: torch.device | str | N
         return teacher.finished("upper")
     except PartError as error:
         whole = load_teacher(config, device)
-        whole.loaded_weights = LoadedWeights(
-            "whole", whole.num_layers, whole.num_layers, whole.weight_bytes, note=str(error)
-        )
+        whole.loaded_weights = replace(whole.loaded_weights, note=str(error))
         return whole
 
 
@@ -150,16 +148,15 @@ class PartialTeacher:
         skipped = embedding - needed if self.teacher.first else set()
         if skipped:
             self.teacher.drop_embedding()
-        owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in model.modules():
-            for leaf, parameter in module.named_parameters(recurse=False):
-                owners.setdefault(id(parameter), []).append((module, leaf))
-        for name, empty in list(model.named_parameters()):
+        made: dict[int, nn.Parameter] = {}  # modules may share a parameter
+        for name, empty in list(model.named_parameters(remove_duplicate=False)):
             if id(empty) in skipped:
                 continue
-            made = make(name, empty) if make else nn.Parameter(self.read(name).to(device, empty.dtype), False)
-            for module, leaf in owners[id(empty)]:
-                setattr(module, leaf, made)
+            if id(empty) not in made:
+                value = make(name, empty) if make else nn.Parameter(self.read(name).to(device, empty.dtype), False)
+                made[id(empty)] = value
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, made[id(empty)])
         _fill_buffers(model, device)
 
     def read(self, name: str) -> Tensor:

@@ -21,7 +21,7 @@ from firp_cli.teacher.library_layers import (
     MissingLayer,
     Stack,
     eos_token_ids,
-    original_positions,
+    max_positions,
     part,
     placement_hook,
     windows,
@@ -48,8 +48,6 @@ class Teacher:
 
     Args:
         looped: the layers that run several times, where the model's own class does not define them.
-        standard_attention: the layers' attention is exactly `firp_cli.teacher.attention.attend`
-            (`firp_cli.teacher.check.standard_attention`). False is always right, and slower on long sequences.
 
     Attributes: `num_layers` L, `hidden_size` d, `vocab_size` V, `kv_heads`, `head_size`, `max_positions`,
     `eos_token_ids`, `device`, `dtype`, `windows` (per layer: sliding window in positions, or None), `looped` (None:
@@ -64,7 +62,6 @@ class Teacher:
         tokenizer: Any = None,
         name: str = "in-memory",
         looped: LoopedSection | None = None,
-        standard_attention: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -89,15 +86,12 @@ class Teacher:
         self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         self.query_size = heads * self.head_size
         self.vocab_size: int = self._head.weight.shape[0]
-        self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
-        if (
-            getattr(self._rotary, "rope_type", None) == "longrope"
-        ):  # longer sequences get other factors at all positions
-            self.max_positions = min(self.max_positions, original_positions(config, self.max_positions))
+        self.max_positions = max_positions(config, getattr(self._rotary, "rope_type", None))
         self.windows = windows(config, self.num_layers, self.looped)
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self._fingerprint: str | None = None
-        self.standard_attention = standard_attention
+        # the layers' attention is exactly `attend` (`firp_cli.teacher.check`); False is always right, and slower
+        self.standard_attention = False
         self.first = 0
         self.peers: Callable[[bool], bool] | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -171,9 +165,8 @@ class Teacher:
         """Return h^stop of h^start (B, R, d), under a mask's first R rows."""
         rows = hidden.shape[1]
         masks = {window: None if mask is None else mask.at(window, rows) for window in set(self.windows[start:stop])}
-        run_packed = getattr(self.stack, "run_packed", None)
-        if run_packed is not None and len(masks) == 1:
-            output = run_packed(start, stop, hidden, rotary, *masks.values(), cache)
+        if isinstance(self.stack, LeanStack) and len(masks) == 1:
+            output = self.stack.run_packed(start, stop, hidden, rotary, masks[self.windows[start]], cache)
             if output is not None:
                 return output
         for number in range(start, stop):
