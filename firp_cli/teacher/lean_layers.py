@@ -327,23 +327,20 @@ def _join(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Join the weights (and biases) of linears with the same input; the linears' own become views into the result."""
     if len({linear.bias is None for linear in linears}) > 1 or len({linear.weight.device for linear in linears}) > 1:
         raise UnsupportedLayersError("joined matrices differ in their biases or devices")
-    joined: list[Tensor] = []
-    for name in ("weight", "bias"):
-        parts = [getattr(linear, name) for linear in linears]
-        if parts[0] is None:
-            return joined[0], None
-        whole = _adjoining([part.data for part in parts])
-        for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-            part.data = view
-        joined.append(whole)
-    return joined[0], joined[1]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return _joined([linear.weight for linear in linears]), _joined(biases) if biases else None
 
 
-def _adjoining(parts: list[Tensor]) -> Tensor:
-    """Return the parts as one tensor, without a copy where they are adjacent in memory (joined before)."""
-    first = parts[0]
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return the parts as one tensor, into which they become views; without a copy where they are adjacent in memory
+    (joined before).
+    """
+    first = parts[0].data
     followed = all(part.data_ptr() == before.data_ptr() + before.nbytes for before, part in pairwise(parts))
     storages = {part.untyped_storage().data_ptr() for part in parts}
-    if not followed or len(storages) > 1 or not all(part.is_contiguous() for part in parts):
-        return torch.cat(parts)
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    if followed and len(storages) == 1 and all(part.is_contiguous() for part in parts):
+        return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    joined = torch.cat(parts)
+    for part, view in zip(parts, joined.split(list(map(len, parts))), strict=True):
+        part.data = view
+    return joined

@@ -76,8 +76,9 @@ def _product(
     PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BIAS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
     PREPARED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute one block of outputs of one block of rows; grid (N blocks, M blocks). NORMED: normalise the rows; otherwise
-    add to the output. GATED: the matrix has 2 N rows.
+    """Compute one block of outputs of one block of rows; grid (N blocks, M blocks).
+
+    NORMED: normalise the rows; otherwise add to the output. GATED: the matrix has 2 N rows.
     """
     block = tl.program_id(0)
     out_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
