@@ -248,20 +248,18 @@ class LeanStack:
     ) -> Tensor:
         layer, norm = self._layers[index], self._loop_norms[index]
         assert layer is not None, f"layer {index} was released"
+
+        def update(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return (keys, values) if cache is None else cache.update(keys, values, index)
+
         if isinstance(mask, TreeRows) and isinstance(cache, KVCache) and layer.in_kernels and not hidden.requires_grad:
             step = Step(rotary, mask, cache.written(index, hidden.shape[1]), cache.seen(index))
             output = self._decode(index, layer, hidden, step)
         elif layer.packed is not None and (mask is None or isinstance(mask, Tensor)) and takes(hidden):
-
-            def seen(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-                return (keys, values) if cache is None else cache.update(keys, values, index)
-
-            output = layer.packed(hidden, rotary, mask, seen)
+            output = layer.packed(hidden, rotary, mask, update)
         else:
             queries, keys, values = layer.before(hidden, *rotary)
-            if cache is not None:
-                keys, values = cache.update(keys, values, index)
-            output = layer.after(hidden, attend(queries, keys, values, mask, layer.scaling))
+            output = layer.after(hidden, attend(queries, *update(keys, values), mask, layer.scaling))
         return output if norm is None else norm(output)
 
     def run_packed(
@@ -331,7 +329,7 @@ def _join(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     return _joined([linear.weight for linear in linears]), _joined(biases) if biases else None
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Return the parts as one tensor, into which they become views; without a copy where they are adjacent in memory
     (joined before).
     """
@@ -340,7 +338,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     storages = {part.untyped_storage().data_ptr() for part in parts}
     if followed and len(storages) == 1 and all(part.is_contiguous() for part in parts):
         return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
-    joined = torch.cat(parts)
+    joined = torch.cat([part.data for part in parts])
     for part, view in zip(parts, joined.split(list(map(len, parts))), strict=True):
         part.data = view
     return joined

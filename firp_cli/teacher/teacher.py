@@ -53,7 +53,7 @@ class Teacher:
     `eos_token_ids`, `device`, `dtype`, `windows` (per layer: sliding window in positions, or None), `looped` (None:
     every layer runs once), `library` (the library's layers), `stack` (the layers that run: `library`, or their lean
     twins), `first` (the lowest layer that this process can run on from), `loaded_weights` (the part of the weights that
-    this process holds).
+    this process holds), `peers` (None, or the collective behind `any_has_work`).
     """
 
     def __init__(
@@ -230,15 +230,6 @@ class Teacher:
     def drop_embedding(self) -> None:
         """Drop the embedding: training on a layer's states needs none."""
         self._embed = MissingLayer()
-
-    def wrap_library(self, wrap: Callable[[Any], Stack], peers: Callable[[bool], bool]) -> None:
-        """Run the library's layers through `wrap(library)`, for a teacher that several processes hold together.
-
-        Args:
-            peers: returns True while any of them has work; its argument is whether this process has. A collective.
-        """
-        self.library = self.stack = wrap(self.library)
-        self.peers = peers
 
     def lean_stack(self, compiled: bool, kernels: bool) -> LeanStack:
         """Return lean twins of the library's layers, which share their weights.
