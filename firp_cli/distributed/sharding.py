@@ -88,7 +88,7 @@ class _Sharing:
     def share(self, name: str, empty: nn.Parameter) -> nn.Parameter:
         """Return this rank's part of parameter `name`, of the shape and dtype of `empty`. A collective."""
         if is_main():
-            value = self._vacant.read(name).to(self.device, empty.dtype)
+            value = self._vacant.files.read(name).to(self.device, empty.dtype)
         else:
             value = torch.empty(empty.shape, dtype=empty.dtype, device=self.device)
         made = nn.Parameter(value, requires_grad=False)

@@ -107,15 +107,15 @@ class LeanLayer:
         kernels: see `LeanStack`.
     """
 
-    def __init__(self, layer: nn.Module, kernels: bool = True) -> None:
-        attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
+    def __init__(self, layer: Any, kernels: bool = True) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
         _only(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
         _only(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"})
         _only(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
         self.head_size = int(attention.head_dim)
         self.scaling = float(getattr(attention, "scaling", self.head_size**-0.5))
-        self.first_norm = RMSNorm.of(_child(layer, "input_layernorm"))
-        self.second_norm = RMSNorm.of(_child(layer, "post_attention_layernorm"))
+        self.first_norm = RMSNorm.of(layer.input_layernorm)
+        self.second_norm = RMSNorm.of(layer.post_attention_layernorm)
         parts = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self.head_norms = [RMSNorm.of(part) for part in parts if part is not None]  # of queries and of keys, or empty
         queries, keys, values, output = (_linear(attention, f"{part}_proj") for part in "qkvo")
@@ -294,13 +294,6 @@ class LeanStack:
         return output
 
 
-def _child(module: nn.Module, name: str) -> Any:
-    child = getattr(module, name, None)
-    if child is None:
-        raise UnsupportedLayersError(f"{type(module).__name__} has no {name}")
-    return child
-
-
 def _only(module: nn.Module, known: set[str]) -> None:
     """Refuse parts other than the known ones, which lean layers would skip: adapters, hooks, parameters."""
     children = [name for name, _ in module.named_children() if name not in known]
@@ -312,7 +305,7 @@ def _only(module: nn.Module, known: set[str]) -> None:
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
-    linear = _child(module, name)
+    linear = getattr(module, name)
     if type(linear) is not nn.Linear:  # quantised and adapted ones are subclasses
         raise UnsupportedLayersError(f"{name} is a {type(linear).__name__}")
     if placement_hook(linear) is not None or linear._forward_hooks or linear._forward_pre_hooks:

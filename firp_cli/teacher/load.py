@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
@@ -65,9 +65,8 @@ def load_teacher(config: TeacherConfig, device: torch.device | str | None = None
     options = _options(located)
     if config.device_map is not None:
         options["device_map"] = config.device_map
-    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     with _loading(config):
-        model = AutoModelForCausalLM.from_pretrained(located.model, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(located.model, dtype=config.dtype, **options)
         tokenizer = _tokenizer(located)
     if config.device_map is None:
         nn.Module.to(model, torch.device(device or default_device()))
@@ -153,17 +152,13 @@ class PartialTeacher:
             if id(empty) in skipped:
                 continue
             if id(empty) not in made:
-                value = make(name, empty) if make else nn.Parameter(self.read(name).to(device, empty.dtype), False)
+                value = (
+                    make(name, empty) if make else nn.Parameter(self.files.read(name).to(device, empty.dtype), False)
+                )
                 made[id(empty)] = value
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, made[id(empty)])
         _fill_buffers(model, device)
-
-    def read(self, name: str) -> Tensor:
-        """Return a parameter's values, on the CPU, in the file's dtype."""
-        key = self.files.key(name)
-        assert key is not None
-        return self.files.read(key)
 
     def finished(self, kind: str, held: int | None = None, ranks: int = 1) -> Teacher:
         """Return the teacher after comparing it with its model's own forward. Raises PartError where they differ."""
@@ -179,9 +174,7 @@ class PartialTeacher:
 
     def _check_names(self, model: Any) -> None:
         for name, parameter in model.named_parameters():
-            key = self.files.key(name)
-            if key is None or self.files.shape(key) != tuple(parameter.shape):
-                raise PartError(f"its files do not contain {name} as the library does")
+            self.files.check(name, parameter.shape)
             if parameter.dtype != self.teacher.dtype:
                 raise PartError(f"{name} has another dtype than the other parameters")
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -210,14 +203,7 @@ def _empty_model(config: TeacherConfig, located: TeacherConfig) -> Any:
 
 def _fingerprint_files(teacher: Teacher, files: WeightFiles) -> None:
     """Compute a whole teacher's fingerprint from values in its files. Raises TeacherError for a missing parameter."""
-
-    def sample(name: str, places: Tensor) -> Tensor:
-        key = files.key(name)
-        if key is None:
-            raise TeacherError(f"{teacher.name}: its files do not contain {name} as the library does; load it whole")
-        return files.sample(key, places).to(teacher.dtype)
-
-    teacher.keep_fingerprint(sample)
+    teacher.keep_fingerprint(lambda name, places: files.sample(name, places).to(teacher.dtype))
 
 
 def _options(located: TeacherConfig) -> dict[str, Any]:

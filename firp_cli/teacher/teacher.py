@@ -53,7 +53,7 @@ class Teacher:
     `eos_token_ids`, `device`, `dtype`, `windows` (per layer: sliding window in positions, or None), `looped` (None:
     every layer runs once), `library` (the library's layers), `stack` (the layers that run: `library`, or their lean
     twins), `first` (the lowest layer that this process can run on from), `loaded_weights` (the part of the weights that
-    this process holds), `peers` (None, or the collective behind `any_has_work`).
+    this process holds), `peers` (None, or the collective of `any_has_work`).
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class WeightFiles:
     """
 
     def __init__(self, source: str, revision: str | None = None, prefix: str = "") -> None:
-        self._prefix = prefix
+        self._source, self._prefix = source, prefix
         self._opened: dict[Path, Any] = {}
         index = _find(source, INDEX, revision)
         if index is not None:
@@ -74,34 +74,37 @@ class WeightFiles:
             )
         self._files = dict.fromkeys(self._open(single).keys(), single)
 
-    def key(self, name: str) -> str | None:
-        """Return a parameter's name in the files; None where they do not have it."""
-        prefix = f"{self._prefix}."
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in self._files:
-                return candidate
-        return None
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's shape. Raises TeacherError for a dtype that no teacher has."""
-        entry = self._open(self._files[key]).get_slice(key)
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raise TeacherError unless the files contain a parameter of this shape, in a dtype of teachers."""
+        path, key = self._place(name)
+        entry = self._open(path).get_slice(key)
         if entry.get_dtype() not in DTYPES:
-            raise TeacherError(f"{self._files[key]}: {key} has dtype {entry.get_dtype()}, which is not read in part")
-        return tuple(entry.get_shape())
+            raise TeacherError(f"{path}: {key} has dtype {entry.get_dtype()}, which is not read in part")
+        if entry.get_shape() != list(shape):
+            raise TeacherError(f"{path}: {key} has shape {entry.get_shape()}, the library's has {list(shape)}")
 
-    def read(self, key: str) -> Tensor:
-        """Return a whole tensor, on the CPU, in the file's dtype."""
-        path = self._files[key]
+    def read(self, name: str) -> Tensor:
+        """Return a parameter's values, on the CPU, in the file's dtype."""
+        path, key = self._place(name)
         try:
             with safe_open(path, framework="pt") as stream:
                 return stream.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
 
-    def sample(self, key: str, places: Tensor) -> Tensor:
+    def sample(self, name: str, places: Tensor) -> Tensor:
         """Return values at flat places (n,); the file is mapped, and only the pages with these values are read."""
-        values: Tensor = self._open(self._files[key]).get_tensor(key)
+        path, key = self._place(name)
+        values: Tensor = self._open(path).get_tensor(key)
         return values.flatten()[places]
+
+    def _place(self, name: str) -> tuple[Path, str]:
+        """Return the file of a parameter, and its name there. Raises TeacherError for a missing one."""
+        prefix = f"{self._prefix}."
+        for key in (name, name.removeprefix(prefix), prefix + name):
+            if key in self._files:
+                return self._files[key], key
+        raise TeacherError(f"{self._source}: its files do not contain {name} as the library does")
 
     def _open(self, path: Path) -> Any:
         """Return a file, opened on first use."""
