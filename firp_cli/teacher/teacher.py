@@ -325,9 +325,8 @@ class Teacher:
 
     def keep_fingerprint(self, sample: Callable[[str, Tensor], Tensor]) -> None:
         """Compute the whole teacher's fingerprint. `sample` returns a parameter's values at flat places (n,)."""
-        shapes = [(name, parameter.shape) for name, parameter in self.model.named_parameters()]
         extra = "" if self.looped is None else self.looped.model_dump_json()
-        self._fingerprint = weights_fingerprint(shapes, sample, extra)
+        self._fingerprint = weights_fingerprint(self.model.named_parameters(), sample, extra)
 
     def describe(self) -> dict[str, Any]:
         """Return identity and size, for records and manifests."""

@@ -22,7 +22,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def weights_fingerprint(
-    shapes: Iterable[tuple[str, Sequence[int]]], sample: Callable[[str, Tensor], Tensor], extra: str = ""
+    parameters: Iterable[tuple[str, Tensor]], sample: Callable[[str, Tensor], Tensor], extra: str = ""
 ) -> str:
     """Return 16 hex digits over parameter names, shapes and sampled values, in the order of the names.
 
@@ -34,7 +34,7 @@ def weights_fingerprint(
         extra: further text that differs between teachers.
     """
     digest = hashlib.sha256()
-    for name, shape in sorted((name, tuple(shape)) for name, shape in shapes):
+    for name, shape in sorted((name, tuple(parameter.shape)) for name, parameter in parameters):
         digest.update(f"{name}{shape}".encode())
         count = math.prod(shape)
         places = torch.linspace(0, count - 1, min(count, SAMPLES), dtype=torch.float64).long()
