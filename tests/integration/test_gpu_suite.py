@@ -320,6 +320,20 @@ def test_compiled_lean_layers_are_timed_beside_uncompiled_ones(shared: Shared) -
     assert shapes.shaped(shared, "1b").stack is stack
 
 
+def test_lean_layers_that_do_not_compile_fail_after_other_timings(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    stack = shapes.shaped(shared, "1b").stack
+    monkeypatch.setattr(torch, "compile", fails)
+    _, record = run_part(part(partial(speed.compiled, name="1b")), shared, 300, 0.0, [])
+    assert record["status"] == "failed" and record["error"].endswith("no compiler")
+    assert list(record["result"]) == ["lean layers", "static cache"]
+    assert shapes.shaped(shared, "1b").stack is stack
+
+
 def test_compiled_lean_layers_need_time(shared: Shared) -> None:
     _, record = run_part(part(partial(speed.compiled, name="1b")), shared, 15, 0.0, [])
     assert record["status"] == "cut" and list(record["result"]) == ["static cache"]
