@@ -67,3 +67,9 @@ class ClusterError(LaunchError):
 
 class PeerLostError(LaunchError):
     """Early end of another rank of the run."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -134,8 +134,8 @@ PARTS = [  # shares of the time: seconds, about
     shaped("7b.prefill", speed.prefill, 6, "7b again", least=2),
     shaped("7b.hf", speed.hf, 9, "7b again"),
     Part("speed", benches.looped, 16, group="speed"),
-    shaped("1b.compiled", speed.compiled, 38, "compiled"),
-    shaped("7b.compiled", speed.compiled, 60, "compiled"),
+    shaped("1b.compiled", speed.compiled, 50, "compiled"),
+    shaped("7b.compiled", speed.compiled, 75, "compiled"),
 ]
 
 

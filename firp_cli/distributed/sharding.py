@@ -23,7 +23,7 @@ from firp_cli.distributed.launch import load_deepspeed, start
 from firp_cli.distributed.rank_group import peer_loss_reported
 from firp_cli.errors import TeacherError
 from firp_cli.machine import default_device, is_main, world_size
-from firp_cli.teacher.library_layers import Cache, LibraryStack, MissingLayer
+from firp_cli.teacher.library_layers import Cache, MissingLayer, Stack
 from firp_cli.teacher.load import PartError, PartialTeacher, load_upper
 from firp_cli.teacher.masks import LayerMask
 from firp_cli.teacher.teacher import Teacher
@@ -67,7 +67,8 @@ def load_sharded(config: TeacherConfig, first: int = 0) -> Teacher:
                 gather.watch(module)
             gather.expect(sharing.shared)
             head = teacher.model.get_output_embeddings()
-            teacher.wrap_library(lambda library: ShardedStack(library, gather, head), peers=_any_rank_works)
+            teacher.library = teacher.stack = ShardedStack(teacher.library, gather, head)
+            teacher.peers = _any_rank_works
             size = teacher.weight_bytes + sum(part.numel() * part.element_size() for part in _parts(sharing.shared))
             return vacant.finished("zero3", size, world_size())
     except PartError as error:
@@ -87,7 +88,7 @@ class _Sharing:
     def share(self, name: str, empty: nn.Parameter) -> nn.Parameter:
         """Return this rank's part of parameter `name`, of the shape and dtype of `empty`. A collective."""
         if is_main():
-            value = self._vacant.read(name).to(self.device, empty.dtype)
+            value = self._vacant.files.read(name).to(self.device, empty.dtype)
         else:
             value = torch.empty(empty.shape, dtype=empty.dtype, device=self.device)
         made = nn.Parameter(value, requires_grad=False)
@@ -148,7 +149,7 @@ class ShardedStack:
 
     name = "zero3"
 
-    def __init__(self, library: LibraryStack, gather: Gatherer, head: nn.Module) -> None:
+    def __init__(self, library: Stack, gather: Gatherer, head: nn.Module) -> None:
         self._library, self._gather, self._head = library, gather, head
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:

@@ -229,16 +229,16 @@ class PackedMatrix(Copy):
         lanes, halves = compiled().firp_lanes(), 2 if paired else 1
         self.outputs, self.inputs = weight.shape[0] // halves, weight.shape[1]
         panels = -(-self.outputs // lanes)
-        missing_outputs = panels * lanes - self.outputs
-        self._panels = _Memory.take(panels * halves * self.inputs * lanes)
-        parts = functional.pad(weight.detach().view(halves, self.outputs, -1), (0, 0, 0, missing_outputs))
-        ordered = parts.view(halves, panels, lanes, -1).permute(1, 0, 3, 2)
-        self._panels.view(ordered.shape).copy_(ordered)
-        self._bias = None
-        if bias is not None:
-            parts = functional.pad(bias.detach().view(halves, -1), (0, missing_outputs)).view(halves, panels, lanes)
-            self._bias = _Memory.take(parts.numel()).copy_(parts.transpose(0, 1).reshape(-1))
-        self.own = _Matrix(self._panels.data_ptr(), _address(self._bias), self.outputs, self.inputs)
+
+        def pack(values: Tensor) -> Tensor:
+            padding = (0, 0, 0, panels * lanes - self.outputs)
+            parts = functional.pad(values.detach().view(halves, self.outputs, -1), padding)
+            ordered = parts.view(halves, panels, lanes, -1).permute(1, 0, 3, 2)
+            return _Memory.take(ordered.numel()).view(ordered.shape).copy_(ordered)
+
+        self._panels, self._bias = pack(weight), None if bias is None else pack(bias)
+        bias_address = None if self._bias is None else self._bias.data_ptr()
+        self.own = _Matrix(self._panels.data_ptr(), bias_address, self.outputs, self.inputs)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the product (..., N) of rows (..., K)."""
@@ -259,25 +259,19 @@ class PackedLayer:
 
     Args:
         matrices: queries, keys and values joined; attention's output; gate above up; down.
-        norms: before attention and before the feed-forward. head_norms: of queries and of keys, or empty.
-        heads: numbers of query and of key heads. scaling: factor of the scores.
+        norms: before attention and before the feed-forward; of queries and of keys, if they have norms.
+        heads: numbers of query and of key heads, and the head size. scaling: factor of the scores.
     """
 
     def __init__(
-        self,
-        matrices: Sequence[Weights],
-        norms: Sequence[Norm],
-        head_norms: Sequence[Norm],
-        heads: tuple[int, int],
-        head_size: int,
-        scaling: float,
+        self, matrices: Sequence[Weights], norms: Sequence[Norm], heads: tuple[int, int, int], scaling: float
     ) -> None:
         self._matrices = [PackedMatrix(*each, paired=number == 2) for number, each in enumerate(matrices)]
-        self._norms = [*norms, *head_norms]  # keeps the memory that the kernels read
-        weights = [weight.data_ptr() for weight, _ in self._norms] + [None] * (4 - len(self._norms))
-        epsilons = [epsilon for _, epsilon in self._norms] + [0.0] * (4 - len(self._norms))
-        sizes = len(norms[0][0]), *heads, head_size
-        self.own = _Layer(*(matrix.own for matrix in self._matrices), *weights, *epsilons, scaling, *sizes)
+        self._norms = [weight for weight, _ in norms]  # keeps the memory that the kernels read
+        weights = [weight.data_ptr() for weight in self._norms] + [None] * (4 - len(norms))
+        epsilons = [epsilon for _, epsilon in norms] + [0.0] * (4 - len(norms))
+        matrix_pointers = (matrix.own for matrix in self._matrices)
+        self.own = _Layer(*matrix_pointers, *weights, *epsilons, scaling, len(self._norms[0]), *heads)
 
     @staticmethod
     def serves(weight: Tensor, head_size: int, bytes_needed: int) -> bool:
@@ -293,21 +287,20 @@ class PackedLayer:
     def __call__(
         self,
         hidden: Tensor,
-        cosine: Tensor,
-        sine: Tensor,
+        rotary: Sequence[Tensor],
         mask: Tensor | None,
         seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
         """Return the layer's output (B, R, d) of rows (B, R, d).
 
         Args:
-            cosine, sine: (B or 1, R, 1, D), the sine's first half negated.
+            rotary: cosine and sine (B or 1, R, 1, D), the sine's first half negated.
             mask: additive (B or 1, 1, R, S).
             seen: takes the rows' keys and values (B, Hk, R, D) and returns those in view, (B, Hk, S, D).
         """
         batch, rows, _ = hidden.shape
         keys, values = hidden.new_empty(2, batch, self.own.key_heads, rows, self.own.head)
-        step = _Rows(self, hidden, cosine, sine, (keys, values))
+        step = _Rows(self, hidden, rotary, (keys, values))
         compiled().firp_before(self.own, step.own, step.threads)
         step.see(seen(keys, values), mask)
         compiled().firp_after(self.own, step.own, step.threads)
@@ -324,20 +317,19 @@ class PackedLayers:
     def __call__(
         self,
         hidden: Tensor,
-        cosine: Tensor,
-        sine: Tensor,
+        rotary: Sequence[Tensor],
         mask: Tensor | None,
         written: tuple[Tensor, Tensor],
         seen: tuple[Tensor, Tensor],
         stride: int,
     ) -> Tensor:
-        """Return the last layer's output of rows (B, R, d). `cosine`, `sine`, `mask`: see `PackedLayer.__call__`.
+        """Return the last layer's output of rows (B, R, d). `rotary`, `mask`: see `PackedLayer.__call__`.
 
         Args:
             written: slots for the first layer's keys and values (B, Hk, R, D), among those `seen`, (B, Hk, S, D).
             stride: floats from a layer's keys and values to the next one's.
         """
-        step = _Rows(self._layers[0], hidden, cosine, sine, written)
+        step = _Rows(self._layers[0], hidden, rotary, written)
         step.see(seen, mask)
         compiled().firp_layers(self._pointers, len(self._layers), step.own, stride, step.threads)
         return step.output
@@ -347,13 +339,13 @@ class _Rows:
     """Rows of a decoding step as the kernels read them, and their output."""
 
     def __init__(
-        self, layer: PackedLayer, hidden: Tensor, cosine: Tensor, sine: Tensor, places: tuple[Tensor, Tensor]
+        self, layer: PackedLayer, hidden: Tensor, rotary: Sequence[Tensor], places: tuple[Tensor, Tensor]
     ) -> None:
         self.threads = torch.get_num_threads()
         self._hidden = hidden = hidden.contiguous()  # keeps the memory that the kernels use
         self._queries = hidden.new_empty(*hidden.shape[:2], layer.own.query_heads * layer.own.head)
         self.output = torch.empty_like(hidden)
-        (own_keys, own_values), angles = places, cosine.stride()
+        (cosine, sine), (own_keys, own_values), angles = rotary, places, rotary[0].stride()
         assert sine.stride() == angles and own_values.stride() == own_keys.stride() and angles[3] == 1
         self.own = own = _Step(*hidden.shape[:2])
         own.hidden, own.cosine, own.sine = hidden.data_ptr(), cosine.data_ptr(), sine.data_ptr()
@@ -384,7 +376,3 @@ def watched() -> bool:
     operations, so these must run then.
     """
     return torch._C._len_torch_dispatch_stack() > 0
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -14,14 +14,14 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from firp_cli.errors import TeacherError
+from firp_cli.errors import TeacherError, first_line
 from firp_cli.files import cache_folder, file_sha256, write_json
 from firp_cli.provenance import fingerprint
 
@@ -47,7 +47,8 @@ def unpack(path: Path, dtype: torch.dtype) -> Path:
     folder = cache_folder() / "teachers" / f"{path.stem}-{digest[:16]}-{name}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f".{folder.name}.lock")):
+        with folder.with_name(f".{folder.name}.lock").open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # of a machine's ranks the first unpacks and the others wait for it
             if not _whole(folder, digest):
                 _unpack_into(folder, path, dtype, digest)
     except OSError as error:
@@ -60,11 +61,14 @@ def unpack(path: Path, dtype: torch.dtype) -> Path:
 
 def read_config(path: Path) -> Any:
     """Return the library's config of a GGUF file's model. Raises TeacherError."""
-    return _model_config(path, _Header(path))
+    return _model_config(_Header(path))
 
 
 class _Header:
-    """Header of a file, its fields and tensor table, read by the `gguf` package. Raises TeacherError."""
+    """Header of a file, its fields and tensor table, read by the `gguf` package.
+
+    Raises TeacherError for files other than a supported decoder, whole and in one file.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -74,22 +78,11 @@ class _Header:
                 f"{path} is a GGUF file, which needs the package gguf: pip install 'firp[gguf]'"
             ) from None
         self.path = path
-        try:
+        with _reading(path):
             reader = GGUFReader(path)
             self._fields = reader.fields
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.architecture = str(self.get("general.architecture"))
-        except Exception as error:  # the parser raises any exception on a damaged file
-            raise _damaged(path, error) from error
-        self._check()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return a field's value; `*` in the key is the architecture."""
-        field = self._fields.get(key.replace("*", getattr(self, "architecture", "")))
-        return default if field is None else field.contents()
-
-    def _check(self) -> None:
-        """Refuse files other than a supported decoder, whole and in one file. Raises TeacherError."""
         if self.architecture not in ARCHITECTURES:
             raise TeacherError(
                 f"{self.path}: GGUF architecture {self.architecture!r} is not supported; "
@@ -103,10 +96,15 @@ class _Header:
         if self.get("*.expert_count", 0):
             raise TeacherError(f"{self.path}: mixtures of experts are not supported from GGUF files")
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a field's value; `*` in the key is the architecture."""
+        field = self._fields.get(key.replace("*", getattr(self, "architecture", "")))
+        return default if field is None else field.contents()
+
 
 def _unpack_into(folder: Path, path: Path, dtype: torch.dtype, digest: str) -> None:
     header = _Header(path)
-    config = _model_config(path, header)
+    config = _model_config(header)
     parameters = sum(math.prod(map(int, tensor.shape)) for tensor in header.tensors.values())
     needed, free = parameters * dtype.itemsize, shutil.disk_usage(folder.parent).free
     if needed > free:
@@ -119,10 +117,10 @@ def _unpack_into(folder: Path, path: Path, dtype: torch.dtype, digest: str) -> N
     for stale in (temporary, folder):
         shutil.rmtree(stale, ignore_errors=True)
     try:
-        model = _load_model(path, header, config, dtype)
+        model = _load_model(header, config, dtype)
         model.generation_config.eos_token_id = _stop_tokens(header)
         model.save_pretrained(temporary, max_shard_size="4GB")
-        _load_tokenizer(path, header).save_pretrained(temporary)
+        _load_tokenizer(header).save_pretrained(temporary)
         for file in temporary.iterdir():
             file.chmod(0o644)  # `save_pretrained` makes weights private; a cache may be shared
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
@@ -142,36 +140,34 @@ def _whole(folder: Path, digest: str) -> bool:
         return False
 
 
-def _model_config(path: Path, header: _Header) -> Any:
+def _model_config(header: _Header) -> Any:
     """Return the library's config, with the header's fields that it ignores."""
     from transformers import AutoConfig, LlamaConfig, MistralConfig
 
-    try:
-        library_config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:
-        raise _damaged(path, error) from error
+    with _reading(header.path):
+        library_config = AutoConfig.from_pretrained(header.path.parent, gguf_file=header.path.name)
     values = library_config.to_dict()
     for unused in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures"):
         values.pop(unused, None)
     head_size = header.get("*.attention.key_length") or header.get("*.rope.dimension_count")
     values["head_dim"] = int(head_size or values["hidden_size"] // values["num_attention_heads"])
-    values["rope_parameters"] = _rope_parameters(path, header, values)
+    values["rope_parameters"] = _rope_parameters(header, values)
     kind: Any = type(library_config)
     if header.architecture in ("llama", "mistral"):
         window = header.get("*.attention.sliding_window")
         kind = MistralConfig if window else LlamaConfig
-        values |= {"model_type": kind.model_type, "sliding_window": int(window) if window else None}
-        if not window:
-            values.pop("sliding_window")
+        values["model_type"] = kind.model_type
+        if window:
+            values["sliding_window"] = int(window)
+        else:
+            values.pop("sliding_window", None)
             values["attention_bias"] = "blk.0.attn_output.bias" in header.tensors
     config = kind.from_dict(values)
-    config.architectures = [
-        {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type] + "ForCausalLM"
-    ]
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
     return config
 
 
-def _rope_parameters(path: Path, header: _Header, values: dict[str, Any]) -> dict[str, Any]:
+def _rope_parameters(header: _Header, values: dict[str, Any]) -> dict[str, Any]:
     """Return the file's scaling of rotary positions. Raises TeacherError for a scaling that the library lacks."""
     base = float(header.get("*.rope.freq_base", 10000.0))
     kind = str(header.get("*.rope.scaling.type", "none"))
@@ -181,11 +177,10 @@ def _rope_parameters(path: Path, header: _Header, values: dict[str, Any]) -> dic
         original = int(header.get("*.rope.scaling.original_context_length", values["max_position_embeddings"]))
         return default | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     if kind not in ("none", "linear"):
-        raise TeacherError(f"{path}: rotary positions scaled by {kind!r} are not supported from GGUF files")
+        raise TeacherError(f"{header.path}: rotary positions scaled by {kind!r} are not supported from GGUF files")
     if ROPE_FACTORS in header.tensors:
-        return default | _llama3_scaling(
-            path, torch.tensor(header.tensors[ROPE_FACTORS].data), base, values["head_dim"]
-        )
+        factors = torch.tensor(header.tensors[ROPE_FACTORS].data)
+        return default | _llama3_scaling(header.path, factors, base, values["head_dim"])
     return default if factor == 1.0 else default | {"rope_type": "linear", "factor": factor}
 
 
@@ -203,22 +198,22 @@ def _llama3_scaling(path: Path, factors: Tensor, base: float, head_size: int) ->
     return {"rope_type": "llama3", "factor": largest, **LLAMA3_ROPE}
 
 
-def _load_model(path: Path, header: _Header, config: Any, dtype: torch.dtype) -> Any:
+def _load_model(header: _Header, config: Any, dtype: torch.dtype) -> Any:
     """Return a model with the file's dequantised weights, in the form of one that was never quantised.
 
     Raises TeacherError where file and model differ in a tensor, or a weight is NaN or infinite.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    path = header.path
     # tensors are named by the file's architecture, which is llama for Mistral
-    reading = LlamaConfig.from_dict(config.to_dict() | {"model_type": "llama"}) if _renamed(header, config) else config
+    renamed = header.architecture in ("llama", "mistral") and config.model_type != "llama"
+    reading = LlamaConfig.from_dict(config.to_dict() | {"model_type": "llama"}) if renamed else config
     auto: Any = AutoModelForCausalLM  # its type hints lack the loading info
-    try:
+    with _reading(path):
         loaded, info = auto.from_pretrained(
             path.parent, gguf_file=path.name, config=reading, dtype=dtype, output_loading_info=True
         )
-    except Exception as error:
-        raise _damaged(path, error) from error
     weights = loaded.state_dict()
     parameters = {name for name, _ in loaded.named_parameters()}
     stored = set(header.tensors) - {ROPE_FACTORS}
@@ -238,20 +233,13 @@ def _load_model(path: Path, header: _Header, config: Any, dtype: torch.dtype) ->
     return model
 
 
-def _renamed(header: _Header, config: Any) -> bool:
-    """Return True where the model has another architecture than the file, as Mistral's has."""
-    return header.architecture in ("llama", "mistral") and config.model_type != "llama"
-
-
-def _load_tokenizer(path: Path, header: _Header) -> Any:
+def _load_tokenizer(header: _Header) -> Any:
     """Return the file's tokenizer, which splits digits where its merges were learned so. Raises TeacherError."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:
-        raise _damaged(path, error) from error
+    with _reading(header.path):
+        tokenizer = AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
     if header.get("tokenizer.ggml.model") == "gpt2" and header.get("tokenizer.ggml.pre") in SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -277,22 +265,18 @@ def _sha256(path: Path) -> str:
         digest = file_sha256(path)
     except OSError as error:
         raise TeacherError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
+    with suppress(OSError):  # without it the next load reads the file again
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(digest + "\n", encoding="ascii")
-    except OSError:  # without it the next load reads the file again
-        pass
     return digest
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lock a file, so that of a machine's ranks the first unpacks and the others wait for it."""
-    with path.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+def _reading(path: Path) -> Iterator[None]:
+    """Raise TeacherError where a file cannot be read: the parsers raise any exception on a damaged one."""
+    try:
         yield
-
-
-def _damaged(path: Path, error: Exception) -> TeacherError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return TeacherError(f"{path} is damaged, truncated or no GGUF file ({first}); fetch it again")
+    except Exception as error:
+        raise TeacherError(
+            f"{path} is damaged, truncated or no GGUF file ({first_line(error)}); fetch it again"
+        ) from error

@@ -38,11 +38,11 @@ class Stack(Protocol):
         """Return position embeddings of rows at `positions` (B, R) for this stack's layers: each (B, R, ..., D)."""
         ...
 
-    def norm(self, hidden: Tensor) -> Tensor:
+    def norm(self, hidden: Tensor, /) -> Tensor:
         """Apply the final norm."""
         ...
 
-    def head(self, normed: Tensor) -> Tensor:
+    def head(self, normed: Tensor, /) -> Tensor:
         """Return the logits (..., V) of normed states (..., d), in the teacher's dtype or in float32."""
         ...
 
@@ -60,14 +60,23 @@ class Stack(Protocol):
 
 
 class MissingLayer(nn.Identity):
-    """Stand-in for a layer or an embedding that this process does not hold. Raises TeacherError when it runs."""
+    """Stand-in for a layer or an embedding that this process does not hold. Raises TeacherError when it runs, unless it
+    `passes` its input.
+    """
+
+    passes = False
 
     def forward(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
+        if self.passes:
+            return input
         raise TeacherError("this process does not hold all of the teacher's layers; load the whole teacher")
 
 
 class LibraryStack:
-    """The library's modules as they are. Raises TeacherError where a layer takes no known cache."""
+    """The library's modules as they are; rows return from the devices where the library placed them.
+
+    Raises TeacherError where a layer takes no known cache.
+    """
 
     name = "library"
 
@@ -87,13 +96,13 @@ class LibraryStack:
         self._calls, self._lock, self._library_attention = 0, Lock(), ""
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
-        return list(self._rotary(hidden, positions))
+        return [part.to(hidden.device) for part in self._rotary(hidden, positions)]
 
     def norm(self, hidden: Tensor) -> Tensor:
-        return self._norm(hidden)
+        return self._norm(hidden).to(hidden.device)
 
     def head(self, normed: Tensor) -> Tensor:
-        return self._head(normed)
+        return self._head(normed).to(normed.device)
 
     def layer(
         self,
@@ -115,7 +124,7 @@ class LibraryStack:
                 **{self._cache_name: cache},
                 **attending,
             )
-        return output[0] if isinstance(output, tuple) else output
+        return (output[0] if isinstance(output, tuple) else output).to(hidden.device)
 
     @contextmanager
     def _kernel(self) -> Iterator[None]:
@@ -124,7 +133,9 @@ class LibraryStack:
         The name is restored afterwards, because the model's own `generate` must not use `attend`. Threads may run
         layers at the same time (collecting on the fly, beside training): the last one restores the name.
         """
-        register_kernel()
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(KERNEL, _attend)
         with self._lock:
             if not self._calls:
                 self._library_attention = self._config._attn_implementation
@@ -137,13 +148,6 @@ class LibraryStack:
                 self._calls -= 1
                 if not self._calls:
                     self._config._attn_implementation = self._library_attention
-
-
-def register_kernel() -> None:
-    """Register `attend` in transformers' attention interface. Calling it again does nothing."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(KERNEL, _attend)
 
 
 def _attend(
@@ -176,11 +180,16 @@ def part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
     )
 
 
-def original_positions(config: Any, default: int) -> int:
-    """Return the number of positions that a model with `longrope` was first trained on."""
+def max_positions(config: Any, rope_type: str | None) -> int:
+    """Return the length of the context; with `longrope` the original one, because longer sequences get other factors
+    at all positions.
+    """
+    count: int = getattr(config, "max_position_embeddings", 1 << 30)
+    if rope_type != "longrope":
+        return count
     rope = getattr(config, "rope_parameters", None) or {}
-    count = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
-    return int(count or default)
+    original = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return min(count, int(original or count))
 
 
 def windows(config: Any, layers: int, looped: LoopedSection | None) -> list[int | None]:

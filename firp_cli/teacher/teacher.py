@@ -21,7 +21,7 @@ from firp_cli.teacher.library_layers import (
     MissingLayer,
     Stack,
     eos_token_ids,
-    original_positions,
+    max_positions,
     part,
     placement_hook,
     windows,
@@ -48,14 +48,12 @@ class Teacher:
 
     Args:
         looped: the layers that run several times, where the model's own class does not define them.
-        standard_attention: the layers' attention is exactly `firp_cli.teacher.attention.attend`
-            (`firp_cli.teacher.check.standard_attention`). False is always right, and slower on long sequences.
 
     Attributes: `num_layers` L, `hidden_size` d, `vocab_size` V, `kv_heads`, `head_size`, `max_positions`,
     `eos_token_ids`, `device`, `dtype`, `windows` (per layer: sliding window in positions, or None), `looped` (None:
     every layer runs once), `library` (the library's layers), `stack` (the layers that run: `library`, or their lean
     twins), `first` (the lowest layer that this process can run on from), `loaded_weights` (the part of the weights that
-    this process holds).
+    this process holds), `peers` (None, or the collective of `any_has_work`).
     """
 
     def __init__(
@@ -64,7 +62,6 @@ class Teacher:
         tokenizer: Any = None,
         name: str = "in-memory",
         looped: LoopedSection | None = None,
-        standard_attention: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -89,15 +86,12 @@ class Teacher:
         self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         self.query_size = heads * self.head_size
         self.vocab_size: int = self._head.weight.shape[0]
-        self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
-        if (
-            getattr(self._rotary, "rope_type", None) == "longrope"
-        ):  # longer sequences get other factors at all positions
-            self.max_positions = min(self.max_positions, original_positions(config, self.max_positions))
+        self.max_positions = max_positions(config, getattr(self._rotary, "rope_type", None))
         self.windows = windows(config, self.num_layers, self.looped)
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self._fingerprint: str | None = None
-        self.standard_attention = standard_attention
+        # the layers' attention is exactly `attend` (`firp_cli.teacher.check`); False is always right, and slower
+        self.standard_attention = False
         self.first = 0
         self.peers: Callable[[bool], bool] | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -171,9 +165,8 @@ class Teacher:
         """Return h^stop of h^start (B, R, d), under a mask's first R rows."""
         rows = hidden.shape[1]
         masks = {window: None if mask is None else mask.at(window, rows) for window in set(self.windows[start:stop])}
-        run_packed = getattr(self.stack, "run_packed", None)
-        if run_packed is not None and len(masks) == 1:
-            output = run_packed(start, stop, hidden, rotary, *masks.values(), cache)
+        if isinstance(self.stack, LeanStack) and len(masks) == 1:
+            output = self.stack.run_packed(start, stop, hidden, rotary, masks[self.windows[start]], cache)
             if output is not None:
                 return output
         for number in range(start, stop):
@@ -238,22 +231,12 @@ class Teacher:
         """Drop the embedding: training on a layer's states needs none."""
         self._embed = MissingLayer()
 
-    def wrap_library(self, wrap: Callable[[Any], Stack], peers: Callable[[bool], bool] | None = None) -> None:
-        """Run the library's layers through `wrap(library)` from now on.
-
-        Args:
-            peers: where several processes hold the teacher together, returns True while any of them has work; its
-                argument is whether this process has. A collective.
-        """
-        self.library = self.stack = wrap(self.library)
-        self.peers = peers
-
-    def lean_stack(self, compiled: bool = False, short: bool = True) -> LeanStack:
+    def lean_stack(self, compiled: bool, kernels: bool) -> LeanStack:
         """Return lean twins of the library's layers, which share their weights.
 
         Raises UnsupportedLayersError for layers of another kind. Arguments: see `LeanStack`.
         """
-        return LeanStack(self.layers, self._norm, self._rotary, self._head, compiled, short)
+        return LeanStack(self.layers, self._norm, self._rotary, self._head, compiled, kernels)
 
     def any_has_work(self, work: bool) -> bool:
         """Return True where a forward must run: this process has `work` or, of processes that hold the teacher
@@ -279,15 +262,10 @@ class Teacher:
                 f"{work} needs all of {self.name} on one device: leave teacher.device_map and teacher.sharding out"
             )
 
-    def keep_fingerprint(self, fingerprint: str) -> None:
-        """Set the whole teacher's fingerprint, where this process does not hold all values that it samples."""
-        self._fingerprint = fingerprint
-
     @property
     def weight_bytes(self) -> int:
         """Bytes of the parameters that have memory."""
-        parameters = [parameter for parameter in self.model.parameters() if not parameter.is_meta]
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return sum(parameter.nbytes for parameter in self.model.parameters() if not parameter.is_meta)
 
     def boundaries(self, loops: int | None = None) -> tuple[int, ...]:
         """Return the number of layers that have run at the end of each loop; the last is all but the coda.
@@ -336,15 +314,19 @@ class Teacher:
         """16 hex digits over parameter names, shapes and sampled values: equal weights have equal fingerprints."""
         if self._fingerprint is None:
             parameters = dict(self.model.named_parameters())
-            shapes = [(name, parameter.shape) for name, parameter in parameters.items()]
-            extra = "" if self.looped is None else self.looped.model_dump_json()
 
             def sample(name: str, places: Tensor) -> Tensor:
                 flat = parameters[name].detach().flatten()
                 return flat[places.to(flat.device)]
 
-            self._fingerprint = weights_fingerprint(shapes, sample, extra)
+            self.keep_fingerprint(sample)
+        assert self._fingerprint is not None
         return self._fingerprint
+
+    def keep_fingerprint(self, sample: Callable[[str, Tensor], Tensor]) -> None:
+        """Compute the whole teacher's fingerprint. `sample` returns a parameter's values at flat places (n,)."""
+        extra = "" if self.looped is None else self.looped.model_dump_json()
+        self._fingerprint = weights_fingerprint(self.model.named_parameters(), sample, extra)
 
     def describe(self) -> dict[str, Any]:
         """Return identity and size, for records and manifests."""

@@ -56,28 +56,22 @@ class CausalMask:
 
 
 class AnchorRows:
-    """Mask of the first `steps` * A pseudo states over T real rows, then these pseudo states.
+    """Mask of the pseudo states of the first `steps` steps of all, over the real rows and themselves."""
 
-    Args:
-        anchors: (B, A) the real rows that they grow from.
-        kept: additive masks of all steps by window, shared by the layers; filled here if the mask is small enough.
-    """
-
-    def __init__(
-        self, anchors: Tensor, rows: int, steps: int, all_steps: int, window: int | None, kept: dict[int | None, Tensor]
-    ) -> None:
-        self.anchors, self.rows, self.steps, self.all_steps = anchors, rows, steps, all_steps
-        self.window, self.kept = window, kept
+    def __init__(self, whole: AnchoredMask, steps: int, window: int | None) -> None:
+        self.whole, self.steps, self.window = whole, steps, window
+        self.anchors, self.rows = whole.anchors, whole.rows
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
         """Attend with queries (B, Hq, P, D) to keys and values (B, Hk, T + P, D): (B, Hq, P, D)."""
         batch, width = self.anchors.shape
-        total, present = self.all_steps * width, self.steps * width
+        total, present = self.whole.steps * width, self.steps * width
         row_bytes = batch * (self.rows + total) * queries.element_size()
         if total * row_bytes <= MASK_BUDGET:
-            if self.window not in self.kept:
-                self.kept[self.window] = self.mask(0, total, total, queries.dtype)
-            mask = self.kept[self.window][:, :, :present, : self.rows + present]
+            kept = self.whole.kept
+            if self.window not in kept:
+                kept[self.window] = self.mask(0, total, total, queries.dtype)
+            mask = kept[self.window][:, :, :present, : self.rows + present]
             return attend(queries, keys, values, mask, scaling)
         size = max(1, MASK_BUDGET // row_bytes)
 
@@ -109,11 +103,15 @@ class AnchorRows:
 
 
 class AnchoredMask:
-    """Masks for `forward_anchors`: sequences of `rows` real rows, with pseudo states of `steps` steps at `anchors`."""
+    """Masks for `forward_anchors`: sequences of `rows` real rows, with pseudo states of `steps` steps at `anchors`.
+
+    Args:
+        anchors: (B, A) the real rows that pseudo states grow from.
+    """
 
     def __init__(self, anchors: Tensor, rows: int, steps: int) -> None:
         self.anchors, self.rows, self.steps = anchors, rows, steps
-        self._kept: dict[int | None, Tensor] = {}
+        self.kept: dict[int | None, Tensor] = {}  # small masks of all steps by window, shared by the layers
 
     def real(self, window: int | None) -> Tensor | CausalRows:
         """Return the mask of the real rows over themselves."""
@@ -121,7 +119,7 @@ class AnchoredMask:
 
     def pseudo(self, window: int | None, steps: int) -> Tensor | AnchorRows:
         """Return the mask of the first `steps` steps' pseudo states over the real rows and themselves."""
-        return AnchorRows(self.anchors, self.rows, steps, self.steps, window, self._kept)
+        return AnchorRows(self, steps, window)
 
 
 class DenseAnchoredMask(AnchoredMask):

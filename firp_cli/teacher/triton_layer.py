@@ -104,8 +104,7 @@ def rotate_and_write(
     keys: Tensor,
     values: Tensor,
     hidden: Tensor,
-    query_norm: HeadNorm | None = None,
-    key_norm: HeadNorm | None = None,
+    *norms: HeadNorm,
 ) -> tuple[Tensor, Tensor]:
     """Split a step's joined product into heads; rotate queries and keys; write keys and values to their slots.
 
@@ -117,7 +116,7 @@ def rotate_and_write(
         cosine, sine: (B or 1, R, 1, D), the sine's first half negated; any strides, D contiguous.
         keys, values: (B, Hk, R, D), written; any strides, D contiguous.
         hidden: (B, R, d); any strides, d contiguous.
-        query_norm, key_norm: both or none.
+        norms: of queries and of keys, or none.
 
     Returns:
         Queries (B, Hq, R, D), whose `.transpose(1, 2)` is contiguous, and the hidden rows' copy (B, R, d), contiguous.
@@ -127,7 +126,7 @@ def rotate_and_write(
     query_heads = heads - 2 * key_heads
     assert keys.shape == values.shape and joined.shape == (batch, rows, heads * size) and query_heads > 0
     assert joined.is_contiguous() and keys.stride(3) == values.stride(3) == hidden.stride(2) == 1
-    assert hidden.shape[:2] == (batch, rows) and size % 2 == 0 and (query_norm is None) == (key_norm is None)
+    assert hidden.shape[:2] == (batch, rows) and size % 2 == 0 and len(norms) in (0, 2)
     for angles in (cosine, sine):
         assert angles.shape[0] in (1, batch) and angles.shape[1:] == (rows, 1, size) and angles.stride(3) == 1
     queries = joined.new_empty(batch, rows, query_heads, size)
@@ -135,15 +134,15 @@ def rotate_and_write(
     cosine_strides, sine_strides = (
         (angles.stride(0) if angles.shape[0] > 1 else 0, angles.stride(1)) for angles in (cosine, sine)
     )
-    query_weight, query_epsilon = query_norm or (joined, 0.0)  # without norms the kernel does not read them
-    key_weight, key_epsilon = key_norm or (joined, 0.0)
+    # without norms the kernel does not read them
+    (query_weight, query_epsilon), (key_weight, key_epsilon) = norms or ((joined, 0.0), (joined, 0.0))
     hidden_size = hidden.shape[2]
     with torch.cuda.device_of(joined):
         _rotate_and_write[batch * rows, heads](
             joined, query_weight, key_weight, query_epsilon, key_epsilon, cosine, sine, hidden,
             queries, keys, values, copy, cosine_strides, sine_strides, hidden.stride()[:2], keys.stride()[:3],
             values.stride()[:3], rows, query_heads, key_heads, size, triton.next_power_of_2(size // 2),
-            query_norm is not None, hidden_size, triton.next_power_of_2(triton.cdiv(hidden_size, heads)),
+            len(norms) == 2, hidden_size, triton.next_power_of_2(triton.cdiv(hidden_size, heads)),
             num_warps=1,
         )  # fmt: skip
     return queries.transpose(1, 2), copy

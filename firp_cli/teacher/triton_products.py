@@ -45,11 +45,12 @@ class Prepared:
     """Hidden rows between layers, prepared for the next norm.
 
     Attributes:
-        hidden: (..., d) contiguous. scaled: (M, d) the same, multiplied by the weight of the next norm.
+        hidden: (..., d) contiguous. norm: (d,) the weight of the next norm. scaled: (M, d) their product.
         squares: (M, P) float32 sums of the squares of parts of each row.
     """
 
     hidden: Tensor
+    norm: Tensor
     scaled: Tensor
     squares: Tensor
 
@@ -73,9 +74,12 @@ def _product(
     rows_ptr, weight_ptr, bias_ptr, squares_in_ptr, output_ptr, norm_ptr, scaled_ptr, squares_ptr, rows, epsilon,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BIAS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
-    ADDED: tl.constexpr, PREPARED: tl.constexpr, UPCAST: tl.constexpr,
+    PREPARED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute one block of outputs of one block of rows; grid (N blocks, M blocks). GATED: the matrix has 2 N rows."""
+    """Compute one block of outputs of one block of rows; grid (N blocks, M blocks).
+
+    NORMED: normalise the rows; otherwise add to the output. GATED: the matrix has 2 N rows.
+    """
     block = tl.program_id(0)
     out_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -113,7 +117,7 @@ def _product(
         sums_MN = sums_MN * tl.sigmoid(sums_MN) * more_MN
     at_MN = row_M[:, None] * N + out_N[None, :]
     real_MN = real_M[:, None] & real_N[None, :]
-    if ADDED:
+    if not NORMED:
         sums_MN += tl.load(output_ptr + at_MN, mask=real_MN, other=0.0).to(tl.float32)
     kept_MN = sums_MN.to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + at_MN, kept_MN, mask=real_MN)
@@ -129,17 +133,15 @@ def prepare(hidden: Tensor, norm: Tensor) -> Prepared:
     """Prepare rows (..., d), d contiguous, for a norm of weight (d,)."""
     size = hidden.shape[-1]
     flat = hidden.reshape(-1, size)
-    scaled, parts = (
-        flat.new_empty(flat.shape),
-        triton.cdiv(size, choose(size, size, row_block(len(flat)), gated=False).outputs),
-    )
+    scaled = flat.new_empty(flat.shape)
+    parts = triton.cdiv(size, choose(size, size, row_block(len(flat)), gated=False).outputs)
     squares = flat.new_empty(len(flat), parts, dtype=torch.float32)
     with torch.cuda.device_of(hidden):
         _prepare[(len(flat),)](
             flat, norm, scaled, squares, flat.stride(0), size, triton.next_power_of_2(size), parts,
             triton.next_power_of_2(parts), num_warps=4,
         )  # fmt: skip
-    return Prepared(hidden, scaled, squares)
+    return Prepared(hidden, norm, scaled, squares)
 
 
 def normed_product(
@@ -155,7 +157,7 @@ def normed_product(
     """
     hidden, outputs = rows.hidden, len(weight) // (2 if gated else 1)
     result = hidden.new_empty(*hidden.shape[:-1], outputs)
-    _launch(rows.scaled, weight, bias, result, tiles, normed=rows.squares, epsilon=epsilon, gated=gated)
+    _launch(rows.scaled, weight, bias, result, tiles, squares=rows.squares, epsilon=epsilon, gated=gated)
     return result
 
 
@@ -178,8 +180,8 @@ def add_product(
     if norm is not None:
         tiles = tiles or choose(size, flat.shape[1], row_block(len(flat)), gated=False)
         squares = rows.new_empty(len(flat), triton.cdiv(size, tiles.outputs), dtype=torch.float32)
-        prepared = Prepared(residual, flat.new_empty(len(flat), size), squares)
-    _launch(flat, weight, bias, residual, tiles, prepared=prepared, norm=norm, added=True)
+        prepared = Prepared(residual, norm, flat.new_empty(len(flat), size), squares)
+    _launch(flat, weight, bias, residual, tiles, prepared=prepared)
     return prepared
 
 
@@ -190,27 +192,26 @@ def _launch(
     output: Tensor,
     tiles: Tiles | None,
     *,
-    normed: Tensor | None = None,
+    squares: Tensor | None = None,
     epsilon: float = 0.0,
     gated: bool = False,
-    added: bool = False,
     prepared: Prepared | None = None,
-    norm: Tensor | None = None,
 ) -> None:
+    """Launch the product; with the squares of its rows, of their norm."""
     count, inputs = rows.shape
     outputs = len(weight) // (2 if gated else 1)
     assert weight.shape[1] == inputs and weight.is_contiguous() and rows.is_contiguous() and rows.dtype == weight.dtype
     block = row_block(count)
     tiles = tiles or choose(outputs, inputs, block, gated)
     interpreted = not isinstance(_product, triton.JITFunction)  # numpy cannot multiply bfloat16
-    unused, parts = rows, 1 if normed is None else normed.shape[1]
+    parts = 1 if squares is None else squares.shape[1]
+    following = (rows, rows, rows) if prepared is None else (prepared.norm, prepared.scaled, prepared.squares)
     with torch.cuda.device_of(rows):
         _product[triton.cdiv(outputs, tiles.outputs), triton.cdiv(count, block)](
-            rows, weight, unused if bias is None else bias, unused if normed is None else normed, output,
-            unused if norm is None else norm, *(unused, unused) if prepared is None else (prepared.scaled,
-            prepared.squares), count, epsilon, outputs, inputs, block, tiles.outputs, tiles.inputs,
-            parts, triton.next_power_of_2(parts), bias is not None, normed is not None, gated, added,
-            prepared is not None, interpreted, num_warps=tiles.warps, num_stages=tiles.stages,
+            rows, weight, rows if bias is None else bias, rows if squares is None else squares, output, *following,
+            count, epsilon, outputs, inputs, block, tiles.outputs, tiles.inputs, parts, triton.next_power_of_2(parts),
+            bias is not None, squares is not None, gated, prepared is not None, interpreted,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,17 +17,12 @@ from torch import Tensor
 from firp_cli.errors import TeacherError
 
 SAMPLES = 257  # values of each parameter that a fingerprint samples
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = ("F64", "F32", "F16", "BF16")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def sample_places(count: int) -> Tensor:
-    """Return the flat places (n,) that a fingerprint samples in a parameter of `count` values: long, ascending."""
-    return torch.linspace(0, count - 1, min(count, SAMPLES), dtype=torch.float64).long()
-
-
 def weights_fingerprint(
-    shapes: Iterable[tuple[str, Sequence[int]]], sample: Callable[[str, Tensor], Tensor], extra: str = ""
+    parameters: Iterable[tuple[str, Tensor]], sample: Callable[[str, Tensor], Tensor], extra: str = ""
 ) -> str:
     """Return 16 hex digits over parameter names, shapes and sampled values, in the order of the names.
 
@@ -40,9 +34,10 @@ def weights_fingerprint(
         extra: further text that differs between teachers.
     """
     digest = hashlib.sha256()
-    for name, shape in sorted((name, tuple(shape)) for name, shape in shapes):
+    for name, shape in sorted((name, tuple(parameter.shape)) for name, parameter in parameters):
         digest.update(f"{name}{shape}".encode())
-        places = sample_places(int(np.prod(shape, dtype=np.int64)))
+        count = math.prod(shape)
+        places = torch.linspace(0, count - 1, min(count, SAMPLES), dtype=torch.float64).long()
         digest.update(sample(name, places).bfloat16().float().cpu().numpy().tobytes())
     digest.update(extra.encode())
     return digest.hexdigest()[:16]
@@ -58,13 +53,17 @@ class WeightFiles:
     """
 
     def __init__(self, source: str, revision: str | None = None, prefix: str = "") -> None:
-        self.source, self._prefix = source, prefix
-        self._files: dict[str, Path] = {}
-        self._mapped: dict[Path, tuple[dict[str, Any], Tensor]] = {}
+        self._source, self._prefix = source, prefix
+        self._opened: dict[Path, Any] = {}
         index = _find(source, INDEX, revision)
         if index is not None:
             names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            paths = {file: self._shard(file, revision, index) for file in sorted(set(names.values()))}
+            paths: dict[str, Path] = {}
+            for file in sorted(set(names.values())):
+                path = _find(source, file, revision)
+                if path is None:
+                    raise TeacherError(f"{source}: {file} is missing, which {INDEX} lists; fetch it again")
+                paths[file] = path
             self._files = {name: paths[file] for name, file in names.items()}
             return
         single = _find(source, SINGLE, revision)
@@ -73,66 +72,48 @@ class WeightFiles:
                 f"{source} has no safetensors weights (pickled .bin files are not read in part)\n"
                 "save it again with transformers: model.save_pretrained(FOLDER)"
             )
-        self._files = {name: single for name in self._map(single)[0] if name != "__metadata__"}
+        self._files = dict.fromkeys(self._open(single).keys(), single)
 
-    def _shard(self, file: str, revision: str | None, index: Path) -> Path:
-        path = _find(self.source, file, revision)
-        if path is None:
-            raise TeacherError(f"{self.source}: {file} is missing, which {index.name} lists; fetch it again")
-        return path
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raise TeacherError unless the files contain a parameter of this shape, in a dtype of teachers."""
+        path, key = self._place(name)
+        entry = self._open(path).get_slice(key)
+        if entry.get_dtype() not in DTYPES:
+            raise TeacherError(f"{path}: {key} has dtype {entry.get_dtype()}, which is not read in part")
+        if entry.get_shape() != list(shape):
+            raise TeacherError(f"{path}: {key} has shape {entry.get_shape()}, the library's has {list(shape)}")
 
-    def key(self, name: str) -> str | None:
-        """Return a parameter's name in the files; None where they do not have it."""
-        prefix = f"{self._prefix}."
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in self._files:
-                return candidate
-        return None
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._entry(key)["shape"])
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Return a tensor's dtype. Raises TeacherError for a dtype that no teacher has."""
-        name = self._entry(key)["dtype"]
-        if name not in DTYPES:
-            raise TeacherError(f"{self._files[key]}: {key} has dtype {name}, which is not read in part")
-        return DTYPES[name]
-
-    def read(self, key: str) -> Tensor:
-        """Return a whole tensor, on the CPU, in the file's dtype."""
-        path = self._files[key]
+    def read(self, name: str) -> Tensor:
+        """Return a parameter's values, on the CPU, in the file's dtype."""
+        path, key = self._place(name)
         try:
             with safe_open(path, framework="pt") as stream:
                 return stream.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
 
-    def sample(self, key: str, places: Tensor) -> Tensor:
+    def sample(self, name: str, places: Tensor) -> Tensor:
         """Return values at flat places (n,); the file is mapped, and only the pages with these values are read."""
-        header, data = self._map(self._files[key])
-        first, end = header[key]["data_offsets"]
-        return data[first:end].view(self.dtype(key))[places]
+        path, key = self._place(name)
+        values: Tensor = self._open(path).get_tensor(key)
+        return values.flatten()[places]
 
-    def _entry(self, key: str) -> dict[str, Any]:
-        return self._map(self._files[key])[0][key]
+    def _place(self, name: str) -> tuple[Path, str]:
+        """Return the file of a parameter, and its name there. Raises TeacherError for a missing one."""
+        prefix = f"{self._prefix}."
+        for key in (name, name.removeprefix(prefix), prefix + name):
+            if key in self._files:
+                return self._files[key], key
+        raise TeacherError(f"{self._source}: its files do not contain {name} as the library does")
 
-    def _map(self, path: Path) -> tuple[dict[str, Any], Tensor]:
-        """Return a file's header, and the bytes after it."""
-        if path not in self._mapped:
+    def _open(self, path: Path) -> Any:
+        """Return a file, opened on first use."""
+        if path not in self._opened:
             try:
-                with path.open("rb") as stream:
-                    (length,) = struct.unpack("<Q", stream.read(8))
-                    header = json.loads(stream.read(length))
-                total = path.stat().st_size
-                data = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)[8 + length :]
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-                if len(data) != max(ends, default=0):
-                    raise ValueError(f"{len(data):,} bytes of {max(ends, default=0):,}")
-            except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
+                self._opened[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
                 raise _damaged(path, error) from error
-            self._mapped[path] = (header, data)
-        return self._mapped[path]
+        return self._opened[path]
 
 
 def _damaged(path: Path, error: Exception) -> TeacherError:
@@ -171,11 +152,6 @@ class LoadedWeights:
 
     def describe(self) -> dict[str, Any]:
         """Return a record for manifests and training.json."""
-        record = {
-            "kind": self.kind,
-            "layers": self.layers,
-            "of": self.of,
-            "bytes": self.held,
-            "saved_bytes": self.saved,
-        }
+        record: dict[str, Any] = {"kind": self.kind, "layers": self.layers, "of": self.of}
+        record |= {"bytes": self.held, "saved_bytes": self.saved}
         return record | ({"ranks": self.ranks} if self.ranks > 1 else {}) | ({"note": self.note} if self.note else {})

@@ -13,15 +13,17 @@ import torch
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.teacher import Teacher
 from suite.probes import Timed, time_plain, time_step
 from suite.shapes import cache_bytes, random_predictor, sections, shaped, weight_bytes
-from suite.work import Shared, Table, Work
+from suite.work import Failed, Shared, Table, Work
 
 REPEATS = 3
 TREES = ("chain", "dynamic:8@3", "dynamic:16@4")  # trees of the batches
 PROMPT_SEED = 5
 HF_SECONDS = 6.0  # seconds of `generate` for REPEATS + 1 answers, about
+LEAN_COMPILE_SECONDS = 20.0  # seconds of compiling and timing the lean layers, about
 COMPILE_SECONDS = 10.0, 1.2  # seconds of compiling a static cache's forward, and each of its layers, about
 
 
@@ -107,31 +109,57 @@ def hf(shared: Shared, work: Work, name: str) -> None:
     if cuda and not work.clock.allows(HF_SECONDS, "dynamic cache"):
         return
     found = decoding(HuggingFaceGenerate(teacher), random_prompts(teacher, 1, sizes.context), sizes.new_tokens)
-    _generated(work, name, "dynamic cache", found)
+    table = Table(f"{name}: transformers' `generate`", ["", "ms a token"])
+    work.tables.append(table)
+    _add(work, table, "dynamic cache", found)
 
 
 def compiled(shared: Shared, work: Work, name: str) -> None:
-    """Time transformers' `generate` with its static cache, which it compiles on CUDA devices. Raises Failed if it
-    cannot: the library's compiler may fail where ours does not.
+    """Time an `ar` step of our lean layers, uncompiled and compiled; then transformers' `generate` with its static
+    cache, which it compiles on CUDA devices. Raises Failed after all if the lean layers could not be compiled.
     """
     teacher, sizes = shaped(shared, name), shared.sizes
     cuda = shared.device.type == "cuda"
+    table = Table(f"{name}: compiled lean layers, and transformers' static cache", ["", "ms a token"])
+    work.tables.append(table)
+    reason = None
+    if work.clock.allows(LEAN_COMPILE_SECONDS, "lean layers, compiled"):
+        reason = _compiled_lean(shared, work, teacher, table)
     label = "static cache, compiled" if cuda else "static cache"
-    if cuda and not work.clock.allows(HF_SECONDS + COMPILE_SECONDS[0] + COMPILE_SECONDS[1] * teacher.num_layers, label):
-        return
+    seconds = HF_SECONDS + COMPILE_SECONDS[0] + COMPILE_SECONDS[1] * teacher.num_layers
+    if not cuda or work.clock.allows(seconds, label):
+        try:
+            found = decoding(StaticGenerate(teacher), random_prompts(teacher, 1, sizes.context), sizes.new_tokens)
+        finally:
+            if cuda:
+                torch._dynamo.reset()  # its graphs hold memory
+        _add(work, table, label, found)
+    if reason:
+        raise Failed(reason)
+
+
+def _compiled_lean(shared: Shared, work: Work, teacher: Teacher, table: Table) -> str | None:
+    """Add the milliseconds of an `ar` step with the teacher's lean layers, and with compiled ones. Returns the reason
+    why these did not run, or None.
+    """
+    context, stack = shared.sizes.context, teacher.stack
+    _add(work, table, "lean layers", time_plain(shared, Engine(teacher), 1, context).milliseconds)
     try:
-        found = decoding(StaticGenerate(teacher), random_prompts(teacher, 1, sizes.context), sizes.new_tokens)
+        reason = use_lean_layers(teacher, compiled=True)
+        if not reason:
+            _add(work, table, "lean layers, compiled", time_plain(shared, Engine(teacher), 1, context).milliseconds)
     finally:
-        if cuda:
-            torch._dynamo.reset()  # its graphs hold memory
-    _generated(work, name, label, found)
+        teacher.stack = stack  # later parts share the teacher
+        torch._dynamo.reset()
+    work.save()
+    return reason
 
 
-def _generated(work: Work, name: str, label: str, milliseconds: float) -> None:
+def _add(work: Work, table: Table, label: str, milliseconds: float) -> None:
+    """Add a row to the results."""
     work.values[label] = {"milliseconds": milliseconds}
     work.key = f"{label} {milliseconds:.3f} ms a token"
-    table = Table(f"{name}: transformers' `generate`", ["", "ms a token"], [[label, f"{milliseconds:.3f}"]])
-    work.tables.append(table)
+    table.cells.append([label, f"{milliseconds:.3f}"])
 
 
 def prefill(shared: Shared, work: Work, name: str) -> None:

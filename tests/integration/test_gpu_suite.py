@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from suite import (
     report,
     shapes,
     sizes,
+    speed,
     steps,
     subject,
 )
@@ -300,6 +303,40 @@ def test_random_teacher_is_made_once_and_freed(shared: Shared) -> None:
     assert shapes.shaped(shared, "1b") is not first
     shared.free(shapes.RANDOM)
     assert not shared.found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_lean_layers_are_timed_beside_uncompiled_ones(shared: Shared) -> None:
+    """Their results are saved before transformers' layers are compiled, and the shared teacher keeps its own."""
+    stack, saved = shapes.shaped(shared, "1b").stack, []
+    run = partial(speed.compiled, name="1b")
+    work, record = run_part(part(run), shared, 300, 0.0, [], lambda _, record: saved.append(list(record["result"])))
+    assert record["status"] == "done", record
+    labels = ["lean layers", "lean layers, compiled", "static cache"]
+    assert list(record["result"]) == [row[0] for table in work.tables for row in table.cells] == labels
+    assert labels[:2] in saved
+    assert shapes.shaped(shared, "1b").stack is stack
+
+
+def test_lean_layers_that_do_not_compile_fail_after_other_timings(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    stack = shapes.shaped(shared, "1b").stack
+    monkeypatch.setattr(torch, "compile", fails)
+    _, record = run_part(part(partial(speed.compiled, name="1b")), shared, 300, 0.0, [])
+    assert record["status"] == "failed" and record["error"].endswith("no compiler")
+    assert list(record["result"]) == ["lean layers", "static cache"]
+    assert shapes.shaped(shared, "1b").stack is stack
+
+
+def test_compiled_lean_layers_need_time(shared: Shared) -> None:
+    _, record = run_part(part(partial(speed.compiled, name="1b")), shared, 15, 0.0, [])
+    assert record["status"] == "cut" and list(record["result"]) == ["static cache"]
+    assert record["cuts"][0].startswith("lean layers, compiled: needs about")
 
 
 def test_predictors_of_every_kind_are_made_and_pipelines_come_last() -> None:

@@ -56,7 +56,7 @@ def test_partial_teacher_equals_whole_and_reads_upper_layers_only(
     whole = load_teacher(config)
     read: list[str] = []
     own = WeightFiles.read
-    monkeypatch.setattr(WeightFiles, "read", lambda files, key: (read.append(key), own(files, key))[1])
+    monkeypatch.setattr(WeightFiles, "read", lambda files, name: (read.append(name), own(files, name))[1])
     tied = FAMILIES[family][1].get("tie_word_embeddings", False)
     for first in (1, LAYERS - 1, LAYERS):
         read.clear()
@@ -130,8 +130,8 @@ def test_damaged_or_missing_file_error_names_file(folders: dict[str, Path], tmp_
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(TeacherError, match=f"{path.name} cannot be read"):
         files = WeightFiles(str(tmp_path / "cut"))
-        for name, _ in tiny_model("llama").named_parameters():
-            files.dtype(str(files.key(name)))
+        for name, parameter in tiny_model("llama").named_parameters():
+            files.check(name, parameter.shape)
     path.unlink()
     with pytest.raises(TeacherError, match=f"{path.name} is missing"):
         WeightFiles(str(tmp_path / "cut"))

@@ -367,10 +367,15 @@ def test_release_keeps_shared_layers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_layers_equal_library() -> None:
+def test_compiled_layers_equal_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare states and logits; the compiler gets the option that fuses products of one row."""
+    given: list[dict[str, Any]] = []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, **named: (given.append(named), compile_(run, **named))[1])
     teacher, ids = new_teacher("qwen3"), some_ids(1, 20)
     expected, prompt = states_of(teacher, ids), random_prompts(1, seed=9)[0]
     assert (use_lean_layers(teacher, compiled=True), teacher.stack.name) == (None, "lean")
+    assert given == [{"options": {"coordinate_descent_tuning": True}}] * 2 * teacher.num_layers
     assert_equal(states_of(teacher, ids), expected)
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
     assert Engine(teacher, predictor).generate([prompt], 6)[0].token_ids == generate_reference(teacher.model, prompt, 6)

@@ -106,7 +106,8 @@ def test_training_gradients_equal_dense_masks(family: str, any_stack: str, secti
     results = []
     sequences = random_prompts(3, seed=5, low=14, high=30)
     for standard in (True, False):
-        teacher = Teacher(tiny.model, name=tiny.name, standard_attention=standard)
+        teacher = Teacher(tiny.model, name=tiny.name)
+        teacher.standard_attention = standard
         teacher.stack = tiny.stack
         predictor = make_predictor(teacher, **section).requires_grad_(True)
         batch = sequence_batch(teacher, sequences, [3, 5, 8], list(predictor.required_layers))
