@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from firp_cli.decoding.accept import Accepted, accept, accept_root
 from firp_cli.decoding.output_buffer import OutputBuffer
@@ -131,12 +130,8 @@ class DecodeStep:
         cache = setup.shape.cache(teacher, batch, capacity)
         check_fits(KVCache.bytes_needed(**cache), batch, capacity, device)
         self.cache = KVCache(**cache, device=device)
-        positions = capacity + setup.shape.width + steps
-        self._angles = teacher.rotary_table(positions)
-        if self._angles is not None:
-            self._angle_shape = self._angles[0].shape[1:]
-            self._last_angle = len(self._angles[0]) - 1 if len(self._angles[0]) < positions else None
-            self._angles = [torch.cat([part.flatten(1) for part in self._angles], dim=-1)]  # one look-up for both
+        self._positions = capacity + setup.shape.width + steps  # of the furthest row, and one
+        self._table = teacher.rotary_table(self._positions)
         self._root = torch.zeros(batch, dtype=torch.long, device=device)
         shape = (batch, steps, self._breadth)  # empty without a predictor
         self._draft = Draft(torch.empty(shape, dtype=torch.long, device=device), torch.empty(shape, device=device))
@@ -274,12 +269,7 @@ class DecodeStep:
 
     def _rotary(self, positions: Tensor) -> list[Tensor] | None:
         """Look up position embeddings where they depend on the position alone; else None."""
-        if self._angles is None:
-            return None
-        if self._last_angle is not None:
-            positions = positions.clamp(max=self._last_angle)
-        looked_up = embedding(positions, self._angles[0]).view(*positions.shape, *self._angle_shape[:-1], -1)
-        return list(looked_up.chunk(2, dim=-1))
+        return None if self._table is None else self._table(positions, self._positions - 1)
 
     def _draft_next(
         self,

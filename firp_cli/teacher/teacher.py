@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from firp_cli.config import LoopedSection
 from firp_cli.errors import TeacherError
@@ -39,6 +40,26 @@ BOUNDED_ROPE = ("dynamic", "longrope")  # the same, as long as a sequence stays 
 def rounding(dtype: torch.dtype) -> float:
     """Return the relative difference that two orders of the same operations may make in a forward."""
     return {torch.float32: 1e-4, torch.float16: 5e-2}.get(dtype, 2e-1)
+
+
+class RotaryTable:
+    """Position embeddings of the first positions, from one look-up. Positions after them get the last ones.
+
+    Args:
+        parts: embeddings of positions 0.. as `Teacher.rotary` returns them, (1, count, ..., D) each.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._joined = torch.cat([part[0].flatten(1) for part in parts], dim=-1)
+        self._parts, self._shape = len(parts), parts[0].shape[2:-1]
+        self.last = len(self._joined) - 1
+
+    def __call__(self, positions: Tensor, most: int) -> list[Tensor]:
+        """Return the embeddings (B, R, ..., D) of positions (B, R), none above `most`."""
+        if most > self.last:
+            positions = positions.clamp(max=self.last)
+        looked_up = functional.embedding(positions, self._joined).view(*positions.shape, *self._shape, -1)
+        return list(looked_up.chunk(self._parts, dim=-1))
 
 
 class Teacher:
@@ -123,9 +144,8 @@ class Teacher:
         """Return position embeddings of rows at `positions` (B, R), shared by all layers: (B, R, ..., D) each."""
         return self.stack.rotary(hidden, positions)
 
-    def rotary_table(self, count: int) -> list[Tensor] | None:
-        """Return position embeddings of positions 0..count-1 as a look-up table, (count, ..., D) each; None where they
-        depend on more than the position.
+    def rotary_table(self, count: int) -> RotaryTable | None:
+        """Return position embeddings of positions 0..count-1; None where they depend on more than the position.
 
         Where they change once a sequence passes the context, the table ends at the context: drafts may reach past it,
         answers do not.
@@ -136,7 +156,7 @@ class Teacher:
         elif kind not in STATIC_ROPE:
             return None
         like = torch.empty(1, 1, self.hidden_size, device=self.device, dtype=self.dtype)
-        return [part[0].contiguous() for part in self.rotary(like, torch.arange(count, device=self.device)[None])]
+        return RotaryTable(self.rotary(like, torch.arange(count, device=self.device)[None]))
 
     def layer(
         self,

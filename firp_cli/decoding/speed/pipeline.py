@@ -136,9 +136,7 @@ class PipelineRun:
         self.filled = False
         self.slots = torch.arange(slots, device=device)
         self.stage_numbers = torch.arange(engine.loops, device=device)[:, None]
-        self.angles = self.teacher.rotary_table(slots)
-        # the table may end at the context; a token in flight past it, which no answer contains, gets the last angles
-        self.end = len(self.angles[0]) if self.angles else slots
+        self.table = self.teacher.rotary_table(slots)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Make the K/V of all prompts at every loop, in chunks; return the tokens after them (B,)."""
@@ -251,12 +249,9 @@ class PipelineRun:
         self.cache.begin_tick(position, view, mine.start)
         rows = position.flatten()[:, None]
         mask = self._mask(rows, view)
-        rows = rows.clamp(0, self.end - 1)
+        rows = rows.clamp(min=0)
         hidden = self.hidden.flatten(0, 1)[:, None]
-        if self.angles is None:
-            rotary = teacher.rotary(hidden, rows)
-        else:
-            rotary = [part.index_select(0, rows[:, 0])[:, None] for part in self.angles]
+        rotary = teacher.rotary(hidden, rows) if self.table is None else self.table(rows, len(self.slots) - 1)
         for group in self.engine.groups:
             first, stop = ((stage - mine.start) * batch for stage in (group.stages.start, group.stages.stop))
             part = slice(first, stop)

@@ -21,7 +21,6 @@ from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.attention import BACKENDS, attend, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.lean_layers import RMSNorm
 from firp_cli.teacher.masks import KernelMask, TreeRows, pseudo_positions, rows_allowed, step_mask
 from firp_cli.teacher.teacher import Teacher
 from helpers.launches import Launches
@@ -339,7 +338,7 @@ def test_step_launches_no_more_kernels(
     stepper = DecodeStep(teacher, engine.setup(1, 20, 40), Sampler(temperature, 1.0, 0, CPU), 1, 60, kernel=True)
     launches = Launches()
     monkeypatch.setattr(Teacher, "layers_between", lambda *given: launches.counted("layers", lambda: given[3]))
-    monkeypatch.setattr(RMSNorm, "__call__", lambda norm, rows: launches.counted("norm", lambda: rows))
+    monkeypatch.setattr(Teacher, "norm", lambda _, rows: launches.counted("norm", lambda: rows))
     stepper.step(20, "drafted")
     launches.names.clear()
     with launches:

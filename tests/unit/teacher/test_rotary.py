@@ -46,9 +46,11 @@ def test_rotary_variants_equal_library(any_stack: str, kind: str) -> None:
         assert_equal(states_of(teacher, some_ids(2, 90)), expected)
     table = teacher.rotary_table(100)
     assert table is not None
-    like = torch.zeros(1, 1, teacher.hidden_size)
-    for part, whole in zip(teacher.rotary(like, torch.tensor([[3, 99, 3]])), table, strict=True):
-        assert torch.equal(part[0], whole[[3, 99, 3]])
+    like, places = torch.zeros(1, 1, teacher.hidden_size), torch.tensor([[3, 99, 3]])
+    for part, looked_up in zip(teacher.rotary(like, places), table(places, 99), strict=True):
+        assert torch.equal(part, looked_up)
+    for first, past in zip(table(places, 99), table(torch.tensor([[3, 120, 3]]), 120), strict=True):
+        assert torch.equal(first, past), "positions after the table get its last embeddings"
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=3)
     texts = [generate_reference(model, prompt, 20) for prompt in prompts]
     for engine in (Engine(teacher), Engine(teacher, predictor)):
