@@ -203,7 +203,7 @@ def _empty_model(config: TeacherConfig, located: TeacherConfig) -> Any:
 
 def _fingerprint_files(teacher: Teacher, files: WeightFiles) -> None:
     """Compute a whole teacher's fingerprint from values in its files. Raises TeacherError for a missing parameter."""
-    teacher.keep_fingerprint(lambda name, places: files.sample(name, places).to(teacher.dtype))
+    teacher.compute_fingerprint(lambda name, places: files.sample(name, places).to(teacher.dtype))
 
 
 def _options(located: TeacherConfig) -> dict[str, Any]:

@@ -339,11 +339,11 @@ class Teacher:
                 flat = parameters[name].detach().flatten()
                 return flat[places.to(flat.device)]
 
-            self.keep_fingerprint(sample)
+            self.compute_fingerprint(sample)
         assert self._fingerprint is not None
         return self._fingerprint
 
-    def keep_fingerprint(self, sample: Callable[[str, Tensor], Tensor]) -> None:
+    def compute_fingerprint(self, sample: Callable[[str, Tensor], Tensor]) -> None:
         """Compute the whole teacher's fingerprint. `sample` returns a parameter's values at flat places (n,)."""
         extra = "" if self.looped is None else self.looped.model_dump_json()
         self._fingerprint = weights_fingerprint(self.model.named_parameters(), sample, extra)
