@@ -15,7 +15,7 @@ import torch
 
 from firp_cli.decoding.batch import DecodeBatch, halves
 from firp_cli.decoding.cuda_graphs import SMALLEST_BUCKET, CudaCapture, StepGraphs, bucket
-from firp_cli.decoding.fallback import AutoregressiveFallback, tree_fallback
+from firp_cli.decoding.fallback import UNKNOWN, AutoregressiveFallback, tree_fallback
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import OnTokens, OutputSequence, Writer, check_prompts
 from firp_cli.decoding.step import DecodeStep, DraftSetup, Mode
@@ -212,7 +212,7 @@ class Engine:
                 return guard
             size = batch.bit_length()
             if (tree, size) not in self.fallbacks:
-                self.fallbacks[tree, size] = tree_fallback(setup.ratio)
+                self.fallbacks[tree, size] = tree_fallback(setup.ratio or UNKNOWN)
             return self.fallbacks[tree, size]
 
         return fallback

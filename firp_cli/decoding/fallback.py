@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections import deque
 from statistics import fmean, median, stdev
 
-# Costs in autoregressive steps before any is measured: of a step with a draft tree; of a tick with r loops this much
-# over r, but not more than the third. More tokens than that are not doubted until a whole window of steps is known.
-TREE_COST, TICK_COST, MOST_TICK_COST = 2.0, 2.5, 0.75
+# Cost of a tick of r loops in autoregressive steps before any is measured: the first over r, at most the second. A pipe
+# that emits more tokens per tick is not doubted.
+TICK_COST, MOST_TICK_COST = 2.5, 0.75
 WINDOW = 48  # speculative steps that are judged together
-TRIAL = 8  # speculative steps after which speculation may be given up
+TRIAL = 5  # speculative steps after which speculation may be given up, if it clearly loses
+CLEARLY = 2.0  # standard errors of the mean
 TIMED = 5  # autoregressive steps that give their time: its median is right if two of them are captured or disturbed
 RETIMED = 512  # speculative steps after which autoregressive ones are timed again
 FIRST_PAUSE, LONGEST_PAUSE = 32, 1024  # autoregressive steps until speculation is tried again; doubled at each failure
-NEVER = float("inf")
+UNKNOWN = NEVER = float("inf")
 
 
-def tree_fallback(cost: float | None = None) -> AutoregressiveFallback:
+def tree_fallback(cost: float = UNKNOWN) -> AutoregressiveFallback:
     """Return the fallback of draft trees. `cost`: predicted cost of a drafted step in autoregressive ones."""
-    return AutoregressiveFallback(cost or TREE_COST)
+    return AutoregressiveFallback(cost)
 
 
 def pipeline_fallback(loops: int, shared: bool = True) -> AutoregressiveFallback:
     """Return the fallback of a pipeline of r `loops`. Timing empties the pipe, so a full one is not timed. Without
     `shared` loops a tick reads as many weights as a whole autoregressive step.
     """
-    cost = min(TICK_COST / loops, MOST_TICK_COST) if shared else float("inf")
+    cost = min(TICK_COST / loops, MOST_TICK_COST) if shared else UNKNOWN
     return AutoregressiveFallback(cost, window=4 * loops, trial=4 * loops, timed_after=NEVER)
 
 
@@ -91,7 +92,7 @@ class AutoregressiveFallback:
         rate, whole = fmean(self._rates), count == self._rates.maxlen
         if self._until_timed <= 0 or (not self.measured and rate < self.cost):
             self._pause(TIMED)
-        elif rate + (0 if whole else stdev(self._rates) / count**0.5) < self.cost:
+        elif rate + (0 if whole else CLEARLY * stdev(self._rates) / count**0.5) < self.cost:
             self._pause(self._next_pause)
             self._rates.clear()
             self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)

@@ -18,8 +18,8 @@ from firp_cli.decoding.fallback import (
     LONGEST_PAUSE,
     RETIMED,
     TIMED,
-    TREE_COST,
     TRIAL,
+    UNKNOWN,
     WINDOW,
     AutoregressiveFallback,
     tree_fallback,
@@ -77,10 +77,10 @@ def test_pauses_grow_while_speculation_loses() -> None:
     assert len(runs) > 14
 
 
-@pytest.mark.parametrize(("rate", "first"), [(1.8, TRIAL), (3.0, WINDOW)])
-def test_speculation_that_pays_is_never_paused(rate: float, first: int) -> None:
+@pytest.mark.parametrize(("cost", "first"), [(UNKNOWN, TRIAL), (1.9, TRIAL), (1.3, WINDOW)])
+def test_speculation_that_pays_is_never_paused(cost: float, first: int) -> None:
     """Autoregressive steps are timed once, early if the rate is doubted, and again after hundreds of steps."""
-    runs = script(tree_fallback(), lambda _: rate, 1.5, 2000)
+    runs = script(tree_fallback(cost), lambda _: 1.8, 1.5, 2000)
     timed = ("a", TIMED)
     assert runs[:6] == [("s", first), timed, ("s", RETIMED), timed, ("s", RETIMED), timed]
     assert {count for kind, count in runs if kind == "a"} == {TIMED}
@@ -93,7 +93,7 @@ def test_predicted_cost_holds_until_steps_are_timed() -> None:
     losing = script(tree_fallback(2.4), lambda _: 2.0, 1.2, 100)
     assert losing[:2] == [("s", TRIAL), ("a", TIMED)], "it loses by the prediction, not by the clock"
     assert tree_fallback(1.7).cost == 1.7
-    assert tree_fallback().cost == TREE_COST
+    assert tree_fallback().cost == UNKNOWN
 
 
 def test_fallback_ends_when_speculation_pays_again() -> None:
@@ -335,7 +335,7 @@ class Restless(AutoregressiveFallback):
     """Fallback that pauses at random."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__(TREE_COST)
+        super().__init__(UNKNOWN)
         self.dice = random.Random(seed)
 
     def speculated(self, tokens: float, seconds: float) -> None:
