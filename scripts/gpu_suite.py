@@ -54,6 +54,7 @@ import torch
 from transformers.utils import logging
 
 from firp_cli.config import TeacherConfig
+from firp_cli.files import cache_folder
 from firp_cli.provenance import environment
 from firp_cli.teacher.source import locate
 from suite import (
@@ -353,10 +354,12 @@ def main(arguments: Sequence[str] | None = None, began: float | None = None, iso
         return run_job(known)
     former = signal.signal(signal.SIGTERM, _terminate)
     began = time.monotonic() if began is None else began
+    compiled = cache_folder() / "kernels"
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
         patch.dict(os.environ, {CACHE: f"{scratch}/cache"}),
     ):
+        _keep_kernels(compiled, Path(scratch) / "cache")
         run = Run(known, Path(scratch), began)  # caches belong to this run alone
         try:
             whole = run.groups(isolated)
@@ -365,6 +368,13 @@ def main(arguments: Sequence[str] | None = None, began: float | None = None, iso
             signal.signal(signal.SIGTERM, former)
     print(f"report: {known.output / report.NAME}.md", flush=True)
     return 0 if whole else 1
+
+
+def _keep_kernels(compiled: Path, cache: Path) -> None:
+    """Let a run's cache have the CPU's kernels of the user's, which take seconds to compile."""
+    cache.mkdir()
+    if compiled.is_dir():
+        (cache / "kernels").symlink_to(compiled)
 
 
 def _terminate(number: int, frame: Any) -> None:

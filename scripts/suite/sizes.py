@@ -224,7 +224,7 @@ TOY = Sizes(
     trained=TRAINED_TOY,
     window=64,
     train_batch=16,
-    train_steps=100,
+    train_steps=60,
     answers=12,
     answer_tokens=24,
     question_tokens=64,
@@ -246,5 +246,5 @@ TOY = Sizes(
     tune_rows=6,
     tune_batches=(1,),
     tune_seconds=1.0,
-    tune_sittings=3,
+    tune_sittings=1,
 )

@@ -478,7 +478,7 @@ def run_with_faults(folder: Path, lost: bool = False) -> tuple[Any, dict[str, An
         [sys.executable, str(script), "--device", "cpu", "--output", str(folder / "out")],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},  # another thread would take `hangs`' signal
     )
     assert done.returncode == 1, done.stderr
     return done, json.loads((folder / "out" / "gpu_suite.json").read_text())["parts"]
