@@ -1,13 +1,14 @@
 """Specifications of draft trees: the text form, tree.json files, and the limits of steps and pseudo rows.
 
-A parent precedes its children; node 0 is the root, the last emitted token. A child is
-named by its position among its parent's candidates, 0 for the most probable one.
+A parent precedes its children; node 0 is the root, the last emitted token. A child is named by its position among its
+parent's candidates, 0 for the most probable one.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,6 +104,7 @@ def parse_tree(spec: str, steps: int) -> TreeSpec:
         return TreeSpec("dynamic", int(rest))
     widths = [1] * steps if spec == "chain" else [_count(width) for width in rest.split("x")]
     if all(widths) and (spec == "chain" or kind == "static"):
+        _check_size(spec, sum(itertools.accumulate(widths, operator.mul)))
         levels = [range(width) for width in widths]
         paths = [path for depth in range(1, len(levels) + 1) for path in itertools.product(*levels[:depth])]
         return static_tree(paths, steps, spec)
@@ -174,6 +176,11 @@ def tree_of(path: str, value: dict[str, Any], steps: int) -> TreeSpec:
     return _with_limits(static_tree(paths, steps, str(value.get("name") or "")), path, **limits)
 
 
+def _check_size(name: str, drafted: int) -> None:
+    if drafted + 1 > MAX_NODES:
+        raise UsageError(f"tree {name} has {drafted + 1} nodes, at most {MAX_NODES} are allowed")
+
+
 def static_tree(paths: Sequence[tuple[int, ...]], steps: int, name: str = "") -> TreeSpec:
     """Return the tree of these candidate positions from the root. Raises UsageError where a parent is missing or the
     tree is too deep or too large.
@@ -187,6 +194,5 @@ def static_tree(paths: Sequence[tuple[int, ...]], steps: int, name: str = "") ->
             raise UsageError(f"tree path {list(path)} lacks its parent or has a negative position")
     if not ordered:
         raise UsageError("a tree without paths drafts nothing: use `none`")
-    if len(ordered) + 1 > MAX_NODES:
-        raise UsageError(f"tree {name} has {len(ordered) + 1} nodes, at most {MAX_NODES} are allowed")
+    _check_size(name, len(ordered))
     return TreeSpec("static", len(ordered) + 1, ordered, name)

@@ -92,6 +92,8 @@ def test_tree_files_and_refusals(predictor: TreePredictor, tmp_path: Path) -> No
     for bad in ("dynamic:1", "dynamic:x", "static:", "static:2x0", "spiral", "static:2x2x2x2"):
         with pytest.raises(UsageError):
             parse_tree(bad, 3)
+    with pytest.raises(UsageError, match="tree static:99999x99999 has 9999900001 nodes, at most 1024"):
+        parse_tree("static:99999x99999", 3)  # refused before it is made
     (tmp_path / "tree.json").write_text(json.dumps({"paths": [[0, 0]]}))
     with pytest.raises(UsageError, match="lacks its parent"):
         parse_tree(str(tmp_path / "tree.json"), 3)

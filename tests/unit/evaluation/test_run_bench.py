@@ -13,6 +13,7 @@ import torch
 
 from firp_cli.collecting.collect_store import collect_store
 from firp_cli.config import DataConfig, TeacherConfig
+from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
@@ -147,6 +148,19 @@ def test_methods_take_turns_after_uncounted_warm_up() -> None:
     assert calls[:2] == ["a", "b"]
     assert calls[2:] == ["a", "b", "b", "a", "b", "a", "a", "b"]
     assert ticks[-1] == (10, 10) and [len(runs) for runs in measured.values()] == [2, 2]
+
+
+def test_graphs_are_captured_before_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every batch size, the largest first: a larger cache would drop the graphs of smaller batches."""
+    events: list[tuple[str, int]] = []
+    monkeypatch.setattr(Engine, "capture", lambda _, batch, *rest: events.append(("capture", batch)))
+    settings = BenchSettings(max_new_tokens=4, batch_size=3, repeats=1)
+    (ar,) = make_methods(tiny_teacher("llama"), {}, ["ar"], settings)
+    generate = ar.generate
+    ar.generate = lambda prompts, tokens: (events.append(("generate", len(prompts))), generate(prompts, tokens))[1]
+    prompts = [BenchPrompt(prompt, "set") for prompt in random_prompts(4, seed=3)]
+    measure([ar], prompts, make_batches(prompts, 3), settings)
+    assert events[:3] == [("capture", 3), ("capture", 1), ("generate", events[2][1])] and len(events) == 5
 
 
 def test_predictor_names_are_kinds_or_folders() -> None:
