@@ -213,7 +213,7 @@ def _summary(results: list[Generation]) -> str:
     pipelines = [result.pipeline for result in results if result.pipeline]
     name, length = "steps", f"accepted length {decoded / steps:.2f}" if steps else "accepted length -"
     if undrafted := sum(result.autoregressive_steps for result in results):
-        length += f" ({undrafted} of them autoregressive, since drafting was slower)"
+        length += f" ({undrafted} of them autoregressive, chosen by the guard)"
     if pipelines and steps:
         undrafted = sum(trace.autoregressive_tokens for trace in pipelines)
         name, length = "ticks", f"{decoded / steps:.2f} tokens per tick"
