@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 
 # Cost of a tick of r loops in autoregressive steps before any is measured: the first over r, at most the second. A pipe
 # that emits more tokens per tick is not doubted.
@@ -90,9 +90,10 @@ class AutoregressiveFallback:
         if count < self._trial:
             return
         rate, whole = fmean(self._rates), count == self._rates.maxlen
+        error = 0.0 if whole else sum((tokens - rate) ** 2 for tokens in self._rates) ** 0.5 / count
         if self._until_timed <= 0 or (not self.measured and rate < self.cost):
             self._pause(TIMED)
-        elif rate + (0 if whole else CLEARLY * stdev(self._rates) / count**0.5) < self.cost:
+        elif rate + CLEARLY * error < self.cost:
             self._pause(self._next_pause)
             self._rates.clear()
             self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)

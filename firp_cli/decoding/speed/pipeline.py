@@ -136,6 +136,7 @@ class PipelineRun:
         self.filled = False
         self.slots = torch.arange(slots, device=device)
         self.stage_numbers = torch.arange(engine.loops, device=device)[:, None]
+        self.onward = torch.tensor([1, 0], device=device)[:, None, None]  # from a token to the next: position, token
         self.table = self.teacher.rotary_table(slots)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -235,7 +236,7 @@ class PipelineRun:
         predicted = self.stages.share(predicted)
         tick = torch.stack([self.position, self.expected, predicted])
         self.log.add(tick)
-        started = self._decide(predicted, None if sure is None else self.stages.share(sure))
+        started = self._decide(tick, None if sure is None else self.stages.share(sure))
         first = self.teacher.embed(started) if arrived is None else arrived
         self.hidden = torch.cat([first[None], out[:-1]])
         return tick[:, -1]
@@ -287,20 +288,21 @@ class PipelineRun:
             chosen = predicted.index_copy(0, engine.predicting, chosen)
         return chosen, sure
 
-    def _decide(self, predicted: Tensor, sure: Tensor | None) -> Tensor:
-        """Set the next tick's positions and expected tokens from all predictions (r, B); return the new tokens (B,).
+    def _decide(self, tick: Tensor, sure: Tensor | None) -> Tensor:
+        """Set the next tick's positions and expected tokens from this one's, and from its predictions (3, r, B); return
+        the new tokens (B,).
 
         The oldest token whose prediction differs from the one that its successor was started from decides: it has no
         successor yet, or all younger tokens are flushed.
         """
-        stages = self.stage_numbers
+        stages, predicted = self.stage_numbers, tick[2]
         changed = (predicted != self.expected) & (self.position >= 0)
         oldest = torch.where(changed, stages, EMPTY).amax(0)
         place = oldest.clamp(min=0)[None]
         starts = oldest >= 0
         if sure is not None:
             starts = starts & (sure.gather(0, place)[0] > 0)
-        both = torch.stack([self.position + 1, predicted]).gather(1, place.expand(2, -1, -1))
+        both = tick[::2].gather(1, place.expand(2, -1, -1)) + self.onward
         young = torch.where(starts, both, EMPTY)  # (2, 1, B): the new token's position, and the token
         kept = torch.where(stages >= oldest, self.position, EMPTY)
         expected = torch.where(stages == oldest, young[1], self.expected)
