@@ -223,9 +223,11 @@ class KernelMask:
         """Return the kernel's arguments for the first `rows` rows."""
         if (window, rows) not in self._made:
             count = self.rows.shape[1]
-            bits, positions = self._whole(window) if rows == count else self.at(window, count).bits, self.positions
-            if rows < count:
-                bits, positions = bits[:, :rows].contiguous(), positions[:, :rows]
+            positions = self.positions[:, :rows]
+            if rows == count:
+                bits = self._whole(window)
+            else:
+                bits = self.at(window, count).bits[:, :rows].contiguous()
                 if window is not None:  # the kernel reads positions only under a window
                     positions = positions.contiguous()
             self._made[window, rows] = TreeRows(self.lengths, bits, positions, count, self.longest, window)
