@@ -90,7 +90,8 @@ def _lossless(report: BenchReport) -> str:
     text = f"<p>Outputs identical to {escape(reference)}'s, token for token: {escape(counts)}.</p>"
     note = tables.lossless_note(report)
     marks = [(row, mark) for row in whole for mark in row.lossless.divergences]
-    if not note:
+    text += f'<p class="note">{escape(note)}.</p>' if note else ""
+    if not marks:
         return text
     cells = [
         [
@@ -107,4 +108,4 @@ def _lossless(report: BenchReport) -> str:
     headers = ["method", "data set", "prompt", "new token", "expected", "got", "logit gap"]
     headers, cells = teacher_column([row for row, _ in marks[:DIVERGENCES_SHOWN]], headers, cells)
     more = f"<p>bench.json lists {len(marks) - len(cells)} more.</p>" if len(marks) > len(cells) else ""
-    return f'{text}<p class="note">{escape(note)}.</p>{table(headers, cells, headers.index("prompt"))}{more}'
+    return f"{text}{table(headers, cells, headers.index('prompt'))}{more}"

@@ -110,6 +110,14 @@ def test_html_embeds_figures_and_needs_no_network() -> None:
     assert "near-tie" in page and "<td class=left>firp</td>" in page and "firp bench --dataset" in page
 
 
+def test_html_lists_no_differences_where_there_are_none() -> None:
+    report = bench_report()
+    plain = html.bench_html(report, {})
+    next(row for row in report.rows if row.method == "firp").lossless_ar = Lossless(40, 40)
+    page = html.bench_html(report, {})
+    assert "logit gap" not in plain + page and "identical to ar" in page and "identical to ar" not in plain
+
+
 def test_html_escapes_names() -> None:
     report = bench_report()
     report.rows = [replace(row, method="<b>" if row.method == "firp" else row.method) for row in report.rows]
