@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from firp_cli.teacher.triton_products import Prepared
 
 OWN_ROWS = 64  # most rows of a decoding step that takes the products of teacher/triton_products.py
-SLOWER_SIZES = range(1025, 4096)  # hidden sizes at which torch's products were faster, or that are not measured
 HOPPER = (9, 0)
 # With it the compiler writes products of one row as kernels of its own, joined with the operations around them, which
 # read a matrix at the memory's rate. Without it these products stay calls of cuBLAS.
@@ -54,13 +53,9 @@ def runs_own_products(weight: Any) -> bool:
 def prefers_own_products(head: Any) -> bool:
     """Return True where decoding steps are faster with them than with torch's products (head: the matrix (V, d)).
 
-    On an H200 they were at d 576 and 4096, and not at 2048 (scripts/NOTES.md, GPU). Older devices are not measured.
+    On an H100 they were at d 576, 2048 and 4096 (scripts/NOTES.md, GPU). Older devices are not measured.
     """
-    return (
-        runs_own_products(head)
-        and head.shape[1] not in SLOWER_SIZES
-        and torch.cuda.get_device_capability(head.device) >= HOPPER
-    )
+    return runs_own_products(head) and torch.cuda.get_device_capability(head.device) >= HOPPER
 
 
 class UnsupportedLayersError(Exception):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 MAX_SPLITS = 128
 MOST_ELEMENTS = 4096  # of a block of rows with four warps; larger blocks need eight to stay in registers
+MANY_ROWS = 256  # packed rows from which blocks of eight warps are faster with large heads (scripts/NOTES.md, GPU)
 
 
 class LaunchSizes(NamedTuple):
@@ -53,24 +54,28 @@ def launch_sizes(
     multiprocessors: int,
     most_m: int | None = None,
 ) -> LaunchSizes:
-    """Return tile sizes and grid: splits for two programs per multiprocessor, each with at least one block of slots.
+    """Return tile sizes and grid: splits for two programs per multiprocessor, or one of 64 rows of 128, each with at least
+    one block of slots.
 
     Args:
         packed: G * M rows of each key/value head.
         scratch, prefix: slots that a row may see: R, and at most this many committed ones.
         size: D, in elements of `itemsize` bytes.
         heads: B * Hk.
-        most_m: most packed rows of a block, a power of two; None: what four warps hold.
+        most_m: most packed rows of a block, a power of two; None: what four warps hold, or eight if the rows are many.
     """
     width = head_block(size)
     # The largest blocks that ptxas fits into registers with almost no spilling (sm_80 and sm_90, 4 warps). Two blocks
     # of keys and values in flight then take at most 70 KB of shared memory.
     block_n = min(64, max(16, (8192 if itemsize <= 2 else 2048) // width))
-    most_m = most_m or (64 if itemsize <= 2 and width <= 64 else 32)
+    most_m = most_m or (64 if itemsize <= 2 and (width <= 64 or width == 128 and packed >= MANY_ROWS) else 32)
     block_m = min(most_m, max(16, triton.next_power_of_2(packed)))
     tiles = triton.cdiv(packed, block_m)
     blocks = triton.cdiv(scratch, block_n) + triton.cdiv(prefix, block_n)
-    splits = triton.cdiv(2 * multiprocessors, heads * tiles)
+    if block_m * width > MOST_ELEMENTS and width == 128:
+        splits = max(1, multiprocessors // (heads * tiles))
+    else:
+        splits = triton.cdiv(2 * multiprocessors, heads * tiles)
     return LaunchSizes(block_m, block_n, tiles, min(splits, blocks, MAX_SPLITS))
 
 
@@ -225,9 +230,10 @@ def _combine(
         split_C = first + tl.arange(0, CHUNK)
         at_C = split_C.to(tl.int64) * stride + at
         weight_C = tl.exp2(tl.load(log_sums_ptr + at_C, mask=split_C < splits, other=float("-inf")) - top)
-        wanted_CD = (weight_C > 0)[:, None] & (dims_D < HEAD)[None, :]
+        # not masked by the weights, so that it does not wait for them; a split that saw no slot has written nothing
+        wanted_CD = (split_C < splits)[:, None] & (dims_D < HEAD)[None, :]
         parts_CD = tl.load(parts_ptr + at_C[:, None] * HEAD + dims_D[None, :], mask=wanted_CD, other=0.0)
-        output_D += tl.sum(weight_C[:, None] * parts_CD, 0)
+        output_D += tl.sum(tl.where((weight_C > 0)[:, None], weight_C[:, None] * parts_CD, 0.0), 0)
     output_D = (output_D / total).to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + at * HEAD + dims_D, output_D, mask=dims_D < HEAD)
 
@@ -289,6 +295,7 @@ def tree_attention(
         )  # fmt: skip
         if splits > 1:
             _combine[(batch * rows * query_heads,)](
-                parts, log_sums, output, splits, size, width, triton.next_power_of_2(splits), CHUNK=16
-            )
+                parts, log_sums, output, splits, size, width, triton.next_power_of_2(splits), CHUNK=16,
+                num_warps=max(1, width // 128),
+            )  # fmt: skip
     return output.transpose(1, 2)

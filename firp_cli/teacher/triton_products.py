@@ -19,6 +19,7 @@ N outputs, K inputs and P parts of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 64  # most rows of a block
-SHARED_BYTES = 96 << 10  # most shared memory of a block, so that two fit a multiprocessor
+SHARED_BYTES = 208 << 10  # most shared memory of the blocks on a multiprocessor
+RESERVED_BYTES = 16 << 10  # of a block's shared memory, for other needs than the blocks fetched ahead
 MOST_STAGES = 6
 
 
@@ -134,7 +136,7 @@ def prepare(hidden: Tensor, norm: Tensor) -> Prepared:
     size = hidden.shape[-1]
     flat = hidden.reshape(-1, size)
     scaled = flat.new_empty(flat.shape)
-    parts = triton.cdiv(size, choose(size, size, row_block(len(flat)), gated=False).outputs)
+    parts = triton.cdiv(size, choose(size, size, row_block(len(flat)), False, _processors(flat.device)).outputs)
     squares = flat.new_empty(len(flat), parts, dtype=torch.float32)
     with torch.cuda.device_of(hidden):
         _prepare[(len(flat),)](
@@ -178,7 +180,7 @@ def add_product(
     assert residual.is_contiguous() and residual.shape == (*rows.shape[:-1], size)
     prepared = None
     if norm is not None:
-        tiles = tiles or choose(size, flat.shape[1], row_block(len(flat)), gated=False)
+        tiles = tiles or choose(size, flat.shape[1], row_block(len(flat)), False, _processors(flat.device))
         squares = rows.new_empty(len(flat), triton.cdiv(size, tiles.outputs), dtype=torch.float32)
         prepared = Prepared(residual, norm, flat.new_empty(len(flat), size), squares)
     _launch(flat, weight, bias, residual, tiles, prepared=prepared)
@@ -202,7 +204,7 @@ def _launch(
     outputs = len(weight) // (2 if gated else 1)
     assert weight.shape[1] == inputs and weight.is_contiguous() and rows.is_contiguous() and rows.dtype == weight.dtype
     block = row_block(count)
-    tiles = tiles or choose(outputs, inputs, block, gated)
+    tiles = tiles or choose(outputs, inputs, block, gated, _processors(rows.device))
     interpreted = not isinstance(_product, triton.JITFunction)  # numpy cannot multiply bfloat16
     parts = 1 if squares is None else squares.shape[1]
     following = (rows, rows, rows) if prepared is None else (prepared.norm, prepared.scaled, prepared.squares)
@@ -220,19 +222,42 @@ def row_block(count: int) -> int:
     return max(16, min(ROWS, triton.next_power_of_2(count)))
 
 
-def choose(outputs: int, inputs: int, block: int, gated: bool) -> Tiles:
+class Processors(NamedTuple):
+    """Multiprocessors of a device, and bytes of shared memory that a block may take."""
+
+    count: int
+    shared: int
+
+
+@cache
+def _processors(device: torch.device) -> Processors:
+    if device.type != "cuda":  # interpreted or compiled alone: those of an H100
+        return Processors(132, 227 << 10)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Processors(properties["multiprocessor_count"], properties["max_shared_mem"])
+
+
+def choose(outputs: int, inputs: int, block: int, gated: bool, processors: Processors) -> Tiles:
     """Return tiles for a matrix (N, K), or two of them if `gated`, and blocks of `block` rows: enough tiles for all
     multiprocessors, and as many bytes of the matrix in flight in each as its shared memory takes.
 
-    These tiles were the fastest in whole decoding steps with d 576 and 4096 on an H200 (scripts/NOTES.md, GPU).
+    Tiles of matrices with d 4096 were the fastest of those tried on an H100, those of small ones in whole steps on an
+    H200 (scripts/NOTES.md, GPU).
     """
-    large = outputs >= 4096 and inputs >= 4096
-    if large and block == 16:
-        wide, deep = 32, 256
+    warps = 4
+    if outputs >= 4096 and inputs >= 4096:
+        if gated:
+            wide, deep, warps = (32, 128, 4) if block == 16 else (64, 128, 8)
+        else:
+            wide = 32 if triton.cdiv(outputs, 32) <= processors.count else 64
+            deep = 256 if block == 16 and wide == 32 else 128
     else:
         wide, deep = (64, 64) if gated else (32, 128)
         wide = wide if outputs >= 4096 else 16
         while inputs % deep and deep > 32:
             deep //= 2
+    alone = warps == 8 or triton.cdiv(outputs, wide) <= processors.count  # else two on a multiprocessor
+    shared = min(SHARED_BYTES // (1 if alone else 2), processors.shared - RESERVED_BYTES)
     stage = 2 * deep * (block + wide * (2 if gated else 1))
-    return Tiles(wide, deep, max(2, min(MOST_STAGES, SHARED_BYTES // stage)), 4)
+    return Tiles(wide, deep, max(2, min(MOST_STAGES, shared // stage)), warps)

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
 
-from firp_cli.teacher.triton_attention import MAX_SPLITS, launch_sizes, row_bits, tree_attention  # noqa: E402
+from firp_cli.teacher.triton_attention import MAX_SPLITS, head_block, launch_sizes, row_bits, tree_attention  # noqa: E402
 from helpers.triton_offline import compile_only  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -297,7 +297,7 @@ def test_row_bits_pack_columns() -> None:
 @pytest.mark.parametrize("size", [12, 64, 96, 128, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_launch_sizes_cover_all_rows_and_slots(itemsize: int, size: int) -> None:
-    for packed in (1, 16, 17, 60, 200):
+    for packed in (1, 16, 17, 60, 200, 300):
         for prefix in (0, 1, 700, 100_000):
             for heads in (1, 8, 256):
                 made = launch_sizes(packed, 20, prefix, size, itemsize, heads, multiprocessors=132)
@@ -306,13 +306,16 @@ def test_launch_sizes_cover_all_rows_and_slots(itemsize: int, size: int) -> None
                 assert (made.tiles - 1) * made.block_m < packed <= made.tiles * made.block_m
                 blocks = -(-20 // made.block_n) - (-prefix // made.block_n)
                 assert 1 <= made.splits <= min(blocks, MAX_SPLITS)
-                programs = heads * made.tiles * made.splits
-                assert programs < 2 * 132 + heads * made.tiles
-                assert programs >= 2 * 132 or made.splits in (blocks, MAX_SPLITS)
+                rows, programs = heads * made.tiles, heads * made.tiles * made.splits
+                if (made.block_m, head_block(size)) == (64, 128):  # one program a multiprocessor
+                    assert programs <= max(132, rows) and (programs > 132 - rows or made.splits in (blocks, MAX_SPLITS))
+                else:
+                    assert programs < 2 * 132 + rows and (programs >= 2 * 132 or made.splits in (blocks, MAX_SPLITS))
 
 
 def test_launch_sizes_of_llama_8b() -> None:
-    """Sizes of a Llama 8B step on an H200: (block_m, block_n, tiles, splits)."""
+    """Sizes of a Llama 8B step on an H100: (block_m, block_n, tiles, splits)."""
     assert launch_sizes(4 * 8, 8, 4096, 128, 2, 8, 132) == (32, 64, 1, 33)
     assert launch_sizes(4 * 8, 8, 100, 128, 2, 8, 132) == (32, 64, 1, 3)
     assert launch_sizes(4 * 32, 32, 4096, 128, 2, 32 * 8, 132) == (32, 64, 4, 1)
+    assert launch_sizes(4 * 64, 64, 512, 128, 2, 8, 132) == (64, 64, 4, 4)
