@@ -54,8 +54,8 @@ def launch_sizes(
     multiprocessors: int,
     most_m: int | None = None,
 ) -> LaunchSizes:
-    """Return tile sizes and grid: splits for two programs per multiprocessor, or one of 64 rows of 128, each with at least
-    one block of slots.
+    """Return tile sizes and grid: splits for two programs per multiprocessor, or one of 64 rows of 128, each with at
+    least one block of slots.
 
     Args:
         packed: G * M rows of each key/value head.
@@ -68,7 +68,7 @@ def launch_sizes(
     # The largest blocks that ptxas fits into registers with almost no spilling (sm_80 and sm_90, 4 warps). Two blocks
     # of keys and values in flight then take at most 70 KB of shared memory.
     block_n = min(64, max(16, (8192 if itemsize <= 2 else 2048) // width))
-    most_m = most_m or (64 if itemsize <= 2 and (width <= 64 or width == 128 and packed >= MANY_ROWS) else 32)
+    most_m = most_m or (64 if itemsize <= 2 and (width <= 64 or (width == 128 and packed >= MANY_ROWS)) else 32)
     block_m = min(most_m, max(16, triton.next_power_of_2(packed)))
     tiles = triton.cdiv(packed, block_m)
     blocks = triton.cdiv(scratch, block_n) + triton.cdiv(prefix, block_n)

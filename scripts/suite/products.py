@@ -14,12 +14,12 @@ from suite.sizes import Shape
 from suite.timing import graphed, milliseconds
 from suite.work import Shared, Skipped, Table, Work
 
-ROWS = (1, 32)
+ROWS = (1, 32, 64)
 APART = 1 << 28  # bytes of different matrices in one timing: more than fit a cache
 EPSILON = 1e-5
 POINT_SECONDS = 5.0  # seconds of one matrix with all tiles and rows on a GPU, compiling included
-TILES = ((32, 256, 4, 4), (32, 128, 6, 4), (64, 128, 4, 4), (16, 256, 5, 4))
-GATED_TILES = ((16, 128, 6, 4), (32, 128, 4, 4), (64, 64, 5, 4), (32, 128, 4, 8))
+TILES = ((32, 256, 6, 4), (32, 128, 6, 4), (64, 128, 4, 4), (16, 512, 4, 4))
+GATED_TILES = ((32, 128, 5, 4), (64, 64, 5, 4), (64, 128, 4, 8))
 PackedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, matrix, residual
 
 
