@@ -43,7 +43,7 @@ def _commit(
         kept_PD = kept_P[:, None] & (dims_D < HEAD)[None, :]
         source_PD = (first + row_P)[:, None] * HEAD + dims_D[None, :]
         target_PD = (scratch + length + place_P)[:, None] * HEAD + dims_D[None, :]
-        # The rows are in scratch slots, the places behind them: no program writes what another one reads.
+        # The rows are in scratch slots, the places in the prefix: no program writes what another one reads.
         tl.store(store_ptr + target_PD, tl.load(store_ptr + source_PD, mask=kept_PD), mask=kept_PD)
 
     tl.debug_barrier()  # all threads have read the length before one of them says so

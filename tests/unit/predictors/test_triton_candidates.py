@@ -44,7 +44,7 @@ def check(logits: Tensor, breadth: int) -> None:
     tokens, log_probs = most_probable(logits, breadth)
     assert (tokens.dtype, log_probs.dtype) == (torch.long, torch.float32)
     # on a CUDA device a sort tells the zeros apart
-    expected = (logits + 0.0).cpu().sort(-1, descending=True, stable=True).indices[..., :breadth]
+    expected = (logits + 0.0).cpu().sort(dim=-1, descending=True, stable=True).indices[..., :breadth]
     assert torch.equal(tokens.cpu(), expected)
     exact = logits.cpu().double().log_softmax(-1).gather(-1, expected)
     float32 = logits.log_softmax(-1).cpu().gather(-1, expected)

@@ -119,9 +119,7 @@ class TestCommit:
         for module in (base, kv_cache):
             monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")
         calls: list[int] = []
-        monkeypatch.setattr(
-            triton_commit, "commit_rows", lambda *given: (calls.append(1), commit_rows(*given))[1]
-        )
+        monkeypatch.setattr(triton_commit, "commit_rows", lambda *given: (calls.append(1), commit_rows(*given))[1])
         teacher = wrap_model(copy.deepcopy(tiny_model("llama")).to(DEVICE))
         assert use_lean_layers(teacher) is None
         predictor = make_predictor(teacher, kind="firp", layer=2, steps=2).to(DEVICE)
