@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from firp_cli.config import PredictorSection
 from firp_cli.errors import PredictorError
+from firp_cli.teacher.attention import choose_backend
 from firp_cli.teacher.teacher import Teacher
 
 RowsHook = Callable[[int, Tensor, Tensor], None]
 PseudoStateMaker = Callable[[int, int, Tensor], Tensor]
 LEAST_PARTS, MOST_PARTS = 8, 128  # parts of a vocabulary that `largest` searches separately
+KERNEL_BREADTH = 64  # the kernel searches one token at a time
 
 
 @dataclass
@@ -208,6 +210,10 @@ class TreePredictor(Predictor):
 
     def candidates(self, logits: Tensor, breadth: int) -> Draft:
         """Return the `breadth` most probable tokens of each step, from float32 logits (B, k, V)."""
+        if breadth <= KERNEL_BREADTH and choose_backend("auto", logits.device) == "triton":
+            from firp_cli.predictors.triton_candidates import most_probable
+
+            return Draft(*most_probable(logits, breadth))
         if logits.is_cuda:  # one kernel, `logsumexp` takes eight
             values, tokens = largest(logits.log_softmax(-1), breadth)
         else:

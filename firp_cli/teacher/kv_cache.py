@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firp_cli.teacher.attention import choose_backend
+
 
 class KVCache:
     """Preallocated K/V of all layers: R scratch slots for the rows of a decoding step, then the committed tokens.
@@ -44,6 +46,8 @@ class KVCache:
         self._numbers = torch.arange(slots, device=device)
         self._sequences = torch.arange(batch, device=device)
         self._prefix_slots = self._numbers + scratch
+        self._kernel = choose_backend("auto", device) == "triton"
+        self._arrived = torch.zeros(batch, dtype=torch.int32, device=device)  # of the kernel, zero between its calls
         self.use(batch)
 
     @staticmethod
@@ -125,9 +129,15 @@ class KVCache:
     def commit(self, path_BP: Tensor, counts_B: Tensor) -> None:
         """Keep rows `path[b, :counts[b]]` of the last decoding step as the next committed tokens.
 
-        Entries past a count may be any row: they are copied to slots after the prefix.
+        Entries past a count may be any row: they may be copied to slots after the prefix.
         """
         batch, places = path_BP.shape
+        if self._kernel:
+            from firp_cli.teacher.triton_commit import commit_rows
+
+            state = (self.lengths, self._arrived[:batch])
+            commit_rows(self._store, path_BP, counts_B, *state, self._first, self.scratch, self.capacity)
+            return
         store = self._store[:, :, :batch]
         if batch == places == 1 and self._first == self.scratch - 1:  # one row: there is only one path
             store.index_copy_(4, self.lengths + self.scratch, store.narrow(4, self._first, 1))

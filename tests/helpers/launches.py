@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
+import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FREE = {  # views, allocations, numbers
@@ -37,3 +40,21 @@ class Launches(TorchDispatchMode):
         if not self._within and name not in FREE:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
+
+
+def trace_kernels(monkeypatch: pytest.MonkeyPatch, launches: Launches, module: ModuleType, *kernels: str) -> None:
+    """Count every launch of these Triton kernels of a module, which torch's dispatch does not show, as one."""
+    for name in kernels:
+        monkeypatch.setattr(module, name, LaunchedKernel(getattr(module, name), launches.counted, name))
+
+
+@dataclass
+class LaunchedKernel:
+    """Kernel whose launches are traced."""
+
+    kernel: Any
+    counted: Callable[[str, Callable[[], Any]], Any]
+    name: str
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return lambda *given, **options: self.counted(self.name, lambda: self.kernel[grid](*given, **options))

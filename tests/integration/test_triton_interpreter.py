@@ -13,6 +13,8 @@ from helpers.triton_offline import run_interpreted
 CLASSES = [
     "tests/unit/teacher/test_triton_attention.py::TestKernels",
     "tests/unit/teacher/test_triton_products.py::TestProducts",
+    "tests/unit/teacher/test_triton_commit.py::TestCommit",
+    "tests/unit/predictors/test_triton_candidates.py::TestCandidates",
     "tests/unit/decoding/test_sampling.py::TestKernel",
     "tests/unit/teacher/test_triton_layer.py::TestKernels",
     "tests/unit/teacher/test_triton_layer.py::TestLayers",

@@ -34,7 +34,7 @@ from firp_cli.teacher.masks import AttentionMask, KernelMask, Mask
 from firp_cli.teacher.packed_linear import PackedLinear, widens
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.triton_layer import rotate_and_write, silu_product
-from helpers.launches import Launches
+from helpers.launches import Launches, trace_kernels
 from helpers.layers import new_teacher, some_ids, tolerance_of, varied
 from helpers.models import FAMILIES, generate_reference, make_predictor, random_prompts, tiny_model
 from helpers.pairwise import nightly_rest, pairwise
@@ -261,22 +261,9 @@ class Trace(Launches):
             (triton_layer, ("_rotate_and_write", "_silu_product")),
             (triton_attention, ("_attend", "_combine")),
         ):
-            for name in kernels:
-                monkeypatch.setattr(module, name, _Launched(getattr(module, name), self.counted, name))
+            trace_kernels(monkeypatch, self, module, *kernels)
         norm = RMSNorm.__call__
         monkeypatch.setattr(RMSNorm, "__call__", lambda *given: self.counted("norm", lambda: norm(*given)))
-
-
-@dataclass
-class _Launched:
-    """Kernel whose launches are traced."""
-
-    kernel: Any
-    counted: Callable[[str, Callable[[], Any]], Any]
-    name: str
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return lambda *given, **options: self.counted(self.name, lambda: self.kernel[grid](*given, **options))
 
 
 LAYERED = [*FAMILIES, "3x4", "ouro-loops", "qwen3-loops"]
