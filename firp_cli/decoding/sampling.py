@@ -21,7 +21,7 @@ class Sampler:
     probability stay together. Apart from these and from rounding that is the rule of transformers' `generate`.
 
     Args:
-        kernel: find what top-p keeps by the Triton kernel; None: on CUDA devices that have Triton.
+        kernel: find the largest logits, and what top-p keeps, by Triton kernels; None: on CUDA devices with Triton.
 
     Raises UsageError.
     """
@@ -33,17 +33,17 @@ class Sampler:
             raise UsageError(f"temperature must be >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
         self.greedy = temperature == 0.0
         self._temperature, self._top_p = temperature, top_p
-        self._find_thresholds = top_p_thresholds
+        self._find_thresholds, self._find_largest = top_p_thresholds, _largest
         if choose_backend("auto", device) == "triton" if kernel is None else kernel:
             from firp_cli.decoding import triton_sampling
-
             self._find_thresholds = triton_sampling.top_p_thresholds
+            self._find_largest = _largest_by_parts
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Choose tokens (B, N) from float32 logits (B, N, V)."""
         if self.greedy:
-            return logits.max(-1).indices  # `argmax` uses one core for few rows on a CPU
+            return self._find_largest(logits)
         probabilities = (logits.flatten(0, 1) / self._temperature).softmax(-1)
         if self._top_p < 1.0:
             removed = probabilities < self._find_thresholds(probabilities, self._top_p)
@@ -53,6 +53,19 @@ class Sampler:
         clocks = torch.empty_like(probabilities).exponential_(generator=self.generator)
         clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)
         return (probabilities / clocks).argmax(-1).view(logits.shape[:2])
+
+
+def _largest(logits: Tensor) -> Tensor:
+    return logits.max(-1).indices  # `argmax` uses one core for few rows on a CPU
+
+
+def _largest_by_parts(logits: Tensor) -> Tensor:
+    """Return what `_largest` does; torch's kernel reads a row in one block, and here many blocks share it."""
+    from firp_cli.predictors.triton_candidates import most_probable
+
+    if len(logits) > 1 and not logits.is_contiguous():  # the kernel would need a copy
+        return _largest(logits)
+    return most_probable(logits, 1)[0][..., 0]
 
 
 def top_p_thresholds(probabilities: Tensor, top_p: float) -> Tensor:

@@ -23,7 +23,7 @@ from firp_cli.teacher.teacher import Teacher
 RowsHook = Callable[[int, Tensor, Tensor], None]
 PseudoStateMaker = Callable[[int, int, Tensor], Tensor]
 LEAST_PARTS, MOST_PARTS = 8, 128  # parts of a vocabulary that `largest` searches separately
-KERNEL_BREADTH = 64  # the kernel searches one token at a time
+KERNEL_BREADTH = 32  # the kernel searches one token at a time
 
 
 @dataclass

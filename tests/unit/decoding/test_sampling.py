@@ -237,6 +237,15 @@ class TestKernel:
         for top_p in (1e-6, 0.5, 1 - 1e-6):
             assert torch.equal(find(certain, top_p), torch.ones(5, 1, device=DEVICE))
 
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_greedy_tokens_are_the_first_of_the_largest(self, shape: str) -> None:
+        pytest.importorskip("triton", reason="needs triton: pip install triton")
+        sampler = Sampler(0.0, 1.0, 0, torch.device(DEVICE), kernel=True)
+        logits = make_logits(shape, 6, 3000).view(2, 3, 3000)
+        expected = torch.from_numpy(logits.numpy().argmax(-1))  # of equal ones the first
+        assert torch.equal(sampler(logits.to(DEVICE)).cpu(), expected)
+        assert torch.equal(sampler(logits.to(DEVICE)[:, :2]).cpu(), expected[:, :2])
+
     def test_neighbouring_floats_are_told_apart(self, find: Callable[[Tensor, float], Tensor]) -> None:
         check_neighbours(find)
 
