@@ -225,7 +225,7 @@ def row_block(count: int) -> int:
 class Processors(NamedTuple):
     """Multiprocessors of a device, and bytes of shared memory that a block may take."""
 
-    count: int
+    number: int
     shared: int
 
 
@@ -250,14 +250,14 @@ def choose(outputs: int, inputs: int, block: int, gated: bool, processors: Proce
         if gated:
             wide, deep, warps = (32, 128, 4) if block == 16 else (64, 128, 8)
         else:
-            wide = 32 if triton.cdiv(outputs, 32) <= processors.count else 64
+            wide = 32 if triton.cdiv(outputs, 32) <= processors.number else 64
             deep = 256 if block == 16 and wide == 32 else 128
     else:
         wide, deep = (64, 64) if gated else (32, 128)
         wide = wide if outputs >= 4096 else 16
         while inputs % deep and deep > 32:
             deep //= 2
-    alone = warps == 8 or triton.cdiv(outputs, wide) <= processors.count  # else two on a multiprocessor
+    alone = warps == 8 or triton.cdiv(outputs, wide) <= processors.number  # else two on a multiprocessor
     shared = min(SHARED_BYTES // (1 if alone else 2), processors.shared - RESERVED_BYTES)
     stage = 2 * deep * (block + wide * (2 if gated else 1))
     return Tiles(wide, deep, max(2, min(MOST_STAGES, shared // stage)), warps)
