@@ -252,7 +252,7 @@ def test_select_copies_one_layer_at_a_time() -> None:
 def addresses(stepper: DecodeStep) -> list[int]:
     keys, values = stepper.cache.update(*torch.zeros(2, 1, stepper.teacher.kv_heads, 0, stepper.teacher.head_size), 0)
     state = (keys, values, stepper.cache.lengths, stepper._root, stepper._draft.tokens, stepper._draft.log_probs)
-    return [tensor.data_ptr() for tensor in (*state, stepper.output._row)]
+    return [tensor.data_ptr() for tensor in (*state, stepper.output.row)]
 
 
 @sections
