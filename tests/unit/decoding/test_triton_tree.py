@@ -22,7 +22,7 @@ from helpers.triton_offline import compile_only
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-TREES = ["dynamic:2", "dynamic:5", "dynamic:9", "dynamic:33", "dynamic:8/2", "static:3x2x1", "chain", "static:40x1"]
+TREES = ["dynamic:2", "dynamic:5", "dynamic:9", "dynamic:33", "dynamic:8/2", "static:3x2x1", "chain", "static:15x1"]
 KINDS = ["random", "ties", "certain", "ended", "none"]
 
 
@@ -49,7 +49,7 @@ def on_device(tensor: Tensor | None) -> Tensor | None:
 def tree_case(text: str, kind: str, batch: int, steps: int = 3) -> tuple[TreeSpec, Draft, Tensor, Tensor]:
     """Return a tree, the draft of the first of several sequences, roots and lengths."""
     spec = parse_tree(text, steps)
-    draft = make_draft(kind, batch + 1, steps, min(spec.breadth(20), 20), seed=batch + spec.nodes)
+    draft = make_draft(kind, batch + 1, steps, spec.breadth(20), seed=batch + spec.nodes)
     generator = torch.Generator().manual_seed(batch)
     root, lengths = (torch.randint(0, 100, (batch,), generator=generator) for _ in range(2))
     return spec, Draft(draft.tokens[:batch], draft.log_probs[:batch]), root, lengths
@@ -108,10 +108,10 @@ class TestKernels:
             nodes, anchors = built, built.anchors
         generator = torch.Generator().manual_seed(batch)
         for steps, strides in ((3, (3, 1)), (3, (1, 4)), (0, (0, 1))):
-            for _ in range(8):
+            for number in range(8):
                 targets = torch.randint(0, 25, nodes.tokens.shape, generator=generator)
                 for child in range(1, nodes.tokens.shape[1]):
-                    follow = torch.rand(batch, generator=generator) < 0.6
+                    follow = torch.rand(batch, generator=generator) < (number % 3) * 0.4
                     at = (torch.arange(batch)[follow], nodes.parents[follow, child])
                     targets[at] = nodes.tokens[follow, child]
                 state = [torch.full((batch,), -1), torch.full((batch + 1, 5), -1)]
@@ -143,14 +143,16 @@ def test_many_prefixes_are_left_to_torch() -> None:
 def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One launch each and no other one. Sequences, lengths and parts of larger drafts share a variant."""
     loaded = compile_only(monkeypatch, architecture, tmp_path, 5000 + architecture)
-    launches = Launches()
+    counted = []
     for text, anchors in (("dynamic:8", 0), ("dynamic:33@3", 3), ("static:3x2x1", 0), ("static:3x2x1@2", 2)):
         for batch in (1, 2):
             spec, draft, root, lengths = tree_case(text, "random", batch)
             targets, row = torch.zeros(batch, spec.nodes, dtype=torch.long), torch.zeros(batch, 5, dtype=torch.long)
-            with launches:
+            build_tree(spec, draft, root, lengths, anchors, 3)  # makes the constants
+            with Launches() as launches:
                 built = build_tree(spec, draft, root, lengths, anchors, 3)
                 assert built is not None
                 accept_tree(built, targets, 3, built.anchors, 3, (3, 1), root, row)
+            counted += launches.names
     assert loaded == ["_build_tree", "_accept_tree"] * 4
-    assert not [name for name in launches.names if name not in ("lift_fresh_copy",)]
+    assert counted == []
