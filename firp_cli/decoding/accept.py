@@ -35,8 +35,8 @@ class Accepted:
 
 
 class NextDraft(NamedTuple):
-    """Where the rows of the next draft are: those of the deepest accepted node or, if it has no pseudo rows, of its
-    nearest ancestor with some, from the step on that lies ahead.
+    """The rows of the next draft: those of the deepest accepted node or, if it has no pseudo rows, of its nearest
+    ancestor with some, from the step on that lies ahead.
 
     Attributes:
         place: (B,) the node's or ancestor's index among the anchors. picks: (B, k) the steps' rows.
@@ -49,7 +49,7 @@ class NextDraft(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a step keeps: the number of rows (B,) on the path (B, P), and the next draft's rows, if it has one."""
+    """Rows that a step keeps: their number (B,) on the path (B, P), and those of the next draft, if it makes one."""
 
     kept: Tensor
     path: Tensor

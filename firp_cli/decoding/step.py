@@ -233,7 +233,8 @@ class DecodeStep:
             tree = build(self.tree, self.predictor, draft, root)
             anchors = anchor_nodes(tree, limit) if limit else None
         seen, offsets, bits = self._rows(tree, anchors, len(transfer))
-        return StepTree(tree, anchors, lengths[:, None] + offsets, seen, bits)
+        positions = lengths[:, None] if seen.shape[1] == 1 else lengths[:, None] + offsets
+        return StepTree(tree, anchors, positions, seen, bits)
 
     def _accept(self, tree: StepTree, targets: Tensor, drafting: bool, drafted: bool) -> Taken:
         """Accept a path by `targets` (B, N); write the next roots and the output.

@@ -13,6 +13,7 @@ from firp_cli.decoding.tree_build import Nodes, Tree, anchor_nodes, build
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.predictors.base import Draft
 from firp_cli.teacher.masks import step_rows
+from helpers.models import VOCABULARY
 
 if TYPE_CHECKING:
     from firp_cli.decoding.triton_tree import BuiltTree
@@ -30,6 +31,22 @@ def paths_of(tree: Tree, row: int) -> list[tuple[int, ...]]:
     for node in range(1, tree.tokens.shape[1]):
         paths.append((*paths[int(tree.parents[row, node])], int(tree.tokens[row, node])))
     return paths
+
+
+def foreseen(texts: list[list[int]], emitted: list[int], steps: int, breadth: int, seed: int) -> Draft:
+    """Return a draft with the true token at three of four steps, at random positions and with random probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = []
+    for text, count in zip(texts, emitted, strict=True):
+        for known in text[count : count + steps]:
+            others = torch.randperm(VOCABULARY, generator=generator).tolist()
+            others.remove(known)
+            position, right = torch.randint(4, (2,), generator=generator).tolist()
+            tokens.append(
+                [*others[: min(position // 2, breadth - 1)], *([known] if right else []), *others[5:]][:breadth]
+            )
+    scores = 2.0 * torch.randn(len(texts), steps, breadth, generator=generator)
+    return Draft(torch.tensor(tokens).view(scores.shape), scores.log_softmax(-1).sort(descending=True).values)
 
 
 def torch_build(spec: TreeSpec, draft: Draft, root: Tensor, lengths: Tensor, anchors: int, pseudo: int) -> BuiltTree:
