@@ -129,7 +129,7 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
         *((step_module, name, TREE) for name in ("build", "root_tree", "anchor_nodes")),
         *((step_module, name, ACCEPT) for name in ("accept", "accept_root")),
         (step_module, "forward_rows", ROWS),
-        (step_module, "nearest_anchor", STATES),
+        (step_module, "next_draft", STATES),
         (DecodeStep, "step", GLUE),
         (DecodeStep, "_forward", MASKS),
         (DecodeStep, "_rotary", ROTARY),

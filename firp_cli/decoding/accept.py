@@ -8,11 +8,12 @@ chooses or draws, for any draft.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from firp_cli.decoding.tree_build import Tree
+from firp_cli.decoding.tree_build import Tree, nearest_anchor, numbers
 
 
 @dataclass
@@ -31,6 +32,45 @@ class Accepted:
     path: Tensor
     tokens: Tensor
     bonus: Tensor
+
+
+class NextDraft(NamedTuple):
+    """The rows of the next draft: those of the deepest accepted node or, if it has no pseudo rows, of its nearest
+    ancestor with some, from the step on that lies ahead.
+
+    Attributes:
+        place: (B,) the node's or ancestor's index among the anchors. picks: (B, k) the steps' rows.
+        floor: (B, k) to be added to log-probabilities: -inf where the ancestor does not reach; None: all are reached.
+    """
+
+    place: Tensor
+    picks: Tensor
+    floor: Tensor | None
+
+
+class Taken(NamedTuple):
+    """Rows that a step keeps: their number (B,) on the path (B, P), and those of the next draft, if it makes one."""
+
+    kept: Tensor
+    path: Tensor
+    following: NextDraft | None
+
+
+def next_draft(
+    tree: Tree, accepted: Accepted, anchors: Tensor | None, steps: int, strides: tuple[int, int]
+) -> NextDraft:
+    """Return where the rows of the next draft of `steps` steps are.
+
+    Args:
+        anchors: (B, A), None: all nodes. strides: rows from an anchor to the next one and from a step to the next one.
+    """
+    count = numbers(steps, tree.tokens.device)
+    if anchors is None:
+        return NextDraft(accepted.node, accepted.node[:, None] * strides[0] + count * strides[1], None)
+    place, passed = nearest_anchor(tree, anchors, accepted.path, accepted.count)
+    ahead = passed[:, None] + count
+    picks = place[:, None] * strides[0] + ahead.clamp(max=steps - 1) * strides[1]
+    return NextDraft(place, picks, torch.zeros_like(picks, dtype=torch.float32).masked_fill(ahead >= steps, -torch.inf))
 
 
 def accept(tree: Tree, targets: Tensor, depth: int) -> Accepted:

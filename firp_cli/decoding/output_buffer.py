@@ -16,12 +16,16 @@ Rows = list[list[int]]  # by sequence: accepted drafted tokens, then emitted one
 
 
 class OutputBuffer:
-    """Tokens of up to `batch` sequences, of up to `width` tokens a step."""
+    """Tokens of up to `batch` sequences, of up to `width` tokens a step.
+
+    Attributes:
+        row: (batch, 1 + width) counts and tokens of the last step.
+    """
 
     def __init__(self, batch: int, width: int, device: torch.device) -> None:
-        self._row = torch.zeros(batch, 1 + width, dtype=torch.long, device=device)
+        self.row = torch.zeros(batch, 1 + width, dtype=torch.long, device=device)
         self.late = device.type == "cuda"  # the host reads a step after it has launched the next one
-        self._copies = [torch.empty(self._row.shape, dtype=torch.long, pin_memory=True) for _ in range(2 * self.late)]
+        self._copies = [torch.empty(self.row.shape, dtype=torch.long, pin_memory=True) for _ in range(2 * self.late)]
         self._unread: deque[tuple[Any, Tensor, torch.cuda.Event]] = deque()
 
     @property
@@ -32,15 +36,15 @@ class OutputBuffer:
     def write(self, count: Tensor, tokens: Tensor) -> None:
         """Write counts (B,) and tokens (B, P), as part of a step."""
         batch, width = tokens.shape
-        torch.cat([count[:, None], tokens], dim=1, out=self._row[:batch, : 1 + width])
+        torch.cat([count[:, None], tokens], dim=1, out=self.row[:batch, : 1 + width])
 
     def launched(self, tag: Any) -> list[tuple[Any, Rows]]:
         """Start the copy of a step that was just launched; return the steps that can be read now, with their tags."""
         if not self.late:
-            return [(tag, self._row.tolist())]
+            return [(tag, self.row.tolist())]
         copy = self._copies[0]
         self._copies.reverse()
-        copy.copy_(self._row, non_blocking=True)
+        copy.copy_(self.row, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._unread.append((tag, copy, event))

@@ -8,18 +8,24 @@ the tree, root included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from firp_cli.decoding.accept import Accepted, accept, accept_root
+from firp_cli.decoding.accept import NextDraft, Taken, accept, accept_root, next_draft
 from firp_cli.decoding.output_buffer import OutputBuffer
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import check_fits
-from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anchor, numbers, root_tree
+from firp_cli.decoding.tree_build import (
+    Nodes,
+    Tree,
+    anchor_nodes,
+    build,
+    numbers,
+    root_tree,
+)
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.predictors.base import Draft, PseudoStateMaker, TreePredictor
 from firp_cli.predictors.forward import forward_rows
@@ -68,6 +74,18 @@ class StepRows(NamedTuple):
 
     seen: Tensor
     offsets: Tensor
+    bits: Tensor | None
+
+
+class StepTree(NamedTuple):
+    """Tree of a step: its nodes, its anchors (B, A) (None: all nodes), positions of the rows (B, M), and which row sees
+    which as (B, M, M) bool or as the kernel's `row_bits`.
+    """
+
+    nodes: Nodes
+    anchors: Tensor | None
+    positions: Tensor
+    seen: Tensor | None
     bits: Tensor | None
 
 
@@ -180,56 +198,84 @@ class DecodeStep:
                 are autoregressive.
             first: the step follows prefill, so its tree is the root alone.
         """
-        root = self._root[: self.batch]
         drafting = self.predictor is not None and mode == "drafted"
         # 1. Build the tree of N nodes from the draft distributions.
-        tree, anchors = self._build(root) if drafting and not first else (root_tree(root), None)
+        tree = self._build(drafting, first)
         # 2. Run the N nodes through all layers, from layer t_i on also the step-i pseudo states of the anchors.
-        real, pseudo = self._forward(tree, anchors, longest, drafting, exact)
-        # 3. Apply the head to the N real rows, and descend while a child's token is its parent's target.
+        real, pseudo = self._forward(tree, longest, drafting, exact)
+        # 3. Apply the head to the N real rows, and descend while a child's token is its parent's target. The bonus
+        #    token is the next root.
         normed = self.teacher.norm(real)
         logits, drafted = self._logits(normed, pseudo, drafting)
-        targets = self.sampler(logits)
-        single = tree.tokens.shape[1] == 1
-        accepted = accept_root(targets) if single else accept(tree, targets, self.shape.width - 1)
-        # 4. The bonus token is the next root; the deepest accepted node's pseudo rows are the next draft.
-        root.copy_(accepted.bonus)
-        if drafting:
-            self._draft_next(tree, accepted, anchors, normed, pseudo, drafted)
+        taken = self._accept(tree, self.sampler(logits), drafting, drafted is not None)
+        # 4. The deepest accepted node's pseudo rows are the next draft.
+        if taken.following is not None:
+            self._draft_next(taken.following, normed, pseudo, drafted)
         # 5. Move the accepted path's K/V to the prefix; the next step overwrites all other rows.
-        self.cache.commit(accepted.path, accepted.count + 1)
+        self.cache.commit(taken.path, taken.kept)
+
+    def _build(self, drafting: bool, first: bool) -> StepTree:
+        """Build the tree of the last draft and choose its anchors, or the root alone."""
+        root, lengths = self._root[: self.batch], self.cache.lengths
+        transfer, anchors = self._transfer if drafting else (), None
+        if not drafting or first:
+            tree = root_tree(root)
+        else:
+            assert self.tree is not None and self.predictor is not None
+            draft = Draft(self._draft.tokens[: self.batch], self._draft.log_probs[: self.batch])
+            limit = self.shape.anchors if self.tree.limited else 0
+            if self.kernel and self.tree.kind != "none" and not self.predictor.parent_dependent:
+                from firp_cli.decoding.triton_tree import build_tree
+
+                built = build_tree(self.tree, draft, root, lengths, limit, len(transfer))
+                if built is not None:
+                    return StepTree(built, built.anchors, built.positions, None, built.bits)
+            tree = build(self.tree, self.predictor, draft, root)
+            anchors = anchor_nodes(tree, limit) if limit else None
+        seen, offsets, bits = self._rows(tree, anchors, len(transfer))
+        positions = lengths[:, None] if seen.shape[1] == 1 else lengths[:, None] + offsets
+        return StepTree(tree, anchors, positions, seen, bits)
+
+    def _accept(self, tree: StepTree, targets: Tensor, drafting: bool, drafted: bool) -> Taken:
+        """Accept a path by `targets` (B, N); write the next roots and the output.
+
+        Args:
+            drafted: the next draft is chosen from rows (B, A, k, ...), not from the pseudo states (B, k, A, d).
+        """
+        nodes, anchors, root = tree.nodes, tree.anchors, self._root[: self.batch]
+        steps = self.predictor.steps if drafting and self.predictor else 0
+        strides = (steps, 1) if drafted else (1, targets.shape[1] if anchors is None else anchors.shape[1])
+        depth = self.shape.width - 1
+        if self.kernel:
+            from firp_cli.decoding.triton_tree import accept_tree
+
+            return accept_tree(nodes, targets, depth, anchors, steps, strides, root, self.output.row)
+        assert isinstance(nodes, Tree)
+        accepted = accept_root(targets) if targets.shape[1] == 1 else accept(nodes, targets, depth)
+        following = next_draft(nodes, accepted, anchors, steps, strides) if steps else None
+        root.copy_(accepted.bonus)
         self.output.write(accepted.count, accepted.tokens)
+        return Taken(accepted.count + 1, accepted.path, following)
 
-    def _build(self, root: Tensor) -> tuple[Tree, Tensor | None]:
-        """Build the tree of the last draft, and choose its anchors (B, A); None: every node."""
-        assert self.tree is not None and self.predictor is not None
-        draft = Draft(self._draft.tokens[: self.batch], self._draft.log_probs[: self.batch])
-        tree = build(self.tree, self.predictor, draft, root)
-        return tree, anchor_nodes(tree, self.shape.anchors) if self.tree.limited and self._transfer else None
-
-    def _forward(
-        self, tree: Tree, anchors: Tensor | None, longest: int, drafting: bool, exact: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, tree: StepTree, longest: int, drafting: bool, exact: bool) -> tuple[Tensor, Tensor | None]:
         """Run all rows of a step through all layers. Return real rows (B, N, d), pseudo states (B, k, A, d) or None."""
-        teacher, cache = self.teacher, self.cache
-        transfer = self._transfer if drafting else ()
-        rows, offsets, bits = self._rows(tree, anchors, len(transfer))
-        positions = cache.lengths[:, None] + offsets
-        cache.begin(rows.shape[1], longest)
+        teacher, cache, positions, rows = self.teacher, self.cache, tree.positions, tree.positions.shape[1]
+        cache.begin(rows, longest)
         mask: Mask | None = None
         if self.kernel:
-            mask = KernelMask(rows, positions, cache.lengths, longest, bits)
-        elif rows.shape[1] > 1 or self._windowed or not exact:
+            mask = KernelMask(tree.seen, positions, cache.lengths, longest, tree.bits)
+        elif rows > 1 or self._windowed or not exact:
+            assert tree.seen is not None
             slots = cache.prefix_slots(longest)
-            mask = step_mask(rows, positions, cache.lengths, slots, teacher.dtype, exact, self._windowed)
+            mask = step_mask(tree.seen, positions, cache.lengths, slots, teacher.dtype, exact, self._windowed)
         return forward_rows(
             teacher,
-            teacher.embed(tree.tokens),
+            teacher.embed(tree.nodes.tokens),
             positions,
             mask,
-            transfer_layers=transfer,
+            transfer_layers=self._transfer if drafting else (),
             make_pseudo_states=self.make_pseudo_states,
-            anchors=anchors,
+            anchors=tree.anchors,
             cache=cache,
             rotary=self._rotary(positions),
         )
@@ -271,36 +317,26 @@ class DecodeStep:
         """Look up position embeddings where they depend on the position alone; else None."""
         return None if self._table is None else self._table(positions, self._positions - 1)
 
-    def _draft_next(
-        self,
-        tree: Tree,
-        accepted: Accepted,
-        anchors: Tensor | None,
-        normed: Tensor,
-        pseudo: Tensor | None,
-        drafted: Tensor | None,
-    ) -> None:
+    def _draft_next(self, following: NextDraft, normed: Tensor, pseudo: Tensor | None, drafted: Tensor | None) -> None:
         """Make the next draft from the accepted node's rows alone. A node without pseudo rows takes the steps of its
         nearest anchor that lie ahead; steps that this anchor does not reach draft nothing.
 
         Args:
             drafted: the logits of every anchor's drafts (B, A, k, V), if `_logits` made them.
         """
-        assert self.predictor is not None
-        place, passed = accepted.node, None
-        if anchors is not None:
-            place, passed = nearest_anchor(tree, anchors, accepted.path, accepted.count)
+        predictor, teacher, (place, picks, floor) = self.predictor, self.teacher, following
+        assert predictor is not None
         if drafted is not None:
-            choose = self.predictor.candidates
-            draft = shifted_draft(_rows_at(drafted, place), passed, lambda rows: choose(rows, self._breadth))
+            draft = predictor.candidates(_rows_at(drafted.flatten(1, 2), picks), self._breadth)
         else:
-            final = normed[:, 0] if pseudo is not None else _rows_at(normed, place)
-            node_pseudo = None if pseudo is None else _rows_at(pseudo.transpose(1, 2), place)
-            states = self.predictor.draft_hidden(self.teacher, final, node_pseudo)
-            predictor, teacher = self.predictor, self.teacher
-            draft = shifted_draft(states, passed, lambda rows: predictor.draft(teacher, rows, self._breadth))
+            final = normed[:, 0] if pseudo is not None else _rows_at(normed, place[:, None])[:, 0]
+            node_pseudo = None if pseudo is None else _rows_at(pseudo.flatten(1, 2), picks)
+            draft = predictor.draft(teacher, predictor.draft_hidden(teacher, final, node_pseudo), self._breadth)
         self._draft.tokens[: self.batch].copy_(draft.tokens)
-        self._draft.log_probs[: self.batch].copy_(draft.log_probs)
+        if floor is None:
+            self._draft.log_probs[: self.batch].copy_(draft.log_probs)
+        else:
+            torch.add(draft.log_probs, floor[:, :, None], out=self._draft.log_probs[: self.batch])
 
     def select(self, sequences: Tensor) -> None:
         """Keep only these sequences (ascending places in the batch); the others have ended."""
@@ -325,19 +361,6 @@ class DecodeStep:
         return buffers if self.predictor is None else [*buffers, draft.tokens[:batch], draft.log_probs[:batch]]
 
 
-def _rows_at(rows: Tensor, place: Tensor) -> Tensor:
-    """Return rows[b, place[b]] of rows (B, A, ...): (B, ...)."""
-    index = place.view(-1, *[1] * (rows.dim() - 1))
-    return rows.gather(1, index.expand(-1, 1, *rows.shape[2:]))[:, 0]
-
-
-def shifted_draft(rows: Tensor, passed: Tensor | None, draft: Callable[[Tensor], Draft]) -> Draft:
-    """Return the draft of nodes from the states or logits (B, k, ...) of an ancestor that is `passed` (B,) tokens back
-    (None: the nodes' own): step i from its step i + passed. Steps past the ancestor's last one have probability 0.
-    """
-    if passed is None:
-        return draft(rows)
-    steps = rows.shape[1]
-    ahead = passed[:, None] + numbers(steps, rows.device)
-    made = draft(rows.gather(1, ahead.clamp(max=steps - 1)[:, :, None].expand_as(rows)))
-    return Draft(made.tokens, made.log_probs.masked_fill((ahead >= steps)[:, :, None], -torch.inf))
+def _rows_at(rows: Tensor, picks: Tensor) -> Tensor:
+    """Return rows[b, picks[b, i]] of rows (B, R, d): (B, k, d)."""
+    return rows.gather(1, picks[:, :, None].expand(-1, -1, rows.shape[2]))

@@ -21,17 +21,23 @@ MAX_PREFIXES = 4096  # most prefixes that are scored at once
 
 
 @dataclass
-class Tree:
+class Nodes:
+    """Nodes of the draft trees of a batch: tokens and parents (B, N) long. Node 0 is the root, its own parent."""
+
+    tokens: Tensor
+    parents: Tensor
+
+
+@dataclass
+class Tree(Nodes):
     """Draft trees of a batch.
 
     Attributes:
-        tokens, parents, depth: (B, N) long. ancestors: (B, N, N) bool, a row is a node's path, itself included.
+        depth: (B, N) long. ancestors: (B, N, N) bool, a row is a node's path, itself included.
         paths: (B, N, P) long, the nodes from the root to each node, then that node again.
         scores: (B, N) joint draft log-probability of each node given the root; None where it is not needed.
     """
 
-    tokens: Tensor
-    parents: Tensor
     depth: Tensor
     ancestors: Tensor
     paths: Tensor
@@ -42,20 +48,31 @@ def build(spec: TreeSpec, predictor: TreePredictor, draft: Draft, root: Tensor) 
     """Build a step's tree: root tokens (B,) and below them candidates that the predictor scores."""
     if spec.kind == "none":
         return root_tree(root)
-    run = spec.depth(draft.tokens.shape[1])
-    draft = Draft(draft.tokens[:, :run], draft.log_probs[:, :run])
+    draft = first_steps(draft, spec)
     if spec.kind == "static":
         return _build_static(spec, predictor, draft, root)
-    prefixes = None
-    if not predictor.parent_dependent:
-        prefixes = _best_prefixes(spec.nodes, *draft.tokens.shape[1:], root.device)
+    prefixes = None if predictor.parent_dependent else known_prefixes(spec, draft)
     if prefixes is None:
         return build_by_level(spec.nodes, predictor, draft, root)
     return _build_from_prefixes(prefixes, spec.nodes, draft, root)
 
 
+def first_steps(draft: Draft, spec: TreeSpec) -> Draft:
+    """Return the steps of a draft that a tree has."""
+    run = spec.depth(draft.tokens.shape[1])
+    return Draft(draft.tokens[:, :run], draft.log_probs[:, :run])
+
+
+def known_prefixes(spec: TreeSpec, draft: Draft) -> Prefixes | None:
+    """Return the prefixes that may be nodes where steps do not depend on the parent's token; a static tree's are its
+    nodes, in their order. None if they are too many.
+    """
+    shape = (*draft.tokens.shape[1:], draft.tokens.device)
+    return _static_shape(spec, *shape)[0] if spec.kind == "static" else _best_prefixes(spec.nodes, *shape)
+
+
 @dataclass
-class _Prefixes:
+class Prefixes:
     """Prefixes of drafts, the root's first and parents before children, as constants.
 
     Attributes:
@@ -68,7 +85,7 @@ class _Prefixes:
     facts: Tensor
 
     @staticmethod
-    def of(paths: Sequence[tuple[int, ...]], steps: int, breadth: int, device: torch.device) -> _Prefixes:
+    def of(paths: Sequence[tuple[int, ...]], steps: int, breadth: int, device: torch.device) -> Prefixes:
         """Return prefixes, given as positions, as constants for drafts of `steps` x `breadth` candidates."""
         number = {path: place for place, path in enumerate(paths)}
         places, facts = [], []
@@ -78,7 +95,7 @@ class _Prefixes:
             missing = steps - len(path)
             places.append(own + [steps * breadth] * missing)
             facts.append([*way, *way[-1:] * missing, number[path[:-1]], len(path), own[-1] + 1 if path else 0])
-        return _Prefixes(torch.tensor(places, device=device), torch.tensor(facts, device=device))
+        return Prefixes(torch.tensor(places, device=device), torch.tensor(facts, device=device))
 
     def scores(self, draft: Draft) -> Tensor:
         """Return the joint log-probabilities (B, C)."""
@@ -87,7 +104,7 @@ class _Prefixes:
 
 
 @cache  # graphs hold their addresses
-def _best_prefixes(nodes: int, steps: int, breadth: int, device: torch.device) -> _Prefixes | None:
+def _best_prefixes(nodes: int, steps: int, breadth: int, device: torch.device) -> Prefixes | None:
     """Return the prefixes whose positions r_1.. have (r_1 + 1)(r_2 + 1).. < `nodes`; None if they are too many.
 
     Where steps do not depend on the parent's token, a prefix is at most as probable as every prefix of no greater
@@ -105,10 +122,10 @@ def _best_prefixes(nodes: int, steps: int, breadth: int, device: torch.device) -
         every += level
         if len(every) > MAX_PREFIXES:
             return None
-    return _Prefixes.of(every, steps, breadth, device)
+    return Prefixes.of(every, steps, breadth, device)
 
 
-def _build_from_prefixes(prefixes: _Prefixes, nodes: int, draft: Draft, root: Tensor) -> Tree:
+def _build_from_prefixes(prefixes: Prefixes, nodes: int, draft: Draft, root: Tensor) -> Tree:
     """Build the tree of the best prefixes, where steps do not depend on the parent's token: score all at once."""
     batch, steps = draft.tokens.shape[:2]
     order = prefixes.scores(draft).sort(dim=1, descending=True, stable=True)  # of equals the parent comes first
@@ -227,9 +244,9 @@ def _root_shape(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @cache  # graphs hold their addresses
 def _static_shape(
     spec: TreeSpec, steps: int, breadth: int, device: torch.device
-) -> tuple[_Prefixes, Tensor, list[tuple[Tensor, Tensor]]]:
+) -> tuple[Prefixes, Tensor, list[tuple[Tensor, Tensor]]]:
     """Return prefixes, ancestors (N, N) bool, and by depth the parents and positions of its nodes."""
-    prefixes = _Prefixes.of(((), *spec.paths), steps, breadth, device)
+    prefixes = Prefixes.of(((), *spec.paths), steps, breadth, device)
     itself = torch.zeros(spec.nodes, spec.nodes, dtype=torch.bool, device=device)
     ancestors = itself.scatter(1, prefixes.facts[:, : steps + 1], True)
     levels, parents = [], prefixes.facts[1:, -3]
@@ -270,7 +287,7 @@ def anchor_nodes(tree: Tree, count: int) -> Tensor:
         .expand_as(reached)
         .scatter_add(1, tree.parents[:, 1:], reached[:, 1:])
     )
-    return (reached - passed).topk(count, dim=1).indices
+    return (reached - passed).sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 @cache  # graphs hold their addresses

@@ -190,6 +190,12 @@ def step_mask(
     return AttentionMask(allowed, dtype, positions, keys)
 
 
+@cache  # graphs hold their addresses
+def _bit_numbers(device: torch.device) -> Tensor:
+    """Return the numbers of the bits of a word (32,)."""
+    return torch.arange(32, dtype=torch.int32, device=device)
+
+
 @dataclass(frozen=True)
 class TreeRows:
     """Mask of a layer in a decoding step as the attention kernel reads it: arguments of `tree_attention`."""
@@ -210,19 +216,19 @@ class KernelMask:
 
     Args:
         rows, positions, lengths: see `step_mask`. longest: bound of the lengths.
-        bits: `row_bits` of the rows, where the caller has them already.
+        bits: `row_bits` of the rows, where the caller has them already. It then needs no `rows`.
     """
 
     def __init__(
-        self, rows: Tensor, positions: Tensor, lengths: Tensor, longest: int, bits: Tensor | None = None
+        self, rows: Tensor | None, positions: Tensor, lengths: Tensor, longest: int, bits: Tensor | None = None
     ) -> None:
-        self.rows, self.positions, self.lengths, self.longest, self._bits = rows, positions, lengths, longest, bits
+        self._rows, self.positions, self.lengths, self.longest, self._bits = rows, positions, lengths, longest, bits
         self._made: dict[tuple[int | None, int], TreeRows] = {}
 
     def at(self, window: int | None, rows: int) -> TreeRows:
         """Return the kernel's arguments for the first `rows` rows."""
         if (window, rows) not in self._made:
-            count = self.rows.shape[1]
+            count = self.positions.shape[1]
             positions = self.positions[:, :rows]
             if rows == count:
                 bits = self._whole(window)
@@ -232,6 +238,15 @@ class KernelMask:
                     positions = positions.contiguous()
             self._made[window, rows] = TreeRows(self.lengths, bits, positions, count, self.longest, window)
         return self._made[window, rows]
+
+    @property
+    def rows(self) -> Tensor:
+        """(B, M, M) bool: row m sees row j."""
+        if self._rows is None:
+            assert self._bits is not None
+            bits = self._bits[..., None] >> _bit_numbers(self._bits.device)
+            self._rows = (bits & 1).flatten(2)[:, :, : self.positions.shape[1]] != 0
+        return self._rows
 
     def _whole(self, window: int | None) -> Tensor:
         from firp_cli.teacher.triton_attention import row_bits

@@ -37,7 +37,7 @@ class LateBuffer(OutputBuffer):
 
     def __init__(self, batch: int, width: int, device: torch.device) -> None:
         super().__init__(batch, width, device)
-        self.late, self._copies = True, [torch.zeros_like(self._row) for _ in range(2)]
+        self.late, self._copies = True, [torch.zeros_like(self.row) for _ in range(2)]
 
 
 class Tapes:

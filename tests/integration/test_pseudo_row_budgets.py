@@ -18,7 +18,6 @@ from firp_cli.results import Generation
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import (
     FAMILIES,
-    VOCABULARY,
     embedded_predictor,
     embedded_prompts,
     embedded_teacher,
@@ -30,7 +29,7 @@ from helpers.models import (
     tiny_teacher,
 )
 from helpers.pairwise import covered
-from helpers.trees import paths_of, random_draft
+from helpers.trees import foreseen, paths_of, random_draft
 
 TOKENS = 16
 TREES = ["dynamic:9@1", "dynamic:9@3", "chain@2", "static:3x2x1@4"]
@@ -201,22 +200,6 @@ def prefilled(teacher: Teacher, predictor: TreePredictor, spec: TreeSpec, prompt
     stepper.step(max(map(len, prompts)) - 1, "drafted", first=True)
     stepper.output.launched(None)
     return stepper
-
-
-def foreseen(texts: list[list[int]], emitted: list[int], steps: int, breadth: int, seed: int) -> Draft:
-    """Return a draft with the true token at three of four steps, at random positions and with random probabilities."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = []
-    for text, count in zip(texts, emitted, strict=True):
-        for known in text[count : count + steps]:
-            others = torch.randperm(VOCABULARY, generator=generator).tolist()
-            others.remove(known)
-            position, right = torch.randint(4, (2,), generator=generator).tolist()
-            tokens.append(
-                [*others[: min(position // 2, breadth - 1)], *([known] if right else []), *others[5:]][:breadth]
-            )
-    scores = 2.0 * torch.randn(len(texts), steps, breadth, generator=generator)
-    return Draft(torch.tensor(tokens).view(scores.shape), scores.log_softmax(-1).sort(descending=True).values)
 
 
 @pytest.mark.parametrize("tree", ["dynamic:9@1", "dynamic:9@3", "chain@1", "chain@2", "static:2x2x1@4"])
