@@ -36,6 +36,7 @@ class Sampler:
         self._find_thresholds, self._find_largest = top_p_thresholds, _largest
         if choose_backend("auto", device) == "triton" if kernel is None else kernel:
             from firp_cli.decoding import triton_sampling
+
             self._find_thresholds = triton_sampling.top_p_thresholds
             self._find_largest = _largest_by_parts
         self.generator = torch.Generator(device).manual_seed(seed)
