@@ -110,7 +110,7 @@ def shaped(name: str, run: Callable[..., None], share: float, group: str, **opti
 
 PARTS = [  # shares of the time: seconds, about
     Part("smoke", smoking.smoke, 30, group="smoke", least=0, most=SMOKE_SECONDS),
-    Part("bandwidth", machine.bandwidth, 4, group="7b", least=2),
+    Part("bandwidth", machine.bandwidth, 4, group="7b", least=0, most=5),
     shaped("7b.ar", speed.ar, 20, "7b"),
     shaped("7b.kernels", kernels.kernels, 25, "7b"),
     shaped("7b.breakdown", steps.breakdown, 12, "7b"),

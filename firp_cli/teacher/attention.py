@@ -51,7 +51,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: LayerMask, scali
     if grouped and queries.shape[2] == 1:  # heads that share keys become rows: the keys are read once
         shape = queries.shape
         queries = queries.reshape(shape[0], keys.shape[1], -1, shape[3])
-        return functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scaling).view(shape)
+        return functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scaling).reshape(shape)
     return functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped
     )

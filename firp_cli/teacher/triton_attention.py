@@ -215,7 +215,7 @@ def _attend(
 @triton.jit(do_not_specialize=["splits"])
 def _combine(
     parts_ptr, log_sums_ptr, output_ptr, splits,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr = 16,
 ):  # fmt: skip
     """Add the splits' outputs of one row and head, weighted by their softmax sums; grid (B * M * Hq,)."""
     at = tl.program_id(0).to(tl.int64)
@@ -280,7 +280,7 @@ def tree_attention(
     prefix, processors = longest if window is None else min(longest, window), _multiprocessors(queries.device)
     packed, itemsize, width = group * rows, queries.element_size(), head_block(size)
     chosen = launch_sizes(packed, scratch, prefix, size, itemsize, batch * heads, processors, most_m)
-    splits = splits or chosen.splits
+    splits, warps = splits or chosen.splits, max(1, width // 128)
     output = queries.new_empty(batch, rows, query_heads, size)
     parts = output if splits == 1 else output.new_empty(splits, *output.shape, dtype=torch.float32)
     log_sums = output.new_empty(parts.shape[:-1], dtype=torch.float32)
@@ -295,7 +295,6 @@ def tree_attention(
         )  # fmt: skip
         if splits > 1:
             _combine[(batch * rows * query_heads,)](
-                parts, log_sums, output, splits, size, width, triton.next_power_of_2(splits), CHUNK=16,
-                num_warps=max(1, width // 128),
-            )  # fmt: skip
+                parts, log_sums, output, splits, size, width, triton.next_power_of_2(splits), num_warps=warps
+            )
     return output.transpose(1, 2)

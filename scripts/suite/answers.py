@@ -20,13 +20,12 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import build_predictor
 from firp_cli.store.reader import FINAL
 from firp_cli.teacher.teacher import Teacher
-from suite.shapes import cache_bytes
 from suite.subject import TEMPERATURES, Subject, subject
 from suite.work import Shared, Table, Work
 
 PACK_TOKENS = 16_384  # tokens of a forward that captures states
 BATCHES = 8  # batches cut at once from prompts sorted by length: together a fair mix
-ROOMY = 0.25  # share of a GPU's free memory that K/V may take, and states; beyond it those go to host memory
+ROOMY = 0.25  # share of a GPU's free memory that states may take; beyond it they go to host memory
 SLACK = 1.3  # times the duration of the last batch
 CAPTURED_A_SECOND = 50_000  # tokens, until it is measured
 
@@ -84,11 +83,10 @@ def write_answers(shared: Shared, work: Work) -> None:
     work.values["layers"], work.values["prompts"] = layers, len(prompts)
     keeps = on_device(teacher, own, prompts, layers)
     work.values["states_on"] = teacher.device.type if keeps else "cpu"
-    work.values["at_once"] = at_once = batch_size(teacher, own, shared.sizes.at_once)
     for temperature, seed in passes(own):
         engine = Engine(teacher, temperature=temperature, seed=seed)
         account.passes.append({"temperature": temperature, "seed": seed, "answers": 0})
-        for mixed in mixtures(prompts, at_once):
+        for mixed in mixtures(prompts, shared.sizes.at_once):
             pending, going = answer(engine, mixed, own, work, account)
             found += with_states(teacher, pending, layers, keeps, account)
             report(work, account)
@@ -113,14 +111,6 @@ def fitting(shared: Shared, own: Subject, teacher: Teacher) -> list[list[int]]:
     encoded = (encode_prompt(messages, teacher.tokenizer) for messages in own.asked())
     short = (ids for ids in encoded if len(ids) <= own.question_tokens)
     return list(short if own.tokens is not None else islice(short, shared.sizes.answers))
-
-
-def batch_size(teacher: Teacher, own: Subject, most: int) -> int:
-    """Return the answers that are written at once: `most`, or fewer where their K/V would fill a GPU."""
-    free = free_bytes(teacher.device)
-    if teacher.device.type != "cuda" or free is None:
-        return most
-    return max(1, min(most, int(ROOMY * free / cache_bytes(teacher, own.question_tokens + own.answer_tokens))))
 
 
 def mixtures(prompts: Sequence[list[int]], at_once: int) -> Iterator[list[list[list[int]]]]:

@@ -39,7 +39,7 @@ from suite.sizes import Sizes
 from suite.subject import keep_tree, lean, predictors, questions, saved, subject, tree_for, tree_of
 from suite.work import Failed, Shared, Skipped, Table, Work
 
-TUNE_SECONDS, TUNE_BRIEF_SECONDS = 26.0, 8.0  # seconds of tuning one predictor on a GPU, in full and at least, about
+TUNE_SECONDS, TUNE_BRIEF_SECONDS = 60.0, 40.0  # of one predictor on a GPU, in full and at least: 33 were too few
 LEAST_TUNING = 8  # prompts
 PASSES_SHARE = 0.2  # share of a predictor's tuning for measuring passes
 SLOW_SHARE = 0.35  # share of a bench's time for methods without CUDA graphs

@@ -83,7 +83,7 @@ class Sizes:
         vocabulary, problems, code_bytes, tokenizer_bytes: of the corpus; the problems are a count.
         trained: the shape of the teacher. window, train_batch: of its training. train_steps: at most.
         answers, answer_tokens, question_tokens: number and length of the answers that the predictors are trained on.
-        at_once: answers in a batch, at most. real_prompts, real_answer_tokens, real_question_tokens: the same of a real
+        at_once: answers in a batch. real_prompts, real_answer_tokens, real_question_tokens: the same of a real
             teacher, whose prompts are counted by data set.
         anchors, conversations: of an optimizer step of the predictors. held_out, ridge_answers: answers to measure on,
             and for the ridge start, at most.
@@ -162,7 +162,7 @@ FULL = Sizes(
     answers=768,
     answer_tokens=192,
     question_tokens=256,
-    at_once=1024,
+    at_once=256,
     real_prompts=1 << 30,
     real_answer_tokens=256,
     real_question_tokens=350,
