@@ -46,12 +46,12 @@ class BuiltTree(Nodes):
 
 
 @triton.jit
-def _scores(log_probs_ptr, steps_ptr, at_X, inside_X, STEPS: tl.constexpr, CANDIDATES: tl.constexpr):
+def _scores(log_probs_ptr, steps_ptr, at_X, inside_X, candidates, STEPS: tl.constexpr):
     """Return the joint log-probabilities of prefixes `at`. NaN, which has no rank, becomes -inf."""
     score_X = tl.zeros(at_X.shape, tl.float32)
     for step in tl.static_range(STEPS):
-        candidate_X = tl.load(steps_ptr + at_X * STEPS + step, mask=inside_X, other=CANDIDATES)
-        score_X += tl.load(log_probs_ptr + candidate_X, mask=candidate_X < CANDIDATES, other=0.0)
+        candidate_X = tl.load(steps_ptr + at_X * STEPS + step, mask=inside_X, other=candidates)
+        score_X += tl.load(log_probs_ptr + candidate_X, mask=candidate_X < candidates, other=0.0)
     return tl.where(score_X == score_X, score_X, float("-inf"))
 
 
@@ -70,68 +70,65 @@ def _ranks(values_ptr, own_X, at_X, count, CHUNK: tl.constexpr):
 
 @triton.jit
 def _choose(
-    log_probs_ptr, steps_ptr, nodes_ptr, prefixes_ptr, values_ptr,
-    NODES: tl.constexpr, PREFIXES: tl.constexpr, STEPS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
+    log_probs_ptr, steps_ptr, nodes_ptr, prefixes_ptr, values_ptr, nodes, prefixes, candidates,
+    STEPS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Write the node of every prefix (C,), those that are none from N on, and the prefix of every node (N,)."""
     at_C = tl.arange(0, BLOCK_C)
-    inside_C = at_C < PREFIXES
-    score_C = _scores(log_probs_ptr, steps_ptr, at_C, inside_C, STEPS, CANDIDATES)
+    inside_C = at_C < prefixes
+    score_C = _scores(log_probs_ptr, steps_ptr, at_C, inside_C, candidates, STEPS)
     tl.store(values_ptr + at_C, score_C, mask=inside_C)
     tl.debug_barrier()  # what one thread stored others load
-    rank_C = _ranks(values_ptr, score_C, at_C, PREFIXES, CHUNK)
+    rank_C = _ranks(values_ptr, score_C, at_C, prefixes, CHUNK)
     tl.store(nodes_ptr + at_C, rank_C, mask=inside_C)
-    tl.store(prefixes_ptr + rank_C, at_C, mask=inside_C & (rank_C < NODES))
+    tl.store(prefixes_ptr + rank_C, at_C, mask=inside_C & (rank_C < nodes))
     tl.debug_barrier()
 
 
 @triton.jit
 def _choose_anchors(
-    log_probs_ptr, steps_ptr, prefix_N, parents_ptr, anchors_ptr, values_ptr,
-    NODES: tl.constexpr, STEPS: tl.constexpr, CANDIDATES: tl.constexpr, ANCHORS: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
+    log_probs_ptr, steps_ptr, prefix_N, parents_ptr, anchors_ptr, values_ptr, nodes, candidates, anchors,
+    STEPS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Write the nodes (A,) where the accepted path most likely ends, as `anchor_nodes`. Children are subtracted in
     their order: nodes of equal children tie.
     """
     node_N = tl.arange(0, BLOCK_N)
-    inside_N = node_N < NODES
-    reached_N = tl.exp(_scores(log_probs_ptr, steps_ptr, prefix_N, inside_N, STEPS, CANDIDATES))
+    inside_N = node_N < nodes
+    reached_N = tl.exp(_scores(log_probs_ptr, steps_ptr, prefix_N, inside_N, candidates, STEPS))
     tl.debug_barrier()  # `values` were read before, and the parents just written
     tl.store(values_ptr + node_N, reached_N, mask=inside_N)
     tl.debug_barrier()
     passed_N = tl.zeros((BLOCK_N,), tl.float32)
-    for child in range(1, NODES):
+    for child in range(1, nodes):
         passed_N += tl.where(node_N == tl.load(parents_ptr + child), tl.load(values_ptr + child), 0.0)
     ending_N = tl.where(node_N == 0, float("inf"), reached_N - passed_N)  # every node needs an ancestor with rows
     tl.debug_barrier()
     tl.store(values_ptr + node_N, ending_N, mask=inside_N)
     tl.debug_barrier()
-    rank_N = _ranks(values_ptr, ending_N, node_N, NODES, CHUNK)
-    tl.store(anchors_ptr + rank_N, node_N, mask=inside_N & (rank_N < ANCHORS))
+    rank_N = _ranks(values_ptr, ending_N, node_N, nodes, CHUNK)
+    tl.store(anchors_ptr + rank_N, node_N, mask=inside_N & (rank_N < anchors))
     tl.debug_barrier()
 
 
 @triton.jit
 def _write_rows(
-    facts_ptr, nodes_ptr, prefixes_ptr, anchors_ptr, bits_ptr, positions_ptr, length,
-    NODES: tl.constexpr, STEPS: tl.constexpr, ANCHORS: tl.constexpr, PSEUDO: tl.constexpr, DYNAMIC: tl.constexpr,
-    LIMITED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    facts_ptr, nodes_ptr, prefixes_ptr, anchors_ptr, bits_ptr, positions_ptr, length, nodes, anchors, pseudo,
+    STEPS: tl.constexpr, DYNAMIC: tl.constexpr, LIMITED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Write positions (M,) and bits (M, W): a node sees its path, a pseudo row also those of its anchor's steps."""
-    ROWS: tl.constexpr = NODES + PSEUDO * ANCHORS
-    WORDS: tl.constexpr = (ROWS + 31) // 32
+    rows = nodes + pseudo * anchors
+    words = (rows + 31) // 32
     seen_S = tl.arange(0, BLOCK_S)
-    for start in range(0, ROWS, BLOCK_R):
+    for start in range(0, rows, BLOCK_R):
         row_R = start + tl.arange(0, BLOCK_R)
-        inside_R = row_R < ROWS
-        anchor_R = (tl.maximum(row_R - NODES, 0)) % ANCHORS
-        step_R = tl.where(row_R < NODES, 0, (row_R - NODES) // ANCHORS + 1)
+        inside_R = row_R < rows
+        anchor_R = (tl.maximum(row_R - nodes, 0)) % anchors
+        step_R = tl.where(row_R < nodes, 0, (row_R - nodes) // anchors + 1)
         source_R = anchor_R
         if LIMITED:
             source_R = tl.load(anchors_ptr + anchor_R).to(tl.int32)
-        source_R = tl.where(row_R < NODES, row_R, source_R)
+        source_R = tl.where(row_R < nodes, row_R, source_R)
         if DYNAMIC:
             source_R = tl.load(prefixes_ptr + source_R, mask=inside_R, other=0)
         fact_R = facts_ptr + source_R * (STEPS + 4)
@@ -142,39 +139,38 @@ def _write_rows(
         if DYNAMIC:
             column_RS = tl.load(nodes_ptr + column_RS, mask=on_path_RS, other=0)
         step_S = seen_S - (STEPS + 1)
-        own_RS = NODES + step_S[None, :] * ANCHORS + anchor_R[:, None]
+        own_RS = nodes + step_S[None, :] * anchors + anchor_R[:, None]
         column_RS = tl.where(on_path_RS, column_RS, own_RS)
         sees_RS = on_path_RS | ((step_S >= 0)[None, :] & (step_S[None, :] < step_R[:, None]))
-        for word in range(WORDS):
+        for word in range(words):
             bit_RS = tl.where(sees_RS & (column_RS // 32 == word), 1 << (column_RS & 31), 0)
-            tl.store(bits_ptr + row_R * WORDS + word, tl.sum(bit_RS, 1), mask=inside_R)  # no two share a bit
+            tl.store(bits_ptr + row_R * words + word, tl.sum(bit_RS, 1), mask=inside_R)  # no two share a bit
 
 
-@triton.jit(do_not_specialize=["draft_stride"])
+@triton.jit(do_not_specialize=["draft_stride", "nodes", "prefixes", "candidates", "anchors", "pseudo"])
 def _build_tree(
     root_ptr, draft_ptr, log_probs_ptr, steps_ptr, facts_ptr, lengths_ptr,
     tokens_ptr, parents_ptr, anchors_ptr, bits_ptr, positions_ptr, integers_ptr, values_ptr, draft_stride,
-    NODES: tl.constexpr, PREFIXES: tl.constexpr, STEPS: tl.constexpr, CANDIDATES: tl.constexpr, ANCHORS: tl.constexpr,
-    PSEUDO: tl.constexpr, DYNAMIC: tl.constexpr, LIMITED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    nodes, prefixes, candidates, anchors, pseudo, STEPS: tl.constexpr, DYNAMIC: tl.constexpr, LIMITED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Build one sequence's tree; grid (B,)."""
-    ROWS: tl.constexpr = NODES + PSEUDO * ANCHORS
+    rows = nodes + pseudo * anchors
     sequence = tl.program_id(0).to(tl.int64)
     draft_ptr += sequence * draft_stride
     log_probs_ptr += sequence * draft_stride
-    tokens_ptr += sequence * NODES
-    parents_ptr += sequence * NODES
-    anchors_ptr += sequence * ANCHORS
-    nodes_ptr = integers_ptr + sequence * (PREFIXES + NODES)  # of the prefixes; then the prefixes of the nodes
-    prefixes_ptr = nodes_ptr + PREFIXES
-    values_ptr += sequence * PREFIXES
+    tokens_ptr += sequence * nodes
+    parents_ptr += sequence * nodes
+    anchors_ptr += sequence * anchors
+    nodes_ptr = integers_ptr + sequence * (prefixes + nodes)  # of the prefixes; then the prefixes of the nodes
+    prefixes_ptr = nodes_ptr + prefixes
+    values_ptr += sequence * prefixes
     node_N = tl.arange(0, BLOCK_N)
-    inside_N = node_N < NODES
+    inside_N = node_N < nodes
     prefix_N = node_N
     if DYNAMIC:
         _choose(
-            log_probs_ptr, steps_ptr, nodes_ptr, prefixes_ptr, values_ptr, NODES, PREFIXES, STEPS, CANDIDATES, BLOCK_C,
+            log_probs_ptr, steps_ptr, nodes_ptr, prefixes_ptr, values_ptr, nodes, prefixes, candidates, STEPS, BLOCK_C,
             CHUNK,
         )  # fmt: skip
         prefix_N = tl.load(prefixes_ptr + node_N, mask=inside_N, other=0)
@@ -189,13 +185,13 @@ def _build_tree(
     tl.store(parents_ptr + node_N, parent_N, mask=inside_N)
     if LIMITED:
         _choose_anchors(
-            log_probs_ptr, steps_ptr, prefix_N, parents_ptr, anchors_ptr, values_ptr, NODES, STEPS, CANDIDATES,
-            ANCHORS, BLOCK_N, CHUNK,
+            log_probs_ptr, steps_ptr, prefix_N, parents_ptr, anchors_ptr, values_ptr, nodes, candidates, anchors,
+            STEPS, BLOCK_N, CHUNK,
         )  # fmt: skip
-    bits_ptr += sequence * (ROWS * ((ROWS + 31) // 32))
+    bits_ptr += sequence * (rows * ((rows + 31) // 32))
     _write_rows(
-        facts_ptr, nodes_ptr, prefixes_ptr, anchors_ptr, bits_ptr, positions_ptr + sequence * ROWS,
-        tl.load(lengths_ptr + sequence), NODES, STEPS, ANCHORS, PSEUDO, DYNAMIC, LIMITED, BLOCK_R, BLOCK_S,
+        facts_ptr, nodes_ptr, prefixes_ptr, anchors_ptr, bits_ptr, positions_ptr + sequence * rows,
+        tl.load(lengths_ptr + sequence), nodes, anchors, pseudo, STEPS, DYNAMIC, LIMITED, BLOCK_R, BLOCK_S,
     )  # fmt: skip
 
 
@@ -229,39 +225,38 @@ def build_tree(
         _build_tree[(batch,)](
             root, draft.tokens, draft.log_probs, prefixes.steps, prefixes.facts, lengths,
             tokens, parents, tokens if chosen is None else chosen, bits, positions, integers, values,
-            draft.tokens.stride(0), nodes, count, steps, steps * breadth, anchors or nodes, pseudo, dynamic,
+            draft.tokens.stride(0), nodes, count, steps * breadth, anchors or nodes, pseudo, steps, dynamic,
             anchors > 0, triton.next_power_of_2(nodes), block, min(128, triton.next_power_of_2(rows)),
             triton.next_power_of_2(1 + steps + pseudo), CHUNK, num_warps=8 if block > 256 else 4,
         )  # fmt: skip
     return BuiltTree(tokens, parents, chosen, bits, positions)
 
 
-@triton.jit(do_not_specialize=["row_stride", "anchor_stride", "step_stride"])
+@triton.jit(do_not_specialize=["row_stride", "anchor_stride", "step_stride", "nodes", "width", "anchors"])
 def _accept_tree(
     tokens_ptr, parents_ptr, targets_ptr, anchors_ptr, root_ptr, row_ptr, kept_ptr, path_ptr, place_ptr, picks_ptr,
-    floor_ptr, row_stride, anchor_stride, step_stride, NODES: tl.constexpr, WIDTH: tl.constexpr,
-    ANCHORS: tl.constexpr, STEPS: tl.constexpr, LIMITED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    floor_ptr, row_stride, anchor_stride, step_stride, nodes, width, anchors,
+    STEPS: tl.constexpr, LIMITED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Walk down one sequence's tree, in registers; grid (B,)."""
     sequence = tl.program_id(0).to(tl.int64)
-    path_ptr += sequence * WIDTH
+    path_ptr += sequence * width
     row_ptr += sequence * row_stride
     node_N = tl.arange(0, BLOCK_N)
-    inside_N = node_N < NODES
-    at_N = sequence * NODES + node_N
+    inside_N = node_N < nodes
+    at_N = sequence * nodes + node_N
     token_N = tl.load(tokens_ptr + at_N, mask=inside_N, other=-1).to(tl.int32)
     parent_N = tl.load(parents_ptr + at_N, mask=inside_N & (node_N > 0), other=-1).to(tl.int32)
     target_N = tl.load(targets_ptr + at_N, mask=inside_N, other=0).to(tl.int32)
     if LIMITED:
         place_A = tl.arange(0, BLOCK_A)
-        anchor_A = tl.load(anchors_ptr + sequence * ANCHORS + place_A, mask=place_A < ANCHORS, other=-1).to(tl.int32)
+        anchor_A = tl.load(anchors_ptr + sequence * anchors + place_A, mask=place_A < anchors, other=-1).to(tl.int32)
     node = 0
     count = 0
     target = 0
     place = 0
     anchor_count = 0
-    for level in range(WIDTH):
+    for level in range(width):
         target = tl.sum(tl.where(node_N == node, target_N, 0), 0)
         tl.store(path_ptr + level, node)  # after its end the path repeats its last node
         tl.store(row_ptr + 1 + level, target)

@@ -156,3 +156,6 @@ def test_kernels_compile_without_a_device(architecture: int, monkeypatch: pytest
             counted += launches.names
     assert loaded == ["_build_tree", "_accept_tree"] * 4
     assert counted == []
+    spec, draft, root, lengths = tree_case("dynamic:7", "random", 1)
+    build_tree(spec, draft, root, lengths, 0, 3)
+    assert len(loaded) == 8, "trees of about one size share a variant"
