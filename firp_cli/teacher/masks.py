@@ -251,6 +251,6 @@ class KernelMask:
     def _whole(self, window: int | None) -> Tensor:
         from firp_cli.teacher.triton_attention import row_bits
 
-        if window is None:
+        if window is None or window >= self.positions.shape[1]:  # what a row sees is less than M positions away
             return row_bits(self.rows) if self._bits is None else self._bits
         return row_bits(self.rows & (self.positions[:, :, None] - self.positions[:, None] < window))

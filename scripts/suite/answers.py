@@ -73,14 +73,15 @@ def write_answers(shared: Shared, work: Work) -> None:
     """Answer all training prompts greedily, those of a real teacher then also by sampling, until there are enough
     tokens or the time is over; later parts read `sequences`.
     """
-    own = subject(shared)
+    own, began = subject(shared), time.perf_counter()
     teacher = own.teacher()
+    work.values["loading_seconds"] = time.perf_counter() - began
     made = predictors_for(own, teacher)
     layers = sorted({layer for predictor in made.values() for layer in predictor.required_layers})
     del made
     prompts = fitting(shared, own, teacher)
     account, found = Account(), shared.found.setdefault("sequences", [])
-    work.values["layers"], work.values["prompts"] = layers, len(prompts)
+    work.values |= {"layers": layers, "prompts": len(prompts), "preparing_seconds": time.perf_counter() - began}
     keeps = on_device(teacher, own, prompts, layers)
     work.values["states_on"] = teacher.device.type if keeps else "cpu"
     for temperature, seed in passes(own):

@@ -93,7 +93,13 @@ def tune_trees(shared: Shared, work: Work) -> None:
             work.clock.cuts.append(f"{kind} tuned for batch {sizes.tune_batches[0]} alone and not tried")
         settings = tune_settings(sizes, seconds, brief)
         began = time.perf_counter()
-        report = tune(teacher, predictor, [prompt.token_ids for prompt in prompts], settings)
+        told = work.values.setdefault("told", {}).setdefault(kind, [])  # where a tuning was that was stopped
+
+        def tell(line: str, told: list[str] = told, began: float = began) -> None:
+            told.append(f"{time.perf_counter() - began:.1f} s: {line}")
+            work.save()
+
+        report = tune(teacher, predictor, [prompt.token_ids for prompt in prompts], settings, tell=tell)
         spent = time.perf_counter() - began
         if brief:
             brief_seconds = spent

@@ -91,7 +91,7 @@ def test_step_mask_serves_layers_with_and_without_window() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 5])
 @pytest.mark.parametrize("present", [2, 5])
 def test_kernel_rows_equal_the_dense_mask(window: int | None, present: int) -> None:
     rows, positions, lengths = step_mask_case()
@@ -109,6 +109,10 @@ def test_kernel_rows_equal_the_dense_mask(window: int | None, present: int) -> N
     assert (tree_rows.bits.shape, tree_rows.bits.dtype) == ((3, present, 1), torch.int32)
     seen = (tree_rows.bits >> torch.arange(5)) & 1
     assert torch.equal(seen == 1, dense[:, 0, :, :5] == 0)
+    whole = KernelMask(rows, positions, lengths, 9).at(None, 5).bits
+    given = KernelMask(None, positions, lengths, 9, whole).at(window, 5).bits
+    assert torch.equal(given[:, :present], tree_rows.bits)
+    assert (given is whole) == (window in (None, 5)), "a window of all rows hides none"
 
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
