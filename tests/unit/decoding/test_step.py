@@ -381,7 +381,7 @@ class TestDecodingByTheKernel:
         ("section", "tree"),
         [
             ("firp", "chain@1"),
-            ("medusa", "dynamic:6"),
+            pytest.param("medusa", "dynamic:6", marks=pytest.mark.nightly),
             pytest.param("firp", "dynamic:9", marks=pytest.mark.nightly),
             pytest.param("hidden_transfer", "dynamic:12@3", marks=pytest.mark.nightly),
             pytest.param("hidden_transfer", "static:3x2", marks=pytest.mark.nightly),

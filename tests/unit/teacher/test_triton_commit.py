@@ -113,7 +113,7 @@ class TestCommit:
             cache.commit(path, counts)
         assert launches.names == ["_commit"]
 
-    @pytest.mark.parametrize("tree", ["static:2x1", "dynamic:5@2"])
+    @pytest.mark.parametrize("tree", [pytest.param("static:2x1", marks=pytest.mark.nightly), "dynamic:5@2"])
     def test_the_engine_writes_what_generate_does(self, tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Candidates and commits by kernels; sequences of different lengths, the first of which leaves first."""
         for module in (base, kv_cache):
