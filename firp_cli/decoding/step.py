@@ -18,14 +18,7 @@ from firp_cli.decoding.accept import NextDraft, Taken, accept, accept_root, next
 from firp_cli.decoding.output_buffer import OutputBuffer
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import check_fits
-from firp_cli.decoding.tree_build import (
-    Nodes,
-    Tree,
-    anchor_nodes,
-    build,
-    numbers,
-    root_tree,
-)
+from firp_cli.decoding.tree_build import Nodes, Tree, anchor_nodes, build, numbers, root_tree
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.predictors.base import Draft, PseudoStateMaker, TreePredictor
 from firp_cli.predictors.forward import forward_rows
@@ -122,7 +115,7 @@ class DecodeStep:
     Args:
         setup: predictor and tree of the steps that have a draft. batch: most sequences. capacity: positions of the
             longest one.
-        kernel: attention by the Triton kernel.
+        kernel: attention, trees, candidates and commits by the Triton kernels; without them no Triton runs.
 
     Raises CapacityError where the K/V cache does not fit the device.
     """
@@ -147,7 +140,7 @@ class DecodeStep:
         self._breadth = setup.tree.breadth(teacher.vocab_size) if setup.tree else 1
         cache = setup.shape.cache(teacher, batch, capacity)
         check_fits(KVCache.bytes_needed(**cache), batch, capacity, device)
-        self.cache = KVCache(**cache, device=device)
+        self.cache = KVCache(**cache, device=device, kernel=kernel)
         self._positions = capacity + setup.shape.width + steps  # of the furthest row, and one
         self._table = teacher.rotary_table(self._positions)
         self._root = torch.zeros(batch, dtype=torch.long, device=device)
@@ -327,11 +320,12 @@ class DecodeStep:
         predictor, teacher, (place, picks, floor) = self.predictor, self.teacher, following
         assert predictor is not None
         if drafted is not None:
-            draft = predictor.candidates(_rows_at(drafted.flatten(1, 2), picks), self._breadth)
+            draft = predictor.candidates(_rows_at(drafted.flatten(1, 2), picks), self._breadth, self.kernel)
         else:
             final = normed[:, 0] if pseudo is not None else _rows_at(normed, place[:, None])[:, 0]
             node_pseudo = None if pseudo is None else _rows_at(pseudo.flatten(1, 2), picks)
-            draft = predictor.draft(teacher, predictor.draft_hidden(teacher, final, node_pseudo), self._breadth)
+            states = predictor.draft_hidden(teacher, final, node_pseudo)
+            draft = predictor.draft(teacher, states, self._breadth, self.kernel)
         self._draft.tokens[: self.batch].copy_(draft.tokens)
         if floor is None:
             self._draft.log_probs[: self.batch].copy_(draft.log_probs)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from firp_cli.config import PredictorSection
 from firp_cli.errors import PredictorError
-from firp_cli.teacher.attention import choose_backend
 from firp_cli.teacher.teacher import Teacher
 
 RowsHook = Callable[[int, Tensor, Tensor], None]
@@ -204,13 +203,15 @@ class TreePredictor(Predictor):
         rows = [self.step_logits(teacher, states[:, step - 1], step) for step in range(1, self.steps + 1)]
         return torch.stack(rows, dim=1)
 
-    def draft(self, teacher: Teacher, states: Tensor, breadth: int) -> Draft:
+    def draft(self, teacher: Teacher, states: Tensor, breadth: int, kernel: bool = False) -> Draft:
         """Return the `breadth` most probable tokens of each step, from states (B, k, d)."""
-        return self.candidates(self.logits(teacher, states), breadth)
+        return self.candidates(self.logits(teacher, states), breadth, kernel)
 
-    def candidates(self, logits: Tensor, breadth: int) -> Draft:
-        """Return the `breadth` most probable tokens of each step, from float32 logits (B, k, V)."""
-        if breadth <= KERNEL_BREADTH and choose_backend("auto", logits.device) == "triton":
+    def candidates(self, logits: Tensor, breadth: int, kernel: bool = False) -> Draft:
+        """Return the `breadth` most probable tokens of each step, from float32 logits (B, k, V). `kernel`: find them by
+        Triton kernels.
+        """
+        if kernel and breadth <= KERNEL_BREADTH:
             from firp_cli.predictors.triton_candidates import most_probable
 
             return Draft(*most_probable(logits, breadth))

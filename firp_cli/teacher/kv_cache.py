@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firp_cli.teacher.attention import choose_backend
-
 
 class KVCache:
     """Preallocated K/V of all layers: R scratch slots for the rows of a decoding step, then the committed tokens.
@@ -24,7 +22,7 @@ class KVCache:
 
     Args:
         capacity: positions of the longest sequence. Lengths stop there, also where a finished sequence is decoded on.
-        spread: rows that one commit may write past the capacity.
+        spread: rows that one commit may write past the capacity. kernel: commit by the Triton kernel.
     """
 
     def __init__(
@@ -38,6 +36,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         spread: int = 1,
+        kernel: bool = False,
     ) -> None:
         self.scratch, self.capacity = scratch, capacity
         slots = scratch + capacity + spread
@@ -46,7 +45,7 @@ class KVCache:
         self._numbers = torch.arange(slots, device=device)
         self._sequences = torch.arange(batch, device=device)
         self._prefix_slots = self._numbers + scratch
-        self._kernel = choose_backend("auto", device) == "triton"
+        self._kernel = kernel
         self._arrived = torch.zeros(batch, dtype=torch.int32, device=device)  # of the kernel, zero between its calls
         self.use(batch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -49,6 +50,21 @@ def test_fp32_decoding_equals_generate(family: str, section: dict, batch: int) -
         got = [item for start in range(0, 4, batch) for item in engine.generate(prompts[start : start + batch], 24)]
         for prompt, item in zip(prompts, got, strict=True):
             assert item.token_ids == generate_reference(teacher.model, prompt, 24)
+
+
+@pytest.mark.parametrize("section", KINDS, ids=lambda section: section["kind"])
+def test_attention_by_torch_needs_no_triton(section: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way out where Triton cannot compile for a device."""
+    teacher = on_cuda("llama", torch.float32)
+    assert use_lean_layers(teacher) is None
+    predictor = predictor_for(teacher, section)
+    for name in ("decoding.triton_tree", "decoding.triton_sampling", "predictors.triton_candidates"):
+        monkeypatch.setitem(sys.modules, f"firp_cli.{name}", None)
+    for name in ("attention", "commit", "layer", "products"):
+        monkeypatch.setitem(sys.modules, f"firp_cli.teacher.triton_{name}", None)
+    (prompt,) = random_prompts(1, seed=24)
+    engine = Engine(teacher, predictor, parse_tree("dynamic:5", predictor.steps), options=EngineOptions("sdpa"))
+    assert engine.generate([prompt], 16)[0].token_ids == generate_reference(teacher.model, prompt, 16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -172,8 +172,8 @@ def test_decoder_drafts_what_training_predicts(family: str, stack: str, section:
     drafts: list[tuple[int, list[list[int]]]] = []
     original = predictor.candidates
 
-    def recording(logits: Tensor, breadth: int) -> object:
-        draft = original(logits, breadth)
+    def recording(logits: Tensor, breadth: int, *kernel: bool) -> object:
+        draft = original(logits, breadth, *kernel)
         drafts.append((draft.tokens.shape[0], draft.tokens[:, :, :2].tolist()))
         return draft
 

@@ -18,8 +18,7 @@ pytest.importorskip("triton", reason="needs triton: pip install triton")
 
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.tree_spec import parse_tree
-from firp_cli.predictors import base
-from firp_cli.teacher import kv_cache, triton_commit
+from firp_cli.teacher import triton_commit
 from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.load import wrap_model
@@ -34,12 +33,12 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 SCRATCH, CAPACITY, WIDTH = 20, 24, 20
 
 
-def new_caches(monkeypatch: pytest.MonkeyPatch, batch: int, size: int, dtype: torch.dtype) -> list[KVCache]:
+def new_caches(batch: int, size: int, dtype: torch.dtype) -> list[KVCache]:
     """Return equal caches of random rows, of batches larger than `batch`: with the kernel, and without."""
     caches = []
-    for backend in ("triton", "sdpa"):
-        monkeypatch.setattr(kv_cache, "choose_backend", lambda *_, chosen=backend: chosen)
-        cache = KVCache(3, batch + 1, SCRATCH, CAPACITY, 2, size, dtype, torch.device(DEVICE), spread=WIDTH)
+    for kernel in (True, False):
+        device = torch.device(DEVICE)
+        cache = KVCache(3, batch + 1, SCRATCH, CAPACITY, 2, size, dtype, device, spread=WIDTH, kernel=kernel)
         cache.use(batch)
         cache._store.normal_(generator=torch.Generator(DEVICE).manual_seed(1))
         caches.append(cache)
@@ -79,11 +78,9 @@ class TestCommit:
         ("batch", "size", "dtype", "places"),
         pairwise([1, 3], [8, 20], [torch.float32, torch.float16, torch.bfloat16], [1, 3, 8, WIDTH]),
     )
-    def test_committed_rows_are_those_of_torch(
-        self, batch: int, size: int, dtype: torch.dtype, places: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_committed_rows_are_those_of_torch(self, batch: int, size: int, dtype: torch.dtype, places: int) -> None:
         """Steps until all sequences have reached the capacity; of one row, as the root's, where the path is one row."""
-        caches = new_caches(monkeypatch, batch, size, dtype)
+        caches = new_caches(batch, size, dtype)
         for number in range(2 + CAPACITY // places):
             rows = 1 if places == 1 else SCRATCH - number % (SCRATCH - places + 1)
             path, counts = random_path(batch, rows, places, number)
@@ -94,8 +91,8 @@ class TestCommit:
             assert_equal(*caches, before)
         assert caches[0].lengths[-1] == CAPACITY
 
-    def test_path_of_any_strides(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        caches = new_caches(monkeypatch, 2, 8, torch.float32)
+    def test_path_of_any_strides(self) -> None:
+        caches = new_caches(2, 8, torch.float32)
         path, counts = random_path(2, SCRATCH, 5, 3)
         for given in (path.t().contiguous().t(), torch.cat([path, path], dim=1)[:, :5], path[:1].expand(2, -1)):
             before = caches[0]._store.clone()
@@ -105,7 +102,7 @@ class TestCommit:
             assert_equal(*caches, before)
 
     def test_commit_launches_one_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        cache = new_caches(monkeypatch, 2, 8, torch.float32)[0]
+        cache = new_caches(2, 8, torch.float32)[0]
         path, counts = random_path(2, 4, 3, 0)
         cache.begin(4, CAPACITY)
         with Launches() as launches:
@@ -116,8 +113,6 @@ class TestCommit:
     @pytest.mark.parametrize("tree", [pytest.param("static:2x1", marks=pytest.mark.nightly), "dynamic:5@2"])
     def test_the_engine_writes_what_generate_does(self, tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Candidates and commits by kernels; sequences of different lengths, the first of which leaves first."""
-        for module in (base, kv_cache):
-            monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")
         calls: list[int] = []
         monkeypatch.setattr(triton_commit, "commit_rows", lambda *given: (calls.append(1), commit_rows(*given))[1])
         teacher = wrap_model(copy.deepcopy(tiny_model("llama")).to(DEVICE))
@@ -131,9 +126,9 @@ class TestCommit:
         assert calls
 
     @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
-    def test_commit_is_captured_without_sync(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_commit_is_captured_without_sync(self) -> None:
         """The captured kernel, replayed with other rows, paths and counts, commits what torch does."""
-        caches = new_caches(monkeypatch, 3, 128, torch.bfloat16)
+        caches = new_caches(3, 128, torch.bfloat16)
         path, counts = random_path(3, SCRATCH, 4, 0)
         for cache in caches:
             cache.begin(SCRATCH, CAPACITY)
