@@ -133,6 +133,19 @@ class PredictorSection(Section):
         return self.transfer_layers[:1]
 
 
+class CouplingConfig(Section):
+    """Head that adjusts a step's state by the token of the parent node (ours, not a paper's)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    form: Literal["mlp", "low_rank", "recurrent"] = (
+        "mlp"  # mlp: of state and token; recurrent: also of the parent node's adjusted state; low_rank: of the token
+    )
+    width: PositiveInt | None = None  # hidden features of the head; null: the hidden size d; low_rank: at most 64
+    share: bool = True  # one head for all steps, with a bias of each; false: a head for each step
+    candidates: PositiveInt = 256  # M: most probable tokens without the head, among which a node's children are chosen
+
+
 class FirpConfig(PredictorSection):
     """FIRP (arXiv 2410.20488): all k steps enter at one layer."""
 
@@ -146,12 +159,22 @@ class FirpConfig(PredictorSection):
         return (self.layer,) * self.steps
 
 
+class FirpPlusConfig(FirpConfig):
+    """FIRP+ (ours): FIRP whose steps also depend on the token of their parent node."""
+
+    kind: Literal["firp_plus"]  # type: ignore[assignment]
+    coupling: CouplingConfig = CouplingConfig()
+
+
 class HiddenTransferConfig(PredictorSection):
     """Hidden Transfer (arXiv 2404.12022): step i enters at layers[i-1]."""
 
     kind: Literal["hidden_transfer"]
     layers: Annotated[list[PositiveInt], Field(min_length=1)]  # transfer layers t_1 <= t_2 <= ... <= t_k
     bias: bool = False  # add a bias to each map
+    coupling: CouplingConfig | None = (
+        None  # head that adjusts each step by its parent's token; null: none, as in the paper
+    )
 
     @model_validator(mode="after")
     def _ascending(self) -> HiddenTransferConfig:
@@ -176,6 +199,15 @@ class MedusaConfig(PredictorSection):
     steps: PositiveInt = 4  # number of heads
     resblocks: PositiveInt = 1  # residual blocks of a head
     own_head: bool = True  # a vocabulary matrix for each head, as in the paper; false: the teacher's
+    coupling: CouplingConfig | None = (
+        None  # head that adjusts each step by its parent's token; null: none, as in the paper
+    )
+
+    @model_validator(mode="after")
+    def _teachers_head(self) -> MedusaConfig:
+        if self.coupling is not None and self.own_head:
+            raise ValueError("coupling reads the teacher's vocabulary matrix: set own_head=false")
+        return self
 
 
 class SpeedConfig(PredictorSection):
@@ -209,10 +241,23 @@ class SpeedConfig(PredictorSection):
         return tuple(boundaries[loop - 1] for loop in self.exit_loops(len(boundaries)) if loop < len(boundaries))
 
 
-PredictorConfig = FirpConfig | HiddenTransferConfig | MedusaConfig | SpeedConfig
+PredictorConfig = FirpConfig | FirpPlusConfig | HiddenTransferConfig | MedusaConfig | SpeedConfig
 KINDS: dict[str, type[PredictorSection]] = {
     get_args(config.model_fields["kind"].annotation)[0]: config for config in get_args(PredictorConfig)
 }
+
+
+class CouplingTraining(Section):
+    """First stage of training, for predictors with a coupling: the coupling alone, on drafts that are computed once."""
+
+    epochs: Annotated[int, Field(ge=0)] = 3  # passes over the training conversations; 0: no first stage
+    max_minutes: PositiveFloat | None = None  # maximum minutes from the first optimizer step on; null: no limit
+    micro_batch_size: PositiveInt = 8  # conversations of a rank in one forward
+    anchors_per_sequence: PositiveInt = 48  # positions of a conversation that train, the same ones in every epoch
+    learning_rate: PositiveFloat = 1.0e-3  # peak learning rate of AdamW
+    vocabulary: PositiveInt | None = (
+        4096  # tokens that the loss compares: those of the conversations, and frequent ones; null: all
+    )
 
 
 class TrainingConfig(Section):
@@ -222,6 +267,7 @@ class TrainingConfig(Section):
     ridge_lambda: Annotated[float, Field(gt=0)] = (
         1.0e-2  # damping of the ridge start, relative to the mean diagonal of sum x x^T
     )
+    coupling: CouplingTraining = Field(default_factory=CouplingTraining)  # first stage, of predictors with a coupling
     loss: Literal["kl", "cross_entropy", "total_variation"] = "kl"  # distance from the teacher's distribution
     hidden_weight: Annotated[float, Field(ge=0)] = 0.0  # weight of a smooth-L1 term on the final states
     step_decay: Annotated[float, Field(gt=0)] = 0.8  # weight of step i in the loss: step_decay^(i-1)

@@ -14,13 +14,18 @@ import yaml
 from pydantic import ValidationError
 
 from firp_cli.assets import find_recipe, find_shipped_recipe, nearest
-from firp_cli.config import KINDS, LoopedSection, Recipe
+from firp_cli.config import KINDS, CouplingConfig, CouplingTraining, LoopedSection, Recipe
 from firp_cli.errors import RecipeError
 
 BASE = "base"
 COMMAND_LINE = "command line, "
 Key = tuple[str, ...]
 Locations = dict[Key, str]  # where a key is written: `FILE:LINE: ` or COMMAND_LINE
+NESTED: dict[Key, Any] = {  # sections within sections
+    ("teacher", "looped"): LoopedSection,
+    ("predictor", "coupling"): CouplingConfig,
+    ("training", "coupling"): CouplingTraining,
+}
 
 
 def load_recipe(name: Recipe | str | Path | None, overrides: Sequence[str] | None = None) -> Recipe:
@@ -55,10 +60,12 @@ def validate_recipe(values: dict[str, Any], origin: str = "recipe", locations: L
     locations = locations or {}
     predictor = values.get("predictor")
     if isinstance(predictor, dict):
-        kind = predictor.get("kind")
-        if kind not in KINDS:
+        kind = str(predictor.get("kind")).replace("-", "_")
+        if kind in KINDS:  # written firp-plus or firp_plus
+            values = {**values, "predictor": {**predictor, "kind": kind}}
+        else:
             where = _where(origin, locations, ("predictor", "kind") if "kind" in predictor else ("predictor",))
-            raise RecipeError(f"{where}: unknown predictor kind {kind!r}{nearest(str(kind), KINDS)}")
+            raise RecipeError(f"{where}: unknown predictor kind {predictor.get('kind')!r}{nearest(kind, KINDS)}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -88,8 +95,7 @@ def _explain(error: ValidationError, origin: str, locations: Locations) -> str:
         section: Any = Recipe
         if key[0] in Recipe.model_fields and len(key) > 1:
             section = KINDS.get(str(fault["loc"][1])) or Recipe.model_fields[key[0]].annotation
-        if key[:2] == ("teacher", "looped"):
-            section = LoopedSection
+        section = NESTED.get(key[:2], section)
         return f"{where}: unknown key{nearest(key[-1], section.model_fields)}"
     if fault["type"] == "missing":
         return f"{where}: required{' for this predictor kind' if key[0] == 'predictor' else ''}"
@@ -141,7 +147,8 @@ def _merge(base: dict[str, Any], base_locations: Locations, values: dict[str, An
 
 
 def _kind(section: Any) -> Any:
-    return section.get("kind") if isinstance(section, dict) else None
+    kind = section.get("kind") if isinstance(section, dict) else None
+    return kind.replace("-", "_") if isinstance(kind, str) else kind
 
 
 def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], Locations]:

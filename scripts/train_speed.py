@@ -59,7 +59,7 @@ def bare_rate(recipe: Recipe, teacher: Teacher, store: Store, warm: int) -> tupl
     for number, item in enumerate(items):
         if number == warm:
             began = time.perf_counter()
-        loss, _ = module(item.batch, item.anchors)
+        loss, *_ = module(item.batch, item.anchors)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()

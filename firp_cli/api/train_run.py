@@ -221,11 +221,12 @@ def _log_memory(lines: list[MemoryLine]) -> None:
 def _load_teacher(run: TrainRun) -> Teacher:
     """Load the layers that training runs: with a store those from the lowest transfer layer on, else all.
 
-    Predictors of the final state need no layer.
+    Predictors of the final state need no layer; a coupling reads the embedding.
     """
     cached = run.recipe.data.mode == "cached"
     lowest = min(run.predictor.transfer_layers, default=sys.maxsize) if cached else 0
-    teacher = load_for_ranks(run.recipe.teacher, lowest)
+    coupled = getattr(run.predictor, "coupling", None) is not None
+    teacher = load_for_ranks(run.recipe.teacher, lowest, embedding=coupled)
     LOG.info(teacher_line(teacher.loaded_weights))
     return teacher
 

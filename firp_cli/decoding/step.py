@@ -14,13 +14,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from firp_cli.decoding.accept import NextDraft, Taken, accept, accept_root, next_draft
+from firp_cli.decoding.accept import Taken, accept, accept_root, next_draft
 from firp_cli.decoding.output_buffer import OutputBuffer
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import check_fits
 from firp_cli.decoding.tree_build import Nodes, Tree, anchor_nodes, build, numbers, root_tree
 from firp_cli.decoding.tree_spec import TreeSpec
-from firp_cli.predictors.base import Draft, PseudoStateMaker, TreePredictor
+from firp_cli.predictors.base import PseudoStateMaker, TreePredictor
+from firp_cli.predictors.draft import Draft, most_probable_tokens
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import AttentionMask, KernelMask, Mask, step_mask, step_rows
@@ -80,6 +81,13 @@ class StepTree(NamedTuple):
     positions: Tensor
     seen: Tensor | None
     bits: Tensor | None
+
+
+class AllDrafts(NamedTuple):
+    """Drafts of all anchors: the states that the head reads (B, A, k, d), and their logits (B, A, k, V)."""
+
+    states: Tensor
+    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -144,8 +152,12 @@ class DecodeStep:
         self._positions = capacity + setup.shape.width + steps  # of the furthest row, and one
         self._table = teacher.rotary_table(self._positions)
         self._root = torch.zeros(batch, dtype=torch.long, device=device)
-        shape = (batch, steps, self._breadth)  # empty without a predictor
+        width = predictor.width(self._breadth, teacher.vocab_size) if predictor else 1
+        shape = (batch, steps, width)  # empty without a predictor
         self._draft = Draft(torch.empty(shape, dtype=torch.long, device=device), torch.empty(shape, device=device))
+        if predictor is not None and predictor.coupling is not None:
+            columns = predictor.coupling.context_columns
+            self._draft.context = torch.zeros(batch, steps, columns, dtype=teacher.dtype, device=device)
         self._no_draft()
         self.output = OutputBuffer(batch, setup.shape.width, device)
         self._one_pass = ONE_PASS_ROWS_CUDA if device.type == "cuda" else ONE_PASS_ROWS
@@ -179,7 +191,7 @@ class DecodeStep:
 
     def _no_draft(self) -> None:
         """Set a draft of arbitrary tokens of probability 0. They are distinct: one path of a tree can be accepted."""
-        self._draft.tokens.copy_(numbers(self._breadth, self.teacher.device))
+        self._draft.tokens.copy_(numbers(self._draft.tokens.shape[2], self.teacher.device))
         self._draft.log_probs.fill_(-torch.inf)
 
     def step(self, longest: int, mode: Mode, exact: bool = False, first: bool = False) -> None:
@@ -203,7 +215,7 @@ class DecodeStep:
         taken = self._accept(tree, self.sampler(logits), drafting, drafted is not None)
         # 4. The deepest accepted node's pseudo rows are the next draft.
         if taken.following is not None:
-            self._draft_next(taken.following, normed, pseudo, drafted)
+            self._draft_next(taken, tree.anchors, normed, pseudo, drafted)
         # 5. Move the accepted path's K/V to the prefix; the next step overwrites all other rows.
         self.cache.commit(taken.path, taken.kept)
 
@@ -215,7 +227,7 @@ class DecodeStep:
             tree = root_tree(root)
         else:
             assert self.tree is not None and self.predictor is not None
-            draft = Draft(self._draft.tokens[: self.batch], self._draft.log_probs[: self.batch])
+            draft = self._draft.map(lambda part: part[: self.batch])
             limit = self.shape.anchors if self.tree.limited else 0
             if self.kernel and self.tree.kind != "none" and not self.predictor.parent_dependent:
                 from firp_cli.decoding.triton_tree import build_tree
@@ -291,8 +303,9 @@ class DecodeStep:
             self._fixed_rows[key] = made
         return made
 
-    def _logits(self, normed: Tensor, pseudo: Tensor | None, drafting: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the logits (B, N, V) of the normed real rows (B, N, d), and of every anchor's drafts (B, A, k, V).
+    def _logits(self, normed: Tensor, pseudo: Tensor | None, drafting: bool) -> tuple[Tensor, AllDrafts | None]:
+        """Return the logits (B, N, V) of the normed real rows (B, N, d), and the drafts of every anchor: states
+        (B, A, k, d) and logits (B, A, k, V).
 
         The latter are None where one pass of the head for both does not pay.
         """
@@ -304,38 +317,51 @@ class DecodeStep:
         flat = None if pseudo is None else pseudo.transpose(1, 2).flatten(0, 1)
         states = predictor.draft_hidden(self.teacher, normed.flatten(0, 1), flat)
         logits = self.teacher.head(torch.cat([normed, states.reshape(batch, -1, size)], dim=1))
-        return logits[:, :nodes], logits[:, nodes:].view(batch, anchors, predictor.steps, -1)
+        shape = (batch, anchors, predictor.steps, -1)
+        return logits[:, :nodes], AllDrafts(states.view(shape), logits[:, nodes:].view(shape))
 
     def _rotary(self, positions: Tensor) -> list[Tensor] | None:
         """Look up position embeddings where they depend on the position alone; else None."""
         return None if self._table is None else self._table(positions, self._positions - 1)
 
-    def _draft_next(self, following: NextDraft, normed: Tensor, pseudo: Tensor | None, drafted: Tensor | None) -> None:
+    def _draft_next(
+        self, taken: Taken, anchors: Tensor | None, normed: Tensor, pseudo: Tensor | None, drafted: AllDrafts | None
+    ) -> None:
         """Make the next draft from the accepted node's rows alone. A node without pseudo rows takes the steps of its
         nearest anchor that lie ahead; steps that this anchor does not reach draft nothing.
 
         Args:
-            drafted: the logits of every anchor's drafts (B, A, k, V), if `_logits` made them.
+            drafted: the drafts of every anchor, if `_logits` made them.
         """
-        predictor, teacher, (place, picks, floor) = self.predictor, self.teacher, following
-        assert predictor is not None
+        predictor, teacher, following = self.predictor, self.teacher, taken.following
+        assert predictor is not None and following is not None
+        place, picks, floor = following
+        coupled, ahead = predictor.coupling is not None, None
+        if coupled and anchors is not None:  # the deepest accepted node may be no anchor
+            place = taken.path.gather(1, taken.kept[:, None] - 1)[:, 0]
+            ahead = picks % predictor.steps if drafted else picks // anchors.shape[1]
+        final = _rows_at(normed, place[:, None])[:, 0] if coupled or pseudo is None else normed[:, 0]
         if drafted is not None:
-            draft = predictor.candidates(_rows_at(drafted.flatten(1, 2), picks), self._breadth, self.kernel)
+            logits = _rows_at(drafted.logits.flatten(1, 2), picks)
+            states = _rows_at(drafted.states.flatten(1, 2), picks) if coupled else None
         else:
-            final = normed[:, 0] if pseudo is not None else _rows_at(normed, place[:, None])[:, 0]
             node_pseudo = None if pseudo is None else _rows_at(pseudo.flatten(1, 2), picks)
             states = predictor.draft_hidden(teacher, final, node_pseudo)
-            draft = predictor.draft(teacher, states, self._breadth, self.kernel)
-        self._draft.tokens[: self.batch].copy_(draft.tokens)
+            logits = predictor.logits(teacher, states)
+        made, kept = most_probable_tokens(logits, self._draft.tokens.shape[2], self.kernel), self._draft
+        kept.tokens[: self.batch].copy_(made.tokens)
         if floor is None:
-            self._draft.log_probs[: self.batch].copy_(draft.log_probs)
+            kept.log_probs[: self.batch].copy_(made.log_probs)
         else:
-            torch.add(draft.log_probs, floor[:, :, None], out=self._draft.log_probs[: self.batch])
+            torch.add(made.log_probs, floor[:, :, None], out=kept.log_probs[: self.batch])
+        if kept.context is not None:
+            assert predictor.coupling is not None and states is not None
+            kept.context[: self.batch].copy_(predictor.coupling.context(states, final, ahead))
 
     def select(self, sequences: Tensor) -> None:
         """Keep only these sequences (ascending places in the batch); the others have ended."""
         count = sequences.shape[0]
-        for state in (self._root, self._draft.tokens, self._draft.log_probs):
+        for state in (self._root, *self._draft.tensors):
             if state.numel():
                 state[:count] = state[sequences]
         self.cache.select(sequences)
@@ -350,9 +376,8 @@ class DecodeStep:
 
     def buffers(self) -> list[Tensor]:
         """Return what the next step reads: lengths, roots and drafts of the batch. Steps update them in place."""
-        batch, draft = self.batch, self._draft
-        buffers = [self.cache.lengths, self._root[:batch]]
-        return buffers if self.predictor is None else [*buffers, draft.tokens[:batch], draft.log_probs[:batch]]
+        buffers = [self.cache.lengths, self._root[: self.batch]]
+        return buffers if self.predictor is None else [*buffers, *(part[: self.batch] for part in self._draft.tensors)]
 
 
 def _rows_at(rows: Tensor, picks: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from firp_cli.decoding.tree_spec import TreeSpec
-from firp_cli.predictors.base import Draft, TreePredictor
+from firp_cli.predictors.base import TreePredictor
+from firp_cli.predictors.draft import Draft
 
 MAX_PREFIXES = 4096  # most prefixes that are scored at once
 
@@ -60,7 +61,7 @@ def build(spec: TreeSpec, predictor: TreePredictor, draft: Draft, root: Tensor) 
 def first_steps(draft: Draft, spec: TreeSpec) -> Draft:
     """Return the steps of a draft that a tree has."""
     run = spec.depth(draft.tokens.shape[1])
-    return Draft(draft.tokens[:, :run], draft.log_probs[:, :run])
+    return draft.map(lambda part: part[:, :run])
 
 
 def known_prefixes(spec: TreeSpec, draft: Draft) -> Prefixes | None:
@@ -168,18 +169,23 @@ def build_by_level(nodes: int, predictor: TreePredictor, draft: Draft, root: Ten
     batch, limit, steps = root.shape[0], nodes - 1, draft.tokens.shape[1]
     # Candidate 0 is the root; the candidates of each level follow. `parents` holds candidate numbers.
     tokens, scores, parents, widths = [root[:, None]], [draft.log_probs.new_zeros(batch, 1)], [], [1]
-    frontier_tokens, frontier_scores = tokens[0], scores[0]
+    frontier_tokens, frontier_scores, states = tokens[0], scores[0], None
+    most = min(max(1, limit), draft.tokens.shape[2])
     for depth in range(1, steps + 1):
-        child_tokens, log_probs = predictor.child_candidates(draft, depth, frontier_tokens)
+        child_tokens, log_probs, states = predictor.child_candidates(draft, depth, frontier_tokens, most, states)
         breadth = child_tokens.shape[2]
         if depth == 1 and breadth <= limit:  # the root's candidates come in order
             frontier_scores, frontier_tokens = log_probs[:, 0], child_tokens[:, 0]
             parents.append(torch.zeros_like(frontier_tokens))
+            above = parents[-1]
         else:
             joint = (frontier_scores[:, :, None] + log_probs).flatten(1)
             frontier_scores, picks = joint.topk(min(limit, joint.shape[1]), dim=1)
             frontier_tokens = child_tokens.flatten(1).gather(1, picks)
-            parents.append((picks // breadth).add_(sum(widths[:-1])))
+            above = picks // breadth
+            parents.append(above + sum(widths[:-1]))
+        if states is not None:
+            states = states.gather(1, above[:, :, None].expand(-1, -1, states.shape[2]))
         tokens.append(frontier_tokens)
         scores.append(frontier_scores)
         widths.append(frontier_tokens.shape[1])
@@ -265,8 +271,12 @@ def _build_static(spec: TreeSpec, predictor: TreePredictor, draft: Draft, root: 
         scores = prefixes.scores(draft) if spec.limited else None
     else:
         tokens, scores = root[:, None], draft.log_probs.new_zeros(batch, 1)
+        breadth, states = spec.breadth(draft.tokens.shape[2]), None
         for depth, (parents, positions) in enumerate(levels, start=1):
-            candidates, log_probs = predictor.child_candidates(draft, depth, tokens[:, parents])
+            above = None if states is None else states[:, parents]
+            candidates, log_probs, made = predictor.child_candidates(draft, depth, tokens[:, parents], breadth, above)
+            if made is not None:  # by node; the root has none
+                states = torch.cat([made[:, :1] if states is None else states, made], dim=1)
             picks = positions[None, :, None].expand(batch, -1, 1)
             scores = torch.cat([scores, scores[:, parents] + log_probs.gather(2, picks)[:, :, 0]], dim=1)
             tokens = torch.cat([tokens, candidates.gather(2, picks)[:, :, 0]], dim=1)

@@ -25,7 +25,7 @@ from torch import Tensor
 from firp_cli.decoding.accept import NextDraft, Taken
 from firp_cli.decoding.tree_build import Nodes, first_steps, known_prefixes
 from firp_cli.decoding.tree_spec import TreeSpec
-from firp_cli.predictors.base import Draft
+from firp_cli.predictors.draft import Draft
 
 MOST_RANKED = 1024  # prefixes: each is compared with each, so more are quicker sorted by torch
 CHUNK = 16  # values that are compared with all at once

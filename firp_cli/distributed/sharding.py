@@ -32,21 +32,22 @@ WHOLE_ELEMENTS = 1 << 14  # smaller parameters of one dimension (norms, biases) 
 ALONE = "teacher.sharding=zero3 has no effect on one rank: start more with --gpus"
 
 
-def load_for_ranks(config: TeacherConfig, first: int = 0) -> Teacher:
-    """Load the recipe's teacher on this rank, without its layers below `first`. Every rank calls this.
+def load_for_ranks(config: TeacherConfig, first: int = 0, embedding: bool = False) -> Teacher:
+    """Load the recipe's teacher on this rank, without its layers below `first` and, unless `embedding`, without its
+    embedding. Every rank calls this.
 
     Raises TeacherError as `load_upper` does, and for a teacher that cannot be sharded.
     """
     if config.sharding == "none":
-        return load_upper(config, first)
+        return load_upper(config, first, embedding=embedding)
     if world_size() == 1:
-        teacher = load_upper(config, first)
+        teacher = load_upper(config, first, embedding=embedding)
         teacher.loaded_weights = replace(teacher.loaded_weights, note=teacher.loaded_weights.note or ALONE)
         return teacher
-    return load_sharded(config, first)
+    return load_sharded(config, first, embedding)
 
 
-def load_sharded(config: TeacherConfig, first: int = 0) -> Teacher:
+def load_sharded(config: TeacherConfig, first: int = 0, embedding: bool = False) -> Teacher:
     """Load a teacher with its matrices sharded over the ranks. Every rank calls this.
 
     Rank 0 reads one parameter at a time. No rank has more in memory than its share and one parameter, later one layer.
@@ -57,7 +58,7 @@ def load_sharded(config: TeacherConfig, first: int = 0) -> Teacher:
     load_deepspeed().init_distributed(verbose=False)
     try:
         vacant = PartialTeacher(config)
-        vacant.drop_lower(first)
+        vacant.drop_lower(first, embedding)
         sharing = _Sharing(vacant, default_device())
         with peer_loss_reported():
             vacant.fill(sharing.device, sharing.share)

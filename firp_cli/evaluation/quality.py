@@ -96,7 +96,12 @@ def evaluate(
             states = predictor.draft_states(teacher, batch, index, on_layer=hook)
             used = valid.any(-1)
             roots = batch.input_ids.gather(1, index + 1)[used]
-            rows = (states[used], targets_BAkd[:, part][used], valid[used], roots)
+            # what the head reads, what drafts are made from, the teacher's rows, and the rest
+            adjusted, own = (
+                predictor.path_states(batch, index, states),
+                batch.final.gather(1, _rows(index, batch.final)),
+            )
+            rows = (adjusted[used], states[used], targets_BAkd[:, part][used], valid[used], roots, own[used])
             anchors_seen += len(roots)
             for chunk in _row_chunks(rows, predictor.steps * teacher.vocab_size):
                 _add_rows(sums, teacher, predictor, tree, *chunk)
@@ -111,6 +116,11 @@ def _row_chunks(rows: tuple[Tensor, ...], elements_per_row: int) -> Iterator[tup
     size = max(1, LOGIT_ELEMENTS // elements_per_row)
     for start in range(0, len(rows[0]), size):
         yield tuple(part[start : start + size] for part in rows)
+
+
+def _rows(index: Tensor, states: Tensor) -> Tensor:
+    """Return the index (B, A, d) that gathers rows `index` (B, A) of states (B, T, d)."""
+    return index[:, :, None].expand(-1, -1, states.shape[2])
 
 
 def _similarity_hook(sums: _Sums, index_BA: Tensor, valid_BAk: Tensor) -> Callable[[int, Tensor, Tensor], None]:
@@ -134,16 +144,20 @@ def _add_rows(
     teacher: Teacher,
     predictor: Predictor,
     tree: TreeSpec | None,
+    adjusted: Tensor,
     states: Tensor,
     target_rows: Tensor,
     valid: Tensor,
     roots: Tensor,
+    final: Tensor,
 ) -> None:
-    """Add M anchors to the sums: draft states and target states (M, k, d), valid (M, k), root tokens (M,)."""
+    """Add M anchors to the sums: states that the head reads, draft states and target states (M, k, d), valid (M, k),
+    root tokens (M,), the anchors' own final states (M, d).
+    """
     choices, hits = [], []
     for step in range(1, predictor.steps + 1):
         teacher_logits = teacher.head(target_rows[:, step - 1])
-        agreement = compare_rows(predictor.step_logits(teacher, states[:, step - 1], step), teacher_logits)
+        agreement = compare_rows(predictor.step_logits(teacher, adjusted[:, step - 1], step), teacher_logits)
         counted = valid[:, step - 1]
         hits.append(agreement.top1 & counted)
         choices.append(torch.where(counted, teacher_logits.argmax(-1), -1))
@@ -156,21 +170,28 @@ def _add_rows(
     if tree is None:
         return
     assert isinstance(predictor, TreePredictor)
-    counts = accepted_counts(teacher, predictor, states, roots, torch.stack(choices, dim=1), tree)
+    counts = accepted_counts(teacher, predictor, states, final, roots, torch.stack(choices, dim=1), tree)
     for place in range(predictor.steps):
         sums.tree[place] += (counts > place).sum().item()
 
 
 def accepted_counts(
-    teacher: Teacher, predictor: TreePredictor, states: Tensor, roots: Tensor, choices: Tensor, spec: TreeSpec
+    teacher: Teacher,
+    predictor: TreePredictor,
+    states: Tensor,
+    final: Tensor,
+    roots: Tensor,
+    choices: Tensor,
+    spec: TreeSpec,
 ) -> Tensor:
     """Return the number of drafted tokens that the decoder would accept at each of M anchors, (M,) long.
 
     Args:
-        states: (M, k, d) from `draft_states`. roots: (M,) the tokens after the anchors.
+        states: (M, k, d) from `draft_states`. final: (M, d) the anchors' normed final states.
+        roots: (M,) the tokens after the anchors.
         choices: (M, k') the teacher's tokens after the root, in order; -1 where none counts.
     """
-    draft = predictor.draft(teacher, states, spec.breadth(teacher.vocab_size))
+    draft = predictor.draft(teacher, states, spec.breadth(teacher.vocab_size), final=final)
     tree = build(spec, predictor, draft, roots)
     depth = spec.depth(predictor.steps)
     beyond = choices.new_full((len(roots), depth + 1), -1)

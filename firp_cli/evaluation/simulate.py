@@ -22,7 +22,8 @@ from firp_cli.decoding.batch import halves
 from firp_cli.decoding.tree_build import anchor_nodes, build, nearest_anchor
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.metrics import ticks_per_token
-from firp_cli.predictors.base import Draft, TreePredictor
+from firp_cli.predictors.base import TreePredictor
+from firp_cli.predictors.draft import Draft
 from firp_cli.predictors.forward import LOGIT_ELEMENTS, sequence_states
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.teacher import Teacher
@@ -68,12 +69,13 @@ class Trace:
 
     Attributes:
         ids: (T,) long. first: the first anchor; anchors are first..T-3.
-        draft: of every anchor, tokens and log_probs (A, k, s).
+        draft: of every anchor, tokens and log_probs (A, k, s). breadth: the most candidates of a node that trees take.
     """
 
     ids: Tensor
     first: int
     draft: Draft
+    breadth: int
 
     @property
     def last(self) -> int:
@@ -90,15 +92,14 @@ def make_trace(
     if length - prompt_length < 2:
         return None
     batch = sequence_states(teacher, predictor, token_ids)
-    tokens, log_probs = [], []
+    drafts = []
     rows = max(1, LOGIT_ELEMENTS // (predictor.steps * teacher.vocab_size))
     for anchors in torch.arange(first, length - 2, device=teacher.device).split(ANCHOR_CHUNK):
         states = predictor.draft_states(teacher, batch, anchors[None])[0]
-        for part in states.split(rows):
-            draft = predictor.draft(teacher, part, breadth)
-            tokens.append(draft.tokens)
-            log_probs.append(draft.log_probs)
-    return Trace(batch.input_ids[0], first, Draft(torch.cat(tokens), torch.cat(log_probs)))
+        finals = batch.final[0, anchors]
+        for part, final in zip(states.split(rows), finals.split(rows), strict=True):
+            drafts.append(predictor.draft(teacher, part, breadth, final=final))
+    return Trace(batch.input_ids[0], first, Draft.cat(drafts), breadth)
 
 
 @torch.inference_mode()
@@ -113,9 +114,9 @@ def simulate_steps(predictor: TreePredictor, traces: Sequence[Trace], spec: Tree
     steps = spec.drafting(predictor.steps)
     predictor = predictor.first_steps(steps)
     depth, device = spec.depth(steps), traces[0].ids.device
-    breadth = min(spec.breadth(1 << 30), traces[0].draft.tokens.shape[2])
-    tokens = torch.cat([trace.draft.tokens[:, :steps, :breadth] for trace in traces])
-    log_probs = torch.cat([trace.draft.log_probs[:, :steps, :breadth] for trace in traces])
+    breadth = predictor.width(spec.breadth(1 << 30), traces[0].draft.tokens.shape[2])
+    drafts = Draft.cat([trace.draft.map(lambda part: part[:, :steps]) for trace in traces])
+    drafts = Draft(drafts.tokens[:, :, :breadth], drafts.log_probs[:, :, :breadth], drafts.context)
     sizes = torch.tensor([trace.last - trace.first for trace in traces], device=device)
     firsts = torch.tensor([trace.first for trace in traces], device=device)
     offset = sizes.cumsum(0) - sizes - firsts  # of an anchor's draft among all
@@ -127,9 +128,12 @@ def simulate_steps(predictor: TreePredictor, traces: Sequence[Trace], spec: Tree
     while bool((anchor < lasts).any()):
         here = torch.minimum(anchor, lasts - 1)
         place = torch.maximum(here - lag, firsts) + offset  # an answer that has ended stays within its own drafts
-        draft = Draft(tokens[place], log_probs[place])
+        draft = drafts.map(lambda part, place=place: part[place])  # type: ignore[misc]
         if budgeted:
             draft = _shifted(draft, lag)
+            if predictor.coupling is not None and draft.context is not None:
+                assert drafts.context is not None
+                draft.context = predictor.coupling.with_final(draft.context, drafts.context[here + offset])
         tree = build(spec, predictor, draft, ids.gather(1, here[:, None] + 1)[:, 0])
         accepted = accept(tree, ids.gather(1, here[:, None] + 2 + tree.depth), depth)
         count = accepted.count + 1
@@ -148,9 +152,10 @@ def _shifted(draft: Draft, lag: Tensor) -> Draft:
     """
     steps = draft.tokens.shape[1]
     ahead = lag[:, None] + torch.arange(steps, device=lag.device)
-    index = ahead.clamp(max=steps - 1)[:, :, None].expand_as(draft.tokens)
-    log_probs = draft.log_probs.gather(1, index).masked_fill((ahead >= steps)[:, :, None], -torch.inf)
-    return Draft(draft.tokens.gather(1, index), log_probs)
+    index = ahead.clamp(max=steps - 1)[:, :, None]
+    shifted = draft.map(lambda part: part.gather(1, index.expand(-1, -1, part.shape[2])))
+    shifted.log_probs.masked_fill_((ahead >= steps)[:, :, None], -torch.inf)
+    return shifted
 
 
 def simulate_answer(

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firp_cli.config import PredictorSection
+from firp_cli.config import CouplingConfig, PredictorSection
 from firp_cli.errors import PredictorError
+from firp_cli.predictors.coupling import Coupling
+from firp_cli.predictors.draft import Children, Draft, most_probable_tokens
 from firp_cli.teacher.teacher import Teacher
 
 RowsHook = Callable[[int, Tensor, Tensor], None]
 PseudoStateMaker = Callable[[int, int, Tensor], Tensor]
-LEAST_PARTS, MOST_PARTS = 8, 128  # parts of a vocabulary that `largest` searches separately
-KERNEL_BREADTH = 32  # the kernel searches one token at a time
 
 
 @dataclass
@@ -50,19 +50,6 @@ class SequenceBatch:
             self.final.to(device, dtype),
             {layer: states.to(device, dtype) for layer, states in self.hidden.items()},
         )
-
-
-@dataclass
-class Draft:
-    """Candidates for the tokens after a root: for each depth the s most probable, in descending order.
-
-    Attributes:
-        tokens: (B, k, s) long. log_probs: (B, k, s) float32. Only a predictor may read them: the tree builder asks
-        `TreePredictor.child_candidates`.
-    """
-
-    tokens: Tensor
-    log_probs: Tensor
 
 
 class Predictor(nn.Module, ABC):
@@ -113,11 +100,16 @@ class Predictor(nn.Module, ABC):
         predictor alone. `on_layer(l, real (B, R, d), pseudo (B, A, k', d))` is called at each layer with pseudo states.
         """
 
+    def path_states(self, batch: SequenceBatch, anchors: Tensor, states: Tensor) -> Tensor:
+        """Return the states (B, A, k, d) that the head reads where each step's parent is the batch's own token, from
+        those of `draft_states` (B, A, k, d) at `anchors` (B, A).
+        """
+        return states
+
     @abstractmethod
     def step_logits(self, teacher: Teacher, states: Tensor, step: int) -> Tensor:
         """Return float32 logits (..., V) of step `step` (1..k) from its states (..., d)."""
 
-    @abstractmethod
     def initialise(self, init: str, teacher: Teacher) -> None:
         """Set the start values for `identity` or `random`; training/ridge.py solves `ridge`. Raises PredictorError."""
 
@@ -144,7 +136,21 @@ class Predictor(nn.Module, ABC):
 
 
 class TreePredictor(Predictor):
-    """A predictor that fills draft trees: step i drafts token n+i+1."""
+    """A predictor that fills draft trees: step i drafts token n+i+1.
+
+    With a `coupling` (FIRP+) the children of a node also depend on its token: predictors/coupling.py adjusts the step's
+    state, and the teacher's head scores the M most probable tokens of the unadjusted one.
+    """
+
+    def __init__(self, config: PredictorSection, steps: int) -> None:
+        super().__init__(config, steps)
+        self.coupling: Coupling | None = None
+
+    def couple(self, teacher: Teacher) -> None:
+        """Add the head that the configuration's `coupling` describes, if it has one."""
+        config: CouplingConfig | None = getattr(self.config, "coupling", None)
+        if config is not None:
+            self.coupling = Coupling(config, self.steps, teacher)
 
     @property
     def transfer_layers(self) -> tuple[int, ...]:
@@ -154,7 +160,7 @@ class TreePredictor(Predictor):
     @property
     def parent_dependent(self) -> bool:
         """False if all nodes of a depth have the same candidates."""
-        return True
+        return self.coupling is not None
 
     @property
     def teachers_head(self) -> bool:
@@ -172,11 +178,25 @@ class TreePredictor(Predictor):
             raise PredictorError(f"this {self.kind} predictor has 1 to {self.steps} steps, not {steps}")
         if steps == self.steps:
             return self
-        limited = copy(self)
-        limited._modules = dict(self._modules)  # a module's copy shares it
+        limited = self._copy()
         limited._truncate(steps)
+        if self.coupling is not None:
+            limited.coupling = self.coupling.first_steps(steps)
         limited.steps = steps
         return limited
+
+    def for_decoding(self) -> TreePredictor:
+        """Return the predictor with its coupling prepared for decoding, where the weights do not change."""
+        if self.coupling is None:
+            return self
+        prepared = self._copy()
+        prepared.coupling = self.coupling.packed()
+        return prepared
+
+    def _copy(self) -> TreePredictor:
+        other = copy(self)
+        other._modules = dict(self._modules)  # a module's copy shares it
+        return other
 
     def _truncate(self, steps: int) -> None:
         """Drop the modules and the configuration of the steps after the first `steps`."""
@@ -198,38 +218,65 @@ class TreePredictor(Predictor):
         `pseudo` (B, k, d), after the last layer; others its normed final state `node_final` (B, d).
         """
 
+    def initialise(self, init: str, teacher: Teacher) -> None:
+        super().initialise(init, teacher)
+        if self.coupling is not None:
+            self.coupling.initialise()
+
+    def path_states(self, batch: SequenceBatch, anchors: Tensor, states: Tensor) -> Tensor:
+        if self.coupling is None:
+            return states
+        ahead = anchors[:, :, None] + torch.arange(1, self.steps + 1, device=anchors.device)
+        parents = batch.input_ids.gather(1, ahead.clamp(max=batch.input_ids.shape[1] - 1).flatten(1))
+        final = batch.final.gather(1, anchors[:, :, None].expand(-1, -1, batch.final.shape[-1]))
+        return self.coupling(parents.view(ahead.shape), states, final)
+
     def logits(self, teacher: Teacher, states: Tensor) -> Tensor:
         """Return `step_logits` of all steps: states (B, k, d) to (B, k, V)."""
         rows = [self.step_logits(teacher, states[:, step - 1], step) for step in range(1, self.steps + 1)]
         return torch.stack(rows, dim=1)
 
-    def draft(self, teacher: Teacher, states: Tensor, breadth: int, kernel: bool = False) -> Draft:
-        """Return the `breadth` most probable tokens of each step, from states (B, k, d)."""
-        return self.candidates(self.logits(teacher, states), breadth, kernel)
+    def draft(
+        self, teacher: Teacher, states: Tensor, breadth: int, kernel: bool = False, final: Tensor | None = None
+    ) -> Draft:
+        """Return the `width(breadth)` most probable tokens of each step, from states (B, k, d).
 
-    def candidates(self, logits: Tensor, breadth: int, kernel: bool = False) -> Draft:
-        """Return the `breadth` most probable tokens of each step, from float32 logits (B, k, V). `kernel`: find them by
-        Triton kernels.
+        Args:
+            kernel: find them by Triton kernels.
+            final: (B, d) the accepted node's normed final state. Only predictors with a coupling need it.
         """
-        if kernel and breadth <= KERNEL_BREADTH:
-            from firp_cli.predictors.triton_candidates import most_probable
+        width = self.width(breadth, teacher.vocab_size)
+        draft = most_probable_tokens(self.logits(teacher, states), width, kernel)
+        if self.coupling is not None:
+            assert final is not None
+            draft.context = self.coupling.context(states, final, None)
+        return draft
 
-            return Draft(*most_probable(logits, breadth))
-        if logits.is_cuda:  # one kernel, `logsumexp` takes eight
-            values, tokens = largest(logits.log_softmax(-1), breadth)
-        else:
-            values, tokens = logits.topk(breadth, dim=-1)
-            values = values - logits.logsumexp(-1, keepdim=True)
-        return Draft(tokens, values.clamp(max=0))  # rounding may give a probability above 1
+    def width(self, breadth: int, vocabulary: int) -> int:
+        """Return the number of tokens of a step's draft, for trees that need `breadth` children of a node."""
+        candidates = 0 if self.coupling is None else self.config.coupling.candidates  # type: ignore[attr-defined]
+        return min(max(breadth, candidates), vocabulary)
 
-    def child_candidates(self, draft: Draft, depth: int, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the candidate children at `depth` (1..k) of nodes with the tokens `parents` (B, M): tokens (B, M, s)
-        and their log-probabilities (<= 0) given the parent, descending. A predictor whose steps depend on the parent's
-        token overrides this method.
+    def child_candidates(
+        self, draft: Draft, depth: int, parents: Tensor, breadth: int, states: Tensor | None = None
+    ) -> Children:
+        """Return the `breadth` candidate children at `depth` (1..k) of nodes with the tokens `parents` (B, M), with
+        log-probabilities (<= 0) given the parent, descending.
+
+        Args:
+            states: the nodes' own `Children.states` (B, M, d); None for the root.
         """
-        batch, nodes = parents.shape
-        shape = (batch, nodes, draft.tokens.shape[-1])
-        return draft.tokens[:, depth - 1, None].expand(shape), draft.log_probs[:, depth - 1, None].expand(shape)
+        tokens, log_probs = draft.tokens[:, depth - 1], draft.log_probs[:, depth - 1]
+        if self.coupling is None:
+            shape = (*parents.shape, breadth)
+            return Children(tokens[:, None, :breadth].expand(shape), log_probs[:, None, :breadth].expand(shape))
+        assert draft.context is not None
+        scores, adjusted = self.coupling.scores(parents, tokens, draft.context[:, depth - 1], states)
+        best, places = scores.topk(min(breadth, scores.shape[-1]), dim=-1)
+        chosen = tokens.gather(1, places.flatten(1)).view_as(places)
+        # tokens that are not candidates keep the probability that they have without the head
+        known = log_probs.logsumexp(-1)[:, None, None].clamp(max=0.0)
+        return Children(chosen, best + known, adjusted if self.coupling.recurrent else None)
 
 
 class ExitPredictor(Predictor):
@@ -280,6 +327,7 @@ class LinearMapPredictor(Predictor):
         self.maps = nn.ModuleList(nn.Linear(size, size, bias=bias) for _ in range(steps))
 
     def initialise(self, init: str, teacher: Teacher) -> None:
+        super().initialise(init, teacher)
         for linear in self.maps:
             assert isinstance(linear, nn.Linear)
             if init == "random":
@@ -296,17 +344,3 @@ class LinearMapPredictor(Predictor):
         linear.weight.copy_(weight)
         if linear.bias is not None and bias is not None:
             linear.bias.copy_(bias)
-
-
-def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` largest of (..., V), in descending order, and their indices. Equals `topk` with half of its
-    kernels on a CUDA device: it takes the largest of each part, then of these.
-    """
-    size = values.shape[-1]
-    parts = max(number for number in range(1, MOST_PARTS + 1) if size % number == 0)
-    length = size // parts
-    if parts < LEAST_PARTS or length < 4 * count:
-        return values.topk(count, dim=-1)
-    part_values, places = values.unflatten(-1, (parts, length)).topk(count, dim=-1, sorted=False)
-    best, chosen = part_values.flatten(-2).topk(count, dim=-1)
-    return best, places.flatten(-2).gather(-1, chosen) + chosen // count * length

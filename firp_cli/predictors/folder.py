@@ -29,6 +29,7 @@ from firp_cli.teacher.teacher import Teacher
 FORMAT = 1
 PREDICTORS: dict[str, Callable[[Any, Teacher], Predictor]] = {
     "firp": FirpPredictor,
+    "firp_plus": FirpPredictor,
     "hidden_transfer": HiddenTransferPredictor,
     "medusa": MedusaPredictor,
     "speed": SpeedPredictor,

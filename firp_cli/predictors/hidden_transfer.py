@@ -30,10 +30,7 @@ class HiddenTransferPredictor(LinearMapPredictor, TreePredictor):
                 f"transfer layer {max(self.transfer_layers)} is out of range: "
                 f"{teacher.name} has {teacher.num_layers} layers, so 1 <= t <= {last}"
             )
-
-    @property
-    def parent_dependent(self) -> bool:
-        return False
+        self.couple(teacher)
 
     @property
     def teachers_head(self) -> bool:

@@ -28,10 +28,7 @@ class MedusaPredictor(TreePredictor):
         self.heads = nn.ModuleList(
             nn.Linear(size, teacher.vocab_size, bias=False) for _ in range(self.steps if config.own_head else 0)
         )
-
-    @property
-    def parent_dependent(self) -> bool:
-        return False
+        self.couple(teacher)
 
     @property
     def own_vocabulary(self) -> bool:
@@ -74,6 +71,7 @@ class MedusaPredictor(TreePredictor):
     def initialise(self, init: str, teacher: Teacher) -> None:
         if init == "ridge":
             raise PredictorError("medusa has no ridge start: set training.init to identity or random")
+        super().initialise(init, teacher)
         for blocks in self.blocks:
             for linear in _linears(blocks):
                 if init == "identity":

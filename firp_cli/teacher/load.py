@@ -82,9 +82,12 @@ def load_teacher(config: TeacherConfig, device: torch.device | str | None = None
     return teacher
 
 
-def load_upper(config: TeacherConfig, first: int, device: torch.device | str | None = None) -> Teacher:
-    """Load a teacher without its layers below `first` (L or more: without any layer) and, unless the head shares its
-    matrix, without its embedding: enough to train on states of layer `first`. Its fingerprint is the whole teacher's.
+def load_upper(
+    config: TeacherConfig, first: int, device: torch.device | str | None = None, embedding: bool = False
+) -> Teacher:
+    """Load a teacher without its layers below `first` (L or more: without any layer) and, unless `embedding` or the
+    head shares its matrix, without its embedding: enough to train on states of layer `first`. Its fingerprint is the
+    whole teacher's.
 
     Loads the whole teacher where a part cannot serve (looped layers, several devices, weights under other names);
     `teacher.loaded_weights` records it. Raises TeacherError as `load_teacher`.
@@ -93,7 +96,7 @@ def load_upper(config: TeacherConfig, first: int, device: torch.device | str | N
         return load_teacher(config, device)
     try:
         teacher = PartialTeacher(config)
-        teacher.drop_lower(first)
+        teacher.drop_lower(first, embedding)
         teacher.fill(torch.device(device or default_device()))
         return teacher.finished("upper")
     except PartError as error:
@@ -114,6 +117,7 @@ class PartialTeacher:
 
     def __init__(self, config: TeacherConfig) -> None:
         register()
+        self._drops_embedding = False
         located = locate(config)
         with _loading(config):
             tokenizer = _tokenizer(located)
@@ -132,10 +136,13 @@ class PartialTeacher:
         self.whole_bytes = sum(parameter.nbytes for parameter in model.parameters())
         _fingerprint_files(self.teacher, self.files)
 
-    def drop_lower(self, first: int) -> None:
-        """Drop the layers below `first`; `fill` then drops the embedding where nothing else shares its matrix."""
+    def drop_lower(self, first: int, embedding: bool = False) -> None:
+        """Drop the layers below `first`. Unless `embedding` is needed, `fill` then drops it too where nothing else
+        shares its matrix.
+        """
         count = self.teacher.num_layers
         self.teacher.release(range(min(first, count), count))
+        self._drops_embedding = bool(self.teacher.first) and not embedding
 
     def fill(self, device: torch.device, make: Callable[[str, nn.Parameter], nn.Parameter] | None = None) -> None:
         """Set the remaining parameters, one after the other. `make(name, empty)` returns each, in the shape and dtype
@@ -144,7 +151,7 @@ class PartialTeacher:
         model = self.teacher.model
         embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
         needed = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
-        skipped = embedding - needed if self.teacher.first else set()
+        skipped = embedding - needed if self._drops_embedding else set()
         if skipped:
             self.teacher.drop_embedding()
         made: dict[int, nn.Parameter] = {}  # modules may share a parameter

@@ -219,10 +219,26 @@ class Teacher:
 
     def head(self, normed: Tensor) -> Tensor:
         """Return the float32 logits (..., V) of normed states (..., d)."""
-        logits = self.stack.head(normed).float()
-        if self._softcap:
-            logits = self._softcap * torch.tanh(logits / self._softcap)
-        return logits
+        return self._capped(self.stack.head(normed).float())
+
+    def head_at(self, normed: Tensor, tokens: Tensor) -> Tensor:
+        """Return the float32 logits (..., R, M) of normed states (..., R, d) for the tokens (..., M) alone."""
+        return self.partial_head(tokens)(normed)
+
+    def partial_head(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the head of the tokens (..., M) alone, on a copy of their rows: (..., R, d) to float32 (..., R, M)."""
+        rows = functional.embedding(tokens, self.head_weight()).float().transpose(-1, -2)
+        bias: Tensor | None = getattr(self._head, "bias", None)
+        chosen = None if bias is None else bias[tokens].float()[..., None, :]
+
+        def head(normed: Tensor) -> Tensor:
+            logits = normed.float() @ rows
+            return self._capped(logits if chosen is None else logits + chosen)
+
+        return head
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
 
     def unnorm(self, normed: Tensor) -> Tensor:
         """Return a state y (..., d) with norm(y) = `normed`: the one of unit scale, since the norm removes the scale.

@@ -24,18 +24,24 @@ from firp_cli.config import TrainingConfig
 from firp_cli.predictors.anchors import Anchors, Sequenced, choose_anchors, collate
 from firp_cli.predictors.base import SequenceBatch
 from firp_cli.store.reader import FINAL, Store, decode_states, state_names
+from firp_cli.training.draft_states import DraftStates
 
 PREFETCH = 4  # micro-batches read ahead with one reader; each further reader adds one
+COUNTED = 2000  # conversations that give the frequent tokens
 VALIDATION_EPOCH = 1 << 31  # takes the place of the epoch in the anchors' seeds of validation
 
 
 @dataclass
 class MicroBatch:
-    """Conversations of one forward with their anchors; `indices` are their numbers in the store."""
+    """Conversations of one forward with their anchors; `indices` are their numbers in the store.
+
+    `states`: draft states (B, A, k, d); None until they are computed.
+    """
 
     batch: SequenceBatch
     anchors: Anchors
     indices: list[int]
+    states: Tensor | None = None
 
 
 def split_validation(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -149,8 +155,28 @@ def sequence_lengths(store: Sequence[Sequenced]) -> Sequence[int]:
     return [len(item.input_ids) for item in store] if known is None else known
 
 
+def frequent_tokens(store: Sequence[Sequenced], indices: Sequence[int], count: int, vocabulary: int) -> Tensor:
+    """Return the `count` most frequent tokens (S,) of the first conversations among `indices`, in their order."""
+    counts = torch.zeros(vocabulary, dtype=torch.long)
+    for index in indices[:COUNTED]:
+        counts += torch.bincount(_token_ids(store, index), minlength=vocabulary)
+    return counts.argsort(descending=True, stable=True)[:count]
+
+
+def _token_ids(store: Sequence[Sequenced], index: int) -> Tensor:
+    """Return the tokens of a conversation, without reading or computing states where the store keeps them apart."""
+    if isinstance(store, Store):
+        return store.stored(index)["input_ids"].long()
+    corpus = getattr(store, "corpus", None)
+    return store[index].input_ids if corpus is None else torch.tensor(corpus.input_ids[index])
+
+
 class Reader:
-    """Reader of micro-batches: padded conversations with their anchors, on the teacher's device."""
+    """Reader of micro-batches: padded conversations with their anchors, on the teacher's device.
+
+    Args:
+        kept: draft states of earlier epochs. The anchors are then the same in every epoch.
+    """
 
     def __init__(
         self,
@@ -160,17 +186,29 @@ class Reader:
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
+        kept: DraftStates | None = None,
     ) -> None:
+        self.kept = kept
         self.store, self.steps, self.limit, self.seed = store, steps, anchors_per_sequence, seed
         self.device, self.dtype = device, dtype
 
     def read(self, indices: list[int], epoch: int) -> MicroBatch:
         """Return the micro-batch of these conversations in an epoch."""
         batch = read_batch(self.store, indices)
+        if self.kept is not None:
+            epoch = 0
         seeds = [anchor_seed(self.seed, epoch, index) for index in indices]
         anchors = choose_anchors(batch, self.steps, self.limit, seeds)
         on_device = Anchors(anchors.index.to(self.device), anchors.valid.to(self.device))
-        return MicroBatch(batch.to(self.device, self.dtype), on_device, indices)
+        states = None if self.kept is None else self.kept.read(indices)
+        if states is not None:
+            states = states.to(self.device, self.dtype)
+        return MicroBatch(batch.to(self.device, self.dtype), on_device, indices, states)
+
+    def keep(self, item: MicroBatch) -> None:
+        """Keep the draft states of a micro-batch for later epochs."""
+        if self.kept is not None and item.states is not None:
+            self.kept.write(item.indices, item.states, item.anchors.valid[:, :, 0].sum(dim=1).tolist())
 
 
 def read_batch(store: Sequence[Sequenced], indices: Sequence[int]) -> SequenceBatch:

@@ -37,6 +37,7 @@ from firp_cli.training.loop import RunProgress
 from firp_cli.training.optimizer_state import (
     States,
     adam_steps,
+    learning,
     restore_schedule,
     restore_states,
     schedule_state,
@@ -45,6 +46,8 @@ from firp_cli.training.optimizer_state import (
 from firp_cli.training.random_state import random_state, restore_random_state, seed_rank
 
 FOLDER = "checkpoints"
+FIRST_STAGE = "coupling"  # folder of the first stage of a run, a run of its own
+START_FILE = "start.safetensors"  # all weights at its start: those that do not learn are in no checkpoint
 STATE_FILE = "state.json"
 FREE_TO_CHANGE = {  # training fields that do not change the losses, to float error
     "log_every",
@@ -87,7 +90,7 @@ def guard_output(output: Path, resume: bool) -> None:
     """Refuse to train over a finished or interrupted run. Raises UsageError."""
     if resume:
         return
-    if latest_checkpoint(output) is not None:
+    if latest_checkpoint(output) is not None or (output / FIRST_STAGE).exists():
         content = "the checkpoints of a run"
     elif (output / "config.json").is_file():
         content = "a trained predictor"
@@ -232,10 +235,13 @@ def check_resumable(checkpoint: Path, recipe: Recipe, conversations: int) -> int
 
 
 def load_weights(checkpoint: Path, predictor: torch.nn.Module) -> None:
-    """Load a checkpoint's weights into a predictor before its engine is built. Raises FirpError when damaged."""
+    """Load the weights that a checkpoint holds, those that learn, into a predictor before its engine is built.
+
+    Raises FirpError when they are damaged.
+    """
     read = _reader(checkpoint)
     with torch.no_grad():
-        for name, parameter in predictor.named_parameters():
+        for name, parameter in learning(predictor):
             parameter.copy_(read(name)["weight"])
 
 
@@ -271,6 +277,20 @@ def _reader(checkpoint: Path) -> Callable[[str], States]:
 
 def _unreadable(checkpoint: Path, reason: str) -> FirpError:
     return FirpError(f"checkpoint {checkpoint} cannot be read ({reason}); remove it to resume from the one before it")
+
+
+def save_start(output: Path, weights: dict[str, Tensor]) -> None:
+    """Write the weights at the start of a first stage."""
+    with _writing("the start values"):
+        write_atomically(output / START_FILE, lambda temporary: save_file(weights, temporary))
+
+
+def load_whole(predictor: torch.nn.Module, path: Path) -> None:
+    """Load all weights of a predictor from a file. Raises FirpError when it cannot be read."""
+    try:
+        predictor.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise FirpError(f"{path} cannot be read ({error}); remove its folder to train the first stage again") from None
 
 
 def save_best(output: Path, step: int, weights: dict[str, Tensor]) -> None:

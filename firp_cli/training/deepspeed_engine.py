@@ -17,7 +17,7 @@ from firp_cli.distributed.launch import load_deepspeed, start
 from firp_cli.predictors.base import Predictor
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import MicroBatch
-from firp_cli.training.objective import ObjectiveModule
+from firp_cli.training.objective import FrozenDrafts, ObjectiveModule
 from firp_cli.training.pace import Pace, make_optimizer
 
 MMAP_THRESHOLD, GIVEN_BACK = -3, 4 << 20  # mallopt's parameter; bytes from which on a freed block is given back
@@ -41,10 +41,16 @@ class DeepSpeedBackend:
     """DeepSpeed engine over the objective; building it joins the ranks."""
 
     def __init__(
-        self, predictor: Predictor, teacher: Teacher, settings: TrainingConfig, pace: Pace, accumulation: int
+        self,
+        predictor: Predictor,
+        teacher: Teacher,
+        settings: TrainingConfig,
+        pace: Pace,
+        accumulation: int,
+        stage: FrozenDrafts | None = None,
     ) -> None:
         start()
-        module = ObjectiveModule(predictor, teacher, settings)
+        module = ObjectiveModule(predictor, teacher, settings, stage)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer, scheduler = make_optimizer(parameters, settings, pace)
         self.settings = settings
@@ -61,7 +67,7 @@ class DeepSpeedBackend:
         return float(self.engine.get_lr()[0])
 
     def backward(self, item: MicroBatch, last: bool) -> tuple[Tensor, Tensor]:
-        loss, sums = self.engine(item.batch, item.anchors)
+        loss, sums, item.states = self.engine(item.batch, item.anchors, item.states)
         self.engine.backward(loss)
         if not last:
             self.engine.step()  # counts the micro-batch; the call after the last one takes the optimizer step
@@ -80,7 +86,7 @@ class DeepSpeedBackend:
     def evaluate(self, item: MicroBatch) -> Tensor:
         self.engine.eval()
         with torch.no_grad():
-            _, sums = self.engine(item.batch, item.anchors)
+            _, sums, item.states = self.engine(item.batch, item.anchors, item.states)
         self.engine.train()
         return sums
 

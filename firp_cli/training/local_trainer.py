@@ -18,10 +18,14 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.results import Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import MicroBatch
+from firp_cli.training.draft_states import DraftStates
+from firp_cli.training.first_stage import freeze_drafts, make_stage, stage_settings
 from firp_cli.training.loop import Row, TrainingLoop
 from firp_cli.training.metrics_log import Listener
-from firp_cli.training.objective import ObjectiveModule
+from firp_cli.training.objective import FrozenDrafts, ObjectiveModule
 from firp_cli.training.pace import Pace, make_optimizer
+
+FIRST_SHARE = 0.5  # share of a time limit for the first of two stages
 
 
 def train_local(
@@ -33,7 +37,7 @@ def train_local(
     progress: Progress = no_progress,
     ridge_sequences: int | None = None,
 ) -> list[Row]:
-    """Train a predictor in place; it ends with the weights of the best validation.
+    """Train a predictor in place, one with a coupling in two stages; it ends with the weights of the best validation.
 
     Args:
         seconds: time limit, the ridge start included; the schedule then follows the steps or the time, whichever is
@@ -49,13 +53,33 @@ def train_local(
     if not len(sequences):
         raise StoreError("there is no conversation to train on")
     listener = Listener(step=lambda done, total, row: progress(done, total))
-    run = _LocalRun(predictor.requires_grad_(True), teacher, sequences, settings, listener)
+    rows: list[Row] = []
+    coupled = getattr(predictor.config, "coupling", None) is not None and settings.coupling.epochs > 0
+    if coupled:
+        share = None if seconds is None else seconds if settings.max_steps == 0 else FIRST_SHARE * seconds
+        stage = make_stage(settings, teacher, sequences)
+        stage.kept = DraftStates((predictor.steps, teacher.hidden_size))
+        run = _LocalRun(predictor, teacher, sequences, stage_settings(settings), listener, stage)
+        rows += _train(run, share, ridge_sequences)
+        if settings.max_steps == 0:
+            return rows
+        seconds = None if seconds is None or share is None else seconds - share
+    run = _LocalRun(predictor, teacher, sequences, settings, listener)
+    return rows + _train(run, seconds, ridge_sequences, initialise=not coupled)
+
+
+def _train(run: _LocalRun, seconds: float | None, ridge_sequences: int | None, initialise: bool = True) -> list[Row]:
+    """Train one stage in place; return its rows."""
+    predictor = run.predictor.requires_grad_(True)
     if seconds is not None:
         run.pace = Pace(run.total, seconds)
     run.pace.start()
-    run.initialise(ridge_sequences)
+    if initialise:
+        run.initialise(ridge_sequences)
+    if run.stage is not None:
+        freeze_drafts(predictor)
     run.pace.move(0, run.pace.clock())
-    run.backend = LocalBackend(predictor, teacher, settings, run.pace, run.accumulation)
+    run.backend = LocalBackend(predictor, run.teacher, run.settings, run.pace, run.accumulation, run.stage)
     run.run()
     if run.best_weights:
         predictor.load_state_dict(run.best_weights)
@@ -67,10 +91,16 @@ class LocalBackend:
     """AdamW over the predictor's whole float32 weights."""
 
     def __init__(
-        self, predictor: Predictor, teacher: Teacher, settings: TrainingConfig, pace: Pace, accumulation: int
+        self,
+        predictor: Predictor,
+        teacher: Teacher,
+        settings: TrainingConfig,
+        pace: Pace,
+        accumulation: int,
+        stage: FrozenDrafts | None = None,
     ) -> None:
-        self._module = ObjectiveModule(predictor, teacher, settings)
-        self._parameters = list(predictor.parameters())
+        self._module = ObjectiveModule(predictor, teacher, settings, stage)
+        self._parameters = [parameter for parameter in predictor.parameters() if parameter.requires_grad]
         self._optimizer, self._scheduler = make_optimizer(self._parameters, settings, pace)
         self._accumulation, self._max_norm = accumulation, settings.max_grad_norm or math.inf
 
@@ -79,7 +109,7 @@ class LocalBackend:
         return float(self._scheduler.get_last_lr()[0])
 
     def backward(self, item: MicroBatch, last: bool) -> tuple[Tensor, Tensor]:
-        loss, sums = self._module(item.batch, item.anchors)
+        loss, sums, item.states = self._module(item.batch, item.anchors, item.states)
         (loss / self._accumulation).backward()
         return loss, sums
 
@@ -93,7 +123,7 @@ class LocalBackend:
     def evaluate(self, item: MicroBatch) -> Tensor:
         self._module.eval()
         with torch.no_grad():
-            _, sums = self._module(item.batch, item.anchors)
+            _, sums, item.states = self._module(item.batch, item.anchors, item.states)
         self._module.train()
         return sums
 
@@ -108,8 +138,9 @@ class _LocalRun(TrainingLoop):
         store: Sequence[Sequenced],
         settings: TrainingConfig,
         listener: Listener,
+        stage: FrozenDrafts | None = None,
     ) -> None:
-        super().__init__(predictor, teacher, store, settings, listener)
+        super().__init__(predictor, teacher, store, settings, listener, stage=stage)
         self.rows: list[Row] = []
         self.best_weights: dict[str, Tensor] = {}
 

@@ -35,8 +35,8 @@ from firp_cli.training.batches import (
     split_validation,
 )
 from firp_cli.training.metrics_log import Listener
-from firp_cli.training.objective import FIELDS, StepRecord
-from firp_cli.training.pace import make_pace, usual_interval
+from firp_cli.training.objective import FIELDS, FrozenDrafts, StepRecord
+from firp_cli.training.pace import EVENTS_OF_FIRST_STAGE, EVENTS_PER_RUN, make_pace, usual_interval
 from firp_cli.training.ridge import ridge_start
 
 Row = dict[str, Any]
@@ -106,11 +106,13 @@ class TrainingLoop:
         rank: int = 0,
         ranks: int = 1,
         per_step: int | None = None,
+        stage: FrozenDrafts | None = None,
     ) -> None:
         """Split the conversations of `store` and order them.
 
         Args:
             per_step: micro-batches of an optimizer step, over all ranks; None: as the settings define it.
+            stage: of a first stage, where only the predictor's coupling learns.
         """
         self.predictor, self.teacher, self.store, self.settings = predictor, teacher, store, settings
         self.listener, self.rank, self.ranks = listener, rank, ranks
@@ -120,11 +122,14 @@ class TrainingLoop:
         self.accumulation = self.order.per_step // ranks
         self.total = planned_steps(settings, self.order)
         self.pace = make_pace(settings, self.total)
-        self.usual = usual_interval(settings, self.total)
+        events = EVENTS_PER_RUN if stage is None else EVENTS_OF_FIRST_STAGE
+        self.usual = usual_interval(settings, self.total, events)
         self.steps, self.pipeline = predictor.steps, predictor.pipeline
         self.weights = predictor.loss_weights(settings.step_decay)
+        self.stage = stage
+        kept = None if stage is None else stage.kept
         self.reader = Reader(
-            store, predictor.offsets, settings.anchors_per_sequence, settings.seed, teacher.device, teacher.dtype
+            store, predictor.offsets, settings.anchors_per_sequence, settings.seed, teacher.device, teacher.dtype, kept
         )
         self.progress = RunProgress()
         self.interrupted = False
@@ -233,6 +238,7 @@ class TrainingLoop:
         for number in range(1, self.accumulation + 1):
             item = next(prefetcher)
             loss, item_sums = self.backend.backward(item, last=number == self.accumulation)
+            self.reader.keep(item)
             losses.append(loss.detach())
             sums += item_sums
             items.append(item)
@@ -276,6 +282,7 @@ class TrainingLoop:
         prefetcher = Prefetcher(self.reader, wanted, self.settings.readers)
         for number, item in zip(numbers, prefetcher, strict=True):
             group_sums = self.backend.evaluate(item)
+            self.reader.keep(item)
             if number < len(groups):
                 sums += group_sums
         prefetcher.close()

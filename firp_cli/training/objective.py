@@ -29,6 +29,7 @@ from firp_cli.metrics import accepted_length
 from firp_cli.predictors.anchors import DIVERGENCES, Anchors, hits, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch
 from firp_cli.teacher.teacher import Teacher
+from firp_cli.training.draft_states import DraftStates, rounded
 
 LOGIT_BUDGET = (1 << 21, 1 << 25)  # smallest and largest number of logits in a chunk
 LOGITS_PER_ELEMENT = 2  # logits per element of the drafts' states, between these bounds: both then grow alike
@@ -90,6 +91,8 @@ def objective(
     settings: TrainingConfig,
     rows: int | None = None,
     budget: int | None = None,
+    states: Tensor | None = None,
+    vocabulary: Tensor | None = None,
 ) -> tuple[Tensor, StepRecord]:
     """Return loss (scalar float32) and step record of one micro-batch. Only the predictor gets gradients.
 
@@ -97,14 +100,20 @@ def objective(
         rows: drafts per step that the chunks are sized for, at least B * A. Ranks that shard their parameters (ZeRO-3)
             must all use one number: a chunk that runs a head of the predictor gathers its weights on every rank.
         budget: maximum number of logits in a chunk; None: `logit_budget`.
+        states: the draft states (B, A, k, d), where they are known already.
+        vocabulary: (S,) tokens that distributions are over, of predictors with the teacher's head; None: all.
     """
     steps = predictor.steps
-    draft = predictor.draft_states(teacher, batch, anchors.index)
+    if states is None:
+        states = predictor.draft_states(teacher, batch, anchors.index)
+    draft = predictor.path_states(batch, anchors.index, states)
+    head = None if vocabulary is None else teacher.partial_head(vocabulary)
+    size = teacher.vocab_size if vocabulary is None else len(vocabulary)
     target = target_states(batch, anchors, predictor.offsets)
     rows = rows or anchors.index.numel()
     budget = budget or logit_budget(steps, rows, draft.shape[-1])
-    chunks = count_chunks(rows, teacher.vocab_size, budget)
-    small = steps * rows * teacher.vocab_size <= budget
+    chunks = count_chunks(rows, size, budget)
+    small = steps * rows * size <= budget
     weights = predictor.loss_weights(settings.step_decay)
     total = draft.new_zeros((), dtype=torch.float32)
     weight = torch.zeros((), dtype=torch.float32, device=draft.device)
@@ -112,7 +121,7 @@ def objective(
     hits_BAk = torch.zeros_like(anchors.valid)
     for step in range(1, steps + 1):
         counted_BA = anchors.valid[:, :, step - 1]
-        compare = partial(_compare, predictor, teacher, settings, step)
+        compare = partial(_compare, predictor, teacher, settings, step, head)
         run = _immediate if not predictor.own_vocabulary else _whole if small else _recomputed
         loss, top1, top5 = run(compare, draft[:, :, step - 1][counted_BA], target[:, :, step - 1][counted_BA], chunks)
         total = total + weights[step - 1] * loss
@@ -128,12 +137,20 @@ def objective(
 
 
 def _compare(
-    predictor: Predictor, teacher: Teacher, settings: TrainingConfig, step: int, draft: Tensor, target: Tensor
+    predictor: Predictor,
+    teacher: Teacher,
+    settings: TrainingConfig,
+    step: int,
+    head: Callable[[Tensor], Tensor] | None,
+    draft: Tensor,
+    target: Tensor,
 ) -> Compared:
-    """Compare drafts (M, d) of one step with the teacher's states (M, d)."""
-    draft_logits = predictor.step_logits(teacher, draft, step)
+    """Compare drafts (M, d) of one step with the teacher's states (M, d). `head`: replaces the predictor's and the
+    teacher's.
+    """
+    draft_logits = predictor.step_logits(teacher, draft, step) if head is None else head(draft)
     with torch.no_grad():
-        teacher_logits = teacher.head(target)
+        teacher_logits = teacher.head(target) if head is None else head(target)
         top1, top5 = hits(draft_logits, teacher_logits.argmax(-1))
         likely = teacher_logits.log_softmax(-1)
         del teacher_logits
@@ -197,16 +214,54 @@ class ObjectiveModule(nn.Module):
     """Module for the optimizer backend: its parameters are the predictor's, its forward is the objective.
 
     The teacher is no submodule: DeepSpeed neither moves, casts, shards nor saves it.
+
+    Args:
+        stage: of the first stage of training, where the draft states are frozen; None: all parameters learn.
     """
 
-    def __init__(self, predictor: Predictor, teacher: Teacher, settings: TrainingConfig) -> None:
+    def __init__(
+        self, predictor: Predictor, teacher: Teacher, settings: TrainingConfig, stage: FrozenDrafts | None = None
+    ) -> None:
         super().__init__()
         self.predictor = predictor
         self.teacher = teacher
         self.settings = settings
+        self.stage = stage
 
-    def forward(self, batch: SequenceBatch, anchors: Anchors) -> tuple[Tensor, Tensor]:
-        """Return the loss and the record's sums (5, k)."""
+    def forward(
+        self, batch: SequenceBatch, anchors: Anchors, states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the loss, the record's sums (5, k), and in the first stage the draft states (B, A, k, d)."""
         rows = self.settings.micro_batch_size * self.settings.anchors_per_sequence
-        loss, record = objective(self.predictor, self.teacher, batch, anchors, self.settings, rows)
-        return loss, record.sums
+        vocabulary = None
+        if self.stage is not None:
+            if states is None:
+                with torch.no_grad():
+                    states = rounded(self.predictor.draft_states(self.teacher, batch, anchors.index))
+            if self.training and self.stage.frequent is not None:
+                vocabulary = self.stage.vocabulary(batch.input_ids)
+        loss, record = objective(
+            self.predictor, self.teacher, batch, anchors, self.settings, rows, states=states, vocabulary=vocabulary
+        )
+        return loss, record.sums, states
+
+
+@dataclass
+class FrozenDrafts:
+    """First stage of training: the coupling learns on draft states that do not change.
+
+    Attributes:
+        kept: the states of earlier epochs; None: they are computed each time.
+        frequent: (S,) the most frequent tokens, which complete those of a micro-batch to the vocabulary of its loss.
+            None: losses are over all tokens. Validations always are.
+    """
+
+    kept: DraftStates | None = None
+    frequent: Tensor | None = None
+
+    def vocabulary(self, input_ids: Tensor) -> Tensor:
+        """Return the tokens of conversations (B, T) and as many frequent ones as make S in all."""
+        assert self.frequent is not None
+        own = input_ids.unique()
+        others = self.frequent[torch.isin(self.frequent, own, invert=True)]
+        return torch.cat([own, others[: max(0, len(self.frequent) - len(own))]])

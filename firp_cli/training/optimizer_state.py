@@ -22,10 +22,15 @@ WEIGHT = "weight"
 States = dict[str, Tensor]  # `weight` and MOMENTS of one parameter, float32, in the parameter's own shape
 
 
+def learning(predictor: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and parameter of those that learn."""
+    return ((name, parameter) for name, parameter in predictor.named_parameters() if parameter.requires_grad)
+
+
 def whole_states(engine: Any) -> Iterator[tuple[str, States]]:
-    """Yield each parameter's name and whole states. A collective: every rank iterates over all parameters."""
+    """Yield name and whole states of each parameter that learns. A collective: every rank iterates over all of them."""
     tools = importlib.import_module("deepspeed.utils")
-    for name, parameter in engine.module.predictor.named_parameters():
+    for name, parameter in learning(engine.module.predictor):
         if _is_partitioned(parameter):
             values = {WEIGHT: tools.safe_get_full_fp32_param(parameter)}
             values |= {key: tools.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
@@ -42,7 +47,7 @@ def restore_states(engine: Any, read: Callable[[str], States], steps: float) -> 
     adam = _adam(engine)
     _begin_states(engine, tools)
     with torch.no_grad():
-        for name, parameter in engine.module.predictor.named_parameters():
+        for name, parameter in learning(engine.module.predictor):
             values = read(name)
             if hasattr(parameter, "ds_id"):
                 part = _part_of(tools.safe_get_local_fp32_param(parameter))

@@ -15,6 +15,7 @@ from firp_cli.config import TrainingConfig
 ADAM_BETAS = (0.9, 0.95)
 FINAL_RATE = 0.1  # learning rate at the end of the cosine, as a share of the peak
 EVENTS_PER_RUN = 10  # validations, and checkpoints, of a run that sets no interval
+EVENTS_OF_FIRST_STAGE = 5  # its validations are over all tokens, its training steps over few
 
 
 class Pace:
@@ -73,12 +74,11 @@ def make_pace(settings: TrainingConfig, total: int) -> Pace:
     return Pace(total, None if settings.max_minutes is None else 60 * settings.max_minutes)
 
 
-def usual_interval(settings: TrainingConfig, total: int) -> int:
+def usual_interval(settings: TrainingConfig, total: int, events: int = EVENTS_PER_RUN) -> int:
     """Return the planned steps between validations, and checkpoints, of a run that sets no interval.
 
-    There are EVENTS_PER_RUN of each; with `training.max_minutes` at most one a minute.
+    There are `events` of each; with `training.max_minutes` at most one a minute.
     """
-    events = EVENTS_PER_RUN
     if settings.max_minutes is not None:
         events = max(1, min(events, round(settings.max_minutes)))
     return max(1, math.ceil(total / events))

@@ -1,11 +1,17 @@
 """Training run with DeepSpeed on any number of ranks: the loop with checkpoints, metrics and the predictor folder.
 
+A predictor with a coupling is trained in two stages. In the first one only the coupling learns, on draft states that
+are computed once; it is a run of its own in `output/coupling`. In the second one all parameters learn, from the weights
+of the first stage on. The weights of the best validation are kept, so the second stage can only improve on the first.
+
 A resumed run has the losses of an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,8 +21,9 @@ from typing import Any
 
 from firp_cli import provenance
 from firp_cli.config import Recipe
-from firp_cli.distributed.launch import handling_signals, start
+from firp_cli.distributed.launch import barrier, handling_signals, start
 from firp_cli.errors import PredictorError, StoreError
+from firp_cli.files import file_sha256
 from firp_cli.machine import is_main, rank, world_size
 from firp_cli.predictors.anchors import Sequenced
 from firp_cli.predictors.folder import build_predictor
@@ -24,8 +31,13 @@ from firp_cli.results import as_json
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training.deepspeed_engine import DeepSpeedBackend, give_back_freed_memory
+from firp_cli.training.draft_states import DraftStates
+from firp_cli.training.first_stage import cpu_weights, first_stage, freeze_drafts, make_stage, stage_recipe
 from firp_cli.training.loop import Row, TrainingLoop
 from firp_cli.training.metrics_log import Listener, MetricsLog
+from firp_cli.training.objective import FrozenDrafts
+
+DRAFT_STATES = "draft-states"  # folder of a first stage; removed at its end
 
 
 @dataclass
@@ -69,16 +81,43 @@ def train(
         give_back_freed_memory()
     with checkpoints.locked(output):
         checkpoints.guard_output(output, resume)
-        found = checkpoints.latest_checkpoint(output) if resume else None
-        per_step = None if found is None else checkpoints.check_resumable(found, recipe, len(store))
-        run = _Run(recipe, teacher, store, output, listener or Listener(), store_summary or {}, per_step)
-        run.prepare(found)
-        with _until_signal(run):
-            return run.finish()
+        start_from, given = None, (teacher, store, listener or Listener(), store_summary or {}, resume)
+        if first_stage(recipe):
+            start_from = output / checkpoints.FIRST_STAGE
+            if not (start_from / "config.json").is_file():
+                outcome = _run(stage_recipe(recipe), start_from, *given, stage=True)
+                if outcome.training is None:
+                    return outcome
+        return _run(recipe, output, *given, start_from=start_from)
+
+
+def _run(
+    recipe: Recipe,
+    output: Path,
+    teacher: Teacher,
+    store: Sequence[Sequenced],
+    listener: Listener,
+    store_summary: dict[str, Any],
+    resume: bool,
+    stage: bool = False,
+    start_from: Path | None = None,
+) -> Outcome:
+    """Run one stage, in its folder `output`. `stage`: it is the first of two."""
+    found = checkpoints.latest_checkpoint(output) if resume else None
+    per_step = None if found is None else checkpoints.check_resumable(found, recipe, len(store))
+    drafts = make_stage(recipe.training, teacher, store) if stage else None
+    run = _Run(recipe, teacher, store, output, listener, store_summary, per_step, drafts, start_from)
+    run.prepare(found)
+    with _until_signal(run):
+        return run.finish()
 
 
 class _Run(TrainingLoop):
-    """Training loop of one rank, with its files in `output`."""
+    """Training loop of one rank, with its files in `output`.
+
+    Args:
+        stage: of a first stage. start_from: the predictor folder of the first stage, which gives the start values.
+    """
 
     backend: DeepSpeedBackend
 
@@ -91,22 +130,31 @@ class _Run(TrainingLoop):
         listener: Listener,
         store_summary: dict[str, Any],
         per_step: int | None,
+        stage: FrozenDrafts | None = None,
+        start_from: Path | None = None,
     ) -> None:
         assert recipe.predictor is not None
         predictor = build_predictor(recipe.predictor, teacher)
-        super().__init__(predictor, teacher, store, recipe.training, listener, rank(), world_size(), per_step)
+        super().__init__(predictor, teacher, store, recipe.training, listener, rank(), world_size(), per_step, stage)
         self.described = predictor.describe()
+        self.start_from = start_from
         self.recipe, self.output, self.store_summary = recipe, output, store_summary
         self.saved_at = 0
         self.log: MetricsLog | None = None
 
     def prepare(self, found: Path | None) -> None:
         """Set the start values, or restore checkpoint `found`, and build the engine."""
-        if found is None:
+        if self.stage is not None:
+            self._prepare_stage(self.stage)
+        elif self.start_from is not None and found is None:
+            checkpoints.load_whole(self.predictor, self.start_from / "predictor.safetensors")
+        elif found is None:
             self.initialise()
-        else:
+        if found is not None:
             checkpoints.load_weights(found, self.predictor)
-        self.backend = DeepSpeedBackend(self.predictor, self.teacher, self.settings, self.pace, self.accumulation)
+        self.backend = DeepSpeedBackend(
+            self.predictor, self.teacher, self.settings, self.pace, self.accumulation, self.stage
+        )
         if found is not None:
             self.progress = checkpoints.load_checkpoint(self.backend.engine, found, self.recipe)
             self.saved_at = self.progress.step
@@ -117,10 +165,33 @@ class _Run(TrainingLoop):
             validated = self.progress.last["step"] if self.progress.last else -1
             self.log = MetricsLog(self.output, self.recipe, resumed, validated)
 
+    def _prepare_stage(self, stage: FrozenDrafts) -> None:
+        """Set the start values of a first stage, those of an interrupted one if there are any, and keep them."""
+        start_values = self.output / checkpoints.START_FILE
+        barrier()
+        if start_values.is_file():
+            checkpoints.load_whole(self.predictor, start_values)
+        else:
+            self.listener.note("first stage: the coupling alone")
+            self.initialise()
+            if is_main():
+                checkpoints.save_start(self.output, cpu_weights(self.predictor))
+            barrier()
+        freeze_drafts(self.predictor)
+        if self.teacher.loaded_weights.kind != "zero3":  # there all ranks must run each forward
+            settings, shape = self.settings, (self.steps, self.teacher.hidden_size)
+            key = [file_sha256(start_values), settings.anchors_per_sequence, settings.seed, len(self.store)]
+            if is_main():
+                DraftStates(shape, self.output / DRAFT_STATES, key)
+            barrier()
+            stage.kept = self.reader.kept = DraftStates(shape, self.output / DRAFT_STATES, key, self.rank)
+
     def finish(self) -> Outcome:
         """Train to the end and export the predictor, or save a checkpoint where the run is stopped."""
         try:
             training = self._export() if self.run() else None
+            if training is not None and self.stage is not None and is_main():
+                shutil.rmtree(self.output / DRAFT_STATES, ignore_errors=True)
             return Outcome(self.progress.step, self.total, training is None, training)
         finally:
             if self.log:
@@ -154,6 +225,13 @@ class _Run(TrainingLoop):
         found = checkpoints.latest_checkpoint(self.output)
         return f"checkpoint {found.name} is kept" if found else super().saved()
 
+    def _first_stage(self) -> dict[str, Any] | None:
+        """Return the figures of the first stage that this run goes on from."""
+        if self.start_from is None:
+            return None
+        record = json.loads((self.start_from / "training.json").read_text(encoding="utf-8"))
+        return {key: record[key] for key in ("steps", "best_step", "validation", "tokens", "seconds")}
+
     def _export(self) -> dict[str, Any]:
         """Write the predictor folder from the best weights, or from the last ones where nothing was held out."""
         progress, best = self.progress, self.progress.best
@@ -172,6 +250,7 @@ class _Run(TrainingLoop):
                 "data_wait_share": progress.waited / progress.seconds if progress.seconds else None,
                 "world_size": self.ranks,
                 "predictor": self.described,
+                "first_stage": self._first_stage(),
                 "teacher": self.teacher.describe(),
                 "teacher_memory": self.teacher.loaded_weights.describe(),
                 "store": self.store_summary,

@@ -33,10 +33,10 @@ def candidate_positions(
     for trace in traces:
         anchors = torch.arange(trace.first, trace.last, device=trace.ids.device)
         padded = torch.nn.functional.pad(trace.ids, (0, predictor.steps + 1), value=-1)
-        breadth = trace.draft.tokens.shape[2]
-        columns, values = [], []
+        columns, values, breadth, states = [], [], trace.breadth, None
         for step in range(1, predictor.steps + 1):
-            tokens, log_probs = predictor.child_candidates(trace.draft, step, padded[anchors + step][:, None])
+            parents = padded[anchors + step][:, None].clamp(min=0)
+            tokens, log_probs, states = predictor.child_candidates(trace.draft, step, parents, breadth, states)
             following = padded[anchors + step + 1]
             hits = tokens[:, 0] == following[:, None]
             position = torch.where(hits.any(-1), hits.int().argmax(-1), breadth)

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from firp_cli.config import KINDS, LoopedSection, PredictorSection, SpeedConfig, TeacherConfig
-from firp_cli.predictors.base import Draft, Predictor, SequenceBatch, TreePredictor
+from firp_cli.predictors.base import Predictor, SequenceBatch, TreePredictor
+from firp_cli.predictors.draft import Children, Draft
 from firp_cli.predictors.folder import build_predictor, load_predictor, predictor_folder
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.check import use_lean_layers
@@ -323,10 +324,12 @@ class ParentPredictor(FakePredictor):
     def parent_dependent(self) -> bool:
         return True
 
-    def child_candidates(self, draft: Draft, depth: int, parents: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, log_probs = super().child_candidates(draft, depth, parents)
+    def child_candidates(
+        self, draft: Draft, depth: int, parents: Tensor, breadth: int, states: Tensor | None = None
+    ) -> Children:
+        tokens, log_probs, _ = super().child_candidates(draft, depth, parents, breadth)
         shift = (parents % 2)[:, :, None]
-        return (tokens + shift) % VOCABULARY, log_probs - 0.1 * shift
+        return Children((tokens + shift) % VOCABULARY, log_probs - 0.1 * shift)
 
 
 class FakeExits(SpeedPredictor):

@@ -11,7 +11,7 @@ from torch import Tensor
 from firp_cli.decoding.accept import Taken, accept, next_draft
 from firp_cli.decoding.tree_build import Nodes, Tree, anchor_nodes, build
 from firp_cli.decoding.tree_spec import TreeSpec
-from firp_cli.predictors.base import Draft
+from firp_cli.predictors.draft import Draft
 from firp_cli.teacher.masks import step_rows
 from helpers.models import VOCABULARY
 

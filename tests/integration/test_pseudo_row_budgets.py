@@ -13,7 +13,8 @@ from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.step import DecodeStep, DraftSetup
 from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anchor
 from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
-from firp_cli.predictors.base import Draft, TreePredictor
+from firp_cli.predictors.base import TreePredictor
+from firp_cli.predictors.draft import Children, Draft
 from firp_cli.results import Generation
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import (
@@ -120,13 +121,14 @@ class ByParent:
     def __init__(self, parent_dependent: bool) -> None:
         self.parent_dependent = parent_dependent
 
-    def child_candidates(self, draft: Draft, depth: int, parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, nodes = parents.shape
-        shape = (batch, nodes, draft.tokens.shape[-1])
-        log_probs = draft.log_probs[:, depth - 1, None].expand(shape)
+    def child_candidates(
+        self, draft: Draft, depth: int, parents: torch.Tensor, breadth: int, states: torch.Tensor | None = None
+    ) -> Children:
+        shape = (*parents.shape, breadth)
+        log_probs = draft.log_probs[:, depth - 1, None, :breadth].expand(shape)
         if self.parent_dependent:
             log_probs = log_probs - 0.3 * (parents % 3)[:, :, None]
-        return draft.tokens[:, depth - 1, None].expand(shape), log_probs
+        return Children(draft.tokens[:, depth - 1, None, :breadth].expand(shape), log_probs)
 
 
 def ending_probabilities(predictor: Any, draft: Draft, tree: Tree, row: int) -> list[float]:
@@ -136,7 +138,8 @@ def ending_probabilities(predictor: Any, draft: Draft, tree: Tree, row: int) -> 
     for node in range(1, tree.tokens.shape[1]):
         parent = int(tree.parents[row, node])
         depth = int(tree.depth[row, node])
-        tokens, log_probs = predictor.child_candidates(row_draft, depth, tree.tokens[row : row + 1, parent, None])
+        breadth, above = draft.tokens.shape[2], tree.tokens[row : row + 1, parent, None]
+        tokens, log_probs, _ = predictor.child_candidates(row_draft, depth, above, breadth)
         position = tokens[0, 0].tolist().index(int(tree.tokens[row, node]))
         reached.append(reached[parent] * float(log_probs[0, 0, position].double().exp()))
     ending = list(reached)

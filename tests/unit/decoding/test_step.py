@@ -17,7 +17,8 @@ from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.step import DecodeStep, DraftSetup
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import TeacherError
-from firp_cli.predictors.base import Draft, TreePredictor
+from firp_cli.predictors.base import TreePredictor
+from firp_cli.predictors.draft import Draft, most_probable_tokens
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.attention import BACKENDS, attend, choose_backend
 from firp_cli.teacher.kv_cache import KVCache
@@ -350,13 +351,12 @@ def test_step_launches_no_more_kernels(
         monkeypatch.setattr(f"firp_cli.decoding.triton_tree.{name}", launches.counting(name, work))
     stepper.cache._kernel = False  # commits are one kernel (test_triton_commit.py), candidates two
     monkeypatch.setattr(KVCache, "commit", launches.counting("commit", KVCache.commit))
-    candidates = TreePredictor.candidates
 
     def merged(*given: Any) -> Draft:
         launches.names.append("merged candidates")
-        return candidates(*given[:3])
+        return most_probable_tokens(*given[:2])
 
-    monkeypatch.setattr(TreePredictor, "candidates", launches.counting("candidates", merged))
+    monkeypatch.setattr("firp_cli.decoding.step.most_probable_tokens", launches.counting("candidates", merged))
     stepper.step(20, "drafted")
     launches.names.clear()
     with launches:

@@ -15,7 +15,8 @@ from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.tree_build import Tree, build, build_by_level, root_tree
 from firp_cli.decoding.tree_spec import default_tree, parse_tree
 from firp_cli.errors import UsageError
-from firp_cli.predictors.base import Draft, TreePredictor
+from firp_cli.predictors.base import TreePredictor
+from firp_cli.predictors.draft import Draft
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import make_predictor
 from helpers.trees import paths_of, random_draft

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install triton"
 from firp_cli.decoding.tree_build import Nodes
 from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
 from firp_cli.decoding.triton_tree import MOST_RANKED, accept_tree, build_tree
-from firp_cli.predictors.base import Draft
+from firp_cli.predictors.draft import Draft
 from helpers.launches import Launches
 from helpers.pairwise import covered
 from helpers.trees import torch_accept, torch_build

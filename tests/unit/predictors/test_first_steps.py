@@ -14,7 +14,8 @@ from firp_cli.decoding.tree_build import build, build_by_level
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import PredictorError
-from firp_cli.predictors.base import Draft, TreePredictor
+from firp_cli.predictors.base import TreePredictor
+from firp_cli.predictors.draft import Draft
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.results import Prediction
 from firp_cli.teacher.kv_cache import KVCache

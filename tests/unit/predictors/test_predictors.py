@@ -15,7 +15,8 @@ from firp_cli.decoding.reference import greedy
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import FingerprintError, PredictorError, TeacherError
 from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_states
-from firp_cli.predictors.base import SequenceBatch, TreePredictor, largest
+from firp_cli.predictors.base import SequenceBatch, TreePredictor
+from firp_cli.predictors.draft import largest
 from firp_cli.predictors.folder import PREDICTORS, load_predictor, predictor_folder, save_predictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.load import wrap_model
@@ -162,7 +163,9 @@ def test_pseudo_state_maker_equals_the_single_maps(teacher: Teacher, layers: tup
 
 
 @pytest.mark.parametrize(("family", "stack", "section"), covered(list(FAMILIES), STACKS, KINDS), ids=str)
-def test_decoder_drafts_what_training_predicts(family: str, stack: str, section: dict) -> None:
+def test_decoder_drafts_what_training_predicts(
+    family: str, stack: str, section: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The decoder's draft at a prefix equals the training forward's at that position, token for token."""
     teacher = tiny_teacher(family, stack == "lean")
     predictor = make_predictor(teacher, **section)
@@ -170,14 +173,13 @@ def test_decoder_drafts_what_training_predicts(family: str, stack: str, section:
     texts = [greedy(teacher, prompt, 20) for prompt in prompts]
     sequences = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     drafts: list[tuple[int, list[list[int]]]] = []
-    original = predictor.candidates
 
-    def recording(logits: Tensor, breadth: int, *kernel: bool) -> object:
-        draft = original(logits, breadth, *kernel)
+    def recording(logits: Tensor, breadth: int, *kernel: bool) -> Draft:
+        draft = most_probable_tokens(logits, breadth, *kernel)
         drafts.append((draft.tokens.shape[0], draft.tokens[:, :, :2].tolist()))
         return draft
 
-    predictor.candidates = recording  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr("firp_cli.decoding.step.most_probable_tokens", recording)
     for row, prompt in enumerate(prompts):
         drafts.clear()
         got = Engine(teacher, predictor, parse_tree("dynamic:5", predictor.steps)).generate([prompt], 20)[0]
@@ -189,7 +191,7 @@ def test_decoder_drafts_what_training_predicts(family: str, stack: str, section:
         batch = sequence_batch(teacher, [sequences[row]], [len(prompt)], list(predictor.required_layers))
         with torch.no_grad():
             states = predictor.draft_states(teacher, batch, torch.tensor([places]))
-            expected = original(predictor.logits(teacher, states[0]), 2).tokens.tolist()
+            expected = most_probable_tokens(predictor.logits(teacher, states[0]), 2).tokens.tolist()
         assert [tokens[0] for _, tokens in drafts[: len(places)]] == expected
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton: pip install triton")
 
-from firp_cli.predictors import base, triton_candidates
+from firp_cli.predictors import triton_candidates
+from firp_cli.predictors.draft import KERNEL_BREADTH, most_probable_tokens
 from firp_cli.predictors.triton_candidates import most_probable
 from helpers.launches import Launches, trace_kernels
-from helpers.models import make_predictor, tiny_teacher
 from helpers.pairwise import nightly_rest
 from helpers.triton_offline import compile_only
 
@@ -95,11 +95,10 @@ class TestCandidates:
         assert tokens[3, :2].tolist() == [3, 600]
         check(rows[5], breadth)
 
-    @pytest.mark.parametrize("breadth", [4, base.KERNEL_BREADTH + 1])
+    @pytest.mark.parametrize("breadth", [4, KERNEL_BREADTH + 1])
     def test_candidates_are_those_without_the_kernel(self, breadth: int) -> None:
-        predictor = make_predictor(tiny_teacher("llama"), kind="firp", layer=2, steps=2)
         logits = make_logits("usual", 900, 3, 2)
-        drafts = [predictor.candidates(logits, breadth, kernel) for kernel in (True, False)]
+        drafts = [most_probable_tokens(logits, breadth, kernel) for kernel in (True, False)]
         assert torch.equal(drafts[0].tokens, drafts[1].tokens)
         torch.testing.assert_close(drafts[0].log_probs, drafts[1].log_probs, rtol=1e-6, atol=1e-6)
 

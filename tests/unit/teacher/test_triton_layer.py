@@ -24,7 +24,7 @@ from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.step import DecodeStep, DraftSetup
 from firp_cli.decoding.tree_spec import parse_tree
-from firp_cli.predictors.base import TreePredictor
+from firp_cli.predictors.draft import most_probable_tokens
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher import masks, triton_attention, triton_layer, triton_products
 from firp_cli.teacher.check import use_lean_layers
@@ -471,8 +471,7 @@ def test_decode_step_has_the_bits_of_its_rows(
     sampler = Sampler(0.0, 1.0, 0, torch.device("cpu"))
     stepper = DecodeStep(teacher, DraftSetup.of(predictor, spec), sampler, 3, 40, kernel=True)
     stepper.cache._kernel = False
-    candidates = TreePredictor.candidates
-    monkeypatch.setattr(TreePredictor, "candidates", lambda *given: candidates(*given[:3]))
+    monkeypatch.setattr("firp_cli.decoding.step.most_probable_tokens", lambda *given: most_probable_tokens(*given[:2]))
     made: list[KernelMask] = []
 
     def forward(

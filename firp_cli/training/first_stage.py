@@ -1,0 +1,66 @@
+"""First stage of training: the coupling alone learns, on draft states that do not change (FIRP+)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from firp_cli.config import Recipe, TrainingConfig
+from firp_cli.predictors.anchors import Sequenced
+from firp_cli.predictors.base import Predictor
+from firp_cli.teacher.teacher import Teacher
+from firp_cli.training.batches import frequent_tokens, split_validation
+from firp_cli.training.objective import FrozenDrafts
+
+COUPLING = "coupling."  # first part of the names of the coupling's parameters
+
+
+def first_stage(recipe: Recipe) -> bool:
+    """Return True if the recipe's predictor has a coupling that a first stage trains."""
+    return getattr(recipe.predictor, "coupling", None) is not None and recipe.training.coupling.epochs > 0
+
+
+def stage_settings(settings: TrainingConfig) -> TrainingConfig:
+    """Return the settings of the first stage: those of `training.coupling`, the others as they are."""
+    stage = settings.coupling
+    changed = {
+        "epochs": stage.epochs,
+        "max_minutes": stage.max_minutes,
+        "micro_batch_size": stage.micro_batch_size,
+        "anchors_per_sequence": stage.anchors_per_sequence,
+        "learning_rate": stage.learning_rate,
+        "max_steps": None,
+        "validate_every": None,
+        "save_every": None,
+    }
+    return settings.model_copy(update=changed)
+
+
+def stage_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe of the first stage as a run of its own."""
+    return recipe.model_copy(update={"training": stage_settings(recipe.training)})
+
+
+def make_stage(settings: TrainingConfig, teacher: Teacher, store: Sequence[Sequenced]) -> FrozenDrafts:
+    """Return the first stage of a run with these settings over a store, without kept draft states."""
+    size = settings.coupling.vocabulary
+    if size is None or size >= teacher.vocab_size:
+        return FrozenDrafts()
+    training, _ = split_validation(len(store), settings.validation_fraction, settings.seed)
+    return FrozenDrafts(frequent=frequent_tokens(store, training, size, teacher.vocab_size).to(teacher.device))
+
+
+def freeze_drafts(predictor: Predictor) -> None:
+    """Let only the coupling learn."""
+    for name, parameter in predictor.named_parameters():
+        parameter.requires_grad_(name.startswith(COUPLING))
+
+
+def cpu_weights(predictor: Predictor) -> dict[str, Tensor]:
+    """Return copies of all weights on the CPU."""
+    return {
+        name: value.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, value in predictor.state_dict().items()
+    }
