@@ -16,7 +16,7 @@ from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import FingerprintError, PredictorError, TeacherError
 from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_states
 from firp_cli.predictors.base import SequenceBatch, TreePredictor
-from firp_cli.predictors.draft import Draft, most_probable_tokens
+from firp_cli.predictors.draft import Draft, largest, most_probable_tokens
 from firp_cli.predictors.folder import PREDICTORS, load_predictor, predictor_folder, save_predictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.load import wrap_model
