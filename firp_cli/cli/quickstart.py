@@ -1,7 +1,8 @@
 """`firp quickstart`: make a predictor, a tree and a table of speedups for any model in a given number of minutes.
 
-Runs and shows the commands that a user would type: collect, train, tune, bench. The maps start at the ridge solution on
-as much of the teacher's own text as the time allows, and are trained in the time that remains before tuning.
+Runs and shows the commands that a user would type: collect, train, tune, bench. The predictor is FIRP+: its maps are the
+ridge solution on as much of the teacher's own text as the time allows, and its coupling is trained in the time that
+remains before tuning.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from firp_cli.errors import DatasetError, TeacherError, UsageError
 if TYPE_CHECKING:
     from firp_cli.config import Recipe
 
-STEPS = 4
+STEPS = 6
 COLLECTING = 0.4  # largest share of the minutes for collecting
 MEASURING = 0.35  # share of the minutes for tuning and the bench
 AROUND_TRAINING = 0.75  # minutes of loading, ridge start, first and last validation and gate
 LEAST_TRAINING = 1.0  # minutes; shorter training is skipped
+LONGER_EPOCHS = 5  # epochs of the recipe for a longer training
 MOST_EPOCHS = 20  # epochs of training, however many minutes remain
 SAMPLE_LIMIT = 64  # prompts of the estimate that determines the limit
 FEWEST_PROMPTS = 24  # fewer prompts are too few to fit maps
@@ -148,8 +150,12 @@ def make_recipe(
                 "max_new_tokens": max_new_tokens,
                 "max_length": 2048,
             },
-            "predictor": {"kind": "firp", "layer": layer, "steps": steps},
-            "training": {"ridge_lambda": 1e-4, "epochs": 4, "anchors_per_sequence": 32},
+            "predictor": {"kind": "firp_plus", "layer": layer, "steps": steps, "coupling": {"form": "recurrent"}},
+            "training": {
+                "ridge_lambda": 1e-4,
+                "coupling": {"epochs": LONGER_EPOCHS, "learning_rate": 2e-3},
+                "max_steps": 0,  # gradients through the teacher's layers take hours on a CPU
+            },
             "store": str(folder / "store"),
             "output": str(folder / "trained"),
         }
@@ -159,12 +165,12 @@ def make_recipe(
 def training_overrides(remaining: float, minutes: float) -> list[str]:
     """Return recipe overrides for training when `remaining` of the `minutes` remain.
 
-    Gradient steps are taken until tuning has to begin; without time for them only the ridge start is computed.
+    The coupling is trained until tuning has to begin; without time for that only the ridge start is computed.
     """
     training = remaining - MEASURING * minutes - AROUND_TRAINING
     if training < LEAST_TRAINING:
-        return ["training.max_steps=0"]
-    return [f"training.max_minutes={training:.1f}", f"training.epochs={MOST_EPOCHS}"]
+        return ["training.coupling.epochs=0"]
+    return [f"training.coupling.max_minutes={training:.1f}", f"training.coupling.epochs={MOST_EPOCHS}"]
 
 
 def fast_dtype() -> str:

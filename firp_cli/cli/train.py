@@ -152,7 +152,13 @@ def _report(result: TrainResult) -> None:
     training = result.training
     first, best = training["validation"]["first"], training["validation"]["best"]
     kind = training["predictor"]["kind"]
-    typer.echo(f"trained {kind} for {result.steps} steps in {training['seconds']:.0f} s")
+    stage = training["first_stage"]
+    if stage:
+        best_of_stage = stage["validation"]["best"]
+        length = f", expected accepted length {best_of_stage['expected_accepted_length']:.3f}" if best_of_stage else ""
+        typer.echo(f"first stage, the coupling: {stage['steps']} steps in {stage['seconds']:.0f} s{length}")
+    if result.steps or not stage:
+        typer.echo(f"trained {kind} for {result.steps} steps in {training['seconds']:.0f} s")
     if best:
         start, length = first["expected_accepted_length"], best["expected_accepted_length"]
         of = " (tokens in as many ticks as the teacher has loops)" if kind == "speed" else " of a chain"

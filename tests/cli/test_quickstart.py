@@ -62,7 +62,8 @@ def test_quickstart_layer_is_at_two_thirds(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_quickstart_recipe_trains_on(tmp_path: Path) -> None:
     recipe = make_recipe("arithmetic", find_prompts("chat", None, tmp_path), None, tmp_path, 4, 3, 64)
-    assert recipe.training.max_steps is None and recipe.training.max_minutes is None and recipe.data.regenerate
+    assert recipe.training.coupling.epochs > 1 and recipe.training.coupling.max_minutes is None
+    assert recipe.data.regenerate and recipe.training.max_steps == 0, "the first stage alone"
     assert recipe.predictor is not None and recipe.predictor.transfer_layers == (4, 4, 4)
 
 
@@ -75,11 +76,12 @@ def test_quickstart_collects_and_trains_in_bfloat16_where_it_is_fast(monkeypatch
 
 
 def test_quickstart_trains_in_the_minutes_that_tuning_leaves() -> None:
-    settings = load_recipe(None, ["predictor.kind=firp", "predictor.layer=4", *training_overrides(9.0, 15.0)]).training
+    given = ["predictor.kind=firp_plus", "predictor.layer=4", *training_overrides(9.0, 15.0)]
+    settings = load_recipe(None, given).training.coupling
     assert settings.max_minutes == pytest.approx(9.0 - MEASURING * 15.0 - AROUND_TRAINING, abs=0.1)
-    assert settings.epochs == MOST_EPOCHS and settings.max_steps is None
+    assert settings.epochs == MOST_EPOCHS
     for left, minutes in ((4.5, 15.0), (-1.0, 15.0), (0.6 + AROUND_TRAINING + 0.9 * LEAST_TRAINING, 2.0)):
-        assert training_overrides(left, minutes) == ["training.max_steps=0"]
+        assert training_overrides(left, minutes) == ["training.coupling.epochs=0"]
 
 
 def test_quickstart_hands_the_time_that_is_left_to_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,10 +93,10 @@ def test_quickstart_hands_the_time_that_is_left_to_training(monkeypatch: pytest.
     assert [arguments[0] for arguments in commands] == ["collect", "train", "tune", "bench"]
     recipe = load_recipe(str(folder / "recipe.yaml"))
     assert recipe.data.limit == pytest.approx(0.4 * 15 * 60, abs=30)
-    assert recipe.training.max_minutes is None and recipe.training.epochs < MOST_EPOCHS
+    assert recipe.training.coupling.max_minutes is None and recipe.training.coupling.epochs < MOST_EPOCHS
     taught = load_recipe(str(folder / "recipe.yaml"), list(commands[1][2:])).training
-    assert taught.max_minutes == pytest.approx((1 - MEASURING) * 15 - AROUND_TRAINING, abs=0.5)
-    assert taught.epochs == MOST_EPOCHS and taught.gate_prompts == 2 and taught.max_steps is None
+    assert taught.coupling.max_minutes == pytest.approx((1 - MEASURING) * 15 - AROUND_TRAINING, abs=0.5)
+    assert taught.coupling.epochs == MOST_EPOCHS and taught.gate_prompts == 2 and taught.max_steps == 0
 
 
 @pytest.mark.nightly
@@ -111,7 +113,7 @@ def test_quickstart_ends_in_a_table_and_a_recipe(tmp_path: Path, monkeypatch: py
     assert commands == ["collect", "collect", "train", "tune", "bench"]
     rows = json.loads((tmp_path / "out" / "bench" / "bench.json").read_text())["rows"]
     found = {row["method"]: row for row in rows if row["category"] == "all"}
-    assert found["firp"]["lossless"]["identical"] == found["firp"]["lossless"]["compared"] == 4
+    assert found["firp_plus"]["lossless"]["identical"] == found["firp_plus"]["lossless"]["compared"] == 4
     entries = json.loads((tmp_path / "out" / "predictor" / "tree.json").read_text())["entries"]
     assert [entry["batch_size"] for entry in entries] == [1]
     recipe = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
