@@ -1,8 +1,8 @@
 """`firp quickstart`: make a predictor, a tree and a table of speedups for any model in a given number of minutes.
 
-Runs and shows the commands that a user would type: collect, train, tune, bench. The predictor is FIRP+: its maps are the
-ridge solution on as much of the teacher's own text as the time allows, and its coupling is trained in the time that
-remains before tuning.
+Runs and shows the commands that a user would type: collect, train, tune, bench. The predictor is FIRP+: its maps are
+the ridge solution on as much of the teacher's own text as the time allows, and its coupling is trained in the time
+that remains before tuning.
 """
 
 from __future__ import annotations

@@ -356,7 +356,7 @@ class DecodeStep:
             torch.add(made.log_probs, floor[:, :, None], out=kept.log_probs[: self.batch])
         if kept.context is not None:
             assert predictor.coupling is not None and states is not None
-            kept.context[: self.batch].copy_(predictor.coupling.context(states, final, ahead))
+            kept.context[: self.batch].copy_(predictor.coupling.context(states, final, made.log_probs, ahead))
 
     def select(self, sequences: Tensor) -> None:
         """Keep only these sequences (ascending places in the batch); the others have ended."""

@@ -249,7 +249,7 @@ class TreePredictor(Predictor):
         draft = most_probable_tokens(self.logits(teacher, states), width, kernel)
         if self.coupling is not None:
             assert final is not None
-            draft.context = self.coupling.context(states, final, None)
+            draft.context = self.coupling.context(states, final, draft.log_probs, None)
         return draft
 
     def width(self, breadth: int, vocabulary: int) -> int:
@@ -271,12 +271,11 @@ class TreePredictor(Predictor):
             shape = (*parents.shape, breadth)
             return Children(tokens[:, None, :breadth].expand(shape), log_probs[:, None, :breadth].expand(shape))
         assert draft.context is not None
-        scores, adjusted = self.coupling.scores(parents, tokens, draft.context[:, depth - 1], states)
+        context = draft.context[:, depth - 1]
+        scores, adjusted = self.coupling.scores(parents, tokens, log_probs[:, 0], context, states)
         best, places = scores.topk(min(breadth, scores.shape[-1]), dim=-1)
         chosen = tokens.gather(1, places.flatten(1)).view_as(places)
-        # tokens that are not candidates keep the probability that they have without the head
-        known = log_probs.logsumexp(-1)[:, None, None].clamp(max=0.0)
-        return Children(chosen, best + known, adjusted if self.coupling.recurrent else None)
+        return Children(chosen, best, adjusted if self.coupling.recurrent else None)
 
 
 class ExitPredictor(Predictor):

@@ -27,6 +27,7 @@ from firp_cli.teacher.packed_linear import PackedLinear
 from firp_cli.teacher.teacher import Teacher
 
 SAMPLED_TOKENS = 4096  # embeddings that give std(e)
+EPSILON = 1e-6  # in the root mean square
 LOW_RANK = 64  # default width of a low-rank head
 
 
@@ -80,7 +81,9 @@ class Coupling(nn.Module):
         """Return the coupling for decoding, where the weights do not change and few rows read them."""
         prepared = copy(self)
         if self.shared:
-            prepared._packed = PackedLinear(self.node_weight[0]), PackedLinear(self.output_weight[0])
+            weight = self.node_weight[0].detach().clone()
+            weight[:, : self.size] *= self.scale  # saves an operation at each depth of a tree
+            prepared._packed, prepared.scale = (PackedLinear(weight), PackedLinear(self.output_weight[0])), 1.0
         return prepared
 
     def forward(self, parents: Tensor, states: Tensor, final: Tensor) -> Tensor:
@@ -125,15 +128,20 @@ class Coupling(nn.Module):
     @property
     def context_columns(self) -> int:
         """Columns of `context`."""
-        return self.size + self.bias.shape[1] + (self.size if self.recurrent else 0) + 1
+        return self.size + self.bias.shape[1] + (self.size if self.recurrent else 0) + 2
 
-    def context(self, states: Tensor, final: Tensor, steps: Tensor | None) -> Tensor:
-        """Return what `children` reads of each step (B, k, c), in the dtype of the states (B, k, d): the state, its
-        features, z_0' = `final` (B, d) of recurrent heads, and the step's number, from 0.
+    def context(self, states: Tensor, final: Tensor, log_probs: Tensor, steps: Tensor | None) -> Tensor:
+        """Return what `scores` reads of each step (B, k, c), in the dtype of the states (B, k, d): the state, its
+        features, z_0' = `final` (B, d) of recurrent heads, the logarithm of the candidates' probability in all over
+        that of the first one, and the step's number, from 0.
+
+        Args:
+            log_probs: (B, k, M) of the candidates, without the head. steps: see `features`.
         """
         parts = [states, self.features(states, steps)]
         if self.recurrent:
             parts.append(final[:, None].expand_as(states))
+        parts.append(log_probs.logsumexp(-1, keepdim=True) - log_probs[:, :, :1])
         numbers = torch.arange(states.shape[1], device=states.device) if steps is None else steps
         parts.append(numbers.expand(states.shape[:2])[:, :, None])
         return torch.cat([part.to(states.dtype) for part in parts], dim=-1)
@@ -142,29 +150,31 @@ class Coupling(nn.Module):
         """Return a context with the final states of another one, `source`, both (B, k, c)."""
         if not self.recurrent:
             return context
-        final = slice(-self.size - 1, -1)
+        final = slice(-self.size - 2, -2)
         changed = context.clone()
         changed[..., final] = source[..., final]
         return changed
 
     def scores(
-        self, parents: Tensor, tokens: Tensor, context: Tensor, previous: Tensor | None
+        self, parents: Tensor, tokens: Tensor, first: Tensor, context: Tensor, previous: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities (B, F, M) of the candidates `tokens` (B, M) as children of F nodes, and the nodes'
-        adjusted states (B, F, d).
+        adjusted states (B, F, d). Tokens that are no candidates keep the probability that they have without the head.
 
         Args:
-            parents: (B, F) the nodes' tokens. context: (B, c) of their children's step.
-            previous: (B, F, d) the nodes' own adjusted states; None for the root.
+            parents: (B, F) the nodes' tokens. first: (B,) the first candidate's log-probability without the head.
+            context: (B, c) of their children's step. previous: (B, F, d) the nodes' own adjusted states; None for the
+                root.
         """
         adjusted = self._adjusted(self.teacher.embed(parents), context, previous)
-        return self.teacher.head_at(adjusted, tokens).log_softmax(-1), adjusted
+        known = (first + context[:, -2]).clamp(max=0)  # rounding may give a probability above 1
+        return self.teacher.head_at(adjusted, tokens).log_softmax(-1) + known[:, None, None], adjusted
 
     def _adjusted(self, embedded: Tensor, context: Tensor, previous: Tensor | None) -> Tensor:
         width = self.bias.shape[1]
         state, features = context[:, : self.size], context[:, self.size : self.size + width]
         if self.recurrent and previous is None:
-            previous = context[:, None, -self.size - 1 : -1].expand_as(embedded)
+            previous = context[:, None, -self.size - 2 : -2].expand_as(embedded)
         inputs, steps = self._node_inputs(embedded, previous), context[:, -1].long()
         if self._packed is not None:
             node, output = self._packed
@@ -178,7 +188,7 @@ class Coupling(nn.Module):
         return state[:, None] + torch.bmm(hidden, self.output_weight[steps].transpose(1, 2)).to(state.dtype)
 
     def _node_inputs(self, embedded: Tensor, previous: Tensor | None) -> Tensor:
-        inputs = embedded * self.scale
+        inputs = embedded if self.scale == 1.0 else embedded * self.scale
         if self.recurrent:
             assert previous is not None
             inputs = torch.cat([inputs, unit(previous).to(inputs.dtype)], dim=-1)
@@ -194,8 +204,7 @@ class Coupling(nn.Module):
 
 def unit(states: Tensor) -> Tensor:
     """Return float32 states (..., d) divided by their root mean square."""
-    wide = states.float()
-    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-6)
+    return functional.rms_norm(states.float(), states.shape[-1:], eps=EPSILON)
 
 
 @torch.no_grad()
