@@ -255,9 +255,6 @@ class CouplingTraining(Section):
     micro_batch_size: PositiveInt = 8  # conversations of a rank in one forward
     anchors_per_sequence: PositiveInt = 48  # positions of a conversation that train, the same ones in every epoch
     learning_rate: PositiveFloat = 1.0e-3  # peak learning rate of AdamW
-    vocabulary: PositiveInt | None = (
-        4096  # tokens that the loss compares: those of the conversations, and frequent ones; null: all
-    )
 
 
 class TrainingConfig(Section):
@@ -269,6 +266,9 @@ class TrainingConfig(Section):
     )
     coupling: CouplingTraining = Field(default_factory=CouplingTraining)  # first stage, of predictors with a coupling
     loss: Literal["kl", "cross_entropy", "total_variation"] = "kl"  # distance from the teacher's distribution
+    vocabulary: PositiveInt | None = (
+        None  # tokens that the loss compares: those of the conversations, and frequent ones; null: all
+    )
     hidden_weight: Annotated[float, Field(ge=0)] = 0.0  # weight of a smooth-L1 term on the final states
     step_decay: Annotated[float, Field(gt=0)] = 0.8  # weight of step i in the loss: step_decay^(i-1)
     anchors_per_sequence: PositiveInt = 64  # positions of a conversation that train; steps x as many pseudo rows

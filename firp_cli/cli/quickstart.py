@@ -154,6 +154,7 @@ def make_recipe(
             "training": {
                 "ridge_lambda": 1e-4,
                 "coupling": {"epochs": LONGER_EPOCHS, "learning_rate": 2e-3},
+                "vocabulary": 4096,
                 "max_steps": 0,  # gradients through the teacher's layers take hours on a CPU
             },
             "store": str(folder / "store"),

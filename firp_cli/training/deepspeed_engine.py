@@ -17,7 +17,7 @@ from firp_cli.distributed.launch import load_deepspeed, start
 from firp_cli.predictors.base import Predictor
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import MicroBatch
-from firp_cli.training.objective import FrozenDrafts, ObjectiveModule
+from firp_cli.training.objective import ObjectiveModule
 from firp_cli.training.pace import Pace, make_optimizer
 
 MMAP_THRESHOLD, GIVEN_BACK = -3, 4 << 20  # mallopt's parameter; bytes from which on a freed block is given back
@@ -47,10 +47,11 @@ class DeepSpeedBackend:
         settings: TrainingConfig,
         pace: Pace,
         accumulation: int,
-        stage: FrozenDrafts | None = None,
+        frozen: bool = False,
+        frequent: Tensor | None = None,
     ) -> None:
         start()
-        module = ObjectiveModule(predictor, teacher, settings, stage)
+        module = ObjectiveModule(predictor, teacher, settings, frozen, frequent)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer, scheduler = make_optimizer(parameters, settings, pace)
         self.settings = settings

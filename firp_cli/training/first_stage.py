@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from firp_cli.config import Recipe, TrainingConfig
-from firp_cli.predictors.anchors import Sequenced
 from firp_cli.predictors.base import Predictor
-from firp_cli.teacher.teacher import Teacher
-from firp_cli.training.batches import frequent_tokens, split_validation
-from firp_cli.training.objective import FrozenDrafts
 
 COUPLING = "coupling."  # first part of the names of the coupling's parameters
 
 
-def first_stage(recipe: Recipe) -> bool:
+def has_first_stage(recipe: Recipe) -> bool:
     """Return True if the recipe's predictor has a coupling that a first stage trains."""
     return getattr(recipe.predictor, "coupling", None) is not None and recipe.training.coupling.epochs > 0
 
@@ -41,15 +35,6 @@ def stage_settings(settings: TrainingConfig) -> TrainingConfig:
 def stage_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe of the first stage as a run of its own."""
     return recipe.model_copy(update={"training": stage_settings(recipe.training)})
-
-
-def make_stage(settings: TrainingConfig, teacher: Teacher, store: Sequence[Sequenced]) -> FrozenDrafts:
-    """Return the first stage of a run with these settings over a store, without kept draft states."""
-    size = settings.coupling.vocabulary
-    if size is None or size >= teacher.vocab_size:
-        return FrozenDrafts()
-    training, _ = split_validation(len(store), settings.validation_fraction, settings.seed)
-    return FrozenDrafts(frequent=frequent_tokens(store, training, size, teacher.vocab_size).to(teacher.device))
 
 
 def freeze_drafts(predictor: Predictor) -> None:

@@ -19,10 +19,10 @@ from firp_cli.results import Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import MicroBatch
 from firp_cli.training.draft_states import DraftStates
-from firp_cli.training.first_stage import freeze_drafts, make_stage, stage_settings
+from firp_cli.training.first_stage import freeze_drafts, stage_settings
 from firp_cli.training.loop import Row, TrainingLoop
 from firp_cli.training.metrics_log import Listener
-from firp_cli.training.objective import FrozenDrafts, ObjectiveModule
+from firp_cli.training.objective import ObjectiveModule
 from firp_cli.training.pace import Pace, make_optimizer
 
 FIRST_SHARE = 0.5  # share of a time limit for the first of two stages
@@ -57,9 +57,8 @@ def train_local(
     coupled = getattr(predictor.config, "coupling", None) is not None and settings.coupling.epochs > 0
     if coupled:
         share = None if seconds is None else seconds if settings.max_steps == 0 else FIRST_SHARE * seconds
-        stage = make_stage(settings, teacher, sequences)
-        stage.kept = DraftStates((predictor.steps, teacher.hidden_size))
-        run = _LocalRun(predictor, teacher, sequences, stage_settings(settings), listener, stage)
+        kept = DraftStates((predictor.steps, teacher.hidden_size))
+        run = _LocalRun(predictor, teacher, sequences, stage_settings(settings), listener, kept)
         rows += _train(run, share, ridge_sequences)
         if settings.max_steps == 0:
             return rows
@@ -76,10 +75,12 @@ def _train(run: _LocalRun, seconds: float | None, ridge_sequences: int | None, i
     run.pace.start()
     if initialise:
         run.initialise(ridge_sequences)
-    if run.stage is not None:
+    if run.frozen:
         freeze_drafts(predictor)
     run.pace.move(0, run.pace.clock())
-    run.backend = LocalBackend(predictor, run.teacher, run.settings, run.pace, run.accumulation, run.stage)
+    run.backend = LocalBackend(
+        predictor, run.teacher, run.settings, run.pace, run.accumulation, run.frozen, run.frequent
+    )
     run.run()
     if run.best_weights:
         predictor.load_state_dict(run.best_weights)
@@ -97,9 +98,10 @@ class LocalBackend:
         settings: TrainingConfig,
         pace: Pace,
         accumulation: int,
-        stage: FrozenDrafts | None = None,
+        frozen: bool = False,
+        frequent: Tensor | None = None,
     ) -> None:
-        self._module = ObjectiveModule(predictor, teacher, settings, stage)
+        self._module = ObjectiveModule(predictor, teacher, settings, frozen, frequent)
         self._parameters = [parameter for parameter in predictor.parameters() if parameter.requires_grad]
         self._optimizer, self._scheduler = make_optimizer(self._parameters, settings, pace)
         self._accumulation, self._max_norm = accumulation, settings.max_grad_norm or math.inf
@@ -138,9 +140,9 @@ class _LocalRun(TrainingLoop):
         store: Sequence[Sequenced],
         settings: TrainingConfig,
         listener: Listener,
-        stage: FrozenDrafts | None = None,
+        kept: DraftStates | None = None,
     ) -> None:
-        super().__init__(predictor, teacher, store, settings, listener, stage=stage)
+        super().__init__(predictor, teacher, store, settings, listener, kept=kept, frozen=kept is not None)
         self.rows: list[Row] = []
         self.best_weights: dict[str, Tensor] = {}
 

@@ -20,7 +20,7 @@ import torch.distributed
 from torch import Tensor
 
 from firp_cli.config import TrainingConfig
-from firp_cli.errors import NumericsError
+from firp_cli.errors import NumericsError, PredictorError
 from firp_cli.predictors.anchors import Sequenced
 from firp_cli.predictors.base import Predictor
 from firp_cli.teacher.teacher import Teacher
@@ -30,12 +30,14 @@ from firp_cli.training.batches import (
     Prefetcher,
     Reader,
     data_order,
+    frequent_tokens,
     planned_steps,
     sequence_lengths,
     split_validation,
 )
+from firp_cli.training.draft_states import DraftStates
 from firp_cli.training.metrics_log import Listener
-from firp_cli.training.objective import FIELDS, FrozenDrafts, StepRecord
+from firp_cli.training.objective import FIELDS, StepRecord
 from firp_cli.training.pace import EVENTS_OF_FIRST_STAGE, EVENTS_PER_RUN, make_pace, usual_interval
 from firp_cli.training.ridge import ridge_start
 
@@ -106,13 +108,14 @@ class TrainingLoop:
         rank: int = 0,
         ranks: int = 1,
         per_step: int | None = None,
-        stage: FrozenDrafts | None = None,
+        kept: DraftStates | None = None,
+        frozen: bool = False,
     ) -> None:
         """Split the conversations of `store` and order them.
 
         Args:
             per_step: micro-batches of an optimizer step, over all ranks; None: as the settings define it.
-            stage: of a first stage, where only the predictor's coupling learns.
+            frozen: a first stage, where only the predictor's coupling learns. kept: its draft states of earlier epochs.
         """
         self.predictor, self.teacher, self.store, self.settings = predictor, teacher, store, settings
         self.listener, self.rank, self.ranks = listener, rank, ranks
@@ -122,17 +125,25 @@ class TrainingLoop:
         self.accumulation = self.order.per_step // ranks
         self.total = planned_steps(settings, self.order)
         self.pace = make_pace(settings, self.total)
-        events = EVENTS_PER_RUN if stage is None else EVENTS_OF_FIRST_STAGE
+        self.frozen, self.frequent = frozen, self._frequent()
+        events = EVENTS_OF_FIRST_STAGE if frozen else EVENTS_PER_RUN
         self.usual = usual_interval(settings, self.total, events)
         self.steps, self.pipeline = predictor.steps, predictor.pipeline
         self.weights = predictor.loss_weights(settings.step_decay)
-        self.stage = stage
-        kept = None if stage is None else stage.kept
         self.reader = Reader(
             store, predictor.offsets, settings.anchors_per_sequence, settings.seed, teacher.device, teacher.dtype, kept
         )
         self.progress = RunProgress()
         self.interrupted = False
+
+    def _frequent(self) -> Tensor | None:
+        """Return the frequent tokens of losses over a part of the vocabulary. Raises PredictorError."""
+        size, vocabulary = self.settings.vocabulary, self.teacher.vocab_size
+        if size is None or size >= vocabulary:
+            return None
+        if self.predictor.own_vocabulary:
+            raise PredictorError("training.vocabulary needs the teacher's head: set predictor.own_head=false")
+        return frequent_tokens(self.store, self.training, size, vocabulary).to(self.teacher.device)
 
     def record(self, row: Row) -> None:
         """Store the row of an optimizer step or of a validation."""

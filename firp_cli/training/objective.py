@@ -29,7 +29,7 @@ from firp_cli.metrics import accepted_length
 from firp_cli.predictors.anchors import DIVERGENCES, Anchors, hits, target_states
 from firp_cli.predictors.base import Predictor, SequenceBatch
 from firp_cli.teacher.teacher import Teacher
-from firp_cli.training.draft_states import DraftStates, rounded
+from firp_cli.training.draft_states import rounded
 
 LOGIT_BUDGET = (1 << 21, 1 << 25)  # smallest and largest number of logits in a chunk
 LOGITS_PER_ELEMENT = 2  # logits per element of the drafts' states, between these bounds: both then grow alike
@@ -216,52 +216,45 @@ class ObjectiveModule(nn.Module):
     The teacher is no submodule: DeepSpeed neither moves, casts, shards nor saves it.
 
     Args:
-        stage: of the first stage of training, where the draft states are frozen; None: all parameters learn.
+        frozen: draft states do not change: only the coupling learns.
+        frequent: (S,) the most frequent tokens, which complete those of a micro-batch to the vocabulary of its loss.
+            None: losses are over all tokens. Validations always are.
     """
 
     def __init__(
-        self, predictor: Predictor, teacher: Teacher, settings: TrainingConfig, stage: FrozenDrafts | None = None
+        self,
+        predictor: Predictor,
+        teacher: Teacher,
+        settings: TrainingConfig,
+        frozen: bool = False,
+        frequent: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.predictor = predictor
         self.teacher = teacher
         self.settings = settings
-        self.stage = stage
+        self.frozen = frozen
+        self.frequent = frequent
 
     def forward(
         self, batch: SequenceBatch, anchors: Anchors, states: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the loss, the record's sums (5, k), and in the first stage the draft states (B, A, k, d)."""
+        """Return the loss, the record's sums (5, k), and frozen draft states (B, A, k, d)."""
         rows = self.settings.micro_batch_size * self.settings.anchors_per_sequence
+        if self.frozen and states is None:
+            with torch.no_grad():
+                states = rounded(self.predictor.draft_states(self.teacher, batch, anchors.index))
         vocabulary = None
-        if self.stage is not None:
-            if states is None:
-                with torch.no_grad():
-                    states = rounded(self.predictor.draft_states(self.teacher, batch, anchors.index))
-            if self.training and self.stage.frequent is not None:
-                vocabulary = self.stage.vocabulary(batch.input_ids)
+        if self.training and self.frequent is not None:
+            vocabulary = loss_vocabulary(batch.input_ids, self.frequent)
         loss, record = objective(
             self.predictor, self.teacher, batch, anchors, self.settings, rows, states=states, vocabulary=vocabulary
         )
         return loss, record.sums, states
 
 
-@dataclass
-class FrozenDrafts:
-    """First stage of training: the coupling learns on draft states that do not change.
-
-    Attributes:
-        kept: the states of earlier epochs; None: they are computed each time.
-        frequent: (S,) the most frequent tokens, which complete those of a micro-batch to the vocabulary of its loss.
-            None: losses are over all tokens. Validations always are.
-    """
-
-    kept: DraftStates | None = None
-    frequent: Tensor | None = None
-
-    def vocabulary(self, input_ids: Tensor) -> Tensor:
-        """Return the tokens of conversations (B, T) and as many frequent ones as make S in all."""
-        assert self.frequent is not None
-        own = input_ids.unique()
-        others = self.frequent[torch.isin(self.frequent, own, invert=True)]
-        return torch.cat([own, others[: max(0, len(self.frequent) - len(own))]])
+def loss_vocabulary(input_ids: Tensor, frequent: Tensor) -> Tensor:
+    """Return the tokens of conversations (B, T), and as many of `frequent` (S,) as make S in all."""
+    own = input_ids.unique()
+    others = frequent[torch.isin(frequent, own, invert=True)]
+    return torch.cat([own, others[: max(0, len(frequent) - len(own))]])

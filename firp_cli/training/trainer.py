@@ -32,10 +32,9 @@ from firp_cli.teacher.teacher import Teacher
 from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training.deepspeed_engine import DeepSpeedBackend, give_back_freed_memory
 from firp_cli.training.draft_states import DraftStates
-from firp_cli.training.first_stage import cpu_weights, first_stage, freeze_drafts, make_stage, stage_recipe
+from firp_cli.training.first_stage import cpu_weights, freeze_drafts, has_first_stage, stage_recipe
 from firp_cli.training.loop import Row, TrainingLoop
 from firp_cli.training.metrics_log import Listener, MetricsLog
-from firp_cli.training.objective import FrozenDrafts
 
 DRAFT_STATES = "draft-states"  # folder of a first stage; removed at its end
 
@@ -82,7 +81,7 @@ def train(
     with checkpoints.locked(output):
         checkpoints.guard_output(output, resume)
         start_from, given = None, (teacher, store, listener or Listener(), store_summary or {}, resume)
-        if first_stage(recipe):
+        if has_first_stage(recipe):
             start_from = output / checkpoints.FIRST_STAGE
             if not (start_from / "config.json").is_file():
                 outcome = _run(stage_recipe(recipe), start_from, *given, stage=True)
@@ -105,8 +104,7 @@ def _run(
     """Run one stage, in its folder `output`. `stage`: it is the first of two."""
     found = checkpoints.latest_checkpoint(output) if resume else None
     per_step = None if found is None else checkpoints.check_resumable(found, recipe, len(store))
-    drafts = make_stage(recipe.training, teacher, store) if stage else None
-    run = _Run(recipe, teacher, store, output, listener, store_summary, per_step, drafts, start_from)
+    run = _Run(recipe, teacher, store, output, listener, store_summary, per_step, stage, start_from)
     run.prepare(found)
     with _until_signal(run):
         return run.finish()
@@ -116,7 +114,8 @@ class _Run(TrainingLoop):
     """Training loop of one rank, with its files in `output`.
 
     Args:
-        stage: of a first stage. start_from: the predictor folder of the first stage, which gives the start values.
+        first_stage: this is the first of two stages.
+        start_from: the predictor folder of the first stage, which gives the start values.
     """
 
     backend: DeepSpeedBackend
@@ -130,12 +129,14 @@ class _Run(TrainingLoop):
         listener: Listener,
         store_summary: dict[str, Any],
         per_step: int | None,
-        stage: FrozenDrafts | None = None,
+        first_stage: bool = False,
         start_from: Path | None = None,
     ) -> None:
         assert recipe.predictor is not None
         predictor = build_predictor(recipe.predictor, teacher)
-        super().__init__(predictor, teacher, store, recipe.training, listener, rank(), world_size(), per_step, stage)
+        super().__init__(
+            predictor, teacher, store, recipe.training, listener, rank(), world_size(), per_step, frozen=first_stage
+        )
         self.described = predictor.describe()
         self.start_from = start_from
         self.recipe, self.output, self.store_summary = recipe, output, store_summary
@@ -144,8 +145,8 @@ class _Run(TrainingLoop):
 
     def prepare(self, found: Path | None) -> None:
         """Set the start values, or restore checkpoint `found`, and build the engine."""
-        if self.stage is not None:
-            self._prepare_stage(self.stage)
+        if self.frozen:
+            self._prepare_first_stage()
         elif self.start_from is not None and found is None:
             checkpoints.load_whole(self.predictor, self.start_from / "predictor.safetensors")
         elif found is None:
@@ -153,7 +154,7 @@ class _Run(TrainingLoop):
         if found is not None:
             checkpoints.load_weights(found, self.predictor)
         self.backend = DeepSpeedBackend(
-            self.predictor, self.teacher, self.settings, self.pace, self.accumulation, self.stage
+            self.predictor, self.teacher, self.settings, self.pace, self.accumulation, self.frozen, self.frequent
         )
         if found is not None:
             self.progress = checkpoints.load_checkpoint(self.backend.engine, found, self.recipe)
@@ -165,7 +166,7 @@ class _Run(TrainingLoop):
             validated = self.progress.last["step"] if self.progress.last else -1
             self.log = MetricsLog(self.output, self.recipe, resumed, validated)
 
-    def _prepare_stage(self, stage: FrozenDrafts) -> None:
+    def _prepare_first_stage(self) -> None:
         """Set the start values of a first stage, those of an interrupted one if there are any, and keep them."""
         start_values = self.output / checkpoints.START_FILE
         barrier()
@@ -184,13 +185,13 @@ class _Run(TrainingLoop):
             if is_main():
                 DraftStates(shape, self.output / DRAFT_STATES, key)
             barrier()
-            stage.kept = self.reader.kept = DraftStates(shape, self.output / DRAFT_STATES, key, self.rank)
+            self.reader.kept = DraftStates(shape, self.output / DRAFT_STATES, key, self.rank)
 
     def finish(self) -> Outcome:
         """Train to the end and export the predictor, or save a checkpoint where the run is stopped."""
         try:
             training = self._export() if self.run() else None
-            if training is not None and self.stage is not None and is_main():
+            if training is not None and self.frozen and is_main():
                 shutil.rmtree(self.output / DRAFT_STATES, ignore_errors=True)
             return Outcome(self.progress.step, self.total, training is None, training)
         finally:
