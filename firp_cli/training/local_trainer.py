@@ -36,6 +36,7 @@ def train_local(
     seconds: float | None = None,
     progress: Progress = no_progress,
     ridge_sequences: int | None = None,
+    kept: DraftStates | None = None,
 ) -> list[Row]:
     """Train a predictor in place, one with a coupling in two stages; it ends with the weights of the best validation.
 
@@ -44,6 +45,7 @@ def train_local(
             further. None: training.max_minutes applies; without a limit the losses are those of the trainer with one
             rank.
         ridge_sequences: the ridge start reads the first so many training sequences; None: all.
+        kept: draft states of an earlier first stage with the same start values, sequences and anchors.
 
     Returns a row for each optimizer step and validation, as in metrics.jsonl, with `seconds` since the start. Raises
     UsageError on settings that need DeepSpeed, StoreError without sequences, NumericsError naming the step.
@@ -57,7 +59,7 @@ def train_local(
     coupled = getattr(predictor.config, "coupling", None) is not None and settings.coupling.epochs > 0
     if coupled:
         share = None if seconds is None else seconds if settings.max_steps == 0 else FIRST_SHARE * seconds
-        kept = DraftStates((predictor.steps, teacher.hidden_size))
+        kept = kept or DraftStates((predictor.steps, teacher.hidden_size))
         run = _LocalRun(predictor, teacher, sequences, stage_settings(settings), listener, kept)
         rows += _train(run, share, ridge_sequences)
         if settings.max_steps == 0:
