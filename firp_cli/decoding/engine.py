@@ -165,7 +165,7 @@ class Engine:
             return DraftSetup()
         steps = tree.drafting(self.predictor.steps)
         if steps not in self._limited:
-            predictor = self.predictor.first_steps(steps).for_decoding()
+            predictor = self.predictor.first_steps(steps).for_decoding(self.teacher)
             self._limited[steps] = predictor, predictor.pseudo_state_maker()
         predictor, make_pseudo_states = self._limited[steps]
         return DraftSetup.of(predictor, tree, make_pseudo_states, ratio)

@@ -185,12 +185,12 @@ class TreePredictor(Predictor):
         limited.steps = steps
         return limited
 
-    def for_decoding(self) -> TreePredictor:
-        """Return the predictor with its coupling prepared for decoding, where the weights do not change."""
+    def for_decoding(self, teacher: Teacher) -> TreePredictor:
+        """Return the predictor with its coupling prepared for decoding with `teacher`, where weights do not change."""
         if self.coupling is None:
             return self
         prepared = self._copy()
-        prepared.coupling = self.coupling.packed()
+        prepared.coupling = self.coupling.packed(teacher)
         return prepared
 
     def _copy(self) -> TreePredictor:

@@ -16,7 +16,8 @@ Shapes: B sequences, F nodes of one depth, k steps, M candidates, d hidden size,
 from __future__ import annotations
 
 import math
-from copy import copy
+from copy import copy, deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,10 @@ LOW_RANK = 64  # default width of a low-rank head
 
 
 class Coupling(nn.Module):
-    """Adjustment of k steps. The head's input is split: `state_weight` reads z_i, `node_weight` what a node adds."""
+    """Adjustment of k steps. The head's input is split: `state_weight` reads z_i, `node_weight` what a node adds.
+
+    `teacher`: embeds tokens and scores candidates. It is no submodule, so its weights are not the predictor's.
+    """
 
     def __init__(self, config: CouplingConfig, steps: int, teacher: Teacher) -> None:
         super().__init__()
@@ -77,9 +81,16 @@ class Coupling(nn.Module):
                     setattr(limited, name, nn.Parameter(weight[:steps], requires_grad=weight.requires_grad))
         return limited
 
-    def packed(self) -> Coupling:
-        """Return the coupling for decoding, where the weights do not change and few rows read them."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> Coupling:
+        memo[id(self.teacher)] = self.teacher  # a copy shares it
+        other = copy(self)
+        other.__dict__ = deepcopy(self.__dict__, memo)
+        return other
+
+    def packed(self, teacher: Teacher) -> Coupling:
+        """Return the coupling for decoding with `teacher`, where the weights do not change and few rows read them."""
         prepared = copy(self)
+        prepared.teacher = teacher
         if self.shared:
             weight = self.node_weight[0].detach().clone()
             weight[:, : self.size] *= self.scale  # saves an operation at each depth of a tree

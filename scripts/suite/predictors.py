@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from firp_cli.config import TrainingConfig
+from firp_cli.config import CouplingTraining, TrainingConfig
 from firp_cli.files import write_atomically
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import save_predictor
@@ -24,7 +24,7 @@ from suite.work import Shared, Table, Work
 
 EPOCHS = 100_000  # the clock ends a run
 USED = 0.9  # part of a kind's share of the time; the rest is for work after the last optimizer step
-SHARES = {"firp": 0.45, "hidden_transfer": 0.30, "medusa": 0.25}  # shares of the training time
+SHARES = {"firp": 0.35, "firp_plus": 0.25, "hidden_transfer": 0.22, "medusa": 0.18}  # shares of the training time
 PIPELINE_SHARE = 0.1  # an exit is trained in seconds
 RIDGE_LAMBDA = 1e-4
 ARCHIVE = "predictors.tar"
@@ -55,6 +55,7 @@ def train_predictors(shared: Shared, work: Work) -> None:
             epochs=EPOCHS,
             micro_batch_size=min(sizes.conversations, len(sequences)),
             anchors_per_sequence=sizes.anchors,
+            coupling=CouplingTraining(epochs=EPOCHS, anchors_per_sequence=sizes.anchors),
             max_steps=min(sizes.train_steps, 10_000),
             validation_fraction=min(0.05, sizes.held_out / len(sequences)),
             readers=2,

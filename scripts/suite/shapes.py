@@ -57,6 +57,7 @@ def sections(layers: int, steps: int = 4) -> dict[str, dict[str, Any]]:
     places = [max(1, min(layers - 1, round(layers * step / (steps + 2)))) for step in range(1, steps + 1)]
     known: dict[str, dict[str, Any]] = {
         "firp": {"layer": max(1, layers // 3), "steps": steps},
+        "firp_plus": {"layer": max(1, layers // 3), "steps": steps, "coupling": {"form": "recurrent"}},
         "hidden_transfer": {"layers": places},
         "medusa": {"steps": steps},
         "speed": {"loops": groups, "exits": list(range(max(1, groups // 2), groups))},

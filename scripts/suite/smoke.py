@@ -39,6 +39,7 @@ SHAPE: Shape = {  # small, with head size and grouped heads of real models
 SECTIONS: dict[str, dict[str, Any]] = {
     "ar": {},
     "firp": {"kind": "firp", "layer": 2, "steps": 3},
+    "firp_plus": {"kind": "firp_plus", "layer": 2, "steps": 3, "coupling": {"form": "recurrent"}},
     "hidden_transfer": {"kind": "hidden_transfer", "layers": [1, 3]},
     "medusa": {"kind": "medusa", "steps": 3},
 }

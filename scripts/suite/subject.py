@@ -153,6 +153,7 @@ class Real:
         places = [min(layers - 1, first + step) for step in range(steps)]
         return {
             "firp": {"kind": "firp", "layer": first, "steps": steps},
+            "firp_plus": {"kind": "firp_plus", "layer": first, "steps": 6, "coupling": {"form": "recurrent"}},
             "hidden_transfer": {"kind": "hidden_transfer", "layers": places},
             "medusa": {"kind": "medusa", "steps": steps, "own_head": False},
         }

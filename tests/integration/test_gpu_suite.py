@@ -97,7 +97,7 @@ def check_figures(parts: dict[str, Any]) -> None:
     floor = 1e3 * (ar["weight_bytes"] + ar["cache_bytes"]) / found["bandwidth"]["bytes_per_second"]
     assert ar["floor_milliseconds"] == pytest.approx(floor)
     assert len(found["7b.passes"]["points"]) == len(sizes.TOY.contexts) * len(sizes.TOY.rows)
-    trees = {"firp", "hidden_transfer", "medusa"}
+    trees = {"firp", "firp_plus", "hidden_transfer", "medusa"}
     kinds = {*trees, "speed"}
     assert kinds == set(KINDS) == set(found["trained.train"]) and found["trained.answers"]["tokens"] > 100
     assert trees <= set(found["replay"]) and "speed" not in {*found["replay"], *found["trained.tune"]}
@@ -347,7 +347,13 @@ def test_predictors_of_every_kind_are_made_and_pipelines_come_last() -> None:
         kind: shapes.random_predictor(teacher, section)
         for kind, section in shapes.sections(teacher.num_layers, steps=2).items()
     }
-    assert sorted(made, key=lambda kind: -share(made[kind])) == ["firp", "hidden_transfer", "medusa", "speed"]
+    assert sorted(made, key=lambda kind: -share(made[kind])) == [
+        "firp",
+        "firp_plus",
+        "hidden_transfer",
+        "medusa",
+        "speed",
+    ]
     assert made["speed"].pipeline == (2, 3, 4)
     states = {layer: torch.zeros(3, 2) for layer in range(5)}
     answer = OutputSequence(torch.arange(3), torch.ones(3), torch.zeros(3, 2), states)
@@ -556,7 +562,7 @@ def test_real_predictors_begin_at_two_thirds_of_the_depth(shared: Shared) -> Non
     made = Real(shared).sections(30)
     assert made["firp"]["layer"] == 20 and made["hidden_transfer"]["layers"] == [20, 21, 22, 23]
     assert Real(shared).sections(4)["hidden_transfer"]["layers"] == [3, 3, 3, 3]
-    assert set(made) == {"firp", "hidden_transfer", "medusa"}
+    assert set(made) == {"firp", "firp_plus", "hidden_transfer", "medusa"}
 
 
 @pytest.mark.parametrize("text", ["dynamic:8@3", "chain", "dynamic:2/1", "static:2x2"])
