@@ -139,7 +139,7 @@ class CouplingConfig(Section):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     form: Literal["mlp", "low_rank", "recurrent"] = (
-        "mlp"  # mlp: of state and token; recurrent: also of the parent node's adjusted state; low_rank: of the token
+        "recurrent"  # mlp: of state and token; recurrent: also of the parent's adjusted state; low_rank: of the token
     )
     width: PositiveInt | None = None  # hidden features of the head; null: the hidden size d; low_rank: at most 64
     share: bool = True  # one head for all steps, with a bias of each; false: a head for each step

@@ -67,11 +67,15 @@ def _print_tables(run: TrainRun, plan: Plan, throughput: Throughput, stored: boo
 
     from firp_cli.machine import readable_bytes
     from firp_cli.reports.cells import rich_table
+    from firp_cli.training.memory_model import RIDGE
 
     console = Console(highlight=False)
     console.print(rich_table(["plan", ""], _plan_cells(plan, run, stored), left=2))
     if plan.lines and plan.memory:
-        total = ["total", readable_bytes(plan.memory["total"]), "the ridge start ends before training begins"]
+        remark = "the ridge start ends before training begins" if RIDGE in plan.memory else ""
+        if len(plan.stages) > 1:
+            remark = f"{max(plan.stages, key=lambda name: plan.stages[name])}, which needs most; {remark}".rstrip("; ")
+        total = ["total", readable_bytes(plan.memory["total"]), remark]
         rows = [[line.name, readable_bytes(line.bytes), line.rule] for line in plan.lines]
         console.print(rich_table(["memory per rank", "", "arithmetic"], [*rows, total], left=1, remark=True))
         total = ["total", readable_bytes(sum(line.bytes for line in plan.collecting)), ""]
@@ -90,6 +94,9 @@ def _chain_cells(chain: RunTimes, throughput: Throughput, stored: bool) -> list[
     rows += [
         [f"disk, {name}", f"{size / 1e9:,.1f} GB", "tokens * bytes per token"] for name, size in chain.disk.items()
     ]
+    if chain.draft_states:
+        rule = "conversations * anchors * k * d * 2 bytes, until the first stage ends"
+        rows.append(["disk, draft states", f"{chain.draft_states / 1e9:,.1f} GB", rule])
     for name, hours in chain.hours.items():
         if chain.flops[name]:
             share = shares.get(name, throughput.utilisation)
@@ -116,19 +123,30 @@ def _plan_cells(plan: Plan, run: TrainRun, stored: bool) -> list[list[str]]:
         return "needs the teacher's config" if value is None else f"{value:,}"
 
     source = "in the store" if stored else "at most (data.limit; no store yet)"
-    minutes = run.recipe.training.max_minutes
-    limit = "" if minutes is None else f", or as many as {minutes:g} minutes allow"
+
+    def limit(minutes: float | None) -> str:
+        return "" if minutes is None else f", or as many as {minutes:g} minutes allow"
+
+    settings = run.recipe.training
     rows = [
         ["predictor parameters", count(plan.predictor_parameters)],
         ["  per step", count(plan.parameters_per_step)],
         ["frozen teacher parameters", count(plan.teacher_parameters)],
         ["  used by an optimizer step", count(plan.teacher_parameters_used)],
-        ["ranks, ZeRO stage", f"{plan.ranks}, stage {run.recipe.training.zero_stage}"],
+        ["ranks, ZeRO stage", f"{plan.ranks}, stage {settings.zero_stage}"],
         ["conversations", f"{plan.conversations:,} {source}" if plan.conversations else "needs the store"],
-        ["optimizer steps", f"{plan.steps:,}{limit}" if plan.steps is not None else "needs the store"],
+        [
+            "optimizer steps",
+            f"{plan.steps:,}{limit(settings.max_minutes)}" if plan.steps is not None else "needs the store",
+        ],
     ]
+    if plan.first_stage_steps is not None:
+        text = f"{plan.first_stage_steps:,}{limit(settings.coupling.max_minutes)}"
+        rows.insert(-1, ["optimizer steps, first stage", text])
     if plan.tokens is not None:
         rows.append(["tokens read, all epochs", f"{plan.tokens:,}"])
     if plan.memory:
         rows.append(["memory per rank: total", f"{plan.memory['total'] / 1e9:,.2f} GB"])
+    if len(plan.stages) > 1:
+        rows += [[f"  {name}", f"{size / 1e9:,.2f} GB"] for name, size in plan.stages.items()]
     return rows

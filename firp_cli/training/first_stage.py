@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from firp_cli.config import Recipe, TrainingConfig
+from firp_cli.config import CouplingConfig, Recipe, TrainingConfig
 from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.coupling import Coupling
+from firp_cli.teacher.teacher import Teacher
 
 COUPLING = "coupling."  # first part of the names of the coupling's parameters
 
@@ -35,6 +37,22 @@ def stage_settings(settings: TrainingConfig) -> TrainingConfig:
 def stage_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe of the first stage as a run of its own."""
     return recipe.model_copy(update={"training": stage_settings(recipe.training)})
+
+
+def coupling_shapes(recipe: Recipe, teacher: Teacher) -> Coupling | None:
+    """Return the coupling of the recipe's predictor without weights; None if it has none."""
+    config: CouplingConfig | None = getattr(recipe.predictor, "coupling", None)
+    if config is None:
+        return None
+    assert recipe.predictor is not None
+    steps = len(recipe.predictor.transfer_layers) or int(getattr(recipe.predictor, "steps", 0))
+    with torch.device("meta"):
+        return Coupling(config, steps, teacher)
+
+
+def loss_tokens(settings: TrainingConfig, teacher: Teacher) -> int:
+    """Return the number of tokens that the loss compares."""
+    return min(settings.vocabulary or teacher.vocab_size, teacher.vocab_size)
 
 
 def freeze_drafts(predictor: Predictor) -> None:

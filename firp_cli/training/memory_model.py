@@ -3,7 +3,10 @@
 Figures are for the longest conversations that `data.max_length` allows, and are upper estimates.
 
 Letters in the arithmetic: B micro-batch, T longest conversation, A anchors, k steps, P = k*A pseudo rows, d hidden
-size, f feed-forward size, V vocabulary, w bytes of the teacher's dtype, R ranks.
+size, f feed-forward size, V vocabulary, S tokens of the loss, m width of a coupling, w bytes of the teacher's dtype, R
+ranks.
+
+A predictor with a coupling has two stages, each with figures of its own; a run needs the larger memory of the two.
 """
 
 from __future__ import annotations
@@ -11,17 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from firp_cli.config import Recipe, TrainingConfig
+from firp_cli.config import CouplingTraining, Recipe, TrainingConfig
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.training_masks import MASK_BUDGET
 from firp_cli.training.batches import PREFETCH
+from firp_cli.training.first_stage import coupling_shapes, has_first_stage, loss_tokens, stage_recipe
 from firp_cli.training.objective import LIVE_LOGITS, logit_budget
 
 SAVED_PER_ROW = (8, 4)  # elements that a decoder layer keeps of a row for the backward pass: times d, times f
 PASSING_PER_ROW = (4, 3)  # elements of a row that exist at once within a layer without a backward pass: the same
+COUPLED_ROW = (8, 4)  # elements of a draft that a coupling keeps for the backward pass: times d, times its width
 PROCESS_BYTES = 1 << 30  # interpreter, libraries, the device's context and its allocator's unusable remainder
 
 
@@ -44,15 +50,33 @@ def total_bytes(lines: list[MemoryLine]) -> int:
 
 RIDGE = "ridge start"
 PERMANENT = ("process", "teacher weights", "gathered teacher layer", "predictor weights")
+Learning = Literal["all", "coupling", "none"]  # parameters that a stage trains
 
 
 def memory_lines(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int) -> list[MemoryLine]:
-    """Return the memory of a rank in training.
+    """Return the memory of a rank in the stage of training that needs most.
 
     Args:
         teacher: with or without weights; only its shapes are read.
         parameters: number of parameters of the predictor.
     """
+    return max(stage_lines(recipe, teacher, parameters, ranks).values(), key=total_bytes)
+
+
+def stage_lines(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int) -> dict[str, list[MemoryLine]]:
+    """Return the memory of a rank by stage of training: `training`, or `first stage` and `second stage`."""
+    if not has_first_stage(recipe):
+        return {"training": _stage_lines(recipe, teacher, parameters, ranks)}
+    second: Learning = "none" if recipe.training.max_steps == 0 else "all"
+    return {
+        "first stage": _stage_lines(stage_recipe(recipe), teacher, parameters, ranks, "coupling"),
+        "second stage": _stage_lines(recipe, teacher, parameters, ranks, second),
+    }
+
+
+def _stage_lines(
+    recipe: Recipe, teacher: Teacher, parameters: int, ranks: int, learning: Learning = "all"
+) -> list[MemoryLine]:
     assert recipe.predictor is not None
     settings, size, width = recipe.training, teacher.hidden_size, torch.finfo(teacher.dtype).bits // 8
     batch, anchors, length = settings.micro_batch_size, settings.anchors_per_sequence, recipe.data.max_length
@@ -60,21 +84,33 @@ def memory_lines(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int) 
     required = len(recipe.predictor.required_layers(teacher))
     steps = int(getattr(recipe.predictor, "steps", required or 1))
     drafts = steps * batch * anchors
+    coupling = coupling_shapes(recipe, teacher)
+    trained = count_parameters(coupling) if coupling is not None and learning == "coupling" else parameters
     lines = [
         MemoryLine("process", PROCESS_BYTES, "libraries, context, allocator"),
         *_teacher_lines(recipe, teacher, ranks),
     ]
-    lines += [MemoryLine(name, count, rule) for name, (count, rule) in _optimizer(settings, parameters, ranks).items()]
+    optimizer = _optimizer(settings, parameters, ranks, trained)
+    lines += [MemoryLine(name, count, rule) for name, (count, rule) in optimizer.items()]
     ahead = PREFETCH + settings.readers
     states = batch * length * size * width * (1 + required)
     lines.append(MemoryLine("states read ahead", states * ahead, f"B*T*d*w*{1 + required} * ({PREFETCH} + readers)"))
     if transfers:
-        lines += _row_lines(recipe, teacher, width)
+        lines += _row_lines(recipe, teacher, width, learning == "all")
+    if learning == "coupling":
+        read = drafts * size * width * ahead
+        lines.append(MemoryLine("draft states read ahead", read, f"k*B*A*d*w * ({PREFETCH} + readers)"))
+        tokens = loss_tokens(settings, teacher)
+        if tokens < teacher.vocab_size:
+            lines.append(MemoryLine("vocabulary of the loss", tokens * size * (width + 4), "S*d*(w + 4)"))
+    if coupling is not None and learning != "none":
+        row = COUPLED_ROW[0] * size + COUPLED_ROW[1] * coupling.bias.shape[1]
+        lines.append(MemoryLine("coupling, for backward", drafts * row * 4, "k*B*A*(8d + 4m)*4"))
     lines.append(MemoryLine("drafts, targets, gradients", 4 * drafts * size * width, "4 * k*B*A*d*w"))
     logits = min(logit_budget(steps, batch * anchors, size), batch * anchors * teacher.vocab_size)
     logits = max(logits, teacher.vocab_size) * 4 * LIVE_LOGITS
     lines.append(MemoryLine("logits of one piece", logits, f"min(budget, B*A*V) * 4 * {LIVE_LOGITS}"))
-    if settings.init == "ridge":
+    if settings.init == "ridge" and not (has_first_stage(recipe) and learning != "coupling"):
         sums = 8 * size * size * (2 * steps + 4)
         lines.append(MemoryLine(RIDGE, sums, "8*d*d * (2*k + 4), before the first step"))
     return lines
@@ -115,7 +151,11 @@ def loaded_parameters(recipe: Recipe, teacher: Teacher) -> tuple[int, str]:
         return whole, "all layers"
     first = first_layer(recipe, teacher)
     upper = sum(count_parameters(layer) for layer in list(teacher.layers)[first:])
-    return upper + count_parameters(teacher.model.get_output_embeddings()), f"layers {first}.. and the head"
+    embedding, head = teacher.model.get_input_embeddings(), teacher.model.get_output_embeddings()
+    upper += count_parameters(head)
+    if getattr(recipe.predictor, "coupling", None) is not None and embedding.weight is not head.weight:
+        return upper + count_parameters(embedding), f"layers {first}.., embedding and head"
+    return upper, f"layers {first}.. and the head"
 
 
 def count_parameters(module: torch.nn.Module) -> int:
@@ -139,8 +179,10 @@ def _weight_lines(recipe: Recipe, teacher: Teacher, ranks: int, loaded: int, whi
     ]
 
 
-def _row_lines(recipe: Recipe, teacher: Teacher, width: int) -> list[MemoryLine]:
-    """Return the memory of the pseudo rows and of the real rows that they attend to."""
+def _row_lines(recipe: Recipe, teacher: Teacher, width: int, backward: bool) -> list[MemoryLine]:
+    """Return the memory of the pseudo rows and of the real rows that they attend to; without a backward pass one layer
+    at a time has any.
+    """
     assert recipe.predictor is not None
     settings, size, layers = recipe.training, teacher.hidden_size, teacher.num_layers
     batch, anchors, length = settings.micro_batch_size, settings.anchors_per_sequence, recipe.data.max_length
@@ -149,15 +191,19 @@ def _row_lines(recipe: Recipe, teacher: Teacher, width: int) -> list[MemoryLine]
     per_row = SAVED_PER_ROW[0] * size + SAVED_PER_ROW[1] * feed
     runs = sum(layers - layer for layer in transfers)
     attended, pseudo = length + len(transfers) * anchors, len(transfers) * anchors
-    keys = 2 * batch * attended * size * (layers - transfers[0]) * width
+    kept = layers - transfers[0] if backward else 1
+    keys = 2 * batch * attended * size * kept * width
     passing = batch * length * (PASSING_PER_ROW[0] * size + PASSING_PER_ROW[1] * feed) * width
     windows = len({teacher.windows[layer] for layer in range(transfers[0], layers)})
     mask = min(batch * pseudo * attended * width, MASK_BUDGET) * windows
+    rows = MemoryLine(
+        "pseudo rows, for backward", runs * batch * anchors * per_row * width, f"{runs} layers*B*A*(8d + 4f)*w"
+    )
+    if not backward:
+        rows = MemoryLine("pseudo rows in one layer", passing * pseudo // length, "B*P*(4d + 3f)*w")
     return [
-        MemoryLine(
-            "pseudo rows, for backward", runs * batch * anchors * per_row * width, f"{runs} layers*B*A*(8d + 4f)*w"
-        ),
-        MemoryLine("keys and values", keys, f"2*B*(T + P)*d * {layers - transfers[0]} layers * w"),
+        rows,
+        MemoryLine("keys and values", keys, f"2*B*(T + P)*d * {kept} layer{'s' * (kept > 1)} * w"),
         MemoryLine("real rows in one layer", passing, "B*T*(4d + 3f)*w"),
         MemoryLine("attention mask", mask, f"min(B*P*(T + P)*w, {MASK_BUDGET >> 20} MiB)"),
     ]
@@ -173,20 +219,21 @@ def optimizer_memory(settings: TrainingConfig, parameters: int, ranks: int) -> d
     ZeRO 1 shards the states over the ranks, 2 also the gradients, 3 also the weights. bf16, and every stage above 0,
     adds a float32 copy to the states.
     """
-    return {name: count for name, (count, _) in _optimizer(settings, parameters, ranks).items()}
+    return {name: count for name, (count, _) in _optimizer(settings, parameters, ranks, parameters).items()}
 
 
-def _optimizer(settings: TrainingConfig, parameters: int, ranks: int) -> dict[str, tuple[int, str]]:
+def _optimizer(settings: TrainingConfig, parameters: int, ranks: int, trained: int) -> dict[str, tuple[int, str]]:
+    """Return `optimizer_memory` with its arithmetic, where `trained` of the parameters learn."""
     stage = settings.zero_stage
     width = 2 if settings.precision == "bf16" else 4
     copy = 4 if settings.precision == "bf16" or stage else 0
 
-    def shard(each: int, sharded: bool) -> tuple[int, str]:
-        count = math.ceil(parameters * each / ranks) if sharded else parameters * each
-        return count, f"{parameters:,} * {each}" + (" / R" if sharded else "")
+    def shard(each: int, sharded: bool, elements: int = trained) -> tuple[int, str]:
+        count = math.ceil(elements * each / ranks) if sharded else elements * each
+        return count, f"{elements:,} * {each}" + (" / R" if sharded else "")
 
     return {
-        "predictor weights": shard(width, stage >= 3),
+        "predictor weights": shard(width, stage >= 3, parameters),
         "predictor gradients": shard(4 if stage == 0 else width, stage >= 2),
         "optimizer states": shard(8 + copy, stage >= 1),
     }
@@ -218,9 +265,9 @@ def remedies(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int, avai
         overrides.append("training.zero_stage=3")
     if overrides and fits(combined):
         return [" ".join(overrides)]
-    if recipe.training.micro_batch_size > 1:
-        combined = _with(combined, micro_batch_size=1)
-        overrides.append("training.micro_batch_size=1")
+    combined, smallest = _capped(combined, "micro_batch_size", 1)
+    if smallest:
+        overrides += smallest
         if fits(combined):
             return [" ".join(overrides)]
     fewer = [override for override in _smaller_sizes(combined, fits) if "anchors" in override]
@@ -228,16 +275,35 @@ def remedies(recipe: Recipe, teacher: Teacher, parameters: int, ranks: int, avai
 
 
 def _smaller_sizes(recipe: Recipe, fits: Callable[[Recipe], bool]) -> list[str]:
-    """Return the largest number of anchors and the largest micro-batch that fit, as overrides."""
+    """Return the largest number of anchors and the largest micro-batch that fit, as overrides of all stages."""
     overrides = []
     for field in ("anchors_per_sequence", "micro_batch_size"):
-        low, high = 0, getattr(recipe.training, field)  # bisection: the memory grows with the number
-        while high - low > 1:
+        low, high = 0, max(getattr(section, field) for section in _sizes(recipe).values())
+        while high - low > 1:  # bisection: the memory grows with the number
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(_with(recipe, **{field: middle})) else (low, middle)
+            low, high = (middle, high) if fits(_capped(recipe, field, middle)[0]) else (low, middle)
         if low:
-            overrides.append(f"training.{field}={low}")
+            overrides.append(" ".join(_capped(recipe, field, low)[1]))
     return overrides
+
+
+def _sizes(recipe: Recipe) -> dict[str, TrainingConfig | CouplingTraining]:
+    """Return the sections with the sizes of each stage, by name."""
+    sections: dict[str, TrainingConfig | CouplingTraining] = {"training": recipe.training}
+    if has_first_stage(recipe):
+        sections["training.coupling"] = recipe.training.coupling
+    return sections
+
+
+def _capped(recipe: Recipe, field: str, most: int) -> tuple[Recipe, list[str]]:
+    """Return the recipe with `field` of each stage at most `most`, and the overrides that do that."""
+    larger = [name for name, section in _sizes(recipe).items() if getattr(section, field) > most]
+    training = recipe.training
+    if "training.coupling" in larger:
+        training = training.model_copy(update={"coupling": training.coupling.model_copy(update={field: most})})
+    if "training" in larger:
+        training = training.model_copy(update={field: most})
+    return recipe.model_copy(update={"training": training}), [f"{name}.{field}={most}" for name in larger]
 
 
 def _allowed(changed: Recipe) -> bool:

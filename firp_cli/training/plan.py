@@ -12,18 +12,20 @@ from typing import Any
 import torch
 
 from firp_cli.assets import embedded_folder
-from firp_cli.config import Recipe, TeacherConfig
+from firp_cli.config import Recipe, TeacherConfig, TrainingConfig
 from firp_cli.errors import TeacherError
 from firp_cli.predictors.folder import build_predictor
 from firp_cli.teacher.source import hub_reachable, locate_config
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import data_order, planned_steps, split_validation
+from firp_cli.training.first_stage import has_first_stage, stage_settings
 from firp_cli.training.memory_model import (
     MemoryLine,
     collecting_lines,
     count_parameters,
     first_layer,
     memory_lines,
+    stage_lines,
     total_bytes,
 )
 from firp_cli.training.time_model import RunTimes, Throughput, estimate_times
@@ -34,8 +36,10 @@ class Plan:
     """Figures of a run; None where they need the teacher's config (`missing` is the reason) or the store.
 
     Attributes:
-        memory: bytes per rank of training by name. lines: their arithmetic. collecting: the same of collecting.
-        steps: optimizer steps. tokens: of all epochs, all ranks.
+        memory: bytes per rank of training by name, in the stage that needs most. lines: their arithmetic.
+        stages: total bytes per rank by stage of training. collecting: the lines of collecting.
+        steps: optimizer steps, without those of a first stage. first_stage_steps: the others; None without one.
+        tokens: of all epochs and stages, all ranks.
         chain: estimates of disk space and hours.
     """
 
@@ -48,8 +52,10 @@ class Plan:
     memory: dict[str, int] | None = None
     conversations: int | None = None
     steps: int | None = None
+    first_stage_steps: int | None = None
     tokens: int | None = None
     lines: list[MemoryLine] = field(default_factory=list)
+    stages: dict[str, int] = field(default_factory=dict)
     collecting: list[MemoryLine] = field(default_factory=list)
     chain: RunTimes | None = None
 
@@ -80,24 +86,36 @@ def make_plan(
         plan.teacher_parameters = count_parameters(teacher.model)
         plan.teacher_parameters_used = teacher_parameters_used(teacher, recipe)
         plan.collecting = collecting_lines(recipe, teacher, ranks)
-        plan.lines = memory_lines(recipe, teacher, count, ranks)
+        stages = stage_lines(recipe, teacher, count, ranks)
+        plan.stages = {name: total_bytes(lines) for name, lines in stages.items()}
+        plan.lines = max(stages.values(), key=total_bytes)
         plan.memory = {line.name: line.bytes for line in plan.lines} | {"total": total_bytes(plan.lines)}
     plan.conversations = conversations if conversations is not None else recipe.data.limit
-    settings = recipe.training
     if plan.conversations and teacher is not None and plan.predictor_parameters is not None:
         read = plan.conversations * (mean_tokens or recipe.data.max_length) if tokens is None else tokens
         plan.chain = estimate_times(
             recipe, teacher, plan.predictor_parameters, ranks, plan.conversations, read, reached or Throughput()
         )
     if plan.conversations:
-        training, _ = split_validation(plan.conversations, settings.validation_fraction, settings.seed)
-        order = data_order(settings, training, ranks)
-        plan.steps = planned_steps(settings, order)
+        plan.steps, read_by = _count_steps(recipe.training, plan.conversations, ranks)
+        if has_first_stage(recipe):
+            plan.first_stage_steps, read_before = _count_steps(
+                stage_settings(recipe.training), plan.conversations, ranks
+            )
+            read_by += read_before
         if tokens is not None:
-            plan.tokens = round(plan.steps * order.per_step * order.size * tokens / plan.conversations)
+            plan.tokens = round(read_by * tokens / plan.conversations)
     else:
-        plan.steps = settings.max_steps
+        plan.steps = recipe.training.max_steps
     return plan
+
+
+def _count_steps(settings: TrainingConfig, conversations: int, ranks: int) -> tuple[int, int]:
+    """Return the optimizer steps of a stage, and the conversations that they read in all."""
+    training, _ = split_validation(conversations, settings.validation_fraction, settings.seed)
+    order = data_order(settings, training, ranks)
+    steps = planned_steps(settings, order)
+    return steps, steps * order.per_step * order.size
 
 
 def check_predictor(recipe: Recipe) -> None:

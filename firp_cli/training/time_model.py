@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from firp_cli.config import Recipe
 from firp_cli.store.reader import FLOATS, SCALED, bytes_per_token
 from firp_cli.teacher.teacher import Teacher
+from firp_cli.training.draft_states import DTYPE
+from firp_cli.training.first_stage import coupling_shapes, has_first_stage, loss_tokens, stage_recipe
 from firp_cli.training.memory_model import count_parameters
 
 PEAK_FLOPS = 989e12  # an H100's, bfloat16, dense
@@ -29,13 +31,17 @@ class Throughput:
 
 @dataclass(frozen=True)
 class RunTimes:
-    """`tokens` of all conversations; `disk` in bytes by store dtype; operations and hours by stage of the run."""
+    """`tokens` of all conversations; `disk` in bytes by store dtype; operations and hours by stage of the run.
+
+    `draft_states`: bytes of the draft states that a first stage keeps until its end.
+    """
 
     conversations: int
     tokens: int
     disk: dict[str, int]
     flops: dict[str, float]
     hours: dict[str, float]
+    draft_states: int = 0
 
 
 def estimate_times(
@@ -53,14 +59,16 @@ def estimate_times(
     flops = {
         "answers": _answer_flops(recipe, teacher, conversations),
         "states": tokens * forward_flops(teacher, 0, tokens / max(1, conversations)),
-        "training": _training_flops(recipe, teacher, parameters, conversations, tokens),
     }
+    if has_first_stage(recipe):
+        flops["first stage"] = _first_stage_flops(recipe, teacher, parameters, conversations, tokens)
+    flops["training"] = _training_flops(recipe, teacher, parameters, conversations, tokens)
     shares = {"answers": reached.answer_utilisation}
     hours = {
         name: count / (ranks * reached.peak_flops * shares.get(name, reached.utilisation)) / 3600
         for name, count in flops.items()
     }
-    return RunTimes(conversations, tokens, disk, flops, hours)
+    return RunTimes(conversations, tokens, disk, flops, hours, _kept_bytes(recipe, teacher, conversations, tokens))
 
 
 def forward_flops(teacher: Teacher, first: int, length: float) -> float:
@@ -83,21 +91,67 @@ def _answer_flops(recipe: Recipe, teacher: Teacher, conversations: int) -> float
 
 
 def _training_flops(recipe: Recipe, teacher: Teacher, parameters: int, conversations: int, tokens: int) -> float:
-    """Return the operations of all epochs.
+    """Return the operations of all epochs, without those of a first stage; 0 if `max_steps` is 0.
 
     Real rows run forward, from the first transfer layer on. The backward pass of a pseudo row costs as much as the
     forward in frozen layers and twice as much in its map. A draft passes the head three times: forward, backward, and
     as the teacher's own row.
     """
     assert recipe.predictor is not None
-    transfers = recipe.predictor.transfer_layers
-    steps = (
-        len(transfers) or int(getattr(recipe.predictor, "steps", 0)) or len(recipe.predictor.required_layers(teacher))
-    )
+    if recipe.training.max_steps == 0:
+        return 0.0
+    transfers, steps = recipe.predictor.transfer_layers, _steps(recipe, teacher)
     length = tokens / max(1, conversations)
     anchors = min(float(recipe.training.anchors_per_sequence), length)
-    head = count_parameters(teacher.model.get_output_embeddings())
-    per_anchor = 6.0 * (head * steps + parameters)
+    head = loss_tokens(recipe.training, teacher) * teacher.hidden_size
+    others, coupled = _weights_run(recipe, teacher, parameters)
+    per_anchor = 6.0 * (head * steps + others + coupled)
     per_anchor += sum(2 * forward_flops(teacher, layer, length) for layer in transfers)
     real = forward_flops(teacher, transfers[0], length) if transfers else 0.0
     return recipe.training.epochs * (tokens * real + conversations * anchors * per_anchor)
+
+
+def _first_stage_flops(recipe: Recipe, teacher: Teacher, parameters: int, conversations: int, tokens: int) -> float:
+    """Return the operations of a first stage.
+
+    The draft states are computed once: real rows and pseudo rows forward. In every epoch the coupling and the S tokens
+    of the loss run forward and backward, and S tokens of the teacher's own row forward.
+    """
+    assert recipe.predictor is not None
+    stage, transfers = stage_recipe(recipe).training, recipe.predictor.transfer_layers
+    length = tokens / max(1, conversations)
+    anchors = conversations * min(float(stage.anchors_per_sequence), length)
+    others, coupled = _weights_run(recipe, teacher, parameters)
+    frozen = anchors * (2.0 * others + sum(forward_flops(teacher, layer, length) for layer in transfers))
+    frozen += tokens * forward_flops(teacher, transfers[0], length) if transfers else 0.0
+    scored = _steps(recipe, teacher) * loss_tokens(stage, teacher) * teacher.hidden_size
+    forwards = 1 if _keeps(recipe) else stage.epochs
+    return forwards * frozen + stage.epochs * anchors * 6.0 * (coupled + scored)
+
+
+def _kept_bytes(recipe: Recipe, teacher: Teacher, conversations: int, tokens: int) -> int:
+    """Return the bytes of the draft states that a first stage keeps: conversations * anchors * k * d * 2."""
+    if not has_first_stage(recipe) or not _keeps(recipe):
+        return 0
+    anchors = min(float(recipe.training.coupling.anchors_per_sequence), tokens / max(1, conversations))
+    return round(conversations * anchors * _steps(recipe, teacher) * teacher.hidden_size * DTYPE.itemsize)
+
+
+def _keeps(recipe: Recipe) -> bool:
+    """Return False where a first stage computes its draft states in every epoch: all ranks must run each forward."""
+    return recipe.teacher.sharding != "zero3"
+
+
+def _steps(recipe: Recipe, teacher: Teacher) -> int:
+    assert recipe.predictor is not None
+    steps = len(recipe.predictor.transfer_layers) or int(getattr(recipe.predictor, "steps", 0))
+    return steps or len(recipe.predictor.required_layers(teacher))
+
+
+def _weights_run(recipe: Recipe, teacher: Teacher, parameters: int) -> tuple[int, int]:
+    """Return the weights that one anchor reads without the coupling, and in it: a shared head runs for every step."""
+    coupling = coupling_shapes(recipe, teacher)
+    if coupling is None:
+        return parameters, 0
+    whole, biases = count_parameters(coupling), coupling.bias.numel()
+    return parameters - whole, (whole - biases) * (_steps(recipe, teacher) if coupling.shared else 1)

@@ -16,7 +16,7 @@ from firp_cli.config import Recipe
 from firp_cli.errors import CapacityError
 from firp_cli.machine import parse_bytes
 from firp_cli.recipe import load_recipe
-from firp_cli.training.memory_model import memory_lines, remedies, total_bytes
+from firp_cli.training.memory_model import memory_lines, remedies, stage_lines, total_bytes
 from firp_cli.training.plan import make_plan, planned_memory
 from firp_cli.training.preflight import preflight
 
@@ -145,6 +145,84 @@ def test_oversized_run_is_refused_before_start(tmp_path: Path, monkeypatch: pyte
     assert warned.exit_code == 0 and "a rank needs" in warned.stderr
     silent = run_train(tmp_path, "training.micro_batch_size=64", "training.preflight=ignore")
     assert silent.exit_code == 0 and "a rank needs" not in silent.stderr
+
+
+def coupled(*changes: str) -> Recipe:
+    return load_recipe("llama-3.1-8b-firp-plus", ["teacher.model=llama-3.1-8b", *changes])
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_plan_of_first_stage_matches_arithmetic(share: bool):
+    """Six steps on the shape of Llama-3.1-8B, 64 anchors, three epochs, a loss over 4096 tokens."""
+    size, feed, layers, transfer, ranks, _ = SHAPES["llama-3.1-8b"]
+    steps, heads = 6, 1 if share else 6
+    plan = make_plan(coupled(f"predictor.coupling.share={share}"), ranks, mean_tokens=TOKENS)
+    maps, coupling, biases = steps * size * size, heads * 4 * size * size, steps * size
+    assert plan.predictor_parameters == maps + coupling + biases
+    assert plan.chain and plan.memory
+    anchors = CONVERSATIONS * 64
+    assert plan.chain.draft_states == anchors * steps * size * 2
+    layer = 2 * size * size + 2 * size * KV_SIZE + 3 * size * feed + 2 * size
+    upper = (layers - transfer) * (2 * layer + 2 * TOKENS * size)
+    frozen = CONVERSATIONS * TOKENS * upper + anchors * (steps * upper + 2 * maps)
+    learning = 3 * anchors * 6 * steps * (4 * size * size + 4096 * size)
+    assert plan.chain.flops["first stage"] == pytest.approx(frozen + learning)
+    assert plan.chain.flops["training"] == plan.chain.hours["training"] == 0, "max_steps is 0"
+    assert plan.steps == 0 and plan.first_stage_steps == 3 * (59_400 // (8 * 2 * 8))
+    held = (layers - transfer) * layer + 2 * VOCABULARY * size  # the coupling reads the embedding
+    assert plan.memory["teacher weights"] == 2 * held
+    assert plan.memory["predictor weights"] == 2 * plan.predictor_parameters
+    assert plan.memory["predictor gradients"] == 2 * (coupling + biases)
+    assert plan.memory["optimizer states"] == -(-12 * (coupling + biases) // ranks)
+    assert "pseudo rows, for backward" not in plan.memory
+    assert plan.stages["first stage"] == plan.memory["total"] > plan.stages["second stage"]
+
+
+def test_plan_of_second_stage_counts_maps_and_coupling():
+    plan = make_plan(coupled("training.max_steps=null"), 8, conversations=60_000, tokens=30_000_000)
+    without = make_plan(coupled("training.coupling.epochs=0", "training.max_steps=null"), 8, mean_tokens=TOKENS)
+    assert plan.chain and without.chain and plan.steps and plan.first_stage_steps
+    assert plan.chain.flops["training"] == without.chain.flops["training"] > 0
+    assert plan.stages["second stage"] > plan.stages["first stage"], "gradients run through the teacher's layers"
+    assert without.first_stage_steps is None and without.chain.draft_states == 0
+    assert "first stage" not in without.chain.flops and list(without.stages) == ["training"]
+    read = plan.steps * 8 * 2 * 4 + plan.first_stage_steps * 8 * 2 * 8
+    assert plan.tokens == read * TOKENS
+
+
+def test_sharded_teacher_keeps_no_draft_states():
+    kept, computed = (
+        make_plan(coupled(f"teacher.sharding={kind}", "collect.responder=vllm"), 8, mean_tokens=TOKENS).chain
+        for kind in ("none", "zero3")
+    )
+    assert kept and computed and computed.draft_states == 0
+    assert computed.flops["first stage"] > kept.flops["first stage"], "forwards in every epoch"
+
+
+@pytest.mark.parametrize(("changes", "room"), [([], 12e9), ([], 10e9), (["training.max_steps=null"], 11e9)])
+def test_remedies_of_two_stages_fit_both(changes: list[str], room: float):
+    changes = ["collect.responder=vllm", *changes]
+    recipe = coupled(*changes)
+    planned = planned_memory(recipe, 8)
+    assert planned is not None and total_bytes(planned[2]) > room
+    found = remedies(recipe, planned[0], planned[1], 8, int(room))
+    assert any("training.coupling." in remedy for remedy in found)
+    for remedy in found:
+        values = coupled(*changes, *remedy.split())
+        for lines in stage_lines(values, planned[0], planned[1], 8).values():
+            assert total_bytes(lines) <= room, remedy
+
+
+def test_plan_command_prints_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    command = ["train", "llama-3.1-8b-firp-plus", "teacher.model=llama-3.1-8b", "--plan", "--tokens", "500"]
+    printed = CliRunner().invoke(app, command).output
+    assert "disk, draft states" in printed and "188.7 GB" in printed
+    assert "hours, first stage" in printed and "hours, training" not in printed
+    assert "optimizer steps, first stage" in printed and "first stage, which needs most" in printed
+    plain = CliRunner().invoke(app, ["train", "llama-3.1-8b-firp", *command[2:]]).output
+    assert "hours, training" in plain and "first stage" not in plain
 
 
 def test_parse_bytes_reads_units():
