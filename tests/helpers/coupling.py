@@ -18,6 +18,12 @@ UNCOUPLED: dict[str, dict[str, Any]] = {
     "hidden_transfer": {"kind": "hidden_transfer", "layers": [1, 3, 3]},
     "medusa": {"kind": "medusa", "steps": 3, "own_head": False},
 }
+COUPLED: dict[str, dict[str, Any]] = {  # the forms, shared or not, of all kinds
+    "firp_plus": {**UNCOUPLED["firp_plus"], "coupling": {"candidates": 5}},
+    "firp_plus-recurrent": {**UNCOUPLED["firp_plus"], "coupling": {"form": "recurrent"}},
+    "hidden_transfer-coupled": {**UNCOUPLED["hidden_transfer"], "coupling": {"share": False, "candidates": 20}},
+    "medusa-coupled": {**UNCOUPLED["medusa"], "coupling": {"form": "low_rank", "share": False}},
+}
 
 
 def section(kind: str, form: str = "mlp", share: bool = True, **fields: Any) -> dict[str, Any]:
