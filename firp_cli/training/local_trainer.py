@@ -78,7 +78,7 @@ def _train(run: _LocalRun, seconds: float | None, ridge_sequences: int | None, i
         run.initialise(ridge_sequences)
     if run.stage is not None:
         freeze_drafts(predictor)
-    run.pace.move(0, run.pace.clock())
+    run.pace.begin()
     run.backend = LocalBackend(predictor, run.teacher, run.settings, run.pace, run.accumulation, run.stage)
     run.run()
     if run.best_weights:
