@@ -79,10 +79,7 @@ def test_traces_of_wider_trees_serve_narrow_ones(form: str, share: bool) -> None
     """One trace, made for the widest tree, gives the steps of every tree, also with fewer candidates than children."""
     predictor = made("firp_plus", form, share, candidates=4)
     pairs = list(zip(embedded_prompts(4), expected(4), strict=True))
-    traces = [
-        make_trace(embedded_teacher(), predictor, [*prompt, *text], len(prompt), 12)
-        for prompt, text in pairs
-    ]
+    traces = [make_trace(embedded_teacher(), predictor, [*prompt, *text], len(prompt), 12) for prompt, text in pairs]
     whole = [trace for trace in traces if trace is not None]
     assert len(whole) == 4
     for tree in ("dynamic:9", "dynamic:3", "static:3x2@2", "dynamic:9/2@2", "none"):

@@ -61,9 +61,7 @@ def check_scores(tree: Tree, row: int, known: list[Prefix]) -> None:
         assert float(tree.scores[row, node]) == pytest.approx(scores[path], abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("form", "share", "kind", "nodes"), covered(FORMS, [True, False], list(UNCOUPLED), [2, 5, 8])
-)
+@pytest.mark.parametrize(("form", "share", "kind", "nodes"), covered(FORMS, [True, False], list(UNCOUPLED), [2, 5, 8]))
 @torch.no_grad()
 def test_dynamic_tree_is_the_best_set_of_prefixes(form: str, share: bool, kind: str, nodes: int) -> None:
     predictor = coupled(
@@ -82,7 +80,8 @@ def test_dynamic_tree_is_the_best_set_of_prefixes(form: str, share: bool, kind: 
 
 
 @pytest.mark.parametrize(
-    ("form", "share", "tree"), covered(FORMS, [True, False], ["static:3x2x1", "static:2x2/2", "chain", "static:1x3x2@2"])
+    ("form", "share", "tree"),
+    covered(FORMS, [True, False], ["static:3x2x1", "static:2x2/2", "chain", "static:1x3x2@2"]),
 )
 @torch.no_grad()
 def test_static_tree_takes_its_positions(form: str, share: bool, tree: str) -> None:

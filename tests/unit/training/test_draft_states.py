@@ -1,4 +1,4 @@
-"""Kept draft states: what is written is read, by other ranks and after kills, and a full disk stops only the keeping."""
+"""Kept draft states: other ranks read them, kills and crashes are survived, a full disk stops only the keeping."""
 
 from __future__ import annotations
 
