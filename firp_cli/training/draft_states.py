@@ -4,9 +4,9 @@
     folder/index-R.jsonl    a line for each: conversation, offset in bytes, anchors A, checksum
     folder/key.json         what the states depend on
 
-A conversation is in the index once its states are written whole, so a killed run continues with what it has. States that
-a crash of the machine has lost fail their checksum and are missing. Ranks read each other's files where they share the
-folder.
+A conversation is in the index once its states are written whole, so a killed run continues with what it has. States
+that a crash of the machine has lost fail their checksum and are missing. Ranks read each other's files where they share
+the folder.
 """
 
 from __future__ import annotations

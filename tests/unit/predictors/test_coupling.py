@@ -145,7 +145,7 @@ def test_coupling_without_output_drafts_the_plain_trees(form: str, share: bool, 
     weights = {name: value for name, value in predictor.state_dict().items() if not name.startswith("coupling.")}
     plain.load_state_dict(weights)
     draft, path, parents = drafts_of(teacher, predictor, 5)
-    batch, states = states_of(teacher, plain)
+    _, states = states_of(teacher, plain)
     assert torch.equal(path, states.flatten(0, 1))
     spec = parse_tree(tree, 3)
     expected = plain.draft(teacher, states.flatten(0, 1), spec.breadth(VOCABULARY))
