@@ -116,7 +116,7 @@ def simulate_steps(predictor: TreePredictor, traces: Sequence[Trace], spec: Tree
     depth, device = spec.depth(steps), traces[0].ids.device
     breadth = predictor.width(spec.breadth(1 << 30), traces[0].draft.tokens.shape[2])
     drafts = Draft.cat([trace.draft.map(lambda part: part[:, :steps]) for trace in traces])
-    drafts = Draft(drafts.tokens[:, :, :breadth], drafts.log_probs[:, :, :breadth], drafts.context)
+    drafts = predictor.narrowed(drafts, breadth)
     sizes = torch.tensor([trace.last - trace.first for trace in traces], device=device)
     firsts = torch.tensor([trace.first for trace in traces], device=device)
     offset = sizes.cumsum(0) - sizes - firsts  # of an anchor's draft among all

@@ -257,6 +257,13 @@ class TreePredictor(Predictor):
         candidates = 0 if self.coupling is None else self.config.coupling.candidates  # type: ignore[attr-defined]
         return min(max(breadth, candidates), vocabulary)
 
+    def narrowed(self, draft: Draft, width: int) -> Draft:
+        """Return a draft with the first `width` tokens of each step."""
+        tokens, log_probs, context = draft.tokens[:, :, :width], draft.log_probs[:, :, :width], draft.context
+        if self.coupling is not None and context is not None:
+            context = self.coupling.with_candidates(context, log_probs)
+        return Draft(tokens, log_probs, context)
+
     def child_candidates(
         self, draft: Draft, depth: int, parents: Tensor, breadth: int, states: Tensor | None = None
     ) -> Children:

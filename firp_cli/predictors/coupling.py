@@ -152,10 +152,16 @@ class Coupling(nn.Module):
         parts = [states, self.features(states, steps)]
         if self.recurrent:
             parts.append(final[:, None].expand_as(states))
-        parts.append(log_probs.logsumexp(-1, keepdim=True) - log_probs[:, :, :1])
+        parts.append(_over_first(log_probs))
         numbers = torch.arange(states.shape[1], device=states.device) if steps is None else steps
         parts.append(numbers.expand(states.shape[:2])[:, :, None])
         return torch.cat([part.to(states.dtype) for part in parts], dim=-1)
+
+    def with_candidates(self, context: Tensor, log_probs: Tensor) -> Tensor:
+        """Return a context (B, k, c) for other candidates, of log-probabilities (B, k, M')."""
+        changed = context.clone()
+        changed[..., -2:-1] = _over_first(log_probs)
+        return changed
 
     def with_final(self, context: Tensor, source: Tensor) -> Tensor:
         """Return a context with the final states of another one, `source`, both (B, k, c)."""
@@ -211,6 +217,11 @@ class Coupling(nn.Module):
     def _adjust(self, states: Tensor, hidden: Tensor, step: int) -> Tensor:
         weight = self.output_weight[0 if self.shared else step]
         return states + functional.linear(self._activate(hidden), weight).to(states.dtype)
+
+
+def _over_first(log_probs: Tensor) -> Tensor:
+    """Return the logarithm of the candidates' probability in all over that of the first one: (B, k, M) to (B, k, 1)."""
+    return log_probs.logsumexp(-1, keepdim=True) - log_probs[..., :1]
 
 
 def unit(states: Tensor) -> Tensor:

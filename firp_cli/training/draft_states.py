@@ -1,17 +1,19 @@
 """Draft states of a frozen predictor, computed once and kept for later epochs.
 
     folder/states-R.bin     the states of rank R's conversations, (A, k, d) each, one after the other
-    folder/index-R.jsonl    a line for each: conversation, offset in bytes, anchors A
+    folder/index-R.jsonl    a line for each: conversation, offset in bytes, anchors A, checksum
     folder/key.json         what the states depend on
 
-A conversation is in the index once its states are written whole, so a killed run continues with what it has. Ranks read
-each other's files where they share the folder.
+A conversation is in the index once its states are written whole, so a killed run continues with what it has. States
+that a crash of the machine has lost fail their checksum and are missing. Ranks read each other's files where they share
+the folder.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -30,11 +32,12 @@ def rounded(states: Tensor) -> Tensor:
 
 
 class _Place(NamedTuple):
-    """Place of a conversation's states: file, offset in bytes, number of anchors."""
+    """Place of a conversation's states: file, offset in bytes, number of anchors, checksum."""
 
     file: Path
     offset: int
     anchors: int
+    checksum: int
 
 
 class DraftStates:
@@ -54,7 +57,7 @@ class DraftStates:
         self._own = f"{rank}"
         self.failed: OSError | None = None
         if folder is not None:
-            self._open(folder, {"shape": list(shape), "dtype": str(DTYPE), "key": key})
+            self._open(folder, {"shape": list(shape), "dtype": str(DTYPE), "checksum": "crc32", "key": key})
 
     def read(self, indices: list[int]) -> Tensor | None:
         """Return the states (B, A, k, d) of conversations, padded to the most anchors; None where one is missing."""
@@ -104,15 +107,15 @@ class DraftStates:
         self._refresh()
 
     def _append(self, folder: Path, index: int, rows: Tensor) -> None:
-        path = folder / f"states-{self._own}.bin"
+        path, content = folder / f"states-{self._own}.bin", rows.view(torch.uint8).numpy().tobytes()
         with path.open("ab") as stream:
-            offset = stream.tell()
-            stream.write(rows.view(torch.uint8).numpy().tobytes())
-        line = {"conversation": index, "offset": offset, "anchors": len(rows)}
+            place = _Place(path, stream.tell(), len(rows), zlib.crc32(content))
+            stream.write(content)
+        line = {"conversation": index, "offset": place.offset, "anchors": place.anchors, "checksum": place.checksum}
         with (folder / f"index-{self._own}.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         with self._lock:
-            self._places[index] = _Place(path, offset, len(rows))
+            self._places[index] = place
 
     def _find(self, index: int) -> Tensor | None:
         if index in self._memory:
@@ -122,10 +125,16 @@ class DraftStates:
         place = self._places.get(index)
         if place is None:
             return None
+        if not place.anchors:
+            return torch.empty(0, *self.shape, dtype=DTYPE)
         wanted = prod(self.shape) * place.anchors * DTYPE.itemsize
         with place.file.open("rb") as stream:
             content = os.pread(stream.fileno(), wanted, place.offset)
         if len(content) < wanted:  # not on this machine yet
+            return None
+        if zlib.crc32(content) != place.checksum:  # lost, and perhaps overwritten since: to be written again
+            with self._lock:
+                self._places.pop(index, None)
             return None
         return torch.frombuffer(bytearray(content), dtype=DTYPE).view(place.anchors, *self.shape)
 
@@ -145,4 +154,5 @@ class DraftStates:
                 states = path.with_name(path.name.replace("index-", "states-").replace(".jsonl", ".bin"))
                 for line in whole.splitlines():
                     entry = json.loads(line)
-                    self._places[entry["conversation"]] = _Place(states, entry["offset"], entry["anchors"])
+                    where = entry["offset"], entry["anchors"], entry["checksum"]
+                    self._places[entry["conversation"]] = _Place(states, *where)

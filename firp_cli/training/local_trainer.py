@@ -79,10 +79,9 @@ def _train(run: _LocalRun, seconds: float | None, ridge_sequences: int | None, i
         run.initialise(ridge_sequences)
     if run.frozen:
         freeze_drafts(predictor)
-    run.pace.move(0, run.pace.clock())
-    run.backend = LocalBackend(
-        predictor, run.teacher, run.settings, run.pace, run.accumulation, run.frozen, run.frequent
-    )
+    run.pace.begin()
+    settings, pace = run.settings, run.pace
+    run.backend = LocalBackend(predictor, run.teacher, settings, pace, run.accumulation, run.frozen, run.frequent)
     run.run()
     if run.best_weights:
         predictor.load_state_dict(run.best_weights)

@@ -43,6 +43,11 @@ class Pace:
         if self._began is None:
             self._began = time.monotonic()
 
+    def begin(self) -> None:
+        """Set the place after the start values, whose time counts. The start passes a multiple of every number."""
+        self.move(0, self.clock())
+        self._before = -1
+
     def clock(self) -> float:
         """Return the seconds spent by this process's clock, those before a resume included."""
         return self._spent if self._began is None else self._spent + time.monotonic() - self._began

@@ -87,6 +87,7 @@ def train(
                 outcome = _run(stage_recipe(recipe), start_from, *given, stage=True)
                 if outcome.training is None:
                     return outcome
+                barrier()  # rank 0 has written the folder that all ranks read
         return _run(recipe, output, *given, start_from=start_from)
 
 
@@ -169,8 +170,9 @@ class _Run(TrainingLoop):
     def _prepare_first_stage(self) -> None:
         """Set the start values of a first stage, those of an interrupted one if there are any, and keep them."""
         start_values = self.output / checkpoints.START_FILE
-        barrier()
-        if start_values.is_file():
+        known = start_values.is_file()
+        barrier()  # all ranks have looked before rank 0 writes
+        if known:
             checkpoints.load_whole(self.predictor, start_values)
         else:
             self.listener.note("first stage: the coupling alone")

@@ -15,6 +15,7 @@ from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
+from helpers.coupling import COUPLED
 from helpers.decoding import TOKENS, count_reads, references
 from helpers.models import (
     FAMILIES,
@@ -35,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "firp": {"kind": "firp", "layer": 2, "steps": 3},
     "hidden_transfer": {"kind": "hidden_transfer", "layers": [1, 3, 3]},
     "medusa": {"kind": "medusa", "steps": 3},
+    **COUPLED,
 }
 RULES: dict[str, Callable[[int, int], bool]] = {
     "always": lambda n, i: True,

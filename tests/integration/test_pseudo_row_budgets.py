@@ -17,6 +17,7 @@ from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.draft import Children, Draft
 from firp_cli.results import Generation
 from firp_cli.teacher.teacher import Teacher
+from helpers.coupling import COUPLED
 from helpers.models import (
     FAMILIES,
     embedded_predictor,
@@ -38,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "firp": {"kind": "firp", "layer": 2, "steps": 3},
     "hidden_transfer": {"kind": "hidden_transfer", "layers": [1, 3, 3]},
 }
+PSEUDO_COUPLED = {name: section for name, section in COUPLED.items() if section["kind"] != "medusa"}
 TEACHERS = [*((family, "lean") for family in FAMILIES), ("qwen2-window", "library")]
 kinds = pytest.mark.parametrize("kind", list(KINDS))
 
@@ -52,12 +54,12 @@ def reference(family: str, prompt: tuple[int, ...]) -> list[int]:
     return generate_reference(tiny_model(family), list(prompt), TOKENS)
 
 
-@pytest.mark.parametrize(("stacked", "kind", "tree"), covered(TEACHERS, list(KINDS), TREES), ids=str)
+@pytest.mark.parametrize(("stacked", "kind", "tree"), covered(TEACHERS, [*KINDS, *PSEUDO_COUPLED], TREES), ids=str)
 def test_budgets_are_lossless(stacked: tuple[str, str], kind: str, tree: str) -> None:
     family, stack = stacked
     teacher, prompts = tiny_teacher(family, stack == "lean"), random_prompts(4, seed=31)
     expected = [reference(family, tuple(prompt)) for prompt in prompts]
-    engine = Engine(teacher, make_predictor(teacher, **KINDS[kind]), parse_tree(tree, 3))
+    engine = Engine(teacher, make_predictor(teacher, **(KINDS | PSEUDO_COUPLED)[kind]), parse_tree(tree, 3))
     assert [item.token_ids for item in decode(engine, prompts, 4, TOKENS)] == expected
     assert [item.token_ids for item in decode(engine, prompts[:1], 1, TOKENS)] == expected[:1]
 

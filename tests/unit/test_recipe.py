@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from firp_cli.assets import embedded_folder, shipped_recipes
-from firp_cli.config import FirpConfig, MedusaConfig, SpeedConfig
+from firp_cli.config import FirpConfig, FirpPlusConfig, MedusaConfig, SpeedConfig
 from firp_cli.errors import RecipeError
 from firp_cli.recipe import dump_recipe, load_recipe
 
@@ -205,3 +205,45 @@ def test_base_is_looked_for_beside_the_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"there/top\.yaml:1: key base: no recipe file 'here\.yaml'"):
         load_recipe(derived(tmp_path, {"there/top": "base: here.yaml\n"}))
+
+
+def test_coupling_sections_are_checked(tmp_path: Path) -> None:
+    plus = "predictor: {kind: firp-plus, layer: 3, coupling: {form: recurrent, candidates: 9}}\n"
+    path = tmp_path / "recipe.yaml"
+    for kind in ("firp-plus", "firp_plus"):
+        path.write_text(plus.replace("firp-plus", kind))
+        predictor = load_recipe(str(path), ["predictor.coupling.share=false", "training.coupling.epochs=0"]).predictor
+        assert isinstance(predictor, FirpPlusConfig) and predictor.kind == "firp_plus"
+        coupling = predictor.coupling
+        assert (coupling.form, coupling.candidates, coupling.share, coupling.width) == ("recurrent", 9, False, None)
+    recipe = load_recipe(str(path))
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(str(path)) == recipe and load_recipe(recipe, ["predictor.steps=2"]).predictor is not None
+    assert load_recipe(None, ["predictor.kind=firp-plus", "predictor.layer=2"]).predictor == FirpPlusConfig(
+        kind="firp_plus", layer=2
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "predictor:\n  kind: firp-plus\n  layer: 3\n  coupling:\n    candidate: 9\n",
+            "recipe.yaml:5: key predictor.coupling.candidate: unknown key; did you mean 'candidates'?",
+        ),
+        (
+            "predictor: {kind: medusa, own_head: false, coupling: {from: mlp}}\n",
+            "recipe.yaml:1: key predictor.coupling.from: unknown key; did you mean 'form'?",
+        ),
+        (
+            "training:\n  coupling:\n    epoch: 3\n",
+            "recipe.yaml:3: key training.coupling.epoch: unknown key; did you mean 'epochs'?",
+        ),
+        ("predictor: {kind: firp_plus, layer: 3, coupling: {form: gru}}\n", "key predictor.coupling.form"),
+        ("predictor: {kind: firp_plus, layer: 3, coupling: {width: 0}}\n", "greater than or equal to 1"),
+        ("predictor: {kind: firp, layer: 3, coupling: {}}\n", "key predictor.coupling: unknown key"),
+        ("predictor: {kind: firp-pluss, layer: 3}\n", "did you mean 'firp_plus'?"),
+    ],
+)
+def test_coupling_errors_name_the_nearest_key(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in refusal(tmp_path, text)

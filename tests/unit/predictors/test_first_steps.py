@@ -45,6 +45,11 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "medusa": {"kind": "medusa", "steps": 4, "resblocks": 2},
     "medusa-shared": {"kind": "medusa", "steps": 4, "own_head": False},
 }
+COUPLED: dict[str, dict[str, Any]] = {
+    "firp_plus": SECTIONS["firp"] | {"kind": "firp_plus"},
+    "hidden_transfer-coupled": SECTIONS["hidden_transfer"] | {"coupling": {"form": "recurrent", "share": False}},
+    "medusa-coupled": SECTIONS["medusa-shared"] | {"coupling": {"form": "low_rank"}},
+}
 sections = pytest.mark.parametrize("section", list(SECTIONS))
 
 
@@ -73,12 +78,12 @@ def test_first_steps_draft_as_in_the_whole_predictor(section: str, steps: int) -
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-@sections
+@pytest.mark.parametrize("section", [*SECTIONS, *COUPLED])
 @torch.no_grad()
 def test_first_steps_equal_the_whole_predictor_on_given_states(section: str, steps: int) -> None:
     """Drafts of given states do not depend on later steps, to the bit."""
     teacher = tiny_teacher("llama", lean=True)
-    whole = make_predictor(teacher, **SECTIONS[section])
+    whole = make_predictor(teacher, **(SECTIONS | COUPLED)[section])
     first = whole.first_steps(steps)
     generator = torch.Generator().manual_seed(3)
     final = torch.randn(5, teacher.hidden_size, generator=generator)
@@ -94,12 +99,12 @@ def test_first_steps_equal_the_whole_predictor_on_given_states(section: str, ste
     )
 
 
-@pytest.mark.parametrize("section", ["firp", "hidden_transfer"])
+@pytest.mark.parametrize("section", ["firp", "hidden_transfer", "firp_plus"])
 @torch.no_grad()
 def test_first_steps_have_the_pseudo_states_of_all_steps(section: str) -> None:
     """Pseudo states of one node, by decoding's forward and `pseudo_state_maker`."""
     teacher = tiny_teacher("llama", lean=True)
-    whole = make_predictor(teacher, **SECTIONS[section])
+    whole = make_predictor(teacher, **(SECTIONS | COUPLED)[section])
     assert torch.equal(pseudo_rows(teacher, whole.first_steps(4)), pseudo_rows(teacher, whole))
     for steps in (1, 2, 3):
         torch.testing.assert_close(
@@ -189,12 +194,12 @@ def rows_of(engine: Engine, monkeypatch: pytest.MonkeyPatch, prompts: list[list[
         ("chain", 5 * 5),
     ],
 )
-@pytest.mark.parametrize("section", ["firp", "hidden_transfer"])
+@pytest.mark.parametrize("section", ["firp", "hidden_transfer", "firp_plus"])
 def test_step_runs_only_the_pseudo_rows_that_the_tree_needs(
     section: str, tree: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, prompts = tiny_teacher("llama", lean=True), random_prompts(2, seed=73)
-    engine = Engine(teacher, make_predictor(teacher, **SECTIONS[section]), parse_tree(tree, 4))
+    engine = Engine(teacher, make_predictor(teacher, **(SECTIONS | COUPLED)[section]), parse_tree(tree, 4))
     seen = rows_of(engine, monkeypatch, prompts, 12)
     assert set(seen[1:]) == {rows}
     drafting = parse_tree(tree, 4).drafting(4)

@@ -43,6 +43,11 @@ KINDS = [
     {"kind": "medusa", "steps": 3},
     {"kind": "medusa", "steps": 2, "own_head": False, "resblocks": 2},
 ]
+COUPLED = [
+    {"kind": "firp_plus", "layer": 2, "steps": 3, "coupling": {"candidates": 5}},
+    {"kind": "hidden_transfer", "layers": [1, 2, 3], "coupling": {"form": "recurrent", "share": False}},
+    {"kind": "medusa", "steps": 2, "own_head": False, "coupling": {"form": "low_rank"}},
+]
 STACKS = ["lean", "library"]
 EXITS = [
     {"kind": "speed", "loops": 3},
@@ -162,7 +167,7 @@ def test_pseudo_state_maker_equals_the_single_maps(teacher: Teacher, layers: tup
         torch.testing.assert_close(got, torch.cat(singly, dim=1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "stack", "section"), covered(list(FAMILIES), STACKS, KINDS), ids=str)
+@pytest.mark.parametrize(("family", "stack", "section"), covered(list(FAMILIES), STACKS, [*KINDS, *COUPLED]), ids=str)
 def test_decoder_drafts_what_training_predicts(
     family: str, stack: str, section: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,14 +201,14 @@ def test_decoder_drafts_what_training_predicts(
 
 
 def test_only_the_predictor_gets_gradients(stacked_teacher: Teacher) -> None:
-    for section in [*KINDS, *EXITS]:
+    for section in [*KINDS, *COUPLED, *EXITS]:
         predictor = make_predictor(stacked_teacher, **section).requires_grad_(True)
         batch = sequence_batch(
             stacked_teacher, random_prompts(2, seed=13, low=12, high=15), [3, 4], list(predictor.required_layers)
         )
         anchors = choose_anchors(batch, predictor.offsets)
         predictor.draft_states(stacked_teacher, batch, anchors.index).square().sum().backward()
-        maps = [item for name, item in predictor.named_parameters() if not name.startswith("heads.")]
+        maps = [item for name, item in predictor.named_parameters() if not name.startswith(("heads.", "coupling."))]
         assert all(item.grad is not None and item.grad.abs().sum() > 0 for item in maps)
         assert all(item.grad is None for item in stacked_teacher.model.parameters())
 
@@ -303,7 +308,7 @@ def test_transfer_layer_out_of_range(teacher: Teacher) -> None:
         make_predictor(teacher, kind="firp", layer=LAYERS, steps=2)
 
 
-@pytest.mark.parametrize("section", [*KINDS, *EXITS], ids=lambda section: str(section))
+@pytest.mark.parametrize("section", [*KINDS, *COUPLED, *EXITS], ids=lambda section: str(section))
 def test_folder_round_trip(teacher: Teacher, tmp_path: Path, section: dict) -> None:
     predictor = make_predictor(teacher, **section)
     save_predictor(predictor, tmp_path / "p", teacher)

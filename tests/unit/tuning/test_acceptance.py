@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
@@ -11,15 +12,17 @@ from firp_cli.evaluation.simulate import make_trace, simulate_steps
 from firp_cli.predictors.base import Predictor
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tuning.acceptance import Acceptance, candidate_positions, reliability
+from helpers.coupling import coupled
 from helpers.models import (
     embedded_predictor,
     embedded_prompts,
     embedded_teacher,
     make_predictor,
     random_prompts,
+    sequence_batch,
     tiny_teacher,
 )
-from helpers.pairwise import nightly_rest
+from helpers.pairwise import covered, nightly_rest
 
 TREES = [
     "none",
@@ -121,3 +124,33 @@ def test_reliability_counts_all_candidates_of_reached_steps() -> None:
     assert sum(item.count for item in bins if item.step == 1) == 6 * len(found)
     high = [item for item in bins if item.step == 1 and item.drafted > 0.9]
     assert high and high[0].accepted > 0.8
+
+
+@pytest.mark.parametrize(("form", "share"), covered(["mlp", "recurrent", "low_rank"], [True, False]))
+def test_candidate_positions_of_a_coupled_predictor_are_those_along_the_answer(form: str, share: bool) -> None:
+    """The rank of each token by the teacher's head on the path states, over the whole vocabulary."""
+    teacher = tiny_teacher()
+    described = {"kind": "firp_plus", "layer": 2, "steps": 3}
+    coupling = {"form": form, "share": share, "candidates": teacher.vocab_size}
+    predictor = coupled(teacher, {**described, "coupling": coupling})
+    found, probable, answers = positions_in_answers(teacher, predictor, teacher.vocab_size)
+    row = 0
+    for prompt, answer in zip(random_prompts(3, seed=4), answers, strict=True):
+        text = [*prompt, *answer]
+        batch = sequence_batch(teacher, [text], [1], [2])
+        anchors = torch.arange(len(prompt) - 1, len(text) - 2)[None]
+        with torch.no_grad():
+            path = predictor.path_states(batch, anchors, predictor.draft_states(teacher, batch, anchors))
+            ranked = teacher.head(path[0]).softmax(-1).sort(dim=-1, descending=True)
+        for place, anchor in enumerate(anchors[0].tolist()):
+            for step in range(3):
+                if anchor + step + 2 < len(text):
+                    expected = ranked.indices[place, step].tolist().index(text[anchor + step + 2])
+                    assert found[row, step] == expected
+                    torch.testing.assert_close(
+                        torch.from_numpy(probable[row, step]).float(), ranked.values[place, step], rtol=1e-3, atol=1e-4
+                    )
+                else:
+                    assert found[row, step] == -1
+            row += 1
+    assert row == len(found)

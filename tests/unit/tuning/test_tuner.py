@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_file import read_trees, update_trees
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
@@ -17,6 +18,7 @@ from firp_cli.tuning import tuner as module
 from firp_cli.tuning.calibration import TuneSettings
 from firp_cli.tuning.search import Candidate, Scored
 from firp_cli.tuning.tuner import Tuner, tune
+from helpers.coupling import embedded_coupled
 from helpers.models import (
     embedded_predictor,
     embedded_prompts,
@@ -145,6 +147,22 @@ def test_same_calibration_gives_the_same_lengths() -> None:
         tuner.learn(embedded_prompts(5))
     first, second = ([tuner.length(one.spec) for one in tuner.candidates] for tuner in tuners)
     assert first == second and max(first) > 1.5
+
+
+def test_coupled_predictor_gets_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths that the tuner predicts are near those of decoding."""
+    whole_steps_take({"none": 2.0}, 1.5, monkeypatch)
+    teacher, predictor = embedded_teacher(), embedded_coupled("firp_plus", "mlp", True, candidates=20)
+    tuner = Tuner(teacher, predictor, settings(batches=(1,)))
+    tuner.learn(embedded_prompts(6))
+    tuner.measure()
+    assert tuner.tune()[0].entry.predicted.accepted_length > 1.3
+    for name in ("dynamic:6@2", "static:3x2"):
+        tree = parse_tree(name, predictor.steps)
+        decoded = Engine(teacher, predictor, tree).generate(embedded_prompts(6), 24)
+        lengths = [length for item in decoded for length in item.accepted_lengths]
+        assert tuner.length(tree) == pytest.approx(sum(lengths) / len(lengths), rel=0.25)
+        assert tuner.length(tree) > 1.2
 
 
 def test_calibration_samples_at_the_temperature() -> None:
