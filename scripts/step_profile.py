@@ -57,16 +57,17 @@ COMMIT = "K/V commit"
 STATES = "draft: picking the accepted node's states"
 OWN = "draft: the predictor's own blocks and heads"
 TOPK = "draft: log-softmax and top-k"
+COUPLING = "draft: coupling, candidates of the tree's nodes"
 GLUE = "step: calls between these, copies of roots and drafts"
 PUSH = "output"
 READ = "read"
 HOST = "host loop"
 PARTS = (
     *(LAYERS, HEAD, DRAFT_HEAD, PSEUDO, TREE, MASKS, ROTARY, EMBED, ROWS),
-    *(CHOICE, ACCEPT, COMMIT, STATES, OWN, TOPK, GLUE, PUSH, READ, HOST),
+    *(CHOICE, ACCEPT, COMMIT, STATES, OWN, TOPK, COUPLING, GLUE, PUSH, READ, HOST),
 )
 TEACHER = (LAYERS, HEAD, DRAFT_HEAD)
-PREDICTOR = (PSEUDO, OWN)
+PREDICTOR = (PSEUDO, OWN, COUPLING)
 WRAPPED_CALLS = 20_000  # calls for measuring the cost of a wrapper
 
 
@@ -130,6 +131,7 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
         *((step_module, name, ACCEPT) for name in ("accept", "accept_root")),
         (step_module, "forward_rows", ROWS),
         (step_module, "next_draft", STATES),
+        (step_module, "most_probable_tokens", TOPK),
         (DecodeStep, "step", GLUE),
         (DecodeStep, "_forward", MASKS),
         (DecodeStep, "_rotary", ROTARY),
@@ -141,8 +143,9 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
         (OutputBuffer, "launched", READ),
     ]
     if predictor is not None:
-        parts = {"draft_hidden": OWN, "logits": OWN, "draft": TOPK}
-        wrapped += [(predictor, name, part) for name, part in parts.items()]
+        wrapped += [(predictor, name, OWN) for name in ("draft_hidden", "logits")]
+        if predictor.coupling is not None:
+            wrapped += [(predictor, "child_candidates", COUPLING), (predictor.coupling, "context", COUPLING)]
     with ExitStack() as stack:
         for owner, name, part in wrapped:
             stack.enter_context(patch.object(owner, name, clock.wrap(getattr(owner, name), part)))
@@ -168,9 +171,9 @@ def spawning(clock: StepClock, make: Callable[..., None]) -> Callable[..., None]
 def closing(clock: StepClock, write: Callable[..., Any]) -> Callable[..., Any]:
     """`DecodeBatch._write` that also ends a step: on the CPU the host reads every step by itself."""
 
-    def timed(run: DecodeBatch, held: Any, rows: Any, prefill: bool = False) -> Any:
-        rates = write(run, held, rows, prefill=prefill)
-        clock.close(keep=not prefill)
+    def timed(run: DecodeBatch, held: Any, rows: Any, counted: bool = True) -> Any:
+        rates = write(run, held, rows, counted=counted)
+        clock.close(keep=counted)
         return rates
 
     return timed
