@@ -155,7 +155,7 @@ def make_recipe(
                 "ridge_lambda": 1e-4,
                 "coupling": {"epochs": LONGER_EPOCHS, "learning_rate": 2e-3},
                 "vocabulary": 4096,
-                "max_steps": 0,  # gradients through the teacher's layers take hours on a CPU
+                "max_steps": 0,  # the first stage alone: it needs no gradients through the teacher
             },
             "store": str(folder / "store"),
             "output": str(folder / "trained"),

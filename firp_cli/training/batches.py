@@ -174,8 +174,7 @@ def _token_ids(store: Sequence[Sequenced], index: int) -> Tensor:
 class Reader:
     """Reader of micro-batches: padded conversations with their anchors, on the teacher's device.
 
-    Args:
-        kept: draft states of earlier epochs. The anchors are then the same in every epoch.
+    `kept`: draft states of earlier epochs. The anchors are then the same in every epoch.
     """
 
     def __init__(
@@ -186,9 +185,8 @@ class Reader:
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
-        kept: DraftStates | None = None,
     ) -> None:
-        self.kept = kept
+        self.kept: DraftStates | None = None
         self.store, self.steps, self.limit, self.seed = store, steps, anchors_per_sequence, seed
         self.device, self.dtype = device, dtype
 

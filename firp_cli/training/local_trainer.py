@@ -143,7 +143,8 @@ class _LocalRun(TrainingLoop):
         listener: Listener,
         kept: DraftStates | None = None,
     ) -> None:
-        super().__init__(predictor, teacher, store, settings, listener, kept=kept, frozen=kept is not None)
+        super().__init__(predictor, teacher, store, settings, listener, frozen=kept is not None)
+        self.reader.kept = kept
         self.rows: list[Row] = []
         self.best_weights: dict[str, Tensor] = {}
 

@@ -35,7 +35,6 @@ from firp_cli.training.batches import (
     sequence_lengths,
     split_validation,
 )
-from firp_cli.training.draft_states import DraftStates
 from firp_cli.training.metrics_log import Listener
 from firp_cli.training.objective import FIELDS, StepRecord
 from firp_cli.training.pace import EVENTS_OF_FIRST_STAGE, EVENTS_PER_RUN, make_pace, usual_interval
@@ -108,14 +107,13 @@ class TrainingLoop:
         rank: int = 0,
         ranks: int = 1,
         per_step: int | None = None,
-        kept: DraftStates | None = None,
         frozen: bool = False,
     ) -> None:
         """Split the conversations of `store` and order them.
 
         Args:
             per_step: micro-batches of an optimizer step, over all ranks; None: as the settings define it.
-            frozen: a first stage, where only the predictor's coupling learns. kept: its draft states of earlier epochs.
+            frozen: a first stage, where only the predictor's coupling learns; `reader.kept` may keep its draft states.
         """
         self.predictor, self.teacher, self.store, self.settings = predictor, teacher, store, settings
         self.listener, self.rank, self.ranks = listener, rank, ranks
@@ -131,7 +129,7 @@ class TrainingLoop:
         self.steps, self.pipeline = predictor.steps, predictor.pipeline
         self.weights = predictor.loss_weights(settings.step_decay)
         self.reader = Reader(
-            store, predictor.offsets, settings.anchors_per_sequence, settings.seed, teacher.device, teacher.dtype, kept
+            store, predictor.offsets, settings.anchors_per_sequence, settings.seed, teacher.device, teacher.dtype
         )
         self.progress = RunProgress()
         self.interrupted = False
