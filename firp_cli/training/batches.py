@@ -198,10 +198,19 @@ class Reader:
         seeds = [anchor_seed(self.seed, epoch, index) for index in indices]
         anchors = choose_anchors(batch, self.steps, self.limit, seeds)
         on_device = Anchors(anchors.index.to(self.device), anchors.valid.to(self.device))
-        states = None if self.kept is None else self.kept.read(indices)
+        item = MicroBatch(batch.to(self.device, self.dtype), on_device, indices)
+        self.complete(item)
+        return item
+
+    def complete(self, item: MicroBatch) -> None:
+        """Read draft states that were kept since the micro-batch was read.
+
+        A micro-batch may be read ahead of the steps that compute its states. To compute them again, beside other
+        conversations, would round them differently, so that a resumed run would not equal an uninterrupted one.
+        """
+        states = None if self.kept is None or item.states is not None else self.kept.read(item.indices)
         if states is not None:
-            states = states.to(self.device, self.dtype)
-        return MicroBatch(batch.to(self.device, self.dtype), on_device, indices, states)
+            item.states = states.to(self.device, self.dtype)
 
     def keep(self, item: MicroBatch) -> None:
         """Keep the draft states of a micro-batch for later epochs."""
@@ -286,6 +295,7 @@ class Prefetcher:
             raise StopIteration
         began = time.perf_counter()
         item = self._ahead.popleft().result()
+        self._reader.complete(item)
         self.waited += time.perf_counter() - began
         self._submit(1)
         return item

@@ -10,6 +10,7 @@ import torch
 from firp_cli.store.reader import Store
 from firp_cli.store.tools import merge_stores
 from firp_cli.training.batches import Order, Prefetcher, Reader
+from firp_cli.training.draft_states import DraftStates
 from helpers.stores import LENGTHS, fill
 
 MICRO, PER_STEP, STEPS = 2, 4, 7  # 24 conversations: 3 steps to an epoch, so three epochs are begun
@@ -64,3 +65,22 @@ def test_epochs_are_shuffled_by_the_seed(store: Store) -> None:
     assert other != steps and sum(other[:3], Counter()) == Counter(range(24))
     orders = [Order(range(24), MICRO, PER_STEP, 3) for _ in range(2)]
     assert orders[0].epoch(5) == orders[1].epoch(5) != orders[0].epoch(6)
+
+
+def test_states_that_are_kept_after_a_batch_was_read_ahead_reach_it(store: Store) -> None:
+    """The second of two equal micro-batches is read before the first one's draft states are computed."""
+    reader = Reader(store, 2, 3, 0, torch.device("cpu"), torch.float32)
+    reader.kept = DraftStates((2, 4))
+    prefetcher = Prefetcher(reader, iter([([0, 1], 0), ([0, 1], 1)]))
+    for ahead in prefetcher._ahead:
+        assert ahead.result().states is None
+    first = next(prefetcher)
+    assert first.states is None
+    valid = first.anchors.valid[:, :, 0]
+    numbers = torch.arange(valid.numel() * 8, dtype=torch.float32).view(*valid.shape, 2, 4)
+    first.states = numbers * valid[:, :, None, None]
+    reader.keep(first)
+    second = next(prefetcher)
+    kept = valid.sum(dim=1).max()
+    assert second.states is not None and torch.equal(second.states, first.states[:, :kept])
+    prefetcher.close()
