@@ -146,7 +146,15 @@ class CouplingConfig(Section):
     candidates: PositiveInt = 256  # M: most probable tokens without the head, among which a node's children are chosen
 
 
-class FirpConfig(PredictorSection):
+class TreeSection(PredictorSection):
+    """Fields of kinds that draft trees."""
+
+    draft_vocabulary: Annotated[int, Field(ge=16)] | None = (
+        None  # drafts are chosen among the so many most frequent tokens of the training conversations; null: all
+    )
+
+
+class FirpConfig(TreeSection):
     """FIRP (arXiv 2410.20488): all k steps enter at one layer."""
 
     kind: Literal["firp"]
@@ -166,7 +174,7 @@ class FirpPlusConfig(FirpConfig):
     coupling: CouplingConfig = CouplingConfig()
 
 
-class HiddenTransferConfig(PredictorSection):
+class HiddenTransferConfig(TreeSection):
     """Hidden Transfer (arXiv 2404.12022): step i enters at layers[i-1]."""
 
     kind: Literal["hidden_transfer"]
@@ -192,7 +200,7 @@ class HiddenTransferConfig(PredictorSection):
         return tuple(self.layers)
 
 
-class MedusaConfig(PredictorSection):
+class MedusaConfig(TreeSection):
     """Medusa (arXiv 2401.10774): residual heads on the final state, the baseline predictor."""
 
     kind: Literal["medusa"]
@@ -205,8 +213,9 @@ class MedusaConfig(PredictorSection):
 
     @model_validator(mode="after")
     def _teachers_head(self) -> MedusaConfig:
-        if self.coupling is not None and self.own_head:
-            raise ValueError("coupling reads the teacher's vocabulary matrix: set own_head=false")
+        for name in ("coupling", "draft_vocabulary"):
+            if self.own_head and getattr(self, name) is not None:
+                raise ValueError(f"{name} reads the teacher's vocabulary matrix: set own_head=false")
         return self
 
 

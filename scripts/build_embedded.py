@@ -48,12 +48,16 @@ PREDICTOR_FOLDER = ROOT / "data" / "predictors"
 # Shipped predictors by recipe: their folder, and the tree that is written beside them (SPEED has none).
 PREDICTORS: dict[str, dict[str, tuple[str, str | None]]] = {
     "arithmetic": {
+        "arithmetic-firp-plus": ("firp_plus", "dynamic:8"),
         "arithmetic-firp": ("firp", "chain"),
         "arithmetic-hidden-transfer": ("hidden_transfer", "dynamic:8"),
         "arithmetic-medusa": ("medusa", "dynamic:8"),
         "arithmetic-speed": ("speed", None),
     },
-    "smollm2": {name: (name, "dynamic:4/2") for name in ("smollm2-firp", "smollm2-hidden-transfer", "smollm2-medusa")},
+    "smollm2": {
+        "smollm2-firp-plus": ("smollm2-firp-plus", "dynamic:6/4@1"),
+        **{name: (name, "dynamic:4/2") for name in ("smollm2-firp", "smollm2-hidden-transfer", "smollm2-medusa")},
+    },
 }
 
 PREDICTOR_FILE = "predictor.safetensors"
@@ -438,7 +442,8 @@ def keep_predictor(run: Path, folder: Path, tree: str | None) -> None:
         shutil.copyfile(run / name, folder / name)
     weights = load_file(run / "predictor.safetensors")
     large = json.loads((run / "config.json").read_text(encoding="utf-8"))["teacher"]["parameters"] > LARGE_TEACHER
-    save_file({key: value.bfloat16() if large else value for key, value in weights.items()}, folder / PREDICTOR_FILE)
+    stored = {key: value.bfloat16() if large and value.is_floating_point() else value for key, value in weights.items()}
+    save_file(stored, folder / PREDICTOR_FILE)
     (folder / PREDICTOR_FILE).chmod(0o644)
     if tree is not None:
         (folder / "tree.json").write_text(json.dumps({"tree": tree}) + "\n", encoding="utf-8")

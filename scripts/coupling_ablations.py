@@ -46,6 +46,7 @@ class Variant:
 
 def variants(base: dict[str, Any], layers: Sequence[int]) -> list[Variant]:
     """Return all rows for a FIRP+ section `base` and the layers that the store holds."""
+    base = base | {"draft_vocabulary": None}  # which only costs accepted tokens: it saves time
     steps, layer, coupling = base["steps"], base["layer"], base["coupling"]
     width = coupling["width"] or 0
     firp = {"kind": "firp", "layer": layer, "steps": steps}
@@ -70,6 +71,7 @@ def variants(base: dict[str, Any], layers: Sequence[int]) -> list[Variant]:
     rows += [Variant("width", name, plus(width=size)) for name, size in _widths(width)]
     rows += [Variant("candidates", f"M = {count}", plus(), candidates=count) for count in (16, 64, 256, 1024)]
     rows += [Variant("steps", f"k = {count}", plus(steps=count)) for count in (2, 4, 6, 8)]
+    rows += [Variant("loss", name, plus(), {"loss": name}) for name in ("kl", "cross_entropy", "total_variation")]
     rows += [Variant("layer", f"t = {place}", plus(layer=place)) for place in layers]
     return rows
 
@@ -96,7 +98,8 @@ class Trials:
         self.layers, self.held_out, self.training = layers, sequences[:held_out], sequences[held_out:]
         settings = recipe.training.model_dump()
         settings["coupling"] |= {"epochs": epochs, "max_minutes": None}
-        self.settings = settings | {"max_steps": 0, "zero_stage": 0, "precision": "fp32", "epochs": epochs}
+        fixed = {"max_steps": 0, "max_minutes": None, "zero_stage": 0, "precision": "fp32", "epochs": epochs}
+        self.settings = settings | fixed
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._trained: dict[str, Any] = {}
 

@@ -36,6 +36,7 @@ from firp_cli.errors import FirpError
 from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.files import write_json
 from firp_cli.machine import set_threads
+from firp_cli.predictors import base as predictor_module
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.reports.cells import markdown_table
 from firp_cli.teacher.kv_cache import KVCache
@@ -131,7 +132,7 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
         *((step_module, name, ACCEPT) for name in ("accept", "accept_root")),
         (step_module, "forward_rows", ROWS),
         (step_module, "next_draft", STATES),
-        (step_module, "most_probable_tokens", TOPK),
+        (predictor_module, "most_probable_tokens", TOPK),
         (DecodeStep, "step", GLUE),
         (DecodeStep, "_forward", MASKS),
         (DecodeStep, "_rotary", ROTARY),
@@ -144,6 +145,8 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
     ]
     if predictor is not None:
         wrapped += [(predictor, name, OWN) for name in ("draft_hidden", "logits")]
+        if predictor._draft_head is not None:
+            wrapped.append((predictor, "_draft_head", DRAFT_HEAD))
         if predictor.coupling is not None:
             wrapped += [(predictor, "child_candidates", COUPLING), (predictor.coupling, "context", COUPLING)]
     with ExitStack() as stack:

@@ -21,7 +21,7 @@ from firp_cli.decoding.sequences import check_fits
 from firp_cli.decoding.tree_build import Nodes, Tree, anchor_nodes, build, numbers, root_tree
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.predictors.base import PseudoStateMaker, TreePredictor
-from firp_cli.predictors.draft import Draft, most_probable_tokens
+from firp_cli.predictors.draft import Draft
 from firp_cli.predictors.forward import forward_rows
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import AttentionMask, KernelMask, Mask, step_mask, step_rows
@@ -341,21 +341,21 @@ class DecodeStep:
             place = taken.path.gather(1, taken.kept[:, None] - 1)[:, 0]
             ahead = picks % predictor.steps if drafted else picks // anchors.shape[1]
         final = _rows_at(normed, place[:, None])[:, 0] if coupled or pseudo is None else normed[:, 0]
+        kept, logits = self._draft, None
         if drafted is not None:
             logits = _rows_at(drafted.logits.flatten(1, 2), picks)
-            states = _rows_at(drafted.states.flatten(1, 2), picks) if coupled else None
+            states = _rows_at(drafted.states.flatten(1, 2), picks) if coupled else final[:, None]
         else:
             node_pseudo = None if pseudo is None else _rows_at(pseudo.flatten(1, 2), picks)
             states = predictor.draft_hidden(teacher, final, node_pseudo)
-            logits = predictor.logits(teacher, states)
-        made, kept = most_probable_tokens(logits, self._draft.tokens.shape[2], self.kernel), self._draft
+        made = predictor.most_probable(teacher, states, kept.tokens.shape[2], self.kernel, logits)
         kept.tokens[: self.batch].copy_(made.tokens)
         if floor is None:
             kept.log_probs[: self.batch].copy_(made.log_probs)
         else:
             torch.add(made.log_probs, floor[:, :, None], out=kept.log_probs[: self.batch])
         if kept.context is not None:
-            assert predictor.coupling is not None and states is not None
+            assert predictor.coupling is not None
             kept.context[: self.batch].copy_(predictor.coupling.context(states, final, made.log_probs, ahead))
 
     def select(self, sequences: Tensor) -> None:

@@ -140,11 +140,17 @@ class TreePredictor(Predictor):
 
     With a `coupling` (FIRP+) the children of a node also depend on its token: predictors/coupling.py adjusts the step's
     state, and the teacher's head scores the M most probable tokens of the unadjusted one.
+
+    `draft_tokens`: (S,) the tokens among which drafts are chosen, so that the head reads S rows of the vocabulary
+    matrix; None: all.
     """
 
     def __init__(self, config: PredictorSection, steps: int) -> None:
         super().__init__(config, steps)
         self.coupling: Coupling | None = None
+        self.draft_tokens: Tensor | None
+        self.register_buffer("draft_tokens", None, persistent=False)
+        self._draft_head: Callable[[Tensor], Tensor] | None = None
 
     def couple(self, teacher: Teacher) -> None:
         """Add the head that the configuration's `coupling` describes, if it has one."""
@@ -164,8 +170,8 @@ class TreePredictor(Predictor):
 
     @property
     def teachers_head(self) -> bool:
-        """True if the logits of every step are the teacher's head on the states that `draft_hidden` returns. The head
-        can then read them together with the nodes of a decoding step.
+        """True if the logits of every step are the teacher's whole head on the states that `draft_hidden` returns. The
+        head can then read them together with the nodes of a decoding step.
         """
         return False
 
@@ -186,11 +192,12 @@ class TreePredictor(Predictor):
         return limited
 
     def for_decoding(self, teacher: Teacher) -> TreePredictor:
-        """Return the predictor with its coupling prepared for decoding with `teacher`, where weights do not change."""
-        if self.coupling is None:
-            return self
+        """Return the predictor prepared for decoding with `teacher`, where weights do not change."""
         prepared = self._copy()
-        prepared.coupling = self.coupling.packed(teacher)
+        if self.coupling is not None:
+            prepared.coupling = self.coupling.packed(teacher)
+        if self.draft_tokens is not None:
+            prepared._draft_head = teacher.packed_head(self.draft_tokens)
         return prepared
 
     def _copy(self) -> TreePredictor:
@@ -245,17 +252,30 @@ class TreePredictor(Predictor):
             kernel: find them by Triton kernels.
             final: (B, d) the accepted node's normed final state. Only predictors with a coupling need it.
         """
-        width = self.width(breadth, teacher.vocab_size)
-        draft = most_probable_tokens(self.logits(teacher, states), width, kernel)
+        draft = self.most_probable(teacher, states, self.width(breadth, teacher.vocab_size), kernel)
         if self.coupling is not None:
             assert final is not None
             draft.context = self.coupling.context(states, final, draft.log_probs, None)
         return draft
 
+    def most_probable(
+        self, teacher: Teacher, states: Tensor, width: int, kernel: bool = False, logits: Tensor | None = None
+    ) -> Draft:
+        """Return the `width` most probable tokens of each step, without the coupling, from states (B, k, d) or, where
+        they are known, from the logits (B, k, V).
+        """
+        if self.draft_tokens is None:
+            logits = self.logits(teacher, states) if logits is None else logits
+            return most_probable_tokens(logits, width, kernel)
+        head = self._draft_head or teacher.partial_head(self.draft_tokens)
+        draft = most_probable_tokens(head(states), width, kernel)
+        return Draft(self.draft_tokens[draft.tokens], draft.log_probs)
+
     def width(self, breadth: int, vocabulary: int) -> int:
         """Return the number of tokens of a step's draft, for trees that need `breadth` children of a node."""
         candidates = 0 if self.coupling is None else self.config.coupling.candidates  # type: ignore[attr-defined]
-        return min(max(breadth, candidates), vocabulary)
+        known = vocabulary if self.draft_tokens is None else len(self.draft_tokens)
+        return min(max(breadth, candidates), known, vocabulary)
 
     def narrowed(self, draft: Draft, width: int) -> Draft:
         """Return a draft with the first `width` tokens of each step."""
@@ -279,10 +299,7 @@ class TreePredictor(Predictor):
             return Children(tokens[:, None, :breadth].expand(shape), log_probs[:, None, :breadth].expand(shape))
         assert draft.context is not None
         context = draft.context[:, depth - 1]
-        scores, adjusted = self.coupling.scores(parents, tokens, log_probs[:, 0], context, states)
-        best, places = scores.topk(min(breadth, scores.shape[-1]), dim=-1)
-        chosen = tokens.gather(1, places.flatten(1)).view_as(places)
-        return Children(chosen, best, adjusted if self.coupling.recurrent else None)
+        return self.coupling.best_children(parents, tokens, log_probs[:, 0], context, states, breadth)
 
 
 class ExitPredictor(Predictor):

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from firp_cli.config import CouplingConfig
+from firp_cli.predictors.coupling_kernel import ChildrenKernel
+from firp_cli.predictors.draft import Children
 from firp_cli.teacher.packed_linear import PackedLinear
 from firp_cli.teacher.teacher import Teacher
 
@@ -50,6 +52,7 @@ class Coupling(nn.Module):
         self.bias = nn.Parameter(torch.empty(steps, width))
         self.output_weight = nn.Parameter(torch.empty(heads, size, width))
         self._packed: tuple[PackedLinear, PackedLinear] | None = None
+        self._kernel: ChildrenKernel | None = None
 
     @property
     def shared(self) -> bool:
@@ -95,6 +98,10 @@ class Coupling(nn.Module):
             weight = self.node_weight[0].detach().clone()
             weight[:, : self.size] *= self.scale  # saves an operation at each depth of a tree
             prepared._packed, prepared.scale = (PackedLinear(weight), PackedLinear(self.output_weight[0])), 1.0
+            node, output = (product.kernel for product in prepared._packed)
+            if node is not None and output is not None and ChildrenKernel.serves(teacher):
+                activated = self.form != "low_rank"
+                prepared._kernel = ChildrenKernel(node, output, teacher, self.recurrent, activated, EPSILON)
         return prepared
 
     def forward(self, parents: Tensor, states: Tensor, final: Tensor) -> Tensor:
@@ -172,20 +179,38 @@ class Coupling(nn.Module):
         changed[..., final] = source[..., final]
         return changed
 
-    def scores(
-        self, parents: Tensor, tokens: Tensor, first: Tensor, context: Tensor, previous: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities (B, F, M) of the candidates `tokens` (B, M) as children of F nodes, and the nodes'
-        adjusted states (B, F, d). Tokens that are no candidates keep the probability that they have without the head.
+    def best_children(
+        self, parents: Tensor, tokens: Tensor, first: Tensor, context: Tensor, previous: Tensor | None, breadth: int
+    ) -> Children:
+        """Return the `breadth` most probable of the candidates `tokens` (B, M) as children of F nodes, in descending
+        order, and the nodes' adjusted states if their children depend on them. Tokens that are no candidates keep the
+        probability that they have without the head.
 
         Args:
             parents: (B, F) the nodes' tokens. first: (B,) the first candidate's log-probability without the head.
             context: (B, c) of their children's step. previous: (B, F, d) the nodes' own adjusted states; None for the
                 root.
         """
-        adjusted = self._adjusted(self.teacher.embed(parents), context, previous)
+        breadth = min(breadth, tokens.shape[1])
+        if self._kernel is not None:
+            embedded = self.teacher.embed(parents)
+            if self._kernel.takes(embedded, context):
+                made = self._kernel(embedded, tokens, first, context, previous, breadth)
+                return made if self.recurrent else Children(*made[:2])
+        scores, adjusted = self.scores(parents, tokens, context, previous)
+        best, places = scores.topk(breadth, dim=-1)  # before `known`, which is -inf where a step drafts nothing
         known = (first + context[:, -2]).clamp(max=0)  # rounding may give a probability above 1
-        return self.teacher.head_at(adjusted, tokens).log_softmax(-1) + known[:, None, None], adjusted
+        chosen = tokens.gather(1, places.flatten(1)).view_as(places)
+        return Children(chosen, best + known[:, None, None], adjusted if self.recurrent else None)
+
+    def scores(
+        self, parents: Tensor, tokens: Tensor, context: Tensor, previous: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities (B, F, M) of the candidates `tokens` (B, M), given that it is one of them, as
+        children of F nodes, and the nodes' adjusted states (B, F, d). Arguments: see `best_children`.
+        """
+        adjusted = self._adjusted(self.teacher.embed(parents), context, previous)
+        return self.teacher.head_at(adjusted, tokens).log_softmax(-1), adjusted
 
     def _adjusted(self, embedded: Tensor, context: Tensor, previous: Tensor | None) -> Tensor:
         width = self.bias.shape[1]

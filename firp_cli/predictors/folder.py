@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from firp_cli.assets import embedded_predictors, nearest
 from firp_cli.config import KINDS, PredictorSection
 from firp_cli.errors import FingerprintError, PredictorError
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.predictors.firp import FirpPredictor
 from firp_cli.predictors.hidden_transfer import HiddenTransferPredictor
 from firp_cli.predictors.medusa import MedusaPredictor
@@ -27,6 +27,7 @@ from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.teacher import Teacher
 
 FORMAT = 1
+DRAFT_TOKENS = "draft_tokens"  # name of `TreePredictor.draft_tokens` among the weights
 PREDICTORS: dict[str, Callable[[Any, Teacher], Predictor]] = {
     "firp": FirpPredictor,
     "firp_plus": FirpPredictor,
@@ -92,18 +93,32 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
         )
     try:
         predictor = build_predictor(kind.model_validate(section), teacher)
-        weights = load_file(folder / "predictor.safetensors")
-        predictor.load_state_dict(weights)
+        read_weights(predictor, folder / "predictor.safetensors")
     except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
         raise PredictorError(f"{folder}: the predictor cannot be loaded: {str(error).splitlines()[0]}") from error
     dtype = torch.float32 if teacher.device.type == "cpu" else teacher.dtype
     return predictor.to(teacher.device, dtype).eval().requires_grad_(False)
 
 
+def read_weights(predictor: Predictor, path: Path) -> None:
+    """Read the weights and the draft tokens of a predictor. Raises RuntimeError and what `load_file` does."""
+    weights = load_file(path)
+    tokens = weights.pop(DRAFT_TOKENS, None)
+    predictor.load_state_dict(weights)
+    if isinstance(predictor, TreePredictor):
+        predictor.draft_tokens = None if tokens is None else tokens.long().to(next(predictor.parameters()).device)
+
+
+def draft_tokens(predictor: Predictor) -> dict[str, torch.Tensor]:
+    """Return what a folder's weights contain beside the parameters."""
+    tokens = predictor.draft_tokens if isinstance(predictor, TreePredictor) else None
+    return {} if tokens is None else {DRAFT_TOKENS: tokens.to("cpu", torch.int32)}
+
+
 def save_predictor(predictor: Predictor, folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
     """Write weights and config.json. The caller adds recipe and provenance, and makes the write atomic."""
     weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in predictor.state_dict().items()}
-    write_predictor(weights, predictor.config, folder, teacher.describe())
+    write_predictor(weights | draft_tokens(predictor), predictor.config, folder, teacher.describe())
 
 
 def write_predictor(

@@ -34,7 +34,7 @@ class HiddenTransferPredictor(LinearMapPredictor, TreePredictor):
 
     @property
     def teachers_head(self) -> bool:
-        return True
+        return self.draft_tokens is None
 
     def _truncate(self, steps: int) -> None:
         self.maps = self.maps[:steps]

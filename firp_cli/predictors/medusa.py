@@ -36,7 +36,7 @@ class MedusaPredictor(TreePredictor):
 
     @property
     def teachers_head(self) -> bool:
-        return not len(self.heads)
+        return not len(self.heads) and self.draft_tokens is None
 
     def _truncate(self, steps: int) -> None:
         self.blocks, self.heads = self.blocks[:steps], self.heads[:steps]

@@ -1,4 +1,4 @@
-"""Products and decoder layers of decoding steps on a CPU: the Python side of cpu_kernels.cpp.
+"""Products and decoder layers of decoding steps on a CPU: the Python side of cpu_products.h and cpu_layers.h.
 
 The source is compiled once for each processor, with the installed C++ compiler, into the cache folder. Without a
 compiler, or with FIRP_CPU_KERNELS=0, decoding uses torch's operations. float32 only.
@@ -32,6 +32,7 @@ from firp_cli.files import cache_folder
 from firp_cli.machine import processor_name
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+HEADERS = ("cpu_products.h", "cpu_layers.h", "cpu_coupling.h")
 COMPILERS = ("c++", "g++", "clang++")  # $CXX comes first
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 FLAGS_X86 = ("-mprefer-vector-width=512",)
@@ -70,7 +71,7 @@ def load(extra: Sequence[str] = ()) -> ctypes.CDLL:
     except OSError as error:
         raise CompileError(str(error)) from error
     library.firp_lanes.restype = c_int64
-    library.firp_product.argtypes = [POINTER(_Matrix), c_void_p, c_int64, c_void_p, c_int]
+    library.firp_product.argtypes = [POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int]
     library.firp_before.argtypes = library.firp_after.argtypes = [POINTER(_Layer), POINTER(_Step), c_int]
     library.firp_layers.argtypes = [POINTER(POINTER(_Layer)), c_int64, POINTER(_Step), c_int64, c_int]
     for function in (library.firp_product, library.firp_before, library.firp_after, library.firp_layers):
@@ -87,7 +88,8 @@ def _place(extra: Sequence[str] = ()) -> tuple[Path, tuple[str, ...]]:
     """Return the file of this processor's kernels, and the compiler's flags for them."""
     machine = platform.machine()
     flags = (*FLAGS, *(FLAGS_X86 if machine.lower() in ("x86_64", "amd64") else ()), *extra)
-    parts = (SOURCE.read_text(encoding="utf-8"), *flags, machine, processor_name(), _instructions())
+    sources = (path.read_text(encoding="utf-8") for path in (SOURCE, *map(SOURCE.with_name, HEADERS)))
+    parts = (*sources, *flags, machine, processor_name(), _instructions())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return cache_folder() / "kernels" / f"cpu-{key}.so", flags
 
@@ -144,13 +146,15 @@ def missing() -> str | None:
     return None
 
 
-class _Matrix(ctypes.Structure):
+class Matrix(ctypes.Structure):
+    """A packed matrix as the kernels read it."""
+
     _fields_ = [("panels", c_void_p), ("bias", c_void_p), ("outputs", c_int64), ("inputs", c_int64)]
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, _Matrix) for name in ("joined", "output", "gates", "down")),
+        *((name, Matrix) for name in ("joined", "output", "gates", "down")),
         *((name, c_void_p) for name in ("first_norm", "second_norm", "query_norm", "key_norm")),
         *((f"{name}_epsilon", c_float) for name in ("first", "second", "query", "key")),
         ("scaling", c_float),
@@ -238,7 +242,7 @@ class PackedMatrix(Copy):
 
         self._panels, self._bias = pack(weight), None if bias is None else pack(bias)
         bias_address = None if self._bias is None else self._bias.data_ptr()
-        self.own = _Matrix(self._panels.data_ptr(), bias_address, self.outputs, self.inputs)
+        self.own = Matrix(self._panels.data_ptr(), bias_address, self.outputs, self.inputs)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the product (..., N) of rows (..., K)."""

@@ -44,6 +44,11 @@ class PackedLinear:
             if not isinstance(self._packed, PackedMatrix) and threads > 1 and len(weight) % threads == 0:
                 self._parts = self.weight.view(threads, -1, self.inputs).transpose(1, 2)
 
+    @property
+    def kernel(self) -> PackedMatrix | None:
+        """The copy that this machine's own kernel reads, if there is one."""
+        return self._packed if isinstance(self._packed, PackedMatrix) else None
+
     def __call__(self, hidden: Tensor) -> Tensor:
         if hidden.requires_grad:  # the packed product has no gradient
             return functional.linear(hidden, self.weight, self.bias)

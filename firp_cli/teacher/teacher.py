@@ -29,6 +29,7 @@ from firp_cli.teacher.library_layers import (
 )
 from firp_cli.teacher.looped import LoopedLayers, loop_layers
 from firp_cli.teacher.masks import AttentionMask, LayerMask, Mask, causal_allowed
+from firp_cli.teacher.packed_linear import PackedLinear
 from firp_cli.teacher.training_masks import AnchoredMask, CausalMask, DenseAnchoredMask
 from firp_cli.teacher.weight_files import LoadedWeights, weights_fingerprint
 
@@ -227,8 +228,8 @@ class Teacher:
 
     def partial_head(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the head of the tokens (..., M) alone, on a copy of their rows: (..., R, d) to float32 (..., R, M)."""
-        rows = functional.embedding(tokens, self.head_weight()).float().transpose(-1, -2)
-        bias: Tensor | None = getattr(self._head, "bias", None)
+        weight, bias, _ = self.head_parts()
+        rows = functional.embedding(tokens, weight).float().transpose(-1, -2)
         chosen = None if bias is None else bias[tokens].float()[..., None, :]
 
         def head(normed: Tensor) -> Tensor:
@@ -236,6 +237,12 @@ class Teacher:
             return self._capped(logits if chosen is None else logits + chosen)
 
         return head
+
+    def packed_head(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the head of the tokens (S,) like `partial_head`, prepared for many calls with few rows."""
+        weight, bias, _ = self.head_parts()
+        product = PackedLinear(weight[tokens], None if bias is None else bias[tokens], wide=True)
+        return lambda normed: self._capped(product(normed).float())
 
     def _capped(self, logits: Tensor) -> Tensor:
         return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
@@ -282,6 +289,10 @@ class Teacher:
         False.
         """
         return work if self.peers is None else self.peers(work)
+
+    def head_parts(self) -> tuple[Tensor, Tensor | None, float | None]:
+        """Return the head's matrix (V, d), its bias (V,), and the bound that tanh brings its logits within."""
+        return self.head_weight(), getattr(self._head, "bias", None), self._softcap
 
     def head_weight(self) -> Tensor:
         """Return the head's matrix (V, d). A collective where several processes hold the teacher together."""

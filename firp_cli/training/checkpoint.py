@@ -31,7 +31,8 @@ from firp_cli.distributed.launch import barrier
 from firp_cli.errors import FirpError, RecipeError, UsageError
 from firp_cli.files import file_sha256, lock_folder, write_atomically, write_json
 from firp_cli.machine import is_main, rank, world_size
-from firp_cli.predictors.folder import write_predictor
+from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.folder import read_weights, write_predictor
 from firp_cli.recipe import dump_recipe
 from firp_cli.training.loop import RunProgress
 from firp_cli.training.optimizer_state import (
@@ -285,10 +286,10 @@ def save_start(output: Path, weights: dict[str, Tensor]) -> None:
         write_atomically(output / START_FILE, lambda temporary: save_file(weights, temporary))
 
 
-def load_whole(predictor: torch.nn.Module, path: Path) -> None:
+def load_whole(predictor: Predictor, path: Path) -> None:
     """Load all weights of a predictor from a file. Raises FirpError when it cannot be read."""
     try:
-        predictor.load_state_dict(load_file(path))
+        read_weights(predictor, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise FirpError(f"{path} cannot be read ({error}); remove its folder to train the first stage again") from None
 

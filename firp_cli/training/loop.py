@@ -22,7 +22,7 @@ from torch import Tensor
 from firp_cli.config import TrainingConfig
 from firp_cli.errors import NumericsError, PredictorError
 from firp_cli.predictors.anchors import Sequenced
-from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import (
     VALIDATION_EPOCH,
@@ -123,7 +123,9 @@ class TrainingLoop:
         self.accumulation = self.order.per_step // ranks
         self.total = planned_steps(settings, self.order)
         self.pace = make_pace(settings, self.total)
-        self.frozen, self.frequent = frozen, self._frequent()
+        self.frozen, self.frequent = frozen, self._frequent(settings.vocabulary)
+        if isinstance(predictor, TreePredictor):
+            predictor.draft_tokens = self._frequent(getattr(predictor.config, "draft_vocabulary", None))
         events = EVENTS_OF_FIRST_STAGE if frozen else EVENTS_PER_RUN
         self.usual = usual_interval(settings, self.total, events)
         self.steps, self.pipeline = predictor.steps, predictor.pipeline
@@ -134,9 +136,9 @@ class TrainingLoop:
         self.progress = RunProgress()
         self.interrupted = False
 
-    def _frequent(self) -> Tensor | None:
-        """Return the frequent tokens of losses over a part of the vocabulary. Raises PredictorError."""
-        size, vocabulary = self.settings.vocabulary, self.teacher.vocab_size
+    def _frequent(self, size: int | None) -> Tensor | None:
+        """Return the `size` most frequent tokens (S,), None where these are all. Raises PredictorError."""
+        vocabulary = self.teacher.vocab_size
         if size is None or size >= vocabulary:
             return None
         if self.predictor.own_vocabulary:

@@ -175,7 +175,7 @@ def test_test_files_import_no_test_file() -> None:
 
 def test_files_and_functions_are_short() -> None:
     violations = []
-    for path in [*TREES, *PACKAGE.rglob("*.cpp")]:
+    for path in [*TREES, *PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]:
         count = len(path.read_text(encoding="utf-8").splitlines())
         if count > FILE_LINES:
             violations.append(f"{place(path)}: {count} lines")
@@ -190,7 +190,7 @@ def test_files_and_functions_are_short() -> None:
 
 def test_prose_uses_plain_words() -> None:
     paths = [path for folder in ("firp_cli", "scripts", "recipes", "docs") for path in (ROOT / folder).rglob("*")]
-    paths = [path for path in paths if path.suffix in (".py", ".cpp", ".md", ".yaml", ".txt")]
+    paths = [path for path in paths if path.suffix in (".py", ".cpp", ".h", ".md", ".yaml", ".txt")]
     paths += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     violations = [f"{where}: {found[0]}" for where, line in lines(sorted(paths)) for found in WORDS.finditer(line)]
     assert not violations, listed(violations)

@@ -356,7 +356,7 @@ def test_step_launches_no_more_kernels(
         launches.names.append("merged candidates")
         return most_probable_tokens(*given[:2])
 
-    monkeypatch.setattr("firp_cli.decoding.step.most_probable_tokens", launches.counting("candidates", merged))
+    monkeypatch.setattr("firp_cli.predictors.base.most_probable_tokens", launches.counting("candidates", merged))
     stepper.step(20, "drafted")
     launches.names.clear()
     with launches:

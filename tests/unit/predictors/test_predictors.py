@@ -184,7 +184,7 @@ def test_decoder_drafts_what_training_predicts(
         drafts.append((draft.tokens.shape[0], draft.tokens[:, :, :2].tolist()))
         return draft
 
-    monkeypatch.setattr("firp_cli.decoding.step.most_probable_tokens", recording)
+    monkeypatch.setattr("firp_cli.predictors.base.most_probable_tokens", recording)
     for row, prompt in enumerate(prompts):
         drafts.clear()
         got = Engine(teacher, predictor, parse_tree("dynamic:5", predictor.steps)).generate([prompt], 20)[0]

@@ -471,7 +471,9 @@ def test_decode_step_has_the_bits_of_its_rows(
     sampler = Sampler(0.0, 1.0, 0, torch.device("cpu"))
     stepper = DecodeStep(teacher, DraftSetup.of(predictor, spec), sampler, 3, 40, kernel=True)
     stepper.cache._kernel = False
-    monkeypatch.setattr("firp_cli.decoding.step.most_probable_tokens", lambda *given: most_probable_tokens(*given[:2]))
+    monkeypatch.setattr(
+        "firp_cli.predictors.base.most_probable_tokens", lambda *given: most_probable_tokens(*given[:2])
+    )
     made: list[KernelMask] = []
 
     def forward(
