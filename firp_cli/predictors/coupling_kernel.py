@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from firp_cli.predictors.draft import Children
-from firp_cli.teacher.cpu_kernels import Matrix, PackedMatrix, compiled, takes
+from firp_cli.teacher.cpu_kernels import Matrix, PackedMatrix, compiled, watched
 from firp_cli.teacher.teacher import Teacher
 
 
@@ -71,7 +71,8 @@ class ChildrenKernel:
 
     def takes(self, embedded: Tensor, context: Tensor) -> bool:
         """Return True where the kernel computes the children of nodes (B, F, d) in a context."""
-        return embedded.dtype == context.dtype == torch.float32 and takes(embedded)
+        plain = embedded.numel() and not (embedded.requires_grad or watched())
+        return bool(plain) and embedded.dtype == context.dtype == torch.float32
 
     def __call__(
         self, embedded: Tensor, tokens: Tensor, first: Tensor, context: Tensor, previous: Tensor | None, count: int

@@ -8,6 +8,7 @@ of its nodes only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from firp_cli.tuning.cost import CostModel
 
 NODES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16)
+STATIC_GAIN = 1.03  # a static tree of paths that are best on the same answers may emit more than a dynamic one
 NO_TREE = TreeSpec("none", 1)  # autoregressive decoding
 
 
@@ -173,33 +175,50 @@ def search(
     """Return the best candidates and their variants under a budget, the best first.
 
     Accepted lengths are computed in the order of an upper bound of the throughput, until no other tree can be among the
-    best `keep`. Bounds: no tree emits more than its depth plus one, and a tree with a budget is assumed to emit no more
-    than the same tree without.
+    best `keep`. Bounds: no tree emits more than its depth plus one; a tree is assumed to emit no more than the dynamic
+    tree without a budget that has at least its nodes and its depth. Those of `bounding_trees` are computed first.
     """
     best: list[Scored] = []
+    lengths: dict[TreeSpec, float] = {}
+
+    def length_of(spec: TreeSpec) -> float:
+        if spec not in lengths:
+            lengths[spec] = length(spec)
+        return lengths[spec]
+
+    def depth_of(spec: TreeSpec) -> int:
+        return spec.depth(spec.drafting(predictor.steps))
+
+    bounding = [(spec.nodes, depth_of(spec), length_of(spec)) for spec in bounding_trees(candidates, depth_of)]
 
     def least() -> float:
         return best[keep - 1].rate if len(best) >= keep else 0.0
 
-    def consider(some: Sequence[Candidate], most: Callable[[TreeSpec], float]) -> None:
+    def most(spec: TreeSpec) -> float:
+        depth = depth_of(spec)
+        larger = (found for nodes, deepest, found in bounding if nodes >= spec.nodes and deepest >= depth)
+        return min(1.0 + depth, STATIC_GAIN * min(larger, default=math.inf))
+
+    def consider(some: Sequence[Candidate]) -> None:
         bounds = sorted(((most(item.spec) / cost(item.spec), item) for item in some), key=lambda pair: -pair[0])
         for bound, candidate in bounds:
             if bound <= least():
                 break
-            best.append(Scored(candidate, length(candidate.spec), cost(candidate.spec)))
+            best.append(Scored(candidate, length_of(candidate.spec), cost(candidate.spec)))
             best.sort(key=lambda scored: -scored.rate)
 
-    def deepest(spec: TreeSpec) -> float:
-        return 1.0 + spec.depth(spec.drafting(predictor.steps))
-
-    consider([candidate for candidate in candidates if fits(candidate.spec)], deepest)
-    known = {scored.spec: scored.length for scored in best}
-
-    def unlimited(spec: TreeSpec) -> float:
-        return known.get(shapes_of[spec], deepest(spec))
-
-    pairs = ((variant, whole.spec) for whole in candidates for variant in with_budgets(whole, predictor))
-    limited = [(variant, shape) for variant, shape in pairs if fits(variant.spec)]
-    shapes_of = {variant.spec: shape for variant, shape in limited}
-    consider([variant for variant, _ in limited], unlimited)
+    consider([candidate for candidate in candidates if fits(candidate.spec)])
+    variants = (variant for whole in candidates for variant in with_budgets(whole, predictor))
+    consider([variant for variant in variants if fits(variant.spec)])
     return best
+
+
+def bounding_trees(candidates: Sequence[Candidate], depth_of: Callable[[TreeSpec], int]) -> list[TreeSpec]:
+    """Return the dynamic trees of the most nodes, of every depth, and those of the greatest depth, of some numbers of
+    nodes: their accepted lengths bound those of all smaller trees.
+    """
+    dynamic = [one.spec for one in candidates if one.spec.kind == "dynamic"]
+    nodes = max((spec.nodes for spec in dynamic), default=0)
+    depth = max(map(depth_of, dynamic), default=0)
+    sizes = {4, 6, 8, 12, 16, 24, 32, 64, 128}
+    return [spec for spec in dynamic if spec.nodes == nodes or (depth_of(spec) == depth and spec.nodes in sizes)]

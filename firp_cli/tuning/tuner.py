@@ -75,13 +75,14 @@ class Tuner:
         self.breadth = min(self.most_rows, teacher.vocab_size)
         self.halving = cuda and settings.engine.graphs
         self.key = machine_key(teacher, settings.engine.attention, settings.engine.graphs)
+        self._prepared = predictor.for_decoding(teacher)
         self._emitted: dict[TreeSpec, list[list[int]]] = {}
 
     def learn(self, prompts: Sequence[Sequence[int]]) -> Calibration:
         """Calibrate on these prompts. Raises CapacityError, UsageError."""
-        self.calibration = calibrate(self.teacher, self.predictor, prompts, self.settings, self.breadth)
+        self.calibration = calibrate(self.teacher, self._prepared, prompts, self.settings, self.breadth)
         self.context = self.settings.context or self.calibration.context
-        positions, self.probabilities = candidate_positions(self.predictor, self.calibration.traces)
+        positions, self.probabilities = candidate_positions(self._prepared, self.calibration.traces)
         self.acceptance = Acceptance(positions, self.breadth)
         self.candidates = shapes(self.acceptance, self.predictor, self.most_rows)
         if not any(self.fits(candidate.spec) for candidate in self.candidates):
@@ -133,7 +134,7 @@ class Tuner:
     def emitted(self, spec: TreeSpec) -> list[list[int]]:
         """Return the tokens of each simulated step of the calibration answers with a tree."""
         if spec not in self._emitted:
-            self._emitted[spec] = simulate_steps(self.predictor, self.calibration.traces, spec)
+            self._emitted[spec] = simulate_steps(self._prepared, self.calibration.traces, spec)
         return self._emitted[spec]
 
     def length(self, spec: TreeSpec) -> float:
