@@ -53,6 +53,10 @@ def build(spec: TreeSpec, predictor: TreePredictor, draft: Draft, root: Tensor) 
     draft = first_steps(draft, spec)
     if spec.kind == "static":
         return _build_static(spec, predictor, draft, root)
+    if predictor.coupling is not None:
+        made = predictor.coupling.dynamic_tree(draft, root, spec.nodes)
+        if made is not None:
+            return Tree(*made)
     prefixes = None if predictor.parent_dependent else known_prefixes(spec, draft)
     if prefixes is None:
         return build_by_level(spec.nodes, predictor, draft, root)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from firp_cli.config import CouplingConfig
-from firp_cli.predictors.coupling_kernel import ChildrenKernel
-from firp_cli.predictors.draft import Children
+from firp_cli.predictors.coupling_kernel import CouplingKernel
+from firp_cli.predictors.draft import Children, Draft
 from firp_cli.teacher.packed_linear import PackedLinear
 from firp_cli.teacher.teacher import Teacher
 
@@ -52,7 +52,7 @@ class Coupling(nn.Module):
         self.bias = nn.Parameter(torch.empty(steps, width))
         self.output_weight = nn.Parameter(torch.empty(heads, size, width))
         self._packed: tuple[PackedLinear, PackedLinear] | None = None
-        self._kernel: ChildrenKernel | None = None
+        self._kernel: CouplingKernel | None = None
 
     @property
     def shared(self) -> bool:
@@ -99,9 +99,9 @@ class Coupling(nn.Module):
             weight[:, : self.size] *= self.scale  # saves an operation at each depth of a tree
             prepared._packed, prepared.scale = (PackedLinear(weight), PackedLinear(self.output_weight[0])), 1.0
             node, output = (product.kernel for product in prepared._packed)
-            if node is not None and output is not None and ChildrenKernel.serves(teacher):
+            if node is not None and output is not None and CouplingKernel.serves(teacher):
                 activated = self.form != "low_rank"
-                prepared._kernel = ChildrenKernel(node, output, teacher, self.recurrent, activated, EPSILON)
+                prepared._kernel = CouplingKernel(node, output, teacher, self.recurrent, activated, EPSILON)
         return prepared
 
     def forward(self, parents: Tensor, states: Tensor, final: Tensor) -> Tensor:
@@ -195,13 +195,19 @@ class Coupling(nn.Module):
         if self._kernel is not None:
             embedded = self.teacher.embed(parents)
             if self._kernel.takes(embedded, context):
-                made = self._kernel(embedded, tokens, first, context, previous, breadth)
+                made = self._kernel.children(embedded, tokens, first, context, previous, breadth)
                 return made if self.recurrent else Children(*made[:2])
         scores, adjusted = self.scores(parents, tokens, context, previous)
         best, places = scores.topk(breadth, dim=-1)  # before `known`, which is -inf where a step drafts nothing
         known = (first + context[:, -2]).clamp(max=0)  # rounding may give a probability above 1
         chosen = tokens.gather(1, places.flatten(1)).view_as(places)
         return Children(chosen, best + known[:, None, None], adjusted if self.recurrent else None)
+
+    def dynamic_tree(self, draft: Draft, root: Tensor, nodes: int) -> tuple[Tensor, ...] | None:
+        """Return the dynamic trees of `nodes` nodes below root tokens (B,), as the fields of a
+        `decoding.tree_build.Tree`; None where no kernel builds them.
+        """
+        return None if self._kernel is None else self._kernel.tree(draft, root, nodes)
 
     def scores(
         self, parents: Tensor, tokens: Tensor, context: Tensor, previous: Tensor | None

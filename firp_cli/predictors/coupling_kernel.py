@@ -1,8 +1,9 @@
-"""Children of tree nodes by a coupling, in one kernel on a CPU: the Python side of cpu_coupling.h.
+"""Children of tree nodes by a coupling, and dynamic trees of them, by kernels on a CPU: the Python side of
+cpu_coupling.h.
 
-With torch's operations a depth of a tree takes about twenty calls, most of them shorter than the call itself. Shapes: B
-sequences, F nodes of one depth, M candidates, s children of a node, d hidden size, w width of the head, c columns of a
-context.
+With torch's operations a depth of a tree takes about thirty calls, most of them shorter than the call itself. Shapes: B
+sequences, F nodes of one depth, N nodes of a tree, k steps, M candidates, s children of a node, d hidden size, w width
+of the head, c columns of a context, P = k + 1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from firp_cli.predictors.draft import Children
+from firp_cli.predictors.draft import Children, Draft
 from firp_cli.teacher.cpu_kernels import Matrix, PackedMatrix, compiled, watched
 from firp_cli.teacher.teacher import Teacher
 
@@ -36,8 +37,17 @@ class _Nodes(ctypes.Structure):
     ]
 
 
-class ChildrenKernel:
-    """Kernel of a coupling that all steps share, for a teacher in float32 on a CPU.
+class _Drafts(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "steps", "candidates", "nodes")),
+        *((name, c_void_p) for name in ("root", "tokens", "log_probs", "context", "embedding")),
+        *((f"{name}_{each}", c_int64) for name in ("tokens", "log_probs", "context") for each in ("stride", "step")),
+        *((name, c_void_p) for name in ("node_tokens", "parents", "depth", "paths", "ancestors", "scores")),
+    ]
+
+
+class CouplingKernel:
+    """Kernels of a coupling that all steps share, for a teacher in float32 on a CPU.
 
     Args:
         node: the matrix that reads a node, (w, 2 d) for recurrent couplings, else (w, d). output: (d, w).
@@ -55,16 +65,18 @@ class ChildrenKernel:
         epsilon: float,
     ) -> None:
         weight, bias, cap = teacher.head_parts()
-        self._kept = node, output, weight, bias  # the memory that the kernel reads
+        self._embedding = teacher.embedding_matrix()
+        self._kept = node, output, weight, bias  # the memory that the kernels read
         address = None if bias is None else bias.data_ptr()
         sizes = (output.outputs, output.inputs, recurrent, activated)
         self._own = _Coupling(node.own, output.own, weight.data_ptr(), address, cap or 0.0, epsilon, *sizes)
-        self._run = compiled().firp_children
-        self._run.argtypes, self._run.restype = [POINTER(_Coupling), POINTER(_Nodes), c_int], None
+        self._children, self._tree = compiled().firp_children, compiled().firp_tree
+        self._children.argtypes, self._children.restype = [POINTER(_Coupling), POINTER(_Nodes), c_int], None
+        self._tree.argtypes, self._tree.restype = [POINTER(_Coupling), POINTER(_Drafts), c_int], None
 
     @staticmethod
     def serves(teacher: Teacher) -> bool:
-        """Return True where the kernel can read the teacher's vocabulary matrix."""
+        """Return True where the kernels can read the teacher's vocabulary matrix."""
         weight, bias, _ = teacher.head_parts()
         parts = [weight] if bias is None else [weight, bias]
         return all(part.device.type == "cpu" and part.dtype == torch.float32 and part.is_contiguous() for part in parts)
@@ -74,7 +86,7 @@ class ChildrenKernel:
         plain = embedded.numel() and not (embedded.requires_grad or watched())
         return bool(plain) and embedded.dtype == context.dtype == torch.float32
 
-    def __call__(
+    def children(
         self, embedded: Tensor, tokens: Tensor, first: Tensor, context: Tensor, previous: Tensor | None, count: int
     ) -> Children:
         """Return the `count` most probable children of each node (B, F, s), in descending order, and the nodes'
@@ -96,5 +108,30 @@ class ChildrenKernel:
                 previous.stride(),
             )
         asked.children, asked.scores, asked.adjusted = children.data_ptr(), scores.data_ptr(), adjusted.data_ptr()
-        self._run(self._own, asked, torch.get_num_threads())
+        self._children(self._own, asked, torch.get_num_threads())
         return Children(children, scores, adjusted)
+
+    def tree(self, draft: Draft, root: Tensor, nodes: int) -> tuple[Tensor, ...] | None:
+        """Return the dynamic trees of N = `nodes` nodes below root tokens (B,), as the fields of a
+        `decoding.tree_build.Tree`; None where no kernel builds them.
+        """
+        (batch, steps, candidates), context = draft.tokens.shape, draft.context
+        if self._embedding is None or context is None or context.dtype != torch.float32 or watched():
+            return None
+        if not 1 < nodes <= candidates + 1:
+            return None
+        tokens, parents, depth = root.new_empty(3, batch, nodes)
+        ancestors = torch.empty(batch, nodes, nodes, dtype=torch.bool)
+        paths, scores = root.new_empty(batch, nodes, steps + 1), context.new_empty(batch, nodes)
+        asked = _Drafts(batch, steps, candidates, nodes)
+        root = root.contiguous()
+        asked.root, asked.embedding = root.data_ptr(), self._embedding.data_ptr()
+        for name, part in (("tokens", draft.tokens), ("log_probs", draft.log_probs), ("context", context)):
+            assert part.stride(2) == 1
+            setattr(asked, name, part.data_ptr())
+            setattr(asked, f"{name}_stride", part.stride(0))
+            setattr(asked, f"{name}_step", part.stride(1))
+        asked.node_tokens, asked.parents, asked.depth = tokens.data_ptr(), parents.data_ptr(), depth.data_ptr()
+        asked.paths, asked.ancestors, asked.scores = paths.data_ptr(), ancestors.data_ptr(), scores.data_ptr()
+        self._tree(self._own, asked, torch.get_num_threads())
+        return tokens, parents, depth, ancestors, paths, scores

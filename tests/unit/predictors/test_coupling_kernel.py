@@ -1,4 +1,4 @@
-"""The kernel that finds the children of nodes on a CPU gives what torch's operations give."""
+"""The kernels that find the children of nodes and build trees on a CPU give what torch's operations give."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from firp_cli.decoding.tree_build import Tree, build_by_level
 from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.coupling import Coupling
+from firp_cli.predictors.draft import Draft
 from firp_cli.teacher.cpu_kernels import missing
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
@@ -47,6 +50,10 @@ def arguments(coupling: Coupling, batch: int, nodes: int, candidates: int) -> tu
     parents = torch.randint(VOCABULARY, (batch, nodes), generator=generator)
     previous = torch.randn(nodes, batch, HIDDEN, generator=generator).transpose(0, 1)
     return parents, tokens[:, 1], log_probs[:, 1, 0], context[:, 1], previous
+
+
+class Scaled(nn.Embedding):
+    """Embedding that is no look-up alone, like Gemma's."""
 
 
 def known(first: Tensor, context: Tensor) -> Tensor:
@@ -108,3 +115,63 @@ def test_heads_of_each_step_and_half_precision_have_no_kernel() -> None:
     assert packed(tiny_teacher("llama"), "mlp", 8, share=False)._kernel is None
     half = wrap_model(copy.deepcopy(tiny_teacher("llama").model).bfloat16(), name="half", check=False)
     assert packed(half, "mlp", 8)._kernel is None
+
+
+def drafted(coupling: Coupling, batch: int, sharpness: float, seed: int) -> tuple[Draft, Tensor]:
+    """Return a draft, of views as decoding has them, and root tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = sharpness * torch.randn(batch, STEPS, VOCABULARY, generator=generator)
+    log_probs, tokens = logits.log_softmax(-1).topk(20, dim=-1)
+    states, final = (
+        torch.randn(batch, STEPS, HIDDEN, generator=generator),
+        torch.randn(batch, HIDDEN, generator=generator),
+    )
+    draft = Draft(tokens, log_probs, coupling.context(states, final, log_probs, None))
+    return draft.map(lambda part: part[:, :STEPS]), torch.randint(VOCABULARY, (batch,), generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("form", "batch", "nodes", "sharpness", "cut"),
+    covered(FORMS, [1, 3], [2, 5, 9, 21], [0.3, 2.0, 8.0], [False, True]),
+)
+@torch.inference_mode()
+def test_trees_are_those_of_torch(form: str, batch: int, nodes: int, sharpness: float, cut: bool) -> None:
+    predictor = coupled(tiny_teacher("llama"), section("firp_plus", form, width=24)).for_decoding(tiny_teacher("llama"))
+    coupling = coupling_of(predictor)
+    draft, root = drafted(coupling, batch, sharpness, seed=nodes)
+    if cut:  # the steps that an anchor does not reach draft nothing
+        draft.log_probs[:, -1] = -torch.inf
+    made = coupling.dynamic_tree(draft, root, nodes)
+    assert made is not None
+    found = Tree(*made)
+    coupling._kernel = None
+    expected = build_by_level(nodes, predictor, draft, root)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=5e-5)
+    likely = expected.scores.isfinite()  # of impossible nodes any will do
+    for name in ("tokens", "depth", "parents"):
+        assert torch.equal(getattr(found, name)[likely], getattr(expected, name)[likely]), name
+    if likely.all():
+        assert torch.equal(found.ancestors, expected.ancestors) and torch.equal(found.paths, expected.paths)
+    for row in range(batch):
+        for node in range(1, nodes):
+            above = int(found.parents[row, node])
+            assert above < node and found.depth[row, node] == found.depth[row, above] + 1
+            assert found.paths[row, node, : found.depth[row, node]].tolist() == (
+                found.paths[row, above, : found.depth[row, node]].tolist()
+            )
+            own = found.ancestors[row, above].clone()
+            own[node] = True
+            assert torch.equal(found.ancestors[row, node], own)
+
+
+@torch.inference_mode()
+def test_trees_that_no_kernel_builds() -> None:
+    """More nodes than candidates, embeddings that are scaled, and a counter of operations."""
+    coupling = packed(tiny_teacher("llama"), "recurrent", HIDDEN)
+    draft, root = drafted(coupling, 1, 2.0, seed=0)
+    assert coupling.dynamic_tree(draft, root, 21) is not None and coupling.dynamic_tree(draft, root, 22) is None
+    with FlopCounterMode(display=False):
+        assert coupling.dynamic_tree(draft, root, 5) is None
+    scaled = copy.copy(tiny_teacher("llama"))
+    scaled._embed = Scaled.from_pretrained(tiny_teacher("llama")._embed.weight)
+    assert packed(scaled, "recurrent", HIDDEN).dynamic_tree(draft, root, 5) is None
