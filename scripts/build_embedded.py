@@ -61,7 +61,6 @@ PREDICTORS: dict[str, dict[str, tuple[str, str | None]]] = {
 }
 
 PREDICTOR_FILE = "predictor.safetensors"
-LARGE_TEACHER = 100_000_000  # parameters
 
 VOCABULARY_SIZE = 1024
 TOKENIZER_PROBLEMS = 20_000
@@ -436,13 +435,12 @@ def run_predictors(arguments: argparse.Namespace) -> None:
 
 
 def keep_predictor(run: Path, folder: Path, tree: str | None) -> None:
-    """Copy the files of a run that decoding and provenance need. Weights for a large teacher are stored in bfloat16."""
+    """Copy the files of a run that decoding and provenance need. Weights are stored in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "recipe.yaml", "training.json"):
         shutil.copyfile(run / name, folder / name)
     weights = load_file(run / "predictor.safetensors")
-    large = json.loads((run / "config.json").read_text(encoding="utf-8"))["teacher"]["parameters"] > LARGE_TEACHER
-    stored = {key: value.bfloat16() if large and value.is_floating_point() else value for key, value in weights.items()}
+    stored = {key: value.bfloat16() if value.is_floating_point() else value for key, value in weights.items()}
     save_file(stored, folder / PREDICTOR_FILE)
     (folder / PREDICTOR_FILE).chmod(0o644)
     if tree is not None:

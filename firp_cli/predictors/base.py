@@ -141,8 +141,8 @@ class TreePredictor(Predictor):
     With a `coupling` (FIRP+) the children of a node also depend on its token: predictors/coupling.py adjusts the step's
     state, and the teacher's head scores the M most probable tokens of the unadjusted one.
 
-    `draft_tokens`: (S,) the tokens among which drafts are chosen, so that the head reads S rows of the vocabulary
-    matrix; None: all.
+    `draft_tokens`: (S,) the tokens among which drafts are chosen, ascending, so that the head reads S rows of the
+    vocabulary matrix; None: all.
     """
 
     def __init__(self, config: PredictorSection, steps: int) -> None:

@@ -51,7 +51,8 @@ class Coupling(nn.Module):
         self.state_weight = None if config.form == "low_rank" else nn.Parameter(torch.empty(heads, width, size))
         self.bias = nn.Parameter(torch.empty(steps, width))
         self.output_weight = nn.Parameter(torch.empty(heads, size, width))
-        self._packed: tuple[PackedLinear, PackedLinear] | None = None
+        self._packed: tuple[PackedLinear, PackedLinear] | None = None  # of node_weight, scaled, and of output_weight
+        self._packed_states: PackedLinear | None = None
         self._kernel: CouplingKernel | None = None
 
     @property
@@ -98,6 +99,8 @@ class Coupling(nn.Module):
             weight = self.node_weight[0].detach().clone()
             weight[:, : self.size] *= self.scale  # saves an operation at each depth of a tree
             prepared._packed, prepared.scale = (PackedLinear(weight), PackedLinear(self.output_weight[0])), 1.0
+            if self.state_weight is not None:
+                prepared._packed_states = PackedLinear(self.state_weight[0])
             node, output = (product.kernel for product in prepared._packed)
             if node is not None and output is not None and CouplingKernel.serves(teacher):
                 activated = self.form != "low_rank"
@@ -137,6 +140,8 @@ class Coupling(nn.Module):
         if self.state_weight is None:
             return bias.expand(*states.shape[:2], -1)
         inputs = unit(states).to(self.state_weight.dtype)
+        if self._packed_states is not None:
+            return self._packed_states(inputs) + bias
         if self.shared:
             return functional.linear(inputs, self.state_weight[0]) + bias
         if steps is None:

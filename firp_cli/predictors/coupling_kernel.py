@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from firp_cli.predictors.draft import Children, Draft
-from firp_cli.teacher.cpu_kernels import Matrix, PackedMatrix, compiled, watched
+from firp_cli.teacher import cpu_kernels
+from firp_cli.teacher.cpu_kernels import Matrix, PackedMatrix, watched
 from firp_cli.teacher.teacher import Teacher
 
 
@@ -70,7 +71,8 @@ class CouplingKernel:
         address = None if bias is None else bias.data_ptr()
         sizes = (output.outputs, output.inputs, recurrent, activated)
         self._own = _Coupling(node.own, output.own, weight.data_ptr(), address, cap or 0.0, epsilon, *sizes)
-        self._children, self._tree = compiled().firp_children, compiled().firp_tree
+        library = cpu_kernels.compiled()
+        self._children, self._tree = library.firp_children, library.firp_tree
         self._children.argtypes, self._children.restype = [POINTER(_Coupling), POINTER(_Nodes), c_int], None
         self._tree.argtypes, self._tree.restype = [POINTER(_Coupling), POINTER(_Drafts), c_int], None
 

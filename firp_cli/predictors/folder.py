@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -27,7 +28,7 @@ from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.teacher import Teacher
 
 FORMAT = 1
-DRAFT_TOKENS = "draft_tokens"  # name of `TreePredictor.draft_tokens` among the weights
+DRAFT_TOKENS = "draft_tokens"  # among the weights: a bit for each token, 1 for those of `TreePredictor.draft_tokens`
 PREDICTORS: dict[str, Callable[[Any, Teacher], Predictor]] = {
     "firp": FirpPredictor,
     "firp_plus": FirpPredictor,
@@ -106,13 +107,19 @@ def read_weights(predictor: Predictor, path: Path) -> None:
     tokens = weights.pop(DRAFT_TOKENS, None)
     predictor.load_state_dict(weights)
     if isinstance(predictor, TreePredictor):
-        predictor.draft_tokens = None if tokens is None else tokens.long().to(next(predictor.parameters()).device)
+        device = next(predictor.parameters()).device
+        chosen = None if tokens is None else torch.from_numpy(np.unpackbits(tokens.numpy())).nonzero()[:, 0]
+        predictor.draft_tokens = None if chosen is None else chosen.to(device)
 
 
 def draft_tokens(predictor: Predictor) -> dict[str, torch.Tensor]:
     """Return what a folder's weights contain beside the parameters."""
     tokens = predictor.draft_tokens if isinstance(predictor, TreePredictor) else None
-    return {} if tokens is None else {DRAFT_TOKENS: tokens.to("cpu", torch.int32)}
+    if tokens is None:
+        return {}
+    bits = np.zeros(int(tokens.max()) + 1, dtype=bool)
+    bits[tokens.cpu().numpy()] = True
+    return {DRAFT_TOKENS: torch.from_numpy(np.packbits(bits))}
 
 
 def save_predictor(predictor: Predictor, folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:

@@ -125,7 +125,8 @@ class TrainingLoop:
         self.pace = make_pace(settings, self.total)
         self.frozen, self.frequent = frozen, self._frequent(settings.vocabulary)
         if isinstance(predictor, TreePredictor):
-            predictor.draft_tokens = self._frequent(getattr(predictor.config, "draft_vocabulary", None))
+            chosen = self._frequent(getattr(predictor.config, "draft_vocabulary", None))
+            predictor.draft_tokens = None if chosen is None else chosen.sort().values
         events = EVENTS_OF_FIRST_STAGE if frozen else EVENTS_PER_RUN
         self.usual = usual_interval(settings, self.total, events)
         self.steps, self.pipeline = predictor.steps, predictor.pipeline

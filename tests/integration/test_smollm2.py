@@ -19,7 +19,12 @@ from firp_cli.teacher.load import load_teacher
 from firp_cli.teacher.source import known_teachers
 from firp_cli.teacher.teacher import Teacher
 
-PREDICTORS = ("smollm2-firp", "smollm2-hidden-transfer", "smollm2-medusa")
+PREDICTORS = {  # most bytes
+    "smollm2-firp-plus": 8_000_000,
+    "smollm2-firp": 6_000_000,
+    "smollm2-hidden-transfer": 6_000_000,
+    "smollm2-medusa": 6_000_000,
+}
 NEW_TOKENS = 24
 installed = pytest.mark.skipif(
     known_teachers()["smollm2-135m"].installed() is None, reason="smollm2-135m is not installed: make smollm2"
@@ -39,7 +44,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
 @pytest.mark.parametrize("name", PREDICTORS)
 def test_smollm2_predictor_is_small_and_records_training(name: str) -> None:
     folder = predictor_folder(name)
-    assert sum(file.stat().st_size for file in folder.iterdir()) <= 6_000_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= PREDICTORS[name]
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     assert record["store"]["counts"]["response_tokens"] >= 400_000
     assert "/" not in record["store"]["settings"]["dataset"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from firp_cli.decoding.tree_build import Tree, build_by_level
 from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.coupling import Coupling
 from firp_cli.predictors.draft import Draft
+from firp_cli.teacher import cpu_kernels
 from firp_cli.teacher.cpu_kernels import missing
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
@@ -162,6 +164,22 @@ def test_trees_are_those_of_torch(form: str, batch: int, nodes: int, sharpness: 
             own = found.ancestors[row, above].clone()
             own[node] = True
             assert torch.equal(found.ancestors[row, node], own)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these flags are for x86")
+@pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx"])
+@pytest.mark.parametrize("form", ["mlp", "recurrent"])
+@torch.inference_mode()
+def test_short_registers_give_the_same_trees(form: str, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    coupling = packed(tiny_teacher("llama"), form, 37)
+    draft, root = drafted(coupling, 2, 2.0, seed=4)
+    other = cpu_kernels.load([flag])
+    monkeypatch.setattr(cpu_kernels, "compiled", lambda: other)
+    short = packed(tiny_teacher("llama"), form, 37)
+    expected, found = coupling.dynamic_tree(draft, root, 9), short.dynamic_tree(draft, root, 9)
+    assert expected is not None and found is not None and other.firp_lanes() in (4, 8)
+    assert all(torch.equal(one, two) for one, two in zip(expected[:5], found[:5], strict=True))
+    torch.testing.assert_close(found[5], expected[5], rtol=1e-5, atol=5e-5)
 
 
 @torch.inference_mode()

@@ -27,7 +27,8 @@ kinds = pytest.mark.parametrize("kind", list(SECTIONS))
 
 def restricted(kind: str, size: int = 30) -> TreePredictor:
     predictor = make_predictor(tiny_teacher("llama"), **SECTIONS[kind])
-    predictor.draft_tokens = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(3))[:size]
+    chosen = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(3))[:size]
+    predictor.draft_tokens = chosen.sort().values
     return predictor
 
 
