@@ -95,6 +95,7 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
     try:
         predictor = build_predictor(kind.model_validate(section), teacher)
         read_weights(predictor, folder / "predictor.safetensors")
+        _check_draft_tokens(predictor, teacher.vocab_size)
     except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
         raise PredictorError(f"{folder}: the predictor cannot be loaded: {str(error).splitlines()[0]}") from error
     dtype = torch.float32 if teacher.device.type == "cpu" else teacher.dtype
@@ -106,10 +107,22 @@ def read_weights(predictor: Predictor, path: Path) -> None:
     weights = load_file(path)
     tokens = weights.pop(DRAFT_TOKENS, None)
     predictor.load_state_dict(weights)
+    if tokens is not None and (tokens.dtype != torch.uint8 or tokens.dim() != 1 or not tokens.any()):
+        raise RuntimeError(f"{DRAFT_TOKENS} is no mask of tokens")
     if isinstance(predictor, TreePredictor):
         device = next(predictor.parameters()).device
         chosen = None if tokens is None else torch.from_numpy(np.unpackbits(tokens.numpy())).nonzero()[:, 0]
         predictor.draft_tokens = None if chosen is None else chosen.to(device)
+
+
+def _check_draft_tokens(predictor: Predictor, vocabulary: int) -> None:
+    """Raise RuntimeError where draft tokens are missing or lie outside of the vocabulary."""
+    tokens = predictor.draft_tokens if isinstance(predictor, TreePredictor) else None
+    if tokens is not None and int(tokens.max()) >= vocabulary:
+        raise RuntimeError(f"{DRAFT_TOKENS} has token {int(tokens.max())}, the teacher has {vocabulary}")
+    wanted = getattr(predictor.config, "draft_vocabulary", None)
+    if tokens is None and wanted is not None and wanted < vocabulary:
+        raise RuntimeError(f"{DRAFT_TOKENS} is missing, though draft_vocabulary is {wanted}")
 
 
 def draft_tokens(predictor: Predictor) -> dict[str, torch.Tensor]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
-from firp_cli.errors import RecipeError
+from firp_cli.errors import PredictorError, RecipeError
 from firp_cli.evaluation.gate import gate
 from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.folder import load_predictor, save_predictor
@@ -64,6 +66,25 @@ def test_folder_keeps_the_draft_tokens(tmp_path: Path) -> None:
     loaded = load_predictor(tmp_path, teacher)
     assert isinstance(loaded, TreePredictor) and loaded.draft_tokens is not None
     assert loaded.draft_tokens.dtype == torch.long and torch.equal(loaded.draft_tokens, predictor.draft_tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.tensor([200, 0, 1], dtype=torch.long), "is no mask of tokens"),
+        (torch.zeros(3, dtype=torch.uint8), "is no mask of tokens"),
+        (torch.full((20,), 255, dtype=torch.uint8), f"has token 159, the teacher has {VOCABULARY}"),
+        (None, "is missing, though draft_vocabulary is 30"),
+    ],
+)
+def test_damaged_draft_tokens_are_refused(tokens: Tensor | None, message: str, tmp_path: Path) -> None:
+    teacher = tiny_teacher("llama")
+    predictor = make_predictor(teacher, **SECTIONS["firp"], draft_vocabulary=30)
+    save_predictor(predictor, tmp_path, teacher)
+    weights = load_file(tmp_path / "predictor.safetensors")
+    save_file(weights if tokens is None else weights | {"draft_tokens": tokens}, tmp_path / "predictor.safetensors")
+    with pytest.raises(PredictorError, match=message):
+        load_predictor(tmp_path, teacher)
 
 
 @pytest.mark.parametrize("kind", ["firp", "firp_plus"])
