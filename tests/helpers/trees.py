@@ -54,7 +54,7 @@ def torch_build(spec: TreeSpec, draft: Draft, root: Tensor, lengths: Tensor, anc
     from firp_cli.decoding.triton_tree import BuiltTree
     from firp_cli.teacher.triton_attention import row_bits
 
-    tree = build(spec, SimpleNamespace(parent_dependent=False), draft, root)  # type: ignore[arg-type]
+    tree = build(spec, SimpleNamespace(parent_dependent=False, coupling=None), draft, root)  # type: ignore[arg-type]
     chosen = anchor_nodes(tree, anchors).contiguous() if anchors else None
     rows, offsets = step_rows(tree.ancestors, tree.depth, chosen, pseudo) if pseudo else (tree.ancestors, tree.depth)
     return BuiltTree(tree.tokens, tree.parents, chosen, row_bits(rows), lengths[:, None] + offsets)

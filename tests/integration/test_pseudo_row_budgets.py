@@ -118,7 +118,7 @@ def test_scratch_has_the_rows_of_the_budget(teacher: Teacher) -> None:
 class ByParent:
     """Child scores that depend on the parent's token, or not: a predictor's interface without its network."""
 
-    steps = 3
+    steps, coupling = 3, None
 
     def __init__(self, parent_dependent: bool) -> None:
         self.parent_dependent = parent_dependent
