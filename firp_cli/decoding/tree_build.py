@@ -17,7 +17,6 @@ from torch import Tensor
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.draft import Draft
-from firp_cli.teacher.cpu_kernels import watched
 
 MAX_PREFIXES = 4096  # most prefixes that are scored at once
 
@@ -169,10 +168,9 @@ def build_by_level(nodes: int, predictor: TreePredictor, draft: Draft, root: Ten
     all levels are chosen.
 
     A child's joint probability never exceeds its parent's and the sort is stable with parents first, so the choice is
-    closed under ancestors. On a CPU only prefixes that may still be among the best are extended.
+    closed under ancestors.
     """
     batch, limit, steps = root.shape[0], nodes - 1, draft.tokens.shape[1]
-    selective = not (root.is_cuda or watched())  # there the host does not read scores
     # Candidate 0 is the root; the candidates of each level follow. `parents` holds candidate numbers.
     tokens, scores, parents, widths = [root[:, None]], [draft.log_probs.new_zeros(batch, 1)], [], [1]
     frontier_tokens, frontier_scores, states = tokens[0], scores[0], None
@@ -195,12 +193,6 @@ def build_by_level(nodes: int, predictor: TreePredictor, draft: Draft, root: Ten
         tokens.append(frontier_tokens)
         scores.append(frontier_scores)
         widths.append(frontier_tokens.shape[1])
-        if selective and depth < steps:
-            extended = _promising(scores[1:], limit)
-            if not extended:
-                break
-            frontier_scores, frontier_tokens = frontier_scores[:, :extended], frontier_tokens[:, :extended]
-            states = None if states is None else states[:, :extended]
     levels, node_numbers, itself = _dynamic_shape(tuple(widths), min(nodes, sum(widths)), root.device)
     every = torch.cat(scores, dim=1)
     order = every[:, 1:].sort(dim=1, descending=True, stable=True)
@@ -218,17 +210,6 @@ def build_by_level(nodes: int, predictor: TreePredictor, draft: Draft, root: Ten
         paths=_paths(parent, level, node_numbers, steps),
         scores=every.gather(1, places),
     )
-
-
-def _promising(scores: Sequence[Tensor], limit: int) -> int:
-    """Return how many prefixes of the last level may be among the `limit` best of all levels, in any sequence, given
-    each level's scores (B, C), descending. The host reads the number.
-    """
-    every = torch.cat(list(scores), dim=1)
-    if every.shape[1] < limit:
-        return scores[-1].shape[1]
-    least = every.topk(limit, dim=1).values[:, -1:]
-    return int((scores[-1] >= least).sum(dim=1).max())
 
 
 def _paths(parents: Tensor, depth: Tensor, node_numbers: Tensor, steps: int) -> Tensor:
