@@ -55,7 +55,7 @@ PREDICTORS: dict[str, dict[str, tuple[str, str | None]]] = {
         "arithmetic-speed": ("speed", None),
     },
     "smollm2": {
-        "smollm2-firp-plus": ("smollm2-firp-plus", "dynamic:6/4@1"),
+        "smollm2-firp-plus": ("smollm2-firp-plus", "dynamic:5/3@3"),
         **{name: (name, "dynamic:4/2") for name in ("smollm2-firp", "smollm2-hidden-transfer", "smollm2-medusa")},
     },
 }

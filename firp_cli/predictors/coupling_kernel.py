@@ -105,10 +105,8 @@ class CouplingKernel:
         asked.context_stride, asked.tokens_stride = context.stride(0), tokens.stride(0)
         if previous is not None:
             assert previous.stride(2) == 1 and previous.shape == (batch, nodes, size)
-            asked.previous, (asked.previous_stride, asked.previous_row_stride, _) = (
-                previous.data_ptr(),
-                previous.stride(),
-            )
+            asked.previous = previous.data_ptr()
+            asked.previous_stride, asked.previous_row_stride, _ = previous.stride()
         asked.children, asked.scores, asked.adjusted = children.data_ptr(), scores.data_ptr(), adjusted.data_ptr()
         self._children(self._own, asked, torch.get_num_threads())
         return Children(children, scores, adjusted)
