@@ -15,7 +15,8 @@ import torch
 from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.sequences import OutputSequence, Writer, check_prompts
-from firp_cli.decoding.step import DecodeStep, DraftSetup
+from firp_cli.decoding.step import DecodeStep
+from firp_cli.decoding.step_shape import DraftSetup
 from firp_cli.errors import UsageError
 from firp_cli.teacher.teacher import Teacher
 

@@ -18,7 +18,8 @@ from firp_cli.decoding.cuda_graphs import SMALLEST_BUCKET, CudaCapture, StepGrap
 from firp_cli.decoding.fallback import UNKNOWN, AutoregressiveFallback, tree_fallback
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import OnTokens, OutputSequence, Writer, check_prompts
-from firp_cli.decoding.step import DecodeStep, DraftSetup, Mode
+from firp_cli.decoding.step import DecodeStep, Mode
+from firp_cli.decoding.step_shape import DraftSetup
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree
 from firp_cli.errors import UsageError

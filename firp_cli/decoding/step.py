@@ -8,21 +8,22 @@ the tree, root included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from firp_cli.decoding.accept import Taken, accept, accept_root, next_draft
+from firp_cli.decoding.cpu_accept import AcceptKernel, Descended
 from firp_cli.decoding.output_buffer import OutputBuffer
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import check_fits
+from firp_cli.decoding.step_shape import DraftSetup
 from firp_cli.decoding.tree_build import Nodes, Tree, anchor_nodes, build, numbers, root_tree
-from firp_cli.decoding.tree_spec import TreeSpec
-from firp_cli.predictors.base import PseudoStateMaker, TreePredictor
 from firp_cli.predictors.draft import Draft
+from firp_cli.predictors.draft_kernel import DraftKernel, DraftRows
 from firp_cli.predictors.forward import forward_rows
+from firp_cli.teacher.cpu_kernels import watched
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import AttentionMask, KernelMask, Mask, step_mask, step_rows
 from firp_cli.teacher.teacher import Teacher
@@ -33,34 +34,6 @@ PREFILL_ENTRIES = 1 << 26  # most entries of a prefill chunk's mask
 # rows). The bound on CUDA devices is not measured yet.
 ONE_PASS_ROWS, ONE_PASS_ROWS_CUDA = 16, 64
 Mode = Literal["drafted", "autoregressive"]  # a tree from the last step's draft, which drafts again; the root alone
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """Sizes of the largest decoding step of a batch.
-
-    Attributes:
-        nodes: N. steps: k. anchors: A, 0 without pseudo states. rows: M. width: P, the most tokens that a step emits.
-    """
-
-    nodes: int = 1
-    steps: int = 0
-    anchors: int = 0
-    rows: int = 1
-    width: int = 1
-
-    def cache(self, teacher: Teacher, batch: int, capacity: int) -> dict[str, Any]:
-        """Return the arguments of the `KVCache` for such steps. The scratch holds the rows of the largest one."""
-        return {
-            "layers": teacher.num_layers,
-            "batch": batch,
-            "scratch": self.rows,
-            "capacity": capacity,
-            "heads": teacher.kv_heads,
-            "head_size": teacher.head_size,
-            "dtype": teacher.dtype,
-            "spread": self.width,
-        }
 
 
 class StepRows(NamedTuple):
@@ -88,33 +61,6 @@ class AllDrafts(NamedTuple):
 
     states: Tensor
     logits: Tensor
-
-
-@dataclass(frozen=True)
-class DraftSetup:
-    """Predictor and tree of a batch's decoding steps. Without them decoding is autoregressive.
-
-    Attributes:
-        predictor: limited to the draft steps that the tree needs. make_pseudo_states: its maps, prepared for decoding.
-        ratio: predicted cost of a step with this tree, in autoregressive steps.
-    """
-
-    predictor: TreePredictor | None = None
-    tree: TreeSpec | None = None
-    make_pseudo_states: PseudoStateMaker | None = None
-    ratio: float | None = None
-    shape: StepShape = StepShape()
-
-    @staticmethod
-    def of(
-        predictor: TreePredictor, tree: TreeSpec, maker: PseudoStateMaker | None = None, ratio: float | None = None
-    ) -> DraftSetup:
-        """Return the setup of a predictor and a tree, with its step's shape."""
-        pseudo = len(predictor.transfer_layers)
-        anchors = (tree.budget or 1) if tree.limited else tree.nodes
-        rows, width = tree.nodes + pseudo * anchors, tree.depth(predictor.steps) + 1
-        shape = StepShape(tree.nodes, predictor.steps, anchors if pseudo else 0, rows, width)
-        return DraftSetup(predictor, tree, maker or predictor.make_pseudo_states, ratio, shape)
 
 
 class DecodeStep:
@@ -160,6 +106,9 @@ class DecodeStep:
             self._draft.context = torch.zeros(batch, steps, columns, dtype=teacher.dtype, device=device)
         self._no_draft()
         self.output = OutputBuffer(batch, setup.shape.width, device)
+        self._accept_kernel = (
+            AcceptKernel(self._root, self.output.row) if not kernel and AcceptKernel.serves(teacher) else None
+        )
         self._one_pass = ONE_PASS_ROWS_CUDA if device.type == "cuda" else ONE_PASS_ROWS
 
     @property
@@ -212,9 +161,11 @@ class DecodeStep:
         #    token is the next root.
         normed = self.teacher.norm(real)
         logits, drafted = self._logits(normed, pseudo, drafting)
-        taken = self._accept(tree, self.sampler(logits), drafting, drafted is not None)
+        taken, rows = self._accept(tree, logits, drafting, drafted is not None)
         # 4. The deepest accepted node's pseudo rows are the next draft.
-        if taken.following is not None:
+        if rows is not None and self.predictor is not None and self.predictor.kernel is not None:
+            self._draft_in_kernel(self.predictor.kernel, rows, normed, pseudo, drafted)
+        elif taken.following is not None:
             self._draft_next(taken, tree.anchors, normed, pseudo, drafted)
         # 5. Move the accepted path's K/V to the prefix; the next step overwrites all other rows.
         self.cache.commit(taken.path, taken.kept)
@@ -241,26 +192,31 @@ class DecodeStep:
         positions = lengths[:, None] if seen.shape[1] == 1 else lengths[:, None] + offsets
         return StepTree(tree, anchors, positions, seen, bits)
 
-    def _accept(self, tree: StepTree, targets: Tensor, drafting: bool, drafted: bool) -> Taken:
-        """Accept a path by `targets` (B, N); write the next roots and the output.
+    def _accept(self, tree: StepTree, logits: Tensor, drafting: bool, drafted: bool) -> Descended:
+        """Accept a path by the nodes' logits (B, N, V); write the next roots and the output.
 
         Args:
             drafted: the next draft is chosen from rows (B, A, k, ...), not from the pseudo states (B, k, A, d).
         """
         nodes, anchors, root = tree.nodes, tree.anchors, self._root[: self.batch]
         steps = self.predictor.steps if drafting and self.predictor else 0
-        strides = (steps, 1) if drafted else (1, targets.shape[1] if anchors is None else anchors.shape[1])
+        strides = (steps, 1) if drafted else (1, logits.shape[1] if anchors is None else anchors.shape[1])
         depth = self.shape.width - 1
+        if self._accept_kernel is not None and not watched():
+            assert isinstance(nodes, Tree)
+            chosen = logits if self.sampler.greedy else self.sampler(logits)
+            return self._accept_kernel(nodes, chosen, depth, anchors, steps, strides)
+        targets = self.sampler(logits)
         if self.kernel:
             from firp_cli.decoding.triton_tree import accept_tree
 
-            return accept_tree(nodes, targets, depth, anchors, steps, strides, root, self.output.row)
+            return Descended(accept_tree(nodes, targets, depth, anchors, steps, strides, root, self.output.row), None)
         assert isinstance(nodes, Tree)
         accepted = accept_root(targets) if targets.shape[1] == 1 else accept(nodes, targets, depth)
         following = next_draft(nodes, accepted, anchors, steps, strides) if steps else None
         root.copy_(accepted.bonus)
         self.output.write(accepted.count, accepted.tokens)
-        return Taken(accepted.count + 1, accepted.path, following)
+        return Descended(Taken(accepted.count + 1, accepted.path, following), None)
 
     def _forward(self, tree: StepTree, longest: int, drafting: bool, exact: bool) -> tuple[Tensor, Tensor | None]:
         """Run all rows of a step through all layers. Return real rows (B, N, d), pseudo states (B, k, A, d) or None."""
@@ -357,6 +313,22 @@ class DecodeStep:
         if kept.context is not None:
             assert predictor.coupling is not None
             kept.context[: self.batch].copy_(predictor.coupling.context(states, final, made.log_probs, ahead))
+
+    def _draft_in_kernel(
+        self, kernel: DraftKernel, rows: DraftRows, normed: Tensor, pseudo: Tensor | None, drafted: AllDrafts | None
+    ) -> None:
+        """Make the next draft as `_draft_next` does, in one call."""
+        logits = None if drafted is None else drafted.logits.flatten(1, 2)
+        if drafted is not None:
+            states = drafted.states.flatten(1, 2)
+        elif pseudo is not None:
+            states = pseudo.flatten(1, 2)
+        else:  # the states need the accepted node alone
+            assert self.predictor is not None
+            states = self.predictor.draft_hidden(self.teacher, _rows_at(normed, rows.node[:, None])[:, 0], None)
+            rows = rows._replace(picks=None)
+        raw = drafted is None and pseudo is not None
+        kernel.write(self._draft.map(lambda part: part[: self.batch]), rows, states, raw, normed, logits)
 
     def select(self, sequences: Tensor) -> None:
         """Keep only these sequences (ascending places in the batch); the others have ended."""

@@ -19,6 +19,8 @@ from firp_cli.config import CouplingConfig, PredictorSection
 from firp_cli.errors import PredictorError
 from firp_cli.predictors.coupling import Coupling
 from firp_cli.predictors.draft import Children, Draft, most_probable_tokens
+from firp_cli.predictors.draft_kernel import DraftKernel
+from firp_cli.teacher.packed_linear import PackedLinear
 from firp_cli.teacher.teacher import Teacher
 
 RowsHook = Callable[[int, Tensor, Tensor], None]
@@ -150,7 +152,8 @@ class TreePredictor(Predictor):
         self.coupling: Coupling | None = None
         self.draft_tokens: Tensor | None
         self.register_buffer("draft_tokens", None, persistent=False)
-        self._draft_head: Callable[[Tensor], Tensor] | None = None
+        self._draft_head: PackedLinear | None = None
+        self.kernel: DraftKernel | None = None
 
     def couple(self, teacher: Teacher) -> None:
         """Add the head that the configuration's `coupling` describes, if it has one."""
@@ -197,7 +200,9 @@ class TreePredictor(Predictor):
         if self.coupling is not None:
             prepared.coupling = self.coupling.packed(teacher)
         if self.draft_tokens is not None:
-            prepared._draft_head = teacher.packed_head(self.draft_tokens)
+            prepared._draft_head = teacher.draft_head(self.draft_tokens)
+        if self.teachers_head or self.draft_tokens is not None:
+            prepared.kernel = DraftKernel.of(teacher, prepared._draft_head, self.draft_tokens, prepared.coupling)
         return prepared
 
     def _copy(self) -> TreePredictor:
@@ -267,8 +272,11 @@ class TreePredictor(Predictor):
         if self.draft_tokens is None:
             logits = self.logits(teacher, states) if logits is None else logits
             return most_probable_tokens(logits, width, kernel)
-        head = self._draft_head or teacher.partial_head(self.draft_tokens)
-        draft = most_probable_tokens(head(states), width, kernel)
+        if self._draft_head is None:
+            logits = teacher.partial_head(self.draft_tokens)(states)
+        else:
+            logits = teacher.capped(self._draft_head(states).float())
+        draft = most_probable_tokens(logits, width, kernel)
         return Draft(self.draft_tokens[draft.tokens], draft.log_probs)
 
     def width(self, breadth: int, vocabulary: int) -> int:

@@ -26,7 +26,7 @@ from torch.nn import functional
 from firp_cli.config import CouplingConfig
 from firp_cli.predictors.coupling_kernel import CouplingKernel
 from firp_cli.predictors.draft import Children, Draft
-from firp_cli.teacher.packed_linear import PackedLinear
+from firp_cli.teacher.packed_linear import PackedLinear, is_bfloat16
 from firp_cli.teacher.teacher import Teacher
 
 SAMPLED_TOKENS = 4096  # embeddings that give std(e)
@@ -51,13 +51,18 @@ class Coupling(nn.Module):
         self.state_weight = None if config.form == "low_rank" else nn.Parameter(torch.empty(heads, width, size))
         self.bias = nn.Parameter(torch.empty(steps, width))
         self.output_weight = nn.Parameter(torch.empty(heads, size, width))
-        self._packed: tuple[PackedLinear, PackedLinear] | None = None  # of node_weight, scaled, and of output_weight
+        self._packed: tuple[PackedLinear, PackedLinear] | None = None  # of node_weight and output_weight
         self._packed_states: PackedLinear | None = None
         self._kernel: CouplingKernel | None = None
 
     @property
     def shared(self) -> bool:
         return len(self.output_weight) == 1
+
+    @property
+    def states_matrix(self) -> PackedLinear | None:
+        """What reads the states alone, prepared for decoding, if there is such a matrix."""
+        return self._packed_states
 
     @property
     def recurrent(self) -> bool:
@@ -96,15 +101,13 @@ class Coupling(nn.Module):
         prepared = copy(self)
         prepared.teacher = teacher
         if self.shared:
-            weight = self.node_weight[0].detach().clone()
-            weight[:, : self.size] *= self.scale  # saves an operation at each depth of a tree
-            prepared._packed, prepared.scale = (PackedLinear(weight), PackedLinear(self.output_weight[0])), 1.0
+            prepared._packed = _packed(self.node_weight[0]), _packed(self.output_weight[0])
             if self.state_weight is not None:
-                prepared._packed_states = PackedLinear(self.state_weight[0])
+                prepared._packed_states = _packed(self.state_weight[0])
             node, output = (product.kernel for product in prepared._packed)
             if node is not None and output is not None and CouplingKernel.serves(teacher):
                 activated = self.form != "low_rank"
-                prepared._kernel = CouplingKernel(node, output, teacher, self.recurrent, activated, EPSILON)
+                prepared._kernel = CouplingKernel(node, output, teacher, self.scale, self.recurrent, activated, EPSILON)
         return prepared
 
     def forward(self, parents: Tensor, states: Tensor, final: Tensor) -> Tensor:
@@ -253,6 +256,10 @@ class Coupling(nn.Module):
     def _adjust(self, states: Tensor, hidden: Tensor, step: int) -> Tensor:
         weight = self.output_weight[0 if self.shared else step]
         return states + functional.linear(self._activate(hidden), weight).to(states.dtype)
+
+
+def _packed(weight: Tensor) -> PackedLinear:
+    return PackedLinear(weight, half=is_bfloat16(weight))
 
 
 def _over_first(log_probs: Tensor) -> Tensor:

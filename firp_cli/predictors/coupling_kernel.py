@@ -24,7 +24,7 @@ class _Coupling(ctypes.Structure):
     _fields_ = [
         *((name, Matrix) for name in ("node", "output")),
         *((name, c_void_p) for name in ("vocabulary", "bias")),
-        *((name, c_float) for name in ("cap", "epsilon")),
+        *((name, c_float) for name in ("cap", "epsilon", "scale")),
         *((name, c_int64) for name in ("size", "width", "recurrent", "activated")),
     ]
 
@@ -52,7 +52,7 @@ class CouplingKernel:
 
     Args:
         node: the matrix that reads a node, (w, 2 d) for recurrent couplings, else (w, d). output: (d, w).
-        recurrent: the head reads the parent node's adjusted state. activated: by SiLU.
+        scale: factor of embeddings. recurrent: the head reads the parent node's adjusted state. activated: by SiLU.
         epsilon: of the root mean square of that state.
     """
 
@@ -61,6 +61,7 @@ class CouplingKernel:
         node: PackedMatrix,
         output: PackedMatrix,
         teacher: Teacher,
+        scale: float,
         recurrent: bool,
         activated: bool,
         epsilon: float,
@@ -70,7 +71,7 @@ class CouplingKernel:
         self._kept = node, output, weight, bias  # the memory that the kernels read
         address = None if bias is None else bias.data_ptr()
         sizes = (output.outputs, output.inputs, recurrent, activated)
-        self._own = _Coupling(node.own, output.own, weight.data_ptr(), address, cap or 0.0, epsilon, *sizes)
+        self._own = _Coupling(node.own, output.own, weight.data_ptr(), address, cap or 0.0, epsilon, scale, *sizes)
         library = cpu_kernels.compiled()
         self._children, self._tree = library.firp_children, library.firp_tree
         self._children.argtypes, self._children.restype = [POINTER(_Coupling), POINTER(_Nodes), c_int], None

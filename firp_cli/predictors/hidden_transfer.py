@@ -15,7 +15,7 @@ from firp_cli.errors import PredictorError
 from firp_cli.predictors.base import LinearMapPredictor, PseudoStateMaker, RowsHook, SequenceBatch, TreePredictor
 from firp_cli.predictors.forward import forward_anchors
 from firp_cli.teacher.masks import pseudo_positions
-from firp_cli.teacher.packed_linear import PackedLinear
+from firp_cli.teacher.packed_linear import PackedLinear, is_bfloat16
 from firp_cli.teacher.teacher import Teacher
 
 
@@ -58,7 +58,8 @@ class HiddenTransferPredictor(LinearMapPredictor, TreePredictor):
             last = first + self.transfer_layers.count(layer) - 1
             parts = [linear for linear in self.maps[first - 1 : last] if isinstance(linear, nn.Linear)]
             bias = None if parts[0].bias is None else torch.cat([linear.bias for linear in parts])
-            joined[first, last] = PackedLinear(torch.cat([linear.weight for linear in parts]), bias)
+            weight = torch.cat([linear.weight for linear in parts])
+            joined[first, last] = PackedLinear(weight, bias, half=is_bfloat16(weight))
 
         def make_pseudo_states(first: int, last: int, hidden: Tensor) -> Tensor:
             batch, rows, size = hidden.shape

@@ -11,11 +11,11 @@
 
 extern "C" {
 // A coupling whose head is the same for all steps, and the vocabulary matrix (V, d) that scores tokens, with its bias
-// (V,) or null. `cap` limits scores where it is not 0.
+// (V,) or null. `cap` limits scores where it is not 0. `scale` multiplies embeddings.
 struct Coupling {
   Matrix node, output;
   const float *vocabulary, *bias;
-  float cap, epsilon;
+  float cap, epsilon, scale;
   int64_t size, width, recurrent, activated;
 };
 
@@ -111,7 +111,7 @@ static void expand(const Coupling& coupling, const std::vector<Candidates>& step
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();
     for (int64_t m = thread; m < M; m += team) {
       const Node& node = nodes[m];
-      memcpy(inputs + m * K, node.embedded, d * sizeof(float));
+      for (int64_t at = 0; at < d; at++) inputs[m * K + at] = node.embedded[at] * coupling.scale;
       if (!coupling.recurrent) continue;
       const float* above = node.above ? node.above : steps[node.sequence].context + d + w;
       const float scale = inverse_root_mean_square(above, coupling.epsilon, d);

@@ -1,7 +1,7 @@
 // Kernels of a decoding step on a CPU. Compiled by teacher/cpu_kernels.py with GCC or Clang for this machine's processor
 // (GCC's vector extensions, OpenMP).
 
-#include "cpu_coupling.h"
+#include "cpu_decoding.h"
 #include "cpu_layers.h"
 #include "cpu_products.h"
 

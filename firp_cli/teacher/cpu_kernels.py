@@ -32,7 +32,7 @@ from firp_cli.files import cache_folder
 from firp_cli.machine import processor_name
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-HEADERS = ("cpu_products.h", "cpu_layers.h", "cpu_coupling.h")
+HEADERS = ("cpu_products.h", "cpu_layers.h", "cpu_coupling.h", "cpu_decoding.h")
 COMPILERS = ("c++", "g++", "clang++")  # $CXX comes first
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17")
 FLAGS_X86 = ("-mprefer-vector-width=512",)
@@ -149,7 +149,10 @@ def missing() -> str | None:
 class Matrix(ctypes.Structure):
     """A packed matrix as the kernels read it."""
 
-    _fields_ = [("panels", c_void_p), ("bias", c_void_p), ("outputs", c_int64), ("inputs", c_int64)]
+    _fields_ = [
+        *((name, c_void_p) for name in ("panels", "bias")),
+        *((name, c_int64) for name in ("outputs", "inputs", "half")),
+    ]
 
 
 class _Layer(ctypes.Structure):
@@ -225,24 +228,27 @@ class PackedMatrix(Copy):
     """Copy of a float32 matrix (N, K) in the order in which the kernels read, with its bias (N,).
 
     Args:
-        paired: the matrix is a feed-forward's gate (N, K) above its up (N, K).
+        paired: the matrix is a feed-forward's gate (N, K) above its up (N, K). half: keep it rounded to bfloat16. Rows,
+            sums and products stay float32, so a matrix of bfloat16 values has the same products as in float32.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, paired: bool = False) -> None:
-        super().__init__(weight.nbytes)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, paired: bool = False, half: bool = False) -> None:
+        super().__init__(weight.nbytes // 2 if half else weight.nbytes)
         lanes, halves = compiled().firp_lanes(), 2 if paired else 1
         self.outputs, self.inputs = weight.shape[0] // halves, weight.shape[1]
         panels = -(-self.outputs // lanes)
 
-        def pack(values: Tensor) -> Tensor:
+        def pack(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
             padding = (0, 0, 0, panels * lanes - self.outputs)
             parts = functional.pad(values.detach().view(halves, self.outputs, -1), padding)
             ordered = parts.view(halves, panels, lanes, -1).permute(1, 0, 3, 2)
-            return _Memory.take(ordered.numel()).view(ordered.shape).copy_(ordered)
+            memory = _Memory.take(-(-ordered.numel() * dtype.itemsize // 4)).view(dtype)[: ordered.numel()]
+            return memory.view(ordered.shape).copy_(ordered)
 
-        self._panels, self._bias = pack(weight), None if bias is None else pack(bias)
+        self._panels = pack(weight, torch.bfloat16 if half else torch.float32)
+        self._bias = None if bias is None else pack(bias)
         bias_address = None if self._bias is None else self._bias.data_ptr()
-        self.own = Matrix(self._panels.data_ptr(), bias_address, self.outputs, self.inputs)
+        self.own = Matrix(self._panels.data_ptr(), bias_address, self.outputs, self.inputs, half)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the product (..., N) of rows (..., K)."""

@@ -25,7 +25,6 @@ constexpr int LANES = 8, REGISTERS = 16;
 constexpr int LANES = 4, REGISTERS = 32;
 #endif
 constexpr int BYTES = 4 * LANES;
-constexpr int AHEAD = 2048 / BYTES;  // inputs by which a panel is prefetched
 constexpr int MOST_ROWS = REGISTERS / 2;  // of one pass over panels: their sums just fit the registers
 constexpr int SHARED = 8;  // rows that read keys, or a row of the vocabulary matrix, together
 
@@ -35,6 +34,16 @@ typedef float loose __attribute__((vector_size(BYTES), aligned(4)));  // a vec t
 
 static inline vec load(const float* from) { return *(const loose*)from; }
 static inline void store(float* to, vec value) { *(loose*)to = value; }
+
+// LANES weights of a panel, in float32 or in bfloat16, which is the upper half of a float32.
+static inline vec weights_at(const float* panel, int64_t at) { return *(const vec*)(panel + at); }
+static inline vec weights_at(const uint16_t* panel, int64_t at) {
+  typedef uint16_t half __attribute__((vector_size(BYTES / 2)));
+  const ints widened = __builtin_convertvector(*(const half*)(panel + at), ints) << 16;
+  vec value;
+  memcpy(&value, &widened, BYTES);
+  return value;
+}
 
 static inline float sum(vec value) {
   alignas(BYTES) float lanes[LANES];
@@ -67,29 +76,31 @@ static inline vec exponential(vec x) {
 }
 
 extern "C" {
-// Frozen matrix (N, K): panels[N / LANES, rounded up][K][LANES], and a bias in the same order, or null. In a paired
-// matrix, gate and up together (2 N, K), panels of gate and up alternate.
+// Frozen matrix (N, K): panels[N / LANES, rounded up][K][LANES], in bfloat16 if `half`, else in float32, and a bias in
+// the same order, or null. In a paired matrix, gate and up together (2 N, K), panels of gate and up alternate.
 struct Matrix {
-  const float *panels, *bias;
-  int64_t outputs, inputs;
+  const void* panels;
+  const float* bias;
+  int64_t outputs, inputs, half;
 };
 }
 
 enum Kind { PLAIN, ADDED, PAIRED };
 
 // One pass of M rows over V panels. ADDED: `rest` (M, N) is added. PAIRED: silu(gate) * up.
-template <int M, int V, Kind KIND>
+template <int M, int V, Kind KIND, typename Weight>
 static void pass(const Matrix& matrix, const float* x, int64_t panel, float* y, const float* rest) {
+  constexpr int AHEAD = 2048 / (LANES * sizeof(Weight));  // inputs by which a panel is prefetched
   const int64_t K = matrix.inputs, N = matrix.outputs;
-  const float* panels = matrix.panels + panel * K * LANES;
+  const Weight* panels = (const Weight*)matrix.panels + panel * K * LANES;
   vec sums[M][V] = {};
   for (int64_t k = 0; k < K; k++) {
     // at a panel's end the next pass's panels are prefetched
-    const float* ahead = panels + (k + AHEAD < K ? k + AHEAD : V * K + k + AHEAD - K) * LANES;
+    const Weight* ahead = panels + (k + AHEAD < K ? k + AHEAD : V * K + k + AHEAD - K) * LANES;
     vec weights[V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; v++) {
-      weights[v] = *(const vec*)(panels + (v * K + k) * LANES);
+      weights[v] = weights_at(panels, (v * K + k) * LANES);
       __builtin_prefetch(ahead + v * K * LANES);
     }
 #pragma GCC unroll 16
@@ -119,36 +130,44 @@ static void pass(const Matrix& matrix, const float* x, int64_t panel, float* y, 
 // Panels of a pass: three where the registers suffice for all sums, each panel's weights and a row's value.
 static constexpr int width(int64_t rows) { return 3 * rows + 4 <= REGISTERS ? 3 : 2; }
 
-template <int M, Kind KIND>
+template <int M, Kind KIND, typename Weight>
 static void sweep(const Matrix& matrix, const float* x, int64_t panel, int64_t count, float* y, const float* rest) {
   constexpr int ONE = KIND == PAIRED ? 2 : 1, THREE = KIND != PAIRED && width(M) == 3 ? 3 : 2;
-  if (count == 1) pass<M, ONE, KIND>(matrix, x, panel, y, rest);
-  else if (count == 2) pass<M, 2, KIND>(matrix, x, panel, y, rest);
-  else pass<M, THREE, KIND>(matrix, x, panel, y, rest);
+  if (count == 1) pass<M, ONE, KIND, Weight>(matrix, x, panel, y, rest);
+  else if (count == 2) pass<M, 2, KIND, Weight>(matrix, x, panel, y, rest);
+  else pass<M, THREE, KIND, Weight>(matrix, x, panel, y, rest);
 }
 
 typedef void (*Sweep)(const Matrix&, const float*, int64_t, int64_t, float*, const float*);
 
-template <Kind KIND, int... ROWS>
+template <Kind KIND, typename Weight, int... ROWS>
 static Sweep sweep_of(int64_t rows, std::integer_sequence<int, ROWS...>) {
-  static constexpr Sweep all[] = {sweep<ROWS + 1, KIND>...};
+  static constexpr Sweep all[] = {sweep<ROWS + 1, KIND, Weight>...};
   return all[rows - 1];
 }
 
 // A thread's part of y (M, N) = x (M, K) W^T + b (+ rest). Blocks of rows, of nearly equal size, use a panel one after
 // the other while it is in the cache.
-template <Kind KIND>
-static void multiply(const Matrix& matrix, const float* x, int64_t M, float* y, const float* rest, int thread,
-                     int threads) {
+template <Kind KIND, typename Weight>
+static void multiply_panels(const Matrix& matrix, const float* x, int64_t M, float* y, const float* rest, int thread,
+                            int threads) {
   constexpr int UNIT = KIND == PAIRED ? 2 : 1;
   const int64_t panels = (matrix.outputs + LANES - 1) / LANES, blocks = (M + MOST_ROWS - 1) / MOST_ROWS;
   const int64_t last = panels * (thread + 1) / threads * UNIT, wide = width((M + blocks - 1) / blocks) / UNIT * UNIT;
   for (int64_t panel = panels * thread / threads * UNIT; panel < last; panel += wide)
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t from = M * block / blocks, rows = M * (block + 1) / blocks - from, at = from * matrix.outputs;
-      sweep_of<KIND>(rows, std::make_integer_sequence<int, MOST_ROWS>())(
+      sweep_of<KIND, Weight>(rows, std::make_integer_sequence<int, MOST_ROWS>())(
           matrix, x + from * matrix.inputs, panel, std::min(wide, last - panel), y + at, rest ? rest + at : nullptr);
     }
+}
+
+template <Kind KIND>
+static void multiply(const Matrix& matrix, const float* x, int64_t M, float* y, const float* rest, int thread,
+                     int threads) {
+  if constexpr (KIND != PAIRED)
+    if (matrix.half) return multiply_panels<KIND, uint16_t>(matrix, x, M, y, rest, thread, threads);
+  multiply_panels<KIND, float>(matrix, x, M, y, rest, thread, threads);
 }
 
 // 1 / sqrt(mean(x^2) + e)

@@ -6,10 +6,24 @@ Shapes: B sequences, H key/value heads, M rows of this forward, R scratch rows, 
 
 from __future__ import annotations
 
+import ctypes
+from ctypes import POINTER, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from firp_cli.teacher import cpu_kernels
+
+
+class _Commit(ctypes.Structure):
+    """Arguments of `firp_commit` (cpu_decoding.h)."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("items", "batch", "heads", "bytes", "first", "scratch", "capacity")),
+        *((name, c_int64) for name in ("item_stride", "batch_stride", "head_stride", "path_stride")),
+        *((name, c_void_p) for name in ("store", "path", "kept", "lengths")),
+    ]
 
 
 class KVCache:
@@ -46,6 +60,7 @@ class KVCache:
         self._sequences = torch.arange(batch, device=device)
         self._prefix_slots = self._numbers + scratch
         self._kernel = kernel
+        self._packed = device.type == "cpu" and cpu_kernels.missing() is None
         self._arrived = torch.zeros(batch, dtype=torch.int32, device=device)  # of the kernel, zero between its calls
         self.use(batch)
 
@@ -137,6 +152,9 @@ class KVCache:
             state = (self.lengths, self._arrived[:batch])
             commit_rows(self._store, path_BP, counts_B, *state, self._first, self.scratch, self.capacity)
             return
+        if self._packed and not cpu_kernels.watched():
+            self._commit_packed(path_BP, counts_B)
+            return
         store = self._store[:, :, :batch]
         if batch == places == 1 and self._first == self.scratch - 1:  # one row: there is only one path
             store.index_copy_(4, self.lengths + self.scratch, store.narrow(4, self._first, 1))
@@ -155,6 +173,18 @@ class KVCache:
                 (self._sequences[:batch, None], target), rows.permute(2, 4, 0, 1, 3, 5)
             )
         self.set_lengths(self.lengths + counts_B)
+
+    def _commit_packed(self, path_BP: Tensor, counts_B: Tensor) -> None:
+        store, (batch, _) = self._store, path_BP.shape
+        layers, two, _, heads, _, size = store.shape
+        item = store.element_size()
+        strides = [item * store.stride(dimension) for dimension in (1, 2, 3)]
+        path, counts = path_BP.contiguous(), counts_B.contiguous()
+        sizes = (layers * two, batch, heads, size * item, self._first, self.scratch, self.capacity)
+        addresses = (part.data_ptr() for part in (store, path, counts, self.lengths))
+        commit = cpu_kernels.compiled().firp_commit
+        commit.argtypes, commit.restype = [POINTER(_Commit), c_int], None
+        commit(_Commit(*sizes, *strides, path.stride(0), *addresses), torch.get_num_threads())
 
     def set_lengths(self, lengths_B: Tensor) -> None:
         """Commit the slots up to these lengths (B,)."""

@@ -231,9 +231,10 @@ class LeanStack:
             self._loop_norms.append(None if loop_norm is None else RMSNorm.of(loop_norm))
         packed = any(lean.packed is not None for lean in made.values())
         self.name = "lean, compiled kernels" if packed else "lean"
-        self.norm: Callable[[Tensor], Tensor] = RMSNorm.of(norm).__call__
+        self.final_norm = RMSNorm.of(norm)
+        self.norm: Callable[[Tensor], Tensor] = self.final_norm.__call__
         if kernels and head.weight.device.type == "cpu" and head.weight.dtype == torch.float32:
-            self.norm = _short(RMSNorm.of(norm))
+            self.norm = _short(self.final_norm)
         self._rotary = rotary
         self.head = PackedLinear(head.weight, head.bias, wide=True) if type(head) is nn.Linear else head
         self.own_products = prefers_own_products(getattr(head, "weight", None))

@@ -27,11 +27,14 @@ class PackedLinear:
 
     Args:
         lean: pack the matrix where a kernel serves it; False always takes torch's own product.
+        half: keep a packed copy in bfloat16, half the bytes: for bfloat16 values, or where rounding does not matter.
         wide: return float32 where W has half precision and the device can (`widens`). Sums are float32 in any case, and
             rounding them would make close logits equal.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, lean: bool = True, wide: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, lean: bool = True, wide: bool = False, half: bool = False
+    ) -> None:
         self.matrix = weight.detach(), None if bias is None else bias.detach()
         self.weight, self.bias = self.matrix
         self.inputs = self.weight.shape[1]
@@ -39,7 +42,7 @@ class PackedLinear:
         self._parts: Tensor | None = None
         self._wide = wide and widens(weight.dtype, weight.device)
         if lean and weight.device.type == "cpu" and weight.dtype == torch.float32 and self.weight.is_contiguous():
-            self._packed = _pack(self.weight, self.bias)
+            self._packed = _pack(self.weight, self.bias, half)
             threads = torch.get_num_threads()
             if not isinstance(self._packed, PackedMatrix) and threads > 1 and len(weight) % threads == 0:
                 self._parts = self.weight.view(threads, -1, self.inputs).transpose(1, 2)
@@ -99,16 +102,22 @@ def fast_bfloat16(device: torch.device) -> bool:
     return tiles is not None and bool(tiles())
 
 
-def _pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+def is_bfloat16(weight: Tensor) -> bool:
+    """Return True where rounding to bfloat16 changes no value of a float32 tensor."""
+    return bool((weight.bfloat16().float() == weight).all())
+
+
+def _pack(weight: Tensor, bias: Tensor | None, half: bool) -> Callable[[Tensor], Tensor] | None:
     """Return the product with a packed copy; None where no kernel gives torch's product, or copies have reached their
     limit of memory. The kernel depends only on the machine, so that every run rounds alike.
     """
     if not Copy.fits(weight.nbytes):
         return None
-    kernel: type[PackedMatrix] | type[OneDNNMatrix] = PackedMatrix if missing() is None else OneDNNMatrix
+    own = missing() is None
     try:
-        packed = kernel(weight, bias)
-        return packed if _agrees(packed, weight, bias) else None
+        packed = PackedMatrix(weight, bias, half=half) if own else OneDNNMatrix(weight, bias)
+        kept = weight.bfloat16().float() if own and half else weight
+        return packed if _agrees(packed, kept, bias) else None
     except (RuntimeError, AttributeError, NotImplementedError, TypeError):  # a torch without these operations
         return None
 

@@ -228,7 +228,7 @@ class Teacher:
 
     def head(self, normed: Tensor) -> Tensor:
         """Return the float32 logits (..., V) of normed states (..., d)."""
-        return self._capped(self.stack.head(normed).float())
+        return self.capped(self.stack.head(normed).float())
 
     def head_at(self, normed: Tensor, tokens: Tensor) -> Tensor:
         """Return the float32 logits (..., R, M) of normed states (..., R, d) for the tokens (..., M) alone."""
@@ -242,17 +242,17 @@ class Teacher:
 
         def head(normed: Tensor) -> Tensor:
             logits = normed.float() @ rows
-            return self._capped(logits if chosen is None else logits + chosen)
+            return self.capped(logits if chosen is None else logits + chosen)
 
         return head
 
-    def packed_head(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the head of the tokens (S,) like `partial_head`, prepared for many calls with few rows."""
+    def draft_head(self, tokens: Tensor) -> PackedLinear:
+        """Return the head of the tokens (S,) for drafts, not `capped`. Drafts decide no token, so it is rounded."""
         weight, bias, _ = self.head_parts()
-        product = PackedLinear(weight[tokens], None if bias is None else bias[tokens], wide=True)
-        return lambda normed: self._capped(product(normed).float())
+        return PackedLinear(weight[tokens], None if bias is None else bias[tokens], wide=True, half=True)
 
-    def _capped(self, logits: Tensor) -> Tensor:
+    def capped(self, logits: Tensor) -> Tensor:
+        """Return head products (..., V) within the bound that some teachers set."""
         return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
 
     def unnorm(self, normed: Tensor) -> Tensor:

@@ -281,7 +281,7 @@ def test_engine_responder_halves_its_batch_when_memory_runs_out(monkeypatch: pyt
     teacher, prompts = tiny_teacher("llama", True), random_prompts(9, seed=13)
     responder = EngineResponder(teacher, 8)
     whole = {reply.number: reply.token_ids for reply in responder.reply(prompts, [6] * 9)}
-    from firp_cli.decoding.step import StepShape
+    from firp_cli.decoding.step_shape import StepShape
     from firp_cli.teacher.kv_cache import KVCache
 
     room = KVCache.bytes_needed(**StepShape().cache(teacher, 3, 40))

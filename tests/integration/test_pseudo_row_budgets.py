@@ -10,7 +10,8 @@ import torch
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.step import DecodeStep, DraftSetup
+from firp_cli.decoding.step import DecodeStep
+from firp_cli.decoding.step_shape import DraftSetup
 from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anchor
 from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
 from firp_cli.predictors.base import TreePredictor

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.step import DecodeStep, DraftSetup
+from firp_cli.decoding.step import DecodeStep
+from firp_cli.decoding.step_shape import DraftSetup
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import TeacherError
 from firp_cli.predictors.base import TreePredictor

@@ -267,8 +267,9 @@ def test_head_at_is_the_head_of_the_tokens(bias: bool, softcap: float | None) ->
     assert got.dtype == torch.float32
     expected = whole.gather(2, tokens[:, None].expand(-1, 4, -1))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    for head in (teacher.partial_head(tokens[0]), teacher.packed_head(tokens[0])):
-        torch.testing.assert_close(head(normed), whole[:, :, tokens[0]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(teacher.partial_head(tokens[0])(normed), whole[:, :, tokens[0]], rtol=1e-5, atol=1e-5)
+    drafting = teacher.capped(teacher.draft_head(tokens[0])(normed))  # its matrix may be rounded to bfloat16
+    torch.testing.assert_close(drafting, whole[:, :, tokens[0]], rtol=1e-2, atol=1e-2)
 
 
 def test_embedding_scale_is_one_over_the_deviation() -> None:

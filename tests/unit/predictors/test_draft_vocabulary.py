@@ -17,6 +17,7 @@ from firp_cli.evaluation.gate import gate
 from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.folder import load_predictor, save_predictor
 from firp_cli.recipe import validate_recipe
+from firp_cli.teacher.cpu_kernels import missing
 from helpers.coupling import UNCOUPLED, section
 from helpers.models import HIDDEN, VOCABULARY, make_predictor, random_prompts, tiny_teacher
 from helpers.pairwise import covered
@@ -41,9 +42,12 @@ def test_drafts_are_the_best_of_the_draft_tokens(kind: str) -> None:
     predictor = restricted(kind)
     assert predictor.draft_tokens is not None and predictor.width(50, VOCABULARY) == 30
     states = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(1))
-    logits = predictor.logits(teacher, states)[:, :, predictor.draft_tokens].log_softmax(-1)
-    best, places = logits.topk(7, dim=-1)
-    for prepared in (predictor, predictor.for_decoding(teacher)):
+    exact = teacher.head_weight()[predictor.draft_tokens]
+    logits = predictor.logits(teacher, states)[:, :, predictor.draft_tokens]
+    torch.testing.assert_close(logits, states @ exact.T, rtol=1e-5, atol=1e-5)
+    rounded = exact if missing() else exact.bfloat16().float()  # the CPU's kernels keep the head of drafts in bfloat16
+    for prepared, weight in ((predictor, exact), (predictor.for_decoding(teacher), rounded)):
+        best, places = (states @ weight.T).log_softmax(-1).topk(7, dim=-1)
         draft = prepared.most_probable(teacher, states, 7)
         assert torch.equal(draft.tokens, predictor.draft_tokens[places])
         torch.testing.assert_close(draft.log_probs, best, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.step import DecodeStep, DraftSetup
+from firp_cli.decoding.step import DecodeStep
+from firp_cli.decoding.step_shape import DraftSetup
 from firp_cli.decoding.tree_build import build, build_by_level
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import parse_tree

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from firp_cli.config import KINDS as CONFIGS
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.reference import greedy
+from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import FingerprintError, PredictorError, TeacherError
 from firp_cli.predictors.anchors import choose_anchors, compare_rows, target_states
 from firp_cli.predictors.base import SequenceBatch, TreePredictor
-from firp_cli.predictors.draft import Draft, largest, most_probable_tokens
+from firp_cli.predictors.draft import largest, most_probable_tokens
 from firp_cli.predictors.folder import PREDICTORS, load_predictor, predictor_folder, save_predictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.teacher.load import wrap_model
@@ -177,14 +179,14 @@ def test_decoder_drafts_what_training_predicts(
     prompts = random_prompts(2, seed=12, low=5, high=9)
     texts = [greedy(teacher, prompt, 20) for prompt in prompts]
     sequences = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-    drafts: list[tuple[int, list[list[int]]]] = []
+    drafts: list[list[list[int]]] = []
+    step = DecodeStep.step
 
-    def recording(logits: Tensor, breadth: int, *kernel: bool) -> Draft:
-        draft = most_probable_tokens(logits, breadth, *kernel)
-        drafts.append((draft.tokens.shape[0], draft.tokens[:, :, :2].tolist()))
-        return draft
+    def recording(self: DecodeStep, *arguments: Any, **named: Any) -> None:
+        step(self, *arguments, **named)
+        drafts.append(self._draft.tokens[0, :, :2].tolist())
 
-    monkeypatch.setattr("firp_cli.predictors.base.most_probable_tokens", recording)
+    monkeypatch.setattr(DecodeStep, "step", recording)
     for row, prompt in enumerate(prompts):
         drafts.clear()
         got = Engine(teacher, predictor, parse_tree("dynamic:5", predictor.steps)).generate([prompt], 20)[0]
@@ -197,7 +199,7 @@ def test_decoder_drafts_what_training_predicts(
         with torch.no_grad():
             states = predictor.draft_states(teacher, batch, torch.tensor([places]))
             expected = most_probable_tokens(predictor.logits(teacher, states[0]), 2).tokens.tolist()
-        assert [tokens[0] for _, tokens in drafts[: len(places)]] == expected
+        assert drafts[: len(places)] == expected
 
 
 def test_only_the_predictor_gets_gradients(stacked_teacher: Teacher) -> None:

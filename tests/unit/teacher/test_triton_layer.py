@@ -22,7 +22,8 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install triton"
 
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.step import DecodeStep, DraftSetup
+from firp_cli.decoding.step import DecodeStep
+from firp_cli.decoding.step_shape import DraftSetup
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.draft import most_probable_tokens
 from firp_cli.predictors.forward import forward_rows
