@@ -27,6 +27,7 @@ from firp_cli.api.loading import LayerBackend, load_named_teacher
 from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.decoding import step as step_module
 from firp_cli.decoding.batch import DecodeBatch
+from firp_cli.decoding.cpu_accept import AcceptKernel
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.output_buffer import OutputBuffer
 from firp_cli.decoding.sampling import Sampler
@@ -37,6 +38,7 @@ from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.files import write_json
 from firp_cli.machine import set_threads
 from firp_cli.predictors import base as predictor_module
+from firp_cli.predictors.draft_kernel import DraftKernel
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.reports.cells import markdown_table
 from firp_cli.teacher.kv_cache import KVCache
@@ -59,16 +61,18 @@ STATES = "draft: picking the accepted node's states"
 OWN = "draft: the predictor's own blocks and heads"
 TOPK = "draft: log-softmax and top-k"
 COUPLING = "draft: coupling, candidates of the tree's nodes"
+CHOSEN = "one call: choice of the tokens, acceptance"
+DRAFTED = "one call: final norm and head of drafts, top-k, coupling's states"
 GLUE = "step: calls between these, copies of roots and drafts"
 PUSH = "output"
 READ = "read"
 HOST = "host loop"
 PARTS = (
     *(LAYERS, HEAD, DRAFT_HEAD, PSEUDO, TREE, MASKS, ROTARY, EMBED, ROWS),
-    *(CHOICE, ACCEPT, COMMIT, STATES, OWN, TOPK, COUPLING, GLUE, PUSH, READ, HOST),
+    *(CHOICE, ACCEPT, COMMIT, STATES, OWN, TOPK, COUPLING, CHOSEN, DRAFTED, GLUE, PUSH, READ, HOST),
 )
 TEACHER = (LAYERS, HEAD, DRAFT_HEAD)
-PREDICTOR = (PSEUDO, OWN, COUPLING)
+PREDICTOR = (PSEUDO, OWN, COUPLING, DRAFTED)
 WRAPPED_CALLS = 20_000  # calls for measuring the cost of a wrapper
 
 
@@ -137,6 +141,9 @@ def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
         (DecodeStep, "_forward", MASKS),
         (DecodeStep, "_rotary", ROTARY),
         (DecodeStep, "_draft_next", STATES),
+        (DecodeStep, "_draft_in_kernel", GLUE),
+        (AcceptKernel, "__call__", CHOSEN),
+        (DraftKernel, "write", DRAFTED),
         *((kind, "at", MASKS) for kind in (AttentionMask, KernelMask)),
         (Sampler, "__call__", CHOICE),
         (KVCache, "commit", COMMIT),

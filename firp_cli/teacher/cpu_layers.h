@@ -39,60 +39,79 @@ static void turn(const float* x, const float* weight, float epsilon, const float
   for (int64_t at = half; at < D; at++) y[at] = (x[at] * cosine[at] + x[at - half] * sine[at]) * factor;
 }
 
-// Attention of up to SHARED queries (D,), scaled beforehand, over S slots. VECTORS: D / LANES where it is a constant
-// without remainder, else 0.
+// Scores (S, LANES) of S slots' keys for the queries of a lane each, from `turned` (D, LANES). Lanes are queries, so that
+// no sum runs across a vector.
+static void score_slots(const float* turned, const float* keys, int64_t row, int64_t slots, int64_t D, float* scores) {
+  constexpr int TOGETHER = 8;  // slots; their sums do not wait for each other
+  int64_t slot = 0;
+  for (; slot + TOGETHER <= slots; slot += TOGETHER) {
+    vec sums[TOGETHER] = {};
+    for (int64_t at = 0; at < D; at++) {
+      const vec values = load(turned + at * LANES);
+      for (int s = 0; s < TOGETHER; s++) sums[s] += keys[(slot + s) * row + at] * values;
+    }
+    for (int s = 0; s < TOGETHER; s++) store(scores + (slot + s) * LANES, sums[s]);
+  }
+  for (; slot < slots; slot++) {
+    vec sum = {};
+    for (int64_t at = 0; at < D; at++) sum += keys[slot * row + at] * load(turned + at * LANES);
+    store(scores + slot * LANES, sum);
+  }
+}
+
+// Add a row's mask (S,) to the scores of query q. Most of it is 0.
+static void add_mask(const float* mask, int64_t slots, int q, float* scores) {
+  int64_t last = slots - slots % LANES;
+  for (; last; last -= LANES) {
+    const ints some = load(mask + last - LANES) != 0.0f;
+    int32_t any = 0;
+    for (int lane = 0; lane < LANES; lane++) any |= some[lane];
+    if (any) break;
+  }
+  for (int64_t slot = 0; slot < last; slot++) scores[slot * LANES + q] += mask[slot];
+  for (int64_t slot = slots - slots % LANES; slot < slots; slot++) scores[slot * LANES + q] += mask[slot];
+}
+
+// Attention of up to LANES queries (D,), scaled beforehand, over S slots. `work`: (S + D, LANES). VECTORS: D / LANES
+// where it is a constant without remainder, else 0.
 template <int VECTORS>
 static void attend(const float* const* queries, const float* const* masks, int count, const float* keys,
-                   const float* values, int64_t row, int64_t slots, int64_t D, float* scores, float* const* outputs) {
+                   const float* values, int64_t row, int64_t slots, int64_t D, float* work, float* const* outputs) {
+  constexpr int TOGETHER = VECTORS ? std::max(2, REGISTERS / 2 / std::max(VECTORS, 1)) : 2;  // queries
   const int vectors = VECTORS ? VECTORS : D / LANES;
-  const int64_t rest = VECTORS ? D : vectors * LANES, padded = (slots + LANES - 1) / LANES * LANES;
+  const int64_t rest = VECTORS ? D : vectors * LANES;
+  float *scores = work, *turned = work + slots * LANES;
+  for (int64_t at = 0; at < D; at++)
+    for (int q = 0; q < LANES; q++) turned[at * LANES + q] = q < count ? queries[q][at] : 0.0f;
+  score_slots(turned, keys, row, slots, D, scores);
+  for (int q = 0; q < count; q++)
+    if (masks[q]) add_mask(masks[q], slots, q, scores);
+  vec most = load(scores), total = {};
+  for (int64_t slot = 1; slot < slots; slot++) {
+    const vec score = load(scores + slot * LANES);
+    most = score > most ? score : most;
+  }
   for (int64_t slot = 0; slot < slots; slot++) {
-    const float* key = keys + slot * row;
-    for (int q = 0; q < count; q++) {
-      vec products = {};
-      for (int v = 0; v < vectors; v++) products += load(queries[q] + v * LANES) * load(key + v * LANES);
-      float score = sum(products);
-      for (int64_t at = rest; at < D; at++) score += queries[q][at] * key[at];
-      scores[q * padded + slot] = masks[q] ? score + masks[q][slot] : score;
-    }
+    const vec share = exponential(load(scores + slot * LANES) - most);
+    store(scores + slot * LANES, share);
+    total += share;
   }
-  float totals[SHARED];
-  for (int q = 0; q < count; q++) {
-    float* own = scores + q * padded;
-    const float most = *std::max_element(own, own + slots);
-    std::fill(own + slots, own + padded, -INFINITY);
-    vec total = {};
-    for (int64_t slot = 0; slot < padded; slot += LANES) {
-      vec share = exponential(load(own + slot) - most);
-      if (slot + LANES > slots)
-        for (int lane = slots - slot; lane < LANES; lane++) share[lane] = 0;
-      store(own + slot, share);
-      total += share;
-    }
-    totals[q] = sum(total);
-  }
-  for (int q = 0; q < count; q += 2) {
-    const int second = std::min(q + 1, count - 1);
-    const float *shares = scores + q * padded, *others = scores + second * padded;
-    vec sums[2][VECTORS ? VECTORS : MOST_HEAD / LANES] = {};
+  for (int q = 0; q < count; q += TOGETHER) {
+    int own[TOGETHER];
+    for (int at = 0; at < TOGETHER; at++) own[at] = std::min(q + at, count - 1);
+    vec sums[TOGETHER][VECTORS ? VECTORS : MOST_HEAD / LANES] = {};
     for (int64_t slot = 0; slot < slots; slot++)
       for (int v = 0; v < vectors; v++) {
-        vec value = load(values + slot * row + v * LANES);
-        sums[0][v] += shares[slot] * value;
-        sums[1][v] += others[slot] * value;
+        const vec value = load(values + slot * row + v * LANES);
+        for (int at = 0; at < TOGETHER; at++) sums[at][v] += scores[slot * LANES + own[at]] * value;
       }
-    for (int v = 0; v < vectors; v++) {
-      store(outputs[q] + v * LANES, sums[0][v] / totals[q]);
-      store(outputs[second] + v * LANES, sums[second - q][v] / totals[second]);
-    }
-    for (int64_t at = rest; at < D; at++) {
-      float own = 0, other = 0;
-      for (int64_t slot = 0; slot < slots; slot++) {
-        own += shares[slot] * values[slot * row + at];
-        other += others[slot] * values[slot * row + at];
+    for (int at = 0; at < TOGETHER && q + at < count; at++) {
+      for (int v = 0; v < vectors; v++) store(outputs[q + at] + v * LANES, sums[at][v] / total[q + at]);
+      for (int64_t place = rest; place < D; place++) {
+        float sum = 0;
+        for (int64_t slot = 0; slot < slots; slot++) sum += scores[slot * LANES + q + at] * values[slot * row + place];
+        outputs[q + at][place] = sum / total[q + at];
       }
-      outputs[q][at] = own / totals[q];
-      outputs[second][at] = other / totals[second];
     }
   }
 }
@@ -161,7 +180,7 @@ void firp_after(const Layer* given, const Step* step, int threads) {
   const Layer& layer = *given;
   const Step& s = *step;
   const int64_t M = s.batch * s.rows, size = layer.size, D = layer.head, group = layer.query_heads / layer.key_heads;
-  const int64_t all = s.rows * group, chunks = (all + SHARED - 1) / SHARED;
+  const int64_t all = s.rows * group, chunks = (all + LANES - 1) / LANES;
   const auto attend_chunk = attention_of(D);
   space.fit(layer, M);
   float *normed = space.normed.data(), *gated = space.wide.data(), *attended = space.attended.data();
@@ -169,13 +188,13 @@ void firp_after(const Layer* given, const Step* step, int threads) {
   {
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();
     static thread_local std::vector<float> scores;
-    grow(scores, SHARED * (s.slots + LANES));
+    grow(scores, LANES * (s.slots + D));
     for (int64_t item = thread; item < s.batch * layer.key_heads * chunks; item += team) {
       const int64_t sequence = item / chunks / layer.key_heads, head = item / chunks % layer.key_heads;
-      const int64_t first = item % chunks * SHARED;
-      const int count = std::min<int64_t>(SHARED, all - first);
-      const float *queries[SHARED], *masks[SHARED];
-      float* outputs[SHARED];
+      const int64_t first = item % chunks * LANES;
+      const int count = std::min<int64_t>(LANES, all - first);
+      const float *queries[LANES], *masks[LANES];
+      float* outputs[LANES];
       for (int q = 0; q < count; q++) {
         const int64_t row = (first + q) / group, query_head = head * group + (first + q) % group;
         queries[q] = s.queries + ((sequence * layer.key_heads + head) * all + first + q) * D;

@@ -26,7 +26,7 @@ constexpr int LANES = 4, REGISTERS = 32;
 #endif
 constexpr int BYTES = 4 * LANES;
 constexpr int MOST_ROWS = REGISTERS / 2;  // of one pass over panels: their sums just fit the registers
-constexpr int SHARED = 8;  // rows that read keys, or a row of the vocabulary matrix, together
+constexpr int SHARED = 8;  // rows that read a row of the vocabulary matrix together
 
 typedef float vec __attribute__((vector_size(BYTES)));
 typedef int32_t ints __attribute__((vector_size(BYTES)));
