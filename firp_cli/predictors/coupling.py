@@ -61,7 +61,7 @@ class Coupling(nn.Module):
 
     @property
     def states_matrix(self) -> PackedLinear | None:
-        """What reads the states alone, prepared for decoding, if there is such a matrix."""
+        """The matrix that reads the states alone, prepared for decoding; None where there is none."""
         return self._packed_states
 
     @property

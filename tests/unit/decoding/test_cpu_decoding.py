@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import platform
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,11 +21,13 @@ from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.draft_kernel import DraftKernel
 from firp_cli.teacher import cpu_kernels
+from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.kv_cache import KVCache
+from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.packed_linear import PackedLinear, is_bfloat16
 from firp_cli.teacher.teacher import Teacher
 from helpers.coupling import section
-from helpers.models import VOCABULARY, make_predictor, random_prompts, tiny_teacher
+from helpers.models import VOCABULARY, make_predictor, random_prompts, tiny_model, tiny_teacher
 from helpers.pairwise import covered
 from helpers.trees import random_draft
 
@@ -100,22 +104,39 @@ def stepper_of(teacher: Teacher, predictor: TreePredictor, tree: str, batch: int
     return DecodeStep(teacher, setup, Sampler(temperature, 1.0, 0, CPU), batch, 80)
 
 
+@pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx"])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these flags are for x86")
+@torch.inference_mode()
+def test_steps_with_short_registers_equal_torch(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = cpu_kernels.load([flag])
+    monkeypatch.setattr(cpu_kernels, "compiled", lambda: other)
+    teacher = wrap_model(copy.deepcopy(tiny_model("llama")), name="short", check=False)
+    use_lean_layers(teacher)
+    predictor = make_predictor(teacher, **SECTIONS["firp_plus-recurrent"])
+    compare_steps(teacher, predictor, "dynamic:6/3@2", 3, 0.0)
+
+
 @pytest.mark.parametrize("draft_tokens", [None, 40])
 @pytest.mark.parametrize(("kind", "tree", "batch", "temperature"), covered(list(SECTIONS), TREES, [1, 3], [0.0, 0.7]))
 @torch.inference_mode()
 def test_steps_equal_torch(
     kind: str, tree: str, batch: int, temperature: float, draft_tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs, drafts, what the coupling reads, and K/V of several steps."""
     teacher = tiny_teacher("llama", lean=True)
     predictor = make_predictor(teacher, **SECTIONS[kind])
     if draft_tokens is not None:
         predictor.draft_tokens = torch.randperm(VOCABULARY)[:draft_tokens].sort().values
+    written: list[int] = []
+    monkeypatch.setattr(DraftKernel, "write", counted(DraftKernel.write, written))
+    compare_steps(teacher, predictor, tree, batch, temperature)
+    assert len(written) == 6
+
+
+def compare_steps(teacher: Teacher, predictor: TreePredictor, tree: str, batch: int, temperature: float) -> None:
+    """Compare outputs, drafts, what the coupling reads, and K/V of six steps with those of torch's operations."""
     kernels, plain = (stepper_of(teacher, predictor, tree, batch, temperature) for _ in range(2))
     assert kernels.predictor is not None and kernels.predictor.kernel is not None
     plain._accept_kernel, plain.cache._packed = None, False
-    written = []
-    monkeypatch.setattr(DraftKernel, "write", counted(DraftKernel.write, written))
     prompts = random_prompts(batch, seed=2, low=4, high=9)
     longest = max(map(len, prompts)) - 1
     for number in range(6):
@@ -136,7 +157,6 @@ def test_steps_equal_torch(
             )
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
         longest += int(plain.output.row[:batch, 0].max()) + 1
-    assert len(written) == 6
 
 
 def counted(function: Any, calls: list[int]) -> Any:
