@@ -16,6 +16,7 @@ from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, nearest_anch
 from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
 from firp_cli.predictors.base import TreePredictor
 from firp_cli.predictors.draft import Children, Draft
+from firp_cli.predictors.draft_kernel import DraftKernel
 from firp_cli.results import Generation
 from firp_cli.teacher.teacher import Teacher
 from helpers.coupling import COUPLED
@@ -271,7 +272,13 @@ def check_draft(stepper: DecodeStep, row: int, expected: Draft, distance: int) -
 def test_small_trees_apply_the_head_once_a_step(tree: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher("llama", lean=True)
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
-    calls, head = [], teacher.head
+    calls, head, write = [], teacher.head, DraftKernel.write
+
+    def drafting(self: DraftKernel, *given: Any) -> None:
+        calls.extend([1] if given[-1] is None else [])  # without logits the kernel runs the head
+        write(self, *given)
+
     monkeypatch.setattr(teacher, "head", lambda states: calls.append(1) or head(states))
+    monkeypatch.setattr(DraftKernel, "write", drafting)
     made = Engine(teacher, predictor, parse_tree(tree, 2)).generate([[3, 9, 4]], 16)[0]
     assert len(calls) == 1 + passes * made.steps  # the first token's step has a single node
