@@ -52,17 +52,12 @@ class Coupling(nn.Module):
         self.bias = nn.Parameter(torch.empty(steps, width))
         self.output_weight = nn.Parameter(torch.empty(heads, size, width))
         self._packed: tuple[PackedLinear, PackedLinear] | None = None  # of node_weight and output_weight
-        self._packed_states: PackedLinear | None = None
+        self.states_matrix: PackedLinear | None = None  # `state_weight` prepared for decoding, if there is one
         self._kernel: CouplingKernel | None = None
 
     @property
     def shared(self) -> bool:
         return len(self.output_weight) == 1
-
-    @property
-    def states_matrix(self) -> PackedLinear | None:
-        """The matrix that reads the states alone, prepared for decoding; None where there is none."""
-        return self._packed_states
 
     @property
     def recurrent(self) -> bool:
@@ -103,7 +98,7 @@ class Coupling(nn.Module):
         if self.shared:
             prepared._packed = _packed(self.node_weight[0]), _packed(self.output_weight[0])
             if self.state_weight is not None:
-                prepared._packed_states = _packed(self.state_weight[0])
+                prepared.states_matrix = _packed(self.state_weight[0])
             node, output = (product.kernel for product in prepared._packed)
             if node is not None and output is not None and CouplingKernel.serves(teacher):
                 activated = self.form != "low_rank"
@@ -143,8 +138,8 @@ class Coupling(nn.Module):
         if self.state_weight is None:
             return bias.expand(*states.shape[:2], -1)
         inputs = unit(states).to(self.state_weight.dtype)
-        if self._packed_states is not None:
-            return self._packed_states(inputs) + bias
+        if self.states_matrix is not None:
+            return self.states_matrix(inputs) + bias
         if self.shared:
             return functional.linear(inputs, self.state_weight[0]) + bias
         if steps is None:

@@ -1,8 +1,7 @@
 """The next draft by a kernel on a CPU: the Python side of `firp_draft` in cpu_decoding.h.
 
-With torch's operations a draft takes some forty calls, and each takes longer than its work: a forward leaves nothing
-else in the processor's caches. Shapes: B sequences, R rows, N nodes, k steps, C candidates, S tokens among which drafts
-are chosen, d hidden size.
+With torch's operations a draft takes dozens of calls, most of them shorter than the call itself. Shapes: B sequences, R
+rows, N nodes, k steps, C candidates, S tokens among which drafts are chosen, d hidden size.
 """
 
 from __future__ import annotations

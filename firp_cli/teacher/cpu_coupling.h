@@ -170,6 +170,9 @@ static void expand(const Coupling& coupling, const std::vector<Candidates>& step
   }
 }
 
+// The value, or -inf for NaN, which no order of scores holds.
+static inline float numbered(float value) { return value == value ? value : -INFINITY; }
+
 // A tree while it grows: candidates for its nodes, level by level, the root first.
 struct Growing {
   std::vector<int64_t> tokens, parents, depths;
@@ -184,7 +187,7 @@ struct Growing {
     joint.resize(F * limit);
     for (int64_t f = 0; f < F; f++)
       for (int64_t place = 0; place < limit; place++)
-        joint[f * limit + place] = scores[frontier[f]] + found[(from + f) * limit + place];
+        joint[f * limit + place] = numbered(scores[frontier[f]] + found[(from + f) * limit + place]);
     largest(joint.data(), F * limit, limit, order);
     std::vector<int64_t> next;
     rows.clear();

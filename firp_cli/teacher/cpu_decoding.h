@@ -22,7 +22,8 @@ struct Descent {
   float* floor;                                               // (B, k) -inf where no row reaches
 };
 
-// What drafts: the head (S, d), the tokens of its rows (S,) (null: all tokens), the final norm (d,), and of a coupling its product of the states (w, d) (null: none), its bias (k, w).
+// What drafts: the head (S, d), the tokens of its rows (S,) (null: all tokens), the final norm (d,), and of a coupling
+// its product of the states (w, d) (null: none) and its bias (k, w).
 struct Drafter {
   Matrix head, features;
   const int64_t* known;
@@ -32,7 +33,8 @@ struct Drafter {
 };
 
 // Rows of the next draft of C tokens for each step: `states` (B, R, d), and their logits (B, R, S) where these are known.
-// `raw`: states before the final norm. `picks`: (B, k) the steps' rows; null: the first k. `final`: (B, N, d) of which `node` (B,) is the accepted one.
+// `raw`: states before the final norm. `picks`: (B, k) the steps' rows; null: the first k. `final`: (B, N, d), of which
+// `node` (B,) is the accepted one.
 struct Next {
   int64_t batch, steps, candidates, raw;
   const float *states, *logits, *final, *floor;
@@ -82,8 +84,8 @@ static void largest_of_many(const float* x, int64_t C, int64_t count, std::vecto
   static thread_local std::vector<float> maxima, sorted;
   maxima.resize(blocks);
   for (int64_t block = 0; block < blocks; block++) {
-    float most = x[block * LANES];
-    for (int lane = 1; lane < LANES; lane++) most = std::max(most, x[block * LANES + lane]);
+    float most = -INFINITY;  // NaN, which no order holds, is never above it
+    for (int lane = 0; lane < LANES; lane++) most = std::max(most, x[block * LANES + lane]);
     maxima[block] = most;
   }
   sorted = maxima;
@@ -97,6 +99,7 @@ static void largest_of_many(const float* x, int64_t C, int64_t count, std::vecto
   }
   for (int64_t at = blocks * LANES; at < C; at++)
     if (x[at] >= bound) order.push_back(at);
+  if ((int64_t)order.size() < count) return largest(x, C, count, order);  // most values are NaN
   std::partial_sort(order.begin(), order.begin() + count, order.end(), [x](int32_t one, int32_t other) {
     return x[one] > x[other] || (x[one] == x[other] && one < other);
   });

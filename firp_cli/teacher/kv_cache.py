@@ -60,7 +60,10 @@ class KVCache:
         self._sequences = torch.arange(batch, device=device)
         self._prefix_slots = self._numbers + scratch
         self._kernel = kernel
-        self._packed = device.type == "cpu" and cpu_kernels.missing() is None
+        self._packed: Any = None  # the CPU's kernel
+        if device.type == "cpu" and cpu_kernels.missing() is None:
+            self._packed = cpu_kernels.compiled().firp_commit
+            self._packed.argtypes, self._packed.restype = [POINTER(_Commit), c_int], None
         self._arrived = torch.zeros(batch, dtype=torch.int32, device=device)  # of the kernel, zero between its calls
         self.use(batch)
 
@@ -152,7 +155,7 @@ class KVCache:
             state = (self.lengths, self._arrived[:batch])
             commit_rows(self._store, path_BP, counts_B, *state, self._first, self.scratch, self.capacity)
             return
-        if self._packed and not cpu_kernels.watched():
+        if self._packed is not None and not cpu_kernels.watched():
             self._commit_packed(path_BP, counts_B)
             return
         store = self._store[:, :, :batch]
@@ -182,9 +185,7 @@ class KVCache:
         path, counts = path_BP.contiguous(), counts_B.contiguous()
         sizes = (layers * two, batch, heads, size * item, self._first, self.scratch, self.capacity)
         addresses = (part.data_ptr() for part in (store, path, counts, self.lengths))
-        commit = cpu_kernels.compiled().firp_commit
-        commit.argtypes, commit.restype = [POINTER(_Commit), c_int], None
-        commit(_Commit(*sizes, *strides, path.stride(0), *addresses), torch.get_num_threads())
+        self._packed(_Commit(*sizes, *strides, path.stride(0), *addresses), torch.get_num_threads())
 
     def set_lengths(self, lengths_B: Tensor) -> None:
         """Commit the slots up to these lengths (B,)."""

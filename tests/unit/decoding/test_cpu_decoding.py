@@ -19,7 +19,8 @@ from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_build import Tree, anchor_nodes, build, root_tree
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.base import TreePredictor
-from firp_cli.predictors.draft_kernel import DraftKernel
+from firp_cli.predictors.draft import Draft
+from firp_cli.predictors.draft_kernel import DraftKernel, DraftRows
 from firp_cli.teacher import cpu_kernels
 from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.kv_cache import KVCache
@@ -27,7 +28,7 @@ from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.packed_linear import PackedLinear, is_bfloat16
 from firp_cli.teacher.teacher import Teacher
 from helpers.coupling import section
-from helpers.models import VOCABULARY, make_predictor, random_prompts, tiny_model, tiny_teacher
+from helpers.models import HIDDEN, VOCABULARY, make_predictor, random_prompts, tiny_model, tiny_teacher
 from helpers.pairwise import covered
 from helpers.trees import random_draft
 
@@ -136,7 +137,7 @@ def compare_steps(teacher: Teacher, predictor: TreePredictor, tree: str, batch: 
     """Compare outputs, drafts, what the coupling reads, and K/V of six steps with those of torch's operations."""
     kernels, plain = (stepper_of(teacher, predictor, tree, batch, temperature) for _ in range(2))
     assert kernels.predictor is not None and kernels.predictor.kernel is not None
-    plain._accept_kernel, plain.cache._packed = None, False
+    plain._accept_kernel, plain.cache._packed = None, None
     prompts = random_prompts(batch, seed=2, low=4, high=9)
     longest = max(map(len, prompts)) - 1
     for number in range(6):
@@ -167,11 +168,33 @@ def counted(function: Any, calls: list[int]) -> Any:
     return counting
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@torch.inference_mode()
+def test_states_that_are_not_numbers_draft_known_tokens(share: float) -> None:
+    """NaN has no place in an order; whatever is drafted, the kernels stay within their memory."""
+    teacher = tiny_teacher("llama", lean=True)
+    predictor = make_predictor(teacher, **SECTIONS["firp_plus-recurrent"]).for_decoding(teacher)
+    assert predictor.kernel is not None and predictor.coupling is not None
+    generator = torch.Generator().manual_seed(3)
+    states, logits = torch.randn(2, 3, HIDDEN, generator=generator), torch.randn(2, 3, VOCABULARY, generator=generator)
+    logits[torch.rand(logits.shape, generator=generator) < share] = float("nan")
+    context = torch.zeros(2, 3, predictor.coupling.context_columns)
+    draft = Draft(torch.full((2, 3, 5), -1), torch.zeros(2, 3, 5), context)
+    rows = DraftRows(torch.zeros(2, dtype=torch.long), None, torch.arange(3).repeat(2, 1), torch.zeros(2, 3))
+    predictor.kernel.write(draft, rows, states, False, states[:, :1].contiguous(), logits)
+    assert all(len(set(tokens)) == 5 for tokens in draft.tokens.flatten(0, 1).tolist())
+    tree = predictor.coupling.dynamic_tree(draft, torch.tensor([1, 2]), 6)
+    assert tree is not None
+    for tokens in (draft.tokens, tree[0]):
+        assert tokens.min() >= 0 and tokens.max() < VOCABULARY
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_commit_keeps_the_path_and_stops_at_the_capacity(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     kernel, plain = (KVCache(3, 4, 6, 20, 2, 5, dtype, CPU, spread=4) for _ in range(2))
-    plain._packed = False
+    assert kernel._packed is not None
+    plain._packed = None
     kernel._store.normal_(generator=generator)
     plain._store.copy_(kernel._store)
     lengths, path = torch.tensor([0, 7, 18, 20]), torch.tensor([[0, 2, 4, 4], [0, 1, 1, 1], [0, 3, 4, 4], [0, 1, 2, 3]])
