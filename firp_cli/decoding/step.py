@@ -116,16 +116,17 @@ class DecodeStep:
         return self.cache.batch
 
     def prefill(self, prompts: list[list[int]], chunk: int) -> None:
-        """Make the K/V of every prompt but its last token, in chunks. The last tokens become the roots of the first
-        step, which runs the first pseudo rows.
+        """Make the K/V of every prompt but its last token, in chunks; once where all prompts are the same. The last
+        tokens become the roots of the first step, which runs the first pseudo rows.
         """
         teacher, device, cache = self.teacher, self.teacher.device, self.cache
-        cache.use(len(prompts))
+        distinct = prompts[:1] if all(prompt == prompts[0] for prompt in prompts) else prompts
+        cache.use(len(distinct))
         self.output.drain()
         self._no_draft()
         width = max(len(prompt) for prompt in prompts) - 1
         chunk = min(chunk, max(1, PREFILL_ENTRIES // max(1, width)))
-        padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
+        padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in distinct]
         ids = torch.tensor(padded, dtype=torch.long).to(device)
         for start in range(0, width, chunk):
             part = ids[:, start : start + chunk]
@@ -135,6 +136,8 @@ class DecodeStep:
             slots = cache.prefix_slots(start + rows)[None]
             mask = AttentionMask(slots <= positions[:, :, None], teacher.dtype, positions, slots)
             forward_rows(teacher, teacher.embed(part), positions, mask, cache=cache, rotary=self._rotary(positions))
+        if len(distinct) < len(prompts):
+            cache.repeat(len(prompts), width)
         cache.set_lengths(torch.tensor([len(prompt) - 1 for prompt in prompts], device=device))
         self._root[: len(prompts)].copy_(torch.tensor([prompt[-1] for prompt in prompts], device=device))
 

@@ -191,6 +191,13 @@ class KVCache:
         """Commit the slots up to these lengths (B,)."""
         torch.clamp(lengths_B, max=self.capacity, out=self.lengths)
 
+    def repeat(self, batch: int, length: int) -> None:
+        """Go on with `batch` sequences that have the first `length` positions of the only one."""
+        prefix = self._store.narrow(4, self.scratch, length)
+        for keys, values in prefix:  # layer by layer: a copy is then one layer's
+            keys[1:batch], values[1:batch] = keys[:1], values[:1]
+        self._narrow(batch)
+
     @torch.no_grad()
     def fill(self, length: int) -> None:
         """Commit `length` random positions of every sequence, for timing, which does not depend on the values."""

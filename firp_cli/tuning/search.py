@@ -125,6 +125,7 @@ class StepCosts:
         self._weights = np.zeros(len(self._features(NO_TREE)))
         self._scale = 1.0
         self.ar = 0.0  # milliseconds of an autoregressive step
+        self.probed: dict[TreeSpec, float] = {}  # milliseconds of the steps that the weights are fitted to
 
     def passes(self, spec: TreeSpec, batch: int | None = None) -> float:
         """Return the time of the layers, and of the head on the nodes and on the drafts of predictors that share it."""
@@ -147,6 +148,7 @@ class StepCosts:
         """Fit the weights to whole steps in milliseconds, an autoregressive one (NO_TREE) among them."""
         self.ar = measured[NO_TREE]
         specs = [spec for spec in measured if spec != NO_TREE]
+        self.probed = {spec: measured[spec] for spec in specs}
         beyond = np.array([measured[spec] - self.passes(spec) for spec in specs])
         weights = np.array([1 / measured[spec] for spec in specs])
         features = np.array([self._features(spec) for spec in specs])

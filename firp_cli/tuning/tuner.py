@@ -30,6 +30,7 @@ FINALISTS = 6  # trees whose whole steps are timed
 REPEATS, PROBE_REPEATS = 6, 8  # of timing a step, in one round
 TIMING_ROUNDS, LEAST_TIMING_ROUNDS = 16, 4  # of all batch sizes together, and of each
 PAYS = 1.03  # predicted speedup from which on a tree is used; a smaller one may be a loss
+HOPELESS = 0.85  # speedup below which larger batches, whose rows cost more, are not timed
 LADDER = (2, 4, 8, 16, 32)  # nodes of the trees that the trial decodes beside the chosen ones
 MOST_ROWS, MOST_ROWS_CUDA = 64, 256
 SMALLEST_CONTEXT = 64
@@ -39,11 +40,14 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Finalists:
-    """Trees that may be the best at a batch size, with the milliseconds of their steps and of autoregressive ones."""
+    """Trees that may be the best at a batch size, with the milliseconds of their steps and of autoregressive ones.
+    `speedup`: the best of the trees to which the step costs are fitted.
+    """
 
     batch: int
     costs: StepCosts
     trees: dict[TreeSpec, Candidate]
+    speedup: float
     times: dict[TreeSpec, list[float]] = field(default_factory=dict)
 
 
@@ -182,7 +186,8 @@ class Tuner:
         trees = {scored.spec: scored.candidate for scored in (*ranking[:FINALISTS], *of_kind.values())}
         if self.default is not None and self.default.kind != "none" and self.fits(self.default):
             trees.setdefault(self.default, Candidate(self.default))
-        return Finalists(batch, costs, trees)
+        speedup = max(costs.ar * self.length(spec) / measured for spec, measured in costs.probed.items())
+        return Finalists(batch, costs, trees, speedup)
 
     def time_round(self, finalists: Finalists) -> None:
         """Time the steps of the finalists once more, with an autoregressive step beside each."""
@@ -209,10 +214,15 @@ class Tuner:
         return Choice(entry, best, self._trial(best, batch, predicted), costs)
 
     def tune(self) -> list[Choice]:
-        """Return the choice for each batch size. On a CPU steps are timed in several rounds, spread over all batch
-        sizes: its speed varies from minute to minute.
+        """Return the choice for each batch size up to the first at which drafting is far from paying. On a CPU steps
+        are timed in several rounds, spread over all batch sizes: its speed varies from minute to minute.
         """
-        by_batch = [self.find_finalists(batch) for batch in self.batches]
+        by_batch = []
+        for batch in self.batches:
+            by_batch.append(self.find_finalists(batch))
+            if by_batch[-1].speedup < HOPELESS and batch < self.batches[-1]:
+                self.tell(f"batch sizes above {batch} are not timed: drafting does not pay at {batch}")
+                break
         cuda = self.teacher.device.type == "cuda"
         rounds = 1 if cuda else max(LEAST_TIMING_ROUNDS, TIMING_ROUNDS // len(by_batch))
         for _ in range(self.settings.timing_rounds or rounds):

@@ -307,6 +307,38 @@ def test_remaining_sequences_go_on_unchanged(section: str) -> None:
 
 @sections
 @torch.inference_mode()
+def test_equal_prompts_run_once(section: str) -> None:
+    """Their batch goes on as that of prompts of which one differs, and prefill has the rows of one prompt."""
+    teacher = tiny_teacher("qwen2-window", lean=True)
+    stepper = new_stepper(teacher, section, 3, capacity=120)
+    prompt, other = list(range(3, 40)), list(range(2, 39))
+    rows: list[int] = []
+    run = teacher.layers_between
+
+    def noting(first: int, last: int, states: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(states.shape[0] * states.shape[1])
+        return run(first, last, states, *rest)
+
+    emitted = []
+    for prompts in ([prompt] * 3, [prompt, other, prompt]):
+        rows.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(teacher, "layers_between", noting)
+            stepper.prefill(prompts, 10)
+        assert sum(rows) == 36 * (1 if prompts[1] == prompt else 3)
+        assert stepper.cache.lengths.tolist() == [36] * 3
+        stepper.step(36, "drafted", first=True)
+        stepper.output.launched(None)
+        read = []
+        for _ in range(5):
+            stepper.step(100, "drafted")
+            read += [stepper.output.launched(None)[0][1]]
+        emitted.append([[step[0], step[2]] for step in read])
+    assert emitted[0] == emitted[1]
+
+
+@sections
+@torch.inference_mode()
 def test_exact_length_needs_no_mask(section: str) -> None:
     """For one sequence of known length the step without a mask emits the masked step's tokens."""
     teacher = tiny_teacher("llama", lean=True)

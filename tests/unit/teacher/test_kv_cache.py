@@ -176,6 +176,23 @@ def test_select_keeps_remaining_sequences() -> None:
     assert (cache.batch, prefix(cache, 0)) == (1, [*before[1], FIRST_ROW + 50])
 
 
+def test_repeat_gives_every_sequence_the_first_ones_prefix() -> None:
+    cache = new_cache(3, scratch=2, capacity=6)
+    cache.use(1)
+    prefill(cache, [4])
+    kept = [cache.seen(layer)[0][0, :, :4].clone() for layer in range(LAYERS)]
+    cache.repeat(3, 4)
+    cache.set_lengths(torch.tensor([4, 4, 4]))
+    assert (cache.batch, cache.lengths.tolist()) == (3, [4, 4, 4])
+    cache.begin(0, 4)
+    for layer, first in enumerate(kept):
+        keys, values = cache.seen(layer)
+        assert torch.equal(keys, first.expand(3, -1, -1, -1)) and torch.equal(values, -keys)
+    step(cache, 1, longest=4)
+    cache.commit(torch.zeros(3, 1, dtype=torch.long), torch.tensor([1, 0, 1]))
+    assert cache.lengths.tolist() == [5, 4, 5]
+
+
 def test_use_empties_cache() -> None:
     cache = new_cache(3, scratch=2, capacity=5)
     prefill(cache, [5, 4, 3])

@@ -92,13 +92,30 @@ def test_inaccurate_predictor_gets_no_tree(monkeypatch: pytest.MonkeyPatch) -> N
     predictor = make_predictor(teacher, kind="firp", layer=1, steps=3)
     logits = predictor.logits
     monkeypatch.setattr(predictor, "logits", lambda *arguments: -logits(*arguments))  # the least likely first
-    whole_steps_take({"none": 1.0}, 1.5, monkeypatch)
+    whole_steps_take({"none": 1.0}, 1.15, monkeypatch)
     report = tune(teacher, predictor, random_prompts(8, seed=1), settings(trial=False))
     assert [entry.tree for entry in report.entries] == ["none", "none"]
     assert report.entries[0].predicted.speedup == 1.0 and report.entries[0].rows == 1
     assert report.break_even == 1
     assert report.batches[0].tree != "none" and report.batches[0].predicted.speedup < 1.0
     assert all(trial.measured is None for trial in report.ladder)
+
+
+def test_batches_beyond_one_that_drafting_slows_down_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+
+    def timed(*arguments: Any) -> dict[Any, list[float]]:
+        batches.append(arguments[3])
+        drafted = 1.0 if arguments[3] == 1 else 20.0
+        return {spec: [1.0 if spec.kind == "none" else drafted] * 3 for spec in arguments[2]}
+
+    monkeypatch.setattr(module, "time_steps", timed)
+    told: list[str] = []
+    wanted = settings(trial=False, batches=(1, 2, 4, 8))
+    report = tune(embedded_teacher(), embedded_predictor("firp"), embedded_prompts(8), wanted, tell=told.append)
+    assert [(entry.batch_size, entry.tree == "none") for entry in report.entries] == [(1, False), (2, True)]
+    assert report.break_even == 2 and set(batches) == {1, 2}
+    assert "batch sizes above 2 are not timed: drafting does not pay at 2" in told
 
 
 def tuner_of(lengths: dict[str, float], times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> Tuner:
