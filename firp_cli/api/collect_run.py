@@ -1,7 +1,8 @@
-"""`collect`: fill a hidden-state store from Python, as `firp collect` does."""
+"""`collect`: fill a hidden-state store from Python, as `firp collect` does; `write_prompts`: as `firp prompts`."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +20,16 @@ from firp_cli.collecting.collect_store import (
 from firp_cli.collecting.corpus import check_dataset
 from firp_cli.collecting.engine_responder import make_responder
 from firp_cli.collecting.estimate import CollectEstimate, estimate
+from firp_cli.collecting.own_prompts import PromptSettings, own_prompts
 from firp_cli.collecting.vllm import check_responder
-from firp_cli.config import Recipe
+from firp_cli.config import Recipe, TeacherConfig
 from firp_cli.data.datasets import dataset_names
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.distributed.sharding import load_for_ranks
+from firp_cli.errors import UsageError
 from firp_cli.machine import is_main
 from firp_cli.recipe import load_recipe
+from firp_cli.results import Progress, no_progress
 from firp_cli.store.writer import check_target
 from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.teacher import Teacher
@@ -140,6 +144,35 @@ def run_estimate(run: CollectRun, ranks: int = 1) -> CollectEstimate:
     teacher = _load(recipe)
     layers, dtype = check_layers(_layers(run, teacher), teacher), stored_dtype(teacher, recipe.data)
     return estimate(teacher, recipe.data, layers, dtype, run.store, make_responder(recipe, teacher), ranks)
+
+
+def write_prompts(
+    teacher: str | TeacherConfig,
+    output: str | Path,
+    count: int,
+    settings: PromptSettings | None = None,
+    progress: Progress = no_progress,
+) -> int:
+    """Let a chat model write `count` user messages into a new .jsonl file, which `data.dataset` may name; return how
+    many it wrote. After an interruption the file holds those that were written.
+
+    Args:
+        teacher: model folder, hub id, .gguf file or known name; or its configuration.
+
+    Raises UsageError where the file exists, else FirpError as `own_prompts` and for a teacher that cannot be loaded.
+    """
+    path, written = Path(output), 0
+    if path.exists():
+        raise UsageError(f"{path} exists: give another --output, or remove it")
+    config = TeacherConfig(model=teacher) if isinstance(teacher, str) else teacher
+    loaded = _load(Recipe(teacher=config))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for text in own_prompts(loaded, count, settings or PromptSettings(), progress):
+        line = json.dumps({"messages": [{"role": "user", "content": text}]}, ensure_ascii=False)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+        written += 1
+    return written
 
 
 def _load(recipe: Recipe) -> Teacher:

@@ -12,6 +12,7 @@ from firp_cli.cli.collect import collect
 from firp_cli.cli.doctor import doctor
 from firp_cli.cli.eval import evaluate
 from firp_cli.cli.generate import generate
+from firp_cli.cli.prompts import prompts
 from firp_cli.cli.quickstart import quickstart
 from firp_cli.cli.store import store
 from firp_cli.cli.terminal import INTERRUPTION, RenamedOptions
@@ -42,6 +43,7 @@ def _main(
 
 
 app.command("quickstart")(quickstart)
+app.command("prompts")(prompts)
 app.command("collect")(collect)
 app.add_typer(store, name="store")
 app.command("train")(train)

@@ -65,6 +65,14 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def around_user_text(tokenizer: Any) -> tuple[str, str]:
+    """Return what the chat template writes before and after the text of a first user message, up to the start of the
+    assistant's turn. Raises DatasetError as `encode` does.
+    """
+    before, _, after = _render([{"role": "user", "content": SENTINEL}], tokenizer, prompt=True).partition(SENTINEL)
+    return before, after
+
+
 def check_masks(first: Sequence[Message], tokenizer: Any, masked: int, total: int) -> None:
     """Refuse a data set in which no token, or every token, belongs to an answer.
 
