@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -199,12 +200,22 @@ def test_wandb_gets_rows_and_resumes_its_run(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("WANDB_SILENT", "true")
     wanted = recipe(FIRP, wandb="drafts", log_every=1, max_steps=4)
     assert run(tmp_path, wanted, listener=Listener(stop=lambda done: done == 2)).stopped
+    time.sleep(1)  # wandb names a folder by the second: a run in the same one would write into it
     assert not run(tmp_path, wanted, resume=True).stopped
     known = json.loads((tmp_path / "wandb.json").read_text())
-    sent = [path.read_bytes() for path in (tmp_path / "wandb").glob(f"offline-run-*-{known['id']}/run-*.wandb")]
-    assert known["project"] == "drafts" and len(sent) == 2
-    assert all(b"train/gradient_norm" in request for request in sent)
-    assert b"validation/expected_accepted_length" in b"".join(sent)
+
+    def sent() -> list[bytes]:
+        return [path.read_bytes() for path in (tmp_path / "wandb").glob(f"offline-run-*-{known['id']}/run-*.wandb")]
+
+    def complete() -> bool:
+        trained = [b"train/gradient_norm" in content for content in sent()]
+        return trained == [True, True] and b"validation/expected_accepted_length" in b"".join(sent())
+
+    assert known["project"] == "drafts" and len(sent()) == 2
+    until = time.monotonic() + 30
+    while not complete() and time.monotonic() < until:  # wandb's own process still writes after `finish` has returned
+        time.sleep(0.05)
+    assert complete()
 
 
 def test_wandb_failure_is_reported_with_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
