@@ -36,7 +36,7 @@ SAMPLE_LIMIT = 64  # prompts of the estimate that determines the limit
 FEWEST_PROMPTS = 24  # fewer prompts are too few to fit maps
 HELD_OUT = 0.1  # share of a file's prompts kept for measuring
 MEASURED = (4, 8)  # prompts of the bench, fewest and most
-CALIBRATING, SITTINGS = 16, "4"  # prompts and sittings of tuning
+CALIBRATING, TIMING_ROUNDS = 16, "4"  # prompts and rounds of tuning
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def quickstart(
     run("collect", str(path))
     training = training_overrides((until - time.monotonic()) / 60, minutes)
     run("train", str(path), *training, "training.gate_prompts=2", f"output={predictor}")
-    tuning = ["--batch-sizes", "1", "--limit", str(CALIBRATING), "--sittings", SITTINGS, "--no-trial"]
+    tuning = ["--batch-sizes", "1", "--limit", str(CALIBRATING), "--timing-rounds", TIMING_ROUNDS, "--no-trial"]
     run("tune", predictor, "--dataset", data.train, *where, *tuning, "--output", str(folder / "tune"))
     measured = min(MEASURED[1], max(MEASURED[0], round(minutes / 2)))
     measuring = ["--limit", str(measured), "--repeats", "1", "--output", str(folder / "bench")]
