@@ -187,21 +187,25 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=24, help="conversations to evaluate")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--groups", help="comma-separated groups of rows; default: all")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of ablations.json in --output")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     store = arguments.store or Path(recipe.store or "")
     trials = Trials(recipe, store, arguments.conversations, arguments.held_out, arguments.epochs)
     assert recipe.predictor is not None
     rows = variants(recipe.predictor.model_dump(), trials.layers)
-    if arguments.groups:
-        rows = [row for row in rows if row.group in arguments.groups.split(",")]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    table: list[dict[str, Any]] = []
+    path, table = arguments.output / "ablations.json", list[dict[str, Any]]()
+    kept = json.loads(path.read_text(encoding="utf-8")) if arguments.resume and path.is_file() else []
+    known = {(row["group"], row["variant"]): row for row in kept}
+    if arguments.groups:
+        wanted = arguments.groups.split(",")
+        rows = [row for row in rows if row.group in wanted or (row.group, row.name) in known]
     with console_progress("variants") as progress:
         for number, row in enumerate(rows):
             progress(number, len(rows))
-            table.append(trials.run(row))
-            (arguments.output / "ablations.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+            table.append(known.get((row.group, row.name)) or trials.run(row))
+            path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     (arguments.output / "ablations.md").write_text(markdown(table), encoding="utf-8")
     (arguments.output / "ablations.png").write_bytes(figure(table))
     print(markdown(table))
