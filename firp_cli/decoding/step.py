@@ -183,10 +183,11 @@ class DecodeStep:
             assert self.tree is not None and self.predictor is not None
             draft = self._draft.map(lambda part: part[: self.batch])
             limit = self.shape.anchors if self.tree.limited else 0
-            if self.kernel and self.tree.kind != "none" and not self.predictor.parent_dependent:
+            coupling = self.predictor.coupling
+            if self.kernel and self.tree.kind != "none" and (coupling or not self.predictor.parent_dependent):
                 from firp_cli.decoding.triton_tree import build_tree
 
-                built = build_tree(self.tree, draft, root, lengths, limit, len(transfer))
+                built = build_tree(self.tree, draft, root, lengths, limit, len(transfer), coupling)
                 if built is not None:
                     return StepTree(built, built.anchors, built.positions, None, built.bits)
             tree = build(self.tree, self.predictor, draft, root)

@@ -16,6 +16,7 @@ of values, R a chunk of rows, S the rows that one of them can see. A node's way 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -25,6 +26,7 @@ from torch import Tensor
 from firp_cli.decoding.accept import NextDraft, Taken
 from firp_cli.decoding.tree_build import Nodes, first_steps, known_prefixes
 from firp_cli.decoding.tree_spec import TreeSpec
+from firp_cli.predictors.coupling import Coupling
 from firp_cli.predictors.draft import Draft
 
 MOST_RANKED = 1024  # prefixes: each is compared with each, so more are quicker sorted by torch
@@ -147,11 +149,12 @@ def _write_rows(
             tl.store(bits_ptr + row_R * words + word, tl.sum(bit_RS, 1), mask=inside_R)  # no two share a bit
 
 
-@triton.jit(do_not_specialize=["draft_stride", "nodes", "prefixes", "candidates", "anchors", "pseudo"])
+@triton.jit(do_not_specialize=["draft_stride", "facts_stride", "nodes", "prefixes", "candidates", "anchors", "pseudo"])
 def _build_tree(
     root_ptr, draft_ptr, log_probs_ptr, steps_ptr, facts_ptr, lengths_ptr,
     tokens_ptr, parents_ptr, anchors_ptr, bits_ptr, positions_ptr, integers_ptr, values_ptr, draft_stride,
-    nodes, prefixes, candidates, anchors, pseudo, STEPS: tl.constexpr, DYNAMIC: tl.constexpr, LIMITED: tl.constexpr,
+    facts_stride, nodes, prefixes, candidates, anchors, pseudo,
+    STEPS: tl.constexpr, DYNAMIC: tl.constexpr, LIMITED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Build one sequence's tree; grid (B,)."""
@@ -159,6 +162,7 @@ def _build_tree(
     sequence = tl.program_id(0).to(tl.int64)
     draft_ptr += sequence * draft_stride
     log_probs_ptr += sequence * draft_stride
+    facts_ptr += sequence * facts_stride
     tokens_ptr += sequence * nodes
     parents_ptr += sequence * nodes
     anchors_ptr += sequence * anchors
@@ -195,24 +199,69 @@ def _build_tree(
     )  # fmt: skip
 
 
+@dataclass
+class _Scored:
+    """Prefixes (C, the root's first) that the kernel chooses from.
+
+    Attributes:
+        tokens, scores: (B, n) candidates and their log-probabilities. steps: (C, k) the candidates whose sum is a
+            prefix's score, padded with n. facts: (C, k + 4), or (B, C, k + 4), see `tree_build.Prefixes`.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    steps: Tensor
+    facts: Tensor
+
+
+def _scored(spec: TreeSpec, draft: Draft, root: Tensor, coupling: Coupling | None) -> _Scored | None:
+    if coupling is not None:
+        found = coupling.candidate_prefixes(draft, root, spec.nodes - 1) if spec.kind == "dynamic" else None
+        if found is None:
+            return None
+        own = _own_scores(found.tokens.shape[1], draft.tokens.shape[1], root.device)
+        return _Scored(found.tokens[:, 1:], found.scores[:, 1:], own, found.facts)
+    prefixes = known_prefixes(spec, draft)
+    if prefixes is None:
+        return None
+    assert draft.tokens.stride()[1:] == (draft.tokens.shape[2], 1)
+    return _Scored(draft.tokens.flatten(1), draft.log_probs.flatten(1), prefixes.steps, prefixes.facts)
+
+
+@cache  # graphs hold its address
+def _own_scores(prefixes: int, steps: int, device: torch.device) -> Tensor:
+    """Return `_Scored.steps` of prefixes that have a candidate of their own each, with their joint score."""
+    own = torch.full((prefixes, steps), prefixes - 1, device=device)
+    own[1:, 0] = torch.arange(prefixes - 1, device=device)
+    return own
+
+
 def build_tree(
-    spec: TreeSpec, draft: Draft, root: Tensor, lengths: Tensor, anchors: int, pseudo: int
+    spec: TreeSpec,
+    draft: Draft,
+    root: Tensor,
+    lengths: Tensor,
+    anchors: int,
+    pseudo: int,
+    coupling: Coupling | None = None,
 ) -> BuiltTree | None:
-    """Build the trees of a batch, their anchors and rows. None where there are too many prefixes for the kernel.
+    """Build the trees of a batch, their anchors and rows. None where there are too many prefixes for the kernel, or
+    where the children of a static tree depend on their parents.
 
     Args:
         draft: (B, k, s), the first sequences of a larger one as well. root: (B,) tokens.
         lengths: (B,) of the committed prefixes.
         anchors: A, where not every node is one, else 0. pseudo: number of steps with pseudo rows.
+        coupling: of the predictor that made the draft, if it has one.
     """
     draft, dynamic = first_steps(draft, spec), spec.kind == "dynamic"
-    prefixes = known_prefixes(spec, draft)
-    if prefixes is None or (dynamic and len(prefixes.steps) > MOST_RANKED):
+    scored = _scored(spec, draft, root, coupling)
+    if scored is None or (dynamic and len(scored.steps) > MOST_RANKED):
         return None
-    (batch, steps, breadth), count = draft.tokens.shape, len(prefixes.steps)
+    batch, (count, steps) = len(root), scored.steps.shape
     nodes = min(spec.nodes, count)
-    assert anchors <= nodes and draft.tokens.stride() == draft.log_probs.stride()
-    assert draft.tokens.stride()[1:] == (breadth, 1) and root.is_contiguous() and lengths.is_contiguous()
+    assert anchors <= nodes and scored.tokens.stride() == scored.scores.stride()
+    assert root.is_contiguous() and lengths.is_contiguous()
     rows = nodes + pseudo * (anchors or nodes)
     tokens, parents = root.new_empty(batch, nodes), root.new_empty(batch, nodes)
     chosen = root.new_empty(batch, anchors) if anchors else None
@@ -223,9 +272,10 @@ def build_tree(
     block = triton.next_power_of_2(count if dynamic else nodes)
     with torch.cuda.device_of(root):
         _build_tree[(batch,)](
-            root, draft.tokens, draft.log_probs, prefixes.steps, prefixes.facts, lengths,
+            root, scored.tokens, scored.scores, scored.steps, scored.facts, lengths,
             tokens, parents, tokens if chosen is None else chosen, bits, positions, integers, values,
-            draft.tokens.stride(0), nodes, count, steps * breadth, anchors or nodes, pseudo, steps, dynamic,
+            scored.tokens.stride(0), scored.facts.stride(0) if scored.facts.dim() == 3 else 0,
+            nodes, count, scored.tokens.shape[1], anchors or nodes, pseudo, steps, dynamic,
             anchors > 0, triton.next_power_of_2(nodes), block, min(128, triton.next_power_of_2(rows)),
             triton.next_power_of_2(1 + steps + pseudo), CHUNK, num_warps=8 if block > 256 else 4,
         )  # fmt: skip

@@ -206,6 +206,21 @@ class Coupling(nn.Module):
         chosen = tokens.gather(1, places.flatten(1)).view_as(places)
         return Children(chosen, best + known[:, None, None], adjusted if self.recurrent else None)
 
+    def candidate_prefixes(self, draft: Draft, root: Tensor, limit: int) -> Any:
+        """Return the `limit` most probable prefixes of every depth below root tokens (B,), as
+        `triton_coupling.CandidatePrefixes`; None where its kernels cannot make them.
+        """
+        from firp_cli.predictors.triton_coupling import CandidatePrefixes, CoupledHead
+
+        embedding = self.teacher.embedding_matrix()
+        if not self.shared or embedding is None:
+            return None
+        node, output = self.node_weight[0], self.output_weight[0]
+        vocabulary = self.teacher.head_parts()
+        recurrent, activated = self.recurrent, self.form != "low_rank"
+        head = CoupledHead(node, output, embedding, *vocabulary, self.scale, recurrent, activated, EPSILON)
+        return CandidatePrefixes.of(head, draft, root, limit) if head.serves() else None
+
     def dynamic_tree(self, draft: Draft, root: Tensor, nodes: int) -> tuple[Tensor, ...] | None:
         """Return the dynamic trees of `nodes` nodes below root tokens (B,), as the fields of a
         `decoding.tree_build.Tree`; None where no kernel builds them.

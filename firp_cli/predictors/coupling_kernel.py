@@ -67,7 +67,8 @@ class CouplingKernel:
         epsilon: float,
     ) -> None:
         weight, bias, cap = teacher.head_parts()
-        self._embedding = teacher.embedding_matrix()
+        embedding = teacher.embedding_matrix()
+        self._embedding = embedding if embedding is not None and _plain(embedding) else None
         self._kept = node, output, weight, bias  # the memory that the kernels read
         address = None if bias is None else bias.data_ptr()
         sizes = (output.outputs, output.inputs, recurrent, activated)
@@ -82,7 +83,7 @@ class CouplingKernel:
         """Return True where the kernels can read the teacher's vocabulary matrix."""
         weight, bias, _ = teacher.head_parts()
         parts = [weight] if bias is None else [weight, bias]
-        return all(part.device.type == "cpu" and part.dtype == torch.float32 and part.is_contiguous() for part in parts)
+        return all(map(_plain, parts))
 
     def takes(self, embedded: Tensor, context: Tensor) -> bool:
         """Return True where the kernel computes the children of nodes (B, F, d) in a context."""
@@ -136,3 +137,8 @@ class CouplingKernel:
         asked.paths, asked.ancestors, asked.scores = paths.data_ptr(), ancestors.data_ptr(), scores.data_ptr()
         self._tree(self._own, asked, torch.get_num_threads())
         return tokens, parents, depth, ancestors, paths, scores
+
+
+def _plain(matrix: Tensor) -> bool:
+    """Return True where the kernels can read a matrix."""
+    return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.is_contiguous()

@@ -25,7 +25,7 @@ LOW_BITS = tl.constexpr((1 << 31) - 1)  # all but the sign, of 32
 
 
 @triton.jit
-def _reordered(bits):
+def reordered(bits):
     """Map a float's bits to an integer in the order of floats, or such an integer to the bits."""
     return tl.where(bits < 0, bits ^ LOW_BITS, bits)
 
@@ -47,7 +47,7 @@ def _search_part(
     tl.store(totals_ptr + at, tl.sum(tl.exp(logit_C - reference), 0))
 
     bits_C = tl.where(logit_C == 0.0, 0.0, logit_C).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
-    key_C = (_reordered(bits_C).to(tl.int64) << 32) | (token_C ^ LOW_BITS)
+    key_C = (reordered(bits_C).to(tl.int64) << 32) | (token_C ^ LOW_BITS)
     key_C = tl.where(inside_C, key_C, NO_KEY)
     for place in range(breadth):
         best = tl.max(key_C, 0)
@@ -73,7 +73,7 @@ def _merge_parts(
     log_total = tl.log(tl.sum(total_P * tl.exp(top_P - reference), 0))
     for place in range(breadth):
         best = tl.max(key_K, 0)
-        logit = _reordered((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+        logit = reordered((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
         log_prob = logit - reference - log_total
         tl.store(tokens_ptr + row * breadth + place, (best & LOW_BITS) ^ LOW_BITS)
         # rounding may give a probability above 1; `tl.minimum` would drop NaN

@@ -142,12 +142,8 @@ class Teacher:
         return self._embed(input_ids)
 
     def embedding_matrix(self) -> Tensor | None:
-        """Return the matrix (V, d) whose rows `embed` returns, where it is float32 on a CPU; None elsewhere."""
-        if type(self._embed) is not nn.Embedding:
-            return None
-        weight = self._embed.weight.detach()
-        fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-        return weight if fits else None
+        """Return the matrix (V, d) whose rows `embed` returns, if there is one."""
+        return self._embed.weight.detach() if type(self._embed) is nn.Embedding else None
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
         """Return position embeddings of rows at `positions` (B, R), shared by all layers: (B, R, ..., D) each."""

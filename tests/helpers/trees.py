@@ -11,7 +11,8 @@ from torch import Tensor
 from firp_cli.decoding.accept import Taken, accept, next_draft
 from firp_cli.decoding.tree_build import Nodes, Tree, anchor_nodes, build
 from firp_cli.decoding.tree_spec import TreeSpec
-from firp_cli.predictors.draft import Draft
+from firp_cli.predictors.coupling import Coupling
+from firp_cli.predictors.draft import Children, Draft
 from firp_cli.teacher.masks import step_rows
 from helpers.models import VOCABULARY
 
@@ -49,12 +50,27 @@ def foreseen(texts: list[list[int]], emitted: list[int], steps: int, breadth: in
     return Draft(torch.tensor(tokens).view(scores.shape), scores.log_softmax(-1).sort(descending=True).values)
 
 
-def torch_build(spec: TreeSpec, draft: Draft, root: Tensor, lengths: Tensor, anchors: int, pseudo: int) -> BuiltTree:
+def torch_build(
+    spec: TreeSpec,
+    draft: Draft,
+    root: Tensor,
+    lengths: Tensor,
+    anchors: int,
+    pseudo: int,
+    coupling: Coupling | None = None,
+) -> BuiltTree:
     """Return what `triton_tree.build_tree` returns, by torch."""
     from firp_cli.decoding.triton_tree import BuiltTree
     from firp_cli.teacher.triton_attention import row_bits
 
-    tree = build(spec, SimpleNamespace(parent_dependent=False, coupling=None), draft, root)  # type: ignore[arg-type]
+    def children(draft: Draft, depth: int, parents: Tensor, breadth: int, states: Tensor | None = None) -> Children:
+        assert coupling is not None and draft.context is not None
+        step = depth - 1
+        first, context = draft.log_probs[:, step, 0], draft.context[:, step]
+        return coupling.best_children(parents, draft.tokens[:, step], first, context, states, breadth)
+
+    predictor = SimpleNamespace(parent_dependent=coupling is not None, coupling=None, child_candidates=children)
+    tree = build(spec, predictor, draft, root)  # type: ignore[arg-type]
     chosen = anchor_nodes(tree, anchors).contiguous() if anchors else None
     rows, offsets = step_rows(tree.ancestors, tree.depth, chosen, pseudo) if pseudo else (tree.ancestors, tree.depth)
     return BuiltTree(tree.tokens, tree.parents, chosen, row_bits(rows), lengths[:, None] + offsets)

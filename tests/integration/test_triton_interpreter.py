@@ -13,6 +13,7 @@ from helpers.triton_offline import run_interpreted
 ALL_TIERS = [  # classes with nightly tests
     "tests/unit/teacher/test_triton_commit.py::TestCommit",
     "tests/unit/predictors/test_triton_candidates.py::TestCandidates",
+    "tests/unit/predictors/test_triton_coupling.py::TestPrefixes",
     "tests/unit/teacher/test_triton_layer.py::TestKernels",
     "tests/unit/teacher/test_triton_layer.py::TestLayers",
     "tests/unit/decoding/test_step.py::TestDecodingByTheKernel",

@@ -38,6 +38,7 @@ SECTIONS: dict[str, dict[str, Any] | None] = {
     "medusa": {"kind": "medusa", "steps": 3},
 }
 sections = pytest.mark.parametrize("section", list(SECTIONS))
+SECTIONS["coupled"] = {"kind": "firp_plus", "layer": 2, "steps": 3, "coupling": {"form": "recurrent", "candidates": 20}}
 
 
 @cache
@@ -363,6 +364,7 @@ LAUNCHES = {
     ("firp", "dynamic:8@3", 0.0): 19,
     ("hidden_transfer", "static:3x2@2", 0.0): 23,
     ("medusa", "dynamic:8", 0.0): 27,
+    ("coupled", "dynamic:8@3", 0.0): 36,  # and four kernels for each depth (test_triton_coupling.py)
 }
 
 
@@ -398,7 +400,7 @@ def test_step_launches_no_more_kernels(
     assert len(names) <= LAUNCHES[section, tree, temperature], names
 
 
-DECODED = [("ar", "llama", "library"), ("firp", "mistral-window", "lean")]
+DECODED = [("ar", "llama", "library"), ("firp", "mistral-window", "lean"), ("coupled", "llama", "lean")]
 
 
 class TestDecodingByTheKernel:
@@ -408,7 +410,7 @@ class TestDecodingByTheKernel:
 
     @pytest.mark.parametrize(
         ("section", "family", "stack"),
-        nightly_rest(DECODED, ["ar", "firp"], ["llama", "mistral-window"], ["lean", "library"]),
+        nightly_rest(DECODED, ["ar", "firp", "coupled"], ["llama", "mistral-window"], ["lean", "library"]),
     )
     def test_tokens_are_those_of_generate(self, section: str, family: str, stack: str) -> None:
         given, teacher = SECTIONS[section], tiny_teacher(family, stack == "lean")
