@@ -169,6 +169,16 @@ def _score(
     tl.store(at_FM, sums_FM, mask=inside_F[:, None] & inside_M[None, :])
 
 
+@triton.jit
+def _keys(score_FM, inside_FM):
+    """Return integers in the order of the scores, of equal ones the earlier first; NaN is -inf."""
+    score_FM = tl.where(score_FM == score_FM, score_FM, float("-inf"))
+    bits_FM = tl.where(score_FM == 0.0, 0.0, score_FM).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
+    place = tl.arange(0, score_FM.shape[0] * score_FM.shape[1])
+    key = (tl.reshape(reordered(bits_FM), place.shape).to(tl.int64) << 32) | (place ^ LOW_BITS)
+    return tl.where(tl.reshape(inside_FM, place.shape), key, NO_KEY)
+
+
 @triton.jit(
     do_not_specialize=["first", "begin", "prefixes", "count", "width", "candidates", "draft_stride", "context_stride"]
 )
@@ -203,14 +213,7 @@ def _select(
     if not ROOT:
         above_F = tl.load(scores_ptr + first + node_F, mask=node_F < count, other=0.0)
     score_FM = logit_FM + (above_F + known - reference_F - tl.log(total_F))[:, None]
-    score_FM = tl.where(score_FM == score_FM, score_FM, float("-inf"))  # NaN has no order
-
-    bits_FM = tl.where(score_FM == 0.0, 0.0, score_FM).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
-    place_FM = node_F[:, None] * BLOCK_M + at_M[None, :]
-    key_FM = (reordered(bits_FM).to(tl.int64) << 32) | (place_FM ^ LOW_BITS)
-    key_FM = tl.where(inside_FM, key_FM, NO_KEY)
-    key = tl.reshape(key_FM, (BLOCK_F * BLOCK_M,))
-
+    key = _keys(score_FM, inside_FM)
     order = tl.arange(0, BLOCK_C)
     taken, chosen = order < width, tl.full((BLOCK_C,), NO_KEY, tl.int64)
     for number in range(width):  # a sort of all keys would be a megabyte of instructions
@@ -268,7 +271,7 @@ class CandidatePrefixes:
         widths = [1]
         for _ in range(steps):
             widths.append(min(limit, widths[-1] * candidates))
-        if limit < 1 or _keys(max(widths[:-1]), candidates) > MOST_KEYS:
+        if limit < 1 or _count_keys(max(widths[:-1]), candidates) > MOST_KEYS:
             return None
         prefixes = sum(widths)
         found = CandidatePrefixes(
@@ -285,7 +288,7 @@ class CandidatePrefixes:
         return found
 
 
-def _keys(nodes: int, candidates: int) -> int:
+def _count_keys(nodes: int, candidates: int) -> int:
     return triton.next_power_of_2(nodes) * triton.next_power_of_2(candidates)
 
 
@@ -328,7 +331,7 @@ class _Depths:
             candidates, tokens.stride(0), head.cap or 0.0, size, block, LEAST_ROWS, INPUTS, head.bias is not None,
             head.cap is not None, self.interpreted, num_warps=4,
         )  # fmt: skip
-        keys = _keys(count, candidates)
+        keys = _count_keys(count, candidates)
         _select[(batch,)](
             logits, tokens, log_probs, context[:, -2:], root, found.tokens, found.scores, self.above, found.facts,
             first, first + count, prefixes, count, chosen, candidates, tokens.stride(0), context.stride(0), depth,
