@@ -18,6 +18,9 @@ def prompts(
     max_new_tokens: Annotated[
         int, typer.Option(min=2, help="Most tokens of a prompt; longer ones are left out.")
     ] = 256,
+    system: Annotated[
+        str | None, typer.Option(help="System message that names a subject, to write prompts on it; not kept in them.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts written at once.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
     top_p: TopP = 0.95,
@@ -31,7 +34,7 @@ def prompts(
     from firp_cli.api.collect_run import write_prompts
     from firp_cli.collecting.own_prompts import PromptSettings
 
-    settings = PromptSettings(max_new_tokens, temperature, top_p, seed, batch_size)
+    settings = PromptSettings(max_new_tokens, temperature, top_p, seed, batch_size, system)
     with progress_bar("writing prompts") as progress:
         written = write_prompts(teacher, output, count, settings, progress)
     short = "" if written == count else f" of {count}: the others were empty, cut or the same"

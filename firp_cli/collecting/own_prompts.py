@@ -22,13 +22,20 @@ ATTEMPTS = 4  # messages that are tried for each wanted prompt, at most
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """Settings of writing: `max_new_tokens` of a prompt, sampling, and `batch_size`, the messages decoded at once."""
+    """Settings of writing.
+
+    Attributes:
+        max_new_tokens: of a prompt. batch_size: messages that are decoded at once.
+        system: a system message, such as one that names a subject, for the teacher to write user messages to. It is no
+            part of the prompts.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 0.95
     seed: int = 0
     batch_size: int = 64
+    system: str | None = None
 
 
 def own_prompts(
@@ -37,9 +44,10 @@ def own_prompts(
     """Yield `count` user messages that the teacher writes, no two the same; fewer where too many were not usable.
 
     Messages that the length limit cuts, and empty ones, are left out. Raises TeacherError for a teacher without
-    tokenizer or chat template, DatasetError when none of the messages is usable, CapacityError.
+    tokenizer or chat template; DatasetError when none of the messages is usable, or when the template refuses a system
+    message; CapacityError.
     """
-    opening, stop, writer = _user_turn(teacher)
+    opening, stop, writer = _user_turn(teacher, settings.system)
     engine = Engine(writer, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
     seen: set[str] = set()
     tried = 0
@@ -58,14 +66,14 @@ def own_prompts(
         )
 
 
-def _user_turn(teacher: Teacher) -> tuple[list[int], list[str], Teacher]:
+def _user_turn(teacher: Teacher, system: str | None) -> tuple[list[int], list[str], Teacher]:
     """Return the tokens before a user's text, the strings that end it, and the teacher with the token that ends it: a
     template marks the end by a special token or by words. Raises TeacherError.
     """
     tokenizer = teacher.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         raise TeacherError(f"{teacher.name} has no chat template, so it writes no user messages: give prompts")
-    before, after = around_user_text(tokenizer)
+    before, after = around_user_text(tokenizer, system)
     opening, end = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after.lstrip()))
     if not opening or not end:
         raise TeacherError(f"the chat template of {teacher.name} does not mark a user's turn: give prompts")

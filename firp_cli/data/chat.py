@@ -65,11 +65,14 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def around_user_text(tokenizer: Any) -> tuple[str, str]:
-    """Return what the chat template writes before and after the text of a first user message, up to the start of the
-    assistant's turn. Raises DatasetError as `encode` does.
+def around_user_text(tokenizer: Any, system: str | None = None) -> tuple[str, str]:
+    """Return what the chat template writes before and after the text of a first user message, which may follow a system
+    message, up to the start of the assistant's turn. Raises DatasetError as `encode` does.
     """
-    before, _, after = _render([{"role": "user", "content": SENTINEL}], tokenizer, prompt=True).partition(SENTINEL)
+    first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    before, _, after = _render([*first, {"role": "user", "content": SENTINEL}], tokenizer, prompt=True).partition(
+        SENTINEL
+    )
     return before, after
 
 

@@ -88,6 +88,21 @@ def test_end_of_a_message_is_the_templates(
     assert teacher.eos_token_ids == (teacher.tokenizer.eos_token_id,)
 
 
+def test_system_message_precedes_the_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = scripted(monkeypatch, CHATML, ["One?<|im_end|>"] * 4)
+    seen: list[list[int]] = []
+    write = Engine.generate
+
+    def noting(engine: Engine, prompts: Any, *rest: Any) -> Any:
+        seen.extend(prompts)
+        return write(engine, prompts, *rest)
+
+    monkeypatch.setattr(Engine, "generate", noting)
+    assert list(own_prompts(teacher, 1, settings(batch_size=2, system="Sums."))) == ["One?"]
+    opening = "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n"
+    assert [teacher.tokenizer.decode(ids) for ids in seen] == [opening] * 2
+
+
 def test_unusable_teachers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher("llama", lean=True)
     for template, message in ((None, "no chat template"), ("{{ messages[0]['content'] }}", "does not mark")):
