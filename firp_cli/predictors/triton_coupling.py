@@ -23,10 +23,10 @@ from torch import Tensor
 
 from firp_cli.predictors.draft import Draft
 from firp_cli.predictors.triton_candidates import LOW_BITS, NO_KEY, reordered
+from firp_cli.teacher.triton_products import ROWS, row_block
 
 MOST_KEYS = 8192  # prefixes of a depth from which one program chooses
-LEAST_ROWS = 16  # of a block that is multiplied
-INPUTS = 64  # inputs of a block
+CANDIDATES, INPUTS = 16, 64  # candidates and inputs of a block
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,22 @@ def _dot(rows_FK, weight_NK, sums_FN, UPCAST: tl.constexpr):
     return tl.dot(rows_FK, tl.trans(weight_NK), sums_FN, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["first", "prefixes", "count", "previous_stride", "context_stride"])
+@triton.jit(do_not_specialize=["rows", "first", "prefixes", "count", "previous_stride", "context_stride"])
 def _hidden(
     root_ptr, tokens_ptr, above_ptr, embedding_ptr, previous_ptr, features_ptr, weight_ptr, hidden_ptr,
-    first, prefixes, count, previous_stride, context_stride, scale, epsilon,
+    rows, first, prefixes, count, previous_stride, context_stride, scale, epsilon,
     D: tl.constexpr, W: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ROOT: tl.constexpr, RECURRENT: tl.constexpr, ACTIVATED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute one block of the head's hidden units of a depth's nodes; grid (N blocks, B)."""
-    sequence = tl.program_id(1).to(tl.int64)
+    """Compute one block of the head's hidden units of one block of a depth's nodes; grid (N blocks, F blocks)."""
     out_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    node_F, in_K = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
-    inside_F, inside_N = node_F < count, out_N < W
+    row_F, in_K = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
+    inside_F, inside_N = row_F < rows, out_N < W
+    sequence_F, node_F = (row_F // count).to(tl.int64), row_F % count
     if ROOT:
-        token_F = tl.load(root_ptr + sequence + node_F * 0)
+        token_F = tl.load(root_ptr + sequence_F, mask=inside_F, other=0)
     else:
-        token_F = tl.load(tokens_ptr + sequence * prefixes + first + node_F, mask=inside_F, other=0)
+        token_F = tl.load(tokens_ptr + sequence_F * prefixes + first + node_F, mask=inside_F, other=0)
     inputs = D * 2 if RECURRENT else D
     at_NK = weight_ptr + out_N.to(tl.int64)[:, None] * inputs + in_K[None, :]
     at_FK = embedding_ptr + token_F[:, None] * D + in_K[None, :]
@@ -92,10 +92,10 @@ def _hidden(
         sums_FN = _dot(rows_FK, weight_NK, sums_FN, UPCAST)
     sums_FN *= scale
     if RECURRENT:
-        row_F = node_F * 0
+        above_F = node_F * 0
         if not ROOT:
-            row_F = tl.load(above_ptr + sequence * prefixes + first + node_F, mask=inside_F, other=0).to(tl.int32)
-        at_FK = previous_ptr + sequence * previous_stride + row_F[:, None] * D + in_K[None, :]
+            above_F = tl.load(above_ptr + sequence_F * prefixes + first + node_F, mask=inside_F, other=0).to(tl.int32)
+        at_FK = previous_ptr + (sequence_F * previous_stride + above_F * D)[:, None] + in_K[None, :]
         more_FN = tl.zeros((BLOCK_F, BLOCK_N), tl.float32)
         squares_F = tl.zeros((BLOCK_F,), tl.float32)
         for start in range(0, D, BLOCK_K):
@@ -106,26 +106,25 @@ def _hidden(
             wide_FK = rows_FK.to(tl.float32)
             squares_F += tl.sum(wide_FK * wide_FK, 1)
         sums_FN += more_FN * tl.rsqrt(squares_F / D + epsilon)[:, None]
-    features_N = tl.load(features_ptr + sequence * context_stride + out_N, mask=inside_N, other=0.0)
-    sums_FN += features_N.to(tl.float32)[None, :]
+    inside_FN = inside_F[:, None] & inside_N[None, :]
+    at_FN = features_ptr + (sequence_F * context_stride)[:, None] + out_N[None, :]
+    sums_FN += tl.load(at_FN, mask=inside_FN, other=0.0).to(tl.float32)
     if ACTIVATED:
         sums_FN = sums_FN * tl.sigmoid(sums_FN)
-    at_FN = hidden_ptr + (sequence * count + node_F[:, None]) * W + out_N[None, :]
-    tl.store(at_FN, sums_FN.to(hidden_ptr.dtype.element_ty), mask=inside_F[:, None] & inside_N[None, :])
+    at_FN = hidden_ptr + row_F[:, None] * W + out_N[None, :]
+    tl.store(at_FN, sums_FN.to(hidden_ptr.dtype.element_ty), mask=inside_FN)
 
 
-@triton.jit(do_not_specialize=["count", "context_stride"])
+@triton.jit(do_not_specialize=["rows", "count", "context_stride"])
 def _adjusted(
-    hidden_ptr, weight_ptr, state_ptr, adjusted_ptr, count, context_stride,
+    hidden_ptr, weight_ptr, state_ptr, adjusted_ptr, rows, count, context_stride,
     D: tl.constexpr, W: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute one block of the nodes' adjusted states; grid (N blocks, B)."""
-    sequence = tl.program_id(1).to(tl.int64)
+    """Compute one block of the adjusted states of one block of nodes; grid (N blocks, F blocks)."""
     out_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    node_F, in_K = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
-    inside_F, inside_N = node_F < count, out_N < D
-    row_F = sequence * count + node_F
+    row_F, in_K = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
+    inside_F, inside_N = row_F < rows, out_N < D
     sums_FN = tl.zeros((BLOCK_F, BLOCK_N), tl.float32)
     for start in range(0, W, BLOCK_K):
         wanted_K = in_K < W - start
@@ -134,10 +133,12 @@ def _adjusted(
         rows_FK = tl.load(at_FK, mask=inside_F[:, None] & wanted_K[None, :], other=0.0)
         weight_NK = tl.load(at_NK, mask=inside_N[:, None] & wanted_K[None, :], other=0.0)
         sums_FN = _dot(rows_FK, weight_NK, sums_FN, UPCAST)
-    state_N = tl.load(state_ptr + sequence * context_stride + out_N, mask=inside_N, other=0.0)
-    sums_FN += state_N.to(tl.float32)[None, :]
+    inside_FN = inside_F[:, None] & inside_N[None, :]
+    sequence_F = (row_F // count).to(tl.int64)
+    at_FN = state_ptr + (sequence_F * context_stride)[:, None] + out_N[None, :]
+    sums_FN += tl.load(at_FN, mask=inside_FN, other=0.0).to(tl.float32)
     at_FN = adjusted_ptr + row_F[:, None] * D + out_N[None, :]
-    tl.store(at_FN, sums_FN.to(adjusted_ptr.dtype.element_ty), mask=inside_F[:, None] & inside_N[None, :])
+    tl.store(at_FN, sums_FN.to(adjusted_ptr.dtype.element_ty), mask=inside_FN)
 
 
 @triton.jit(do_not_specialize=["count", "candidates", "draft_stride"])
@@ -271,7 +272,7 @@ class CandidatePrefixes:
         widths = [1]
         for _ in range(steps):
             widths.append(min(limit, widths[-1] * candidates))
-        if limit < 1 or _count_keys(max(widths[:-1]), candidates) > MOST_KEYS:
+        if not 1 <= limit <= ROWS or _count_keys(max(widths[:-1]), candidates) > MOST_KEYS:
             return None
         prefixes = sum(widths)
         found = CandidatePrefixes(
@@ -307,29 +308,29 @@ class _Depths:
         size, width, (batch, steps, candidates) = self.size, self.width, draft.tokens.shape
         assert draft.context is not None
         context, prefixes, rows = draft.context[:, depth - 1], found.tokens.shape[1], batch * count
-        block = max(LEAST_ROWS, triton.next_power_of_2(count))
+        block, blocks = row_block(rows), triton.cdiv(rows, row_block(rows))
         final = context[:, size + width :]
         previous = final if self.previous is None else self.previous
         hidden = head.output.new_empty(rows, width)
         adjusted = context.new_empty(batch, count, size)
         wide = 32 if width >= 4096 else 16
-        _hidden[triton.cdiv(width, wide), batch](
+        _hidden[triton.cdiv(width, wide), blocks](
             root, found.tokens, self.above, head.embedding, previous, context[:, size:], head.node, hidden,
-            first, prefixes, count, previous.stride(0), context.stride(0), head.scale, head.epsilon,
+            rows, first, prefixes, count, previous.stride(0), context.stride(0), head.scale, head.epsilon,
             size, width, block, wide, INPUTS, depth == 1, head.recurrent, head.activated, self.interpreted,
             num_warps=4,
         )  # fmt: skip
         wide = 32 if size >= 4096 else 16
-        _adjusted[triton.cdiv(size, wide), batch](
-            hidden, head.output, context, adjusted, count, context.stride(0), size, width, block, wide, INPUTS,
+        _adjusted[triton.cdiv(size, wide), blocks](
+            hidden, head.output, context, adjusted, rows, count, context.stride(0), size, width, block, wide, INPUTS,
             self.interpreted, num_warps=4,
         )  # fmt: skip
         tokens, log_probs = draft.tokens[:, depth - 1], draft.log_probs[:, depth - 1]
         logits = found.scores.new_empty(batch, count, candidates)
-        _score[triton.cdiv(candidates, LEAST_ROWS), batch](
+        _score[triton.cdiv(candidates, CANDIDATES), batch](
             adjusted, head.vocabulary, head.vocabulary if head.bias is None else head.bias, tokens, logits, count,
-            candidates, tokens.stride(0), head.cap or 0.0, size, block, LEAST_ROWS, INPUTS, head.bias is not None,
-            head.cap is not None, self.interpreted, num_warps=4,
+            candidates, tokens.stride(0), head.cap or 0.0, size, row_block(count), CANDIDATES, INPUTS,
+            head.bias is not None, head.cap is not None, self.interpreted, num_warps=4,
         )  # fmt: skip
         keys = _count_keys(count, candidates)
         _select[(batch,)](

@@ -144,7 +144,9 @@ def test_other_drafts_are_left_to_torch() -> None:
     """Those of a head for each step, of static trees, and of too many prefixes."""
     predictor, draft, root = case("llama", "mlp", torch.float32, 40)
     assert build_tree(parse_tree("static:2x2", 3), draft, root, root, 0, 3, predictor.coupling) is None
-    assert CandidatePrefixes.of(head_of(predictor), draft, root, MOST_KEYS // 64 + 1) is None
+    assert CandidatePrefixes.of(head_of(predictor), draft, root, 65) is None
+    wide = Draft(draft.tokens.repeat(1, 1, 10), draft.log_probs.repeat(1, 1, 10), draft.context)
+    assert CandidatePrefixes.of(head_of(predictor), wide, root, MOST_KEYS // 512 + 1) is None
     apart = coupled(teacher_of("llama", torch.float32), section("firp_plus", share=False, candidates=40))
     assert coupling_of(apart).candidate_prefixes(draft, root, 4) is None
 
