@@ -17,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ class Trials:
         seconds = time.monotonic() - began
         if variant.candidates is not None:
             changed = predictor.config.coupling.model_copy(update={"candidates": variant.candidates})
+            predictor = copy(predictor)  # the trained one serves other rows
             predictor.config = predictor.config.model_copy(update={"coupling": changed})
         found = evaluate(self.teacher, predictor, self.held_out, parse_tree(TREE, predictor.steps))
         return {
