@@ -172,6 +172,7 @@ def figure(table: list[dict[str, Any]]) -> bytes:
             axes.text(row["tree"] + 0.02, place, f"{row['tree']:.2f}", va="center", fontsize=7.5)
         axes.set_yticks(range(len(table)), [f"{row['group']}: {row['variant']}" for row in table], fontsize=7.5)
         axes.invert_yaxis()
+        axes.margins(x=0.08, y=0.01)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(f"expected accepted length, {TREE}, bonus token included")
         axes.set_title("Ablation of FIRP+ on held-out conversations")
