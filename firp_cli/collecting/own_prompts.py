@@ -11,7 +11,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from firp_cli.data.chat import around_user_text
+from firp_cli.data.chat import around_user_text, special_tokens
 from firp_cli.decoding.engine import Engine
 from firp_cli.errors import DatasetError, TeacherError
 from firp_cli.results import Generation, Progress, no_progress
@@ -78,7 +78,7 @@ def _user_turn(teacher: Teacher, system: str | None) -> tuple[list[int], list[st
     if not opening or not end:
         raise TeacherError(f"the chat template of {teacher.name} does not mark a user's turn: give prompts")
     writer = copy(teacher)
-    if end[0] not in tokenizer.all_special_ids:
+    if end[0] not in special_tokens(tokenizer):
         return opening, [after.strip()], writer
     writer.eos_token_ids = (*teacher.eos_token_ids, end[0])
     return opening, [], writer
@@ -87,7 +87,7 @@ def _user_turn(teacher: Teacher, system: str | None) -> tuple[list[int], list[st
 def _message(item: Generation, tokenizer: Any, stop: list[str]) -> str:
     """Return the text of a message that ended by itself and contains no special token; else an empty one."""
     ids = item.token_ids[:-1]
-    if item.finish_reason == "length" or set(ids) & set(tokenizer.all_special_ids):
+    if item.finish_reason == "length" or special_tokens(tokenizer).intersection(ids):
         return ""
     text = str(tokenizer.decode(ids if item.finish_reason == "eos" else item.token_ids))
     for end in stop:

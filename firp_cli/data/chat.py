@@ -65,6 +65,12 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def special_tokens(tokenizer: Any) -> set[int]:
+    """Return the special tokens, those included that have no role of their own, such as a turn's opening."""
+    added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return added | set(tokenizer.all_special_ids)
+
+
 def around_user_text(tokenizer: Any, system: str | None = None) -> tuple[str, str]:
     """Return what the chat template writes before and after the text of a first user message, which may follow a system
     message, up to the start of the assistant's turn. Raises DatasetError as `encode` does.
@@ -233,8 +239,7 @@ def _mask_turn_ends(ids: list[int], mask: list[bool], tokenizer: Any) -> None:
     A special token directly after a run is part of it (marks and sentinels cover only the text), unless it begins a
     text; white space after a special token is not.
     """
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special |= set(tokenizer.all_special_ids)
+    special = special_tokens(tokenizer)
     for start, end, inside in list(_runs(mask)):
         if not inside:
             continue

@@ -184,7 +184,8 @@ class DecodeStep:
             draft = self._draft.map(lambda part: part[: self.batch])
             limit = self.shape.anchors if self.tree.limited else 0
             coupling = self.predictor.coupling
-            if self.kernel and self.tree.kind != "none" and (coupling or not self.predictor.parent_dependent):
+            served = coupling is not None or not self.predictor.parent_dependent
+            if self.kernel and self.tree.kind != "none" and served:
                 from firp_cli.decoding.triton_tree import build_tree
 
                 built = build_tree(self.tree, draft, root, lengths, limit, len(transfer), coupling)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from copy import copy, deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from firp_cli.predictors.coupling_kernel import CouplingKernel
 from firp_cli.predictors.draft import Children, Draft
 from firp_cli.teacher.packed_linear import PackedLinear, is_bfloat16
 from firp_cli.teacher.teacher import Teacher
+
+if TYPE_CHECKING:
+    from firp_cli.predictors.triton_coupling import CandidatePrefixes
 
 SAMPLED_TOKENS = 4096  # embeddings that give std(e)
 EPSILON = 1e-6  # in the root mean square
@@ -206,9 +209,9 @@ class Coupling(nn.Module):
         chosen = tokens.gather(1, places.flatten(1)).view_as(places)
         return Children(chosen, best + known[:, None, None], adjusted if self.recurrent else None)
 
-    def candidate_prefixes(self, draft: Draft, root: Tensor, limit: int) -> Any:
-        """Return the `limit` most probable prefixes of every depth below root tokens (B,), as
-        `triton_coupling.CandidatePrefixes`; None where its kernels cannot make them.
+    def candidate_prefixes(self, draft: Draft, root: Tensor, limit: int) -> CandidatePrefixes | None:
+        """Return the `limit` most probable prefixes of every depth below root tokens (B,), by Triton kernels; None
+        where these cannot make them.
         """
         from firp_cli.predictors.triton_coupling import CandidatePrefixes, CoupledHead
 

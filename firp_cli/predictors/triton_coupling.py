@@ -180,9 +180,10 @@ def _keys(score_FM, inside_FM):
     return tl.where(tl.reshape(inside_FM, place.shape), key, NO_KEY)
 
 
-@triton.jit(
-    do_not_specialize=["first", "begin", "prefixes", "count", "width", "candidates", "draft_stride", "context_stride"]
-)
+_NUMBERS = ["first", "begin", "prefixes", "count", "width", "candidates", "draft_stride", "context_stride", "depth"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _select(
     logits_ptr, draft_ptr, log_probs_ptr, over_ptr, root_ptr, tokens_ptr, scores_ptr, above_ptr, facts_ptr,
     first, begin, prefixes, count, width, candidates, draft_stride, context_stride, depth,
@@ -226,9 +227,8 @@ def _select(
     own = begin + order
     score = reordered((chosen >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
     tl.store(scores_ptr + own, score, mask=taken)
-    tl.store(
-        tokens_ptr + own, tl.load(draft_ptr + sequence * draft_stride + candidate, mask=taken, other=0), mask=taken
-    )
+    token = tl.load(draft_ptr + sequence * draft_stride + candidate, mask=taken, other=0)
+    tl.store(tokens_ptr + own, token, mask=taken)
     tl.store(above_ptr + own, node, mask=taken)
     parent = first + node
     fact_ptr = facts_ptr + own * (STEPS + 4)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from firp_cli.collecting.own_prompts import PromptSettings, own_prompts
 from firp_cli.data.chat import encode_prompt
@@ -86,6 +88,16 @@ def test_end_of_a_message_is_the_templates(
     monkeypatch.setattr(teacher, "eos_token_ids", (teacher.tokenizer.eos_token_id,))
     assert list(own_prompts(teacher, 4, settings(batch_size=len(messages)))) == kept
     assert teacher.eos_token_ids == (teacher.tokenizer.eos_token_id,)
+
+
+def test_special_token_without_a_role_is_none_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the openings of turns in some tokenizers, which `all_special_ids` lacks."""
+    tokenizer = deepcopy(with_template(CHATML))
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    assert tokenizer.convert_tokens_to_ids("<|turn|>") not in tokenizer.all_special_ids
+    teacher = scripted(monkeypatch, CHATML, ["A<|turn|>B<|im_end|>", "One?<|im_end|>"])
+    monkeypatch.setattr(teacher, "tokenizer", tokenizer)
+    assert list(own_prompts(teacher, 2, settings(batch_size=2))) == ["One?"]
 
 
 def test_system_message_precedes_the_opening(monkeypatch: pytest.MonkeyPatch) -> None:

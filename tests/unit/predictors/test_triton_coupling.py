@@ -39,10 +39,8 @@ def teacher_of(family: str, dtype: torch.dtype) -> Teacher:
 @torch.no_grad()
 def case(family: str, form: str, dtype: torch.dtype, candidates: int) -> tuple[TreePredictor, Draft, Tensor]:
     """Return a predictor, its drafts of three sequences at one position of each, and their roots."""
-    given, sequences = (
-        section("firp_plus", form, candidates=candidates),
-        random_prompts(BATCH, seed=41, low=12, high=15),
-    )
+    given = section("firp_plus", form, candidates=candidates)
+    sequences = random_prompts(BATCH, seed=41, low=12, high=15)
     first, teacher = tiny_teacher(family, lean=True), teacher_of(family, dtype)
     source, predictor = coupled(first, given, strength=8.0), coupled(teacher, given, strength=8.0).to(DEVICE, dtype)
     batch = sequence_batch(first, sequences, [1] * BATCH, list(source.required_layers))
@@ -82,6 +80,14 @@ class TestPrefixes:
         for name in ("tokens", "parents", "anchors", "bits", "positions"):
             one, other = getattr(built, name), getattr(wanted, name)
             assert (one is other is None) or torch.equal(one, other), name
+
+    @torch.inference_mode()
+    def test_rows_of_several_blocks(self) -> None:
+        """Three sequences of 32 nodes of a depth are more than a block of rows."""
+        predictor, draft, root = case("llama", "recurrent", torch.float32, 40)
+        given = (parse_tree("dynamic:33", 3), draft, root, root, 0, 3, predictor.coupling)
+        built, wanted = build_tree(*given), torch_build(*given)
+        assert built is not None and torch.equal(built.tokens, wanted.tokens) and torch.equal(built.bits, wanted.bits)
 
     @pytest.mark.parametrize(("form", "dtype"), covered(FORMS, [torch.float32, torch.bfloat16]))
     @torch.inference_mode()
