@@ -12,7 +12,7 @@ Shapes: S sequences, T positions, A anchors, k draft steps, s candidates per ste
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Trace:
     """Written answer with the predictor's drafts at its positions.
 
     Attributes:
-        ids: (T,) long. first: the first anchor; anchors are first..T-3.
+        ids: (T,) long. first: the first anchor; anchors are first..T-3, in a part of an answer fewer.
         draft: of every anchor, tokens and log_probs (A, k, s). breadth: the most candidates of a node that trees take.
     """
 
@@ -80,7 +80,21 @@ class Trace:
     @property
     def last(self) -> int:
         """The position after the last anchor."""
+        return self.first + self.draft.tokens.shape[0]
+
+    @property
+    def end(self) -> int:
+        """The position after the last anchor of the answer."""
         return self.ids.shape[0] - 2
+
+    def parts(self, anchors: int) -> list[Trace]:
+        """Return consecutive parts of at most that many anchors."""
+        starts = range(self.first, self.last, anchors)
+        drafts = (
+            self.draft.map(lambda part, at=start - self.first: part[at : at + anchors])  # type: ignore[misc]
+            for start in starts
+        )
+        return [replace(self, first=start, draft=draft) for start, draft in zip(starts, drafts, strict=True)]
 
 
 @torch.inference_mode()
@@ -106,8 +120,9 @@ def make_trace(
 def simulate_steps(predictor: TreePredictor, traces: Sequence[Trace], spec: TreeSpec) -> list[list[int]]:
     """Return the tokens that each decoding step with such trees emits while writing the answers, by answer.
 
-    All answers advance together, each from accepted node to accepted node; the end of an answer cuts its last step.
-    Prefill gives the first new token, which belongs to no step.
+    All answers advance together, each from accepted node to accepted node; the end of an answer cuts its last step,
+    but not the end of a part (so the mean over parts is that of endless answers, by Wald's equation). Prefill gives
+    the first new token, which belongs to no step.
     """
     if spec.kind == "none":
         return [[1] * (trace.last - trace.first) for trace in traces]
@@ -121,6 +136,7 @@ def simulate_steps(predictor: TreePredictor, traces: Sequence[Trace], spec: Tree
     firsts = torch.tensor([trace.first for trace in traces], device=device)
     offset = sizes.cumsum(0) - sizes - firsts  # of an anchor's draft among all
     lasts = firsts + sizes
+    ends = torch.tensor([trace.end for trace in traces], device=device)
     width = max(trace.ids.shape[0] for trace in traces) + steps + 2
     ids = torch.stack([torch.nn.functional.pad(trace.ids, (0, width - len(trace.ids)), value=-1) for trace in traces])
     anchor, lag, emitted = firsts.clone(), torch.zeros_like(firsts), []
@@ -137,7 +153,7 @@ def simulate_steps(predictor: TreePredictor, traces: Sequence[Trace], spec: Tree
         tree = build(spec, predictor, draft, ids.gather(1, here[:, None] + 1)[:, 0])
         accepted = accept(tree, ids.gather(1, here[:, None] + 2 + tree.depth), depth)
         count = accepted.count + 1
-        emitted.append(torch.minimum(count, lasts - anchor).clamp(min=0))
+        emitted.append(torch.minimum(count, ends - anchor).masked_fill(anchor >= lasts, 0))
         if budgeted:
             _, lag = nearest_anchor(tree, anchor_nodes(tree, spec.budget or 1), accepted.path, accepted.count)
         anchor = anchor + count

@@ -15,7 +15,7 @@ PROMPT_TOKEN = 1  # token of timed sequences
 BLOCK_SECONDS = 0.01  # least duration of one timing on a CPU
 BLOCK_SECONDS_CUDA = 0.005
 MOST_CALLS = 200  # in one timing
-UNTIMED = 3  # calls before the first timing
+UNTIMED, UNTIMED_CUDA = 1, 3  # calls before the first timing; with graphs the second one captures a step
 
 
 def milliseconds(run: Run, calls: int, device: torch.device, warm: int = 0) -> float:
@@ -42,9 +42,10 @@ def as_benched(times: Sequence[float]) -> float:
 
 
 def enough_calls(run: Run, device: torch.device) -> int:
-    """Return the calls that fill a timing. Calls it a few times first: with graphs the second call captures a step."""
-    wanted = BLOCK_SECONDS_CUDA if device.type == "cuda" else BLOCK_SECONDS
-    return max(1, min(MOST_CALLS, round(1000 * wanted / max(1e-3, milliseconds(run, 1, device, warm=UNTIMED)))))
+    """Return the calls that fill a timing, from one call after a few uncounted ones."""
+    cuda = device.type == "cuda"
+    wanted, untimed = (BLOCK_SECONDS_CUDA, UNTIMED_CUDA) if cuda else (BLOCK_SECONDS, UNTIMED)
+    return max(1, min(MOST_CALLS, round(1000 * wanted / max(1e-3, milliseconds(run, 1, device, warm=untimed)))))
 
 
 def captured(run: Run, device: torch.device) -> Run:

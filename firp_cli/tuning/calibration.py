@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -15,6 +16,9 @@ from firp_cli.teacher.teacher import Teacher
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 ANSWER_BATCH = 16  # answers decoded together
+KEPT_BACK = 0.25  # share of the prompts that is kept for the trial
+LEAST_PROMPTS = 4
+SAMPLED_PARTS, PART_ANCHORS = 20, 32  # of the answers, on which accepted lengths are estimated
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,33 @@ class Calibration:
     prompts: int
     tokens: int
     context: int
+
+    @cached_property
+    def sample(self) -> list[Trace]:
+        """Parts of the answers, evenly spread over them."""
+        parts = [part for trace in self.traces for part in trace.parts(PART_ANCHORS)]
+        return parts[:: -(-len(parts) // SAMPLED_PARTS)]
+
+
+def split_prompts(
+    teacher: Teacher, prompts: Sequence[Sequence[int]], settings: TuneSettings
+) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
+    """Return the prompts that calibrate and those that are kept back for the trial. Raises UsageError."""
+    room = teacher.max_positions - settings.max_new_tokens
+    if settings.context is not None and not 1 <= settings.context <= room:
+        raise UsageError(
+            f"--context {settings.context} leaves no room for {settings.max_new_tokens} new tokens: the teacher's "
+            f"context has {teacher.max_positions} positions; lower --context or --max-new-tokens"
+        )
+    fitting = [ids for ids in prompts if len(ids) <= room]
+    kept = max(1, round(KEPT_BACK * len(fitting))) if settings.trial else 0
+    if len(fitting) - kept < LEAST_PROMPTS:
+        raise UsageError(
+            f"{len(fitting)} of {len(prompts)} prompts leave room for {settings.max_new_tokens} new tokens in a "
+            f"context of {teacher.max_positions}; tuning needs at least {LEAST_PROMPTS + kept}: raise --limit, or "
+            "lower --max-new-tokens"
+        )
+    return fitting[: len(fitting) - kept], fitting[len(fitting) - kept :]
 
 
 def calibrate(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
+from operator import ge
 
 import numpy as np
 
@@ -21,7 +23,8 @@ from firp_cli.tuning.cost import CostModel
 
 NODES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16)
-STATIC_GAIN = 1.03  # a static tree of paths that are best on the same answers may emit more than a dynamic one
+DYNAMIC_GAIN = 1.01  # a smaller dynamic tree may emit a little more by chance
+STATIC_GAIN = 1.03  # as may a static tree of paths that are best on the same answers
 NO_TREE = TreeSpec("none", 1)  # autoregressive decoding
 
 
@@ -97,20 +100,36 @@ def dynamic_tree(nodes: int, run: int, steps: int) -> TreeSpec:
 
 def with_budgets(candidate: Candidate, predictor: TreePredictor) -> list[Candidate]:
     """Return the tree's variants with pseudo rows for some of its nodes only. Variants of a tree that is shallower than
-    the predictor may run more draft steps: these draft for accepted nodes without pseudo rows.
+    the predictor may run some more draft steps: these draft for accepted nodes without pseudo rows.
     """
     if not predictor.transfer_layers:
         return []
     spec, steps = candidate.spec, predictor.steps
     reach = spec.drafting(steps)
     free = spec.kind == "static" or reach == spec.nodes - 1
-    runs = [run if run < steps else None for run in range(reach, steps + 1)] if free else [spec.steps]
+    more = {min(reach + extra, steps) for extra in (0, 1, 3, steps)}
+    runs = [run if run < steps else None for run in sorted(more)] if free else [spec.steps]
     return [
         replace(candidate, spec=replace(spec, budget=budget, steps=run))
         for run in runs
         for budget in BUDGETS
         if budget < spec.nodes
     ]
+
+
+def probed_trees(candidates: Sequence[Candidate], predictor: TreePredictor) -> list[TreeSpec]:
+    """Return trees of all kinds, small and large, to which step costs are fitted."""
+    steps = predictor.steps
+    names = [
+        f"{shape}/{run}"
+        for run in sorted({steps, max(1, steps // 2)})
+        for shape in ("chain", "dynamic:2", "dynamic:6", "dynamic:12")
+    ]
+    static = [one.spec for one in candidates if one.spec.kind == "static" and one.spec.nodes in (6, 12, 24)]
+    if predictor.transfer_layers:
+        names += [f"chain/{steps}@1", "dynamic:6@1", "dynamic:12@3", "dynamic:32@2"]
+        static += [replace(spec, budget=2, steps=None) for spec in static if spec.nodes > 6]
+    return list(dict.fromkeys([parse_tree(name, steps) for name in names] + static))
 
 
 class StepCosts:
@@ -166,53 +185,78 @@ class StepCosts:
         return self._scale * max(self.passes(NO_TREE), whole)
 
 
-def search(
-    candidates: Sequence[Candidate],
-    predictor: TreePredictor,
-    cost: Callable[[TreeSpec], float],
-    length: Callable[[TreeSpec], float],
-    keep: int,
-    fits: Callable[[TreeSpec], bool] = lambda spec: True,
-) -> list[Scored]:
-    """Return the best candidates and their variants under a budget, the best first.
+class TreeSearch:
+    """Search among trees and their variants under a budget, at any step costs.
 
     Accepted lengths are computed in the order of an upper bound of the throughput, until no other tree can be among the
-    best `keep`. Bounds: no tree emits more than its depth plus one; a tree is assumed to emit no more than the dynamic
-    tree without a budget that has at least its nodes and its depth. Those of `bounding_trees` are computed first.
+    best. A tree is assumed to emit little more than a dynamic one that has at least its nodes, depth, draft steps and
+    nodes with pseudo rows, if that one's length is known; lengths of earlier searches count as well.
+
+    Args:
+        candidates: trees with pseudo rows for every node. length: accepted length of a tree.
+        fits: whether a tree may be chosen.
     """
-    best: list[Scored] = []
-    lengths: dict[TreeSpec, float] = {}
 
-    def length_of(spec: TreeSpec) -> float:
-        if spec not in lengths:
-            lengths[spec] = length(spec)
-        return lengths[spec]
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        predictor: TreePredictor,
+        length: Callable[[TreeSpec], float],
+        fits: Callable[[TreeSpec], bool] = lambda spec: True,
+    ) -> None:
+        self._length, self._steps = length, predictor.steps
+        self._bounding = bounding_trees(candidates, self._depth)
+        variants = (variant for whole in candidates for variant in with_budgets(whole, predictor))
+        self.trees = [one for one in (*candidates, *variants) if fits(one.spec)]
+        self.lengths: dict[TreeSpec, float] = {}
+        self._dynamic: list[tuple[tuple[int, ...], float]] = []  # sizes and lengths
 
-    def depth_of(spec: TreeSpec) -> int:
-        return spec.depth(spec.drafting(predictor.steps))
+    def best(
+        self, cost: Callable[[TreeSpec], float], keep: int, among: Callable[[TreeSpec], bool] = lambda spec: True
+    ) -> list[Scored]:
+        """Return trees by throughput, the `keep` best of those `among` which is searched first."""
+        for spec in self._bounding:
+            self._measured(spec)
+        trees = [one for one in self.trees if among(one.spec)]
+        found: list[Scored] = []
+        queue = [(-self._bound(one.spec) / cost(one.spec), place) for place, one in enumerate(trees)]
+        heapify(queue)
+        while queue:
+            place = heappop(queue)[1]
+            spec = trees[place].spec
+            bound = self._bound(spec) / cost(spec)
+            if len(found) >= keep and bound <= found[keep - 1].rate:
+                continue
+            if queue and bound < -queue[0][0]:  # lengths that were computed since then lowered it
+                heappush(queue, (-bound, place))
+                continue
+            found.append(Scored(trees[place], self._measured(spec), cost(spec)))
+            found.sort(key=lambda scored: -scored.rate)
+        return found
 
-    bounding = [(spec.nodes, depth_of(spec), length_of(spec)) for spec in bounding_trees(candidates, depth_of)]
+    def _depth(self, spec: TreeSpec) -> int:
+        return spec.depth(spec.drafting(self._steps))
 
-    def least() -> float:
-        return best[keep - 1].rate if len(best) >= keep else 0.0
+    def _sizes(self, spec: TreeSpec) -> tuple[int, ...]:
+        """Return the nodes, depth, draft steps and nodes with pseudo rows: a tree emits more with more of each."""
+        anchors = spec.budget if spec.limited and spec.budget else spec.nodes
+        return spec.nodes, self._depth(spec), spec.drafting(self._steps) if spec.limited else self._steps, anchors
 
-    def most(spec: TreeSpec) -> float:
-        depth = depth_of(spec)
-        larger = (found for nodes, deepest, found in bounding if nodes >= spec.nodes and deepest >= depth)
-        return min(1.0 + depth, STATIC_GAIN * min(larger, default=math.inf))
+    def _bound(self, spec: TreeSpec) -> float:
+        """Return an upper bound of the accepted length; the length itself where it is known."""
+        if spec in self.lengths:
+            return self.lengths[spec]
+        sizes = self._sizes(spec)
+        larger = (length for other, length in self._dynamic if all(map(ge, other, sizes)))
+        gain = STATIC_GAIN if spec.kind == "static" else DYNAMIC_GAIN
+        return min(1.0 + self._depth(spec), gain * min(larger, default=math.inf))
 
-    def consider(some: Sequence[Candidate]) -> None:
-        bounds = sorted(((most(item.spec) / cost(item.spec), item) for item in some), key=lambda pair: -pair[0])
-        for bound, candidate in bounds:
-            if bound <= least():
-                break
-            best.append(Scored(candidate, length_of(candidate.spec), cost(candidate.spec)))
-            best.sort(key=lambda scored: -scored.rate)
-
-    consider([candidate for candidate in candidates if fits(candidate.spec)])
-    variants = (variant for whole in candidates for variant in with_budgets(whole, predictor))
-    consider([variant for variant in variants if fits(variant.spec)])
-    return best
+    def _measured(self, spec: TreeSpec) -> float:
+        if spec not in self.lengths:
+            self.lengths[spec] = self._length(spec)
+            if spec.kind == "dynamic":
+                self._dynamic.append((self._sizes(spec), self.lengths[spec]))
+        return self.lengths[spec]
 
 
 def bounding_trees(candidates: Sequence[Candidate], depth_of: Callable[[TreeSpec], int]) -> list[TreeSpec]:

@@ -20,6 +20,7 @@ from firp_cli.tuning.calibration import TuneSettings
 
 STEP_SECONDS = 8.0  # of one round of timing
 LEAST_REPEATS = 3
+LONG = 100.0  # milliseconds of a step that needs no call before it to fill the caches
 
 
 class TimedStep:
@@ -104,5 +105,6 @@ def time_steps(
         if number >= LEAST_REPEATS and time.perf_counter() > until:
             break
         for spec in order:
-            times[spec].append(milliseconds(steps[spec].step, calls[spec], device, warm=calls[spec]))
+            warm = 0 if times[spec] and times[spec][-1] > LONG else calls[spec]
+            times[spec].append(milliseconds(steps[spec].step, calls[spec], device, warm))
     return times

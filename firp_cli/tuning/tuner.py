@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from firp_cli.decoding.tree_file import described
-from firp_cli.decoding.tree_spec import TreeSpec, parse_tree, static_tree
+from firp_cli.decoding.tree_spec import TreeSpec, static_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.environment import machine_key, measurement_environment
 from firp_cli.evaluation.simulate import simulate_speedup, simulate_steps
@@ -18,14 +18,23 @@ from firp_cli.results import Prediction, Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import CostReport, Trial, TunedTree, TuneReport
 from firp_cli.tuning.acceptance import Acceptance, candidate_positions, reliability
-from firp_cli.tuning.calibration import Calibration, TuneSettings, calibrate
+from firp_cli.tuning.calibration import Calibration, TuneSettings, calibrate, split_prompts
 from firp_cli.tuning.cost import CostModel, check_cache, load_or_measure
-from firp_cli.tuning.search import NO_TREE, Candidate, StepCosts, layer_rows, node_probabilities, search, shapes
+from firp_cli.tuning.search import (
+    NO_TREE,
+    Candidate,
+    Scored,
+    StepCosts,
+    TreeSearch,
+    layer_rows,
+    node_probabilities,
+    probed_trees,
+    shapes,
+)
 from firp_cli.tuning.step_timing import time_steps
 from firp_cli.tuning.trial import TRIAL_SECONDS, TrialSize, decode_trees, make_bout, trial_size
 
-KEPT_BACK = 0.25  # share of the prompts that is kept for the trial
-LEAST_PROMPTS = 4
+SCREENED = 12  # trees that are simulated on all answers
 FINALISTS = 6  # trees whose whole steps are timed
 REPEATS, PROBE_REPEATS = 6, 8  # of timing a step, in one round
 TIMING_ROUNDS, LEAST_TIMING_ROUNDS = 16, 4  # of all batch sizes together, and of each
@@ -91,6 +100,7 @@ class Tuner:
         self.candidates = shapes(self.acceptance, self.predictor, self.most_rows)
         if not any(self.fits(candidate.spec) for candidate in self.candidates):
             raise UsageError(f"no tree has steps of at most {self.most_rows} rows: raise --max-rows")
+        self.search = TreeSearch(self.candidates, self.predictor, self.estimate, self.fits)
         self.batches = self._batches()
         return self.calibration
 
@@ -146,6 +156,14 @@ class Tuner:
         steps = [count for answer in self.emitted(spec) for count in answer]
         return sum(steps) / len(steps)
 
+    def estimate(self, spec: TreeSpec) -> float:
+        """Return the accepted length on a sample of the answers' parts, in a time that does not grow with the prompts.
+
+        Trees with few pseudo rows gain a little, since each part begins with a draft of its own anchor.
+        """
+        steps = [count for part in simulate_steps(self._prepared, self.calibration.sample, spec) for count in part]
+        return sum(steps) / len(steps)
+
     def fits(self, spec: TreeSpec) -> bool:
         """Return whether no layer of the tree's step runs more rows than allowed."""
         return self._rows(spec) <= self.most_rows
@@ -156,32 +174,21 @@ class Tuner:
     def costs(self, batch: int) -> StepCosts:
         """Return the times of steps at a batch size, fitted to a few whole ones."""
         costs = StepCosts(CostModel(self.cost), self.predictor, batch, self.context)
-        times = self._time([NO_TREE, *self.probed()], batch, PROBE_REPEATS)
+        probed = [spec for spec in probed_trees(self.candidates, self.predictor) if self.fits(spec)]
+        probed = probed if batch == 1 else probed[::2]  # steps of larger batches take longer
+        times = self._time([NO_TREE, *probed], batch, PROBE_REPEATS)
         costs.fit({spec: undisturbed(values) for spec, values in times.items()})
         return costs
 
     def _time(self, order: Sequence[TreeSpec], batch: int, repeats: int) -> dict[TreeSpec, list[float]]:
         return time_steps(self.teacher, self.predictor, order, batch, self.context, self.settings, repeats)
 
-    def probed(self) -> list[TreeSpec]:
-        """Return trees of all kinds, small and large, to which step costs are fitted."""
-        steps = self.predictor.steps
-        names = [
-            f"{shape}/{run}"
-            for run in sorted({steps, max(1, steps // 2)})
-            for shape in ("chain", "dynamic:2", "dynamic:6", "dynamic:12")
-        ]
-        static = [one.spec for one in self.candidates if one.spec.kind == "static" and one.spec.nodes in (6, 12, 24)]
-        if self.predictor.transfer_layers:
-            names += [f"chain/{steps}@1", "dynamic:6@1", "dynamic:12@3", "dynamic:32@2"]
-            static += [replace(spec, budget=2, steps=None) for spec in static if spec.nodes > 6]
-        specs = [parse_tree(name, steps) for name in names] + static
-        return [spec for spec in dict.fromkeys(specs) if self.fits(spec)]
-
     def find_finalists(self, batch: int) -> Finalists:
         """Return the trees that look best at a batch size, with the best of each kind and the tree in use."""
         costs = self.costs(batch)
-        ranking = search(self.candidates, self.predictor, costs, self.length, FINALISTS, self.fits)
+        found = self.search.best(costs, SCREENED)
+        ranking = [Scored(one.candidate, self.length(one.spec), one.milliseconds) for one in found[:SCREENED]]
+        ranking = sorted(ranking, key=lambda scored: -scored.rate) + found[SCREENED:]
         of_kind = {(scored.spec.kind, scored.spec.limited): scored for scored in reversed(ranking)}
         trees = {scored.spec: scored.candidate for scored in (*ranking[:FINALISTS], *of_kind.values())}
         if self.default is not None and self.default.kind != "none" and self.fits(self.default):
@@ -245,14 +252,21 @@ class Tuner:
         return Prediction(self.length(spec), step, ar_step, speedup)
 
     def ladder(self, choice: Choice) -> list[tuple[TreeSpec, Trial]]:
-        """Return the best tree of each number of nodes by the cost model; at its own number the chosen tree."""
+        """Return the best tree of each number of nodes by the cost model, with pseudo rows for all nodes or limited as
+        in the chosen tree; at its own number the chosen tree.
+        """
         costs, ladder = choice.costs, []
+
+        def alike(spec: TreeSpec) -> bool:
+            limits = (spec.budget, spec.drafting(self.predictor.steps))
+            chosen = (choice.spec.budget, choice.spec.drafting(self.predictor.steps))
+            return spec.nodes == nodes and (not spec.limited or limits == chosen)
+
         for nodes in sorted({candidate.spec.nodes for candidate in self.candidates} | {choice.spec.nodes}):
             if nodes == choice.spec.nodes:
                 ladder.append((choice.spec, replace(choice.trial)))
                 continue
-            alike = [candidate for candidate in self.candidates if candidate.spec.nodes == nodes]
-            ranking = search(alike, self.predictor, costs, self.length, 1, self.fits)
+            ranking = self.search.best(costs, 1, alike)
             if ranking:
                 spec = ranking[0].spec
                 predicted = self.predict(spec, costs.batch, costs, costs(spec), costs.ar)
@@ -300,7 +314,7 @@ def tune(
     settings = settings or TuneSettings()
     if not isinstance(predictor, TreePredictor):
         raise UsageError(f"a {predictor.kind} predictor feeds a pipeline, which has no tree to tune")
-    calibrating, kept_back = _split_prompts(teacher, prompts, settings)
+    calibrating, kept_back = split_prompts(teacher, prompts, settings)
     tuner = Tuner(teacher, predictor, settings, default, tell)
     calibration = tuner.learn(calibrating)
     positions = tuner.acceptance.positions
@@ -334,27 +348,6 @@ def tune(
         batches=[choice.trial for choice in choices],
         break_even=min(losing, default=None),
     )
-
-
-def _split_prompts(
-    teacher: Teacher, prompts: Sequence[Sequence[int]], settings: TuneSettings
-) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
-    """Return the prompts that calibrate and those that are kept back for the trial. Raises UsageError."""
-    room = teacher.max_positions - settings.max_new_tokens
-    if settings.context is not None and not 1 <= settings.context <= room:
-        raise UsageError(
-            f"--context {settings.context} leaves no room for {settings.max_new_tokens} new tokens: the teacher's "
-            f"context has {teacher.max_positions} positions; lower --context or --max-new-tokens"
-        )
-    fitting = [ids for ids in prompts if len(ids) <= room]
-    kept = max(1, round(KEPT_BACK * len(fitting))) if settings.trial else 0
-    if len(fitting) - kept < LEAST_PROMPTS:
-        raise UsageError(
-            f"{len(fitting)} of {len(prompts)} prompts leave room for {settings.max_new_tokens} new tokens in a "
-            f"context of {teacher.max_positions}; tuning needs at least {LEAST_PROMPTS + kept}: raise --limit, or "
-            "lower --max-new-tokens"
-        )
-    return fitting[: len(fitting) - kept], fitting[len(fitting) - kept :]
 
 
 def _try(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +74,22 @@ def test_simulated_steps_stop_at_the_end_of_the_answer() -> None:
     short = make_trace(teacher, predictor, [5, 6, 7, 8, 9], 3, 4)
     assert short is not None and short.draft.tokens.shape == (1, 2, 4)
     assert simulate_steps(predictor, [short], parse_tree("chain", 2)) == [[1]]
+
+
+@pytest.mark.parametrize(("kind", "tree"), [("firp", "dynamic:8"), ("firp", "dynamic:8@2"), ("medusa", "chain")])
+def test_parts_of_an_answer_take_the_steps_that_begin_in_them(kind: str, tree: str) -> None:
+    teacher, predictor, prompt = embedded_teacher(), embedded_predictor(kind), embedded_prompts(1)[0]
+    spec = parse_tree(tree, predictor.steps)
+    trace = make_trace(teacher, predictor, [*prompt, *greedy_answers(teacher, [prompt])[0]], len(prompt), 8)
+    assert trace is not None
+    parts = trace.parts(7)
+    assert [part.first for part in parts] == list(range(trace.first, trace.last, 7)) and parts[-1].last == trace.last
+    for part, steps in zip(parts, simulate_steps(predictor, parts, spec), strict=True):
+        skipped = part.first - trace.first
+        rest = replace(part, draft=trace.draft.map(lambda tensor, skipped=skipped: tensor[skipped:]))
+        counts = simulate_steps(predictor, [rest], spec)[0]
+        starts = [0, *itertools.accumulate(counts)]
+        assert steps == [count for count, start in zip(counts, starts, strict=False) if start < part.last - part.first]
 
 
 def positions_in_answers(

@@ -12,7 +12,7 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.tune_results import CostCurve, CostReport
 from firp_cli.tuning.acceptance import Acceptance
 from firp_cli.tuning.cost import CostModel
-from firp_cli.tuning.search import NO_TREE, Candidate, StepCosts, layer_rows, search, shapes, with_budgets
+from firp_cli.tuning.search import NO_TREE, Candidate, StepCosts, TreeSearch, layer_rows, shapes, with_budgets
 from helpers.models import make_predictor, tiny_teacher
 
 STEPS, BREADTH = 3, 3
@@ -125,10 +125,14 @@ def test_search_with_pruning_equals_exhaustive_search(row: float) -> None:
 
     every = [*candidates, *(other for one in candidates for other in with_budgets(one, predictor))]
     rates = sorted((fake_length(one.spec) / cost(one.spec) for one in every), reverse=True)
-    found = search(candidates, predictor, cost, length, keep=3)
+    trees = TreeSearch(candidates, predictor, length)
+    found = trees.best(cost, 3)
     assert [scored.rate for scored in found[:3]] == pytest.approx(rates[:3])
     assert len(asked) == len(set(asked)) < len(every)
-    assert search(candidates, predictor, cost, fake_length, 3, lambda spec: spec.nodes < 4)[0].spec.nodes < 4
+    four = max((one.spec for one in every if one.spec.nodes == 4), key=lambda spec: fake_length(spec) / cost(spec))
+    assert trees.best(cost, 1, lambda spec: spec.nodes == 4)[0].spec == four
+    assert len(asked) == len(set(asked)) < len(every)
+    assert TreeSearch(candidates, predictor, fake_length, lambda spec: spec.nodes < 4).best(cost, 3)[0].spec.nodes < 4
 
 
 def test_shapes_cover_sizes_kinds_and_depths() -> None:

@@ -18,7 +18,9 @@ from firp_cli.evaluation.timing import PROMPT_TOKEN
 from firp_cli.results import Prediction
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.tune_results import TunedTree
-from firp_cli.tuning.step_timing import TimedStep
+from firp_cli.tuning import step_timing as module
+from firp_cli.tuning.calibration import TuneSettings
+from firp_cli.tuning.step_timing import TimedStep, time_steps
 from helpers.graphs import with_graphs
 from helpers.models import embedded_predictor, embedded_teacher, make_predictor, tiny_teacher
 from helpers.pairwise import pairwise
@@ -147,3 +149,14 @@ def test_engine_with_graphs_serves_only_the_newest_timed_step() -> None:
     second.step()
     with pytest.raises(AssertionError, match="newer"):
         first.step()
+
+
+@pytest.mark.parametrize(("long", "calls"), [(1e9, 3 * 2), (0.0, 2 + 1 + 1)])
+def test_long_steps_are_warmed_up_once(long: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONG", long)
+    monkeypatch.setattr(module, "enough_calls", lambda *_: 1)
+    run: list[TimedStep] = []
+    monkeypatch.setattr(TimedStep, "step", lambda timed: run.append(timed))
+    spec = parse_tree("dynamic:4", 4)
+    times = time_steps(embedded_teacher(), embedded_predictor("firp"), [spec], 1, 20, TuneSettings(), 3)
+    assert len(times[spec]) == 3 and len(run) == calls

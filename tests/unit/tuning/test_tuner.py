@@ -118,6 +118,19 @@ def test_batches_beyond_one_that_drafting_slows_down_are_not_timed(monkeypatch: 
     assert "batch sizes above 2 are not timed: drafting does not pay at 2" in told
 
 
+def test_estimates_take_a_sample_spread_over_all_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("firp_cli.tuning.calibration.SAMPLED_PARTS", 4)
+    monkeypatch.setattr("firp_cli.tuning.calibration.PART_ANCHORS", 10)
+    tuner = Tuner(embedded_teacher(), embedded_predictor("firp"), settings())
+    traces = tuner.learn(embedded_prompts(8)).traces
+    sample = tuner.calibration.sample
+    assert 3 <= len(sample) <= 4 and all(part.last - part.first <= 10 for part in sample)
+    holders = [sum(part.ids is trace.ids for part in sample) for trace in traces]
+    assert max(holders) == 1 and sum(holders) == len(sample)
+    spec = parse_tree("dynamic:8", 4)
+    assert tuner.estimate(spec) == pytest.approx(tuner.length(spec), rel=0.25)
+
+
 def tuner_of(lengths: dict[str, float], times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> Tuner:
     """Return a tuner whose search prefers the trees of `lengths`; whole steps take `times`, of other trees 5 ms."""
     teacher, predictor = embedded_teacher(), embedded_predictor("firp")
@@ -135,7 +148,7 @@ def tuner_of(lengths: dict[str, float], times: dict[str, float], monkeypatch: py
     whole_steps_take(times, 5.0, monkeypatch)
     names = [name for name in lengths if parse_tree(name, 4) != tuner.default]
     found = [Scored(Candidate(parse_tree(name, 4)), lengths[name], 1.0) for name in names]
-    monkeypatch.setattr(module, "search", lambda *_: found)
+    monkeypatch.setattr(tuner.search, "best", lambda *_: found)
     return tuner
 
 
