@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from firp_cli.config import Recipe
 
 STEPS = 6
+DRAFT_VOCABULARY = 16384  # tokens drafted of vocabularies at least twice as large: the head reads fewer rows
 COLLECTING = 0.4  # largest share of the minutes for collecting
 MEASURING = 0.35  # share of the minutes for tuning and the bench
 AROUND_TRAINING = 0.75  # minutes of loading, ridge start, first and last validation and gate
@@ -68,7 +69,8 @@ def quickstart(
     if (folder / "predictor").exists() or (folder / "store").exists():
         raise UsageError(f"{folder} contains an earlier quickstart: remove it, or give another --output")
     data = find_prompts(prompts, data_dir, folder)
-    recipe = make_recipe(model, data, data_dir, folder, layer or transfer_layer(model), steps, max_new_tokens)
+    shape = {**default_predictor(model), **({"layer": layer} if layer else {}), "steps": steps}
+    recipe = make_recipe(model, data, data_dir, folder, shape, max_new_tokens)
     path = folder / "recipe.yaml"
     limit = _affordable(path, recipe, data.count, COLLECTING * (until - time.monotonic()))
     say(f"{limit} of {data.count} prompts fit into the time")
@@ -116,8 +118,8 @@ def find_prompts(name: str, data_dir: Path | None, folder: Path) -> Prompts:
     return Prompts(str(paths[0]), str(paths[1]), len(rows) - kept)
 
 
-def transfer_layer(model: str) -> int:
-    """Return the transfer layer at two thirds of the model's layers.
+def default_predictor(model: str) -> dict[str, Any]:
+    """Return the transfer layer, at two thirds of the model's layers, and the draft vocabulary.
 
     At a lower layer pseudo states run through more layers; at a higher one they are predicted worse.
 
@@ -131,13 +133,18 @@ def transfer_layer(model: str) -> int:
         raise TeacherError(f"{reason}\ngive a model folder, a .gguf file, a known name or a reachable hub id")
     if teacher.num_layers < 2:
         raise TeacherError(f"{model} has one layer, and pseudo states enter between two layers: use a deeper model")
-    return max(1, round(2 * teacher.num_layers / 3))
+    return {
+        "layer": max(1, round(2 * teacher.num_layers / 3)),
+        "draft_vocabulary": DRAFT_VOCABULARY if teacher.vocab_size >= 2 * DRAFT_VOCABULARY else None,
+    }
 
 
 def make_recipe(
-    model: str, prompts: Prompts, data_dir: Path | None, folder: Path, layer: int, steps: int, max_new_tokens: int
+    model: str, prompts: Prompts, data_dir: Path | None, folder: Path, predictor: dict[str, Any], max_new_tokens: int
 ) -> Recipe:
-    """Return the recipe of the quickstart, and of a longer training after it."""
+    """Return the recipe of the quickstart, and of a longer training after it. `predictor`: its fields beside the kind
+    and the coupling.
+    """
     from firp_cli.recipe import validate_recipe
 
     return validate_recipe(
@@ -150,7 +157,7 @@ def make_recipe(
                 "max_new_tokens": max_new_tokens,
                 "max_length": 2048,
             },
-            "predictor": {"kind": "firp_plus", "layer": layer, "steps": steps, "coupling": {"form": "recurrent"}},
+            "predictor": {"kind": "firp_plus", "coupling": {"form": "recurrent"}, **predictor},
             "training": {
                 "ridge_lambda": 1e-4,
                 "coupling": {"epochs": LONGER_EPOCHS, "learning_rate": 2e-3},

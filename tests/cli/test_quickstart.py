@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from firp_cli.cli import quickstart as module
 from firp_cli.cli.quickstart import (
@@ -14,10 +15,10 @@ from firp_cli.cli.quickstart import (
     MEASURING,
     MOST_EPOCHS,
     Prompts,
+    default_predictor,
     find_prompts,
     make_recipe,
     training_overrides,
-    transfer_layer,
 )
 from firp_cli.data.datasets import load_prompts
 from firp_cli.errors import DatasetError, TeacherError, UsageError
@@ -53,15 +54,29 @@ def test_quickstart_refuses_prompts_that_cannot_be_split(tmp_path: Path) -> None
         find_prompts("mt_bench", tmp_path / "data", tmp_path / "out")
 
 
+SMALL = {"layer": 4, "steps": 3}
+
+
 def test_quickstart_layer_is_at_two_thirds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert transfer_layer("arithmetic") == 4
+    assert default_predictor("arithmetic") == {"layer": 4, "draft_vocabulary": None}
     with pytest.raises(TeacherError, match="give a model folder"):
-        transfer_layer("owner/no-such-model")
+        default_predictor("owner/no-such-model")
+
+
+@pytest.mark.parametrize(("vocabulary", "drafted"), [(32767, None), (32768, 16384), (151936, 16384)])
+def test_quickstart_drafts_frequent_tokens_of_large_vocabularies(
+    vocabulary: int, drafted: int | None, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "model")
+    LlamaConfig(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(
+        folder
+    )
+    assert default_predictor(folder)["draft_vocabulary"] == drafted
 
 
 def test_quickstart_recipe_trains_on(tmp_path: Path) -> None:
-    recipe = make_recipe("arithmetic", find_prompts("chat", None, tmp_path), None, tmp_path, 4, 3, 64)
+    recipe = make_recipe("arithmetic", find_prompts("chat", None, tmp_path), None, tmp_path, SMALL, 64)
     assert recipe.training.coupling.epochs > 1 and recipe.training.coupling.max_minutes is None
     assert recipe.data.regenerate and recipe.training.max_steps == 0, "the first stage alone"
     assert recipe.predictor is not None and recipe.predictor.transfer_layers == (4, 4, 4)
@@ -71,7 +86,7 @@ def test_quickstart_collects_and_trains_in_bfloat16_where_it_is_fast(monkeypatch
     prompts = Prompts("chat", "chat", 200)
     for fast, dtype in ((True, "bfloat16"), (False, "auto")):
         monkeypatch.setattr("firp_cli.teacher.packed_linear.fast_bfloat16", lambda device, fast=fast: fast)
-        recipe = make_recipe("arithmetic", prompts, None, Path("out"), 4, 3, 64)
+        recipe = make_recipe("arithmetic", prompts, None, Path("out"), SMALL, 64)
         assert recipe.teacher.dtype == dtype
 
 
