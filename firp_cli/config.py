@@ -303,7 +303,7 @@ class TrainingConfig(Section):
     keep_best: PositiveInt = 1  # number of best validations whose weights to keep
     patience: PositiveInt | None = None  # stop after this many validations without improvement; null: never
     min_improvement: Annotated[float, Field(ge=0)] = 0.0  # smallest gain in accepted length that counts, in tokens
-    balance: bool = True  # sort conversations by length, so that ranks take equally long
+    balance: bool = True  # sort conversations by length: little padding, ranks take equally long
     readers: PositiveInt = 1  # threads that read conversations ahead
     preflight: Literal["refuse", "warn", "ignore"] = "refuse"  # reaction to a run that exceeds the devices' memory
     log_every: PositiveInt = 10  # optimizer steps between entries in TensorBoard and wandb

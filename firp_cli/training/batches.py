@@ -27,6 +27,7 @@ from firp_cli.store.reader import FINAL, Store, decode_states, state_names
 from firp_cli.training.draft_states import DraftStates
 
 PREFETCH = 4  # micro-batches read ahead with one reader; each further reader adds one
+SORTED = 8  # micro-batches among which conversations are sorted by length, at least
 COUNTED = 2000  # conversations that give the frequent tokens
 VALIDATION_EPOCH = 1 << 31  # takes the place of the epoch in the anchors' seeds of validation
 
@@ -65,9 +66,9 @@ class Order:
     """Endless sequence of optimizer steps over the training conversations, each of `per_step` micro-batches.
 
     An epoch is a new shuffle cut into steps. The remainder that fills no step is omitted; a store too small for one
-    step is repeated within it. With `lengths` (tokens by conversation number) the conversations of a step are sorted,
-    the longest first, before they are cut into micro-batches: a forward then needs little padding, and ranks take
-    equally long.
+    step is repeated within it. With `lengths` (tokens by conversation number) the conversations of a step, or of
+    several small steps, are sorted by length before they are cut into micro-batches: a forward then needs little
+    padding, and ranks take equally long.
     """
 
     def __init__(
@@ -92,8 +93,27 @@ class Order:
         """Return the conversations in the order of an epoch."""
         if self._shuffled[0] != number:
             generator = np.random.default_rng([self.seed & 0xFFFFFFFF, number])
-            self._shuffled = (number, [self.indices[place] for place in generator.permutation(len(self.indices))])
+            shuffled = [self.indices[place] for place in generator.permutation(len(self.indices))]
+            if self.lengths is not None and self.per_step < SORTED:
+                shuffled = self._of_similar_length(shuffled, generator)
+            self._shuffled = (number, shuffled)
         return self._shuffled[1]
+
+    def _of_similar_length(self, shuffled: list[int], generator: np.random.Generator) -> list[int]:
+        """Return the conversations with those of similar length in the same step, and the steps in random order."""
+        size = self.per_step * self.size
+        whole = len(shuffled) // size * size
+        together = -(-SORTED // self.per_step) * size
+        steps: list[list[int]] = []
+        for start in range(0, whole, together):
+            part = self._longest_first(shuffled[start : min(start + together, whole)])
+            steps += [part[place : place + size] for place in range(0, len(part), size)]
+        ordered = [index for place in generator.permutation(len(steps)) for index in steps[place]]
+        return ordered + shuffled[whole:]
+
+    def _longest_first(self, indices: list[int]) -> list[int]:
+        lengths = self.lengths
+        return indices if lengths is None else sorted(indices, key=lambda index: (-lengths[index], index))
 
     def conversations(self, step: int, place: int) -> tuple[list[int], int]:
         """Return conversations and epoch of micro-batch `place` (0..per_step-1) of optimizer step `step` (from 0)."""
@@ -106,10 +126,7 @@ class Order:
         starts = [
             (step_in_epoch * self.per_step + place) % self.micro_batches * self.size for place in range(self.per_step)
         ]
-        chosen = [index for start in starts for index in order[start : start + self.size]]
-        if self.lengths is not None:
-            lengths = self.lengths
-            chosen.sort(key=lambda index: (-lengths[index], index))
+        chosen = self._longest_first([index for start in starts for index in order[start : start + self.size]])
         return [chosen[start : start + self.size] for start in range(0, len(chosen), self.size)]
 
     def place(self, micro: int, rank: int, ranks: int) -> int:

@@ -84,3 +84,21 @@ def test_states_that_are_kept_after_a_batch_was_read_ahead_reach_it(store: Store
     kept = valid.sum(dim=1).max()
     assert second.states is not None and torch.equal(second.states, first.states[:, :kept])
     prefetcher.close()
+
+
+@pytest.mark.parametrize("per_step", [1, 3, 7])
+def test_small_steps_hold_conversations_of_similar_length(per_step: int) -> None:
+    lengths = torch.randint(20, 640, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    orders = [Order(range(1000), 8, per_step, 3, known) for known in (None, lengths)]
+    padded = []
+    for order in orders:
+        size = order.steps_per_epoch
+        steps = [[order.conversations(step, place)[0] for place in range(per_step)] for step in range(2 * size)]
+        read = [index for step in steps[:size] for micro in step for index in micro]
+        assert len(read) == len(set(read)) == size * 8 * per_step
+        assert steps[:5] != steps[size : size + 5], "epochs differ"
+        firsts = [max(lengths[index] for index in step[0]) for step in steps[:size]]
+        assert firsts != sorted(firsts, reverse=True), "steps are in random order"
+        rows = sum(max(lengths[index] for index in micro) * 8 for step in steps[:size] for micro in step)
+        padded.append(rows / sum(lengths[index] for index in read))
+    assert padded[1] < 1.15 and padded[0] > 1.5
