@@ -20,7 +20,7 @@ from firp_cli.machine import rank
 from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.training import checkpoint as checkpoints
-from firp_cli.training.batches import Order, Prefetcher, Reader, anchor_seed, split_validation
+from firp_cli.training.batches import Order, Prefetcher, Reader, anchor_seed, sequence_lengths, split_validation
 from firp_cli.training.metrics_log import Listener
 from firp_cli.training.pace import Pace, learning_rate_factor
 from firp_cli.training.trainer import train
@@ -167,7 +167,7 @@ def test_last_weights_are_exported_without_validation(tmp_path: Path):
 def test_nan_loss_names_step_and_conversations(tmp_path: Path):
     wanted = recipe(init="identity", epochs=1, validate_every=100, save_every=2)
     items = [SimpleNamespace(**vars(item)) for item in store()]
-    order = Order(split_validation(len(items), 0.2, 0)[0], 3, 1, 0)
+    order = Order(split_validation(len(items), 0.2, 0)[0], 3, 1, 0, sequence_lengths(items))
     poisoned = order.conversations(4, 0)[0][1]
     items[poisoned].hidden = {layer: states * float("nan") for layer, states in items[poisoned].hidden.items()}
     with pytest.raises(NumericsError, match=rf"optimizer step 5 .*{poisoned}.*; checkpoint step-4 is kept"):
