@@ -103,9 +103,11 @@ def test_inaccurate_predictor_gets_no_tree(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_batches_beyond_one_that_drafting_slows_down_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
+    probed: dict[int, int] = {}  # trees of the first timing at each batch size
 
     def timed(*arguments: Any) -> dict[Any, list[float]]:
         batches.append(arguments[3])
+        probed.setdefault(arguments[3], len(arguments[2]) - 1)
         drafted = 1.0 if arguments[3] == 1 else 20.0
         return {spec: [1.0 if spec.kind == "none" else drafted] * 3 for spec in arguments[2]}
 
@@ -115,6 +117,7 @@ def test_batches_beyond_one_that_drafting_slows_down_are_not_timed(monkeypatch: 
     report = tune(embedded_teacher(), embedded_predictor("firp"), embedded_prompts(8), wanted, tell=told.append)
     assert [(entry.batch_size, entry.tree == "none") for entry in report.entries] == [(1, False), (2, True)]
     assert report.break_even == 2 and set(batches) == {1, 2}
+    assert probed[2] == -(-probed[1] // 2), "steps of larger batches take longer"
     assert "batch sizes above 2 are not timed: drafting does not pay at 2" in told
 
 
