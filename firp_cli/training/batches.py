@@ -173,9 +173,13 @@ def sequence_lengths(store: Sequence[Sequenced]) -> Sequence[int]:
 
 
 def frequent_tokens(store: Sequence[Sequenced], indices: Sequence[int], count: int, vocabulary: int) -> Tensor:
-    """Return the `count` most frequent tokens (S,) of the first conversations among `indices`, in their order."""
+    """Return the `count` most frequent tokens (S,) of conversations spread over `indices`, most frequent first.
+
+    Spread, since a store of several data sets holds one after the other.
+    """
     counts = torch.zeros(vocabulary, dtype=torch.long)
-    for index in indices[:COUNTED]:
+    counted = min(COUNTED, len(indices))
+    for index in (indices[place * len(indices) // counted] for place in range(counted)):
         counts += torch.bincount(_token_ids(store, index), minlength=vocabulary)
     return counts.argsort(descending=True, stable=True)[:count]
 

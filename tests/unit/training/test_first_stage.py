@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from firp_cli.evaluation.quality import evaluate
 from firp_cli.predictors.anchors import Anchors, choose_anchors, target_states
 from firp_cli.predictors.base import SequenceBatch, TreePredictor
 from firp_cli.predictors.folder import build_predictor
+from firp_cli.training import batches
 from firp_cli.training.batches import anchor_seed, read_batch, split_validation
 from firp_cli.training.draft_states import DraftStates, rounded
 from firp_cli.training.first_stage import freeze_drafts, has_first_stage, stage_recipe
@@ -113,6 +115,14 @@ def test_frequent_tokens_are_those_of_the_training_conversations() -> None:
     assert counts[chosen].min() > 0
     for size in (None, VOCABULARY, 4096):
         assert frequent(size) is None
+
+
+def test_frequent_tokens_are_counted_over_all_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "COUNTED", 4)
+    conversations = [SimpleNamespace(input_ids=torch.tensor([token] * 3)) for token in (5, 5, 5, 5, 8, 8, 8, 8)]
+    found = batches.frequent_tokens(conversations, list(range(8)), 2, 10)  # type: ignore[arg-type]
+    assert sorted(found.tolist()) == [5, 8]
+    assert batches.frequent_tokens(conversations, [0, 7], 3, 10)[:2].tolist() == [5, 8]  # type: ignore[arg-type]
 
 
 def test_stage_settings_are_those_of_the_coupling() -> None:
