@@ -103,16 +103,17 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
 
 
 def read_weights(predictor: Predictor, path: Path) -> None:
-    """Read the weights and the draft tokens of a predictor. Raises RuntimeError and what `load_file` does."""
+    """Read a predictor's weights, and its draft tokens if the file has any. Raises RuntimeError and what `load_file`
+    does.
+    """
     weights = load_file(path)
     tokens = weights.pop(DRAFT_TOKENS, None)
     predictor.load_state_dict(weights)
     if tokens is not None and (tokens.dtype != torch.uint8 or tokens.dim() != 1 or not tokens.any()):
         raise RuntimeError(f"{DRAFT_TOKENS} is no mask of tokens")
-    if isinstance(predictor, TreePredictor):
-        device = next(predictor.parameters()).device
-        chosen = None if tokens is None else torch.from_numpy(np.unpackbits(tokens.numpy())).nonzero()[:, 0]
-        predictor.draft_tokens = None if chosen is None else chosen.to(device)
+    if tokens is not None and isinstance(predictor, TreePredictor):
+        chosen = torch.from_numpy(np.unpackbits(tokens.numpy())).nonzero()[:, 0]
+        predictor.draft_tokens = chosen.to(next(predictor.parameters()).device)
 
 
 def _check_draft_tokens(predictor: Predictor, vocabulary: int) -> None:

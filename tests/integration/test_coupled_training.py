@@ -35,7 +35,7 @@ TWO_RANKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def wanted(described: dict[str, Any] | None = None, stage: dict[str, Any] | None = None, **training: Any) -> Recipe:
-    described = described or section("firp_plus")
+    described = described or section("firp_plus") | {"draft_vocabulary": 60}
     init = "ridge" if described["kind"] == "firp_plus" else "identity"
     return recipe(
         described, **({"init": init, "epochs": 1, "vocabulary": 40, "coupling": STAGE | (stage or {})} | training)
