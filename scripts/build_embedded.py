@@ -60,6 +60,15 @@ PREDICTORS: dict[str, dict[str, tuple[str, str | None]]] = {
     },
 }
 
+# Data sets of these recipes that the teacher writes itself: options of `firp prompts` by file.
+OWN_PROMPTS = {
+    "own.jsonl": ["--count", "500"],
+    "code.jsonl": [
+        *("--count", "350", "--system"),
+        "You are an expert Python programmer. The user asks you to complete or write Python functions.",
+    ],
+}
+
 PREDICTOR_FILE = "predictor.safetensors"
 
 VOCABULARY_SIZE = 1024
@@ -425,6 +434,10 @@ def run_predictors(arguments: argparse.Namespace) -> None:
     collected = set()
     for name, (folder_name, tree) in PREDICTORS[arguments.teacher].items():
         recipe = load_recipe(name)
+        for dataset in recipe.data.dataset.split(","):
+            if dataset in OWN_PROMPTS and not Path(dataset).is_file():
+                prompts = [*firp, "prompts", recipe.teacher.model, "--output", dataset, *OWN_PROMPTS[dataset]]
+                subprocess.run(prompts, check=True)
         if recipe.store not in collected:
             subprocess.run([*firp, "collect", name, "--resume"], check=True)
             collected.add(recipe.store)

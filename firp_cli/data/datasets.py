@@ -147,7 +147,7 @@ def _load(name: str, split: str, data_dir: str | None, limit: int | None, any_si
     path = Path(name)
     if path.suffix in (".jsonl", ".json"):
         if not path.is_file():
-            raise DatasetError(f"no such file: {name}")
+            raise DatasetError(f"no such file: {name}; check the path, or write prompts with `firp prompts`")
         return _read(path, limit)
     known = KNOWN.get(name)
     if any_single and known and len(known.splits) == 1:
