@@ -39,8 +39,12 @@ class EncodedConversation:
     loss_mask: list[bool]
 
 
-def encode(messages: Sequence[Message], tokenizer: Any, max_length: int | None = None) -> EncodedConversation:
+def encode(
+    messages: Sequence[Message], tokenizer: Any, max_length: int | None = None, tools: Sequence[Any] | None = None
+) -> EncodedConversation:
     """Return tokens and loss mask of a conversation, cut to `max_length`: answers after the cut have no tokens.
+
+    `tools`: functions that the assistant may call, as JSON schemas, for the template.
 
     Raises DatasetError when the template refuses the conversation (unknown roles, or roles in a forbidden order).
     """
@@ -52,16 +56,16 @@ def encode(messages: Sequence[Message], tokenizer: Any, max_length: int | None =
             "give a teacher folder with a tokenizer.json"
         )
     if MARKS.search(_template(tokenizer)):
-        ids, mask = _by_marks(messages, tokenizer)
+        ids, mask = _by_marks(messages, tokenizer, tools)
     else:
-        ids, mask = _by_rendering(messages, tokenizer)
+        ids, mask = _by_rendering(messages, tokenizer, tools)
     _mask_turn_ends(ids, mask, tokenizer)
     return EncodedConversation(ids[:max_length], mask[:max_length])
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+def encode_prompt(messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None = None) -> list[int]:
     """Return the tokens of a prompt, up to the start of the assistant's turn. Raises DatasetError as `encode` does."""
-    text = _render(messages, tokenizer, prompt=True)
+    text = _render(messages, tokenizer, tools, prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -131,10 +135,13 @@ def _template(tokenizer: Any) -> str:
     return tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
 
 
-def _render(messages: Sequence[Message], tokenizer: Any, prompt: bool = False) -> str:
+def _render(
+    messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None = None, prompt: bool = False
+) -> str:
     try:
         return tokenizer.apply_chat_template(
             list(messages),
+            tools=tools or None,
             chat_template=_template(tokenizer),
             tokenize=False,
             add_generation_prompt=prompt,
@@ -144,11 +151,12 @@ def _render(messages: Sequence[Message], tokenizer: Any, prompt: bool = False) -
         raise DatasetError(f"the chat template refuses the conversation: {error}") from error
 
 
-def _by_marks(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _by_marks(messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None) -> tuple[list[int], list[bool]]:
     """Encode with a template that marks the assistant's text."""
     try:
         encoded = tokenizer.apply_chat_template(
             list(messages),
+            tools=tools or None,
             chat_template=_template(tokenizer),
             tokenize=True,
             return_dict=True,
@@ -160,14 +168,16 @@ def _by_marks(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], l
     return list(encoded["input_ids"]), [bool(inside) for inside in encoded["assistant_masks"]]
 
 
-def _by_rendering(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _by_rendering(
+    messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None
+) -> tuple[list[int], list[bool]]:
     """Encode the rendered text; a token belongs to an answer if any of its characters does."""
-    text = _render(messages, tokenizer)
+    text = _render(messages, tokenizer, tools)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     mask = [False] * len(ids)
     place = 0
-    for start, end in assistant_spans(messages, tokenizer, text):
+    for start, end in assistant_spans(messages, tokenizer, text, tools):
         while place < len(ids) and offsets[place][1] <= start:
             place += 1
         while place < len(ids) and offsets[place][0] < end:
@@ -176,7 +186,9 @@ def _by_rendering(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int
     return ids, mask
 
 
-def assistant_spans(messages: Sequence[Message], tokenizer: Any, text: str) -> list[tuple[int, int]]:
+def assistant_spans(
+    messages: Sequence[Message], tokenizer: Any, text: str, tools: Sequence[Any] | None = None
+) -> list[tuple[int, int]]:
     """Return the character spans of the assistant's turns in `text`, the rendered conversation, in order.
 
     A turn starts where the generation prompt for it ends and ends where the rendering up to it ends. Templates that
@@ -188,12 +200,12 @@ def assistant_spans(messages: Sequence[Message], tokenizer: Any, text: str) -> l
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _prefix_length(messages[:turn], tokenizer, text, prompt=True)
-        upto = _prefix_length(messages[: turn + 1], tokenizer, text, prompt=False)
+        before = _prefix_length(messages[:turn], tokenizer, tools, text, prompt=True)
+        upto = _prefix_length(messages[: turn + 1], tokenizer, tools, text, prompt=False)
         start = before if before is not None and before >= cursor else None
         end = upto if upto is not None and upto > (cursor if start is None else start) else None
         if start is None or end is None:
-            content = _content_span(messages, turn, tokenizer, text, cursor if start is None else start)
+            content = _content_span(messages, turn, tokenizer, tools, text, cursor if start is None else start)
             if content is None:
                 continue
             start = content[0] if start is None else start
@@ -203,13 +215,15 @@ def assistant_spans(messages: Sequence[Message], tokenizer: Any, text: str) -> l
     return spans
 
 
-def _prefix_length(messages: Sequence[Message], tokenizer: Any, text: str, prompt: bool) -> int | None:
+def _prefix_length(
+    messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None, text: str, prompt: bool
+) -> int | None:
     """Return the length of the rendering of the first messages if it is a prefix of the text, else None.
 
     Line breaks after a finished turn do not count.
     """
     try:
-        rendered = _render(messages, tokenizer, prompt)
+        rendered = _render(messages, tokenizer, tools, prompt)
     except DatasetError:
         return None
     if not text.startswith(rendered):
@@ -218,12 +232,12 @@ def _prefix_length(messages: Sequence[Message], tokenizer: Any, text: str, promp
 
 
 def _content_span(
-    messages: Sequence[Message], turn: int, tokenizer: Any, text: str, cursor: int
+    messages: Sequence[Message], turn: int, tokenizer: Any, tools: Sequence[Any] | None, text: str, cursor: int
 ) -> tuple[int, int] | None:
     """Return the span of one turn's text, by the rendering around a sentinel, else the first match after `cursor`."""
     marked = [*messages[:turn], {**messages[turn], "content": SENTINEL}, *messages[turn + 1 :]]
     try:
-        head, sentinel, tail = _render(marked, tokenizer).partition(SENTINEL)
+        head, sentinel, tail = _render(marked, tokenizer, tools).partition(SENTINEL)
     except DatasetError:
         sentinel = ""
     if sentinel and SENTINEL not in tail and text.startswith(head) and text.endswith(tail) and len(head) >= cursor:

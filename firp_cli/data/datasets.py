@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.assets import embedded_folder, nearest
-from firp_cli.data.formats import Message, prompt_of, to_messages
+from firp_cli.data.formats import Conversation, Message, prompt_of, to_messages
 from firp_cli.errors import DatasetError
 from firp_cli.machine import hub_disabled
 
@@ -81,11 +81,16 @@ KNOWN: dict[str, KnownDataset] = {
 
 @dataclass
 class Prompt:
-    """Messages before the first answer, category in the set, and reference answer if there is one."""
+    """Conversation to answer, its category in the set, and the reference answer of its first turn if there is one."""
 
-    messages: list[Message]
+    conversation: Conversation
     category: str = ""
     reference: str | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages before the first answer."""
+        return self.conversation.turns()[0]
 
 
 def load_records(
@@ -112,7 +117,7 @@ def load_prompts(name: str, data_dir: str | None = None, limit: int | None = Non
             if not any(item["role"] == "user" for item in prompt):
                 raise DatasetError(f"{dataset} row {number}: no user turn to answer")
             reference = messages[len(prompt)]["content"] if len(messages) > len(prompt) else None
-            prompts.append(Prompt(prompt, str(row.get("category") or ""), reference))
+            prompts.append(Prompt(Conversation(messages), str(row.get("category") or ""), reference))
     return prompts
 
 

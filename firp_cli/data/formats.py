@@ -8,12 +8,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from firp_cli.errors import DatasetError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Row = Mapping[str, Any]
+
+
+@dataclass
+class Conversation:
+    """Messages of a row, and the functions that the assistant may call (JSON schemas), if the row has any.
+
+    `questions_only`: each user message is a turn of its own, whose answer is missing (MT-Bench, Spec-Bench).
+    """
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    questions_only: bool = False
+
+    def turns(self) -> list[list[Message]]:
+        """Return what is said before each answer, in order, without the given answers: system and user messages.
+
+        Results of tools are left out: they belong to calls in the given answers.
+        """
+        turns: list[list[Message]] = []
+        said: list[Message] = []
+        for message in [*self.messages, {"role": "assistant"}]:
+            if message["role"] in ("system", "user"):
+                said.append(message)
+            if said and said[-1]["role"] == "user" and (message["role"] == "assistant" or self.questions_only):
+                turns.append(said)
+                said = []
+        return turns
+
+    def history(self) -> list[Message]:
+        """Return the messages up to the last user message, given answers included."""
+        last = max((place for place, item in enumerate(self.messages) if item["role"] == "user"), default=-1)
+        return self.messages[: last + 1]
+
 
 ROLES = {
     "system": "system",
