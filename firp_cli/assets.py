@@ -44,6 +44,11 @@ def embedded_predictors() -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.glob("*")) if (path / "config.json").is_file()}
 
 
+def chat_templates() -> dict[str, Path]:
+    """Return the Jinja files of the chat templates that travel with the package, by name."""
+    return {path.stem: path for path in sorted((embedded_folder("data") / "templates").glob("*.jinja"))}
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Return the shipped recipe files by name, without those that only serve as a base of others."""
     return {name: path for name, path in _recipe_files().items() if not name.startswith(BASE_PREFIX)}

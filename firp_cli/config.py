@@ -5,9 +5,10 @@ The comment after a field gives its meaning and unit; "null" is YAML's name of N
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal, Protocol, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from firp_cli.assets import DEFAULT_TEACHER
 
@@ -68,8 +69,20 @@ class TeacherConfig(Section):
     dtype: Precision = "auto"  # dtype of weights and states; auto: that of the model's config
     device_map: str | dict[str, str | int] | None = None  # placement of layers, as in transformers; null: one device
     sharding: Literal["none", "zero3"] = "none"  # zero3: each rank stores a part of every matrix (DeepSpeed ZeRO-3)
+    chat_template: str | None = None  # Jinja file, its text, or a shipped name (vicuna, plain); null: the tokenizer's
+    template_options: dict[str, Any] = Field(
+        default_factory=dict
+    )  # variables of the chat template, for example enable_thinking; date (YYYY-MM-DD): the day that it prints
     trust_remote_code: bool = False  # run Python code from the model's repository
     looped: LoopedSection | None = None  # layers that run several times; null: as in the model's config
+
+    @field_validator("template_options", mode="before")
+    @classmethod
+    def _plain_dates(cls, options: Any) -> Any:
+        """Write dates as text: YAML reads 2025-01-31 as a date, which JSON records cannot contain."""
+        if not isinstance(options, dict):
+            return options
+        return {name: str(value) if isinstance(value, date) else value for name, value in options.items()}
 
     @model_validator(mode="after")
     def _single_placement(self) -> TeacherConfig:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from firp_cli.machine import processor_name
 
 COMMIT_VARIABLE = "FIRP_GIT_COMMIT"
+ABSOLUTE = re.compile(r"(?<![^\s=,:'\"])/[^\s/=,:'\"][^\s=,:'\"]*")  # a path, also in `option=path,path`
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy", "triton")
 
 
@@ -23,7 +25,7 @@ def environment() -> dict[str, Any]:
     """Return machine, versions, git commit and argv as JSON values. Imports no heavy package."""
     return {
         "time": _now(),
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "argv": portable([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor_name(),
@@ -33,6 +35,22 @@ def environment() -> dict[str, Any]:
         "firp": installed_version("firp") or "source tree",
         "git_commit": git_commit(),
     }
+
+
+def portable(value: Any) -> Any:
+    """Return a JSON value in which texts name existing files relative to the working directory: a record that is
+    published must not contain the paths of one machine.
+    """
+    if isinstance(value, dict):
+        return {name: portable(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(item) for item in value]
+    return ABSOLUTE.sub(_relative, value) if isinstance(value, str) else value
+
+
+def _relative(match: re.Match[str]) -> str:
+    path = match[0]
+    return os.path.relpath(path) if Path(path).exists() or Path(path).parent.is_dir() else path
 
 
 def installed_version(package: str) -> str | None:

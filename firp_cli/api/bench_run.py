@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher
+from firp_cli.api.loading import LOG, LayerBackend, chosen_model, load_named_teacher, load_trees, share_teacher
 from firp_cli.collecting.collect_store import OpenProgress, silent
+from firp_cli.config import TeacherConfig
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.datasets import Prompt, dataset_names, load_prompts
 from firp_cli.errors import UsageError
@@ -29,7 +30,7 @@ def bench(
     *,
     dataset: str,
     methods: Sequence[str] | None = None,
-    teacher: str | None = None,
+    teacher: str | TeacherConfig | None = None,
     dtype: str = "auto",
     data_dir: str | None = None,
     limit: int | None = None,
@@ -46,7 +47,8 @@ def bench(
         predictors: predictor folders or embedded names. None: the embedded ones.
         dataset: known name, hub id or .jsonl file; several with commas.
         methods: names among `ar`, `hf` and the predictors' methods. None: all.
-        teacher: model folder, hub id, .gguf file or known name. None: each predictor's own.
+        teacher: model folder, hub id, .gguf file or known name; or a configuration of which the fields that are set
+            replace what each predictor remembers. None: each predictor's own.
         limit: prompts of each data set. None: 40. skip_long: skip and count prompts that exceed the context.
         settings: how the methods are measured. backend: implementation of the decoder layers.
         progress: `progress(description)` opens a progress bar: a context manager that gives a function of (done,
@@ -64,7 +66,7 @@ def bench(
     settings, names = settings or BenchSettings(), [predictors] if isinstance(predictors, str) else predictors
     prompts = find_prompts(dataset, data_dir, limit)
     loader = _Loader(teacher, dtype, tree, force, LayerBackend.of(backend), settings)
-    groups = groups_to_measure(names, methods, teacher, settings.ranks)
+    groups = groups_to_measure(names, methods, chosen_model(teacher), settings.ranks)
     reports = [_measure(loader, group, prompts, skip_long, progress) for group in groups]
     return merge_reports(reports)
 
@@ -101,7 +103,7 @@ def groups_to_measure(
 class _Loader:
     """Loads the teacher and the predictors of a group."""
 
-    teacher: str | None
+    teacher: str | TeacherConfig | None
     dtype: str
     tree: str | None
     force: bool

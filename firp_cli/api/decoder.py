@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher
+from firp_cli.chat_template import set_chat_template
 from firp_cli.config import TeacherConfig
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.formats import Message
@@ -24,6 +26,7 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import load_predictor, predictor_folder, read_config
 from firp_cli.results import Generation, Progress, no_progress
 from firp_cli.teacher.load import wrap_model
+from firp_cli.teacher.source import TeacherOrigin
 from firp_cli.teacher.teacher import Teacher
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a user message, token ids, or chat messages
@@ -32,7 +35,7 @@ CONTEXT_TOKENS = 8  # tokens before a piece that decide how it is written (space
 
 
 def load(
-    teacher: str | Teacher | torch.nn.Module | None = None,
+    teacher: str | TeacherConfig | Teacher | torch.nn.Module | None = None,
     predictor: str | Path | None = None,
     *,
     tree: str | None = None,
@@ -48,8 +51,9 @@ def load(
     """Load a teacher and, optionally, a predictor.
 
     Args:
-        teacher: model folder, hub id, .gguf file or known name; or a transformers model, which is frozen; or a
-            `Teacher`, which is used as it is. None: the teacher that the predictor was trained for.
+        teacher: model folder, hub id, .gguf file or known name; or a configuration of which the fields that are set
+            replace what the predictor remembers; or a transformers model, which is frozen; or a `Teacher`, which is
+            used as it is. None: the teacher that the predictor was trained for.
         predictor: predictor folder or embedded name. None: autoregressive decoding.
         tree: draft tree, such as "dynamic:8", or a tree.json. None: the predictor's own.
         dtype: the teacher's number format, for a teacher that is loaded by name.
@@ -76,8 +80,10 @@ def load(
         raise UsageError(f"{folder} is a speed predictor, whose pipeline has no tree: leave --tree out")
     backend, sharing = LayerBackend.of(backend), kind == "speed" and ranks[1] > 1
     if isinstance(teacher, torch.nn.Module):
-        looped = config["teacher"].get("looped") if config else None
-        teacher = _wrap(teacher, tokenizer, TeacherConfig.model_validate({"model": "model", "looped": looped}), device)
+        trained_for = config["teacher"] if config else {}
+        kept = {"chat_template", "template_options"} & set(trained_for.get("loading", {}))
+        wanted = {"looped": trained_for.get("looped"), **{name: trained_for["loading"][name] for name in kept}}
+        teacher = _wrap(teacher, tokenizer, TeacherConfig.model_validate(wanted), device)
         backend.apply(teacher)
     elif not isinstance(teacher, Teacher):
         teacher = load_named_teacher(teacher, folder, dtype, "cpu" if sharing else device, backend)
@@ -101,7 +107,12 @@ def _wrap(model: Any, tokenizer: Any, config: TeacherConfig, device: torch.devic
             raise TeacherError(f"no tokenizer at {source!r}, where the model came from: give tokenizer=") from error
     if device is not None:
         model.to(device)
-    return wrap_model(model, tokenizer, name=source or "in-memory", looped=config.looped)
+    name = Path(source).name if Path(source).exists() else source or "in-memory"
+    tokenizer = copy.copy(tokenizer)  # the caller's keeps its own chat template
+    chat_template = set_chat_template(tokenizer, config, name)
+    teacher = wrap_model(model, tokenizer, name=name, looped=config.looped)
+    teacher.origin = TeacherOrigin({}, chat_template)
+    return teacher
 
 
 class Decoder:

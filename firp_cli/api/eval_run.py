@@ -12,7 +12,7 @@ from firp_cli.api.loading import LOG, load_pair
 from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.collecting.collect_store import OpenProgress, collect_store, silent
 from firp_cli.collecting.engine_responder import EngineResponder
-from firp_cli.config import DataConfig, Recipe
+from firp_cli.config import DataConfig, Recipe, TeacherConfig
 from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree
@@ -53,7 +53,8 @@ def evaluate(
     *,
     store: str | Path | None = None,
     dataset: str | None = None,
-    teacher: str | None = None,
+    teacher: str | TeacherConfig | None = None,
+    dtype: str = "auto",
     data_dir: str | None = None,
     limit: int | None = None,
     tree: str | None = None,
@@ -79,7 +80,7 @@ def evaluate(
     """
     if store is not None and dataset is not None:
         raise UsageError("give either --store or --dataset")
-    model, loaded, folder = load_pair(str(predictor), teacher, force)
+    model, loaded, folder = load_pair(str(predictor), teacher, force, dtype)
     spec = _tree(tree, folder, loaded)
     recipe = _recipe(folder)
     source = Path(store) if store is not None else None if dataset else _training_store(recipe)

@@ -6,6 +6,7 @@ import gc
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ class LayerBackend:
 
 
 def load_named_teacher(
-    model: str | None,
+    choice: str | TeacherConfig | None,
     predictor: Path | None,
     dtype: str = "auto",
     device: torch.device | str | None = None,
@@ -74,25 +75,103 @@ def load_named_teacher(
 ) -> Teacher:
     """Load the teacher that is named, else the one that the predictor was trained for, else the embedded one.
 
-    A loop structure that the teacher's config lacks is taken from the predictor's config.
+    The predictor also remembers dtype, revision, chat template and loop structure: they hold unless `choice` sets
+    them.
+
+    Args:
+        choice: a name, or a configuration of which only the fields that were set count. dtype: of `choice`, if not
+            auto.
 
     Raises TeacherError; FingerprintError where the predictor's loop structure does not fit the teacher.
     """
     trained_for = read_config(predictor)["teacher"] if predictor else {}
-    name = model or trained_for.get("name") or DEFAULT_TEACHER
-    looped = trained_for.get("looped")
-    config = TeacherConfig.model_validate({"model": name, "dtype": dtype, "looped": looped})
+    config = remembered_teacher(choice, predictor, dtype)
     try:
         teacher = load_teacher(config, device)
     except TeacherError as error:
-        if looped is None or name == trained_for.get("name"):
+        if config.looped is None or config.model == trained_for.get("name"):
             raise
         raise FingerprintError(
-            f"{predictor} was trained for {trained_for.get('name')}, whose layers run {looped['loops']} times, not for "
-            f"{name}: {error}"
+            f"{predictor} was trained for {trained_for.get('name')}, whose layers run {config.looped.loops} times, "
+            f"not for {config.model}: {error}"
         ) from error
+    _note_differences(teacher, config, trained_for, predictor)
     (backend or LayerBackend()).apply(teacher)
     return teacher
+
+
+def chosen_model(choice: str | TeacherConfig | None) -> str | None:
+    """Return the name of a teacher that the user chose; None where only other settings, or nothing, were chosen."""
+    if isinstance(choice, TeacherConfig):
+        return choice.model if "model" in choice.model_fields_set else None
+    return choice
+
+
+def remembered_teacher(
+    choice: str | TeacherConfig | None, predictor: Path | None, dtype: str = "auto"
+) -> TeacherConfig:
+    """Return the configuration of a predictor's teacher under the user's choice, as `load_named_teacher` explains.
+
+    Raises TeacherError where the teacher is gone, or was trained with code of its repository and the user has not
+    allowed it.
+    """
+    trained_for = read_config(predictor)["teacher"] if predictor else {}
+    given = choice.model_dump(include=choice.model_fields_set) if isinstance(choice, TeacherConfig) else {}
+    if dtype != "auto":
+        given["dtype"] = dtype
+    model = chosen_model(choice)
+    values = {"looped": trained_for.get("looped"), **trained_for.get("loading", {})}
+    if values.pop("trust_remote_code", False) and not given.get("trust_remote_code"):
+        raise TeacherError(
+            f"{predictor} was trained with Python code from the repository of {trained_for.get('name')}: "
+            "--trust-remote-code (trust_remote_code=True) runs it"
+        )
+    if model is None and predictor is not None:
+        values["model"] = _remembered_model(trained_for, predictor)
+    elif model is not None:
+        values["model"] = model
+        if model != trained_for.get("name"):
+            values.pop("revision", None)  # of another repository
+    if Path(values.get("model", "")).exists():
+        values.pop("revision", None)
+    if "chat_template" in given:
+        values.pop("template_options", None)  # of the other template
+    return TeacherConfig.model_validate(values | given)
+
+
+def _remembered_model(trained_for: dict[str, Any], predictor: Path) -> str:
+    """Return the model that a predictor's teacher is loaded from: its path, as seen from the predictor's folder, or its
+    name. Raises TeacherError where a path leads nowhere.
+    """
+    name, path = str(trained_for.get("name") or DEFAULT_TEACHER), trained_for.get("path")
+    if path is not None:
+        place = (predictor / path).resolve()
+        if place.exists():
+            return str(place)
+        if "revision" in trained_for.get("loading", {}):  # a snapshot of a hub repository
+            return name
+        raise TeacherError(f"no such folder {place}, the teacher that {predictor} was trained for: give --teacher")
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise TeacherError(f"no such folder {name}, the teacher that {predictor} was trained for: give --teacher")
+    return name
+
+
+def _note_differences(
+    teacher: Teacher, config: TeacherConfig, trained_for: dict[str, Any], predictor: Path | None
+) -> None:
+    """Log what differs from the teacher as the predictor was trained with it: dtype and chat template."""
+    now = teacher.describe()
+    if config.dtype != "auto" and trained_for.get("dtype", now["dtype"]) != now["dtype"]:
+        LOG.info(
+            f"{predictor} was trained on states in {trained_for['dtype']}, and the teacher runs in {now['dtype']}: its "
+            "drafts may be accepted less often"
+        )
+    template, before = now.get("chat_template"), trained_for.get("chat_template")
+    if template and before and template["fingerprint"] != before["fingerprint"]:
+        LOG.info(
+            f"{predictor} was trained with another chat template ({before['source']}, {before['fingerprint']}) than "
+            f"the one in use ({template['source']}, {template['fingerprint']}): its drafts may be accepted less often"
+        )
 
 
 def share_teacher(
@@ -108,7 +187,7 @@ def share_teacher(
 
 def load_pair(
     name: str,
-    model: str | None,
+    choice: str | TeacherConfig | None,
     force: bool,
     dtype: str = "auto",
     ranks: tuple[int, int] = (0, 1),
@@ -121,7 +200,7 @@ def load_pair(
     """
     folder = predictor_folder(name)
     alone = ranks[1] == 1 or read_config(folder)["predictor"].get("kind") != "speed"
-    teacher = load_named_teacher(model, folder, dtype, None if alone else "cpu", backend)
+    teacher = load_named_teacher(choice, folder, dtype, None if alone else "cpu", backend)
     if not alone:
         share_teacher(teacher, folder, *ranks, backend)
     return teacher, load_predictor(folder, teacher, force), folder

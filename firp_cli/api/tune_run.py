@@ -8,6 +8,7 @@ from pathlib import Path
 from firp_cli.api.loading import LOG, LayerBackend, load_pair
 from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.collecting.collect_store import OpenProgress, silent
+from firp_cli.config import TeacherConfig
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.datasets import KNOWN, dataset_names, load_prompts
 from firp_cli.data.formats import Message
@@ -31,7 +32,7 @@ def tune(
     split: str = "train",
     data_dir: str | None = None,
     limit: int = DEFAULT_LIMIT,
-    teacher: str | None = None,
+    teacher: str | TeacherConfig | None = None,
     dtype: str = "auto",
     backend: str | LayerBackend = "lean",
     force: bool = False,

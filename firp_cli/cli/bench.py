@@ -13,6 +13,7 @@ import typer
 from firp_cli.cli.terminal import (
     Attention,
     Backend,
+    ChatTemplate,
     Compiled,
     DataDir,
     Dtype,
@@ -22,8 +23,11 @@ from firp_cli.cli.terminal import (
     Guarded,
     Json,
     Model,
+    RemoteCode,
+    Revision,
     Seed,
     Temperature,
+    TemplateOptions,
     Threads,
     TopP,
     Tree,
@@ -33,6 +37,7 @@ from firp_cli.cli.terminal import (
     print_json,
     progress_bar,
     quiet_libraries,
+    teacher_choice,
 )
 from firp_cli.machine import is_main, rank, world_size
 
@@ -59,6 +64,10 @@ def bench(
     methods: Methods = None,
     teacher: Model = None,
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    chat_template: ChatTemplate = None,
+    template_options: TemplateOptions = None,
+    trust_remote_code: RemoteCode = False,
     data_dir: DataDir = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each data set. Default: 40.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a prompt.")] = 128,
@@ -87,13 +96,14 @@ def bench(
     from firp_cli.distributed.launch import launch, relayed_errors, start
     from firp_cli.evaluation.methods import BenchSettings
 
+    choice = teacher_choice(teacher, dtype, revision, chat_template, template_options, trust_remote_code)
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
     if launch(gpus, None, command_line(context)):
         return
     settings = BenchSettings(
         max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard, engine=options
     )
-    loading: dict[str, Any] = {"teacher": teacher, "dtype": dtype, "backend": layers, "force": force}
+    loading: dict[str, Any] = {"teacher": choice, "backend": layers, "force": force}
     with relayed_errors():
         if world_size() > 1:
             start()

@@ -8,7 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from firp_cli.cli.terminal import DataDir, Force, Json, Model, Tree, Verbose, print_json, progress_bar, quiet_libraries
+from firp_cli.cli.terminal import (
+    ChatTemplate,
+    DataDir,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    RemoteCode,
+    Revision,
+    TemplateOptions,
+    Tree,
+    Verbose,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    teacher_choice,
+)
 
 if TYPE_CHECKING:
     from firp_cli.results import EvalReport
@@ -24,6 +40,11 @@ def evaluate(
         typer.Option(help="Known name, hub id or .jsonl file, whose test prompts the teacher answers first."),
     ] = None,
     teacher: Model = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    chat_template: ChatTemplate = None,
+    template_options: TemplateOptions = None,
+    trust_remote_code: RemoteCode = False,
     data_dir: DataDir = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Most conversations. Default: all of a store, 40 prompts.")
@@ -44,7 +65,7 @@ def evaluate(
         predictor,
         store=store,
         dataset=dataset,
-        teacher=teacher,
+        teacher=teacher_choice(teacher, dtype, revision, chat_template, template_options, trust_remote_code),
         data_dir=data_dir,
         limit=limit,
         tree=tree,

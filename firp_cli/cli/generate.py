@@ -13,15 +13,20 @@ from firp_cli.assets import nearest
 from firp_cli.cli.terminal import (
     Attention,
     Backend,
+    ChatTemplate,
     Compiled,
+    Dtype,
     Force,
     Gpus,
     Graphs,
     Guarded,
     Json,
     Model,
+    RemoteCode,
+    Revision,
     Seed,
     Temperature,
+    TemplateOptions,
     Threads,
     TopP,
     Tree,
@@ -31,7 +36,9 @@ from firp_cli.cli.terminal import (
     print_json,
     progress_bar,
     quiet_libraries,
+    teacher_choice,
 )
+from firp_cli.config import TeacherConfig
 from firp_cli.errors import UsageError
 from firp_cli.machine import is_main
 
@@ -54,6 +61,11 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="A .jsonl file of prompts; writes JSONL.")] = None,
     method: Method = None,
     teacher: Model = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    chat_template: ChatTemplate = None,
+    template_options: TemplateOptions = None,
+    trust_remote_code: RemoteCode = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a prompt.")] = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -82,15 +94,14 @@ def generate(
     quiet_libraries(verbose)
     from firp_cli.distributed.launch import launch, relayed_errors
 
+    choice = teacher_choice(teacher, dtype, revision, chat_template, template_options, trust_remote_code)
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
     if launch(gpus, None, command_line(context)):
         return
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop or []}
     settings |= {"temperature": temperature, "top_p": top_p, "seed": seed}
     with relayed_errors():
-        decoder = _load(
-            predictor, method, teacher, tree=tree, backend=layers, guard=guard, force=force, options=options
-        )
+        decoder = _load(predictor, method, choice, tree=tree, backend=layers, guard=guard, force=force, options=options)
         if prompt is not None:
             stream = not as_json and output is None and is_main()
             results = [_generate_one(decoder, prompt, raw, stream, **settings)]
@@ -103,10 +114,10 @@ def generate(
         _write(results, output, as_json, prompt is not None)
 
 
-def _load(predictor: str | None, method: str | None, teacher: str | None, **options: Any) -> Decoder:
+def _load(predictor: str | None, method: str | None, teacher: TeacherConfig | None, **options: Any) -> Decoder:
     """Load what `--method` asks for: `ar` needs no predictor. A rank loads its part of a pipeline."""
     from firp_cli.api.decoder import load
-    from firp_cli.api.loading import load_named_teacher
+    from firp_cli.api.loading import chosen_model, load_named_teacher
     from firp_cli.distributed.launch import start
     from firp_cli.machine import rank, world_size
     from firp_cli.predictors.folder import predictor_folder, read_config
@@ -116,8 +127,10 @@ def _load(predictor: str | None, method: str | None, teacher: str | None, **opti
         if options["tree"]:
             raise UsageError("autoregressive decoding has no tree: leave --tree or --method ar out")
         return load(load_named_teacher(teacher, folder, backend=options["backend"]), **options)
-    if predictor is None and teacher is not None:
-        raise UsageError(f"no predictor named for {teacher}: give its folder, or --method ar to decode without one")
+    if predictor is None and chosen_model(teacher) is not None:
+        raise UsageError(
+            f"no predictor named for {chosen_model(teacher)}: give its folder, or --method ar to decode without one"
+        )
     name = predictor or method or "firp"
     folder = predictor_folder(name)
     kind = str(read_config(folder)["predictor"].get("kind"))

@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+import yaml
+from pydantic import ValidationError
 from typer.core import TyperCommand
 
-from firp_cli.config import Precision
-from firp_cli.errors import INTERRUPTED
+from firp_cli.config import Precision, TeacherConfig
+from firp_cli.errors import INTERRUPTED, UsageError
 from firp_cli.machine import is_main, world_size
 from firp_cli.results import Progress
 
@@ -32,7 +34,21 @@ Model = Annotated[
     str | None,
     typer.Option(help="Model folder, hub id, .gguf file or known name. Default: the teacher of each predictor."),
 ]
-Dtype = Annotated[Precision, typer.Option(help="Number format of the teacher. auto: the one in its config.")]
+Dtype = Annotated[
+    Precision, typer.Option(help="Number format of the teacher. auto: as the predictor was trained, or of its config.")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Teacher's branch, tag or commit on the hub. Default: the predictor's.")
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(help="Jinja file, vicuna or plain. Default: the predictor's, else the tokenizer's."),
+]
+TemplateOptions = Annotated[
+    str | None,
+    typer.Option(help="Variables of the chat template as YAML: '{enable_thinking: false}'. Default: the predictor's."),
+]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the teacher's repository.")]
 DataDir = Annotated[str | None, typer.Option(help="Folder that contains NAME/SPLIT.jsonl. Default: $FIRP_DATA_DIR.")]
 Gpus = Annotated[int, typer.Option(min=1, help="Devices that share a speed predictor's pipeline; on a CPU: processes.")]
 Guarded = Annotated[
@@ -91,6 +107,35 @@ def agreed(work: Callable[[], T]) -> T:
     from firp_cli.distributed.rank_group import RankGroup
 
     return RankGroup.join().run_on_all(work)
+
+
+def teacher_choice(
+    model: str | None,
+    dtype: Precision,
+    revision: str | None,
+    chat_template: str | None,
+    template_options: str | None,
+    trust_remote_code: bool,
+) -> TeacherConfig | None:
+    """Return the teacher as the options give it, only the given fields set; None where none is. Raises UsageError."""
+    given: dict[str, Any] = {"model": model, "revision": revision, "chat_template": chat_template}
+    given |= {"dtype": None if dtype == "auto" else dtype, "trust_remote_code": trust_remote_code or None}
+    if template_options is not None:
+        try:
+            given["template_options"] = yaml.safe_load(template_options)
+        except yaml.YAMLError:
+            given["template_options"] = template_options
+        if not isinstance(given["template_options"], dict):
+            raise UsageError(
+                "--template-options takes variables and values, as '{enable_thinking: false}', "
+                f"not {template_options!r}"
+            )
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return TeacherConfig.model_validate(given) if given else None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UsageError(f"--{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}") from None
 
 
 def decoding_options(

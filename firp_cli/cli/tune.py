@@ -11,6 +11,7 @@ import typer
 from firp_cli.cli.terminal import (
     Attention,
     Backend,
+    ChatTemplate,
     Compiled,
     DataDir,
     Dtype,
@@ -18,8 +19,11 @@ from firp_cli.cli.terminal import (
     Graphs,
     Json,
     Model,
+    RemoteCode,
+    Revision,
     Seed,
     Temperature,
+    TemplateOptions,
     Threads,
     TopP,
     Verbose,
@@ -27,6 +31,7 @@ from firp_cli.cli.terminal import (
     print_json,
     progress_bar,
     quiet_libraries,
+    teacher_choice,
 )
 from firp_cli.errors import UsageError
 
@@ -63,6 +68,10 @@ def tune(
     limit: Annotated[int, typer.Option(min=1, help="Calibration prompts.")] = 64,
     teacher: Model = None,
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    chat_template: ChatTemplate = None,
+    template_options: TemplateOptions = None,
+    trust_remote_code: RemoteCode = False,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes, each of which gets a tree.")] = DEFAULT_BATCHES,
     context: Context = None,
     max_new_tokens: Annotated[int, typer.Option(min=3, help="Most new tokens of a prompt.")] = 128,
@@ -91,6 +100,7 @@ def tune(
     from firp_cli.api.tune_run import tune as choose_trees
     from firp_cli.tuning.calibration import TuneSettings
 
+    choice = teacher_choice(teacher, dtype, revision, chat_template, template_options, trust_remote_code)
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
     settings = TuneSettings(
         batches=sizes,
@@ -107,7 +117,7 @@ def tune(
         engine=options,
     )
     prompts: dict[str, Any] = {"dataset": dataset, "split": split, "data_dir": data_dir, "limit": limit}
-    loading: dict[str, Any] = {"teacher": teacher, "dtype": dtype, "backend": layers, "force": force}
+    loading: dict[str, Any] = {"teacher": choice, "backend": layers, "force": force}
     report = choose_trees(
         predictor, settings=settings, tree_file=tree_file, progress=progress_bar, **prompts, **loading
     )

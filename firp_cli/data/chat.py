@@ -2,31 +2,27 @@
 
 The mask covers the assistant's text and the token that ends its turn (a predictor must learn where answers end), not
 the line break after it. Templates with `{% generation %}` marks define the spans; for others the spans are located in
-the rendered text. A tokenizer without a chat template gets `DEFAULT_TEMPLATE`.
+the rendered text.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from firp_cli.chat_template import DAY, GENERATION_MARKS, at_fixed_time, template_of
 from firp_cli.data.formats import Message
-from firp_cli.errors import DatasetError, LossMaskError
+from firp_cli.errors import DatasetError, LossMaskError, first_line
 from firp_cli.provenance import fingerprint
 
-DEFAULT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ '\\n' + message['content'] + (eos_token or '') }}{% endgeneration %}"
-    "{% else %}{{ ('' if loop.first else '\\n') + message['content'] }}{% endif %}{% endfor %}"
-)
-MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Llama 3's templates print today's date unless it is given; a store must render the same on every day.
-RENDER_OPTIONS = {"date_string": "26 Jul 2024"}
+RENDER_OPTIONS = {"date_string": f"{DAY:%d %b %Y}"}
 SENTINEL = "\ue000\ue001\ue002"  # private-use characters: no template trims or splits them
 SHOWN_CHARACTERS = 600
 
@@ -55,10 +51,14 @@ def encode(
             f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; "
             "give a teacher folder with a tokenizer.json"
         )
-    if MARKS.search(_template(tokenizer)):
-        ids, mask = _by_marks(messages, tokenizer, tools)
+    if GENERATION_MARKS.search(template_of(tokenizer, tools)):
+        text, spans = _render_marked(messages, tokenizer, tools)
     else:
-        ids, mask = _by_rendering(messages, tokenizer, tools)
+        text = _render(messages, tokenizer, tools)
+        spans = assistant_spans(messages, tokenizer, text, tools)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = list(encoded["input_ids"])
+    mask = _mask_spans(encoded["offset_mapping"], spans)
     _mask_turn_ends(ids, mask, tokenizer)
     return EncodedConversation(ids[:max_length], mask[:max_length])
 
@@ -128,62 +128,60 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def template_fingerprint(tokenizer: Any) -> str:
     """Return 16 hex digits over the chat template in use."""
-    return fingerprint(_template(tokenizer))
-
-
-def _template(tokenizer: Any) -> str:
-    return tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
+    return fingerprint(template_of(tokenizer))
 
 
 def _render(
     messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None = None, prompt: bool = False
 ) -> str:
-    try:
+    with _refusals():
         return tokenizer.apply_chat_template(
             list(messages),
-            tools=tools or None,
-            chat_template=_template(tokenizer),
+            tools=list(tools) if tools else None,
+            chat_template=at_fixed_time(template_of(tokenizer, tools)),
             tokenize=False,
             add_generation_prompt=prompt,
             **RENDER_OPTIONS,
         )
-    except (TemplateError, ValueError, TypeError, LookupError) as error:
-        raise DatasetError(f"the chat template refuses the conversation: {error}") from error
 
 
-def _by_marks(messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None) -> tuple[list[int], list[bool]]:
-    """Encode with a template that marks the assistant's text."""
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise DatasetError where a template refuses a conversation, or cannot render its values."""
     try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages),
-            tools=tools or None,
-            chat_template=_template(tokenizer),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **RENDER_OPTIONS,
-        )
-    except (TemplateError, ValueError, TypeError, LookupError) as error:
-        raise DatasetError(f"the chat template refuses the conversation: {error}") from error
-    return list(encoded["input_ids"]), [bool(inside) for inside in encoded["assistant_masks"]]
+        yield
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise DatasetError(f"the chat template refuses the conversation: {first_line(error)}") from error
 
 
-def _by_rendering(
+def _render_marked(
     messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None
-) -> tuple[list[int], list[bool]]:
-    """Encode the rendered text; a token belongs to an answer if any of its characters does."""
-    text = _render(messages, tokenizer, tools)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    mask = [False] * len(ids)
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the rendering by a template that marks the assistant's text, and the marked character spans."""
+    stated = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    with _refusals():
+        rendered: Any = render_jinja_template(
+            conversations=[stated],
+            tools=list(tools) if tools else None,
+            chat_template=at_fixed_time(template_of(tokenizer, tools)),
+            return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, **RENDER_OPTIONS},
+        )
+    texts, spans = rendered
+    return texts[0], spans[0]
+
+
+def _mask_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Return the mask of tokens at character `offsets`: a token is inside if any of its characters is."""
+    mask = [False] * len(offsets)
     place = 0
-    for start, end in assistant_spans(messages, tokenizer, text, tools):
-        while place < len(ids) and offsets[place][1] <= start:
+    for start, end in spans:
+        while place < len(offsets) and offsets[place][1] <= start:
             place += 1
-        while place < len(ids) and offsets[place][0] < end:
+        while start < end and place < len(offsets) and offsets[place][0] < end:
             mask[place] = True
             place += 1
-    return ids, mask
+    return mask
 
 
 def assistant_spans(

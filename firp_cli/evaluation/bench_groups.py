@@ -49,8 +49,17 @@ def group_by_teacher(folders: Sequence[Path], teacher: str | None = None) -> lis
 
 
 def _same(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    fingerprint = one.get("fingerprint")
-    return one.get("name") == two.get("name") or (fingerprint is not None and fingerprint == two.get("fingerprint"))
+    """Return True for records of one teacher in one form: its weights, and what the predictors remember of loading it.
+
+    Without fingerprints the names decide.
+    """
+    if "fingerprint" in one and "fingerprint" in two:
+        return (one["fingerprint"], _form(one)) == (two["fingerprint"], _form(two))
+    return one.get("name") == two.get("name")
+
+
+def _form(teacher: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in teacher.get("loading", {}).items() if name != "revision"}
 
 
 def _group(teacher: str | None, configs: dict[Path, dict[str, Any]]) -> Group:
@@ -90,6 +99,12 @@ def embedded_folders(teacher: str | None, wanted: Sequence[str] | None) -> list[
 
 
 def teacher_labels(names: Sequence[str]) -> list[str]:
-    """Return the teachers' names in reports: of a folder its last part, if no other teacher has the same."""
+    """Return the teachers' names in reports: of a folder its last part, if no other teacher has the same. Teachers of
+    the same name are numbered.
+    """
     short = [Path(name).name if Path(name).is_absolute() else name for name in names]
-    return [label if short.count(label) == 1 else name for name, label in zip(names, short, strict=True)]
+    labels = [label if short.count(label) == 1 else name for name, label in zip(names, short, strict=True)]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[: place + 1].count(label)})"
+        for place, label in enumerate(labels)
+    ]

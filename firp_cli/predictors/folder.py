@@ -7,6 +7,7 @@ training, `recipe.yaml`, `training.json` and optionally `tree.json`. It contains
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from firp_cli.predictors.firp import FirpPredictor
 from firp_cli.predictors.hidden_transfer import HiddenTransferPredictor
 from firp_cli.predictors.medusa import MedusaPredictor
 from firp_cli.predictors.speed import SpeedPredictor
+from firp_cli.teacher.source import has_own_code
 from firp_cli.teacher.teacher import Teacher
 
 FORMAT = 1
@@ -86,6 +88,11 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
             f"{folder} was trained for {trained_for.get('name')} (weights {trained_for.get('fingerprint')}), not for "
             f"{teacher.name} (weights {teacher.fingerprint}); --force uses it anyway"
         )
+    if not force and trained_for.get("loading", {}).get("trust_remote_code") and not has_own_code(teacher.model):
+        raise FingerprintError(
+            f"{folder} was trained with {trained_for.get('architecture')} of the teacher's repository, and the "
+            f"teacher runs as the library's {type(teacher.model).__name__}; --force uses it anyway"
+        )
     section = config["predictor"]
     kind = KINDS.get(section.get("kind"))
     if kind is None:
@@ -139,7 +146,13 @@ def draft_tokens(predictor: Predictor) -> dict[str, torch.Tensor]:
 def save_predictor(predictor: Predictor, folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
     """Write weights and config.json. The caller adds recipe and provenance, and makes the write atomic."""
     weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in predictor.state_dict().items()}
-    write_predictor(weights | draft_tokens(predictor), predictor.config, folder, teacher.describe())
+    write_predictor(weights | draft_tokens(predictor), predictor.config, folder, teacher_record(teacher, folder))
+
+
+def teacher_record(teacher: Teacher, folder: Path) -> dict[str, Any]:
+    """Return what a predictor in `folder` remembers of its teacher. A path is relative to the predictor's folder."""
+    path = teacher.origin.path if teacher.origin else None
+    return teacher.describe() | ({"path": os.path.relpath(path, folder.resolve())} if path else {})
 
 
 def write_predictor(

@@ -18,13 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 from firp_cli.assets import embedded_teachers, nearest
+from firp_cli.chat_template import set_chat_template
 from firp_cli.config import LoopedSection, TeacherConfig
 from firp_cli.errors import TeacherError, first_line
 from firp_cli.machine import default_device
 from firp_cli.teacher.check import check_against_model, standard_attention
 from firp_cli.teacher.library_layers import MissingLayer
 from firp_cli.teacher.looped_llama import register
-from firp_cli.teacher.source import known_teachers, locate, teacher_name
+from firp_cli.teacher.source import known_teachers, locate, teacher_name, teacher_origin
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import LoadedWeights, WeightFiles
 
@@ -66,11 +67,12 @@ def load_teacher(config: TeacherConfig, device: torch.device | str | None = None
     if config.device_map is not None:
         options["device_map"] = config.device_map
     with _loading(config):
+        tokenizer, chat_template = _tokenizer(config, located)
         model = AutoModelForCausalLM.from_pretrained(located.model, dtype=config.dtype, **options)
-        tokenizer = _tokenizer(located)
     if config.device_map is None:
         nn.Module.to(model, torch.device(device or default_device()))
     teacher = wrap_model(model, tokenizer, teacher_name(config), config.looped, check)
+    teacher.origin = teacher_origin(config, model, chat_template)
     devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
     if len(devices) > 1:
         held, whole = teacher.weight_bytes, sum(parameter.nbytes for parameter in model.parameters())
@@ -120,10 +122,11 @@ class PartialTeacher:
         self._drops_embedding = False
         located = locate(config)
         with _loading(config):
-            tokenizer = _tokenizer(located)
+            tokenizer, chat_template = _tokenizer(config, located)
         try:
             model = _empty_model(config, located)
             self.teacher = Teacher(model, tokenizer, teacher_name(config), config.looped)
+            self.teacher.origin = teacher_origin(config, model, chat_template)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise PartError(f"its model cannot be made without memory: {error}") from error
         if self.teacher.looped is not None:
@@ -217,8 +220,14 @@ def _options(located: TeacherConfig) -> dict[str, Any]:
     return {"revision": located.revision, "trust_remote_code": located.trust_remote_code}
 
 
-def _tokenizer(located: TeacherConfig) -> Any:
-    return AutoTokenizer.from_pretrained(located.model, **_options(located))
+def _tokenizer(config: TeacherConfig, located: TeacherConfig) -> tuple[Any, dict[str, str]]:
+    """Return the tokenizer with the configured chat template, and the template's record.
+
+    Mistral's own tokenizer library, where it is installed, has no chat template and no character offsets: it is not
+    used.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(located.model, mistral_format=False, **_options(located))
+    return tokenizer, set_chat_template(tokenizer, config, teacher_name(config))
 
 
 @contextlib.contextmanager

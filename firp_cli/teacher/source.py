@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import yaml
 
 from firp_cli.assets import embedded_folder, teacher_source
+from firp_cli.chat_template import find_template
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import TeacherError, first_line
 from firp_cli.machine import hub_disabled
@@ -87,15 +89,68 @@ def locate_config(config: TeacherConfig) -> tuple[str, Any]:
     return str(path), model_config
 
 
+def local_path(config: TeacherConfig) -> Path | None:
+    """Return the folder or GGUF file of a teacher that is named by its path; None for other teachers."""
+    place = Path(config.model) / (config.gguf_file or "")
+    return place.resolve() if place.exists() else None
+
+
 def teacher_name(config: TeacherConfig) -> str:
-    """Return the name under which predictors refer to a teacher: a known name, a hub id or an absolute path."""
-    if config.model in known_teachers() and not Path(config.model).exists():
-        return config.model
-    if config.gguf_file is not None or config.model.endswith(SUFFIX):
-        place = Path(config.model) / (config.gguf_file or "")
-        return str(place.resolve()) if place.exists() else "/".join(filter(None, (config.model, config.gguf_file)))
-    source = teacher_source(config.model)
-    return str(Path(source).resolve()) if source == config.model and Path(source).is_dir() else config.model
+    """Return the name under which records refer to a teacher: a known name, a hub id, or the last part of its path. A
+    snapshot in the hub's cache has the name of its repository.
+    """
+    path = local_path(config)
+    if path is None:
+        return "/".join(filter(None, (config.model, config.gguf_file)))
+    repository = _snapshot(path)
+    return path.name if repository is None else repository[0]
+
+
+def _snapshot(path: Path) -> tuple[str, str] | None:
+    """Return repository and commit of a snapshot folder of the hub's cache; None for another path."""
+    match = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$", str(path))
+    return None if match is None else (match[1].replace("--", "/", 1), match[2])
+
+
+@dataclass(frozen=True)
+class TeacherOrigin:
+    """Record of how a teacher was loaded.
+
+    Attributes:
+        loading: the fields of a TeacherConfig that are needed beside its name to load it again.
+        chat_template: record of `set_chat_template`. path: folder or GGUF file of a teacher that is named by its path.
+    """
+
+    loading: dict[str, Any]
+    chat_template: dict[str, str]
+    path: Path | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return a record for manifests, predictors and reports, without paths of this machine."""
+        return {"loading": self.loading, "chat_template": self.chat_template}
+
+
+def teacher_origin(config: TeacherConfig, model: Any, chat_template: dict[str, str]) -> TeacherOrigin:
+    """Return the origin of a loaded model. `chat_template`: record of its tokenizer's template."""
+    loading: dict[str, Any] = {} if config.dtype == "auto" else {"dtype": config.dtype}
+    path = local_path(config)
+    snapshot = None if path is None else _snapshot(path)
+    revision = snapshot[1] if snapshot else getattr(model.config, "_commit_hash", None) or config.revision
+    if revision and (path is None or snapshot):
+        loading["revision"] = revision
+    if config.chat_template is not None:
+        source, text = find_template(config.chat_template)
+        loading["chat_template"] = source if source == config.chat_template else text
+    if config.template_options:
+        loading["template_options"] = config.template_options
+    if has_own_code(model):
+        loading["trust_remote_code"] = True
+    return TeacherOrigin(loading, chat_template, path)
+
+
+def has_own_code(model: Any) -> bool:
+    """Return True for a model whose class comes from its repository, not from the library."""
+    return type(model).__module__.startswith("transformers_modules")
 
 
 def gguf_dtype(config: TeacherConfig) -> torch.dtype:

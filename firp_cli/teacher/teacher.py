@@ -30,6 +30,7 @@ from firp_cli.teacher.library_layers import (
 from firp_cli.teacher.looped import LoopedLayers, loop_layers
 from firp_cli.teacher.masks import AttentionMask, LayerMask, Mask, causal_allowed
 from firp_cli.teacher.packed_linear import PackedLinear
+from firp_cli.teacher.source import TeacherOrigin
 from firp_cli.teacher.training_masks import AnchoredMask, CausalMask, DenseAnchoredMask
 from firp_cli.teacher.weight_files import LoadedWeights, weights_fingerprint
 
@@ -115,6 +116,7 @@ class Teacher:
         # the layers' attention is exactly `attend` (`firp_cli.teacher.check`); False is always right, and slower
         self.standard_attention = False
         self.first = 0
+        self.origin: TeacherOrigin | None = None  # None: a model that was in memory
         self.peers: Callable[[bool], bool] | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.loaded_weights = LoadedWeights("whole", self.num_layers, self.num_layers, self.weight_bytes)
@@ -392,4 +394,5 @@ class Teacher:
             "parameters": self.parameters,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
+            **(self.origin.describe() if self.origin else {}),
         }

@@ -26,7 +26,7 @@ from firp_cli.errors import PredictorError, StoreError
 from firp_cli.files import file_sha256
 from firp_cli.machine import is_main, rank, world_size
 from firp_cli.predictors.anchors import Sequenced
-from firp_cli.predictors.folder import build_predictor, draft_tokens
+from firp_cli.predictors.folder import build_predictor, draft_tokens, teacher_record
 from firp_cli.results import as_json
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training import checkpoint as checkpoints
@@ -264,7 +264,7 @@ class _Run(TrainingLoop):
             if best is not None:
                 weights = checkpoints.load_best(self.output, best["step"])
             weights |= draft_tokens(self.predictor)
-            config, teacher = self.predictor.config, self.teacher.describe()
+            config, teacher = self.predictor.config, teacher_record(self.teacher, self.output)
             checkpoints.export_predictor(self.output, weights, config, teacher, self.recipe, training)
         return training
 

@@ -83,7 +83,7 @@ def test_gguf_teacher_equals_written_model(family: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", model, architecture, fields=fields)
     teacher = load_teacher(TeacherConfig(model=str(path)), "cpu")
     assert torch.equal(logits(teacher.model), logits(model))
-    assert teacher.dtype == torch.float32 and teacher.name == str(path)
+    assert teacher.dtype == torch.float32 and teacher.name == path.name
     assert teacher.tokenizer.decode(teacher.tokenizer("2 + 30 = 32").input_ids).endswith("2 + 30 = 32")
     assert teacher.windows[0] == (12 if family == "mistral-window" else None)
 
@@ -134,7 +134,7 @@ def test_gguf_teacher_is_equal_by_file_folder_and_name(tmp_path: Path, monkeypat
     teachers = [load_teacher(config, "cpu") for config in configs]
     assert len({teacher.fingerprint for teacher in teachers}) == 1
     assert len({tokenizer_fingerprint(teacher.tokenizer) for teacher in teachers}) == 1
-    assert teachers[3].name == "tiny-known" and teachers[2].name == str(path)
+    assert teachers[3].name == "tiny-known" and teachers[2].name == path.name
     upper = load_upper(configs[3], 2, "cpu")
     assert upper.loaded_weights.kind == "upper" and upper.fingerprint == teachers[0].fingerprint
     planned, reason = skeleton(configs[3])

@@ -1,0 +1,181 @@
+"""Chat template in use: the tokenizer's own, a Jinja file, or one that travels with the package.
+
+Options are written at the head of the template as assignments, so that one text has all that decides a rendering: it is
+what fingerprints cover. A template that reads the clock gets a fixed day, because a store must render the same on every
+day and on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+
+from firp_cli.assets import chat_templates, nearest
+from firp_cli.config import TeacherConfig
+from firp_cli.errors import TeacherError
+from firp_cli.provenance import fingerprint
+
+LOG = logging.getLogger("firp")
+PLAIN = "plain"  # template of a tokenizer that has none
+DAY = date(2024, 7, 26)  # the day that Llama 3's templates print where none is given
+DATE_OPTION = "date"
+CLOCK = "strftime_now"
+GENERATION_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+RESERVED = (  # names that are no options
+    *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+    *("bos_token", "eos_token", "pad_token", "unk_token", "raise_exception", "namespace", "dict", "range", CLOCK),
+)
+MIDNIGHT = {"%H": "00", "%I": "12", "%M": "00", "%S": "00", "%f": "000000", "%p": "AM", "%Z": "", "%z": ""}
+
+
+def template_of(tokenizer: Any, tools: Any = None) -> str:
+    """Return the template in use, options included; `plain` for a tokenizer without one."""
+    return tokenizer.get_chat_template(None, tools) if tokenizer.chat_template else _shipped(PLAIN)
+
+
+def at_fixed_time(template: str) -> str:
+    """Return the template with a clock that always shows `DAY` at midnight, if it reads the clock."""
+    return template if not reads_clock(template) else _clock(DAY) + template
+
+
+def reads_clock(template: str) -> bool:
+    """Return True for a template that calls `strftime_now`, and does not define it."""
+    return CLOCK in template and not re.search(rf"macro\s+{CLOCK}\b", template)
+
+
+def set_chat_template(tokenizer: Any, config: TeacherConfig, name: str) -> dict[str, str]:
+    """Give the tokenizer the configured template and options; return a record for manifests and reports.
+
+    The record has the template's `source` (`tokenizer`, `plain`, `vicuna` or a file's name), its `fingerprint`, and
+    the `date` that it prints, if it prints any.
+
+    Raises TeacherError for a template that does not exist or is not valid Jinja, and for an option that it does not
+    read.
+    """
+    source, chosen = "tokenizer", tokenizer.chat_template
+    if config.chat_template is not None:
+        source, chosen = find_template(config.chat_template)
+    elif not chosen:
+        source = PLAIN
+        _note(
+            f"{name} has no chat template: plain text is used, questions and answers on lines of their own; "
+            "teacher.chat_template (--chat-template) takes a Jinja file or a shipped name such as vicuna"
+        )
+    if config.template_options:
+        chosen = _with_options(chosen or _shipped(PLAIN), config.template_options)
+    if chosen != tokenizer.chat_template:
+        tokenizer.chat_template = chosen
+    template = template_of(tokenizer)
+    record = {"source": source, "fingerprint": fingerprint(template)}
+    if CLOCK in template or "date_string" in template:
+        record["date"] = str(config.template_options.get(DATE_OPTION, DAY))
+    if reads_clock(template):
+        _note(
+            f"the chat template of {name} prints the date: it is always {DAY}, so that every rendering is the same; "
+            "teacher.template_options={date: YYYY-MM-DD} sets another day"
+        )
+    return record
+
+
+def find_template(name: str) -> tuple[str, str]:
+    """Return a template's source and text, given a Jinja file, its text, or a shipped name. Raises TeacherError."""
+    path = Path(name)
+    if "{{" in name or "{%" in name:
+        source, text = "text", name
+    elif name in chat_templates() and not path.is_file():
+        return name, _shipped(name)
+    else:
+        try:
+            source, text = path.name, path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            hint = nearest(name, chat_templates())
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise TeacherError(f"teacher.chat_template {name!r} cannot be read: {reason}{hint}") from None
+    _variables(text, source)
+    return source, text
+
+
+@cache
+def _shipped(name: str) -> str:
+    return chat_templates()[name].read_text(encoding="utf-8")
+
+
+def _with_options(template: str | dict[str, str], options: dict[str, Any]) -> str | dict[str, str]:
+    """Return the template, or each of several named ones, with the options assigned at its head."""
+    if isinstance(template, dict):
+        return {name: str(_with_options(text, options)) for name, text in template.items()}
+    known = _variables(template, "template")
+    head = ""
+    for name, value in options.items():
+        if name == DATE_OPTION:
+            day = _day(value)
+            head += _clock(day) if CLOCK in template else ""
+            head += f'{{% set date_string = "{day:%d %b %Y}" %}}' if "date_string" in known else ""
+        if name == DATE_OPTION and head and name not in known:
+            continue
+        if name in RESERVED or name not in known:
+            others = sorted(known - set(RESERVED))
+            raise TeacherError(
+                f"teacher.template_options: the chat template does not read {name!r}"
+                + (nearest(name, others) if others else "; it has no options")
+            )
+        head += f"{{% set {name} = {_literal(value)} %}}"
+    return head + template
+
+
+def _variables(template: str, source: str) -> set[str]:
+    """Return the names that a template reads. Raises TeacherError where it is not valid Jinja."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return jinja2.meta.find_undeclared_variables(environment.parse(GENERATION_MARKS.sub("", template)))
+    except jinja2.TemplateSyntaxError as error:
+        raise TeacherError(
+            f"the chat template {source} is not valid Jinja: line {error.lineno}: {error.message}"
+        ) from None
+
+
+def _literal(value: Any) -> str:
+    """Return a JSON value as a Jinja literal. Raises TeacherError for other values."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(str(name))}: {_literal(item)}" for name, item in value.items()) + "}"
+    raise TeacherError(f"teacher.template_options: {value!r} is not text, a number, a truth value, a list or a mapping")
+
+
+def _day(value: Any) -> date:
+    try:
+        return date.fromisoformat(str(value))
+    except ValueError:
+        raise TeacherError(f"teacher.template_options.date: {value!r} is not a date of the form YYYY-MM-DD") from None
+
+
+def _clock(day: date) -> str:
+    """Return a macro `strftime_now` in Jinja that formats midnight of a day: templates accept no Python function."""
+    codes = ("%Y", "%y", "%m", "%d", "%b", "%h", "%B", "%a", "%A", "%j", "%u", "%w", "%U", "%W", "%V", "%G")
+    values = {code: day.strftime(code) for code in codes} | MIDNIGHT
+    values |= {"%-d": str(day.day), "%e": f"{day.day:2d}", "%-m": str(day.month), "%-j": day.strftime("%j").lstrip("0")}
+    values |= {"%-H": "0", "%-I": "12", "%-M": "0", "%-S": "0"}
+    whole = {"%c": "%a %b %e %H:%M:%S %Y", "%x": "%m/%d/%y", "%X": "%H:%M:%S", "%D": "%m/%d/%y", "%F": "%Y-%m-%d"}
+    whole |= {"%T": "%H:%M:%S", "%R": "%H:%M", "%r": "%I:%M:%S %p"}
+    values["%%"] = "%"
+    replaced = "".join(f"|replace({code!r}, {value!r})" for code, value in (whole | values).items())
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
+
+
+@cache
+def _note(line: str) -> None:
+    """Log a line, once in a process: a command may load the same teacher more than once."""
+    LOG.info(line)
