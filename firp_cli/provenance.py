@@ -49,8 +49,9 @@ def portable(value: Any) -> Any:
 
 
 def _relative(match: re.Match[str]) -> str:
-    path = match[0]
-    return os.path.relpath(path) if Path(path).exists() or Path(path).parent.is_dir() else path
+    path = Path(match[0])
+    known = path.exists() or (path.parent.is_dir() and path.parent != Path("/"))
+    return os.path.relpath(path) if known else match[0]
 
 
 def installed_version(package: str) -> str | None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from firp_cli.assets import find_recipe, find_shipped_recipe, nearest
 from firp_cli.config import KINDS, CouplingConfig, CouplingTraining, LoopedSection, Recipe
 from firp_cli.errors import RecipeError
+from firp_cli.provenance import portable
 
 BASE = "base"
 COMMAND_LINE = "command line, "
@@ -73,8 +74,8 @@ def validate_recipe(values: dict[str, Any], origin: str = "recipe", locations: L
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+    """Return the resolved recipe as YAML, existing files relative to the working directory."""
+    return yaml.safe_dump(portable(recipe.model_dump()), sort_keys=False)
 
 
 def _where(origin: str, locations: Locations, key: Key) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from firp_cli.evaluation.quality import evaluate as measure_quality
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
+from firp_cli.predictors.trained_prompts import prompt_keys
 from firp_cli.recipe import load_recipe
 from firp_cli.results import EvalReport, PipelineReport
 from firp_cli.store.reader import Store
@@ -83,16 +85,19 @@ def evaluate(
     model, loaded, folder = load_pair(str(predictor), teacher, force, dtype)
     spec = _tree(tree, folder, loaded)
     recipe = _recipe(folder)
-    source = Path(store) if store is not None else None if dataset else _training_store(recipe)
+    trained_on = _training_store(recipe, folder)
+    source = Path(store) if store is not None else None if dataset else trained_on
     with tempfile.TemporaryDirectory(prefix="firp-eval-") as temporary:
         if source is None:
             answers = Path(temporary) / "store"
             config = _test_prompts(recipe.data, dataset, data_dir, limit)
             _collect(model, config, loaded, answers, progress)
-            sequences, _ = _from_store(model, loaded, Recipe(), answers)
+            every, _ = _from_store(model, loaded, recipe, answers)
+            sequences, left_out = _without_trained(every, loaded, config.dataset)
             data: dict[str, Any] = {"dataset": config.dataset, "split": "test", "answers": "teacher, greedy"}
+            data |= {"left_out_trained": left_out}
         else:
-            sequences, data = _from_store(model, loaded, recipe, source)
+            sequences, data = _from_store(model, loaded, recipe, source, trained_on)
         with progress("evaluating") as bar:
             quality = measure_quality(model, loaded, sequences, spec, limit=limit, progress=bar)
             pipeline = _pipeline(model, loaded, sequences, limit)
@@ -136,16 +141,43 @@ def _pipeline(teacher: Teacher, predictor: Predictor, sequences: Sequences, limi
     return pipeline_report(generations, teacher.looped is not None, cost=cost)
 
 
+def _without_trained(sequences: Sequences, predictor: Predictor, dataset: str) -> tuple[Sequences, int]:
+    """Return the sequences whose prompts the predictor was not trained on, and how many others there are. Raises
+    UsageError where none remains.
+    """
+    known = set() if predictor.trained_prompts is None else set(predictor.trained_prompts.tolist())
+    kept = []
+    for index in range(len(sequences) if known else 0):
+        item = sequences[index]
+        if known.isdisjoint(prompt_keys([(item.input_ids, item.loss_mask)]).tolist()):
+            kept.append(index)
+    left_out = len(sequences) - len(kept) if known else 0
+    if not left_out:
+        return sequences, 0
+    if not kept:
+        raise UsageError(
+            f"{dataset}: the predictor was trained on all {left_out} prompts; give others, or raise --limit"
+        )
+    LOG.info(f"{dataset}: {left_out} of {len(sequences)} prompts are left out: the predictor was trained on them")
+    return _Subset(sequences, kept), left_out
+
+
 def _recipe(folder: Path) -> Recipe:
     """Return the recipe that the predictor was trained with; an empty one where the folder has none."""
     path = folder / "recipe.yaml"
     return load_recipe(str(path)) if path.is_file() else Recipe()
 
 
-def _training_store(recipe: Recipe) -> Path | None:
-    """Return the store that the predictor was trained on, where it still exists."""
-    store = Path(recipe.store) if recipe.store else None
-    return store if store is not None and (store / "manifest.json").is_file() else None
+def _training_store(recipe: Recipe, folder: Path) -> Path | None:
+    """Return the store that the predictor in `folder` was trained on, where it still exists: as the recipe names it, or
+    as seen from the predictor's folder.
+    """
+    places = [Path(recipe.store)] if recipe.store else []
+    record = folder / "training.json"
+    if record.is_file():
+        store = json.loads(record.read_text(encoding="utf-8")).get("store") or {}
+        places += [(folder / store["folder"]).resolve()] if "folder" in store else []
+    return next((place for place in places if (place / "manifest.json").is_file()), None)
 
 
 def _test_prompts(config: DataConfig, dataset: str | None, data_dir: str | None, limit: int | None) -> DataConfig:
@@ -171,7 +203,7 @@ def _collect(teacher: Teacher, config: DataConfig, predictor: Predictor, folder:
 
 
 def _from_store(
-    teacher: Teacher, predictor: Predictor, recipe: Recipe, folder: Path
+    teacher: Teacher, predictor: Predictor, recipe: Recipe, folder: Path, trained_on: Path | None = None
 ) -> tuple[Sequences, dict[str, Any]]:
     """Open a store and return its sequences, with their description for the report; of the store that the predictor
     was trained on, only those that training held out.
@@ -180,7 +212,7 @@ def _from_store(
     tokenizer = teacher.tokenizer
     store.check_teacher(teacher.fingerprint, tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
     data: dict[str, Any] = {"store": str(folder)}
-    if recipe.store is None or Path(recipe.store).resolve() != folder.resolve():
+    if trained_on is None or trained_on.resolve() != folder.resolve():
         return store, data
     _, held_out = split_validation(len(store), recipe.training.validation_fraction, recipe.training.seed)
     if not held_out:

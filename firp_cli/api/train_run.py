@@ -18,7 +18,7 @@ from firp_cli.collecting.corpus import build_corpus, check_dataset, load_message
 from firp_cli.collecting.engine_responder import make_responder
 from firp_cli.collecting.online import HybridStates, OnlineStates
 from firp_cli.collecting.vllm import check_responder
-from firp_cli.config import PredictorConfig, Recipe
+from firp_cli.config import PredictorConfig, Recipe, TeacherConfig
 from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.distributed.launch import start
 from firp_cli.distributed.rank_group import RankGroup
@@ -30,7 +30,7 @@ from firp_cli.machine import is_main, local_world_size, memory_of_rank, rank, re
 from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.results import as_json
-from firp_cli.store.reader import MANIFEST, Store
+from firp_cli.store.reader import MANIFEST, Store, read_manifest
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import LoadedWeights
 from firp_cli.training import trainer
@@ -142,9 +142,38 @@ def resolve_train(
     stem = Path(name).stem if name else resolved.data.dataset
     store = Path(store or resolved.store or Path("stores") / stem)
     output = Path(output or resolved.output or Path("runs") / f"{stem}-{predictor.kind}")
-    resolved = resolved.model_copy(update={"store": str(store), "output": str(output)})
+    resolved = resolved.model_copy(
+        update={"store": str(store), "output": str(output), "teacher": _as_collected(resolved, store)}
+    )
     named = ["RECIPE"] if isinstance(recipe, Recipe) else [name] if name else []
     return TrainRun(resolved, predictor, store, output, (*named, *overrides))
+
+
+def _as_collected(recipe: Recipe, store: Path) -> TeacherConfig:
+    """Return the recipe's teacher, with the settings of the store's teacher where the recipe has none: model, dtype,
+    revision and chat template. Running code of the teacher's repository always needs the recipe's own permission.
+    """
+    teacher, path = recipe.teacher, store / MANIFEST
+    if recipe.data.mode != "cached" or not path.is_file():
+        return teacher
+    manifest = read_manifest(store)
+    collected = manifest["recipe"].get("teacher", {}) if isinstance(manifest["recipe"], dict) else {}
+    loading = dict(manifest["teacher"].get("loading", {}))
+    loading |= {"model": collected["model"]} if "model" in collected else {}
+    missing = {name: value for name, value in loading.items() if name not in teacher.model_fields_set}
+    if "model" in teacher.model_fields_set:
+        missing.pop("revision", None)
+    missing.pop("trust_remote_code", None)
+    changed = {name: value for name, value in missing.items() if value != getattr(teacher, name)}
+    if not changed:
+        return teacher
+    shown = ", ".join(f"{name}={_short(value)}" for name, value in changed.items())
+    LOG.info(f"teacher as in the store {store}: {shown}")
+    return teacher.model_copy(update=changed)
+
+
+def _short(value: object) -> str:
+    return str(value) if len(str(value)) <= 40 else f"{str(value)[:40]!r}..."
 
 
 def check_train(run: TrainRun, resume: bool, ranks: int, local_ranks: int) -> None:

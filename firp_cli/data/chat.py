@@ -69,6 +69,17 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Any, tools: Sequence[A
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def prompt_forms(
+    messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None = None
+) -> list[Sequence[int]]:
+    """Return the tokens of a prompt as it is answered, and as it begins a conversation with an answer: some templates
+    write them differently. Raises DatasetError as `encode` does.
+    """
+    answered = encode([*messages, {"role": "assistant", "content": "."}], tokenizer, None, tools)
+    start = answered.loss_mask.index(True) if True in answered.loss_mask else 0
+    return [encode_prompt(messages, tokenizer, tools), answered.input_ids[:start]]
+
+
 def special_tokens(tokenizer: Any) -> set[int]:
     """Return the special tokens, those included that have no role of their own, such as a turn's opening."""
     added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}

@@ -61,6 +61,7 @@ class Predictor(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.steps = steps
+        self.trained_prompts: Tensor | None = None  # (n,) int64: hashes of the prompts that it was trained on
 
     @property
     def kind(self) -> str:

@@ -30,6 +30,7 @@ from firp_cli.teacher.source import has_own_code
 from firp_cli.teacher.teacher import Teacher
 
 FORMAT = 1
+TRAINED_PROMPTS = "trained_prompts"  # among the weights: `Predictor.trained_prompts`
 DRAFT_TOKENS = "draft_tokens"  # among the weights: a bit for each token, 1 for those of `TreePredictor.draft_tokens`
 PREDICTORS: dict[str, Callable[[Any, Teacher], Predictor]] = {
     "firp": FirpPredictor,
@@ -110,11 +111,10 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
 
 
 def read_weights(predictor: Predictor, path: Path) -> None:
-    """Read a predictor's weights, and its draft tokens if the file has any. Raises RuntimeError and what `load_file`
-    does.
-    """
+    """Read a predictor's weights, and what `kept_tensors` adds. Raises RuntimeError and what `load_file` does."""
     weights = load_file(path)
     tokens = weights.pop(DRAFT_TOKENS, None)
+    predictor.trained_prompts = weights.pop(TRAINED_PROMPTS, None)
     predictor.load_state_dict(weights)
     if tokens is not None and (tokens.dtype != torch.uint8 or tokens.dim() != 1 or not tokens.any()):
         raise RuntimeError(f"{DRAFT_TOKENS} is no mask of tokens")
@@ -133,20 +133,21 @@ def _check_draft_tokens(predictor: Predictor, vocabulary: int) -> None:
         raise RuntimeError(f"{DRAFT_TOKENS} is missing, though draft_vocabulary is {wanted}")
 
 
-def draft_tokens(predictor: Predictor) -> dict[str, torch.Tensor]:
+def kept_tensors(predictor: Predictor) -> dict[str, torch.Tensor]:
     """Return what a folder's weights contain beside the parameters."""
+    kept = {} if predictor.trained_prompts is None else {TRAINED_PROMPTS: predictor.trained_prompts}
     tokens = predictor.draft_tokens if isinstance(predictor, TreePredictor) else None
     if tokens is None:
-        return {}
+        return kept
     bits = np.zeros(int(tokens.max()) + 1, dtype=bool)
     bits[tokens.cpu().numpy()] = True
-    return {DRAFT_TOKENS: torch.from_numpy(np.packbits(bits))}
+    return {**kept, DRAFT_TOKENS: torch.from_numpy(np.packbits(bits))}
 
 
 def save_predictor(predictor: Predictor, folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
     """Write weights and config.json. The caller adds recipe and provenance, and makes the write atomic."""
     weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in predictor.state_dict().items()}
-    write_predictor(weights | draft_tokens(predictor), predictor.config, folder, teacher_record(teacher, folder))
+    write_predictor(weights | kept_tensors(predictor), predictor.config, folder, teacher_record(teacher, folder))
 
 
 def teacher_record(teacher: Teacher, folder: Path) -> dict[str, Any]:

@@ -180,16 +180,21 @@ def frequent_tokens(store: Sequence[Sequenced], indices: Sequence[int], count: i
     counts = torch.zeros(vocabulary, dtype=torch.long)
     counted = min(COUNTED, len(indices))
     for index in (indices[place * len(indices) // counted] for place in range(counted)):
-        counts += torch.bincount(_token_ids(store, index), minlength=vocabulary)
+        counts += torch.bincount(token_pair(store, index)[0], minlength=vocabulary)
     return counts.argsort(descending=True, stable=True)[:count]
 
 
-def _token_ids(store: Sequence[Sequenced], index: int) -> Tensor:
-    """Return the tokens of a conversation, without reading or computing states where the store keeps them apart."""
+def token_pair(store: Sequence[Sequenced], index: int) -> tuple[Tensor, Tensor]:
+    """Return tokens (T,) and loss mask (T,) of a conversation, without reading or computing states where the store
+    keeps them apart.
+    """
     if isinstance(store, Store):
-        return store.stored(index)["input_ids"].long()
+        rows = store.stored(index)
+        return rows["input_ids"].long(), rows["loss_mask"]
     corpus = getattr(store, "corpus", None)
-    return store[index].input_ids if corpus is None else torch.tensor(corpus.input_ids[index])
+    if corpus is None:
+        return store[index].input_ids, store[index].loss_mask
+    return corpus.input_ids[index].long(), corpus.loss_mask[index]
 
 
 class Reader:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import threading
@@ -26,10 +27,12 @@ from firp_cli.errors import PredictorError, StoreError
 from firp_cli.files import file_sha256
 from firp_cli.machine import is_main, rank, world_size
 from firp_cli.predictors.anchors import Sequenced
-from firp_cli.predictors.folder import build_predictor, draft_tokens, teacher_record
+from firp_cli.predictors.folder import build_predictor, kept_tensors, teacher_record
+from firp_cli.predictors.trained_prompts import prompt_keys
 from firp_cli.results import as_json
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training import checkpoint as checkpoints
+from firp_cli.training.batches import token_pair
 from firp_cli.training.deepspeed_engine import DeepSpeedBackend, give_back_freed_memory
 from firp_cli.training.draft_states import DraftStates
 from firp_cli.training.first_stage import cpu_weights, freeze_drafts, has_first_stage, stage_recipe
@@ -235,6 +238,11 @@ class _Run(TrainingLoop):
         record = json.loads((self.start_from / "training.json").read_text(encoding="utf-8"))
         return {key: record[key] for key in ("steps", "best_step", "validation", "tokens", "seconds")}
 
+    def _store_record(self) -> dict[str, Any]:
+        """Return the description of the store, its folder as seen from the predictor's."""
+        folder = self.store_summary.get("folder")
+        return self.store_summary | ({"folder": os.path.relpath(folder, self.output)} if folder else {})
+
     def _export(self) -> dict[str, Any]:
         """Write the predictor folder from the best weights, or from the last ones where nothing was held out."""
         progress, best = self.progress, self.progress.best
@@ -256,14 +264,15 @@ class _Run(TrainingLoop):
                 "first_stage": self._first_stage(),
                 "teacher": self.teacher.describe(),
                 "teacher_memory": self.teacher.loaded_weights.describe(),
-                "store": self.store_summary,
+                "store": self._store_record(),
                 "environment": provenance.environment(),
             }
         )
         if is_main():
             if best is not None:
                 weights = checkpoints.load_best(self.output, best["step"])
-            weights |= draft_tokens(self.predictor)
+            self.predictor.trained_prompts = prompt_keys(token_pair(self.store, index) for index in self.training)
+            weights |= kept_tensors(self.predictor)
             config, teacher = self.predictor.config, teacher_record(self.teacher, self.output)
             checkpoints.export_predictor(self.output, weights, config, teacher, self.recipe, training)
         return training
