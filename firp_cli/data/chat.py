@@ -266,9 +266,7 @@ def _mask_turn_ends(ids: list[int], mask: list[bool], tokenizer: Any) -> None:
     for start, end, inside in list(_runs(mask)):
         if not inside:
             continue
-        last = end - 1
-        while last > start and ids[last] not in special and not tokenizer.decode([ids[last]]).strip():
-            last -= 1
+        last = _last_of_turn(ids, start, end, special, tokenizer)
         if ids[last] in special:
             mask[last + 1 : end] = [False] * (end - last - 1)
         elif (
@@ -277,6 +275,19 @@ def _mask_turn_ends(ids: list[int], mask: list[bool], tokenizer: Any) -> None:
             and (ids[end] != tokenizer.bos_token_id or ids[end] == tokenizer.eos_token_id)
         ):
             mask[end] = True
+
+
+def _last_of_turn(ids: list[int], start: int, end: int, special: set[int], tokenizer: Any) -> int:
+    """Return the place of the last token of a turn within a run, without white space after it. A special token that
+    white space follows ends the turn: Phi-3's template writes the end of the text after that of the last turn.
+    """
+    text = end - 1  # the last token of the text
+    while text > start and (ids[text] in special or not tokenizer.decode([ids[text]]).strip()):
+        text -= 1
+    last = next((place for place in range(text + 1, end) if ids[place] in special), text)
+    while last > text and last + 1 < end and ids[last + 1] in special:
+        last += 1
+    return last
 
 
 def _runs(mask: list[bool]) -> list[tuple[int, int, bool]]:

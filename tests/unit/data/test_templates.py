@@ -1,0 +1,177 @@
+"""Loss masks of chat templates of public model families over many shapes of conversations, against an oracle.
+
+The oracle renders each conversation again with a marker in place of one answer at a time. What the marker replaces is
+the answer's text; the token that ends its turn belongs to it.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from firp_cli.chat_template import GENERATION_MARKS
+from firp_cli.data.chat import encode
+from firp_cli.errors import DatasetError
+from helpers.chat import with_template
+
+SPECIAL = [
+    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+    *("[INST]", "[/INST]", "<bos>", "<|endoftext|>"),
+]
+
+# Written from the published form of each family's prompts.
+FAMILIES = {
+    "llama-3": (
+        "{{ '<|begin_of_text|>' }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content']|trim %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+        "{{ '<|start_header_id|>system<|end_header_id|>\n\n' }}{{ 'Cutting Knowledge Date: December 2023\n' }}"
+        "{{ 'Today Date: ' + (date_string if date_string is defined else strftime_now('%d %b %Y')) + '\n\n' }}"
+        "{{ system + '<|eot_id|>' }}{% for m in messages %}"
+        "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content']|trim + '<|eot_id|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "qwen-3": (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "{% set text = m['content'] %}{% set thought = m['reasoning_content'] or '' %}"
+        "{% if '</think>' in text %}{% set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+        "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>assistant\n' }}"
+        "{% if loop.index0 > ns.last and (loop.last or thought) %}"
+        "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}{% endif %}{{ text + '<|im_end|>\n' }}"
+        "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{% endif %}"
+    ),
+    "mistral": (
+        "{{ '<s>' }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+        "{% set loop_messages = messages[1:] %}{% else %}{% set loop_messages = messages %}{% endif %}"
+        "{% for m in loop_messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}"
+        "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}{{ m['content'] + '[/INST]' }}"
+        "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content']|trim + '</s>' }}"
+        "{% else %}{{ raise_exception('only user and assistant roles') }}{% endif %}{% endfor %}"
+    ),
+    "gemma": (
+        "{{ '<bos>' }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+        "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content']|trim"
+        " + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+    "zephyr": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}"
+        "{% if loop.last and add_generation_prompt %}{{ '\n<|assistant|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    ),
+    "phi-3": (
+        "{% for m in messages %}{% if m['content'] %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+    ),
+}
+
+
+OPENINGS = ("", "<think>", "<think>\n\n</think>")
+
+
+def turns(*texts: str, system: str | None = None) -> list[dict[str, Any]]:
+    """Return messages of user and assistant in turn."""
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return head + [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+SHAPES = {
+    "one turn": turns("What is 2 + 2?", "It is 4."),
+    "answer within the question": turns("Is it 4? 4 or user?", "4"),
+    "several turns": turns("a b", "c d", "c d", "a b", "again", "c d"),
+    "system text": turns("hello", "hi", system="Be brief. hi"),
+    "system and turns": turns("one", "two", "three", "four", system="assistant"),
+    "line breaks": turns("x\n\ny", "first\n\nsecond\n- third"),
+    "outer white space": turns(" padded ", "  padded  ", "more", "\nend\n"),
+    "not ASCII": turns("Größe? 你好", "naïve \N{GRINNING FACE}é", "π?", "≈ 3,14"),
+    "repeated text": turns("same", "same", "same", "same"),
+    "names of roles": turns("assistant user", "user: assistant"),
+    "thinking": turns("2 + 2?", "<think>\nadd\n</think>\n\n4", "and 1?", "<think>\nadd again\n</think>\n\n5"),
+    "question last": turns("one", "two", "three"),
+}
+
+
+def family_tokenizer(template: str) -> Any:
+    """Return a byte-level tokenizer that knows every family's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["assistant user system same again", "What is it? It is so."] * 4, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.chat_template = template
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizers_of_families() -> dict[str, Any]:
+    return {name: family_tokenizer(template) for name, template in FAMILIES.items()}
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024"))
+
+
+def masked(tokenizer: Any, messages: list[dict[str, Any]]) -> list[str]:
+    """Return the text of each run of trained tokens."""
+    made = encode(messages, tokenizer)
+    edges = [0, *(place for place in range(1, len(made.loss_mask)) if made.loss_mask[place] != made.loss_mask[place - 1])]
+    return [
+        tokenizer.decode(made.input_ids[start:end])
+        for start, end in pairwise([*edges, len(made.input_ids)])
+        if made.loss_mask[start]
+    ]
+
+
+def expected(tokenizer: Any, messages: list[dict[str, Any]], ends: tuple[str, ...]) -> list[str]:
+    """Return the answers as the template renders them, by the text between what does not change with the answer."""
+    text, spans, cursor = rendered(tokenizer, messages), [], 0
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        others = [
+            rendered(tokenizer, [*messages[:place], {**message, "content": mark}, *messages[place + 1 :]])
+            for mark in ("\ue000", "\ue001")
+        ]
+        same = len(os.path.commonprefix([text, *others]))
+        first = len(os.path.commonprefix(others))
+        start, end = max(cursor, same), len(text) - (len(others[0]) - first - 1)
+        for token in ends:
+            if text.startswith(token, end):
+                end += len(token)
+        spans.append(text[start:end])
+        cursor = end
+    return spans
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_of_families_are_exact(family: str, shape: str, tokenizers_of_families: dict[str, Any]) -> None:
+    tokenizer, messages = tokenizers_of_families[family], SHAPES[shape]
+    refused = (family == "gemma") and messages[0]["role"] == "system"
+    if refused:
+        with pytest.raises(DatasetError, match="System role not supported"):
+            encode(messages, tokenizer)
+        return
+    made = encode(messages, tokenizer)
+    assert tokenizer.decode(made.input_ids) == rendered(tokenizer, messages)
+    found = masked(tokenizer, messages)
+    wanted = expected(tokenizer, messages, ("<|eot_id|>", "<|im_end|>", "</s>", "<end_of_turn>", "<|end|>"))
+    for got, right in zip(found, wanted, strict=True):
+        text = right.lstrip()  # the teacher writes white space and thinking that the generation prompt leaves to it
+        assert got.endswith(text) and got.removesuffix(text).strip() in OPENINGS
