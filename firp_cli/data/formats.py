@@ -43,6 +43,12 @@ class Conversation:
                 said = []
         return turns
 
+    def row(self) -> dict[str, Any]:
+        """Return a row of a data set that is read as this conversation."""
+        if self.questions_only:
+            return {"turns": [item["content"] for item in self.messages]}
+        return {"messages": self.messages} | ({"tools": self.tools} if self.tools else {})
+
     def history(self) -> list[Message]:
         """Return the messages up to the last user message, given answers included."""
         last = max((place for place, item in enumerate(self.messages) if item["role"] == "user"), default=-1)
