@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import firp_cli
+from firp_cli.api.train_run import TrainRun, _online_states
 from firp_cli.collecting.answer import account_line, respond
 from firp_cli.collecting.answer_log import read_answers
-from firp_cli.collecting.collect_store import collect_store
+from firp_cli.collecting.collect_store import collect_store, silent
 from firp_cli.collecting.corpus import Corpus, build_corpus, load_messages
 from firp_cli.collecting.engine_responder import EngineResponder
 from firp_cli.collecting.estimate import estimate
 from firp_cli.collecting.responders import Answer
+from firp_cli.config import FirpConfig, Recipe
 from firp_cli.data.chat import encode, encode_prompt, text_tokens
 from firp_cli.data.formats import Conversation
 from firp_cli.data.turns import Questions
@@ -186,6 +189,19 @@ def test_following_prompt_continues_the_tokens(template: str, answer: str) -> No
     assert following.count(stop) == (1 if template == SPACED else 3)
 
 
+def test_following_prompt_is_rendered_anew_after_another_stop_token() -> None:
+    """The template ends turns with <|im_end|>; a teacher that ended one with </s> reads what the template writes."""
+    tokenizer = with_template(CHATML)
+    stops = set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"]))
+    messages = [{"role": "user", "content": text} for text in ("one?", "two?")]
+    questions = Questions.of(Conversation(messages, None, True), tokenizer, stops)
+    assert questions is not None
+    prompt = encode_prompt(messages[:1], tokenizer)
+    following, continued = questions.following(prompt, [text_tokens("Yes.</s>", tokenizer)])
+    history = [messages[0], {"role": "assistant", "content": "Yes."}, messages[1]]
+    assert not continued and following == encode_prompt(history, tokenizer)
+
+
 def test_stored_turns_are_what_generate_answers(tmp_path: Path) -> None:
     """The embedded teacher: prompt 1, answer 1, what stands between, answer 2, each from `load().generate`."""
     path, questions = tmp_path / "two.jsonl", ["Nia has 12 pens. How many?", "She buys 7 more. How many now?"]
@@ -258,6 +274,18 @@ def test_killed_run_resumes_between_turns(dataset: Path, tmp_path: Path) -> None
         collect_store(teacher, data, [2], folder, responder=rest, resume=True)
         assert rest.made == 6 - most and shard_bytes(folder) == shard_bytes(tmp_path / "whole")
         assert contents(folder)["manifest.json"] == contents(tmp_path / "whole")["manifest.json"]
+
+
+@pytest.mark.parametrize("mode", ["online", "hybrid"])
+def test_states_without_a_store_have_the_same_turns(dataset: Path, tmp_path: Path, mode: str) -> None:
+    teacher, data = make_teacher(), config(dataset, regenerate=True, max_new_tokens=6, mode=mode)
+    collect_store(teacher, data, [2], tmp_path / "store", responder=EngineResponder(teacher, 2))
+    predictor = FirpConfig(kind="firp", layer=2, steps=2)
+    run = TrainRun(Recipe(data=data, predictor=predictor), predictor, tmp_path / "cache", tmp_path / "run")
+    made, stored = _online_states(run, teacher, silent), Store.open(tmp_path / "store")
+    assert made.lengths == stored.lengths
+    for one, two in zip(made[:], stored[:], strict=True):
+        assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.loss_mask, two.loss_mask)
 
 
 def test_estimate_counts_later_turns(dataset: Path, tmp_path: Path) -> None:
