@@ -107,6 +107,7 @@ class DataConfig(Section):
         "cached"  # states: from the store, computed while training, or computed once and stored
     )
     regenerate: bool = False  # replace the answers by those that the teacher generates
+    turns: Literal["all", "first"] = "all"  # user turns that the teacher answers when regenerating
     max_new_tokens: PositiveInt = 512  # maximum tokens of a regenerated answer
     batch_size: PositiveInt = 32  # prompts answered at the same time when regenerating
     pack_tokens: PositiveInt = 2048  # tokens of one teacher forward while collecting

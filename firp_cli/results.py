@@ -103,7 +103,8 @@ class Generation:
 @dataclass
 class Divergence:
     """First token at which an output differs from the reference. `logit_gap`: logit of expected minus that of got, NaN
-    where one side had ended, which has token -1; `gap_ulps`: the same in units in the last place of the larger logit.
+    where one side had ended, which has token -1; `gap_ulps`: the same in units in the last place of the larger logit;
+    `turn`: of the conversation, from 1. Later turns are not compared: their prompts contain this output.
     """
 
     prompt: int
@@ -112,11 +113,14 @@ class Divergence:
     got: int
     logit_gap: float
     gap_ulps: float | None = None
+    turn: int = 1
 
 
 @dataclass
 class Lossless:
-    """Token-for-token comparison with the reference: numbers of prompts, and where outputs diverge."""
+    """Token-for-token comparison with the reference: numbers of prompts, and where outputs diverge. A prompt is
+    identical if the outputs of all its turns are.
+    """
 
     compared: int = 0
     identical: int = 0
@@ -243,6 +247,7 @@ class BenchRow:
     predicted: Prediction | None = None  # by `firp tune`, for this tree, batch size and machine
     teacher: str | None = None  # label of its teacher, in a report of several
     lossless_ar: Lossless | None = None  # against `ar`, where rounding separates `ar` from the reference
+    turns: int | None = None  # user turns of the prompts that were answered; None: not recorded, one of each
 
 
 @dataclass

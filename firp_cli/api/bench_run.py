@@ -14,10 +14,12 @@ from firp_cli.collecting.collect_store import OpenProgress, silent
 from firp_cli.config import TeacherConfig
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.datasets import Prompt, dataset_names, load_prompts
+from firp_cli.data.turns import Questions
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
+from firp_cli.evaluation.bench_prompts import BenchPrompt, spread
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
-from firp_cli.evaluation.run_bench import BenchPrompt, follow_bench, memory_line, merge_reports, run_bench, spread
+from firp_cli.evaluation.run_bench import follow_bench, memory_line, merge_reports, run_bench
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.results import BenchReport
 from firp_cli.teacher.teacher import Teacher
@@ -138,7 +140,7 @@ def _measure(
     settings = loader.settings
     teacher, loaded = loader.load(group)
     methods = make_methods(teacher, loaded, group.methods, settings)
-    encoded = _encode(prompts, teacher)
+    encoded = _encode(prompts, teacher, settings.turns == "all")
     if settings.rank > 0:
         follow_bench(encoded, methods, settings, teacher.max_positions, skip_long)
         return BenchReport({}, teacher.describe(), {}, [])
@@ -155,7 +157,9 @@ def _measure(
 
 
 def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, teacher: Teacher) -> list[BenchPrompt]:
-    """Return the encoded prompts of one data set, or of several named with commas; at most `limit` of each."""
+    """Return the encoded prompts of one data set, or of several named with commas; at most `limit` of each, with all
+    turns.
+    """
     return _encode(find_prompts(datasets, data_dir, limit), teacher)
 
 
@@ -178,8 +182,11 @@ def find_prompts(datasets: str, data_dir: str | None, limit: int | None) -> list
     return pairs
 
 
-def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher) -> list[BenchPrompt]:
-    return [
-        BenchPrompt(encode_prompt(prompt.messages, teacher.tokenizer), name, prompt.category)
-        for name, prompt in prompts
-    ]
+def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: bool = True) -> list[BenchPrompt]:
+    stops, encoded = set(teacher.eos_token_ids), []
+    for name, prompt in prompts:
+        ids = encode_prompt(prompt.messages, teacher.tokenizer, prompt.conversation.tools)
+        questions = Questions.of(prompt.conversation, teacher.tokenizer, stops) if all_turns else None
+        lengths = tuple(questions.lengths()) if questions else ()
+        encoded.append(BenchPrompt(ids, name, prompt.category, questions, lengths))
+    return encoded

@@ -54,6 +54,9 @@ Methods = Annotated[
         "folder name. Default: all."
     ),
 ]
+Turns = Annotated[
+    str, typer.Option(help="User turns of a conversation: all, each after the method's own answers, or first.")
+]
 
 
 def bench(
@@ -76,6 +79,7 @@ def bench(
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.")] = 1,
     tree: Tree = None,
+    turns: Turns = "all",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of all measurements; medians are reported.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/bench-...")] = None,
     skip_long: Annotated[bool, typer.Option(help="Skip and count prompts that do not fit the context.")] = False,
@@ -101,9 +105,9 @@ def bench(
     if launch(gpus, None, command_line(context)):
         return
     settings = BenchSettings(
-        max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard, engine=options
+        max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard, turns=turns, engine=options
     )
-    loading: dict[str, Any] = {"teacher": choice, "backend": layers, "force": force}
+    loading: dict[str, Any] = {"teacher": choice, "backend": layers, "force": force, "tree": tree}
     with relayed_errors():
         if world_size() > 1:
             start()
@@ -114,7 +118,6 @@ def bench(
             data_dir=data_dir,
             limit=limit,
             skip_long=skip_long,
-            tree=tree,
             **loading,
             settings=replace(settings, rank=rank(), ranks=world_size()),
             progress=progress_bar,

@@ -112,7 +112,7 @@ def find_prompts(name: str, data_dir: Path | None, folder: Path) -> Prompts:
         raise DatasetError(f"{name} has {len(rows)} prompts; a quickstart needs {FEWEST_PROMPTS + kept} or more")
     paths = []
     for split, part in (("train", rows[:-kept]), ("test", rows[-kept:])):
-        text = "".join(json.dumps({"messages": prompt.messages}) + "\n" for prompt in part)
+        text = "".join(json.dumps(prompt.conversation.row()) + "\n" for prompt in part)
         paths.append(folder / f"prompts-{split}.jsonl")
         write_atomically(paths[-1], lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
     return Prompts(str(paths[0]), str(paths[1]), len(rows) - kept)

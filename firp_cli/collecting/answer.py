@@ -1,7 +1,9 @@
 """`--regenerate`: the teacher answers the prompts greedily, since a predictor must match the teacher's own text.
 
-The ranks share the prompts. Answers are kept on disk batch by batch (collecting/answer_log.py). A prompt that cannot be
-answered is left out and counted; the next `--resume` tries it again.
+The user turns of a conversation are asked in order, each with the teacher's own answers before it: a round asks one
+turn of every conversation (collecting/dialogues.py). The ranks share the prompts of a round. Answers are kept on disk
+batch by batch (collecting/answer_log.py). A prompt that cannot be answered is left out and counted; the next `--resume`
+tries it again.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from torch import Tensor
 
 from firp_cli.collecting.answer_log import AnswerLog, prompt_keys, read_answers
 from firp_cli.collecting.corpus import TOO_LONG, Corpus
+from firp_cli.collecting.dialogues import Dialogue, next_prompts, start_dialogues
 from firp_cli.collecting.responders import Responder
 from firp_cli.config import DataConfig
-from firp_cli.data.chat import EncodedConversation
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import DatasetError, TeacherError
 from firp_cli.results import Progress, no_progress
@@ -27,11 +29,14 @@ EMPTY, FAILED = "empty answer", "answer failed"  # reasons for leaving a prompt 
 MAX_CONSECUTIVE_FAILURES = 32  # so many failures in a row are not the fault of the prompts
 ACCOUNT = {  # what became of the prompts, in words
     "written": "written",
+    "turns": "user turns answered in them",
     "cut": "of them cut at a length limit (data.max_new_tokens, data.max_length)",
     "empty": "empty",
     "failed": "failed",
     "too_long": "not answered because the prompt is too long",
     "skipped": "skipped before answering",
+    "turns_too_long": "later turns not asked because they do not fit data.max_length",
+    "turns_unanswered": "later turns without an answer (empty, failed or refused by the chat template)",
 }
 
 
@@ -47,26 +52,71 @@ def respond(
 ) -> tuple[Corpus, dict[str, Any]]:
     """Return the prompts followed by the teacher's greedy answers, in the order of the prompts, and an account.
 
-    The ids of prompt and answer are joined without tokenizing again. The mask selects the answer, which ends with EOS
-    or at a limit: `max_new_tokens` tokens, or `longest` together with its prompt. Every rank of `group` calls this and
-    returns the whole corpus. Equal prompts are answered once.
+    The ids of prompts and answers are joined without tokenizing again. The mask selects the answers, each of which ends
+    with EOS or at a limit: `max_new_tokens` tokens, or `longest` together with its prompt. Every rank of `group` calls
+    this and returns the whole corpus. Equal prompts are answered once.
 
-    The account counts prompts: `written` (of these `cut` at a length limit), `empty` (EOS at once), `failed` (with the
-    first `failure`), `too_long` and `skipped` (before answering).
+    The account counts prompts: `written`, `empty` (EOS at once), `failed` (with the first `failure`), `too_long` and
+    `skipped` (before answering); and answers that are `cut` at a length limit. With several turns it also counts the
+    user turns that were answered (`turns`), not asked since they do not fit `longest` (`turns_too_long`), or not
+    answered (`turns_unanswered`: the answer before or their own failed or was empty, or the template refused them).
 
     Raises DatasetError when every answer is empty, TeacherError when prompt after prompt fails, StoreError when answers
     cannot be kept, LaunchError.
     """
     group = group or RankGroup()
-    limits = [min(data.max_new_tokens, longest - length) for length in prompts.lengths]
-    keys = prompt_keys(f"{teacher.fingerprint} {responder.name}", prompts.input_ids, limits)
+    maker = f"{teacher.fingerprint} {responder.name}"
+    logged = group.run_on_all(lambda: read_answers(folder) if group.main else {})
+    dialogues = start_dialogues(prompts, teacher, data.turns == "all")
+    failures: dict[int, str] = {}
+    stops = set(teacher.eos_token_ids)
+    known = 0  # answers of earlier rounds
+    try:
+        while asked := [number for number, item in enumerate(dialogues) if item.prompt is not None]:
+            texts = [ids for number in asked if (ids := dialogues[number].prompt) is not None]
+            keys = prompt_keys(maker, texts, limits := [min(data.max_new_tokens, longest - len(ids)) for ids in texts])
+            later = sum(dialogues[number].remaining - bool(dialogues[number].answers) for number in asked)
+            bar = _shifted(progress, known, later)
+            answers, failed = _ask_all(texts, limits, keys, logged, folder, responder, bar, group)
+            failures |= {asked[place]: reason for place, reason in failed.items() if asked[place] not in failures}
+            for number, answer in zip(asked, answers, strict=True):
+                dialogues[number].take(answer, stops)
+            known += len(asked)
+            next_prompts(dialogues, longest, group)
+    finally:
+        responder.close()
+    return group.run_on_all(lambda: _join(teacher, prompts, dialogues, failures))
+
+
+def _shifted(progress: Progress, before: int, after: int) -> Progress:
+    """Return a progress of one round among others."""
+
+    def shifted(done: int, total: int | None = None) -> None:
+        progress(before + done, None if total is None else before + total + after)
+
+    return shifted
+
+
+def _ask_all(
+    prompts: Sequence[Tensor],
+    limits: Sequence[int],
+    keys: Sequence[str],
+    logged: dict[str, list[int]],
+    folder: Path,
+    responder: Responder,
+    progress: Progress,
+    group: RankGroup,
+) -> tuple[list[Tensor | None], dict[int, str]]:
+    """Answer prompts (T,) int32 on all ranks; return each prompt's answer (None: it failed), and the failures.
+
+    `logged`: answers of earlier runs by key, on rank 0.
+    """
     first: dict[str, int] = {}
     for index, key in enumerate(keys):
         first.setdefault(key, index)
-    logged = group.run_on_all(lambda: read_answers(folder) if group.main else {})
     answers = {first[key]: tokens for key, tokens in logged.items() if key in first}  # on rank 0; empty elsewhere
     answered = set(group.gather_rows(torch.tensor(sorted(answers), dtype=torch.long)).tolist())
-    missing = sorted(set(first.values()) - answered, key=lambda index: (-prompts.lengths[index], index))
+    missing = sorted(set(first.values()) - answered, key=lambda index: (-len(prompts[index]), index))
     workers = [rank for rank, active in enumerate(group.gather(responder.active)) if active]
     mine = missing[workers.index(group.rank) :: len(workers)] if group.rank in workers else []
 
@@ -74,32 +124,29 @@ def respond(
         progress(len(answered) + min(done * len(workers), len(missing)), len(answered) + len(missing))
 
     def answer() -> dict[int, str]:
-        try:
-            with AnswerLog(folder, group.rank) as log:
-                return _answer(prompts, limits, keys, mine, responder, log, answers, bar)
-        finally:
-            responder.close()
+        with AnswerLog(folder, group.rank) as log:
+            return _answer(prompts, limits, keys, mine, responder, log, answers, bar)
 
     failures: dict[int, str] = {}
     for part in group.gather(group.run_on_all(answer)):
         failures |= part
     shared = _exchange(answers, group)
-    return group.run_on_all(lambda: _join(teacher, prompts, [shared.get(first[key]) for key in keys], failures))
+    return [shared.get(first[key]) for key in keys], failures
 
 
 def account_line(account: dict[str, Any]) -> str:
     """Return an account of `respond` in one line, and a second line where prompts failed."""
-    parts = [f"{account[name]:,} {words}" for name, words in ACCOUNT.items() if name == "written" or account[name]]
+    parts = [f"{account[name]:,} {words}" for name, words in ACCOUNT.items() if name == "written" or account.get(name)]
     line = f"answers: {', '.join(parts)}"
     return (
         f"{line}\nfirst failure: {account['failure']}; --resume tries failed prompts again"
-        if account["failed"]
+        if account["failure"]
         else line
     )
 
 
 def _answer(
-    prompts: Corpus,
+    prompts: Sequence[Tensor],
     limits: Sequence[int],
     keys: Sequence[str],
     mine: Sequence[int],
@@ -113,7 +160,7 @@ def _answer(
     in_a_row = 0
     if not mine:
         return failures
-    texts = [prompts.input_ids[index].tolist() for index in mine]
+    texts = [prompts[index].tolist() for index in mine]
     for done, reply in enumerate(responder.reply(texts, [limits[index] for index in mine]), 1):
         index = mine[reply.number]
         if reply.failure:
@@ -142,30 +189,26 @@ def _exchange(answers: dict[int, list[int]], group: RankGroup) -> dict[int, Tens
 
 
 def _join(
-    teacher: Teacher, prompts: Corpus, answers: Sequence[Tensor | None], failures: dict[int, str]
+    teacher: Teacher, prompts: Corpus, dialogues: Sequence[Dialogue], failures: dict[int, str]
 ) -> tuple[Corpus, dict[str, Any]]:
-    """Append each prompt's answer (None: it failed) and count what became of the prompts."""
+    """Return the sequences of all conversations, and count what became of the prompts."""
     corpus = Corpus(skipped=prompts.skipped.copy())
-    stops = set(teacher.eos_token_ids)
-    for prompt, tokens in zip(prompts.input_ids, answers, strict=True):
-        if tokens is None:
-            corpus.skipped[FAILED] += 1
-            continue
-        answer = tokens.tolist()
-        stopped = bool(answer) and answer[-1] in stops
-        if len(answer) - stopped == 0:
-            corpus.skipped[EMPTY] += 1
-            continue
-        corpus.cut += not stopped
-        ids = prompt.tolist() + answer
-        corpus.add(EncodedConversation(ids, [False] * len(prompt) + [True] * len(answer)))
+    written = 0
+    for item in dialogues:
+        for ids, mask in item.sequences:
+            corpus.input_ids.append(ids)
+            corpus.loss_mask.append(mask)
+        corpus.cut += item.cut
+        written += bool(item.sequences)
+        if not item.sequences:
+            corpus.skipped[FAILED if item.failed else EMPTY] += 1
     failure = failures[min(failures)] if failures else None
     if not corpus.input_ids and failure:
         raise TeacherError(f"no prompt was answered: {failure}\nremove the cause and run again with --resume")
     if not corpus.input_ids:
         raise DatasetError(f"{teacher.name} ended every answer at once; check its chat template and EOS tokens")
     account = {
-        "written": len(corpus.input_ids),
+        "written": written,
         "cut": corpus.cut,
         "empty": corpus.skipped[EMPTY],
         "failed": corpus.skipped[FAILED],
@@ -173,4 +216,10 @@ def _join(
         "too_long": prompts.skipped[TOO_LONG],
         "skipped": sum(prompts.skipped.values()) - prompts.skipped[TOO_LONG],
     }
+    if any(item.questions for item in dialogues):
+        account |= {
+            "turns": sum(len(item.answers) for item in dialogues),
+            "turns_too_long": sum(item.too_long for item in dialogues),
+            "turns_unanswered": sum(item.unanswered for item in dialogues),
+        }
     return corpus, account

@@ -27,6 +27,7 @@ from firp_cli.config import DataConfig
 from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import UsageError
+from firp_cli.provenance import fingerprint
 from firp_cli.results import Progress, no_progress
 from firp_cli.store.writer import ShardPlan, ShardWriter, StoreWriter, check_target
 from firp_cli.teacher.teacher import Teacher
@@ -217,7 +218,10 @@ def _settings(data: DataConfig, corpus: Corpus, responder: Responder | None) -> 
     settings = {name: getattr(data, name) for name in names}
     if responder is not None:
         settings |= {"max_new_tokens": data.max_new_tokens, "responder": responder.name}
-    return {**settings, "data_fingerprint": corpus.fingerprint()}
+    later = [turns[1:] for row in corpus.conversations if len(turns := row.turns()) > 1] if data.turns == "all" else []
+    if not later:
+        return {**settings, "data_fingerprint": corpus.fingerprint()}
+    return {**settings, "turns": data.turns, "data_fingerprint": fingerprint([corpus.fingerprint(), later])}
 
 
 def _counts(corpus: Corpus) -> dict[str, Any]:

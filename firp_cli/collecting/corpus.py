@@ -16,7 +16,7 @@ from torch import Tensor
 from firp_cli.config import DataConfig
 from firp_cli.data.chat import EncodedConversation, check_masks, encode, encode_prompt
 from firp_cli.data.datasets import load_conversations, load_prompts
-from firp_cli.data.formats import Message
+from firp_cli.data.formats import Conversation, Message
 from firp_cli.distributed.rank_group import RankGroup, raise_on_all_ranks
 from firp_cli.errors import DatasetError, LaunchError, TeacherError
 from firp_cli.results import Progress, no_progress
@@ -32,6 +32,7 @@ class Corpus:
 
     Attributes:
         input_ids: int32 (T,) each. loss_mask: bool (T,) each; (0,) for prompts.
+        rows: for each sequence the number of its row, from 0. conversations: the rows of prompts.
         skipped: rows left out, by reason. cut: generated answers that a length limit ended.
     """
 
@@ -39,6 +40,8 @@ class Corpus:
     loss_mask: list[Tensor] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     cut: int = 0
+    rows: list[int] = field(default_factory=list)
+    conversations: list[Conversation] = field(default_factory=list)
 
     def add(self, conversation: EncodedConversation) -> None:
         self.input_ids.append(torch.tensor(conversation.input_ids, dtype=torch.int32))
@@ -62,7 +65,7 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
-def _gather_tensors(tensors: list[Tensor], dtype: torch.dtype, group: RankGroup) -> list[Tensor]:
+def gather_tensors(tensors: list[Tensor], dtype: torch.dtype, group: RankGroup) -> list[Tensor]:
     """Return all ranks' tensors (T,) in the order of the ranks. They are sent as one tensor."""
     lengths = group.gather_rows(torch.tensor([len(tensor) for tensor in tensors], dtype=torch.long)).tolist()
     flat = group.gather_rows(torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype))
@@ -74,15 +77,15 @@ def longest_sequence(teacher: Teacher, data: DataConfig) -> int:
     return min(data.max_length, teacher.max_positions)
 
 
-def load_messages(data: DataConfig) -> list[list[Message]]:
-    """Load the rows of a data set: conversations, or with `data.regenerate` prompts.
+def load_messages(data: DataConfig) -> list[Conversation]:
+    """Load the rows of a data set: conversations, whose turns are questions with `data.regenerate`.
 
     Raises DatasetError when no conversation has an answer to learn from.
     """
     if data.regenerate:
-        return [prompt.messages for prompt in load_prompts(data.dataset, data.data_dir, data.limit, data.split)]
-    rows = load_conversations(data.dataset, data.split, data.data_dir, data.limit)
-    if not any(item["role"] == "assistant" for messages in rows for item in messages):
+        return [prompt.conversation for prompt in load_prompts(data.dataset, data.data_dir, data.limit, data.split)]
+    rows = [Conversation(row) for row in load_conversations(data.dataset, data.split, data.data_dir, data.limit)]
+    if not any(item["role"] == "assistant" for row in rows for item in row.messages):
         raise DatasetError(
             f"{data.dataset} has no answers to learn from; let the teacher write them: --regenerate"
             if rows
@@ -100,7 +103,7 @@ def check_dataset(data: DataConfig) -> None:
 
 
 def build_corpus(
-    rows: Sequence[Sequence[Message]], teacher: Teacher, data: DataConfig, progress: Progress = no_progress
+    rows: Sequence[Conversation], teacher: Teacher, data: DataConfig, progress: Progress = no_progress
 ) -> Corpus:
     """Tokenize every row in this process.
 
@@ -110,6 +113,7 @@ def build_corpus(
     """
     corpus, refusal = _encode_rows(rows, teacher, data, lambda done: progress(done, len(rows)))
     _check_corpus(rows, corpus, refusal, teacher, data)
+    corpus.conversations = [rows[number] for number in corpus.rows] if data.regenerate else []
     return corpus
 
 
@@ -123,27 +127,31 @@ def build_shared_corpus(
     """
     group = group or RankGroup()
 
-    def encode() -> tuple[list[list[Message]], Corpus, str]:
+    def encode() -> tuple[list[Conversation], Corpus, str]:
         rows = load_messages(data)
         first, end = share_rows(rows, group.size)[group.rank]
         share = rows[first:end]
-        return rows, *_encode_rows(
+        corpus, refusal = _encode_rows(
             share, teacher, data, lambda done: progress(done * len(rows) // len(share), len(rows))
         )
+        corpus.rows = [first + number for number in corpus.rows]
+        return rows, corpus, refusal
 
     rows, corpus, refusal = group.run_on_all(encode)
-    size = sum(len(item["content"]) for messages in rows for item in messages)
+    size = sum(len(item["content"]) for row in rows for item in row.messages)
     inputs = {"data set": (len(rows), size), "teacher": teacher.fingerprint}
     parts = group.gather((inputs, corpus.skipped, refusal))
     _check_same_inputs([part[0] for part in parts])
     if group.size > 1:
         corpus = Corpus(
-            _gather_tensors(corpus.input_ids, torch.int32, group),
-            _gather_tensors(corpus.loss_mask, torch.bool, group),
+            gather_tensors(corpus.input_ids, torch.int32, group),
+            gather_tensors(corpus.loss_mask, torch.bool, group),
             sum((part[1] for part in parts), Counter()),
+            rows=group.gather_rows(torch.tensor(corpus.rows, dtype=torch.long)).tolist(),
         )
     refusal = next((part[2] for part in parts if part[2]), "")
     group.run_on_main(lambda: _check_corpus(rows, corpus, refusal, teacher, data))
+    corpus.conversations = [rows[number] for number in corpus.rows] if data.regenerate else []
     return corpus
 
 
@@ -160,17 +168,17 @@ def _check_same_inputs(inputs: Sequence[dict[str, Any]]) -> None:
                 )
 
 
-def share_rows(rows: Sequence[Sequence[Message]], ranks: int) -> list[tuple[int, int]]:
+def share_rows(rows: Sequence[Conversation], ranks: int) -> list[tuple[int, int]]:
     """Return the rows `first .. end-1` that each rank tokenizes: neighbours, about equally many characters for each."""
     if ranks == 1:
         return [(0, len(rows))]
-    sizes = list(accumulate(1 + sum(len(item["content"]) for item in messages) for messages in rows))
+    sizes = list(accumulate(1 + sum(len(item["content"]) for item in row.messages) for row in rows))
     cuts = [bisect_left(sizes, sizes[-1] * part / ranks) if rows else 0 for part in range(1, ranks)]
     return list(pairwise([0, *cuts, len(rows)]))
 
 
 def _encode_rows(
-    rows: Sequence[Sequence[Message]], teacher: Teacher, data: DataConfig, on_row: Callable[[int], None]
+    rows: Sequence[Conversation], teacher: Teacher, data: DataConfig, on_row: Callable[[int], None]
 ) -> tuple[Corpus, str]:
     """Return the tokenized rows, and the template's message about the first row that it refused ('' for none)."""
     tokenizer = teacher.tokenizer
@@ -178,14 +186,15 @@ def _encode_rows(
         raise TeacherError(f"{teacher.name} has no tokenizer; give a model folder that contains one")
     corpus, limit = Corpus(), longest_sequence(teacher, data)
     refusal = ""
-    for number, messages in enumerate(rows, 1):
+    for number, row in enumerate(rows, 1):
+        messages = row.messages
         try:
             if data.regenerate:
-                ids = encode_prompt(messages, tokenizer)
+                ids = encode_prompt(row.turns()[0], tokenizer, row.tools)
                 conversation = EncodedConversation(ids, [])
                 reason = "" if len(ids) < limit else TOO_LONG
             else:
-                conversation = encode(messages, tokenizer, limit)
+                conversation = encode(messages, tokenizer, limit, row.tools)
                 reason = "" if any(conversation.loss_mask) else _why_unmasked(messages)
         except DatasetError as error:
             refusal = refusal or str(error)
@@ -194,12 +203,13 @@ def _encode_rows(
             corpus.skipped[reason] += 1
         else:
             corpus.add(conversation)
+            corpus.rows.append(number - 1)
         on_row(number)
     return corpus, refusal
 
 
 def _check_corpus(
-    rows: Sequence[Sequence[Message]],
+    rows: Sequence[Conversation],
     corpus: Corpus,
     refusal: str,
     teacher: Teacher,
@@ -210,7 +220,7 @@ def _check_corpus(
     if refusal and corpus.skipped[REFUSED] == len(rows):
         raise DatasetError(f"{data.dataset}: {refusal} (all {len(rows)} conversations)")
     if not data.regenerate:
-        _check_masks(rows, corpus, teacher.tokenizer, limit)
+        _check_masks([row.messages for row in rows], corpus, teacher.tokenizer, limit)
     elif not corpus.input_ids:
         raise DatasetError(f"{data.dataset}: no prompt is shorter than {limit} tokens; raise data.max_length")
 

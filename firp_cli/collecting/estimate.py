@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.collecting.corpus import Corpus, build_corpus, load_messages, longest_sequence
+from firp_cli.collecting.dialogues import start_dialogues
 from firp_cli.collecting.responders import Responder
 from firp_cli.collecting.teacher_states import capture, plan_batches
 from firp_cli.config import DataConfig
@@ -80,13 +81,14 @@ def estimate(
     scale = len(rows) / sampled
     conversations = round(len(sample.input_ids) * scale)
     longest = longest_sequence(teacher, data)
-    room = data.max_new_tokens if data.regenerate else 0
-    tokens = round(sum(min(longest, length + room) for length in sample.lengths) * scale)
+    turns = _turns(sample, teacher, data)
+    tokens = round(sum(min(longest, length + data.max_new_tokens * count) for length, count in turns) * scale)
     rate = _forward_rate(teacher, sample, layers, data.pack_tokens)
     answering = 0.0
     if data.regenerate:
         assert responder is not None
-        answering = conversations * data.max_new_tokens / _answering_rate(sample, data, responder)
+        answers = sum(count for _, count in turns) * scale
+        answering = answers * data.max_new_tokens / _answering_rate(sample, data, responder)
         answering /= max(1, ranks // responder.devices)
     token_bytes = bytes_per_token(teacher.hidden_size, len(layers), dtype)
     return CollectEstimate(
@@ -118,6 +120,17 @@ def check_space(folder: Path, hidden_size: int, layers: int, dtype: str, tokens:
             f"the store needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free\n"
             "lower data.limit, collect fewer layers, store in int8 (data.store_dtype=int8), or give another --output"
         )
+
+
+def _turns(sample: Corpus, teacher: Teacher, data: DataConfig) -> list[tuple[int, int]]:
+    """Return for each sequence its tokens without the answers that the teacher writes, and their number."""
+    if not data.regenerate:
+        return [(length, 0) for length in sample.lengths]
+    questions = [item.questions for item in start_dialogues(sample, teacher, data.turns == "all")]
+    lengths = [
+        [length, *(asked.lengths() if asked else ())] for length, asked in zip(sample.lengths, questions, strict=True)
+    ]
+    return [(each[-1], len(each)) for each in lengths]
 
 
 def _forward_rate(teacher: Teacher, sample: Corpus, layers: Sequence[int], pack_tokens: int) -> float:

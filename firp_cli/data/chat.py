@@ -65,7 +65,16 @@ def encode(
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None = None) -> list[int]:
     """Return the tokens of a prompt, up to the start of the assistant's turn. Raises DatasetError as `encode` does."""
-    text = _render(messages, tokenizer, tools, prompt=True)
+    return text_tokens(render_prompt(messages, tokenizer, tools), tokenizer)
+
+
+def render_prompt(messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None = None) -> str:
+    """Return the text of a prompt, up to the start of the assistant's turn. Raises DatasetError as `encode` does."""
+    return _render(messages, tokenizer, tools, prompt=True)
+
+
+def text_tokens(text: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of rendered text; no BOS is added to that of the template."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.assets import embedded_folder, nearest
-from firp_cli.data.formats import Conversation, Message, prompt_of, to_messages
+from firp_cli.data.formats import Conversation, Message, prompt_of, to_conversation, to_messages
 from firp_cli.errors import DatasetError
 from firp_cli.machine import hub_disabled
 
@@ -106,18 +106,18 @@ def load_records(
 def load_prompts(name: str, data_dir: str | None = None, limit: int | None = None, split: str = "test") -> list[Prompt]:
     """Return prompts for decoding, at most `limit` of each data set; `name` may list several sets with commas.
 
-    Of multi-turn sets (MT-Bench, Spec-Bench) only the first turn is used. A known set with a single split serves that
-    one. Raises DatasetError as `load_records` does.
+    A known set with a single split serves that one. Raises DatasetError as `load_records` does.
     """
     prompts = []
     for dataset in dataset_names(name):
         for number, row in enumerate(_load(dataset, split, data_dir, limit, any_single=True), 1):
-            messages = to_messages(row, f"{dataset} row {number}")
+            conversation = to_conversation(row, f"{dataset} row {number}")
+            messages = conversation.messages
             prompt = prompt_of(messages)
             if not any(item["role"] == "user" for item in prompt):
                 raise DatasetError(f"{dataset} row {number}: no user turn to answer")
             reference = messages[len(prompt)]["content"] if len(messages) > len(prompt) else None
-            prompts.append(Prompt(Conversation(messages), str(row.get("category") or ""), reference))
+            prompts.append(Prompt(conversation, str(row.get("category") or ""), reference))
     return prompts
 
 

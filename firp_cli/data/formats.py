@@ -43,6 +43,12 @@ class Conversation:
                 said = []
         return turns
 
+    def row(self) -> dict[str, Any]:
+        """Return a row of a data set that is read as this conversation."""
+        if self.questions_only:
+            return {"turns": [item["content"] for item in self.messages]}
+        return {"messages": self.messages} | ({"tools": self.tools} if self.tools else {})
+
     def history(self) -> list[Message]:
         """Return the messages up to the last user message, given answers included."""
         last = max((place for place, item in enumerate(self.messages) if item["role"] == "user"), default=-1)
@@ -62,6 +68,7 @@ ROLES = {
     "model": "assistant",
     "tool": "tool",
 }
+QUESTION_LISTS = ("turns", "prompt")
 QUESTION_FIELDS = ("question", "prompt", "instruction")
 ANSWER_FIELDS = ("answer", "response", "output", "completion")
 SYSTEM_FIELDS = ("system", "system_prompt")
@@ -75,11 +82,21 @@ COMPLETE_CODE = "Complete the following Python function. Answer with the whole f
 CALCULATOR_MARKS = re.compile(r"<<[^<>\n]*>>")
 
 
-def to_messages(row: Row, where: str) -> list[Message]:
-    """Return the conversation of a row, without an assistant turn if the row has no answer.
+def to_conversation(row: Row, where: str) -> Conversation:
+    """Return the conversation of a row. `turns` (MT-Bench, Spec-Bench) and a list under `prompt` contain user turns
+    without answers. Raises DatasetError as `to_messages` does.
+    """
+    layout = next((field for field in ("messages", "conversations", *QUESTION_LISTS) if _is_list(field)(row)), None)
+    if layout in QUESTION_LISTS:
+        return Conversation(_questions(layout)(row, where), questions_only=True)
+    return Conversation(to_messages(row, where))
 
-    Layouts are tried in the order of `ACCEPTED`. `turns` (MT-Bench, Spec-Bench) and a list under `prompt` contain user
-    turns without answers: only the first one is used. GSM8K's calculator marks (`<<48/2=24>>`) are removed from
+
+def to_messages(row: Row, where: str) -> list[Message]:
+    """Return the messages of a row, without an assistant turn if the row has no answer.
+
+    Layouts are tried in the order of `ACCEPTED`. Of user turns without answers (`to_conversation` reads them all) only
+    the first one is returned. GSM8K's calculator marks (`<<48/2=24>>`) are removed from
     answers: no teacher writes them.
 
     Raises DatasetError naming the row (`where`), its fields and the accepted ones.
@@ -126,13 +143,20 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _first_turn(field: str) -> Callable[[Row, str], list[Message]]:
+def _questions(field: str) -> Callable[[Row, str], list[Message]]:
+    """Return a reader of user turns without answers."""
+
     def read(row: Row, where: str) -> list[Message]:
         if not row[field]:
             raise DatasetError(f"{where}: {field} is empty")
-        return [{"role": "user", "content": _text(row[field][0], f"{where}, {field}[0]")}]
+        texts = [_text(text, f"{where}, {field}[{place}]") for place, text in enumerate(row[field])]
+        return [{"role": "user", "content": text} for text in texts]
 
     return read
+
+
+def _first_turn(field: str) -> Callable[[Row, str], list[Message]]:
+    return lambda row, where: _questions(field)(row, where)[:1]
 
 
 def _pair(row: Row, where: str) -> list[Message]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
+from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.rows import BatchRun
 from firp_cli.results import Divergence
 from firp_cli.teacher.masks import causal_allowed
@@ -14,14 +16,24 @@ from firp_cli.teacher.teacher import Teacher
 
 
 def compare_tokens(
-    teacher: Teacher, prompts: Sequence[Sequence[int]], reference: Sequence[BatchRun], compared: Sequence[BatchRun]
+    teacher: Teacher, prompts: Sequence[BenchPrompt], reference: Sequence[BatchRun], compared: Sequence[BatchRun]
 ) -> dict[int, Divergence | None]:
-    """Return the first divergence from the reference by index of the prompt; None where all tokens are equal."""
+    """Return the first divergence from the reference by index of the prompt; None where all tokens are equal.
+
+    The turns of a conversation are compared in order, up to the first one that differs: it is part of the prompts of
+    those after it.
+    """
     divergences: dict[int, Divergence | None] = {}
     for expected_run, got_run in zip(reference, compared, strict=True):
+        earlier: dict[int, list[list[int]]] = {}
         pairs = zip(expected_run.numbers, expected_run.generations, got_run.generations, strict=True)
         for number, expected, got in pairs:
-            divergences[number] = first_divergence(teacher, number, prompts[number], expected.token_ids, got.token_ids)
+            answers = earlier.setdefault(number, [])
+            if divergences.get(number) is None:
+                prompt = prompts[number].after(answers)
+                mark = first_divergence(teacher, number, prompt, expected.token_ids, got.token_ids)
+                divergences[number] = replace(mark, turn=1 + len(answers)) if mark else None
+            answers.append(expected.token_ids)
     return divergences
 
 

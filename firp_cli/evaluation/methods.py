@@ -15,16 +15,17 @@ from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.errors import UsageError
+from firp_cli.evaluation.bench_prompts import Generate
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
 from firp_cli.evaluation.rows import BatchRun, runs_of
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
-from firp_cli.results import BenchRow, Generation
+from firp_cli.results import BenchRow
 from firp_cli.teacher.teacher import Teacher
 
 BASELINES = ("ar", "hf")
-Generate = Callable[[Sequence[Sequence[int]], int], list[Generation]]
+TURNS = ("all", "first")
 AddDetails = Callable[[Sequence[BenchRow], Sequence[BatchRun], "BenchSettings"], None]
 
 
@@ -51,9 +52,10 @@ class Method:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Conditions that all methods are measured under.
+    """Conditions that all methods are measured under. Raises UsageError.
 
     Attributes:
+        turns: user turns of a conversation that are asked: all, or first.
         warmup: uncounted times that each method decodes the longest batch.
         rank, ranks: this process among those that share a pipeline's stages.
         guard: predictors fall back to autoregressive decoding while drafting is slower; None: only pipelines do.
@@ -70,7 +72,12 @@ class BenchSettings:
     rank: int = 0
     ranks: int = 1
     guard: bool | None = None
+    turns: str = "all"
     engine: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        if self.turns not in TURNS:
+            raise UsageError(f"unknown turns {self.turns!r}: choose from {', '.join(TURNS)}")
 
 
 @dataclass
@@ -140,7 +147,7 @@ def tuned_tree_details(trees: TunedTrees) -> AddDetails:
     """Return a function that records the tree of a typical batch in a method's rows, with its predicted performance."""
 
     def add(rows: Sequence[BenchRow], runs: Sequence[BatchRun], settings: BenchSettings) -> None:
-        longest = median(max(item.prompt_tokens for item in run.generations) for run in runs)
+        longest = median(max(item.prompt_tokens for item in turn) for run in runs for turn in run.by_turn())
         context = int(longest) + settings.max_new_tokens // 2
         entry = trees.entry(settings.batch_size, context)
         for row in rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from firp_cli.metrics import bootstrap_ratio, bootstrap_ratio_of_ratios
@@ -22,7 +22,10 @@ ALL = "all"
 class BatchRun:
     """Batch decoded by one method, its repeats folded into one.
 
-    `decode_tokens`: new tokens without the first of each sequence, which prefill gives.
+    Attributes:
+        generations: one for each prompt, and for each later turn of a conversation.
+        numbers, turns: for each generation its prompt, and its turn from 0; no `turns`: all are first ones.
+        decode_tokens: new tokens without the first of each sequence, which prefill gives.
     """
 
     dataset: str
@@ -32,11 +35,19 @@ class BatchRun:
     prefill_seconds: float
     decode_seconds: float
     decode_tokens: int
+    turns: list[int] = field(default_factory=list)
+
+    def by_turn(self) -> list[list[Generation]]:
+        """Return the generations that were decoded together: those of each turn."""
+        found: dict[int, list[Generation]] = {}
+        for turn, item in zip(self.turns or [0] * len(self.generations), self.generations, strict=True):
+            found.setdefault(turn, []).append(item)
+        return list(found.values())
 
     @property
     def steps(self) -> int:
-        """Decoding steps of the batch: those of its longest sequence."""
-        return max((item.steps for item in self.generations), default=0)
+        """Decoding steps of the batch: those of the longest sequence of each turn."""
+        return sum(max(item.steps for item in turn) for turn in self.by_turn())
 
 
 Runs = Mapping[str, Sequence[BatchRun]]  # method name to its batches, in the same order for all methods
@@ -79,8 +90,12 @@ def bench_row(
     """Return one row from the batches in `runs`; `divergences` is empty for the reference and when sampling."""
     own = runs[method]
     generations = [item for run in own for item in run.generations]
-    emitted = [sum(item.accepted_lengths) for item in generations]
-    steps = [item.steps for item in generations]
+    emitted, steps = Counter[int](), Counter[int]()  # by prompt, over its turns
+    for number, item in (
+        (number, item) for run in own for number, item in zip(run.numbers, run.generations, strict=True)
+    ):
+        emitted[number] += sum(item.accepted_lengths)
+        steps[number] += item.steps
     decode_seconds = sum(run.decode_seconds for run in own)
     passes = sum(run.steps for run in own)
     # a pipeline's step is a tick, one of the teacher's r loops: its accepted length is tokens per r ticks
@@ -92,9 +107,9 @@ def bench_row(
         category=category,
         method=method,
         predictor=None,
-        batch_size=max(len(run.numbers) for run in own),
+        batch_size=max(len(set(run.numbers)) for run in own),
         temperature=temperature,
-        prompts=len(generations),
+        prompts=len(steps),
         new_tokens=sum(len(item.token_ids) for item in generations),
         prefill_seconds=sum(run.prefill_seconds for run in own),
         decode_seconds=decode_seconds,
@@ -102,14 +117,15 @@ def bench_row(
         speedup=speedup(base, own),
         speedup_interval=speedup_interval(base, own) if method != "ar" else None,
         speedup_hf=speedup(runs.get("hf"), own),
-        accepted_length=ratio * _ratio(sum(emitted), sum(steps)),
-        accepted_length_interval=_accepted_interval(emitted, steps, ratio),
+        accepted_length=ratio * _ratio(emitted.total(), steps.total()),
+        accepted_length_interval=_accepted_interval(list(emitted.values()), list(steps.values()), ratio),
         acceptance_by_step=[] if loops else acceptance_by_step(generations),
         accepted_histogram=[] if loops else accepted_histogram(generations),
-        steps=sum(steps),
+        steps=steps.total(),
         step_milliseconds=1000 * _ratio(decode_seconds, passes),
         lossless=lossless(own, divergences),
         speedup_with_prefill=speedup_with_prefill(base, own),
+        turns=len(generations),
     )
 
 
@@ -142,7 +158,8 @@ def speedup_interval(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -
 
 def speedup_with_prefill(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> float | None:
     """Return the speedup by Spec-Bench's definition: mean over questions of new tokens per second of wall time, prefill
-    included, over the baseline's mean. With several sequences in a batch, each batch counts as a question.
+    included, over the baseline's mean. A question's turns are summed; with several sequences in a batch, each batch
+    counts as a question.
     """
     if not base:
         return None
@@ -164,7 +181,7 @@ def acceptance_by_step(generations: Sequence[Generation]) -> list[float]:
 
 def lossless(runs: Sequence[BatchRun], divergences: Mapping[int, Divergence | None]) -> Lossless:
     """Count the prompts that were compared and the identical outputs, and list the divergences of the others."""
-    compared = [number for run in runs for number in run.numbers if number in divergences]
+    compared = list(dict.fromkeys(number for run in runs for number in run.numbers if number in divergences))
     marks = [mark for number in compared if (mark := divergences[number]) is not None]
     return Lossless(len(compared), len(compared) - len(marks), marks)
 

@@ -2,20 +2,29 @@
 timed separately.
 
 Prefill gives the first new token, so decode seconds belong to `len(token_ids) - 1` tokens. The sequences of a batch
-share its time: seconds are pooled over batches, and the bootstrap draws batches.
+share its time: seconds are pooled over batches, and the bootstrap draws batches. The turns of a conversation are
+decoded one after the other and belong to one batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from statistics import median
 
 import torch
 
 from firp_cli.decoding.engine import Engine
-from firp_cli.errors import CapacityError, UsageError
+from firp_cli.errors import UsageError
 from firp_cli.evaluation.bench_groups import teacher_labels
+from firp_cli.evaluation.bench_prompts import (
+    Batch,
+    BenchPrompt,
+    decode_turns,
+    fit_prompts,
+    longest_batch,
+    make_batches,
+)
 from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.evaluation.lossless import compare_tokens
 from firp_cli.evaluation.methods import BASELINES, BenchSettings, Method
@@ -25,80 +34,16 @@ from firp_cli.results import BenchReport, Divergence, Generation, Progress, no_p
 from firp_cli.teacher.teacher import Teacher
 
 
-@dataclass(frozen=True)
-class BenchPrompt:
-    """Encoded prompt with its data set and category."""
-
-    token_ids: list[int]
-    dataset: str
-    category: str = ""
-
-
-@dataclass
-class Batch:
-    """Prompts decoded together, of one data set and category. `numbers` are their indices in the prompt list."""
-
-    dataset: str
-    category: str
-    numbers: list[int] = field(default_factory=list)
-
-
-def fit_prompts(
-    prompts: Sequence[BenchPrompt], max_positions: int, max_new_tokens: int, skip_long: bool
-) -> tuple[list[BenchPrompt], int]:
-    """Return the prompts that leave room for the answer, and the number of skipped ones.
-
-    Raises CapacityError when a prompt is too long and `skip_long` is off, or when none fits.
-    """
-    room = max_positions - max_new_tokens
-    fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= room]
-    skipped = len(prompts) - len(fitting)
-    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-    if skipped and not skip_long:
-        raise CapacityError(
-            f"{skipped} of {len(prompts)} prompts are too long (the longest has {longest} tokens): the teacher's "
-            f"context of {max_positions} has room for {room} beside {max_new_tokens} new tokens\n"
-            "--skip-long skips and counts them, a smaller --max-new-tokens makes room"
-        )
-    if not fitting:
-        raise CapacityError(
-            f"no prompt fits: the shortest has {min((len(prompt.token_ids) for prompt in prompts), default=0)} tokens, "
-            f"the teacher's context of {max_positions} has room for {room} beside {max_new_tokens} new tokens; lower "
-            "--max-new-tokens"
-        )
-    return fitting, skipped
-
-
-def spread(categories: Sequence[str], limit: int) -> list[int]:
-    """Return the indices of at most `limit` prompts, in order, taken from every category in turn."""
-    queues: dict[str, list[int]] = {}
-    for place, category in enumerate(categories):
-        queues.setdefault(category, []).append(place)
-    rounds = max((len(queue) for queue in queues.values()), default=0)
-    in_turn = [queue[turn] for turn in range(rounds) for queue in queues.values() if turn < len(queue)]
-    return sorted(in_turn[:limit])
-
-
-def make_batches(prompts: Sequence[BenchPrompt], size: int) -> list[Batch]:
-    """Return batches of `size` prompts of the same data set and category, in the order of the prompts."""
-    open_batches: dict[tuple[str, str], Batch] = {}
-    batches = []
-    for number, prompt in enumerate(prompts):
-        key = (prompt.dataset, prompt.category)
-        batch = open_batches.get(key)
-        if batch is None or len(batch.numbers) == size:
-            batch = open_batches[key] = Batch(*key)
-            batches.append(batch)
-        batch.numbers.append(number)
-    return batches
-
-
 def memory_line(
     methods: Sequence[Method], prompts: Sequence[BenchPrompt], settings: BenchSettings, max_positions: int
 ) -> str:
     """Return one line with the K/V cache size of the largest batch, for each method with an engine of this package."""
-    fitting = [len(prompt.token_ids) for prompt in prompts]
-    fitting = [length for length in fitting if length + settings.max_new_tokens <= max_positions] or [0]
+    room = max_positions - settings.max_new_tokens
+    fitting = [
+        prompt.asked(max_positions, settings.max_new_tokens).longest
+        for prompt in prompts
+        if len(prompt.token_ids) <= room
+    ] or [0]
     batch, longest = min(settings.batch_size, len(fitting)), max(fitting)
     sizes = [
         f"{method.name} {readable_bytes(method.engine.cache_bytes(batch, longest, settings.max_new_tokens))}"
@@ -124,13 +69,14 @@ def measure(
     total = len(methods) * (settings.warmup + settings.repeats * len(batches))
     repeats: dict[str, list[list[list[Generation]]]] = {method.name: [[] for _ in batches] for method in methods}
     longest = longest_batch(prompts, batches)
-    context = max(len(prompt.token_ids) for prompt in prompts)
+    context = max(prompt.longest for prompt in prompts)
+    sizes = {len(places) for batch in batches for places in batch.places()}
     for method in methods:
         if isinstance(method.engine, Engine):
-            for size in sorted({len(batch.numbers) for batch in batches}, reverse=True):  # a larger cache drops graphs
+            for size in sorted(sizes, reverse=True):  # a larger cache drops graphs
                 method.engine.capture(size, context, settings.max_new_tokens)
     for done, (method, place, counted) in enumerate(turns(methods, len(batches), settings, longest), start=1):
-        generations = method.generate(_tokens(prompts, batches[place]), settings.max_new_tokens)
+        generations = decode_turns(method.generate, prompts, batches[place], settings.max_new_tokens)
         if counted:
             repeats[method.name][place].append(generations)
         progress(done, total)
@@ -153,16 +99,6 @@ def turns(
                 yield method, place, True
 
 
-def longest_batch(prompts: Sequence[BenchPrompt], batches: Sequence[Batch]) -> int:
-    """Return the index of the warm-up batch. After the longest prompt no buffer grows and no step is captured again."""
-    lengths = [max(len(ids) for ids in _tokens(prompts, batch)) for batch in batches]
-    return max(range(len(batches)), key=lambda place: lengths[place], default=0)
-
-
-def _tokens(prompts: Sequence[BenchPrompt], batch: Batch) -> list[list[int]]:
-    return [prompts[number].token_ids for number in batch.numbers]
-
-
 def follow_bench(
     prompts: Sequence[BenchPrompt],
     methods: Sequence[Method],
@@ -175,26 +111,37 @@ def follow_bench(
     batches = make_batches(fitting, settings.batch_size)
     for method, place, _ in turns(methods, len(batches), settings, longest_batch(fitting, batches)):
         if method.on_all_ranks:
-            method.generate(_tokens(fitting, batches[place]), settings.max_new_tokens)
+            decode_turns(method.generate, fitting, batches[place], settings.max_new_tokens)
 
 
 def fold(batch: Batch, repeats: Sequence[Sequence[Generation]]) -> BatchRun:
-    """Fold the repeats of a batch into one run: the tokens of the first repeat at the median seconds per token.
+    """Fold the repeats of a batch (answers in the order of `Batch.places`) into one run: the tokens of the first repeat
+    at the median seconds per token. The times of a conversation's turns are summed.
 
     Greedy repeats write the same tokens, so this is the median time; sampled ones differ in length, so times are
     compared per token.
     """
+    places = batch.places()
+    turns = [turn for turn, asked in enumerate(places) for _ in asked]
+
+    def total(repeat: Sequence[Generation], seconds: Callable[[Generation], float]) -> float:
+        slowest = [0.0] * len(places)
+        for turn, item in zip(turns, repeat, strict=True):
+            slowest[turn] = max(slowest[turn], seconds(item))
+        return sum(slowest)
+
     tokens = [sum(max(0, len(item.token_ids) - 1) for item in repeat) for repeat in repeats]
-    seconds = [max(item.decode_seconds for item in repeat) for repeat in repeats]
-    per_token = median(second / max(1, count) for second, count in zip(seconds, tokens, strict=True))
+    times = [total(repeat, lambda item: item.decode_seconds) for repeat in repeats]
+    per_token = median(time / max(1, count) for time, count in zip(times, tokens, strict=True))
     return BatchRun(
         dataset=batch.dataset,
         category=batch.category,
-        numbers=batch.numbers,
+        numbers=[batch.numbers[place] for asked in places for place in asked],
         generations=list(repeats[0]),
-        prefill_seconds=median(max(item.prefill_seconds for item in repeat) for repeat in repeats),
+        prefill_seconds=median(total(repeat, lambda item: item.prefill_seconds) for repeat in repeats),
         decode_seconds=per_token * tokens[0],
         decode_tokens=tokens[0],
+        turns=turns,
     )
 
 
@@ -222,15 +169,14 @@ def run_bench(
     runs = measure(methods, fitting, batches, settings, progress)
     names = [method.name for method in methods]
     reference = reference_method(names, settings.temperature)
-    token_ids = [prompt.token_ids for prompt in fitting]
     divergences: dict[str, dict[int, Divergence | None]] = {}
     against_ar: dict[str, dict[int, Divergence | None]] = {}
     for name in names:
         if reference and name != reference:
-            divergences[name] = compare_tokens(teacher, token_ids, runs[reference], runs[name])
+            divergences[name] = compare_tokens(teacher, fitting, runs[reference], runs[name])
         # in half precision `ar` itself differs from the reference, whose products round otherwise
         if reference == "hf" and teacher.dtype != torch.float32 and "ar" in names and name not in BASELINES:
-            against_ar[name] = compare_tokens(teacher, token_ids, runs["ar"], runs[name])
+            against_ar[name] = compare_tokens(teacher, fitting, runs["ar"], runs[name])
     rows = []
     for method in methods:
         method_rows = bench_rows(method.name, runs, divergences.get(method.name, {}), settings.temperature)
@@ -247,7 +193,14 @@ def run_bench(
     return BenchReport(
         environment=measurement_environment(teacher),
         teacher=teacher.describe(),
-        settings={**asdict(settings), "reference": reference, "methods": names, "prompts": len(fitting)},
+        settings={
+            **asdict(settings),
+            "reference": reference,
+            "methods": names,
+            "prompts": len(fitting),
+            "turns_asked": sum(prompt.turns for prompt in fitting),
+            "turns_not_asked": sum(prompt.turns_not_asked for prompt in fitting),
+        },
         rows=rows,
         skipped_long=skipped,
     )
@@ -269,6 +222,10 @@ def merge_reports(reports: Sequence[BenchReport]) -> BenchReport:
         "methods_by_teacher": methods,
         "prompts": max(prompts.values()),
         "prompts_by_teacher": prompts,
+        "turns_by_teacher": {
+            label: report.settings["turns_asked"] for label, report in zip(labels, reports, strict=True)
+        },
+        **{name: max(report.settings[name] for report in reports) for name in ("turns_asked", "turns_not_asked")},
     }
     return replace(
         first,

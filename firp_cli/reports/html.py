@@ -97,7 +97,7 @@ def _lossless(report: BenchReport) -> str:
         [
             row.method,
             row.dataset,
-            str(mark.prompt),
+            str(mark.prompt) if mark.turn == 1 else f"{mark.prompt}, turn {mark.turn}",
             str(mark.position),
             str(mark.expected),
             str(mark.got),

@@ -80,7 +80,7 @@ def detail_cells(report: BenchReport) -> tuple[list[str], Cells]:
             group_name(row),
             row.method,
             row.tree or DASH,
-            str(row.prompts),
+            str(row.prompts) if row.turns in (None, row.prompts) else f"{row.prompts} ({row.turns} turns)",
             str(row.new_tokens),
             number(row.prefill_seconds),
             number(row.decode_seconds),
@@ -181,11 +181,25 @@ def settings_line(report: BenchReport) -> str:
     counts = [str(count) for count in (settings.get("prompts_by_teacher") or {"": settings.get("prompts")}).values()]
     same = len(set(counts)) == 1
     prompts = f"{counts[0] if same else ' and '.join(counts)} prompts{' each' if same and len(parts) > 1 else ''}"
+    prompts += _turns(settings)
     return (
         f"{'teachers' if len(parts) > 1 else 'teacher'} {' and '.join(names)}, "
         f"{prompts}{skipped}, {how}, up to {settings.get('max_new_tokens')} new tokens, "
         f"batch size {settings.get('batch_size')}, {taken}"
     )
+
+
+def _turns(settings: dict[str, Any]) -> str:
+    """Return the turns that were asked, where conversations have several; reports of older versions do not say."""
+    asked = list((settings.get("turns_by_teacher") or {"": settings.get("turns_asked")}).values())
+    prompts = list((settings.get("prompts_by_teacher") or {"": settings.get("prompts")}).values())
+    text = ""
+    if settings.get("turns") == "first":
+        text = ", first turns only"
+    elif asked != prompts and None not in asked:
+        text = f", {' and '.join(map(str, dict.fromkeys(asked)))} turns"
+    missed = settings.get("turns_not_asked")
+    return f"{text} ({missed} more do not fit the context or the chat template)" if missed else text
 
 
 def reading_notes(report: BenchReport) -> list[str]:
@@ -200,6 +214,15 @@ def reading_notes(report: BenchReport) -> list[str]:
         "ar: autoregressive decoding in the same engine. hf: transformers' own generate.",
         "Speedup with prefill, as defined by Spec-Bench: mean over prompts of tokens per second of wall time, over "
         "that of ar.",
+        *(
+            [
+                "Turns: each method answers a conversation's user turns in order, after its own earlier answers; a "
+                "prompt sums its turns. Outputs are compared up to the first turn that differs, which is part of the "
+                "later turns' prompts."
+            ]
+            if any(row.turns not in (None, row.prompts) for row in report.rows)
+            else []
+        ),
         f"Before measuring, each method decoded the longest batch {times}, uncounted; methods then took turns within "
         "each batch.",
         *([f"{TEACHERS_NOTE}."] if report.teachers else []),

@@ -19,8 +19,8 @@ from firp_cli.data.datasets import load_prompts
 from firp_cli.decoding.tree_file import described, spec_of
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.errors import FirpError
+from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
-from firp_cli.evaluation.run_bench import BenchPrompt
 from firp_cli.evaluation.speed_ticks import measure_tick
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import load_predictor, predictor_folder

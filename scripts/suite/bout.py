@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from firp_cli.decoding.speed.pipeline import PipelineEngine
+from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt
 from firp_cli.evaluation.lossless import first_divergence, next_token_logits
 from firp_cli.evaluation.methods import Method
 from firp_cli.evaluation.rows import ALL, BatchRun, bench_rows, speedup
-from firp_cli.evaluation.run_bench import Batch, BenchPrompt, fold
+from firp_cli.evaluation.run_bench import fold
 from firp_cli.evaluation.speed_ticks import pipeline_report
 from firp_cli.results import BenchRow, Divergence, Generation, TickCost
 from firp_cli.teacher.teacher import Teacher

@@ -18,7 +18,7 @@ from firp_cli.data.datasets import KNOWN, load_conversations, load_prompts
 from firp_cli.data.formats import Message, prompt_of
 from firp_cli.decoding.tree_file import described, spec_of
 from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
-from firp_cli.evaluation.run_bench import BenchPrompt
+from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import load_predictor
 from firp_cli.teacher.check import use_lean_layers

@@ -15,8 +15,9 @@ from firp_cli.api.bench_run import groups_to_measure
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import FingerprintError, UsageError
 from firp_cli.evaluation.bench_groups import choose_groups, embedded_folders, group_by_teacher, teacher_labels
+from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.methods import BenchSettings, make_methods
-from firp_cli.evaluation.run_bench import BenchPrompt, merge_reports, run_bench
+from firp_cli.evaluation.run_bench import merge_reports, run_bench
 from firp_cli.predictors.folder import read_config, save_predictor
 from firp_cli.results import BenchReport, as_json
 from firp_cli.teacher.load import load_teacher

@@ -36,6 +36,18 @@ def test_quickstart_keeps_the_last_tenth_of_a_file_back(tmp_path: Path) -> None:
     assert asked == [f"question {number}" for number in range(50)]
 
 
+def test_quickstart_keeps_later_turns(tmp_path: Path) -> None:
+    talk = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    rows = [{"turns": ["one", "two"]}, {"messages": talk}] * 25
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "out").mkdir()
+    found = find_prompts(str(path), None, tmp_path / "out")
+    read = [prompt.conversation for name in (found.train, found.test) for prompt in load_prompts(name)]
+    assert read == [prompt.conversation for prompt in load_prompts(str(path))]
+    assert all(len(conversation.turns()) == 2 for conversation in read)
+
+
 def test_quickstart_uses_the_splits_of_a_known_set(tmp_path: Path) -> None:
     found = find_prompts("chat", None, tmp_path)
     assert (found.train, found.test, found.count) == ("chat", "chat", 200)

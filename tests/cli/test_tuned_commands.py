@@ -16,9 +16,10 @@ from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
 from firp_cli.errors import UsageError
+from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.environment import machine_key
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
-from firp_cli.evaluation.run_bench import BenchPrompt, run_bench
+from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import BenchReport, Prediction, as_json
 from firp_cli.teacher.load import load_teacher

@@ -18,6 +18,7 @@ import pytest
 from firp_cli.collecting import vllm as vllm_process
 from firp_cli.collecting.answer import respond
 from firp_cli.collecting.collect_store import collect_store
+from firp_cli.collecting.corpus import build_corpus, load_messages
 from firp_cli.collecting.engine_responder import make_responder
 from firp_cli.collecting.vllm import VllmResponder, check_vllm
 from firp_cli.config import DataConfig, LoopedSection, Recipe, TeacherConfig
@@ -103,6 +104,23 @@ def test_vllm_answers_by_token_ids_and_its_process_ends(
         "enable_prefix_caching": True,
     }
     assert not alive(start["pid"])
+
+
+def test_vllm_answers_later_turns_in_one_process(script: Script, teacher: Teacher, tmp_path: Path) -> None:
+    notes, talks = script(), tmp_path / "talks.jsonl"
+    talks.write_text("".join(json.dumps({"turns": ["one", "two", "three"][:count]}) + "\n" for count in (1, 2, 3)))
+    data = config(talks, regenerate=True, max_new_tokens=4)
+    prompts = build_corpus(load_messages(data), teacher, data)
+    answered, account = respond(teacher, prompts, data, 400, tmp_path, responder_of(teacher, tmp_path, 400))
+    assert account["turns"] == 6 and len(asked(notes)) == 1 + 3, "a start and a batch for each turn"
+    for ids, mask in zip(answered.input_ids, answered.loss_mask, strict=True):
+        told, place = ids.tolist(), 0
+        while place < len(told):
+            place += int(mask[place:].int().argmax())
+            answer = vllm_stand_in.answer(told[:place])[:4]
+            assert told[place : place + len(answer)] == answer and mask[place : place + len(answer)].all()
+            place += len(answer)
+            assert place == len(told) or not mask[place]
 
 
 def test_vllm_refused_prompt_loses_no_other(

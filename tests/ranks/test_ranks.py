@@ -46,6 +46,30 @@ def decoded(number: int, size: int) -> list[dict[str, Any]]:
     return found
 
 
+def test_bench_over_ranks_asks_every_turn(ranks: RankPool, tmp_path: Path) -> None:
+    """The second rank follows with the pipeline's own answers, in batches that a conversation leaves earlier."""
+    talks = [["What is 3 plus 4?", "And 2 more?"], ["What is 9 minus 2?"], ["What is 5 times 3?", "Is it?", "Sure?"]]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"turns": talk}) + "\n" for talk in talks))
+    command = [
+        "bench",
+        "speed",
+        "--methods",
+        "ar,speed",
+        "--repeats",
+        "1",
+        "--max-new-tokens",
+        "9",
+        "--batch-size",
+        "2",
+    ]
+    command += ["--dataset", str(tmp_path / "talks.jsonl"), "--output", str(tmp_path / "out")]
+    assert ranks.run(command, 2, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()[-2000:]
+    report = json.loads((tmp_path / "out" / "bench.json").read_text())
+    for row in report["rows"]:
+        assert (row["prompts"], row["turns"]) == (3, 6)
+        assert row["method"] == "ar" or (row["lossless"]["compared"], row["lossless"]["identical"]) == (3, 3)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_ranks_write_the_tokens_of_one_process(ranks: RankPool, count: int, tmp_path: Path):
     """Every rank works on its own groups of layers and ends with the same tokens, in as many ticks; sampling too, since

@@ -16,6 +16,7 @@ from firp_cli.config import DataConfig, TeacherConfig
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
+from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt, fit_prompts, make_batches, spread
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
 from firp_cli.evaluation.lossless import first_divergence, unit_in_last_place
 from firp_cli.evaluation.methods import (
@@ -27,17 +28,7 @@ from firp_cli.evaluation.methods import (
     predictor_names,
 )
 from firp_cli.evaluation.rows import BatchRun, bench_rows
-from firp_cli.evaluation.run_bench import (
-    Batch,
-    BenchPrompt,
-    fit_prompts,
-    fold,
-    make_batches,
-    measure,
-    memory_line,
-    run_bench,
-    spread,
-)
+from firp_cli.evaluation.run_bench import fold, measure, memory_line, run_bench
 from firp_cli.machine import readable_bytes
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import BenchReport, Divergence, Generation
