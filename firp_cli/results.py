@@ -261,6 +261,7 @@ class BenchReport:
     settings: dict[str, Any]
     rows: list[BenchRow]
     skipped_long: int = 0
+    left_out_trained: int = 0  # prompts that a predictor was trained on
     teachers: list[dict[str, Any]] = field(default_factory=list)
     schema: str = BENCH_SCHEMA
 
@@ -280,7 +281,8 @@ class BenchReport:
             made.lossless_ar = Lossless.from_json(against_ar) if against_ar else None
             rows.append(made)
         keys = ("environment", "teacher", "settings", "skipped_long", "schema")
-        return BenchReport(rows=rows, teachers=value.get("teachers", []), **{key: value[key] for key in keys})
+        given = {key: value[key] for key in keys} | {"left_out_trained": value.get("left_out_trained", 0)}
+        return BenchReport(rows=rows, teachers=value.get("teachers", []), **given)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_fold
 from firp_cli.evaluation.bench_prompts import BenchPrompt, spread
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.run_bench import follow_bench, memory_line, merge_reports, run_bench
+from firp_cli.evaluation.trained_prompts import were_trained_on
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.results import BenchReport
 from firp_cli.teacher.teacher import Teacher
@@ -140,7 +142,8 @@ def _measure(
     settings = loader.settings
     teacher, loaded = loader.load(group)
     methods = make_methods(teacher, loaded, group.methods, settings)
-    encoded = _encode(prompts, teacher, settings.turns == "all")
+    fresh = _without_trained(prompts, teacher, loaded)
+    encoded = _encode(fresh, teacher, settings.turns == "all")
     if settings.rank > 0:
         follow_bench(encoded, methods, settings, teacher.max_positions, skip_long)
         return BenchReport({}, teacher.describe(), {}, [])
@@ -149,11 +152,32 @@ def _measure(
     LOG.info(f"warm-up{suffix}: each method decodes the longest batch once, uncounted")
     with progress(f"measuring{suffix}") as bar:
         report = run_bench(teacher, encoded, methods, settings, skip_long=skip_long, progress=bar)
+    report.left_out_trained = len(prompts) - len(fresh)
     del teacher, loaded, methods
     if group.label:  # the next teacher needs the memory
         gc.collect()
         torch.cuda.empty_cache()
     return report
+
+
+def _without_trained(
+    prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, loaded: dict[str, LoadedPredictor]
+) -> list[tuple[str, Prompt]]:
+    """Return the prompts that none of the predictors was trained on; the others are counted in the log.
+
+    Raises UsageError where none remains.
+    """
+    predictors = [item.predictor for item in loaded.values()]
+    trained = were_trained_on([prompt.conversation for _, prompt in prompts], teacher.tokenizer, predictors)
+    fresh = [pair for pair, seen in zip(prompts, trained, strict=True) if not seen]
+    for name, count in Counter(name for (name, _), seen in zip(prompts, trained, strict=True) if seen).items():
+        LOG.info(f"{name}: {count} prompts are left out, since a predictor was trained on them")
+    if prompts and not fresh:
+        raise UsageError(
+            f"a predictor was trained on all {len(prompts)} prompts, so that they prove nothing: name another data set "
+            "or split, or raise --limit"
+        )
+    return fresh
 
 
 def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, teacher: Teacher) -> list[BenchPrompt]:

@@ -232,5 +232,6 @@ def merge_reports(reports: Sequence[BenchReport]) -> BenchReport:
         settings={**first.settings, **settings},
         rows=[replace(row, teacher=label) for label, each in zip(labels, reports, strict=True) for row in each.rows],
         skipped_long=sum(report.skipped_long for report in reports),
+        left_out_trained=max(report.left_out_trained for report in reports),
         teachers=[report.teacher for report in reports],
     )

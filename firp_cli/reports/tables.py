@@ -173,6 +173,8 @@ def settings_line(report: BenchReport) -> str:
     temperature = settings.get("temperature", 0.0)
     how = "greedy" if not temperature else f"temperature {temperature:g}, top-p {settings.get('top_p', 1.0):g}"
     skipped = f" ({report.skipped_long} longer than the context skipped)" if report.skipped_long else ""
+    if report.left_out_trained:
+        skipped += f" ({report.left_out_trained} left out: a predictor was trained on them)"
     repeats = settings.get("repeats")
     taken = "measured once" if repeats == 1 else f"medians over {repeats} repeats"
     names = [
