@@ -23,6 +23,7 @@ _PLACES = {
     "bench": "firp_cli.api.bench_run",
     "write_report": "firp_cli.api.write_report",
     "Recipe": "firp_cli.config",
+    "TeacherConfig": "firp_cli.config",
     "BenchSettings": "firp_cli.evaluation.methods",
     "PromptSettings": "firp_cli.collecting.own_prompts",
     "TuneSettings": "firp_cli.tuning.calibration",

@@ -10,6 +10,7 @@ from firp_cli.api.tune_run import tune as tune
 from firp_cli.api.write_report import write_report as write_report
 from firp_cli.collecting.own_prompts import PromptSettings as PromptSettings
 from firp_cli.config import Recipe as Recipe
+from firp_cli.config import TeacherConfig as TeacherConfig
 from firp_cli.decoding.engine import EngineOptions as EngineOptions
 from firp_cli.errors import FirpError as FirpError
 from firp_cli.evaluation.methods import BenchSettings as BenchSettings

@@ -8,7 +8,7 @@ the rendered text.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +59,7 @@ def encode(
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     mask = _mask_spans(encoded["offset_mapping"], spans)
-    _mask_turn_ends(ids, mask, tokenizer)
+    _mask_turn_ends(ids, mask, tokenizer, lambda: _turn_end(messages, tokenizer, tools))
     return EncodedConversation(ids[:max_length], mask[:max_length])
 
 
@@ -265,11 +265,11 @@ def _content_span(
     return None if start < 0 else (start, start + len(content))
 
 
-def _mask_turn_ends(ids: list[int], mask: list[bool], tokenizer: Any) -> None:
+def _mask_turn_ends(ids: list[int], mask: list[bool], tokenizer: Any, turn_end: Callable[[], int | None]) -> None:
     """Extend or cut every run of masked tokens to the token that ends the turn, in place.
 
-    A special token directly after a run is part of it (marks and sentinels cover only the text), unless it begins a
-    text; white space after a special token is not.
+    Marks and sentinels may cover only the text: the special token `turn_end()` directly after a run is part of it.
+    White space after a special token is not.
     """
     special = special_tokens(tokenizer)
     for start, end, inside in list(_runs(mask)):
@@ -278,12 +278,21 @@ def _mask_turn_ends(ids: list[int], mask: list[bool], tokenizer: Any) -> None:
         last = _last_of_turn(ids, start, end, special, tokenizer)
         if ids[last] in special:
             mask[last + 1 : end] = [False] * (end - last - 1)
-        elif (
-            end < len(ids)
-            and ids[end] in special
-            and (ids[end] != tokenizer.bos_token_id or ids[end] == tokenizer.eos_token_id)
-        ):
+        elif end < len(ids) and ids[end] in special and ids[end] == turn_end():
             mask[end] = True
+
+
+def _turn_end(messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None) -> int | None:
+    """Return the first special token that the template writes after the text of a last answer: it ends the turn. None
+    where there is none; what follows an answer in the middle may open the next turn.
+    """
+    last = max(place for place, item in enumerate(messages) if item["role"] == "assistant")
+    try:
+        text = _render([*messages[:last], {**messages[last], "content": SENTINEL}], tokenizer, tools)
+    except DatasetError:
+        return None
+    special = special_tokens(tokenizer)
+    return next((token for token in text_tokens(text.rpartition(SENTINEL)[2], tokenizer) if token in special), None)
 
 
 def _last_of_turn(ids: list[int], start: int, end: int, special: set[int], tokenizer: Any) -> int:

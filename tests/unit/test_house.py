@@ -13,7 +13,19 @@ from pathlib import Path
 from helpers.models import ROOT
 
 PACKAGE = ROOT / "firp_cli"
-BASE = {"assets", "chat_template", "config", "errors", "files", "machine", "metrics", "provenance", "recipe", "results", "tune_results"}
+BASE = {
+    "assets",
+    "chat_template",
+    "config",
+    "errors",
+    "files",
+    "machine",
+    "metrics",
+    "provenance",
+    "recipe",
+    "results",
+    "tune_results",
+}
 ONLY_IN = {
     "typer": {"cli"},
     "rich": {"cli", "reports"},

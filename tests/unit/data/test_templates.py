@@ -6,6 +6,7 @@ the answer's text; the token that ends its turn belongs to it.
 
 from __future__ import annotations
 
+import copy
 import os
 from itertools import pairwise
 from typing import Any
@@ -78,6 +79,7 @@ FAMILIES = {
 }
 
 
+ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end|>")
 OPENINGS = ("", "<think>", "<think>\n\n</think>")
 
 
@@ -130,7 +132,10 @@ def rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
 def masked(tokenizer: Any, messages: list[dict[str, Any]]) -> list[str]:
     """Return the text of each run of trained tokens."""
     made = encode(messages, tokenizer)
-    edges = [0, *(place for place in range(1, len(made.loss_mask)) if made.loss_mask[place] != made.loss_mask[place - 1])]
+    edges = [
+        0,
+        *(place for place in range(1, len(made.loss_mask)) if made.loss_mask[place] != made.loss_mask[place - 1]),
+    ]
     return [
         tokenizer.decode(made.input_ids[start:end])
         for start, end in pairwise([*edges, len(made.input_ids)])
@@ -175,3 +180,54 @@ def test_masks_of_families_are_exact(family: str, shape: str, tokenizers_of_fami
     for got, right in zip(found, wanted, strict=True):
         text = right.lstrip()  # the teacher writes white space and thinking that the generation prompt leaves to it
         assert got.endswith(text) and got.removesuffix(text).strip() in OPENINGS
+
+
+# Parts of made-up templates: what stands around a turn, and what is done to its text.
+BEFORE = st.sampled_from(
+    ["<|im_start|>{role}\n", "<|{role}|>\n", "[{role}] ", "### {role}:\n", "{role}: ", "<|start_header_id|>{role}<|end_header_id|>\n\n"]
+)
+OPENED = ("<|im_start|>assistant", "<|assistant|>", "[assistant]", "### assistant:", "assistant:") + (
+    "<|start_header_id|>assistant<|end_header_id|>",
+)
+AFTER = st.sampled_from(["<|im_end|>\n", "<|eot_id|>", "</s>", "<|end|>\n", "<|end|>\n\n", "\n", " </s>"])
+FILTERS = st.sampled_from(["", "|trim"])
+TEXTS = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cs", "Co"], exclude_characters="\x00"), min_size=1, max_size=12
+).filter(lambda text: bool(text.strip()) and "<" not in text)
+
+
+@st.composite
+def made_up_templates(draw: st.DrawFn) -> str:
+    """Return a template of random parts, with or without marks and a generation prompt."""
+    before, after, how = draw(BEFORE), draw(AFTER), draw(FILTERS)
+    opening = "'" + before.replace("{role}", "' + m['role'] + '").replace("\n", "\\n") + "'"
+    closing = "'" + after.replace("\n", "\\n") + "'"
+    text = f"m['content']{how}"
+    if draw(st.booleans()):
+        body = (
+            "{% if m['role'] == 'assistant' %}{% generation %}{{ " + f"{text} + {closing}" + " }}{% endgeneration %}"
+            "{% else %}{{ " + f"{text} + {closing}" + " }}{% endif %}"
+        )
+    else:
+        body = "{{ " + f"{text} + {closing}" + " }}"
+    prompt = "{% if add_generation_prompt %}{{ " + opening.replace("m['role']", "'assistant'") + " }}{% endif %}"
+    head = draw(st.sampled_from(["", "{{ bos_token }}", "{{ messages|length|string + '\\n' }}"]))
+    return head + "{% for m in messages %}{{ " + opening + " }}" + body + "{% endfor %}" + draw(st.sampled_from(["", prompt]))
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(made_up_templates(), st.lists(TEXTS, min_size=2, max_size=6))
+def test_masks_of_made_up_templates_agree_with_the_oracle(
+    tokenizers_of_families: dict[str, Any], template: str, texts: list[str]
+) -> None:
+    tokenizer = copy.copy(tokenizers_of_families["phi-3"])
+    tokenizer.chat_template = template
+    messages = turns(*(f"QQ {text}" if place % 2 == 0 else text for place, text in enumerate(texts)))
+    found, wanted = masked(tokenizer, messages), expected(tokenizer, messages, ())
+    assert len(found) == len(wanted)
+    for got, right in zip(found, wanted, strict=True):
+        assert right.strip() in got and "QQ" not in got
+        before, _, after = got.partition(right.strip())
+        # a template without a generation prompt leaves the opening of the turn to the teacher
+        opening = "add_generation_prompt" not in template and before.strip() in OPENED
+        assert (opening or not before.strip()) and after.strip() in ("", *ENDS), (got, right)

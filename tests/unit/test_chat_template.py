@@ -1,0 +1,206 @@
+"""Chat templates: where they come from, their options, and a clock that stands still."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from firp_cli.chat_template import at_fixed_time, find_template, set_chat_template
+from firp_cli.config import TeacherConfig
+from firp_cli.data.chat import encode, encode_prompt, template_fingerprint
+from firp_cli.errors import TeacherError
+from helpers.chat import CHATML, byte_tokenizer
+
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+SWITCHED = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ 'assistant:' + (' <think></think>' if enable_thinking is defined and enable_thinking is false else '') }}"
+    "{% endif %}{% if style is defined %}{{ style|tojson }}{% endif %}"
+)
+
+
+def tokenizer_with(template: str | dict[str, str] | None, **config: Any) -> tuple[Any, dict[str, str]]:
+    """Return a tokenizer with this own template, after the configuration was applied, and the record."""
+    tokenizer = copy.copy(byte_tokenizer())
+    tokenizer.chat_template = template
+    return tokenizer, set_chat_template(tokenizer, TeacherConfig(**config), "tiny")
+
+
+def prompt_text(tokenizer: Any, messages: list[dict[str, Any]] = QUESTION) -> str:
+    return str(tokenizer.decode(encode_prompt(messages, tokenizer)))
+
+
+def test_vicuna_has_the_format_of_its_training() -> None:
+    tokenizer, record = tokenizer_with(None, chat_template="vicuna")
+    turns = [
+        *QUESTION,
+        {"role": "assistant", "content": "A bird."},
+        {"role": "user", "content": "Which?"},
+        {"role": "assistant", "content": "A crow."},
+    ]
+    head = (
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. "
+    )
+    assert (
+        prompt_text(tokenizer, turns[:3]) == head + "USER: Who are you? ASSISTANT: A bird.</s>USER: Which? ASSISTANT:"
+    )
+    made = encode(turns, tokenizer)
+    answers = [token for token, inside in zip(made.input_ids, made.loss_mask, strict=True) if inside]
+    assert tokenizer.decode(answers) == " A bird.</s> A crow.</s>"
+    system = [{"role": "system", "content": "Be a crow."}, *QUESTION]
+    assert prompt_text(tokenizer, system) == "<s>Be a crow. USER: Who are you? ASSISTANT:"
+    assert record["source"] == "vicuna" and record["fingerprint"] == template_fingerprint(tokenizer)
+
+
+def test_template_may_be_a_file_or_text_or_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("\ufeff" + CHATML, encoding="utf-8")  # editors on Windows begin files with a byte-order mark
+    assert find_template(str(file)) == ("own.jinja", CHATML)
+    assert find_template(CHATML) == ("text", CHATML)
+    by_file, by_text = (tokenizer_with(None, chat_template=value)[0] for value in (str(file), CHATML))
+    assert (
+        prompt_text(by_file)
+        == prompt_text(by_text)
+        == "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vicunna", "did you mean 'vicuna'"),
+        ("nowhere/x.jinja", "no such file"),
+        ("{% for m in messages %}{{ m }}", "not valid Jinja"),
+        ("{{ messages", "line 1"),
+    ],
+)
+def test_template_that_cannot_be_used_is_refused(name: str, words: str) -> None:
+    with pytest.raises(TeacherError, match=words):
+        tokenizer_with(CHATML, chat_template=name)
+
+
+def test_binary_file_is_no_template(tmp_path: Path) -> None:
+    (tmp_path / "x.jinja").write_bytes(b"\xff\xfe{{")
+    with pytest.raises(TeacherError, match="cannot be read"):
+        tokenizer_with(CHATML, chat_template=str(tmp_path / "x.jinja"))
+
+
+def test_teacher_without_template_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = copy.copy(byte_tokenizer())
+    tokenizer.chat_template = None
+    with caplog.at_level(logging.INFO, logger="firp"):
+        records = [set_chat_template(tokenizer, TeacherConfig(), "no-template") for _ in range(2)]
+    lines = [item.getMessage() for item in caplog.records if "no-template" in item.getMessage()]
+    assert len(lines) == 1 and "teacher.chat_template" in lines[0] and "vicuna" in lines[0]
+    assert records[0]["source"] == "plain" and prompt_text(tokenizer) == "<s>Who are you?"
+
+
+@pytest.mark.parametrize(
+    ("options", "ending"),
+    [
+        ({}, "assistant:"),
+        ({"enable_thinking": False}, "assistant: <think></think>"),
+        ({"enable_thinking": True}, "assistant:"),
+    ],
+)
+def test_options_reach_the_template(options: dict[str, Any], ending: str) -> None:
+    tokenizer, record = tokenizer_with(SWITCHED, template_options=options)
+    assert prompt_text(tokenizer).endswith(ending)
+    assert (record["fingerprint"] == tokenizer_with(SWITCHED)[1]["fingerprint"]) == (not options)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(JSON_VALUES)
+def test_any_option_value_arrives_unchanged(value: Any) -> None:
+    import json
+
+    tokenizer, _ = tokenizer_with(
+        "{{ messages[0].content }}{{ '\\x00' }}{{ style|tojson }}", template_options={"style": value}
+    )
+    text = tokenizer.apply_chat_template(QUESTION, tokenize=False)
+    assert json.loads(text.partition("\x00")[2]) == value
+
+
+@pytest.mark.parametrize(
+    "name", ["enable_thinkin", "messages", "add_generation_prompt", "strftime_now", "not a name", ""]
+)
+def test_option_that_the_template_does_not_read_is_refused(name: str) -> None:
+    with pytest.raises(TeacherError, match="does not read"):
+        tokenizer_with(SWITCHED, template_options={name: 1})
+
+
+def test_misspelt_option_gets_the_nearest_name() -> None:
+    with pytest.raises(TeacherError, match="did you mean 'enable_thinking'"):
+        tokenizer_with(SWITCHED, template_options={"enable_thinkin": False})
+
+
+def test_options_apply_to_each_of_several_named_templates() -> None:
+    tokenizer, _ = tokenizer_with(
+        {"default": SWITCHED, "tool_use": "{{ 'tools' if enable_thinking is false }}"},
+        template_options={"enable_thinking": False},
+    )
+    assert prompt_text(tokenizer).endswith("<think></think>")
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    assert tokenizer.decode(encode_prompt(QUESTION, tokenizer, tools)) == "tools"
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%d %b %Y", "%A, %B %d", "%-d.%-m.%y %H:%M:%S.%f", "%j %F %T %p %%"])
+def test_clock_of_a_template_stands_still(form: str) -> None:
+    template = (
+        "{% set now = strftime_now('" + form + "') %}{{ now }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    tokenizer, record = tokenizer_with(template)
+    midnight = datetime.datetime(2024, 7, 26)
+    assert prompt_text(tokenizer) == midnight.strftime(form) + "Who are you?"
+    assert record["date"] == "2024-07-26"
+    chosen, record = tokenizer_with(template, template_options={"date": "2025-01-03"})
+    assert prompt_text(chosen) == datetime.datetime(2025, 1, 3).strftime(form) + "Who are you?"
+    assert record["date"] == "2025-01-03" and template_fingerprint(chosen) != template_fingerprint(tokenizer)
+
+
+def test_day_that_is_passed_as_text_is_fixed_too() -> None:
+    template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+    assert prompt_text(tokenizer_with(template)[0]).startswith("26 Jul 2024")
+    config = TeacherConfig(template_options={"date": datetime.date(2025, 1, 31)})  # as YAML reads 2025-01-31
+    assert config.model_dump(mode="json")["template_options"] == {"date": "2025-01-31"}
+    assert prompt_text(tokenizer_with(template, **config.model_dump())[0]).startswith("31 Jan 2025")
+
+
+def test_clock_works_inside_macros_and_marks() -> None:
+    template = (
+        "{% macro day() %}{{ strftime_now('%Y') }}{% endmacro %}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + day() }}{% endgeneration %}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
+    )
+    tokenizer, _ = tokenizer_with(template)
+    made = encode([*QUESTION, {"role": "assistant", "content": "me"}], tokenizer)
+    answer = [token for token, inside in zip(made.input_ids, made.loss_mask, strict=True) if inside]
+    assert tokenizer.decode(answer) == "me2024"
+    own = "{% macro strftime_now(form) %}{{ 'noon' }}{% endmacro %}{{ strftime_now('%H') }}"
+    assert at_fixed_time(own) == own
+
+
+@pytest.mark.parametrize("value", ["31.1.2025", "tomorrow", "2025-13-01", 5])
+def test_date_of_another_form_is_refused(value: Any) -> None:
+    with pytest.raises(TeacherError, match="YYYY-MM-DD"):
+        tokenizer_with("{{ strftime_now('%Y') }}{{ messages }}", template_options={"date": value})
+
+
+def test_template_options_are_a_mapping() -> None:
+    with pytest.raises(ValidationError):
+        TeacherConfig.model_validate({"template_options": ["enable_thinking"]})
