@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher
-from firp_cli.config import TeacherConfig
+from firp_cli.config import TeacherConfig, check_sampling
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.formats import Message
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.make_engine import make_engine
-from firp_cli.decoding.sampling import check_sampling
 from firp_cli.decoding.sequences import Label, OnTokens, check_prompts, check_stop, prompt_label
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import parse_tree

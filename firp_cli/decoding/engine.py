@@ -87,7 +87,7 @@ class Engine:
         self.options = options = options or EngineOptions()
         self.clock = clock
         device = teacher.device
-        self._kernel = choose_backend(options.attention, device) == "triton"
+        self._kernel = choose_backend(options.attention, device, teacher.own_masks) == "triton"
         self.sampler = Sampler(temperature, top_p, seed, device, self._kernel)
         self.graphs: StepGraphs | None = None
         if device.type == "cuda" and options.graphs:

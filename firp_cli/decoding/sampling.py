@@ -6,31 +6,14 @@ Shapes: B sequences, N nodes, V vocabulary size.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from firp_cli.errors import UsageError
+from firp_cli.config import check_sampling
 from firp_cli.teacher.attention import choose_backend
 
 NO_TOKEN = -1
-SMALLEST_TEMPERATURE = (
-    1e-6  # below it logits divided by the temperature overflow, or lose their differences to rounding
-)
 CANDIDATES = 1024  # most probable tokens of a row, which on a CPU are tried before the row is sorted
-
-
-def check_sampling(temperature: float, top_p: float, seed: int = 0) -> None:
-    """Raise UsageError for a temperature, top-p or seed out of range."""
-    possible = temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf
-    if not (possible and 0 < top_p <= 1):
-        raise UsageError(
-            f"temperature must be 0 (greedy) or at least {SMALLEST_TEMPERATURE:g}, and top_p above 0 and at most 1, "
-            f"got {temperature} and {top_p}"
-        )
-    if not 0 <= seed < 1 << 63:
-        raise UsageError(f"seed must be from 0 to 2**63 - 1, got {seed}")
 
 
 class Sampler:

@@ -21,7 +21,7 @@ from firp_cli.assets import embedded_teachers, nearest
 from firp_cli.config import LoopedSection, TeacherConfig
 from firp_cli.errors import TeacherError, first_line
 from firp_cli.machine import default_device
-from firp_cli.teacher.check import check_against_model, standard_attention
+from firp_cli.teacher.check import check_against_model, inspect_attention
 from firp_cli.teacher.library_layers import MissingLayer
 from firp_cli.teacher.looped_llama import register
 from firp_cli.teacher.source import known_teachers, locate, teacher_name
@@ -49,7 +49,7 @@ def wrap_model(
     teacher = Teacher(model, tokenizer, name, looped)
     if check:
         check_against_model(teacher)
-    teacher.standard_attention = standard_attention(teacher)
+    inspect_attention(teacher)
     return teacher
 
 
@@ -176,7 +176,7 @@ class PartialTeacher:
         )
         with _as_part_error():
             check_against_model(teacher)
-        teacher.standard_attention = standard_attention(teacher)
+        inspect_attention(teacher)
         return teacher
 
     def _check_names(self, model: Any) -> None:

@@ -92,7 +92,7 @@ def test_nan_in_an_answer_stops_with_prompt_position_and_teacher(
 def test_nan_stops_without_the_cpu_kernels(teacher: Teacher, temperature: float) -> None:
     with (
         poisoned(teacher, PROMPTS[1][0], float("nan")),
-        pytest.raises(NumericsError, match="prompt 2: .* new token 1 "),
+        pytest.raises(NumericsError, match=r"prompt 2: .* new token 1 "),
     ):
         Engine(teacher, temperature=temperature).generate(PROMPTS, TOKENS)
 
