@@ -5,17 +5,22 @@ The comment after a field gives its meaning and unit; "null" is YAML's name of N
 
 from __future__ import annotations
 
+import math
 from datetime import date
 from typing import Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from firp_cli.assets import DEFAULT_TEACHER
+from firp_cli.errors import UsageError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+SMALLEST_TEMPERATURE = 1e-6  # below it logits over the temperature overflow, or lose their differences to rounding
 
 
 class Section(BaseModel):
@@ -323,7 +328,7 @@ class TrainingConfig(Section):
     log_every: PositiveInt = 10  # optimizer steps between entries in TensorBoard and wandb
     wandb: str | None = None  # Weights & Biases project; null: only TensorBoard and metrics.jsonl
     gate_prompts: Annotated[int, Field(ge=0)] = 8  # prompts to decode after training, as a check; 0: none
-    seed: int = 0  # of the validation split, the data order, the anchors and random start values
+    seed: Seed = 0  # of the validation split, the data order, the anchors and random start values
 
 
 class Recipe(Section):
@@ -350,3 +355,15 @@ class Recipe(Section):
                 "teacher.sharding=zero3 cannot generate answers (data.regenerate): set collect.responder=vllm"
             )
         return self
+
+
+def check_sampling(temperature: float, top_p: float, seed: int = 0) -> None:
+    """Raise UsageError for a temperature, top-p or seed out of range."""
+    possible = temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf
+    if not (possible and 0 < top_p <= 1):
+        raise UsageError(
+            f"temperature must be 0 (greedy) or at least {SMALLEST_TEMPERATURE:g}, and top_p above 0 and at most 1, "
+            f"got {temperature} and {top_p}"
+        )
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"seed must be from 0 to 2**63 - 1, got {seed}")

@@ -12,12 +12,12 @@ import torch
 
 from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher
 from firp_cli.chat_template import set_chat_template
-from firp_cli.config import TeacherConfig
+from firp_cli.config import TeacherConfig, check_sampling
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.formats import Message
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.make_engine import make_engine
-from firp_cli.decoding.sequences import OnTokens
+from firp_cli.decoding.sequences import Label, OnTokens, check_prompts, check_stop, prompt_label
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import TeacherError, UsageError
@@ -186,11 +186,13 @@ class Decoder:
         UsageError, DatasetError.
         """
         ids = self.encode(prompt)
+        check_stop(stop, self.teacher.tokenizer)
+        check_prompts(self.teacher, [ids], max_new_tokens, lambda _: "the prompt")
         engine = self._prepare(temperature, top_p, seed)
         self._log_cache(engine, 1, len(ids), max_new_tokens)
         pieces = TextStream(self.teacher.tokenizer, stream) if stream else None
         on_tokens: OnTokens | None = pieces.on_tokens if pieces else None
-        (generation,) = engine.generate([ids], max_new_tokens, stop, on_tokens)
+        (generation,) = engine.generate([ids], max_new_tokens, stop, on_tokens, lambda _: "the prompt")
         if pieces:
             pieces.finish(generation.text)
         return generation
@@ -206,25 +208,35 @@ class Decoder:
         seed: int = 0,
         stop: Sequence[str] = (),
         progress: Progress = no_progress,
+        label: Label = prompt_label,
     ) -> list[Generation]:
-        """Generate text after several prompts, `batch_size` at once; results are in the prompts' order.
+        """Generate text after several prompts, `batch_size` at once; results are in the prompts' order. All prompts are
+        checked before the first batch.
 
-        `progress` is called with (prompts done, all prompts) after each batch. The other arguments and the errors are
-        those of `generate`.
+        `progress` is called with (prompts done, all prompts) after each batch. `label` names a prompt in messages, by
+        its number from 0. The other arguments and the errors are those of `generate`.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         encoded = [self.encode(prompt) for prompt in prompts]
+        check_stop(stop, self.teacher.tokenizer)
+        check_prompts(self.teacher, encoded, max_new_tokens, label)
         engine = self._prepare(temperature, top_p, seed)
         self._log_cache(engine, min(batch_size, len(encoded)), max(map(len, encoded), default=0), max_new_tokens)
         results: list[Generation] = []
         for start in range(0, len(encoded), batch_size):
-            results += engine.generate(encoded[start : start + batch_size], max_new_tokens, stop)
+            results += engine.generate(
+                encoded[start : start + batch_size],
+                max_new_tokens,
+                stop,
+                label=lambda number, start=start: label(start + number),  # type: ignore[misc]
+            )
             progress(len(results), len(encoded))
         return results
 
     def _prepare(self, temperature: float, top_p: float, seed: int) -> Engine | PipelineEngine:
         """Return the engine of these settings, its random numbers set to `seed`. Raises UsageError."""
+        check_sampling(temperature, top_p, seed)
         if self._engine is None or self._sampling != (temperature, top_p):
             self._engine = None  # frees its cache first
             trees = None

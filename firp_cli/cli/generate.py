@@ -25,6 +25,7 @@ from firp_cli.cli.terminal import (
     RemoteCode,
     Revision,
     Seed,
+    Stop,
     Temperature,
     TemplateOptions,
     Threads,
@@ -71,7 +72,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once, with --prompts.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="String that ends the text; may be repeated.")] = None,
+    stop: Stop = None,
     tree: Tree = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most prompts, with --prompts.")] = None,
     raw: Annotated[bool, typer.Option(help="Leave out the chat template.")] = False,
@@ -159,7 +160,9 @@ def _generate_one(decoder: Decoder, prompt: str, raw: bool, stream: bool, **sett
 
 
 def _raw(decoder: Decoder, text: str) -> list[int]:
-    return list(decoder.teacher.tokenizer(text)["input_ids"])
+    from firp_cli.data.chat import encode_text
+
+    return encode_text(text, decoder.teacher.tokenizer)
 
 
 def _read_prompts(decoder: Decoder, path: str, limit: int | None, raw: bool) -> list[Prompt]:

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 from typer.core import TyperCommand
 
-from firp_cli.config import Precision, TeacherConfig
+from firp_cli.config import Precision, TeacherConfig, check_sampling
 from firp_cli.errors import INTERRUPTED, UsageError
 from firp_cli.machine import is_main, world_size
 from firp_cli.results import Progress
@@ -27,6 +27,25 @@ if TYPE_CHECKING:
 OLD_OPTIONS = {"--layers": "--backend", "--sittings": "--timing-rounds"}  # old name: new name; until version 0.2
 T = TypeVar("T")
 INTERRUPTION = "firp: interrupted; finished work is kept, --resume goes on from there"
+
+
+def _possible(name: str) -> Callable[[T], T]:
+    """Return the check of a sampling option while the command line is parsed. It raises UsageError."""
+
+    def check(value: T) -> T:
+        values: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, name: value}
+        check_sampling(**values)
+        return value
+
+    return check
+
+
+def _stop_strings(values: list[str] | None) -> list[str] | None:
+    """Refuse an empty stop string while the command line is parsed."""
+    if values and not all(values):
+        raise UsageError("--stop is empty: every text contains the empty string, so leave it out")
+    return values
+
 
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library warnings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -66,9 +85,19 @@ Tree = Annotated[
         "with pseudo states; none: autoregressive decoding. Or a tree.json. Default: the predictor's tree.json."
     ),
 ]
-Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature. 0: greedy.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Top-p of sampling, applied after the temperature.")]
-Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, callback=_possible("temperature"), help="Sampling temperature. 0: greedy.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        callback=_possible("top_p"), help="Top-p of sampling, above 0 and at most 1, applied after the temperature."
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, callback=_possible("seed"), help="Seed of sampling.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(callback=_stop_strings, help="String that ends the text; may be repeated.")
+]
 Backend = Annotated[
     str,
     typer.Option(

@@ -89,6 +89,43 @@ def prompt_forms(
     return [encode_prompt(messages, tokenizer, tools), answered.input_ids[:start]]
 
 
+def encode_text(text: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a text that goes through no chat template. The special tokens that the tokenizer adds around
+    it (BOS) are left out where the text has them already.
+    """
+    plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    whole = list(tokenizer(text, verbose=False)["input_ids"])
+    for start in reversed(range(len(whole) - len(plain) + 1)):
+        end = start + len(plain)
+        if whole[start:end] != plain:
+            continue
+        first, last = whole[:start], whole[end:]
+        first = [] if plain[:start] == first else first
+        return [*first, *plain, *([] if last and plain[-len(last) :] == last else last)]
+    return whole
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """Return the special token with which the chat template ends a turn of the assistant; None where it has none."""
+    return _turn_end([{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}], tokenizer, None)
+
+
+def turn_end_warning(tokenizer: Any, stops: Sequence[int], name: str) -> str | None:
+    """Return a line where the chat template ends turns with a token that does not end an answer (`stops`), else None.
+
+    Such answers run on to their limit. The line names the token and the remedy.
+    """
+    end = None if tokenizer is None else turn_end(tokenizer)
+    if end is None or end in stops:
+        return None
+    known = ", ".join(map(str, stops)) or "none"
+    return (
+        f"{name}: its chat template ends turns with {tokenizer.convert_ids_to_tokens(end)!r} ({end}), which does not "
+        f"end an answer, so answers may run to their limit: add {end} to eos_token_id in its generation_config.json "
+        f"(now {known})"
+    )
+
+
 def special_tokens(tokenizer: Any) -> set[int]:
     """Return the special tokens, those included that have no role of their own, such as a turn's opening."""
     added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}

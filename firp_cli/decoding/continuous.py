@@ -14,10 +14,9 @@ import torch
 
 from firp_cli.decoding.batch import DecodeBatch
 from firp_cli.decoding.engine import Engine, EngineOptions
-from firp_cli.decoding.sequences import OutputSequence, Writer, check_prompts
+from firp_cli.decoding.sequences import OutputSequence, Writer, check_prompts, prompt_label
 from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.step_shape import DraftSetup
-from firp_cli.errors import UsageError
 from firp_cli.teacher.teacher import Teacher
 
 ADMITTED = 8  # prompts whose K/V are made in one forward
@@ -25,7 +24,7 @@ ADMITTED = 8  # prompts whose K/V are made in one forward
 
 @dataclass(frozen=True)
 class Decoded:
-    """Answer to prompt `number`. `finite`: False where the teacher's states are NaN or infinite."""
+    """Answer to prompt `number`. `finite`: False where the teacher's states or logits are NaN or infinite."""
 
     number: int
     token_ids: list[int]
@@ -45,9 +44,7 @@ class ContinuousBatcher:
 
     def forget(self) -> None:
         """Free the cache and the graphs that are kept for the next call."""
-        self.engine.kept = None
-        if self.engine.graphs is not None:
-            self.engine.graphs.forget()
+        self.engine.forget()
 
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], batch_size: int) -> Iterator[Decoded]:
@@ -69,7 +66,7 @@ class ContinuousBatcher:
         stepper = self.engine.stepper(DraftSetup(), batch, positions)
         stepper.cache.use(batch)
         stepper.output.drain()
-        run = DecodeBatch(stepper, [], Writer(self.teacher, max(limits)), self.engine.graphs)
+        run = DecodeBatch(stepper, [], Writer(self.teacher, max(limits), fails=True), self.engine.graphs)
         waiting, free = iter(range(len(prompts))), list(range(batch))
         live: dict[int, OutputSequence] = {}
         while True:
@@ -92,12 +89,11 @@ class ContinuousBatcher:
             live = dict(enumerate(run.live))
             for place in free:
                 item = live[place]
-                yield Decoded(item.number, item.tokens, stepper.cache.finite(place, item.committed))
+                failed = item.finish_reason == "failed"
+                yield Decoded(item.number, item.tokens, not failed and stepper.cache.finite(place, item.committed))
 
     def _checked(self, prompts: Sequence[Sequence[int]], number: int, limit: int) -> list[int]:
         """Return prompt `number`. Raises UsageError, CapacityError."""
         prompt = list(prompts[number])
-        check_prompts(self.teacher, [prompt], limit)
-        if not 0 <= min(prompt) <= max(prompt) < self.teacher.vocab_size:
-            raise UsageError(f"prompt {number} has a token id outside of 0 to {self.teacher.vocab_size - 1}")
+        check_prompts(self.teacher, [prompt], limit, lambda _: prompt_label(number))
         return prompt

@@ -17,12 +17,12 @@ from firp_cli.decoding.batch import DecodeBatch, halves
 from firp_cli.decoding.cuda_graphs import SMALLEST_BUCKET, CudaCapture, StepGraphs, bucket
 from firp_cli.decoding.fallback import UNKNOWN, AutoregressiveFallback, tree_fallback
 from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.sequences import OnTokens, OutputSequence, Writer, check_prompts
+from firp_cli.decoding.sequences import Label, OnTokens, OutputSequence, Writer, check_prompts, prompt_label
 from firp_cli.decoding.step import DecodeStep, Mode
 from firp_cli.decoding.step_shape import DraftSetup
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree
-from firp_cli.errors import UsageError
+from firp_cli.errors import NumericsError, UsageError
 from firp_cli.predictors.base import PseudoStateMaker, TreePredictor
 from firp_cli.results import Generation
 from firp_cli.teacher.attention import BACKENDS, choose_backend
@@ -87,7 +87,7 @@ class Engine:
         self.options = options = options or EngineOptions()
         self.clock = clock
         device = teacher.device
-        self._kernel = choose_backend(options.attention, device) == "triton"
+        self._kernel = choose_backend(options.attention, device, teacher.own_masks) == "triton"
         self.sampler = Sampler(temperature, top_p, seed, device, self._kernel)
         self.graphs: StepGraphs | None = None
         if device.type == "cuda" and options.graphs:
@@ -104,28 +104,40 @@ class Engine:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         on_tokens: OnTokens | None = None,
+        label: Label = prompt_label,
     ) -> list[Generation]:
         """Decode the prompts (token ids) as one batch; sequences that finish leave it.
 
         A sequence ends with an EOS token (kept), when its text contains a string of `stop`, or after `max_new_tokens`.
-        `decode_seconds` runs from the end of the batch's prefill until the host reads the sequence's end.
+        `decode_seconds` runs from the end of the batch's prefill until the host reads the sequence's end. `label` names
+        a prompt in messages, by its place among these.
 
         Raises CapacityError when a prompt and its answer exceed the teacher's context or the device's memory,
-        UsageError on an empty prompt.
+        UsageError on an empty prompt, NumericsError where the teacher's logits are NaN or infinite.
         """
-        check_prompts(self.teacher, prompts, max_new_tokens)
-        writer = Writer(self.teacher, max_new_tokens, stop, on_tokens)
+        check_prompts(self.teacher, prompts, max_new_tokens, label)
+        writer = Writer(self.teacher, max_new_tokens, stop, on_tokens, label)
         began = self.clock()
         sequences = [OutputSequence(number, len(prompt), len(prompt) - 1) for number, prompt in enumerate(prompts)]
         longest = max(map(len, prompts))
         setup = self.setup(len(prompts), longest, max_new_tokens)
         stepper = self.stepper(setup, len(prompts), longest + max_new_tokens)
         run = DecodeBatch(stepper, sequences, writer, self.graphs, self._fallback(setup), self.clock)
-        run.prefill(prompts, self.options.prefill_chunk)
-        while run.leave():
-            run.step(run.next_mode())
+        try:
+            run.prefill(prompts, self.options.prefill_chunk)
+            while run.leave():
+                run.step(run.next_mode())
+        except NumericsError:
+            self.forget()  # the next batch must not see these K/V
+            raise
         stepper.output.drain()  # waits for a step after all ends, so that the next call does not pay for it
         return [writer.generation(item, run.prefilled - began) for item in sequences]
+
+    def forget(self) -> None:
+        """Free the cache and the graphs that are kept for the next call."""
+        self.kept = None
+        if self.graphs is not None:
+            self.graphs.forget()
 
     @torch.inference_mode()
     def capture(self, batch: int, longest_prompt: int, max_new_tokens: int) -> None:

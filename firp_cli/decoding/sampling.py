@@ -1,4 +1,5 @@
-"""Choice of tokens from logits: greedy, or by temperature and top-p.
+"""Choice of tokens from logits: greedy, or by temperature and top-p. Where logits are NaN or infinite there is none:
+the choice is then `NO_TOKEN`, which the host finds among the tokens that it reads.
 
 Shapes: B sequences, N nodes, V vocabulary size.
 """
@@ -8,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from firp_cli.errors import UsageError
+from firp_cli.config import check_sampling
 from firp_cli.teacher.attention import choose_backend
 
+NO_TOKEN = -1
 CANDIDATES = 1024  # most probable tokens of a row, which on a CPU are tried before the row is sorted
 
 
@@ -29,11 +31,10 @@ class Sampler:
     def __init__(
         self, temperature: float, top_p: float, seed: int, device: torch.device, kernel: bool | None = None
     ) -> None:
-        if not (temperature >= 0 and 0 < top_p <= 1):
-            raise UsageError(f"temperature must be >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
+        check_sampling(temperature, top_p, seed)
         self.greedy = temperature == 0.0
         self._temperature, self._top_p = temperature, top_p
-        self._find_thresholds, self._find_largest = top_p_thresholds, _largest
+        self._find_thresholds, self._find_largest = top_p_thresholds, largest
         if choose_backend("auto", device) == "triton" if kernel is None else kernel:
             from firp_cli.decoding import triton_sampling
 
@@ -42,7 +43,7 @@ class Sampler:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Choose tokens (B, N) from float32 logits (B, N, V)."""
+        """Choose tokens (B, N) from float32 logits (B, N, V); NO_TOKEN in rows with NaN or positive infinity."""
         if self.greedy:
             return self._find_largest(logits)
         probabilities = (logits.flatten(0, 1) / self._temperature).softmax(-1)
@@ -53,20 +54,25 @@ class Sampler:
         # The rates need not add up to 1. A clock of 0 would give NaN for a rate of 0, and `argmax` prefers NaN.
         clocks = torch.empty_like(probabilities).exponential_(generator=self.generator)
         clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)
-        return (probabilities / clocks).argmax(-1).view(logits.shape[:2])
+        first, tokens = (probabilities / clocks).max(-1)  # the softmax of NaN or infinity is NaN
+        return tokens.masked_fill_(first.isnan(), NO_TOKEN).view(logits.shape[:2])
 
 
-def _largest(logits: Tensor) -> Tensor:
-    return logits.max(-1).indices  # `argmax` uses one core for few rows on a CPU
+def largest(logits: Tensor) -> Tensor:
+    """Return the places (...) of the largest logits (..., V), or NO_TOKEN where these are NaN or infinite."""
+    most, tokens = logits.max(-1)  # `argmax` uses one core for few rows on a CPU
+    return tokens.masked_fill_(~(most.abs() < torch.inf), NO_TOKEN)
 
 
 def _largest_by_parts(logits: Tensor) -> Tensor:
-    """Return what `_largest` does; torch's kernel reads a row in one block, and here many blocks share it."""
+    """Return what `largest` does; torch's kernel reads a row in one block, and here many blocks share it."""
     from firp_cli.predictors.triton_candidates import most_probable
 
     if len(logits) > 1 and not logits.is_contiguous():  # the kernel would need a copy
-        return _largest(logits)
-    return most_probable(logits, 1)[0][..., 0]
+        return largest(logits)
+    tokens, log_probs = most_probable(logits, 1)
+    # NaN or infinity anywhere in a row reaches the sum of its exponentials
+    return tokens[..., 0].masked_fill_(log_probs[..., 0].isnan(), NO_TOKEN)
 
 
 def top_p_thresholds(probabilities: Tensor, top_p: float) -> Tensor:

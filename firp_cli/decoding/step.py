@@ -219,7 +219,7 @@ class DecodeStep:
         assert isinstance(nodes, Tree)
         accepted = accept_root(targets) if targets.shape[1] == 1 else accept(nodes, targets, depth)
         following = next_draft(nodes, accepted, anchors, steps, strides) if steps else None
-        root.copy_(accepted.bonus)
+        torch.clamp(accepted.bonus, min=0, out=root)  # without a token (`sampling.NO_TOKEN`) the next step runs on any
         self.output.write(accepted.count, accepted.tokens)
         return Descended(Taken(accepted.count + 1, accepted.path, following), None)
 

@@ -317,7 +317,7 @@ def _accept_tree(
         child = tl.min(tl.where((parent_N == node) & (token_N == target), node_N, BLOCK_N), 0)
         node = tl.where(child < BLOCK_N, child, node)
         count += (child < BLOCK_N).to(tl.int32)
-    tl.store(root_ptr + sequence, target)
+    tl.store(root_ptr + sequence, tl.maximum(target, 0))  # without a token (`sampling.NO_TOKEN`) any serves
     tl.store(row_ptr, count)
     tl.store(kept_ptr + sequence, count + 1)
     if STEPS > 0:

@@ -34,7 +34,7 @@ def machine_key(teacher: Teacher, attention: str = "auto", graphs: bool = True) 
         "threads": None if cuda else torch.get_num_threads(),
         "dtype": str(teacher.dtype).removeprefix("torch."),
         "layers": teacher.stack.name,
-        "attention": choose_backend(attention, device),
+        "attention": choose_backend(attention, device, teacher.own_masks),
         "graphs": cuda and graphs,
         "torch": torch.__version__,
     }

@@ -57,10 +57,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: LayerMask, scali
     )
 
 
-def choose_backend(name: str, device: torch.device) -> str:
+def choose_backend(name: str, device: torch.device, own_masks: str | None = None) -> str:
     """Return `sdpa` or `triton`; `auto` is the kernel on CUDA devices where Triton is installed, else torch.
 
-    Raises TeacherError for an unknown name, or where Triton is missing or cannot run on the device.
+    Args:
+        own_masks: the reason why the teacher's layers need written-out masks, if they do: then it is `sdpa`.
+
+    Raises TeacherError for an unknown name, or where Triton is missing or cannot run on the device or the layers.
     """
     if name not in BACKENDS:
         raise TeacherError(f"unknown attention {name!r}: choose from {', '.join(BACKENDS)}")
@@ -69,6 +72,8 @@ def choose_backend(name: str, device: torch.device) -> str:
         raise TeacherError("attention triton needs the package triton: pip install 'firp[triton]', or attention=sdpa")
     if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise TeacherError(f"attention triton runs on CUDA devices, the teacher is on {device}: use sdpa")
-    if name == "auto":
+    if name == "triton" and own_masks:
+        raise TeacherError(f"attention triton cannot run this teacher: {own_masks}: use auto or sdpa")
+    if name == "auto" and not own_masks:
         return "triton" if device.type == "cuda" and installed else "sdpa"
-    return name
+    return "sdpa" if name == "auto" else name

@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
+from firp_cli.teacher.layer_kinds import SUPPORTED
 from firp_cli.teacher.lean_layers import UnsupportedLayersError
-from firp_cli.teacher.library_layers import MissingLayer, Stack
+from firp_cli.teacher.library_layers import MissingLayer, OwnScoresError, Stack
 from firp_cli.teacher.masks import AttentionMask, causal_allowed
 from firp_cli.teacher.teacher import Teacher, rounding
 from firp_cli.teacher.training_masks import CausalRows
@@ -25,6 +27,7 @@ from firp_cli.teacher.training_masks import CausalRows
 # on CUDA devices products of joined matrices sum in another order: there it is `rounding`.
 LEAN_TOLERANCE = 1e-5
 TOKENS = 24
+LONGEST_CONTEXT = 1 << 20  # positions of a teacher whose config names no context
 MODEL_ERRORS = (TypeError, ValueError, AttributeError, RuntimeError)  # raised by layers of an unknown kind
 
 
@@ -38,17 +41,21 @@ def check_against_model(teacher: Teacher) -> None:
     start = teacher.embed(ids) if teacher.first == 0 else _states(teacher, ids.shape[1])
     inputs = {"input_ids": ids} if teacher.first == 0 else {"inputs_embeds": start}
     states: list[Tensor] = []
+    written = _WrittenShapes()
     try:
         with _passing_layers(teacher.layers):
             reference = teacher.model(**inputs, output_hidden_states=True, use_cache=False)
         positions, mask = _causal(teacher, start.shape[1])
-        last = teacher.run(start, positions, mask, teacher.first, on_layer=lambda _, hidden: states.append(hidden))
+        last = teacher.run(
+            start, positions, mask, teacher.first, cache=written, on_layer=lambda _, hidden: states.append(hidden)
+        )
         logits = teacher.head(teacher.norm(last))
     except (*MODEL_ERRORS, KeyError) as error:
         raise TeacherError(
             f"{teacher.name}: the layers of {type(teacher.model).__name__} cannot be run one by one ({error}); "
             "supported: Llama, Mistral, Qwen2, Qwen3 and architectures with the same layer interface"
         ) from error
+    written.check(teacher, start.shape[1])
     # a looped model of its own code may report one state per loop, or none, and the library reports a layer's state
     # before a norm that ends its loop: then only the logits are compared
     looped = teacher.looped
@@ -61,8 +68,37 @@ def check_against_model(teacher: Teacher) -> None:
             raise TeacherError(
                 f"{teacher.name}: {type(teacher.model).__name__} is not supported: run layer by layer, its states "
                 f"differ from its own forward at {place} by {difference:.2g}; "
-                "use a Llama, Mistral, Qwen2 or Qwen3 model"
+                f"{SUPPORTED}"
             )
+
+
+class _WrittenShapes:
+    """Cache that keeps nothing but the shapes of the keys and values that each layer writes."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[int, list[tuple[int, ...]]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self._shapes.setdefault(layer_index, []).append((*keys.shape[1:], *values.shape[1:]))
+        return keys, values
+
+    def check(self, teacher: Teacher, rows: int) -> None:
+        """Raise TeacherError unless each layer wrote once, in the shape that a K/V cache has for all layers."""
+        expected = [(teacher.kv_heads, rows, teacher.head_size) * 2]
+        for layer in range(teacher.first, teacher.num_layers):
+            found = self._shapes.get(layer, [])
+            if found != expected:
+                wrote = f"keys and values of {found} (heads, rows, size)" if found else "no keys and values"
+                raise TeacherError(
+                    f"{teacher.name}: {type(teacher.model).__name__} is not supported: its layer {layer} writes "
+                    f"{wrote} to the cache, which holds {expected} for every layer; {SUPPORTED}"
+                )
+
+
+def inspect_attention(teacher: Teacher) -> None:
+    """Set `standard_attention` and, where it is False for a known reason, `own_scores` of a teacher."""
+    teacher.own_scores = None
+    teacher.standard_attention = standard_attention(teacher)
 
 
 def standard_attention(teacher: Teacher) -> bool:
@@ -87,10 +123,16 @@ def _attends_as_standard(teacher: Teacher, index: int) -> bool:
             teacher.layer(index, states, rotary, positions, layer_mask, None).float()
             for layer_mask in (mask.additive(window), CausalRows(window))
         )
+    except OwnScoresError as error:
+        teacher.own_scores = f"its attention has {error}"
+        return False
     except (*MODEL_ERRORS, KeyError):
         return False
     tolerance = 1e-4 if teacher.dtype == torch.float32 else 5e-2
-    return bool((expected - got).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
+    same = bool((expected - got).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
+    if not same:
+        teacher.own_scores = "its attention treats scores in a way of its own"
+    return same
 
 
 def use_lean_layers(teacher: Teacher, compiled: bool = False) -> str | None:
@@ -101,6 +143,8 @@ def use_lean_layers(teacher: Teacher, compiled: bool = False) -> str | None:
     kept = f"{type(teacher.model).__name__} keeps the library's layers"
     if teacher.peers is not None:
         return f"{kept}: its weights are shared over ranks"
+    if teacher.own_scores:
+        return f"{kept}: {teacher.own_scores}"
     exact = teacher.device.type == "cpu" and teacher.dtype == torch.float32
     tolerance = LEAN_TOLERANCE if exact else rounding(teacher.dtype)
     teacher.stack = teacher.library
@@ -120,11 +164,14 @@ def use_lean_layers(teacher: Teacher, compiled: bool = False) -> str | None:
 
 @torch.inference_mode()
 def _difference(teacher: Teacher, stack: Stack) -> float:
-    """Return the greatest difference of another stack's logits from the teacher's, relative to their size."""
+    """Return the greatest difference of another stack's logits from the teacher's, relative to their size. The
+    positions are the context's last: some attention changes with the distance from the start.
+    """
     trial = copy.copy(teacher)
     trial.stack = stack
     ids = _token_ids(teacher)
     positions, mask = _causal(teacher, ids.shape[1])
+    positions = positions + max(0, min(teacher.max_positions, LONGEST_CONTEXT) - ids.shape[1])
     expected, got = (item.head(item.norm(item.run(item.embed(ids), positions, mask))) for item in (teacher, trial))
     return ((expected - got).abs().max() / expected.abs().max().clamp(min=1.0)).item()
 

@@ -54,25 +54,29 @@ struct Commit {
 };
 }
 
-// Place of the largest of (C,), of equals the first.
+// Place of the largest of (C,), of equals the first; -1 where any is NaN or infinity, or all are -infinity.
 static int64_t place_of_largest(const float* x, int64_t C) {
   vec most = vec{} - INFINITY;
-  ints block = {};
+  ints block = {}, finite = ints{} - 1;
   int64_t at = 0;
   for (; at + LANES <= C; at += LANES) {
     const vec value = load(x + at);
     const ints more = value > most;
+    finite &= value < INFINITY;
     most = more ? value : most;
     block = more ? ints{} + (int32_t)(at / LANES) : block;
   }
-  int64_t best = 0;
+  int64_t best = -1;
   float value = -INFINITY;
   for (int lane = 0; lane < LANES && lane < C; lane++) {
+    if (!finite[lane]) return -1;
     const int64_t place = (int64_t)block[lane] * LANES + lane;
     if (most[lane] > value || (most[lane] == value && place < best)) value = most[lane], best = place;
   }
-  for (; at < C; at++)
+  for (; at < C; at++) {
+    if (!(x[at] < INFINITY)) return -1;
     if (x[at] > value) value = x[at], best = at;
+  }
   return best;
 }
 
@@ -116,7 +120,7 @@ static void descend(const Descent& a, int64_t sequence) {
   int64_t *path = a.path + sequence * a.longest, *row = a.row + sequence * a.row_stride;
   *row = count;
   for (int64_t at = 0; at < a.longest; at++) path[at] = way[at], row[1 + at] = targets[way[at]];
-  a.root[sequence] = targets[node], a.kept[sequence] = count + 1, a.node[sequence] = node;
+  a.root[sequence] = std::max<int64_t>(targets[node], 0), a.kept[sequence] = count + 1, a.node[sequence] = node;
   int64_t place = node, passed = 0;
   if (a.anchored) {
     const int64_t* anchored = a.anchored + sequence * a.anchors;

@@ -7,6 +7,7 @@ one.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import Lock
@@ -20,6 +21,8 @@ from firp_cli.teacher.attention import attend
 from firp_cli.teacher.looped import CACHE_NAMES
 from firp_cli.teacher.masks import LayerMask
 
+LOG = logging.getLogger("firp")  # commands print it on stderr
+EXTENDED_ROPE = ("yarn", "linear", "llama3")  # position embeddings that a longer context was trained or scaled for
 KERNEL = "firp_tree"  # name of `attend` in transformers' attention interface
 
 
@@ -150,6 +153,13 @@ class LibraryStack:
                     self._config._attn_implementation = self._library_attention
 
 
+SCORES = {"s_aux": "attention sinks", "softcap": "a cap on its scores", "position_bias": "a bias on its scores"}
+
+
+class OwnScoresError(Exception):
+    """Treatment of scores that `attend` does not compute, in words."""
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -158,9 +168,15 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     structured_mask: LayerMask = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Call `attend` as the library does: the result has heads after rows, and no attention weights follow."""
+    """Call `attend` as the library does: the result has heads after rows, and no attention weights follow.
+
+    Raises OwnScoresError where the layer asks for more than `attend` computes.
+    """
+    for option, words in SCORES.items():
+        if options.get(option) is not None:
+            raise OwnScoresError(words)
     output = attend(query, key, value, attention_mask if structured_mask is None else structured_mask, scaling)
     return output.transpose(1, 2), None
 
@@ -182,14 +198,22 @@ def part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
 
 def max_positions(config: Any, rope_type: str | None) -> int:
     """Return the length of the context; with `longrope` the original one, because longer sequences get other factors
-    at all positions.
+    at all positions. Frequencies that are scaled from an original context serve that context times their factor, also
+    where the config still names the original one (YaRN); dynamic ones change from there on, so they do not.
     """
-    count: int = getattr(config, "max_position_embeddings", 1 << 30)
-    if rope_type != "longrope":
-        return count
+    count: int = getattr(config, "max_position_embeddings", None) or 1 << 30
     rope = getattr(config, "rope_parameters", None) or {}
     original = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
-    return min(count, int(original or count))
+    if rope_type == "longrope":
+        return min(count, int(original or count))
+    factor = rope.get("factor")
+    if rope_type not in EXTENDED_ROPE or not original or not factor or int(original * factor) <= count:
+        return count
+    LOG.info(
+        f"context of {int(original * factor):,} positions: rope_parameters extend {original:,} by {rope_type}'s factor "
+        f"{factor:g}; the config's max_position_embeddings is {count:,}"
+    )
+    return int(original * factor)
 
 
 def windows(config: Any, layers: int, looped: LoopedSection | None) -> list[int | None]:
@@ -203,12 +227,19 @@ def windows(config: Any, layers: int, looped: LoopedSection | None) -> list[int 
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids of tokens that end an answer: from the generation config, else from the tokenizer."""
+def eos_token_ids(model: Any, tokenizer: Any, vocabulary: int) -> tuple[int, ...]:
+    """Return the ids of tokens that end an answer: from the generation config, else from the tokenizer. Ids that are no
+    tokens are dropped, with a line.
+    """
     generation = getattr(model, "generation_config", None) or model.config  # a model without `generate` has none
-    ids = getattr(generation, "eos_token_id", None)
-    if ids is None:
-        ids = getattr(tokenizer, "eos_token_id", None)
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+    for source in (generation, tokenizer):
+        named = getattr(source, "eos_token_id", None)
+        named = [] if named is None else list(named) if isinstance(named, (list, tuple)) else [named]
+        ids = [token for token in named if type(token) is int and 0 <= token < vocabulary]
+        if dropped := [token for token in named if token not in ids]:
+            LOG.info(f"eos_token_id {str(dropped)[1:-1]} is no token of the {vocabulary}: it ends no answer")
+        if ids:
+            return tuple(dict.fromkeys(ids))
+    if tokenizer is not None:
+        LOG.info("no token ends an answer: set eos_token_id in the teacher's generation_config.json")
+    return ()

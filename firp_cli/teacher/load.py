@@ -22,7 +22,7 @@ from firp_cli.chat_template import set_chat_template
 from firp_cli.config import LoopedSection, TeacherConfig
 from firp_cli.errors import TeacherError, first_line
 from firp_cli.machine import default_device
-from firp_cli.teacher.check import check_against_model, standard_attention
+from firp_cli.teacher.check import check_against_model, inspect_attention
 from firp_cli.teacher.library_layers import MissingLayer
 from firp_cli.teacher.looped_llama import register
 from firp_cli.teacher.source import known_teachers, locate, teacher_name, teacher_origin
@@ -50,7 +50,7 @@ def wrap_model(
     teacher = Teacher(model, tokenizer, name, looped)
     if check:
         check_against_model(teacher)
-    teacher.standard_attention = standard_attention(teacher)
+    inspect_attention(teacher)
     return teacher
 
 
@@ -179,7 +179,7 @@ class PartialTeacher:
         )
         with _as_part_error():
             check_against_model(teacher)
-        teacher.standard_attention = standard_attention(teacher)
+        inspect_attention(teacher)
         return teacher
 
     def _check_names(self, model: Any) -> None:

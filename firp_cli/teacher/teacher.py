@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from firp_cli.config import LoopedSection
 from firp_cli.errors import TeacherError
+from firp_cli.teacher.layer_kinds import SUPPORTED, refused_kind
 from firp_cli.teacher.lean_layers import LeanStack
 from firp_cli.teacher.library_layers import (
     Cache,
@@ -30,6 +31,7 @@ from firp_cli.teacher.library_layers import (
 from firp_cli.teacher.looped import LoopedLayers, loop_layers
 from firp_cli.teacher.masks import AttentionMask, LayerMask, Mask, causal_allowed
 from firp_cli.teacher.packed_linear import PackedLinear
+from firp_cli.teacher.rotary_table import RotaryTable
 from firp_cli.teacher.source import TeacherOrigin
 from firp_cli.teacher.training_masks import AnchoredMask, CausalMask, DenseAnchoredMask
 from firp_cli.teacher.weight_files import LoadedWeights, weights_fingerprint
@@ -42,26 +44,6 @@ BOUNDED_ROPE = ("dynamic", "longrope")  # the same, as long as a sequence stays 
 def rounding(dtype: torch.dtype) -> float:
     """Return the relative difference that two orders of the same operations may make in a forward."""
     return {torch.float32: 1e-4, torch.float16: 5e-2}.get(dtype, 2e-1)
-
-
-class RotaryTable:
-    """Position embeddings of the first positions, from one look-up. Positions after them get the last ones.
-
-    Args:
-        parts: embeddings of positions 0.. as `Teacher.rotary` returns them, (1, count, ..., D) each.
-    """
-
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self._joined = torch.cat([part[0].flatten(1) for part in parts], dim=-1)
-        self._parts, self._shape = len(parts), parts[0].shape[2:-1]
-        self.last = len(self._joined) - 1
-
-    def __call__(self, positions: Tensor, most: int) -> list[Tensor]:
-        """Return the embeddings (B, R, ..., D) of positions (B, R), none above `most`."""
-        if most > self.last:
-            positions = positions.clamp(max=self.last)
-        looked_up = functional.embedding(positions, self._joined).view(*positions.shape, *self._shape, -1)
-        return list(looked_up.chunk(self._parts, dim=-1))
 
 
 class Teacher:
@@ -90,6 +72,8 @@ class Teacher:
         self.tokenizer = tokenizer
         self.name = name
         config = model.config.get_text_config()
+        if refused := refused_kind(model, config):
+            raise TeacherError(f"{name}: {type(model).__name__} is not supported: {refused}; {SUPPORTED}")
         base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.layers: nn.ModuleList = part(base, ("layers", "h"), name)
         self._embed: nn.Module = model.get_input_embeddings()
@@ -111,10 +95,12 @@ class Teacher:
         self.vocab_size: int = self._head.weight.shape[0]
         self.max_positions = max_positions(config, getattr(self._rotary, "rope_type", None))
         self.windows = windows(config, self.num_layers, self.looped)
-        self.eos_token_ids = eos_token_ids(model, tokenizer)
+        self.eos_token_ids = eos_token_ids(model, tokenizer, self.vocab_size)
         self._fingerprint: str | None = None
-        # the layers' attention is exactly `attend` (`firp_cli.teacher.check`); False is always right, and slower
+        # set by `firp_cli.teacher.check.inspect_attention`: the library's attention is exactly `attend` (False is
+        # always right, and slower); what it is known to compute beyond that
         self.standard_attention = False
+        self.own_scores: str | None = None
         self.first = 0
         self.origin: TeacherOrigin | None = None  # None: a model that was in memory
         self.peers: Callable[[bool], bool] | None = None
@@ -124,6 +110,13 @@ class Teacher:
             # torch prefers cuDNN's attention on recent devices, which takes tens of milliseconds to prepare each new
             # length; in decoding every step has a new length
             torch.backends.cuda.enable_cudnn_sdp(False)
+
+    @property
+    def own_masks(self) -> str | None:
+        """The reason why these layers need written-out masks and the library's own attention; None: `attend` serves."""
+        if self.standard_attention or isinstance(self.stack, LeanStack):
+            return None
+        return self.own_scores or "its layers take no structured masks"
 
     @property
     def device(self) -> torch.device:

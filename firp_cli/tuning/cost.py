@@ -200,7 +200,7 @@ def measure_cost(
     """
     began = time.perf_counter()
     until = began + (seconds or (SECONDS_CUDA if teacher.device.type == "cuda" else SECONDS))
-    kernel = choose_backend(attention, teacher.device) == "triton"
+    kernel = choose_backend(attention, teacher.device, teacher.own_masks) == "triton"
     report = CostReport(
         environment=measurement_environment(teacher),
         machine=machine_key(teacher, attention, graphs),

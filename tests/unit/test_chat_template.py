@@ -184,8 +184,9 @@ def test_day_that_is_passed_as_text_is_fixed_too() -> None:
 
 def test_clock_works_inside_macros_and_marks() -> None:
     template = (
-        "{% macro day() %}{{ strftime_now('%Y') }}{% endmacro %}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] + day() }}{% endgeneration %}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
+        "{% macro day() %}{{ strftime_now('%Y') }}{% endmacro %}{% for m in messages %}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + day() }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
     )
     tokenizer, _ = tokenizer_with(template)
     made = encode([*QUESTION, {"role": "assistant", "content": "me"}], tokenizer)

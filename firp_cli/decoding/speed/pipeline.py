@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from firp_cli.decoding.fallback import pipeline_fallback
-from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.sequences import OnTokens, OutputSequence, Writer, check_fits, check_prompts
+from firp_cli.decoding.sampling import Sampler, largest
+from firp_cli.decoding.sequences import Label, OnTokens, OutputSequence, Writer, check_fits, check_prompts, prompt_label
 from firp_cli.decoding.speed.stage_cache import StageCache
 from firp_cli.decoding.speed.stages import PipelineStages
 from firp_cli.decoding.speed.tick_log import TickLog
@@ -80,6 +80,7 @@ class PipelineEngine:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         on_tokens: OnTokens | None = None,
+        label: Label = prompt_label,
     ) -> list[Generation]:
         """Decode the prompts (token ids) as one batch; sequences that finish leave it. With several ranks every one
         calls this with the same arguments and gets the same result.
@@ -87,10 +88,11 @@ class PipelineEngine:
         The first new token comes from prefill. Then the pipe starts empty, so its filling counts as decoding. A step of
         the record is a tick; a token decoded outside the pipe counts as r ticks.
 
-        Raises CapacityError when a prompt and its answer exceed the teacher's context, UsageError on an empty prompt.
+        Raises CapacityError when a prompt and its answer exceed the teacher's context, UsageError on an empty prompt,
+        NumericsError where the teacher's logits are NaN or infinite.
         """
-        check_prompts(self.teacher, prompts, max_new_tokens)
-        writer = Writer(self.teacher, max_new_tokens, stop, on_tokens)
+        check_prompts(self.teacher, prompts, max_new_tokens, label)
+        writer = Writer(self.teacher, max_new_tokens, stop, on_tokens, label)
         began = self.clock()
         sequences = [OutputSequence(number, len(prompt), len(prompt)) for number, prompt in enumerate(prompts)]
         longest = max(map(len, prompts))
@@ -276,7 +278,7 @@ class PipelineRun:
         final = states[-1] if self.stages.last else None
         exits = {place: states[stage] for place, stage in engine.exit_stages.items()}
         logits = engine.predictor.pipeline_logits(self.teacher, exits, final, engine.normed)
-        chosen = logits.argmax(-1)
+        chosen = largest(logits)  # without a token an exit starts none
         if final is not None and not engine.sampler.greedy:
             chosen[-1] = engine.sampler(logits[-1][:, None])[:, 0]
         if sure is not None:  # the last loop's predictions are exact

@@ -7,7 +7,6 @@ the answer's text; the token that ends its turn belongs to it.
 from __future__ import annotations
 
 import copy
-import os
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from firp_cli.chat_template import GENERATION_MARKS
 from firp_cli.data.chat import encode
 from firp_cli.errors import DatasetError
-from helpers.chat import with_template
 
 SPECIAL = [
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
@@ -31,7 +29,8 @@ SPECIAL = [
 # Written from the published form of each family's prompts.
 FAMILIES = {
     "llama-3": (
-        "{{ '<|begin_of_text|>' }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content']|trim %}"
+        "{{ '<|begin_of_text|>' }}{% if messages[0]['role'] == 'system' %}"
+        "{% set system = messages[0]['content']|trim %}"
         "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
         "{{ '<|start_header_id|>system<|end_header_id|>\n\n' }}{{ 'Cutting Knowledge Date: December 2023\n' }}"
         "{{ 'Today Date: ' + (date_string if date_string is defined else strftime_now('%d %b %Y')) + '\n\n' }}"
@@ -62,7 +61,8 @@ FAMILIES = {
         "{% else %}{{ raise_exception('only user and assistant roles') }}{% endif %}{% endfor %}"
     ),
     "gemma": (
-        "{{ '<bos>' }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ '<bos>' }}{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
         "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
         "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content']|trim"
@@ -74,7 +74,8 @@ FAMILIES = {
     ),
     "phi-3": (
         "{% for m in messages %}{% if m['content'] %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
     ),
 }
 
@@ -143,6 +144,13 @@ def masked(tokenizer: Any, messages: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def shared_length(one: str, two: str) -> int:
+    """Return the number of first characters that two texts share."""
+    return next(
+        (at for at, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), min(len(one), len(two))
+    )
+
+
 def expected(tokenizer: Any, messages: list[dict[str, Any]], ends: tuple[str, ...]) -> list[str]:
     """Return the answers as the template renders them, by the text between what does not change with the answer."""
     text, spans, cursor = rendered(tokenizer, messages), [], 0
@@ -153,8 +161,8 @@ def expected(tokenizer: Any, messages: list[dict[str, Any]], ends: tuple[str, ..
             rendered(tokenizer, [*messages[:place], {**message, "content": mark}, *messages[place + 1 :]])
             for mark in ("\ue000", "\ue001")
         ]
-        same = len(os.path.commonprefix([text, *others]))
-        first = len(os.path.commonprefix(others))
+        same = min(shared_length(text, other) for other in others)
+        first = shared_length(*others)
         start, end = max(cursor, same), len(text) - (len(others[0]) - first - 1)
         for token in ends:
             if text.startswith(token, end):
@@ -184,9 +192,17 @@ def test_masks_of_families_are_exact(family: str, shape: str, tokenizers_of_fami
 
 # Parts of made-up templates: what stands around a turn, and what is done to its text.
 BEFORE = st.sampled_from(
-    ["<|im_start|>{role}\n", "<|{role}|>\n", "[{role}] ", "### {role}:\n", "{role}: ", "<|start_header_id|>{role}<|end_header_id|>\n\n"]
+    [
+        "<|im_start|>{role}\n",
+        "<|{role}|>\n",
+        "[{role}] ",
+        "### {role}:\n",
+        "{role}: ",
+        "<|start_header_id|>{role}<|end_header_id|>\n\n",
+    ]
 )
-OPENED = ("<|im_start|>assistant", "<|assistant|>", "[assistant]", "### assistant:", "assistant:") + (
+OPENED = (
+    *("<|im_start|>assistant", "<|assistant|>", "[assistant]", "### assistant:", "assistant:"),
     "<|start_header_id|>assistant<|end_header_id|>",
 )
 AFTER = st.sampled_from(["<|im_end|>\n", "<|eot_id|>", "</s>", "<|end|>\n", "<|end|>\n\n", "\n", " </s>"])
@@ -212,7 +228,15 @@ def made_up_templates(draw: st.DrawFn) -> str:
         body = "{{ " + f"{text} + {closing}" + " }}"
     prompt = "{% if add_generation_prompt %}{{ " + opening.replace("m['role']", "'assistant'") + " }}{% endif %}"
     head = draw(st.sampled_from(["", "{{ bos_token }}", "{{ messages|length|string + '\\n' }}"]))
-    return head + "{% for m in messages %}{{ " + opening + " }}" + body + "{% endfor %}" + draw(st.sampled_from(["", prompt]))
+    return (
+        head
+        + "{% for m in messages %}{{ "
+        + opening
+        + " }}"
+        + body
+        + "{% endfor %}"
+        + draw(st.sampled_from(["", prompt]))
+    )
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)
@@ -231,3 +255,26 @@ def test_masks_of_made_up_templates_agree_with_the_oracle(
         # a template without a generation prompt leaves the opening of the turn to the teacher
         opening = "add_generation_prompt" not in template and before.strip() in OPENED
         assert (opening or not before.strip()) and after.strip() in ("", *ENDS), (got, right)
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+UNMARKED = GENERATION_MARKS.sub("", MARKED)
+
+
+@pytest.mark.parametrize("odd", ["strips", "trims offsets", "plain"])
+@pytest.mark.parametrize("pair", [("4 ", " 4"), ("4", " 5"), (" 4 ", " 5 "), ("4", "4"), ("a b", " \n ")])
+def test_marks_hold_with_tokenizers_that_drop_white_space(odd: str, pair: tuple[str, str]) -> None:
+    made = family_tokenizer(MARKED)
+    if odd == "strips":
+        made.backend_tokenizer.normalizer = normalizers.Strip()
+    if odd == "trims offsets":
+        made.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    messages = turns("QQ one", pair[0], "QQ two", pair[1])
+    marked = masked(made, messages)
+    made.chat_template = UNMARKED
+    texts = [["".join(text.split()) for text in found] for found in (marked, masked(made, messages))]
+    assert texts[0] == texts[1] == ["".join(text.split()) + "<|end|>" for text in pair]
