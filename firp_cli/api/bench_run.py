@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher
 from firp_cli.collecting.collect_store import OpenProgress, silent
-from firp_cli.data.chat import encode_prompt
 from firp_cli.data.datasets import Prompt, dataset_names, load_prompts
+from firp_cli.data.encode_rows import encode_prompts
+from firp_cli.data.readers import dataset_label
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
@@ -32,6 +32,7 @@ def bench(
     teacher: str | None = None,
     dtype: str = "auto",
     data_dir: str | None = None,
+    split: str = "test",
     limit: int | None = None,
     tree: str | None = None,
     skip_long: bool = False,
@@ -44,7 +45,7 @@ def bench(
 
     Args:
         predictors: predictor folders or embedded names. None: the embedded ones.
-        dataset: known name, hub id or .jsonl file; several with commas.
+        dataset: known name, hub id, file or folder; several with commas. split: of them; a file has none.
         methods: names among `ar`, `hf` and the predictors' methods. None: all.
         teacher: model folder, hub id, .gguf file or known name. None: each predictor's own.
         limit: prompts of each data set. None: 40. skip_long: skip and count prompts that exceed the context.
@@ -62,7 +63,7 @@ def bench(
     Raises UsageError, DatasetError, TeacherError, PredictorError, FingerprintError and CapacityError.
     """
     settings, names = settings or BenchSettings(), [predictors] if isinstance(predictors, str) else predictors
-    prompts = find_prompts(dataset, data_dir, limit)
+    prompts = find_prompts(dataset, data_dir, limit, split)
     loader = _Loader(teacher, dtype, tree, force, LayerBackend.of(backend), settings)
     groups = groups_to_measure(names, methods, teacher, settings.ranks)
     reports = [_measure(loader, group, prompts, skip_long, progress) for group in groups]
@@ -157,7 +158,9 @@ def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, t
     return _encode(find_prompts(datasets, data_dir, limit), teacher)
 
 
-def find_prompts(datasets: str, data_dir: str | None, limit: int | None) -> list[tuple[str, Prompt]]:
+def find_prompts(
+    datasets: str, data_dir: str | None, limit: int | None, split: str = "test"
+) -> list[tuple[str, Prompt]]:
     """Return (data set, prompt) pairs: the first prompts, or, in a data set with categories, as many of each category.
 
     Raises DatasetError.
@@ -165,19 +168,23 @@ def find_prompts(datasets: str, data_dir: str | None, limit: int | None) -> list
     count = limit or DEFAULT_LIMIT
     pairs = []
     for name in dataset_names(datasets):
-        prompts = load_prompts(name, data_dir, count)
+        rows = load_prompts(name, data_dir, count, split, tell=False)
+        prompts: list[Prompt] = rows
         if any(prompt.category for prompt in prompts):
-            everything = load_prompts(name, data_dir, None)
-            prompts = [everything[place] for place in spread([prompt.category for prompt in everything], count)]
+            rows = load_prompts(name, data_dir, None, split, tell=False)
+            prompts = [rows[place] for place in spread([prompt.category for prompt in rows], count)]
+        rows.tell()
         if limit is None and len(prompts) == count:
             LOG.info(f"{name}: {count} prompts are measured; --limit N for another number")
-        label = Path(name).stem if name.endswith(".jsonl") else name
+        label = dataset_label(name)
         pairs += [(label, prompt) for prompt in prompts]
     return pairs
 
 
 def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher) -> list[BenchPrompt]:
+    encoded = encode_prompts([prompt for _, prompt in prompts], teacher.tokenizer, teacher.vocab_size)
     return [
-        BenchPrompt(encode_prompt(prompt.messages, teacher.tokenizer), name, prompt.category)
-        for name, prompt in prompts
+        BenchPrompt(ids, name, prompt.category)
+        for (name, prompt), ids in zip(prompts, encoded, strict=True)
+        if ids is not None
     ]

@@ -8,9 +8,8 @@ from pathlib import Path
 from firp_cli.api.loading import LOG, LayerBackend, load_pair
 from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.collecting.collect_store import OpenProgress, silent
-from firp_cli.data.chat import encode_prompt
-from firp_cli.data.datasets import KNOWN, dataset_names, load_prompts
-from firp_cli.data.formats import Message
+from firp_cli.data.datasets import KNOWN, Prompt, dataset_names, load_prompts
+from firp_cli.data.encode_rows import encode_prompts
 from firp_cli.decoding.tree_file import update_trees
 from firp_cli.decoding.tree_spec import default_tree
 from firp_cli.errors import UsageError
@@ -66,7 +65,7 @@ def tune(
         report = choose_trees(
             model,
             drafting,
-            [encode_prompt(messages, model.tokenizer) for messages in prompts],
+            [ids for ids in encode_prompts(prompts, model.tokenizer, model.vocab_size) if ids is not None],
             settings or TuneSettings(),
             dataset=f"{name}, {split}",
             default=default_tree(folder, drafting),
@@ -95,7 +94,7 @@ def _check_writable(path: Path) -> None:
         raise UsageError(f"{path} is a folder: --tree-file takes a file")
 
 
-def _prompts(datasets: str, split: str, data_dir: str | None, limit: int) -> list[list[Message]]:
+def _prompts(datasets: str, split: str, data_dir: str | None, limit: int) -> list[Prompt]:
     """Return the last prompts of the split: training uses the first ones, and `bench` those of the test split.
 
     Raises UsageError for the prompts that `bench` decodes, DatasetError.
@@ -109,4 +108,4 @@ def _prompts(datasets: str, split: str, data_dir: str | None, limit: int) -> lis
                 f"{problem}: a tree that is tuned on the prompts of bench proves nothing; take others (--dataset)"
             )
     share = -(-limit // len(names))
-    return [prompt.messages for name in names for prompt in load_prompts(name, data_dir, None, split)[-share:]]
+    return [prompt for name in names for prompt in load_prompts(name, data_dir, None, split)[-share:]]

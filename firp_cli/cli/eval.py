@@ -21,10 +21,11 @@ def evaluate(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Known name, hub id or .jsonl file, whose test prompts the teacher answers first."),
+        typer.Option(help="Known name, hub id, file or folder, whose prompts the teacher answers first."),
     ] = None,
     teacher: Model = None,
     data_dir: DataDir = None,
+    split: Annotated[str, typer.Option(help="Split of the data set; a file has none.")] = "test",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Most conversations. Default: all of a store, 40 prompts.")
     ] = None,
@@ -46,6 +47,7 @@ def evaluate(
         dataset=dataset,
         teacher=teacher,
         data_dir=data_dir,
+        split=split,
         limit=limit,
         tree=tree,
         force=force,

@@ -24,6 +24,7 @@ from firp_cli.errors import DatasetError, TeacherError, UsageError
 
 if TYPE_CHECKING:
     from firp_cli.config import Recipe
+    from firp_cli.data.datasets import Prompt
 
 STEPS = 6
 DRAFT_VOCABULARY = 16384  # tokens drafted of vocabularies at least twice as large: the head reads fewer rows
@@ -112,10 +113,15 @@ def find_prompts(name: str, data_dir: Path | None, folder: Path) -> Prompts:
         raise DatasetError(f"{name} has {len(rows)} prompts; a quickstart needs {FEWEST_PROMPTS + kept} or more")
     paths = []
     for split, part in (("train", rows[:-kept]), ("test", rows[-kept:])):
-        text = "".join(json.dumps({"messages": prompt.messages}) + "\n" for prompt in part)
+        text = "".join(json.dumps(_line(prompt)) + "\n" for prompt in part)
         paths.append(folder / f"prompts-{split}.jsonl")
         write_atomically(paths[-1], lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
     return Prompts(str(paths[0]), str(paths[1]), len(rows) - kept)
+
+
+def _line(prompt: Prompt) -> dict[str, Any]:
+    tools = prompt.conversation.tools
+    return {"messages": prompt.messages, **({"tools": tools} if tools else {})}
 
 
 def default_predictor(model: str) -> dict[str, Any]:
