@@ -241,7 +241,7 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
             if prompts and not conversation.messages:
                 raise OddRow("token ids without a text")
         except OddRow as fault:
-            odd.add(fault.reason, place, str(fault))
+            odd.add(fault.reason, place, fault.place or str(fault))
             continue
         category = row.get(selection.columns.get("category", "category"))
         found.append((order, _prompt(conversation, category, dataset, place)))

@@ -109,10 +109,10 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
         fields = (", ".join(map(str, row)) or "none")[:160]
         raise OddRow(f"{UNKNOWN_FIELDS} ({fields})", f"{UNKNOWN_FIELDS} ({fields})\naccepted: {ACCEPTED}")
     messages = read(row)
+    check_users(messages)
     first = next((place for place, item in enumerate(messages) if item["role"] == "user"), len(messages))
     messages = [item for place, item in enumerate(messages) if item["role"] != "assistant" or place > first]
     conversation.messages, conversation.left_out = _with_system(row, messages, read is _pair)
-    check_users(conversation.messages)
     return conversation
 
 

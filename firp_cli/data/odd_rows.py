@@ -65,7 +65,8 @@ class OddRows:
         if reason not in self.counts and len(self.counts) >= DISTINCT:
             reason = OTHER
         self.counts[reason] += 1
-        self.first.setdefault(reason, (row, "" if detail == reason else detail))
+        detail = detail.partition("\n")[0]
+        self.first.setdefault(reason, (row, "" if detail in reason else detail))
 
     def merge(self, other: OddRows) -> None:
         """Add the counts of rows that follow those counted here."""
@@ -81,7 +82,7 @@ class OddRows:
         parts = []
         for reason, count in self.counts.most_common(SHOWN):
             row, detail = self.first[reason]
-            where = f"first: {row}" + (f", {detail[:200].splitlines()[0]}" if detail else "")
+            where = f"first: {row}" + (f", {detail[:200]}" if detail else "")
             parts.append(f"{count:,} {_phrase(reason)} ({where})")
         hidden = sum(self.counts.values()) - sum(count for _, count in self.counts.most_common(SHOWN))
         if hidden:

@@ -121,11 +121,17 @@ def split_files(folder: Path, split: str, config: str | None = None) -> list[Pat
     if not any(suffix_of(path.name) in (*FORMATS, ".ndjson") for path in paths):
         found = sorted({path.suffix for path in paths if path.suffix})[:6]
         raise DatasetError(f"{folder} has no data file (it has: {', '.join(found) or 'nothing'}); {READS}")
+    named = [path for path in (folder / f"{split}{suffix}" for suffix in FORMATS) if path.is_file()]
+    if config is None and named:
+        return named[:1]
     try:
         configs = datasets.get_dataset_config_names(str(folder))
-        if (config is None and len(configs) > 1 and "default" not in configs) or config not in (None, *configs):
+        if config not in (None, *configs) and (folder / str(config)).is_dir():
+            return split_files(folder / str(config), split)
+        chosen = config or datasets.get_dataset_default_config_name(str(folder))
+        if chosen not in configs:
             raise missing_config(str(folder), config, configs)
-        builder = datasets.load_dataset_builder(str(folder), name=config or configs[0])
+        builder = datasets.load_dataset_builder(str(folder), name=chosen)
         files = {str(name): list(found) for name, found in (builder.config.data_files or {}).items()}
     except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
         raise DatasetError(f"{folder} cannot be read: {first_line(error)}") from None
