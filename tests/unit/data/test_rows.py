@@ -153,7 +153,10 @@ def test_one_odd_row_is_skipped_for_prompts_and_training(row: Any, reason: str, 
         assert rows.odd[0].first[reason][0] == "row 2"
 
 
-def test_odd_rows_are_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_odd_rows_are_told_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("firp"), "propagate", True)  # commands of earlier tests keep it to themselves
     empty, odd = {"question": ""}, {"messages": [{"role": "x", "content": "y"}]}
     path = str(write(tmp_path / "rows.jsonl", [GOOD, empty, GOOD, odd, empty]))
     with caplog.at_level(logging.WARNING, "firp"):
