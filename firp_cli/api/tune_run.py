@@ -57,12 +57,10 @@ def tune(
     """
     folder = predictor_folder(str(predictor))
     trained = _trained_on(folder)
-    name, columns = dataset or trained.dataset, {} if dataset else dict(trained.columns)
+    name, columns = dataset or trained.dataset, {} if dataset else trained.columns
     target = Path(tree_file) if tree_file is not None else folder / "tree.json"
     _check_writable(target)
-    prompts = _prompts(
-        name, Selection(split, data_dir, columns={str(key): name for key, name in columns.items()}), limit
-    )
+    prompts = _prompts(name, Selection(split, data_dir, columns=columns), limit)
     model, drafting, _ = load_pair(str(predictor), teacher, force, dtype, backend=LayerBackend.of(backend))
     with progress("measuring passes") as bar:
         report = choose_trees(

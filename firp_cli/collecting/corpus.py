@@ -91,8 +91,7 @@ def check_dataset(data: DataConfig) -> None:
 
 
 def _load(data: DataConfig, limit: int | None) -> Rows:
-    columns = {str(key): column for key, column in data.columns.items()}
-    selection = Selection(data.split, data.data_dir, limit, columns, data.sample, data.max_odd)
+    selection = Selection(data.split, data.data_dir, limit, data.columns, data.sample, data.max_odd)
     if data.regenerate:
         return load_prompts(data.dataset, selection=selection, tell=False)
     return load_rows(data.dataset, selection, tell=False)

@@ -138,7 +138,7 @@ class Selection:
     split: str = "train"
     data_dir: str | None = None
     limit: int | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[Any, str] = field(default_factory=dict)
     sample: int | None = None
     max_odd: float = MAX_ODD
 
