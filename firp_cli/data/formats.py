@@ -104,7 +104,7 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
     if read is None:
         if ids is not None:
             return conversation
-        if any(field in row for field in MESSAGE_FIELDS):
+        if any(field in row for field in (*MESSAGE_FIELDS, "turns")):
             raise OddRow("no messages")
         fields = (", ".join(map(str, row)) or "none")[:160]
         raise OddRow(f"{UNKNOWN_FIELDS} ({fields})", f"{UNKNOWN_FIELDS} ({fields})\naccepted: {ACCEPTED}")

@@ -115,6 +115,7 @@ def test_role_aliases_are_mapped() -> None:
 ODD: list[tuple[Any, str]] = [
     ({"conversations": []}, "no messages"),
     ({"conversations": None}, "no messages"),
+    ({"turns": []}, "no messages"),
     ({"conversations": [{"from": "gpt", "value": "x"}]}, "no user turn"),
     ({"messages": [{"role": "system", "content": "x"}]}, "no user turn"),
     ({"messages": [{"role": "user", "content": " "}]}, "an empty user turn"),
