@@ -18,6 +18,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+ColumnRole = Literal["messages", "question", "answer", "input", "system", "tools", "category"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 SMALLEST_TEMPERATURE = 1e-6  # below it logits over the temperature overflow, or lose their differences to rounding
@@ -103,10 +104,13 @@ class TeacherConfig(Section):
 class DataConfig(Section):
     """Conversations for training and the way their hidden states are stored."""
 
-    dataset: str = DEFAULT_TEACHER  # known name, hub id, or .jsonl file; several with commas
+    dataset: str = DEFAULT_TEACHER  # known name, hub id (ID:CONFIG), file or folder; several with commas
     split: str = "train"  # split of the data set
     data_dir: str | None = None  # folder with NAME/SPLIT.jsonl; null: $FIRP_DATA_DIR
-    limit: PositiveInt | None = None  # maximum number of conversations of each data set; null: all
+    columns: dict[ColumnRole, str] = Field(default_factory=dict)  # names of the columns, as {question: q, answer: a}
+    limit: PositiveInt | None = None  # conversations wanted of each data set, skipped rows not counted; null: all
+    sample: int | None = None  # seed of a random choice of `limit` conversations; null: the first ones
+    max_odd: Fraction = 0.05  # largest share of rows that are skipped because they cannot be used; more: refused
     max_length: PositiveInt = 2048  # maximum tokens of a conversation; longer ones are cut
     mode: Literal["cached", "online", "hybrid"] = (
         "cached"  # states: from the store, computed while training, or computed once and stored

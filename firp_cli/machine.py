@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import socket
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 UNITS = ("", "K", "M", "G", "T")
 CGROUPS = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
+HUB_SECONDS = 3.0  # timeout of the connection
 
 
 def rank() -> int:
@@ -66,6 +68,19 @@ def hub_disabled() -> bool:
     """Return True if one of the two variables of the hub's client disables requests to the hub."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.lower() in ("1", "true", "yes", "on")
+
+
+def hub_reachable() -> bool:
+    """Return True where the hub answers, with one short try: its client retries for half a minute without a network."""
+    if hub_disabled():
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):
+        return True
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=HUB_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def processor_name() -> str:

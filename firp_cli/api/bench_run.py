@@ -6,15 +6,15 @@ import gc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from firp_cli.api.loading import LOG, LayerBackend, chosen_model, load_named_teacher, load_trees, share_teacher
 from firp_cli.collecting.collect_store import OpenProgress, silent
 from firp_cli.config import TeacherConfig
-from firp_cli.data.chat import encode_prompt
 from firp_cli.data.datasets import Prompt, dataset_names, load_prompts
+from firp_cli.data.encode_rows import encode_prompts
+from firp_cli.data.readers import dataset_label
 from firp_cli.data.turns import Questions
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
@@ -37,6 +37,7 @@ def bench(
     teacher: str | TeacherConfig | None = None,
     dtype: str = "auto",
     data_dir: str | None = None,
+    split: str = "test",
     limit: int | None = None,
     tree: str | None = None,
     skip_long: bool = False,
@@ -49,7 +50,7 @@ def bench(
 
     Args:
         predictors: predictor folders or embedded names. None: the embedded ones.
-        dataset: known name, hub id or .jsonl file; several with commas.
+        dataset: known name, hub id, file or folder; several with commas. split: of them; a file has none.
         methods: names among `ar`, `hf` and the predictors' methods. None: all.
         teacher: model folder, hub id, .gguf file or known name; or a configuration of which the fields that are set
             replace what each predictor remembers. None: each predictor's own.
@@ -68,7 +69,7 @@ def bench(
     Raises UsageError, DatasetError, TeacherError, PredictorError, FingerprintError and CapacityError.
     """
     settings, names = settings or BenchSettings(), [predictors] if isinstance(predictors, str) else predictors
-    prompts = find_prompts(dataset, data_dir, limit)
+    prompts = find_prompts(dataset, data_dir, limit, split)
     loader = _Loader(teacher, dtype, tree, force, LayerBackend.of(backend), settings)
     groups = groups_to_measure(names, methods, chosen_model(teacher), settings.ranks)
     reports = [_measure(loader, group, prompts, skip_long, progress) for group in groups]
@@ -187,7 +188,9 @@ def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, t
     return _encode(find_prompts(datasets, data_dir, limit), teacher)
 
 
-def find_prompts(datasets: str, data_dir: str | None, limit: int | None) -> list[tuple[str, Prompt]]:
+def find_prompts(
+    datasets: str, data_dir: str | None, limit: int | None, split: str = "test"
+) -> list[tuple[str, Prompt]]:
     """Return (data set, prompt) pairs: the first prompts, or, in a data set with categories, as many of each category.
 
     Raises DatasetError.
@@ -195,22 +198,26 @@ def find_prompts(datasets: str, data_dir: str | None, limit: int | None) -> list
     count = limit or DEFAULT_LIMIT
     pairs = []
     for name in dataset_names(datasets):
-        prompts = load_prompts(name, data_dir, count)
+        rows = load_prompts(name, data_dir, count, split, tell=False)
+        prompts: list[Prompt] = rows
         if any(prompt.category for prompt in prompts):
-            everything = load_prompts(name, data_dir, None)
-            prompts = [everything[place] for place in spread([prompt.category for prompt in everything], count)]
+            rows = load_prompts(name, data_dir, None, split, tell=False)
+            prompts = [rows[place] for place in spread([prompt.category for prompt in rows], count)]
+        rows.tell()
         if limit is None and len(prompts) == count:
             LOG.info(f"{name}: {count} prompts are measured; --limit N for another number")
-        label = Path(name).stem if name.endswith(".jsonl") else name
+        label = dataset_label(name)
         pairs += [(label, prompt) for prompt in prompts]
     return pairs
 
 
 def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: bool = True) -> list[BenchPrompt]:
-    stops, encoded = set(teacher.eos_token_ids), []
-    for name, prompt in prompts:
-        ids = encode_prompt(prompt.messages, teacher.tokenizer, prompt.conversation.tools)
+    encoded = encode_prompts([prompt for _, prompt in prompts], teacher.tokenizer, teacher.vocab_size)
+    stops, made = set(teacher.eos_token_ids), []
+    for (name, prompt), ids in zip(prompts, encoded, strict=True):
+        if ids is None:
+            continue
         questions = Questions.of(prompt.conversation, teacher.tokenizer, stops) if all_turns else None
         lengths = tuple(questions.lengths()) if questions else ()
-        encoded.append(BenchPrompt(ids, name, prompt.category, questions, lengths))
-    return encoded
+        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths))
+    return made

@@ -24,6 +24,7 @@ from firp_cli.collecting.own_prompts import PromptSettings, own_prompts
 from firp_cli.collecting.vllm import check_responder
 from firp_cli.config import Recipe, TeacherConfig
 from firp_cli.data.datasets import dataset_names
+from firp_cli.data.readers import dataset_label
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.distributed.sharding import load_for_ranks
 from firp_cli.errors import UsageError
@@ -105,10 +106,7 @@ def resolve_collect(
 
 def default_store(dataset: str) -> str:
     """Return `stores/NAME` for a data set's name, hub id or file."""
-    names = [
-        Path(name).stem if name.endswith((".jsonl", ".json")) else name.replace("/", "--")
-        for name in dataset_names(dataset)
-    ]
+    names = [dataset_label(name).replace("/", "--").replace(":", "--") for name in dataset_names(dataset)]
     return f"stores/{'-'.join(names)}"
 
 

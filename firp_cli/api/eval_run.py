@@ -12,6 +12,7 @@ from typing import Any
 from firp_cli.api.loading import LOG, load_pair
 from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.collecting.collect_store import OpenProgress, collect_store, silent
+from firp_cli.collecting.corpus import check_dataset
 from firp_cli.collecting.engine_responder import EngineResponder
 from firp_cli.config import DataConfig, Recipe, TeacherConfig
 from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
@@ -58,6 +59,7 @@ def evaluate(
     teacher: str | TeacherConfig | None = None,
     dtype: str = "auto",
     data_dir: str | None = None,
+    split: str = "test",
     limit: int | None = None,
     tree: str | None = None,
     force: bool = False,
@@ -69,11 +71,10 @@ def evaluate(
         predictor: predictor folder or embedded name.
         store: hidden-state store to evaluate on. Of the store that the predictor was trained on, the conversations
             that training held out are used.
-        dataset: known name, hub id or .jsonl file, whose test prompts the teacher answers first. Without `store` and
-            `dataset`: the training store, else the data set of the predictor's recipe.
+        dataset: known name, hub id, file or folder, whose prompts of `split` the teacher answers first. Without it and
+            `store`: the training store, else the data set of the predictor's recipe.
         limit: conversations at most. None: all of a store, 40 prompts.
-        progress: `progress(description)` opens a progress bar: a context manager that gives a function of (done,
-            total).
+        progress: `progress(description)` opens a progress bar, a context manager: a function of (done, total).
 
     Example:
         >>> firp_cli.evaluate("firp", dataset="arithmetic", limit=8).expected_accepted_length_tree
@@ -82,6 +83,7 @@ def evaluate(
     """
     if store is not None and dataset is not None:
         raise UsageError("give either --store or --dataset")
+    _check_prompts(dataset, data_dir, split)
     model, loaded, folder = load_pair(str(predictor), teacher, force, dtype)
     spec = _tree(tree, folder, loaded)
     recipe = _recipe(folder)
@@ -90,11 +92,11 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="firp-eval-") as temporary:
         if source is None:
             answers = Path(temporary) / "store"
-            config = _test_prompts(recipe.data, dataset, data_dir, limit)
+            config = _test_prompts(recipe.data, dataset, data_dir, limit, split)
             _collect(model, config, loaded, answers, progress)
             every, _ = _from_store(model, loaded, recipe, answers)
             sequences, left_out = _without_trained(every, loaded, config.dataset)
-            data: dict[str, Any] = {"dataset": config.dataset, "split": "test", "answers": "teacher, greedy"}
+            data: dict[str, Any] = {"dataset": config.dataset, "split": split, "answers": "teacher, greedy"}
             data |= {"left_out_trained": left_out}
         else:
             sequences, data = _from_store(model, loaded, recipe, source, trained_on)
@@ -113,6 +115,12 @@ def evaluate(
         pipeline=pipeline,
         similarity=quality.similarity,
     )
+
+
+def _check_prompts(dataset: str | None, data_dir: str | None, split: str) -> None:
+    """Find the data set that is named, if any, before a teacher is loaded. Raises DatasetError."""
+    if dataset is not None:
+        check_dataset(DataConfig(dataset=dataset, data_dir=data_dir, split=split, regenerate=True))
 
 
 def _tree(tree: str | None, folder: Path, predictor: Predictor) -> TreeSpec | None:
@@ -180,7 +188,9 @@ def _training_store(recipe: Recipe, folder: Path) -> Path | None:
     return next((place for place in places if (place / "manifest.json").is_file()), None)
 
 
-def _test_prompts(config: DataConfig, dataset: str | None, data_dir: str | None, limit: int | None) -> DataConfig:
+def _test_prompts(
+    config: DataConfig, dataset: str | None, data_dir: str | None, limit: int | None, split: str
+) -> DataConfig:
     """Describe the test prompts that the teacher answers: those of `dataset`, else of the predictor's recipe."""
     name = dataset or config.dataset or DEFAULT_TEACHER
     if limit is None:
@@ -188,7 +198,9 @@ def _test_prompts(config: DataConfig, dataset: str | None, data_dir: str | None,
     return config.model_copy(
         update={
             "dataset": name,
-            "split": "test",
+            "split": split,
+            "sample": None,
+            "columns": config.columns if name == config.dataset else {},
             "data_dir": data_dir or config.data_dir,
             "limit": limit or DEFAULT_LIMIT,
             "regenerate": True,

@@ -6,12 +6,10 @@ import os
 from pathlib import Path
 
 from firp_cli.api.loading import LOG, LayerBackend, load_pair
-from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.collecting.collect_store import OpenProgress, silent
-from firp_cli.config import TeacherConfig
-from firp_cli.data.chat import encode_prompt
-from firp_cli.data.datasets import KNOWN, dataset_names, load_prompts
-from firp_cli.data.formats import Message
+from firp_cli.config import DataConfig, TeacherConfig
+from firp_cli.data.datasets import KNOWN, Prompt, Selection, dataset_names, load_prompts
+from firp_cli.data.encode_rows import encode_prompts
 from firp_cli.decoding.tree_file import update_trees
 from firp_cli.decoding.tree_spec import default_tree
 from firp_cli.errors import UsageError
@@ -58,16 +56,17 @@ def tune(
     Raises UsageError, DatasetError, TeacherError, PredictorError, FingerprintError and CapacityError.
     """
     folder = predictor_folder(str(predictor))
-    name = dataset or _trained_on(folder)
+    trained = _trained_on(folder)
+    name, columns = dataset or trained.dataset, {} if dataset else trained.columns
     target = Path(tree_file) if tree_file is not None else folder / "tree.json"
     _check_writable(target)
-    prompts = _prompts(name, split, data_dir, limit)
+    prompts = _prompts(name, Selection(split, data_dir, columns=columns), limit)
     model, drafting, _ = load_pair(str(predictor), teacher, force, dtype, backend=LayerBackend.of(backend))
     with progress("measuring passes") as bar:
         report = choose_trees(
             model,
             drafting,
-            [encode_prompt(messages, model.tokenizer) for messages in prompts],
+            [ids for ids in encode_prompts(prompts, model.tokenizer, model.vocab_size) if ids is not None],
             settings or TuneSettings(),
             dataset=f"{name}, {split}",
             default=default_tree(folder, drafting),
@@ -80,10 +79,10 @@ def tune(
     return report
 
 
-def _trained_on(folder: Path) -> str:
-    """Return the data set of the predictor's recipe, else the embedded one."""
+def _trained_on(folder: Path) -> DataConfig:
+    """Return the data section of the predictor's recipe, else one with the embedded data set."""
     path = folder / "recipe.yaml"
-    return (load_recipe(str(path)).data.dataset if path.is_file() else None) or DEFAULT_TEACHER
+    return load_recipe(str(path)).data if path.is_file() else DataConfig()
 
 
 def _check_writable(path: Path) -> None:
@@ -96,7 +95,7 @@ def _check_writable(path: Path) -> None:
         raise UsageError(f"{path} is a folder: --tree-file takes a file")
 
 
-def _prompts(datasets: str, split: str, data_dir: str | None, limit: int) -> list[list[Message]]:
+def _prompts(datasets: str, selection: Selection, limit: int) -> list[Prompt]:
     """Return the last prompts of the split: training uses the first ones, and `bench` those of the test split.
 
     Raises UsageError for the prompts that `bench` decodes, DatasetError.
@@ -104,10 +103,10 @@ def _prompts(datasets: str, split: str, data_dir: str | None, limit: int) -> lis
     names = dataset_names(datasets)
     for name in names:
         testing = name in KNOWN and "train" not in KNOWN[name].splits
-        if split == "test" or testing:
+        if selection.split == "test" or testing:
             problem = f"{name} has test prompts only" if testing else "--split test"
             raise UsageError(
                 f"{problem}: a tree that is tuned on the prompts of bench proves nothing; take others (--dataset)"
             )
     share = -(-limit // len(names))
-    return [prompt.messages for name in names for prompt in load_prompts(name, data_dir, None, split)[-share:]]
+    return [prompt for name in names for prompt in load_prompts(name, selection=selection)[-share:]]

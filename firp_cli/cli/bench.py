@@ -63,7 +63,7 @@ def bench(
     predictors: Predictors = None,
     *,
     context: typer.Context,
-    dataset: Annotated[str, typer.Option(help="Known name, hub id or .jsonl file; several with commas.")],
+    dataset: Annotated[str, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder; several with commas.")],
     methods: Methods = None,
     teacher: Model = None,
     dtype: Dtype = "auto",
@@ -72,6 +72,7 @@ def bench(
     template_options: TemplateOptions = None,
     trust_remote_code: RemoteCode = False,
     data_dir: DataDir = None,
+    split: Annotated[str, typer.Option(help="Split of the data set; a file has none.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each data set. Default: 40.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a prompt.")] = 128,
     temperature: Temperature = 0.0,
@@ -108,6 +109,7 @@ def bench(
         max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard, turns=turns, engine=options
     )
     loading: dict[str, Any] = {"teacher": choice, "backend": layers, "force": force, "tree": tree}
+    loading |= {"data_dir": data_dir, "split": split, "limit": limit, "skip_long": skip_long}
     with relayed_errors():
         if world_size() > 1:
             start()
@@ -115,9 +117,6 @@ def bench(
             predictors,
             dataset=dataset,
             methods=_names(methods),
-            data_dir=data_dir,
-            limit=limit,
-            skip_long=skip_long,
             **loading,
             settings=replace(settings, rank=rank(), ranks=world_size()),
             progress=progress_bar,
@@ -132,7 +131,9 @@ def _names(methods: str | None) -> list[str] | None:
 
 def _default_output(dataset: str) -> Path:
     """Return `runs/bench-DATASET-TIME`."""
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", dataset.removesuffix(".jsonl")).strip("-.")
+    from firp_cli.data.readers import dataset_label
+
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", dataset_label(dataset)).strip("-.")
     return Path("runs") / f"bench-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -37,7 +37,7 @@ def collect(
         typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe, and overrides of its fields."),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Model folder, hub id, .gguf file or known name.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Data set name, hub id or .jsonl file.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with NAME/SPLIT.jsonl (or FIRP_DATA_DIR).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most conversations.")] = None,
     layers: Annotated[

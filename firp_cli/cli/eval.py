@@ -37,7 +37,7 @@ def evaluate(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Known name, hub id or .jsonl file, whose test prompts the teacher answers first."),
+        typer.Option(help="Known name, hub id, file or folder, whose prompts the teacher answers first."),
     ] = None,
     teacher: Model = None,
     dtype: Dtype = "auto",
@@ -46,6 +46,7 @@ def evaluate(
     template_options: TemplateOptions = None,
     trust_remote_code: RemoteCode = False,
     data_dir: DataDir = None,
+    split: Annotated[str, typer.Option(help="Split of the data set; a file has none.")] = "test",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Most conversations. Default: all of a store, 40 prompts.")
     ] = None,
@@ -67,6 +68,7 @@ def evaluate(
         dataset=dataset,
         teacher=teacher_choice(teacher, dtype, revision, chat_template, template_options, trust_remote_code),
         data_dir=data_dir,
+        split=split,
         limit=limit,
         tree=tree,
         force=force,

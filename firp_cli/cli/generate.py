@@ -45,6 +45,7 @@ from firp_cli.machine import is_main
 
 if TYPE_CHECKING:
     from firp_cli.api.decoder import Decoder, OnText, Prompt
+    from firp_cli.data.datasets import Rows
     from firp_cli.results import Generation
 
 Method = Annotated[
@@ -92,6 +93,8 @@ def generate(
     """Generate text with a predictor. The output is that of autoregressive decoding."""
     if (prompt is None) == (prompts is None):
         raise UsageError("give either --prompt TEXT or --prompts FILE.jsonl")
+    if prompt is not None and prompt != prompt.encode("utf-8", "replace").decode("utf-8"):
+        raise UsageError("--prompt contains bytes that are not UTF-8: correct them, or the encoding of the terminal")
     quiet_libraries(verbose)
     from firp_cli.distributed.launch import launch, relayed_errors
 
@@ -102,12 +105,13 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop or []}
     settings |= {"temperature": temperature, "top_p": top_p, "seed": seed}
     with relayed_errors():
+        rows = None if prompts is None else _read_prompts(str(prompts), limit)
         decoder = _load(predictor, method, choice, tree=tree, backend=layers, guard=guard, force=force, options=options)
-        if prompt is not None:
+        if rows is None:
             stream = not as_json and output is None and is_main()
-            results = [_generate_one(decoder, prompt, raw, stream, **settings)]
+            results = [_generate_one(decoder, str(prompt), raw, stream, **settings)]
         else:
-            items = _read_prompts(decoder, str(prompts), limit, raw)
+            items = _encode(decoder, rows, raw)
             fitting = _fitting(decoder, items, max_new_tokens) if skip_long else items
             with progress_bar("generating") as progress:
                 results = decoder.generate_batch(fitting, batch_size=batch_size, progress=progress, **settings)
@@ -165,12 +169,19 @@ def _raw(decoder: Decoder, text: str) -> list[int]:
     return encode_text(text, decoder.teacher.tokenizer)
 
 
-def _read_prompts(decoder: Decoder, path: str, limit: int | None, raw: bool) -> list[Prompt]:
-    """Read the prompts of a JSONL file, as token ids."""
+def _read_prompts(path: str, limit: int | None) -> Rows:
     from firp_cli.data.datasets import load_prompts
 
-    messages = [item.messages for item in load_prompts(path, None, limit)]
-    return [_raw(decoder, item[-1]["content"]) if raw else decoder.encode(item) for item in messages]
+    return load_prompts(path, None, limit)
+
+
+def _encode(decoder: Decoder, rows: Rows, raw: bool) -> list[Prompt]:
+    """Return the token ids of prompts, without those that the chat template refuses."""
+    from firp_cli.data.encode_rows import encode_prompts
+
+    teacher = decoder.teacher
+    plain = (lambda row: _raw(decoder, row.messages[-1]["content"])) if raw else None
+    return [ids for ids in encode_prompts(rows, teacher.tokenizer, teacher.vocab_size, plain) if ids is not None]
 
 
 def _fitting(decoder: Decoder, prompts: list[Prompt], max_new_tokens: int) -> list[Prompt]:

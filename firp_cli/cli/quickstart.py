@@ -53,7 +53,7 @@ def quickstart(
     model: Annotated[str, typer.Argument(help="Model folder, hub id, .gguf file or known name.")],
     minutes: Annotated[float, typer.Option(min=2, help="Approximate duration.")] = 15,
     prompts: Annotated[
-        str, typer.Option(help="Prompts like those that will be decoded: a .jsonl file or a data set's name.")
+        str, typer.Option(help="Prompts like those that will be decoded: a file or folder, or a data set's name.")
     ] = "chat",
     data_dir: Annotated[Path | None, typer.Option(help="Folder with NAME/SPLIT.jsonl (or FIRP_DATA_DIR).")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for all results. Default: runs/quickstart-MODEL.")] = None,

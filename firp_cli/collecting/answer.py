@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from firp_cli.collecting.answer_log import AnswerLog, prompt_keys, read_answers
-from firp_cli.collecting.corpus import TOO_LONG, Corpus
+from firp_cli.collecting.corpus import Corpus
 from firp_cli.collecting.dialogues import Dialogue, next_prompts, start_dialogues
 from firp_cli.collecting.responders import Responder
 from firp_cli.config import DataConfig
+from firp_cli.data.odd_rows import EMPTY_ANSWER as EMPTY
+from firp_cli.data.odd_rows import TOO_LONG
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import DatasetError, TeacherError
 from firp_cli.results import Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 
-EMPTY, FAILED = "empty answer", "answer failed"  # reasons for leaving a prompt out
+FAILED = "answer failed"  # reason for leaving a prompt out
 MAX_CONSECUTIVE_FAILURES = 32  # so many failures in a row are not the fault of the prompts
 ACCOUNT = {  # what became of the prompts, in words
     "written": "written",

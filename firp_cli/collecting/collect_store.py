@@ -216,6 +216,7 @@ def _settings(data: DataConfig, corpus: Corpus, responder: Responder | None) -> 
     """Return the recipe fields that decide the bytes of the store, and a fingerprint of its text."""
     names = ["dataset", "split", "limit", "max_length", "regenerate", "pack_tokens", "shard_tokens"]
     settings = {name: getattr(data, name) for name in names}
+    settings |= {name: value for name in ("sample", "columns") if (value := getattr(data, name)) not in (None, {})}
     if responder is not None:
         settings |= {"max_new_tokens": data.max_new_tokens, "responder": responder.name}
     later = [turns[1:] for row in corpus.conversations if len(turns := row.turns()) > 1] if data.turns == "all" else []

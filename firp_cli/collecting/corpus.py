@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from firp_cli.config import DataConfig
-from firp_cli.data.chat import EncodedConversation, check_masks, encode, encode_prompt
-from firp_cli.data.datasets import load_conversations, load_prompts
-from firp_cli.data.formats import Conversation, Message
+from firp_cli.data.chat import EncodedConversation, check_masks, encode
+from firp_cli.data.datasets import Prompt, Rows, Selection, load_prompts, load_rows
+from firp_cli.data.encode_rows import SideFields, encode_question, encode_row, tell_left_out
+from firp_cli.data.formats import Conversation
+from firp_cli.data.odd_rows import CALLS_LEFT_OUT, EMPTY_ANSWER, REFUSED, TOO_LONG, OddRow, OddRows
 from firp_cli.distributed.rank_group import RankGroup, raise_on_all_ranks
 from firp_cli.errors import DatasetError, LaunchError, TeacherError
 from firp_cli.results import Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 
-REFUSED = "refused by the chat template"  # reasons for leaving a row out
-TOO_LONG = "prompt longer than max_length"
+CHECKED_ROWS = 256  # rows that are read before a teacher is loaded
 
 
 @dataclass
@@ -77,44 +78,41 @@ def longest_sequence(teacher: Teacher, data: DataConfig) -> int:
     return min(data.max_length, teacher.max_positions)
 
 
-def load_messages(data: DataConfig) -> list[Conversation]:
-    """Load the rows of a data set: conversations, whose turns are questions with `data.regenerate`.
+def load_messages(data: DataConfig) -> Rows:
+    """Load the rows of a data set: conversations, or with `data.regenerate` prompts.
 
     Raises DatasetError when no conversation has an answer to learn from.
     """
-    if data.regenerate:
-        return [prompt.conversation for prompt in load_prompts(data.dataset, data.data_dir, data.limit, data.split)]
-    rows = [Conversation(row) for row in load_conversations(data.dataset, data.split, data.data_dir, data.limit)]
-    if not any(item["role"] == "assistant" for row in rows for item in row.messages):
-        raise DatasetError(
-            f"{data.dataset} has no answers to learn from; let the teacher write them: --regenerate"
-            if rows
-            else f"{data.dataset} split {data.split!r} is empty"
-        )
+    rows = _load(data, data.limit)
+    if not data.regenerate and not any(row.conversation.answered for row in rows):
+        raise DatasetError(f"{data.dataset} has no answers to learn from; let the teacher write them: --regenerate")
     return rows
 
 
 def check_dataset(data: DataConfig) -> None:
-    """Find the data set and read one row of it, before a teacher is loaded. Raises DatasetError."""
+    """Find the data set and read its first rows, before a teacher is loaded. Raises DatasetError."""
+    _load(data, min(CHECKED_ROWS, data.limit or CHECKED_ROWS))
+
+
+def _load(data: DataConfig, limit: int | None) -> Rows:
+    selection = Selection(data.split, data.data_dir, limit, data.columns, data.sample, data.max_odd)
     if data.regenerate:
-        load_prompts(data.dataset, data.data_dir, 1, data.split)
-    else:
-        load_conversations(data.dataset, data.split, data.data_dir, 1)
+        return load_prompts(data.dataset, selection=selection, tell=False)
+    return load_rows(data.dataset, selection, tell=False)
 
 
 def build_corpus(
-    rows: Sequence[Conversation], teacher: Teacher, data: DataConfig, progress: Progress = no_progress
+    rows: Sequence[Prompt], teacher: Teacher, data: DataConfig, progress: Progress = no_progress
 ) -> Corpus:
     """Tokenize every row in this process.
 
-    Rows are skipped and counted when the template refuses them, when they have no answer, and when the answer (of a
-    prompt: the prompt itself) does not begin within the longest sequence. Raises LossMaskError when no token or every
-    token belongs to an answer, DatasetError when no row remains, TeacherError when the teacher has no tokenizer.
+    Rows are skipped and counted when the template refuses them, when they have no answer, when an answer is empty, and
+    when the answer (of a prompt: the prompt itself) does not begin within the longest sequence. The counts include the
+    odd rows that `load_messages` skipped. Raises LossMaskError when no token or every token belongs to an answer,
+    DatasetError when too many rows are odd or none remains, TeacherError when the teacher has no tokenizer.
     """
-    corpus, refusal = _encode_rows(rows, teacher, data, lambda done: progress(done, len(rows)))
-    _check_corpus(rows, corpus, refusal, teacher, data)
-    corpus.conversations = [rows[number] for number in corpus.rows] if data.regenerate else []
-    return corpus
+    encoded = _encode_rows(rows, teacher, data, lambda done: progress(done, len(rows)))
+    return _check_corpus(rows, encoded, teacher, data)
 
 
 def build_shared_corpus(
@@ -127,32 +125,31 @@ def build_shared_corpus(
     """
     group = group or RankGroup()
 
-    def encode() -> tuple[list[Conversation], Corpus, str]:
+    def encode() -> tuple[Rows, _Encoded]:
         rows = load_messages(data)
         first, end = share_rows(rows, group.size)[group.rank]
         share = rows[first:end]
-        corpus, refusal = _encode_rows(
-            share, teacher, data, lambda done: progress(done * len(rows) // len(share), len(rows))
-        )
-        corpus.rows = [first + number for number in corpus.rows]
-        return rows, corpus, refusal
+        encoded = _encode_rows(share, teacher, data, lambda done: progress(done * len(rows) // len(share), len(rows)))
+        encoded.corpus.rows = [first + number for number in encoded.corpus.rows]
+        return rows, encoded
 
-    rows, corpus, refusal = group.run_on_all(encode)
-    size = sum(len(item["content"]) for row in rows for item in row.messages)
-    inputs = {"data set": (len(rows), size), "teacher": teacher.fingerprint}
-    parts = group.gather((inputs, corpus.skipped, refusal))
+    rows, encoded = group.run_on_all(encode)
+    inputs = {"data set": (len(rows), sum(map(_size, rows))), "teacher": teacher.fingerprint}
+    parts = group.gather((inputs, encoded.odd, encoded.left_out))
     _check_same_inputs([part[0] for part in parts])
+    corpus = encoded.corpus
     if group.size > 1:
         corpus = Corpus(
             gather_tensors(corpus.input_ids, torch.int32, group),
             gather_tensors(corpus.loss_mask, torch.bool, group),
-            sum((part[1] for part in parts), Counter()),
             rows=group.gather_rows(torch.tensor(corpus.rows, dtype=torch.long)).tolist(),
         )
-    refusal = next((part[2] for part in parts if part[2]), "")
-    group.run_on_main(lambda: _check_corpus(rows, corpus, refusal, teacher, data))
-    corpus.conversations = [rows[number] for number in corpus.rows] if data.regenerate else []
-    return corpus
+    odd = OddRows(data.dataset)
+    for part in parts:
+        odd.merge(part[1])
+    whole = _Encoded(corpus, odd, set().union(*(part[2] for part in parts)))
+    group.run_on_main(lambda: _check_corpus(rows, whole, teacher, data))
+    return _counted(rows, whole, data)
 
 
 def _check_same_inputs(inputs: Sequence[dict[str, Any]]) -> None:
@@ -168,78 +165,101 @@ def _check_same_inputs(inputs: Sequence[dict[str, Any]]) -> None:
                 )
 
 
-def share_rows(rows: Sequence[Conversation], ranks: int) -> list[tuple[int, int]]:
+def share_rows(rows: Sequence[Prompt], ranks: int) -> list[tuple[int, int]]:
     """Return the rows `first .. end-1` that each rank tokenizes: neighbours, about equally many characters for each."""
     if ranks == 1:
         return [(0, len(rows))]
-    sizes = list(accumulate(1 + sum(len(item["content"]) for item in row.messages) for row in rows))
+    sizes = list(accumulate(1 + _size(row) for row in rows))
     cuts = [bisect_left(sizes, sizes[-1] * part / ranks) if rows else 0 for part in range(1, ranks)]
     return list(pairwise([0, *cuts, len(rows)]))
 
 
-def _encode_rows(
-    rows: Sequence[Conversation], teacher: Teacher, data: DataConfig, on_row: Callable[[int], None]
-) -> tuple[Corpus, str]:
-    """Return the tokenized rows, and the template's message about the first row that it refused ('' for none)."""
-    tokenizer = teacher.tokenizer
-    if tokenizer is None:
+def _size(row: Prompt) -> int:
+    """Return the characters of a row, or its tokens."""
+    return len(row.conversation.input_ids or ()) + sum(len(item["content"]) for item in row.conversation.messages)
+
+
+@dataclass
+class _Encoded:
+    """Tokenized rows, those that were skipped, and the columns that the template leaves out."""
+
+    corpus: Corpus
+    odd: OddRows
+    left_out: set[str]
+
+
+def _encode_rows(rows: Sequence[Prompt], teacher: Teacher, data: DataConfig, on_row: Callable[[int], None]) -> _Encoded:
+    if teacher.tokenizer is None:
         raise TeacherError(f"{teacher.name} has no tokenizer; give a model folder that contains one")
-    corpus, limit = Corpus(), longest_sequence(teacher, data)
-    refusal = ""
+    corpus, odd, fields = Corpus(), OddRows(data.dataset, len(rows)), SideFields(teacher.tokenizer)
+    limit = longest_sequence(teacher, data)
     for number, row in enumerate(rows, 1):
-        messages = row.messages
         try:
             if data.regenerate:
-                ids = encode_prompt(row.turns()[0], tokenizer, row.tools)
-                conversation = EncodedConversation(ids, [])
-                reason = "" if len(ids) < limit else TOO_LONG
+                conversation = EncodedConversation(encode_question(row, fields, teacher.vocab_size), [])
+                if len(conversation.input_ids) >= limit:
+                    raise OddRow(TOO_LONG)
             else:
-                conversation = encode(messages, tokenizer, limit, row.tools)
-                reason = "" if any(conversation.loss_mask) else _why_unmasked(messages)
-        except DatasetError as error:
-            refusal = refusal or str(error)
-            reason = REFUSED
-        if reason:
-            corpus.skipped[reason] += 1
-        else:
+                conversation = encode_row(row, fields, limit, teacher.vocab_size)
             corpus.add(conversation)
             corpus.rows.append(number - 1)
+        except DatasetError as error:
+            odd.add(error.reason if isinstance(error, OddRow) else REFUSED, row.row, str(error))
         on_row(number)
-    return corpus, refusal
+    return _Encoded(corpus, odd, fields.unused())
 
 
-def _check_corpus(
-    rows: Sequence[Conversation],
-    corpus: Corpus,
-    refusal: str,
-    teacher: Teacher,
-    data: DataConfig,
-) -> None:
-    """Raise DatasetError or LossMaskError when nothing can be learned from the tokenized rows."""
+def _check_corpus(rows: Sequence[Prompt], encoded: _Encoded, teacher: Teacher, data: DataConfig) -> Corpus:
+    """Return the corpus with the counts of skipped rows, and log them.
+
+    Raises DatasetError or LossMaskError when nothing can be learned from the tokenized rows.
+    """
+    corpus, odd = encoded.corpus, encoded.odd
+    total = OddRows(data.dataset)
+    for part in (*_odd_while_reading(rows), odd):
+        total.merge(part)
+    total.rows -= odd.rows if isinstance(rows, Rows) else 0  # they are counted as rows that were read
+    if odd.counts[REFUSED] == len(rows):
+        raise DatasetError(f"{data.dataset}: {odd.first[REFUSED][1]} (all {len(rows)} conversations)")
     limit = longest_sequence(teacher, data)
-    if refusal and corpus.skipped[REFUSED] == len(rows):
-        raise DatasetError(f"{data.dataset}: {refusal} (all {len(rows)} conversations)")
     if not data.regenerate:
-        _check_masks([row.messages for row in rows], corpus, teacher.tokenizer, limit)
-    elif not corpus.input_ids:
+        _check_masks(rows, encoded, teacher.tokenizer, limit)
+    elif not corpus.input_ids and odd.counts[TOO_LONG]:
         raise DatasetError(f"{data.dataset}: no prompt is shorter than {limit} tokens; raise data.max_length")
+    elif not corpus.input_ids:
+        raise DatasetError(f"no prompt remains: {odd.line()}")
+    total.check(data.max_odd)
+    total.tell()
+    tell_left_out(encoded.left_out)
+    return _counted(rows, encoded, data)
 
 
-def _why_unmasked(messages: Sequence[Message]) -> str:
-    answered = any(item["role"] == "assistant" for item in messages)
-    return "no answer within max_length" if answered else "no answer"
+def _counted(rows: Sequence[Prompt], encoded: _Encoded, data: DataConfig) -> Corpus:
+    """Return the corpus with the counts of the rows that were skipped while reading and while tokenizing, and the
+    conversations of prompts.
+    """
+    corpus = encoded.corpus
+    corpus.skipped = sum((odd.counts for odd in (*_odd_while_reading(rows), encoded.odd)), Counter())
+    corpus.conversations = [rows[number].conversation for number in corpus.rows] if data.regenerate else []
+    return corpus
 
 
-def _check_masks(rows: Sequence[Sequence[Message]], corpus: Corpus, tokenizer: Any, limit: int) -> None:
+def _odd_while_reading(rows: Sequence[Prompt]) -> list[OddRows]:
+    return rows.odd if isinstance(rows, Rows) else []  # a part of the rows is a plain list
+
+
+def _check_masks(rows: Sequence[Prompt], encoded: _Encoded, tokenizer: Any, limit: int) -> None:
     """Raise LossMaskError when the masks select no token or all tokens, DatasetError when no conversation remains."""
-    answered = [messages for messages in rows if any(item["role"] == "assistant" for item in messages)]
+    answered = [row.conversation for row in rows if row.conversation.answered]
+    corpus = encoded.corpus
     if corpus.input_ids:
-        check_masks(answered[0], tokenizer, corpus.response_tokens, sum(corpus.lengths))
+        check_masks(answered[0].messages, tokenizer, corpus.response_tokens, sum(corpus.lengths))
         return
-    for messages in answered:
+    for conversation in answered:
         try:
-            tokens = len(encode(messages, tokenizer, limit).input_ids)
+            tokens = len(encode(conversation.messages, tokenizer, limit, conversation.tools).input_ids)
         except DatasetError:
             continue
-        check_masks(messages, tokenizer, 0, tokens)
-    raise DatasetError(f"no conversation remains: {dict(corpus.skipped)}")
+        if tokens and not encoded.odd.counts[EMPTY_ANSWER] + encoded.odd.counts[CALLS_LEFT_OUT]:
+            check_masks(conversation.messages, tokenizer, 0, tokens)
+    raise DatasetError(f"no conversation remains: {encoded.odd.line()}")

@@ -1,24 +1,37 @@
 """Data sets by name: their sources, prompts and conversations.
 
-The order of lookup is: a local .jsonl file, the embedded sets, `NAME/SPLIT.jsonl` in `--data-dir` (or FIRP_DATA_DIR),
-then the hub or its cache through `datasets`. The first place that has the name is read, or refused if it lacks the
-split; a data set or split is never replaced by another one.
+The order of lookup is: a local file, the embedded sets, `NAME/SPLIT.jsonl` (or another format) in `--data-dir` (or
+FIRP_DATA_DIR), a local folder, then the hub or its cache through `datasets`. `NAME:CONFIG` names a configuration. The
+first place that has the name is read, or refused if it lacks the split; a data set or split is never replaced by
+another one, and what exists locally is never sought on the hub.
+
+One rule holds for all commands: a row that cannot be used is skipped and counted by reason (`odd_rows.py`). A data set
+is refused when more than 5% of its rows, and more than ten, are odd, or when no row remains.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from firp_cli.assets import embedded_folder, nearest
-from firp_cli.data.formats import Conversation, Message, prompt_of, to_conversation, to_messages
+from firp_cli.data.formats import ACCEPTED, UNKNOWN_FIELDS, Conversation, Message, read_conversation
+from firp_cli.data.hub import UnreachableError, read_hub
+from firp_cli.data.odd_rows import MAX_ODD, OddRow, OddRows
+from firp_cli.data.readers import (
+    FORMATS,
+    Read,
+    is_saved,
+    read_file,
+    read_saved,
+    split_files,
+    suffix_of,
+)
 from firp_cli.errors import DatasetError
-from firp_cli.machine import hub_disabled
 
 DATA_DIR_VARIABLE = "FIRP_DATA_DIR"
 
@@ -81,11 +94,16 @@ KNOWN: dict[str, KnownDataset] = {
 
 @dataclass
 class Prompt:
-    """Conversation to answer, its category in the set, and the reference answer of its first turn if there is one."""
+    """Conversation to answer, its category in the set, and the reference answer of its first turn if there is one.
+
+    `dataset`, `row`: where it is from.
+    """
 
     conversation: Conversation
     category: str = ""
     reference: str | None = None
+    dataset: str = ""
+    row: str = ""
 
     @property
     def messages(self) -> list[Message]:
@@ -93,83 +111,203 @@ class Prompt:
         return self.conversation.turns()[0]
 
 
+class Rows(list[Prompt]):
+    """Usable rows of data sets. `odd`: the skipped rows of each set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd: list[OddRows] = []
+
+    def tell(self) -> None:
+        """Log how many rows of each set were skipped, by reason."""
+        for odd in self.odd:
+            odd.tell()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of a data set that are read, and how.
+
+    Attributes:
+        limit: rows wanted; skipped rows do not count. None: all.
+        columns: names of its columns, by the keys of `data.columns`. Empty: names as public sets have them.
+        sample: seed of a random choice of `limit` rows. None: the first rows.
+        max_odd: largest share of odd rows.
+    """
+
+    split: str = "train"
+    data_dir: str | None = None
+    limit: int | None = None
+    columns: Mapping[Any, str] = field(default_factory=dict)
+    sample: int | None = None
+    max_odd: float = MAX_ODD
+
+
 def load_records(
     name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """Return the rows of one split of one data set, at most `limit`.
+    """Return the rows of one split of one data set as they are, at most `limit`.
 
     Raises DatasetError when the set or the split does not exist or a line is not a JSON object.
     """
-    return _load(name, split, data_dir, limit, any_single=False)
+    records: list[dict[str, Any]] = []
+    for place, row in _find(name, Selection(split, data_dir, limit), any_single=False):
+        if isinstance(row, OddRow):
+            raise DatasetError(f"{name} {place.replace('row', 'line')}: {row}")
+        records.append(row)
+        if len(records) == limit:
+            break
+    return records
 
 
-def load_prompts(name: str, data_dir: str | None = None, limit: int | None = None, split: str = "test") -> list[Prompt]:
-    """Return prompts for decoding, at most `limit` of each data set; `name` may list several sets with commas.
+def load_prompts(
+    name: str,
+    data_dir: str | None = None,
+    limit: int | None = None,
+    split: str = "test",
+    *,
+    selection: Selection | None = None,
+    tell: bool = True,
+) -> Rows:
+    """Return prompts for decoding; `name` may list several sets with commas.
 
-    A known set with a single split serves that one. Raises DatasetError as `load_records` does.
+    A known set with a single split serves that one.
+
+    Args:
+        limit: prompts of each data set; skipped rows do not count.
+        selection: in place of `data_dir`, `limit` and `split`.
+        tell: log the rows that were skipped.
+
+    Raises DatasetError for a set or split that does not exist, and for one with too many odd rows or no usable one.
     """
-    prompts = []
+    rows = Rows()
     for dataset in dataset_names(name):
-        for number, row in enumerate(_load(dataset, split, data_dir, limit, any_single=True), 1):
-            conversation = to_conversation(row, f"{dataset} row {number}")
-            messages = conversation.messages
-            prompt = prompt_of(messages)
-            if not any(item["role"] == "user" for item in prompt):
-                raise DatasetError(f"{dataset} row {number}: no user turn to answer")
-            reference = messages[len(prompt)]["content"] if len(messages) > len(prompt) else None
-            prompts.append(Prompt(conversation, str(row.get("category") or ""), reference))
-    return prompts
+        _read(rows, dataset, selection or Selection(split, data_dir, limit), prompts=True)
+    if tell:
+        rows.tell()
+    return rows
+
+
+def load_rows(name: str, selection: Selection, tell: bool = True) -> Rows:
+    """Return the conversations of one split in the order of its rows; rows without an answer are among them.
+
+    `name` may list several sets with commas. Raises DatasetError as `load_prompts` does.
+    """
+    rows = Rows()
+    for dataset in dataset_names(name):
+        _read(rows, dataset, selection, prompts=False)
+    if tell:
+        rows.tell()
+    return rows
 
 
 def load_conversations(
     name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
 ) -> list[list[Message]]:
-    """Return the conversations of one split in the order of its rows, at most `limit` of each data set.
-
-    `name` may list several sets with commas. Empty conversations are kept, so that numbers are row numbers.
-    """
-    return [
-        to_messages(row, f"{dataset} row {number}")
-        for dataset in dataset_names(name)
-        for number, row in enumerate(load_records(dataset, split, data_dir, limit), 1)
-    ]
+    """Return the messages of the conversations of `load_rows`."""
+    return [row.conversation.messages for row in load_rows(name, Selection(split, data_dir, limit))]
 
 
 def dataset_names(text: str) -> list[str]:
-    """Return the data sets in a list with commas, each once; a file's path may contain commas.
+    """Return the data sets in a list with commas, each once; the path of a file or folder may contain commas.
 
     Raises DatasetError for an empty list.
     """
-    if Path(text).is_file():
-        return [text]
-    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    parts, names = text.split(","), []
+    while parts:
+        joined = (",".join(parts[:count]).strip() for count in range(len(parts), 1, -1))
+        name = next((name for name in joined if Path(name).exists()), parts[0].strip())
+        parts = parts[name.count(",") + 1 :]
+        names += [name] if name else []
     if not names:
         raise DatasetError(f"{text!r} names no data set; known: {', '.join(KNOWN)}")
-    return names
+    return list(dict.fromkeys(names))
 
 
-def _load(name: str, split: str, data_dir: str | None, limit: int | None, any_single: bool) -> list[dict[str, Any]]:
-    path = Path(name)
-    if path.suffix in (".jsonl", ".json"):
-        if not path.is_file():
-            raise DatasetError(f"no such file: {name}; check the path, or write prompts with `firp prompts`")
-        return _read(path, limit)
-    known = KNOWN.get(name)
+def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None:
+    """Add the usable rows of one data set, and the count of the others. Raises DatasetError."""
+    source: Iterator[tuple[int, Read]] = enumerate(_find(dataset, selection, any_single=prompts))
+    if selection.sample is not None:
+        everything = list(source)
+        random.Random(selection.sample).shuffle(everything)
+        source = iter(everything)
+    odd, found = OddRows(dataset), []
+    for order, (place, row) in source:
+        odd.rows += 1
+        try:
+            if isinstance(row, OddRow):
+                raise row
+            conversation = read_conversation(row, selection.columns)
+            if prompts and not conversation.messages:
+                raise OddRow("token ids without a text")
+        except OddRow as fault:
+            odd.add(fault.reason, place, fault.place or str(fault))
+            continue
+        category = row.get(selection.columns.get("category", "category"))
+        found.append((order, _prompt(conversation, category, dataset, place)))
+        if len(found) == selection.limit:
+            break
+    if not odd.rows:
+        raise DatasetError(f"no {'prompts' if prompts else 'conversations'} in {dataset}")
+    if not found:
+        unknown = any(reason.startswith(UNKNOWN_FIELDS) for reason in odd.counts)
+        hint = (
+            f"\naccepted: {ACCEPTED}\nother names: data.columns={{question: COLUMN, answer: COLUMN}}" if unknown else ""
+        )
+        raise DatasetError(f"no row can be used: {odd.line()}{hint}")
+    odd.check(selection.max_odd)
+    rows += [prompt for _, prompt in sorted(found, key=lambda pair: pair[0])]
+    rows.odd.append(odd)
+
+
+def _prompt(conversation: Conversation, category: Any, dataset: str, place: str) -> Prompt:
+    answers = (item["content"] for item in conversation.messages if item["role"] == "assistant")
+    label = str(category).encode("utf-8", "replace").decode("utf-8") if isinstance(category, str | int) else ""
+    return Prompt(conversation, label, next(answers, None) or None, dataset, place)
+
+
+def _find(name: str, selection: Selection, any_single: bool) -> Iterator[Read]:
+    """Return the rows of a data set from the first place that has it. `any_single`: a known set's only split serves."""
+    path, split = Path(name), selection.split
+    if path.is_file():
+        return read_file(path)
+    base, config = _split_config(name)
+    known, folder = KNOWN.get(base), Path(base)
+    if not folder.is_dir() and (suffix_of(name) or suffix_of(base) or _is_path(name)):
+        raise DatasetError(f"no such file: {name}; check the path, or write prompts with `firp prompts`")
     if any_single and known and len(known.splits) == 1:
         split = next(iter(known.splits))
     tried: list[str] = []
-    found = _local_file(name, split, data_dir, known, tried)
-    if found is not None:
-        return _read(found, limit)
+    if known or not folder.is_dir():
+        found = _local_file(base, config, split, selection.data_dir, known, tried)
+        if found is not None:
+            return read_file(found)
+    if folder.is_dir() and (known is None or any(suffix_of(path.name) in FORMATS for path in folder.rglob("*"))):
+        return _folder_rows(folder, split, config)
     if known and split not in known.splits:
-        raise DatasetError(f"{name} has no split {split!r}; it has: {', '.join(known.splits)}")
-    return _from_hub(name, split, known, limit, tried)
+        raise DatasetError(f"{base} has no split {split!r}; it has: {', '.join(known.splits)}")
+    return _hub_rows(base, config, split, known, selection, tried)
+
+
+def _split_config(name: str) -> tuple[str, str | None]:
+    """Return name and configuration of `NAME:CONFIG`."""
+    base, colon, config = name.rpartition(":")
+    if not colon or not base or not config or Path(name).exists():
+        return name, None
+    if Path(base).is_file():
+        raise DatasetError(f"{base} is a file and has no configurations: leave :{config} out")
+    return base, config
+
+
+def _is_path(name: str) -> bool:
+    """Return True for a name that is no hub id, known name or comma list: absolute, relative, or in a deeper folder."""
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
 
 
 def _local_file(
-    name: str, split: str, data_dir: str | None, known: KnownDataset | None, tried: list[str]
+    name: str, config: str | None, split: str, data_dir: str | None, known: KnownDataset | None, tried: list[str]
 ) -> Path | None:
-    """Return NAME/SPLIT.jsonl of the embedded sets or of the data folder; a folder without that split is an error."""
+    """Return NAME/SPLIT of the embedded sets or of the data folder; a folder without that split is an error."""
     root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if root and not Path(root).is_dir():
         raise DatasetError(f"the data folder {root} does not exist")
@@ -178,11 +316,12 @@ def _local_file(
     if root:
         places.append(Path(root) / name)
     stems = (split, *(known.files if known and split in known.splits else ()))
-    for folder in places:
-        for stem in stems:
-            if (folder / f"{stem}.jsonl").is_file():
-                return folder / f"{stem}.jsonl"
-        existing = sorted(path.stem for path in folder.glob("*.jsonl"))
+    for place in places:
+        folder = place / config if config else place
+        for file in (folder / f"{stem}{suffix}" for stem in stems for suffix in FORMATS):
+            if file.is_file():
+                return file
+        existing = sorted(path.name[: -len(suffix_of(path.name))] for path in _data_files(folder))
         if existing:
             raise DatasetError(f"{name} has no split {split!r} in {folder}; it has: {', '.join(existing)}")
         tried.append(f"{folder}/{split}.jsonl")
@@ -191,28 +330,35 @@ def _local_file(
     return None
 
 
-def _from_hub(
-    name: str, split: str, known: KnownDataset | None, limit: int | None, tried: list[str]
-) -> list[dict[str, Any]]:
+def _data_files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if path.is_file() and suffix_of(path.name) in FORMATS]
+
+
+def _folder_rows(folder: Path, split: str, config: str | None) -> Iterator[Read]:
+    """Return the rows of a `save_to_disk` folder, or of the files of a split."""
+    if is_saved(folder):
+        return read_saved(folder, split)
+    files = split_files(folder, split, config)
+    named = ((file, f"{file.name} " if len(files) > 1 else "") for file in files)
+    return ((f"{prefix}{place}", row) for file, prefix in named for place, row in read_file(file))
+
+
+def _hub_rows(
+    name: str, config: str | None, split: str, known: KnownDataset | None, selection: Selection, tried: list[str]
+) -> Iterator[Read]:
+    """Yield the rows of a set on the hub. Raises DatasetError that lists the places where the set was sought."""
     hub = known.hub if known else name
     if hub is None:
         assert known is not None
         raise _not_found(name, split, tried, known.source)
-    import datasets
-
-    datasets.disable_progress_bars()
-    options: dict[str, Any] = {"split": known.splits[split] if known else split}
+    options: dict[str, Any] = {"name": config} if config else {}
     if known:
-        options |= {"name": known.config, "revision": known.revision, "data_files": known.data_files}
-    offline = " (offline: HF_HUB_OFFLINE is set)" if hub_disabled() else ""
+        options = {"name": known.config, "revision": known.revision, "data_files": known.data_files, **options}
+    part = selection.limit is not None and selection.sample is None
     try:
-        loaded = datasets.load_dataset(hub, **options)
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        tried.append(f"hub or its cache as {hub!r}{offline}: {reason}")
-        raise _not_found(name, split, tried, "") from error
-    count = len(loaded) if limit is None else min(limit, len(loaded))
-    return [dict(row) for row in loaded.select(range(count))]
+        yield from read_hub(hub, known.splits[split] if known else split, options, config, part, name)
+    except UnreachableError as error:
+        raise _not_found(name, split, [*tried, str(error)], "") from error
 
 
 def _not_found(name: str, split: str, tried: list[str], source: str) -> DatasetError:
@@ -222,33 +368,3 @@ def _not_found(name: str, split: str, tried: list[str], source: str) -> DatasetE
         f"data set {name!r} not found{hint}; tried: {'; '.join(tried)}\n"
         f"put it{origin} at DIR/{name}/{split}.jsonl and give --data-dir DIR, or name a .jsonl file"
     )
-
-
-def _read(path: Path, limit: int | None) -> list[dict[str, Any]]:
-    return list(islice(_lines(path), limit))
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a .jsonl file, or of a .json file with a list of them."""
-    try:
-        if path.suffix == ".json":
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(values, list):
-                raise DatasetError(f"{path}: expected a list of objects, got {type(values).__name__}")
-            yield from (_object(value, path, number) for number, value in enumerate(values, 1))
-            return
-        with path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield _object(json.loads(line), path, number)
-    except json.JSONDecodeError as error:
-        where = f"{path}" if path.suffix == ".json" else f"{path} line {number}"
-        raise DatasetError(f"{where}: not valid JSON ({error.msg})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read: {error}") from None
-
-
-def _object(value: Any, path: Path, number: int) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DatasetError(f"{path} line {number}: expected a JSON object, got {type(value).__name__}")
-    return value

@@ -1,7 +1,6 @@
-"""Conversion of data set rows to messages, for the field layouts of public conversation sets.
+"""Conversion of data set rows to conversations, for the field layouts of public conversation sets.
 
-Messages are `{"role": "system" | "user" | "assistant" | "tool", "content": text}`. Assistant turns before the first
-user turn are dropped (ShareGPT has them): they are no answers.
+Assistant turns before the first user turn are dropped (ShareGPT has them): they are no answers.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from firp_cli.data.messages import Message, check_users, parse_json, read_messages, read_text, read_tools
+from firp_cli.data.odd_rows import OddRow
 from firp_cli.errors import DatasetError
 
-Message = dict[str, Any]
 Row = Mapping[str, Any]
 
 
@@ -22,11 +22,16 @@ class Conversation:
     """Messages of a row, and the functions that the assistant may call (JSON schemas), if the row has any.
 
     `questions_only`: each user message is a turn of its own, whose answer is missing (MT-Bench, Spec-Bench).
+    `input_ids`, `loss_mask`: tokens of a row that is tokenized already; it may lack messages.
+    `left_out`: columns with text that have no place in the conversation.
     """
 
     messages: list[Message]
     tools: list[Any] | None = None
     questions_only: bool = False
+    input_ids: list[int] | None = None
+    loss_mask: list[bool] | None = None
+    left_out: tuple[str, ...] = ()
 
     def turns(self) -> list[list[Message]]:
         """Return what is said before each answer, in order, without the given answers: system and user messages.
@@ -54,60 +59,79 @@ class Conversation:
         last = max((place for place, item in enumerate(self.messages) if item["role"] == "user"), default=-1)
         return self.messages[: last + 1]
 
+    @property
+    def answered(self) -> bool:
+        """True where the row has an answer to learn from."""
+        return self.input_ids is not None or any(item["role"] == "assistant" for item in self.messages)
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-}
-QUESTION_LISTS = ("turns", "prompt")
-QUESTION_FIELDS = ("question", "prompt", "instruction")
-ANSWER_FIELDS = ("answer", "response", "output", "completion")
+
+MESSAGE_FIELDS = ("messages", "conversations", "conversation")
+QUESTION_FIELDS = ("question", "prompt", "instruction", "problem", "query", "input")
+ANSWER_FIELDS = ("answer", "response", "output", "completion", "solution")
+SOLUTION_FIRST = ("solution", *ANSWER_FIELDS)  # beside `problem`, where `answer` is only the result
 SYSTEM_FIELDS = ("system", "system_prompt")
+INPUT_FIELDS = ("input", "context")
+TOOL_FIELDS = ("tools", "functions")
 ACCEPTED = (
-    "messages (role/content), conversations (from/value), turns, question|prompt|instruction [+ input] with "
-    "answer|response|output|completion, prompt + canonical_solution, text + code, article + highlights, "
-    "document + summary"
+    "messages|conversations|conversation (role/content or from/value), turns, question|prompt|instruction|problem|"
+    "query [+ input|context] with answer|response|output|completion|solution, prompt + completion as lists, chosen, "
+    "input + output, prompt + canonical_solution, text|prompt + code, article + highlights, document + summary, "
+    "input_ids + loss_mask|labels"
 )
 SUMMARIZE = "Summarize the following article in a few sentences.\n\n{}"
 COMPLETE_CODE = "Complete the following Python function. Answer with the whole function.\n\n```python\n{}```"
 CALCULATOR_MARKS = re.compile(r"<<[^<>\n]*>>")
+TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # of Anthropic's preference sets
+IGNORED_LABEL = -100
+UNKNOWN_FIELDS = "no conversation in its fields"
 
 
-def to_conversation(row: Row, where: str) -> Conversation:
-    """Return the conversation of a row. `turns` (MT-Bench, Spec-Bench) and a list under `prompt` contain user turns
-    without answers. Raises DatasetError as `to_messages` does.
+def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
+    """Return the conversation of a row, without an assistant turn if the row has no answer.
+
+    Layouts are tried in the order of `ACCEPTED`. `turns` (MT-Bench, Spec-Bench) and a list of texts under `prompt`
+    contain user turns without answers. A system column comes first, `input` or `context` follows its question, and of
+    a preference set the chosen answer is taken. GSM8K's calculator marks (`<<48/2=24>>`) are removed from answers: no
+    teacher writes them.
+
+    Args:
+        columns: names of the row's columns, by the keys of `data.columns`. Others are read only for the system text,
+            tools and category. None: columns are known by their names.
+
+    Raises OddRow.
     """
-    layout = next((field for field in ("messages", "conversations", *QUESTION_LISTS) if _is_list(field)(row)), None)
-    if layout in QUESTION_LISTS:
-        return Conversation(_questions(layout)(row, where), questions_only=True)
-    return Conversation(to_messages(row, where))
+    row = _renamed(row, columns) if columns else row
+    tools = next((row[field] for field in TOOL_FIELDS if row.get(field)), None)
+    conversation = Conversation([], read_tools(tools), *_flag(row))
+    read = next((read for matches, read in _LAYOUTS if matches(row)), None)
+    ids = _token_ids(row)
+    if ids is not None:
+        conversation.input_ids, conversation.loss_mask = ids
+    if read is None:
+        if ids is not None:
+            return conversation
+        if any(field in row for field in (*MESSAGE_FIELDS, "turns")):
+            raise OddRow("no messages")
+        fields = (", ".join(map(str, row)) or "none")[:160]
+        raise OddRow(f"{UNKNOWN_FIELDS} ({fields})", f"{UNKNOWN_FIELDS} ({fields})\naccepted: {ACCEPTED}")
+    messages = read(row)
+    check_users(messages)
+    first = next((place for place, item in enumerate(messages) if item["role"] == "user"), len(messages))
+    messages = [item for place, item in enumerate(messages) if item["role"] != "assistant" or place > first]
+    conversation.messages, conversation.left_out = _with_system(row, messages, read is _pair)
+    return conversation
 
 
 def to_messages(row: Row, where: str) -> list[Message]:
-    """Return the messages of a row, without an assistant turn if the row has no answer.
-
-    Layouts are tried in the order of `ACCEPTED`. Of user turns without answers (`to_conversation` reads them all) only
-    the first one is returned. GSM8K's calculator marks (`<<48/2=24>>`) are removed from
-    answers: no teacher writes them.
+    """Return the messages of `read_conversation`, of questions without answers only the first.
 
     Raises DatasetError naming the row (`where`), its fields and the accepted ones.
     """
-    for matches, read in _LAYOUTS:
-        if matches(row):
-            messages = read(row, where)
-            first = next((place for place, item in enumerate(messages) if item["role"] == "user"), len(messages))
-            return [item for place, item in enumerate(messages) if item["role"] != "assistant" or place > first]
-    fields = ", ".join(map(str, row)) or "none"
-    raise DatasetError(f"{where}: no conversation in its fields ({fields})\naccepted: {ACCEPTED}")
+    try:
+        conversation = read_conversation(row)
+    except OddRow as odd:
+        raise DatasetError(f"{', '.join(filter(None, (where, odd.place)))}: {odd}") from None
+    return conversation.turns()[0] if conversation.questions_only else conversation.messages
 
 
 def prompt_of(messages: list[Message]) -> list[Message]:
@@ -116,117 +140,201 @@ def prompt_of(messages: list[Message]) -> list[Message]:
     return messages[:first]
 
 
-def _speakers(field: str, role_key: str, text_key: str) -> Callable[[Row, str], list[Message]]:
-    def read(row: Row, where: str) -> list[Message]:
-        return [_turn(item, role_key, text_key, f"{where}, {field}[{place}]") for place, item in enumerate(row[field])]
-
-    return read
-
-
-def _turn(item: Any, role_key: str, text_key: str, where: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise DatasetError(f"{where}: expected a mapping with role and content, got {type(item).__name__}")
-    role, text = item.get(role_key, item.get("role")), item.get(text_key, item.get("content"))
-    if role not in ROLES:
-        raise DatasetError(f"{where}: unknown role {role!r}; accepted: {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": _text(text, where)}
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return the named columns of a row under the names that the layouts have for them."""
+    missing = [column for role, column in columns.items() if column not in row and role in ("messages", "question")]
+    if missing:
+        fields = (", ".join(map(str, row)) or "none")[:160]
+        raise OddRow(f"no column {missing[0]!r}", f"no column {missing[0]!r} (data.columns) among {fields}")
+    kept = {field: row[field] for field in (*SYSTEM_FIELDS, *TOOL_FIELDS) if field in row}
+    return kept | {role: row.get(column) for role, column in columns.items()}
 
 
-def _text(value: Any, where: str) -> str:
-    """Return a text, or the concatenated text of a list of content parts."""
-    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
-        return "".join(str(part.get("text", "")) for part in value)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DatasetError(f"{where}: expected text, got {type(value).__name__}")
-    return value
+def _with_system(row: Row, messages: list[Message], pair: bool) -> tuple[list[Message], tuple[str, ...]]:
+    """Return the messages after the text of a system column, and the columns with text that have no place."""
+    field = _first_of(row, SYSTEM_FIELDS)
+    text = read_text(row[field], field) if field else ""
+    given = next((item["content"] for item in messages if item["role"] == "system"), None)
+    if text.strip() and given is None:
+        messages = [{"role": "system", "content": text}, *messages]
+    unused = [field] if field and text.strip() and given not in (None, text) else []
+    asked = _first_of(row, QUESTION_FIELDS)
+    unused += [
+        name
+        for name in INPUT_FIELDS
+        if isinstance(row.get(name), str) and row[name].strip() and not (pair or name == asked)
+    ]
+    return messages, tuple(unused)
 
 
-def _questions(field: str) -> Callable[[Row, str], list[Message]]:
-    """Return a reader of user turns without answers."""
-
-    def read(row: Row, where: str) -> list[Message]:
-        if not row[field]:
-            raise DatasetError(f"{where}: {field} is empty")
-        texts = [_text(text, f"{where}, {field}[{place}]") for place, text in enumerate(row[field])]
-        return [{"role": "user", "content": text} for text in texts]
-
-    return read
+def _flag(row: Row) -> tuple[bool]:
+    """Return whether the row is a list of questions without answers."""
+    texts = isinstance(row.get("prompt"), list) and any(isinstance(item, str) for item in row["prompt"])
+    return (not _message_field(row) and (isinstance(_list(row, "turns"), list) or texts),)
 
 
-def _first_turn(field: str) -> Callable[[Row, str], list[Message]]:
-    return lambda row, where: _questions(field)(row, where)[:1]
+def _list(row: Row, field: str) -> list[Any] | None:
+    """Return a list with items, which may be written as JSON text (CSV files have it so)."""
+    value = row.get(field)
+    value = parse_json(value) if isinstance(value, str) and value.startswith("[") else value
+    return value if isinstance(value, list) and value else None
 
 
-def _pair(row: Row, where: str) -> list[Message]:
-    """Read a question under one of several names, with an answer, an input and a system text if present."""
-    question = _first_of(row, QUESTION_FIELDS)
-    answer = _first_of(row, ANSWER_FIELDS)
-    system = _first_of(row, SYSTEM_FIELDS)
-    assert question is not None
-    text = _text(row[question], f"{where}, {question}")
-    if question != "question" and row.get("input"):
-        text += "\n\n" + _text(row["input"], f"{where}, input")
-    messages = [{"role": "user", "content": text}]
-    if system is not None and row[system]:
-        messages.insert(0, {"role": "system", "content": _text(row[system], f"{where}, {system}")})
-    if answer is not None and row[answer] is not None:
-        written = _text(row[answer], f"{where}, {answer}")
-        messages.append({"role": "assistant", "content": CALCULATOR_MARKS.sub("", written)})
-    return messages
+def _message_field(row: Row) -> str | None:
+    return next((field for field in MESSAGE_FIELDS if _list(row, field)), None)
 
 
-def _wrapped(question: str, answer: str, wording: str) -> Callable[[Row, str], list[Message]]:
-    def read(row: Row, where: str) -> list[Message]:
+def _messages(row: Row) -> list[Message]:
+    field = _message_field(row)
+    assert field is not None
+    return read_messages(_list(row, field), field)
+
+
+def _questions(field: str) -> Callable[[Row], list[Message]]:
+    def read(row: Row) -> list[Message]:
         return [
-            {"role": "user", "content": wording.format(_text(row[question], f"{where}, {question}"))},
-            {"role": "assistant", "content": _text(row[answer], f"{where}, {answer}")},
+            {"role": "user", "content": read_text(text, f"{field}[{place}]")}
+            for place, text in enumerate(_list(row, field) or ())
         ]
 
     return read
 
 
-def _tested(row: Row, where: str) -> list[Message]:
+def _said(value: Any, field: str, role: str) -> list[Message]:
+    """Return the messages of a list, or one message of a text; none for null or an empty text."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) and "type" not in item for item in value):
+        return read_messages(value, field)
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
+        return read_messages([value], field)
+    text = read_text(value, field)
+    return [{"role": role, "content": text}] if text.strip() or role == "user" else []
+
+
+def _prompt_and_completion(row: Row) -> list[Message]:
+    """Read a prompt that is a list of messages, with the completion or the chosen answer (TRL)."""
+    asked = _said(row["prompt"], "prompt", "user")
+    answer = next((field for field in ("completion", "chosen", *ANSWER_FIELDS) if row.get(field) is not None), None)
+    answered = _said(row[answer], answer, "assistant") if answer else []
+    whole = any(item["role"] == "user" for item in answered)
+    return answered if whole and answer == "chosen" else asked + answered
+
+
+def _chosen(row: Row) -> list[Message]:
+    """Read a preference set: the chosen answer after its prompt, or the chosen conversation."""
+    if not isinstance(row["chosen"], str):
+        asked = _said(row["prompt"], "prompt", "user") if row.get("prompt") is not None else []
+        answered = _said(row["chosen"], "chosen", "assistant")
+        return answered if any(item["role"] == "user" for item in answered) else asked + answered
+    text = read_text(row["chosen"], "chosen")
+    if _first_of(row, QUESTION_FIELDS):
+        return [item for item in _pair(row) if item["role"] != "assistant"] + _said(text, "chosen", "assistant")
+    parts = TRANSCRIPT.split(text)[1:]
+    names = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": names[name], "content": said.strip()} for name, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _input_and_output(row: Row) -> list[Message]:
+    """Read messages under `input` and the answer under `output`."""
+    return read_messages(_list(row, "input"), "input") + _said(parse_json(row.get("output")), "output", "assistant")
+
+
+def _pair(row: Row) -> list[Message]:
+    """Read a question under one of several names, with an answer and an input or context if present."""
+    question = _first_of(row, QUESTION_FIELDS)
+    if question is None:
+        raise OddRow("an empty user turn")
+    answer = _first_of(row, SOLUTION_FIRST if question == "problem" else ANSWER_FIELDS)
+    fields = [question, *(field for field in INPUT_FIELDS if field != question and row.get(field) is not None)]
+    texts = [read_text(row[field], field) for field in fields]
+    messages: list[Message] = [{"role": "user", "content": "\n\n".join(text for text in texts if text.strip())}]
+    if answer is not None:
+        messages += _said(row[answer], answer, "assistant")
+    for item in messages[1:]:
+        item["content"] = CALCULATOR_MARKS.sub("", item["content"])
+    return messages
+
+
+def _wrapped(question: str, answer: str, wording: str) -> Callable[[Row], list[Message]]:
+    def read(row: Row) -> list[Message]:
+        text = read_text(row[question], question)
+        asked = [{"role": "user", "content": wording.format(text) if text.strip() else ""}]
+        return asked + _said(row[answer], answer, "assistant")
+
+    return read
+
+
+def _tested(row: Row) -> list[Message]:
     """Read MBPP: the task with its tests is the question, the code the answer."""
-    tests = "".join(f"\n{_text(test, f'{where}, test_list')}" for test in row.get("test_list") or ())
-    question = _text(row["text"], f"{where}, text") + (
-        f"\nYour code should satisfy these tests:{tests}" if tests else ""
-    )
-    answer = f"```python\n{_text(row['code'], f'{where}, code')}\n```"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _solution(row: Row, where: str) -> list[Message]:
-    """Read HumanEval: the function's head is the question, head and body in a code block the answer."""
-    head = _text(row["prompt"], f"{where}, prompt")
-    body = _text(row["canonical_solution"], f"{where}, canonical_solution")
+    field = "text" if isinstance(row.get("text"), str) else "prompt"
+    listed = row.get("test_list")
+    tests = "".join(f"\n{read_text(test, 'test_list')}" for test in (listed if isinstance(listed, list) else ()))
+    question = read_text(row[field], field)
+    if tests and question.strip():
+        question += f"\nYour code should satisfy these tests:{tests}"
     return [
-        {"role": "user", "content": COMPLETE_CODE.format(head)},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": f"```python\n{read_text(row['code'], 'code')}\n```"},
+    ]
+
+
+def _solution(row: Row) -> list[Message]:
+    """Read HumanEval: the function's head is the question, head and body in a code block the answer."""
+    head = read_text(row["prompt"], "prompt")
+    body = read_text(row["canonical_solution"], "canonical_solution")
+    return [
+        {"role": "user", "content": COMPLETE_CODE.format(head) if head.strip() else ""},
         {"role": "assistant", "content": f"```python\n{head}{body}```"},
     ]
 
 
+def _token_ids(row: Row) -> tuple[list[int], list[bool]] | None:
+    """Return token ids and mask of a row that has both; None for other rows. Raises OddRow where they do not fit."""
+    ids = parse_json(row.get("input_ids"))
+    mask, labels = (parse_json(row.get(field)) for field in ("loss_mask", "labels"))
+    if not isinstance(ids, list) or not ids or not (isinstance(mask, list) or isinstance(labels, list)):
+        return None
+    name, values = ("loss_mask", mask) if isinstance(mask, list) else ("labels", labels)
+    if any(type(number) is not int for number in ids):
+        raise OddRow("token ids that are no whole numbers", place="input_ids")
+    if len(values) != len(ids):
+        raise OddRow(f"input_ids and {name} of different lengths", f"{len(ids)} and {len(values)}")
+    if name == "labels":
+        if any(label not in (IGNORED_LABEL, token) for label, token in zip(values, ids, strict=True)):
+            raise OddRow("labels that differ from input_ids")
+        return ids, [label != IGNORED_LABEL for label in values]
+    if any(value not in (0, 1) for value in values):
+        raise OddRow("a loss_mask of other values than 0 and 1")
+    return ids, [bool(value) for value in values]
+
+
 def _first_of(row: Row, fields: tuple[str, ...]) -> str | None:
-    return next((field for field in fields if field in row), None)
+    return next((field for field in fields if row.get(field) is not None), None)
 
 
 def _is_list(field: str) -> Callable[[Row], bool]:
-    return lambda row: isinstance(row.get(field), list)
+    return lambda row: _list(row, field) is not None
 
 
 def _has(*fields: str) -> Callable[[Row], bool]:
     return lambda row: all(isinstance(row.get(field), str) for field in fields)
 
 
-_LAYOUTS: tuple[tuple[Callable[[Row], bool], Callable[[Row, str], list[Message]]], ...] = (
-    (_is_list("messages"), _speakers("messages", "role", "content")),
-    (_is_list("conversations"), _speakers("conversations", "from", "value")),
-    (_is_list("turns"), _first_turn("turns")),
-    (_is_list("prompt"), _first_turn("prompt")),
+def _of_messages(field: str) -> Callable[[Row], bool]:
+    """Return a test for a list of messages, and not of texts or content parts, under `field`."""
+    return lambda row: any(isinstance(item, Mapping) and "type" not in item for item in _list(row, field) or ())
+
+
+_LAYOUTS: tuple[tuple[Callable[[Row], bool], Callable[[Row], list[Message]]], ...] = (
+    (lambda row: _message_field(row) is not None, _messages),
+    (_is_list("turns"), _questions("turns")),
+    (_of_messages("prompt"), _prompt_and_completion),
+    (lambda row: _flag(row)[0], _questions("prompt")),
+    (lambda row: isinstance(row.get("chosen"), str | list) and bool(row["chosen"]), _chosen),
     (_has("prompt", "canonical_solution"), _solution),
     (_has("text", "code"), _tested),
+    (_has("prompt", "code"), _tested),
     (_has("article", "highlights"), _wrapped("article", "highlights", SUMMARIZE)),
     (_has("document", "summary"), _wrapped("document", "summary", SUMMARIZE)),
-    (lambda row: _first_of(row, QUESTION_FIELDS) is not None, _pair),
+    (_of_messages("input"), _input_and_output),
+    (lambda row: any(field in row for field in QUESTION_FIELDS), _pair),
 )

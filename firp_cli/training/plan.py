@@ -14,8 +14,9 @@ import torch
 from firp_cli.assets import embedded_folder
 from firp_cli.config import Recipe, TeacherConfig, TrainingConfig
 from firp_cli.errors import TeacherError
+from firp_cli.machine import hub_reachable
 from firp_cli.predictors.folder import build_predictor
-from firp_cli.teacher.source import hub_reachable, locate_config
+from firp_cli.teacher.source import locate_config
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import data_order, planned_steps, split_validation
 from firp_cli.training.first_stage import has_first_stage, stage_settings

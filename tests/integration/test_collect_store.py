@@ -247,7 +247,7 @@ def test_rows_without_a_usable_answer_are_skipped(byte_teacher: Teacher, tmp_pat
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = collect_store(byte_teacher, config(path, max_length=60), [2], tmp_path / "store")
     assert summary.conversations == 2
-    assert summary.skipped == {"no answer": 2, "no answer within max_length": 1}
+    assert summary.skipped == {"no messages": 1, "no answer": 1, "no answer within max_length": 1}
 
 
 def test_useless_loss_masks_and_unanswered_sets_are_refused(byte_teacher: Teacher, tmp_path: Path) -> None:

@@ -195,3 +195,30 @@ def test_collect_with_torchrun_prints_one_summary(place: Path, reference: dict[s
     summary = json.loads(done.stdout)
     assert summary["ranks"] == 2 and summary["shards"] == len(reference)
     assert shard_bytes(tmp_path / "store") == reference
+
+
+def test_odd_rows_of_all_ranks_are_told_once(ranks: RankPool, place: Path, tmp_path: Path) -> None:
+    good = {"question": "2+3?", "answer": "5"}
+    rows = [
+        good,
+        {"question": ""},
+        *[good] * 6,
+        {"question": "2?", "answer": " "},
+        {"question": "1+1? " * 99, "answer": "2"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for count in (1, 2):
+        command = [*collecting(place, tmp_path / str(count)), "--dataset", str(path), "data.max_length=64"]
+        log = tmp_path / f"log-{count}"
+        assert ranks.run(command, count, log) == [0] * count, log.read_text()
+        found.append([line for line in log.read_text().splitlines() if "skipped" in line and "of 10" in line])
+    assert len(found[0]) == 1 and found[0] == found[1]
+    for part in (
+        "1 with an empty user turn (first: row 2)",
+        "with no answer (first: row 9)",
+        "max_length (first: row 10)",
+    ):
+        assert part in found[0][0]
+    assert shard_bytes(tmp_path / "1") == shard_bytes(tmp_path / "2")
