@@ -185,7 +185,7 @@ def test_bench_loads_only_teachers_of_the_methods(two_teachers: Path, monkeypatc
     _, report = bench_of(work, str(work / "one"), str(work / "early"), "--methods", "ar,speed")
     assert report.teachers == [] and report.teacher["name"] == "looped"
     assert [(row.teacher, row.method) for row in report.rows] == [(None, "ar"), (None, "speed")]
-    embed(monkeypatch, str(work / "teacher"), work / "one", work / "early")
+    embed(monkeypatch, "teacher", work / "one", work / "early")
     _, report = bench_of(work, "--methods", "ar")
     assert report.teacher["name"] == "teacher" and [row.method for row in report.rows] == ["ar"]
     _, report = bench_of(work, "--methods", "speed,firp")
