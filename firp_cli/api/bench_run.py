@@ -16,7 +16,15 @@ from firp_cli.data.datasets import Prompt, dataset_names, load_prompts
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
-from firp_cli.evaluation.run_bench import BenchPrompt, follow_bench, memory_line, merge_reports, run_bench, spread
+from firp_cli.evaluation.run_bench import (
+    BenchPrompt,
+    fit_prompts,
+    follow_bench,
+    memory_line,
+    merge_reports,
+    run_bench,
+    spread,
+)
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.results import BenchReport
 from firp_cli.teacher.teacher import Teacher
@@ -141,6 +149,7 @@ def _measure(
         follow_bench(encoded, methods, settings, teacher.max_positions, skip_long)
         return BenchReport({}, teacher.describe(), {}, [])
     suffix = f" with {group.label}" if group.label else ""
+    fit_prompts(encoded, teacher.max_positions, settings.max_new_tokens, skip_long)  # before its cache is announced
     LOG.info(memory_line(methods, encoded, settings, teacher.max_positions))
     LOG.info(f"warm-up{suffix}: each method decodes the longest batch once, uncounted")
     with progress(f"measuring{suffix}") as bar:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher
+from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher, warn_turn_end
 from firp_cli.config import TeacherConfig, check_sampling
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.formats import Message
@@ -79,6 +79,7 @@ def load(
         looped = config["teacher"].get("looped") if config else None
         teacher = _wrap(teacher, tokenizer, TeacherConfig.model_validate({"model": "model", "looped": looped}), device)
         backend.apply(teacher)
+        warn_turn_end(teacher)
     elif not isinstance(teacher, Teacher):
         teacher = load_named_teacher(teacher, folder, dtype, "cpu" if sharing else device, backend)
     if folder is None:

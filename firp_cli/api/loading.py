@@ -11,6 +11,7 @@ import torch
 
 from firp_cli.assets import DEFAULT_TEACHER, nearest
 from firp_cli.config import TeacherConfig
+from firp_cli.data.chat import turn_end_warning
 from firp_cli.decoding.engine import EngineOptions
 from firp_cli.decoding.speed.stages import PipelineStages
 from firp_cli.decoding.tree_file import TunedTrees, read_trees
@@ -92,7 +93,14 @@ def load_named_teacher(
             f"{name}: {error}"
         ) from error
     (backend or LayerBackend()).apply(teacher)
+    warn_turn_end(teacher)
     return teacher
+
+
+def warn_turn_end(teacher: Teacher) -> None:
+    """Log a line where the teacher's chat template ends turns with a token that ends no answer."""
+    if warning := turn_end_warning(teacher.tokenizer, teacher.eos_token_ids, teacher.name):
+        LOG.info(warning)
 
 
 def share_teacher(

@@ -14,6 +14,7 @@ from statistics import median
 import torch
 
 from firp_cli.decoding.engine import Engine
+from firp_cli.decoding.sequences import check_room
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.evaluation.bench_groups import teacher_labels
 from firp_cli.evaluation.environment import measurement_environment
@@ -50,6 +51,7 @@ def fit_prompts(
 
     Raises CapacityError when a prompt is too long and `skip_long` is off, or when none fits.
     """
+    check_room(max_new_tokens, max_positions)
     room = max_positions - max_new_tokens
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= room]
     skipped = len(prompts) - len(fitting)
