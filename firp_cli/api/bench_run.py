@@ -18,7 +18,7 @@ from firp_cli.data.readers import dataset_label
 from firp_cli.data.turns import Questions
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
-from firp_cli.evaluation.bench_prompts import BenchPrompt, spread
+from firp_cli.evaluation.bench_prompts import BenchPrompt, fit_prompts, spread
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.run_bench import follow_bench, memory_line, merge_reports, run_bench
 from firp_cli.evaluation.trained_prompts import were_trained_on
@@ -149,6 +149,7 @@ def _measure(
         follow_bench(encoded, methods, settings, teacher.max_positions, skip_long)
         return BenchReport({}, teacher.describe(), {}, [])
     suffix = f" with {group.label}" if group.label else ""
+    fit_prompts(encoded, teacher.max_positions, settings.max_new_tokens, skip_long)  # before its cache is announced
     LOG.info(memory_line(methods, encoded, settings, teacher.max_positions))
     LOG.info(f"warm-up{suffix}: each method decodes the longest batch once, uncounted")
     with progress(f"measuring{suffix}") as bar:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from firp_cli.api.loading import teacher_line
+from firp_cli.api.loading import teacher_line, warn_turn_end
 from firp_cli.collecting.collect_store import (
     CollectSummary,
     OpenProgress,
@@ -178,6 +178,8 @@ def _load(recipe: Recipe) -> Teacher:
     teacher = load_for_ranks(recipe.teacher)
     LOG.info(teacher_line(teacher.loaded_weights))
     use_lean_layers(teacher)
+    if recipe.data.regenerate:
+        warn_turn_end(teacher)
     return teacher
 
 

@@ -12,6 +12,7 @@ import torch
 
 from firp_cli.assets import DEFAULT_TEACHER, nearest
 from firp_cli.config import TeacherConfig
+from firp_cli.data.chat import turn_end_warning
 from firp_cli.decoding.engine import EngineOptions
 from firp_cli.decoding.speed.stages import PipelineStages
 from firp_cli.decoding.tree_file import TunedTrees, read_trees
@@ -97,6 +98,7 @@ def load_named_teacher(
         ) from error
     _note_differences(teacher, config, trained_for, predictor)
     (backend or LayerBackend()).apply(teacher)
+    warn_turn_end(teacher)
     return teacher
 
 
@@ -172,6 +174,12 @@ def _note_differences(
             f"{predictor} was trained with another chat template ({before['source']}, {before['fingerprint']}) than "
             f"the one in use ({template['source']}, {template['fingerprint']}): its drafts may be accepted less often"
         )
+
+
+def warn_turn_end(teacher: Teacher) -> None:
+    """Log a line where the teacher's chat template ends turns with a token that ends no answer."""
+    if warning := turn_end_warning(teacher.tokenizer, teacher.eos_token_ids, teacher.name):
+        LOG.info(warning)
 
 
 def share_teacher(

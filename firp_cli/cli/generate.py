@@ -186,6 +186,9 @@ def _encode(decoder: Decoder, rows: Rows, raw: bool) -> list[Prompt]:
 
 def _fitting(decoder: Decoder, prompts: list[Prompt], max_new_tokens: int) -> list[Prompt]:
     """Return the prompts that fit the context with their answers, and print how many do not."""
+    from firp_cli.decoding.sequences import check_room
+
+    check_room(max_new_tokens, decoder.teacher.max_positions)
     room = decoder.teacher.max_positions - max_new_tokens
     fitting = [ids for ids in prompts if len(ids) <= room]
     if len(fitting) < len(prompts):

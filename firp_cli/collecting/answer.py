@@ -28,6 +28,7 @@ from firp_cli.results import Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 
 FAILED = "answer failed"  # reason for leaving a prompt out
+MANY_CUT = 0.2  # share of answers cut at a limit from which on the summary warns
 MAX_CONSECUTIVE_FAILURES = 32  # so many failures in a row are not the fault of the prompts
 ACCOUNT = {  # what became of the prompts, in words
     "written": "written",
@@ -137,14 +138,17 @@ def _ask_all(
 
 
 def account_line(account: dict[str, Any]) -> str:
-    """Return an account of `respond` in one line, and a second line where prompts failed."""
+    """Return an account of `respond` in one line, and further ones where many answers are cut or prompts failed."""
     parts = [f"{account[name]:,} {words}" for name, words in ACCOUNT.items() if name == "written" or account.get(name)]
-    line = f"answers: {', '.join(parts)}"
-    return (
-        f"{line}\nfirst failure: {account['failure']}; --resume tries failed prompts again"
-        if account["failure"]
-        else line
-    )
+    lines = [f"answers: {', '.join(parts)}"]
+    if account["cut"] > MANY_CUT * max(account["written"], account.get("turns", 0)):
+        lines.append(
+            f"{account['cut'] / max(account['written'], account.get('turns', 0)):.0%} of the answers are cut: raise data.max_new_tokens, or check "
+            "that the token with which the chat template ends turns is an eos_token_id of the teacher"
+        )
+    if account["failure"]:
+        lines.append(f"first failure: {account['failure']}; --resume tries failed prompts again")
+    return "\n".join(lines)
 
 
 def _answer(

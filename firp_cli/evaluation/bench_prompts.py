@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from firp_cli.data.turns import Questions
+from firp_cli.decoding.sequences import check_room
 from firp_cli.errors import CapacityError, DatasetError
 from firp_cli.results import Generation
 
@@ -107,6 +108,7 @@ def fit_prompts(
 
     Raises CapacityError when a prompt is too long and `skip_long` is off, or when none fits.
     """
+    check_room(max_new_tokens, max_positions)
     room = max_positions - max_new_tokens
     fitting = [prompt.asked(max_positions, max_new_tokens) for prompt in prompts if len(prompt.token_ids) <= room]
     skipped = len(prompts) - len(fitting)
