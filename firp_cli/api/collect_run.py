@@ -27,6 +27,7 @@ from firp_cli.data.datasets import dataset_names
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.distributed.sharding import load_for_ranks
 from firp_cli.errors import UsageError
+from firp_cli.files import check_output
 from firp_cli.machine import is_main
 from firp_cli.recipe import load_recipe
 from firp_cli.results import Progress, no_progress
@@ -115,8 +116,10 @@ def default_store(dataset: str) -> str:
 def check_collect(run: CollectRun, resume: bool = False, estimating: bool = False) -> None:
     """Check folder, responder and data set before a teacher is loaded. Raises FirpError."""
     if not estimating and is_main():  # rank 0 may hold the folder's lock when another rank gets here
+        check_output(run.store)
         check_target(run.store, resume)
-    check_responder(run.recipe)
+    if not estimating:  # arithmetic needs no package
+        check_responder(run.recipe)
     check_dataset(run.recipe.data)
 
 
@@ -164,6 +167,7 @@ def write_prompts(
     path, written = Path(output), 0
     if path.exists():
         raise UsageError(f"{path} exists: give another --output, or remove it")
+    check_output(path, "file")
     config = TeacherConfig(model=teacher) if isinstance(teacher, str) else teacher
     loaded = _load(Recipe(teacher=config))
     path.parent.mkdir(parents=True, exist_ok=True)

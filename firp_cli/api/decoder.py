@@ -28,6 +28,7 @@ from firp_cli.teacher.teacher import Teacher
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a user message, token ids, or chat messages
 OnText = Callable[[str, bool], object]  # (piece of text, True where the predictor drafted it)
+OnBatch = Callable[[int, list[Generation]], object]  # (index of the first prompt, results)
 CONTEXT_TOKENS = 8  # tokens before a piece that decide how it is written (spaces, split characters)
 
 
@@ -131,17 +132,19 @@ class Decoder:
         if tree and predictor is not None and not Path(tree).is_file():
             parse_tree(tree, predictor.steps)  # raises on a misspelt tree now, not at the first prompt
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Sequence[Any] | None = None) -> list[int]:
         """Return the token ids of a prompt, which ends where the assistant starts to write.
 
         A string is a user message. Strings and chat messages go through the tokenizer's chat template; token ids are
-        returned as they are. Raises UsageError, DatasetError.
+        returned as they are. `tools`: functions that the assistant may call, as JSON schemas, for the template.
+
+        Raises UsageError, DatasetError.
         """
         items: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if items and all(isinstance(item, dict) for item in items):
             if self.teacher.tokenizer is None:
                 raise UsageError(f"the teacher {self.teacher.name} has no tokenizer: give token ids")
-            return encode_prompt(items, self.teacher.tokenizer)
+            return encode_prompt(items, self.teacher.tokenizer, tools)
         try:
             return [operator.index(item) for item in items]
         except TypeError:
@@ -195,10 +198,12 @@ class Decoder:
         seed: int = 0,
         stop: Sequence[str] = (),
         progress: Progress = no_progress,
+        on_batch: OnBatch | None = None,
     ) -> list[Generation]:
         """Generate text after several prompts, `batch_size` at once; results are in the prompts' order.
 
-        `progress` is called with (prompts done, all prompts) after each batch. The other arguments and the errors are
+        After each batch `on_batch` is called with the index of its first prompt and its results, then `progress` with
+        (prompts done, all prompts). The results of a batch share its times. The other arguments and the errors are
         those of `generate`.
         """
         if batch_size < 1:
@@ -208,9 +213,31 @@ class Decoder:
         self._log_cache(engine, min(batch_size, len(encoded)), max(map(len, encoded), default=0), max_new_tokens)
         results: list[Generation] = []
         for start in range(0, len(encoded), batch_size):
-            results += engine.generate(encoded[start : start + batch_size], max_new_tokens, stop)
+            made = _generate_batch(engine, encoded[start : start + batch_size], max_new_tokens, stop)
+            results += made
+            if on_batch:
+                on_batch(start, made)
             progress(len(results), len(encoded))
         return results
+
+    def session(
+        self,
+        max_new_tokens: int,
+        *,
+        batch: int,
+        longest: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        stop: Sequence[str],
+    ) -> Callable[[Sequence[list[int]]], list[Generation]]:
+        """Return a function that decodes prompts (token ids) as one batch. Random numbers go on from batch to batch.
+
+        `batch`, `longest`: most prompts of a batch, most tokens of a prompt, to log the memory. Raises UsageError.
+        """
+        engine = self._prepare(temperature, top_p, seed)
+        self._log_cache(engine, batch, longest, max_new_tokens)
+        return lambda prompts: _generate_batch(engine, prompts, max_new_tokens, stop)
 
     def _prepare(self, temperature: float, top_p: float, seed: int) -> Engine | PipelineEngine:
         """Return the engine of these settings, its random numbers set to `seed`. Raises UsageError."""
@@ -238,6 +265,16 @@ class Decoder:
         """Log the size of the K/V cache before it is allocated."""
         size = readable_bytes(engine.cache_bytes(batch, longest, max_new_tokens))
         LOG.info(f"K/V cache for {batch} x {longest + max_new_tokens} positions: {size}")
+
+
+def _generate_batch(
+    engine: Engine | PipelineEngine, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[str]
+) -> list[Generation]:
+    """Decode one batch, and note its size in the results."""
+    made = engine.generate(prompts, max_new_tokens, stop)
+    for item in made:
+        item.batch_size = len(made)
+    return made
 
 
 class TextStream:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from firp_cli.api.loading import LOG, load_pair
 from firp_cli.assets import DEFAULT_TEACHER
@@ -16,7 +19,7 @@ from firp_cli.config import DataConfig, Recipe
 from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree
-from firp_cli.errors import UsageError
+from firp_cli.errors import NumericsError, UsageError
 from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.evaluation.quality import Sequences
 from firp_cli.evaluation.quality import evaluate as measure_quality
@@ -25,7 +28,7 @@ from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.recipe import load_recipe
 from firp_cli.results import EvalReport, PipelineReport
-from firp_cli.store.reader import Store
+from firp_cli.store.reader import Store, read_manifest
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import split_validation
 
@@ -35,17 +38,30 @@ DECODED_TOKENS = 128  # new tokens of each
 
 
 @dataclass
-class _Subset:
-    """Some sequences of a store."""
+class _Finite:
+    """Some sequences of a store, whose states are checked as they are read. Raises NumericsError."""
 
-    store: Sequences
+    store: Store
+    folder: Path
     indices: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int, /) -> Any:
-        return self.store[self.indices[index]]
+        number = self.indices[index]
+        item = self.store[number]
+        for name, states in [*item.hidden.items(), ("final", item.final)]:
+            bad = ~torch.isfinite(states).all(dim=-1)
+            if bad.any():
+                shards = read_manifest(self.folder)["shards"]
+                file = next((shard["file"] for shard in shards if shard["first"] <= number < shard["next"]), "?")
+                raise NumericsError(
+                    f"NaN or infinity in hidden.{name} of {self.folder / file}, token {int(bad.int().argmax())} of "
+                    f"conversation {number}: `{shlex.join(['firp', 'store', 'verify', str(self.folder)])}` names all "
+                    "such places and the remedy"
+                )
+        return item
 
 
 def evaluate(
@@ -75,7 +91,8 @@ def evaluate(
     Example:
         >>> firp_cli.evaluate("firp", dataset="arithmetic", limit=8).expected_accepted_length_tree
 
-    Raises UsageError, TeacherError, PredictorError, FingerprintError, DatasetError and StoreError.
+    Raises UsageError, TeacherError, PredictorError, FingerprintError, DatasetError, StoreError and
+    NumericsError.
     """
     if store is not None and dataset is not None:
         raise UsageError("give either --store or --dataset")
@@ -180,10 +197,10 @@ def _from_store(
     store.check_teacher(teacher.fingerprint, tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
     data: dict[str, Any] = {"store": str(folder)}
     if recipe.store is None or Path(recipe.store).resolve() != folder.resolve():
-        return store, data
+        return _Finite(store, folder, range(len(store))), data
     _, held_out = split_validation(len(store), recipe.training.validation_fraction, recipe.training.seed)
     if not held_out:
         LOG.info(f"{folder}: training held nothing out of this store, so the figures are those of its training data")
-        return store, data
+        return _Finite(store, folder, range(len(store))), data
     LOG.info(f"{folder}: the predictor was trained on this store; the {len(held_out)} held-out conversations are used")
-    return _Subset(store, held_out), {**data, "part": "held out of training"}
+    return _Finite(store, folder, held_out), {**data, "part": "held out of training"}

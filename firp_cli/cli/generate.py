@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from firp_cli.assets import nearest
+from firp_cli.cli.answers import answer_file, answer_one
 from firp_cli.cli.terminal import (
     Attention,
     Backend,
@@ -28,16 +27,13 @@ from firp_cli.cli.terminal import (
     Verbose,
     command_line,
     decoding_options,
-    print_json,
-    progress_bar,
     quiet_libraries,
 )
 from firp_cli.errors import UsageError
-from firp_cli.machine import is_main
+from firp_cli.files import check_output
 
 if TYPE_CHECKING:
-    from firp_cli.api.decoder import Decoder, OnText, Prompt
-    from firp_cli.results import Generation
+    from firp_cli.api.decoder import Decoder
 
 Method = Annotated[
     str | None, typer.Option(help="ar (autoregressive decoding), or the predictor's kind, which is the default.")
@@ -64,6 +60,9 @@ def generate(
     limit: Annotated[int | None, typer.Option(min=1, help="Most prompts, with --prompts.")] = None,
     raw: Annotated[bool, typer.Option(help="Leave out the chat template.")] = False,
     output: Annotated[Path | None, typer.Option(help="JSONL file for the results.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted --output file of --prompts.")
+    ] = False,
     skip_long: Annotated[bool, typer.Option(help="Skip and count prompts that do not fit the context.")] = False,
     threads: Threads = None,
     backend: Backend = "lean",
@@ -77,30 +76,33 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Generate text with a predictor. The output is that of autoregressive decoding."""
-    if (prompt is None) == (prompts is None):
-        raise UsageError("give either --prompt TEXT or --prompts FILE.jsonl")
+    _check(prompt, prompts, output, resume)
     quiet_libraries(verbose)
+    from firp_cli.api.generate_run import GenerateSettings, prompts_to_answer
     from firp_cli.distributed.launch import launch, relayed_errors
 
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
+    rows = prompts_to_answer(str(prompts), limit, raw) if prompts is not None else []
     if launch(gpus, None, command_line(context)):
         return
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop or []}
-    settings |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+    settings = GenerateSettings(max_new_tokens, batch_size, temperature, top_p, seed, tuple(stop or ()), raw)
+    loading: dict[str, Any] = {"tree": tree, "backend": layers, "guard": guard, "force": force, "options": options}
     with relayed_errors():
-        decoder = _load(
-            predictor, method, teacher, tree=tree, backend=layers, guard=guard, force=force, options=options
-        )
+        decoder = _load(predictor, method, teacher, **loading)
         if prompt is not None:
-            stream = not as_json and output is None and is_main()
-            results = [_generate_one(decoder, prompt, raw, stream, **settings)]
+            answer_one(decoder, prompt, settings, output, as_json)
         else:
-            items = _read_prompts(decoder, str(prompts), limit, raw)
-            fitting = _fitting(decoder, items, max_new_tokens) if skip_long else items
-            with progress_bar("generating") as progress:
-                results = decoder.generate_batch(fitting, batch_size=batch_size, progress=progress, **settings)
-    if is_main():
-        _write(results, output, as_json, prompt is not None)
+            answer_file(decoder, str(prompts), rows, settings, output, resume, skip_long)
+
+
+def _check(prompt: str | None, prompts: Path | None, output: Path | None, resume: bool) -> None:
+    """Refuse options that contradict each other, and an output that cannot be written."""
+    if (prompt is None) == (prompts is None):
+        raise UsageError("give either --prompt TEXT or --prompts FILE.jsonl")
+    if resume and (prompts is None or output is None):
+        raise UsageError("--resume continues the --output file of interrupted --prompts: give both")
+    if output is not None:
+        check_output(output, "stream")
 
 
 def _load(predictor: str | None, method: str | None, teacher: str | None, **options: Any) -> Decoder:
@@ -126,96 +128,3 @@ def _load(predictor: str | None, method: str | None, teacher: str | None, **opti
     if world_size() > 1:
         start()
     return load(teacher, name, ranks=(rank(), world_size()), **options)
-
-
-def _generate_one(decoder: Decoder, prompt: str, raw: bool, stream: bool, **settings: Any) -> Generation:
-    """Generate after one prompt; with `stream` print the text as it is decided."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
-
-    def show(text: str, drafted: bool) -> None:
-        console.print(text, end="", style="green" if drafted else None, markup=False)
-        console.file.flush()
-
-    on_text: OnText | None = show if stream else None
-    result = decoder.generate(_raw(decoder, prompt) if raw else prompt, stream=on_text, **settings)
-    if stream:
-        console.print()
-    return result
-
-
-def _raw(decoder: Decoder, text: str) -> list[int]:
-    return list(decoder.teacher.tokenizer(text)["input_ids"])
-
-
-def _read_prompts(decoder: Decoder, path: str, limit: int | None, raw: bool) -> list[Prompt]:
-    """Read the prompts of a JSONL file, as token ids."""
-    from firp_cli.data.datasets import load_prompts
-
-    messages = [item.messages for item in load_prompts(path, None, limit)]
-    return [_raw(decoder, item[-1]["content"]) if raw else decoder.encode(item) for item in messages]
-
-
-def _fitting(decoder: Decoder, prompts: list[Prompt], max_new_tokens: int) -> list[Prompt]:
-    """Return the prompts that fit the context with their answers, and print how many do not."""
-    room = decoder.teacher.max_positions - max_new_tokens
-    fitting = [ids for ids in prompts if len(ids) <= room]
-    if len(fitting) < len(prompts):
-        typer.echo(
-            f"skipped {len(prompts) - len(fitting)} of {len(prompts)} prompts longer than {room} tokens", err=True
-        )
-    return fitting
-
-
-def _write(results: list[Generation], output: Path | None, as_json: bool, single: bool) -> None:
-    """Write the results of a file of prompts, or of a single one where asked for, and print the summary."""
-    if single and as_json:
-        print_json(_record(results[0]))
-    if output is not None or not single:
-        _write_lines(output, results)
-    typer.echo(_summary(results), err=True)
-
-
-def _record(result: Generation) -> dict[str, Any]:
-    """Return the fields of a JSONL line. A pipeline's steps are ticks: `accepted_lengths` has a 0 or 1 for each."""
-    return {
-        "prompt_tokens": result.prompt_tokens,
-        "token_ids": result.token_ids,
-        "text": result.text,
-        "steps": result.steps,
-        "accepted_lengths": result.accepted_lengths,
-        "finish_reason": result.finish_reason,
-        "prefill_seconds": result.prefill_seconds,
-        "decode_seconds": result.decode_seconds,
-    }
-
-
-def _write_lines(output: Path | None, results: list[Generation]) -> None:
-    """Write JSONL to a file, whole or not at all, or to stdout."""
-    from firp_cli.files import write_atomically
-
-    text = "".join(json.dumps(_record(result), ensure_ascii=False) + "\n" for result in results)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        write_atomically(output, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _summary(results: list[Generation]) -> str:
-    """Return tokens, steps, accepted length, throughput and prefill time of all results in one line."""
-    tokens = sum(len(result.token_ids) for result in results)
-    steps = sum(result.steps for result in results)
-    decoded = sum(sum(result.accepted_lengths) for result in results)
-    seconds = sum(result.decode_seconds for result in results)
-    prefill = sum(result.prefill_seconds for result in results)
-    throughput = f"{decoded / seconds:.1f} tokens/s" if seconds and decoded else "no decoding step"
-    pipelines = [result.pipeline for result in results if result.pipeline]
-    name, length = "steps", f"accepted length {decoded / steps:.2f}" if steps else "accepted length -"
-    if undrafted := sum(result.autoregressive_steps for result in results):
-        length += f" ({undrafted} of them autoregressive, chosen by the guard)"
-    if pipelines and steps:
-        undrafted = sum(trace.autoregressive_tokens for trace in pipelines)
-        name, length = "ticks", f"{decoded / steps:.2f} tokens per tick"
-        length += f" ({undrafted} of them outside the pipeline, which was slower)" if undrafted else ""
-    return f"{tokens} tokens in {steps} {name}, {length}, {throughput}, prefill {prefill:.2f} s"

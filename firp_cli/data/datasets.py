@@ -21,6 +21,7 @@ from firp_cli.errors import DatasetError
 from firp_cli.machine import hub_disabled
 
 DATA_DIR_VARIABLE = "FIRP_DATA_DIR"
+ID_FIELDS = ("id", "question_id", "task_id")
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,16 @@ KNOWN: dict[str, KnownDataset] = {
 
 @dataclass
 class Prompt:
-    """Conversation to answer, its category in the set, and the reference answer of its first turn if there is one."""
+    """Conversation to answer, its category in the set, and the reference answer of its first turn if there is one.
+
+    `row`: its row in the set, from 0; `id`: what the row calls itself, if it does.
+    """
 
     conversation: Conversation
     category: str = ""
     reference: str | None = None
+    row: int = 0
+    id: Any = None
 
     @property
     def messages(self) -> list[Message]:
@@ -117,7 +123,9 @@ def load_prompts(name: str, data_dir: str | None = None, limit: int | None = Non
             if not any(item["role"] == "user" for item in prompt):
                 raise DatasetError(f"{dataset} row {number}: no user turn to answer")
             reference = messages[len(prompt)]["content"] if len(messages) > len(prompt) else None
-            prompts.append(Prompt(Conversation(messages), str(row.get("category") or ""), reference))
+            name_of_row = next((row[key] for key in ID_FIELDS if row.get(key) is not None), None)
+            category = str(row.get("category") or "")
+            prompts.append(Prompt(Conversation(messages), category, reference, number - 1, name_of_row))
     return prompts
 
 

@@ -22,7 +22,7 @@ ALL = "all"
 class BatchRun:
     """Batch decoded by one method, its repeats folded into one.
 
-    `decode_tokens`: new tokens without the first of each sequence, which prefill gives.
+    `decode_tokens`: new tokens without the first of each sequence, which prefill gives. `repeats`: number of them.
     """
 
     dataset: str
@@ -32,6 +32,7 @@ class BatchRun:
     prefill_seconds: float
     decode_seconds: float
     decode_tokens: int
+    repeats: int = 1
 
     @property
     def steps(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -119,7 +120,8 @@ def measure(
     """Decode every batch with every method `repeats` times and fold the repeats.
 
     Methods take turns within each batch, and the first one changes from batch to batch and from repeat to repeat, so
-    that a slowdown of the machine affects all of them.
+    that a slowdown of the machine affects all of them. KeyboardInterrupt ends the measurement: the repeats that are
+    whole by then are folded; without one it is raised again.
     """
     total = len(methods) * (settings.warmup + settings.repeats * len(batches))
     repeats: dict[str, list[list[list[Generation]]]] = {method.name: [[] for _ in batches] for method in methods}
@@ -129,13 +131,20 @@ def measure(
         if isinstance(method.engine, Engine):
             for size in sorted({len(batch.numbers) for batch in batches}, reverse=True):  # a larger cache drops graphs
                 method.engine.capture(size, context, settings.max_new_tokens)
-    for done, (method, place, counted) in enumerate(turns(methods, len(batches), settings, longest), start=1):
-        generations = method.generate(_tokens(prompts, batches[place]), settings.max_new_tokens)
-        if counted:
-            repeats[method.name][place].append(generations)
-        progress(done, total)
+    whole = settings.repeats
+    try:
+        for done, (method, place, counted) in enumerate(turns(methods, len(batches), settings, longest), start=1):
+            generations = method.generate(_tokens(prompts, batches[place]), settings.max_new_tokens)
+            if counted:
+                repeats[method.name][place].append(generations)
+            progress(done, total)
+    except KeyboardInterrupt:
+        whole = min(len(made) for each in repeats.values() for made in each)
+        if not whole:
+            raise
     return {
-        name: [fold(batch, runs) for batch, runs in zip(batches, each, strict=True)] for name, each in repeats.items()
+        name: [fold(batch, made[:whole]) for batch, made in zip(batches, each, strict=True)]
+        for name, each in repeats.items()
     }
 
 
@@ -195,7 +204,15 @@ def fold(batch: Batch, repeats: Sequence[Sequence[Generation]]) -> BatchRun:
         prefill_seconds=median(max(item.prefill_seconds for item in repeat) for repeat in repeats),
         decode_seconds=per_token * tokens[0],
         decode_tokens=tokens[0],
+        repeats=len(repeats),
     )
+
+
+def _repeats_made(runs: Runs, settings: BenchSettings) -> dict[str, Any]:
+    """Return the number of repeats as a setting of the report; `interrupted` where it is less than asked for."""
+    made = min((run.repeats for each in runs.values() for run in each), default=settings.repeats)
+    cut = {"interrupted": f"interrupted after {made} of {settings.repeats} repeats"} if made < settings.repeats else {}
+    return {"repeats": made, **cut}
 
 
 def reference_method(names: Sequence[str], temperature: float) -> str | None:
@@ -247,7 +264,13 @@ def run_bench(
     return BenchReport(
         environment=measurement_environment(teacher),
         teacher=teacher.describe(),
-        settings={**asdict(settings), "reference": reference, "methods": names, "prompts": len(fitting)},
+        settings={
+            **asdict(settings),
+            **_repeats_made(runs, settings),
+            "reference": reference,
+            "methods": names,
+            "prompts": len(fitting),
+        },
         rows=rows,
         skipped_long=skipped,
     )
@@ -265,6 +288,7 @@ def merge_reports(reports: Sequence[BenchReport]) -> BenchReport:
     methods = {label: report.settings["methods"] for label, report in zip(labels, reports, strict=True)}
     prompts = {label: report.settings["prompts"] for label, report in zip(labels, reports, strict=True)}
     settings = {
+        **{key: value for report in reports for key, value in report.settings.items() if key == "interrupted"},
         "methods": list(dict.fromkeys(name for each in methods.values() for name in each)),
         "methods_by_teacher": methods,
         "prompts": max(prompts.values()),
