@@ -13,7 +13,7 @@ from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_tre
 from firp_cli.collecting.collect_store import OpenProgress, silent
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.datasets import Prompt, dataset_names, load_prompts
-from firp_cli.errors import UsageError
+from firp_cli.errors import DatasetError, UsageError
 from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.run_bench import BenchPrompt, follow_bench, memory_line, merge_reports, run_bench, spread
@@ -181,6 +181,8 @@ def find_prompts(datasets: str, data_dir: str | None, limit: int | None) -> list
     pairs = []
     for name in dataset_names(datasets):
         prompts = load_prompts(name, data_dir, count)
+        if not prompts:
+            raise DatasetError(f"no prompts in {name}")
         if any(prompt.category for prompt in prompts):
             everything = load_prompts(name, data_dir, None)
             prompts = [everything[place] for place in spread([prompt.category for prompt in everything], count)]

@@ -58,10 +58,14 @@ class Lines:
         sys.stdout.write(json.dumps(line, ensure_ascii=not readable) + "\n")
         sys.stdout.flush()
 
-    def close(self) -> None:
-        """Close the file. Raises OutputError where it did not take all lines."""
+    def release(self) -> None:
+        """Close the file: every line in it is whole."""
         if self._stream is not None:
             self._stream.close()
+
+    def close(self) -> None:
+        """Close the file. Raises OutputError where it did not take all lines."""
+        self.release()
         if self.failure:
             kept = f"its first {self.written} lines are kept, " if self.written else ""
             raise OutputError(f"{self.output} cannot be written ({self.failure}): {kept}the others are on stdout")
@@ -143,11 +147,14 @@ def answer_file(
             return f"firp: interrupted; {held}on stdout"
         return f"firp: interrupted; {held}in {output}, the same command with --resume continues it"
 
-    with interruption(interrupted), progress_bar("generating") as progress:
-        for batch in run.answers(kept, progress):
-            for line in batch:
-                lines.write(line)
-                made += 1
+    try:
+        with interruption(interrupted), progress_bar("generating") as progress:
+            for batch in run.answers(kept, progress):
+                for line in batch:
+                    lines.write(line)
+                    made += 1
+    finally:
+        lines.release()
     if not is_main():
         return
     if run.cut:
