@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from firp_cli.api.loading import teacher_line
@@ -144,6 +145,9 @@ def run_estimate(run: CollectRun, ranks: int = 1) -> CollectEstimate:
     """Estimate a run that `check_collect` has passed, in this process and with its number of threads."""
     whole = run.recipe.teacher.model_copy(update={"sharding": "none"})  # no other rank takes part
     recipe = run.recipe.model_copy(update={"teacher": whole})
+    if recipe.data.regenerate and recipe.collect.responder == "vllm" and find_spec("vllm") is None:
+        LOG.info("vllm is not installed: its hours cannot be measured here, those of firp's engine are shown")
+        recipe = recipe.model_copy(update={"collect": recipe.collect.model_copy(update={"responder": "engine"})})
     teacher = _load(recipe)
     layers, dtype = check_layers(_layers(run, teacher), teacher), stored_dtype(teacher, recipe.data)
     return estimate(teacher, recipe.data, layers, dtype, run.store, make_responder(recipe, teacher), ranks)

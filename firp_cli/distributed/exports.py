@@ -16,7 +16,7 @@ ENVIRONMENT_FILE = "DS_ENV_FILE"  # variable: the runner's file of variables, wh
 DEFAULT_FILE = ".deepspeed_env"
 EXPORTS = "FIRP_EXPORTS"  # text of that file, until it is written
 PREFIXES = (
-    *("FIRP_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "TOKENIZERS_", "WANDB_", "VLLM_"),
+    *("FIRP_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "DATASETS_", "TOKENIZERS_", "WANDB_", "VLLM_"),
     *("OMP_", "MKL_", "KMP_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_"),
 )
 NAMES = (

@@ -258,3 +258,37 @@ def test_the_next_line_of_collect_trains(tmp_path: Path, monkeypatch: pytest.Mon
     done = succeed(*words, "training.max_steps=0", "training.gate_prompts=0", "--output", "run")
     missing = invoke(*words[:-1], "no store").exception
     assert "firp collect demo teacher.dtype=bfloat16 data.limit=4 --output 'no store'" in str(missing)
+
+
+def test_estimate_needs_no_package_of_the_responder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("firp_cli.api.collect_run.find_spec", lambda _: None)
+    given = ("data.max_new_tokens=8", "collect.responder=vllm", "--limit", "4", "--regenerate")
+    done = succeed("collect", "demo", *given, "--estimate")
+    assert "those of firp's engine are shown" in done.stderr and "of it answering" in done.stdout
+
+
+def test_eval_names_the_place_of_a_nan(store_folder: Path) -> None:
+    from firp_cli.api.eval_run import _Finite
+    from firp_cli.errors import NumericsError
+    from firp_cli.store.reader import Store
+
+    store = Store.open(store_folder)
+    item = store[20]
+    assert len(_Finite(store, store_folder, [1, 20])) == 2 and _Finite(store, store_folder, [20])[0].input_ids.numel()
+    item.hidden[2] = item.hidden[2].clone()
+    item.hidden[2][3, 0] = float("nan")
+    faulty = {20: item}
+    with pytest.raises(NumericsError) as refused:
+        _Finite(faulty, store_folder, [20])[0]  # type: ignore[arg-type]
+    assert "hidden.2 of" in str(refused.value) and "shard-00001" in str(refused.value)
+    assert "token 3 of conversation 20" in str(refused.value)
+
+
+def test_training_without_held_out_text_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    succeed("collect", "demo", "--limit", "1", "--output", "one")
+    fast = ("training.max_steps=0", "training.gate_prompts=1", "data.max_new_tokens=8", "predictor.steps=1")
+    done = succeed("train", "demo", *fast, "--store", "one", "--output", "run")
+    assert "nothing held out: the gate decodes trained text" in done.stderr
+    assert "trained text: nothing was held out" in done.stdout
