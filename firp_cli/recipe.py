@@ -81,7 +81,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def _where(origin: str, locations: Locations, key: Key) -> str:
     """Location and name of a key; a key that is not written itself has the location of its section."""
     written = next((key[:length] for length in range(len(key), 0, -1) if key[:length] in locations), None)
-    if written is None:
+    if written is None and key:
         written = next((inner for inner in locations if inner[: len(key)] == key), None)
     return (f"{origin}: " if written is None else locations[written]) + f"key {'.'.join(key)}"
 

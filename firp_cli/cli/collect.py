@@ -19,7 +19,7 @@ from firp_cli.cli.terminal import (
     print_json,
     progress_bar,
     quiet_libraries,
-    refuse_repeated,
+    refuse_both,
     split_recipe,
 )
 from firp_cli.errors import UsageError
@@ -68,8 +68,8 @@ def collect(
         "store": str(output) if output else None,
     }
     name, overrides = split_recipe(arguments or [])
+    refuse_both(options, overrides)
     overrides += [override(key, value) for key, value in options.items() if value is not None]
-    refuse_repeated(overrides)
     from firp_cli.distributed.launch import adopt_scheduler, launch, ranks_wanted, relayed_errors
 
     adopt_scheduler()

@@ -161,14 +161,14 @@ def _silent(done: int, total: int | None = None) -> None:
 def split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Split the arguments `[RECIPE] [key=value ...]` into the recipe, or None, and the overrides.
 
-    An existing file is the recipe, also where its path holds a `=`. Raises UsageError for several recipes, or a key
-    that is given twice.
+    An existing file is the recipe, also where its path holds a `=`. Of a key that is given twice the last value is
+    taken, and a line says so. Raises UsageError for several recipes.
     """
     overrides = [item for item in arguments if OVERRIDE.match(item) and not _is_file(item)]
     names = [item for item in arguments if item not in overrides]
     if len(names) > 1:
         raise UsageError(f"one recipe expected, got {', '.join(names)}")
-    refuse_repeated(overrides)
+    _note_repeated(overrides)
     return (names[0] if names else None), overrides
 
 
@@ -179,14 +179,20 @@ def _is_file(name: str) -> bool:
         return False
 
 
-def refuse_repeated(overrides: Sequence[str]) -> None:
-    """Raise UsageError for a field of the recipe that is given twice."""
+def _note_repeated(overrides: Sequence[str]) -> None:
     given: dict[str, str] = {}
     for item in overrides:
         key, _, value = item.partition("=")
-        if key in given:
-            raise UsageError(f"{key} is given twice, as {given[key]} and as {value}: leave one out")
+        if given.get(key, value) != value:
+            say(f"firp: {key} is given twice, as {given[key]} and as {value}: {value} is taken")
         given[key] = value
+
+
+def refuse_both(options: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Raise UsageError for a field of the recipe that an option and an override both set."""
+    for key in (item.partition("=")[0] for item in overrides):
+        if options.get(key) is not None:
+            raise UsageError(f"{key} is given twice, by an option and as an override: leave one out")
 
 
 def override(key: str, value: Any) -> str:

@@ -104,9 +104,7 @@ def test_every_option_refuses_values_that_it_cannot_take(no_teacher: Path) -> No
         (["generate", "--prompt", "x", "--guard", "--no-guard"], "contradict each other"),
         (["generate", "--prompt", "x", "--stop", "a", "--stop", ""], "--stop is empty"),
         (["generate", "--prompt", "x", "--tree", "chain", "--tree", "chain"], "give it once"),
-        (["collect", "demo", "data.limit=3", "data.limit=4"], "data.limit is given twice, as 3 and as 4"),
         (["collect", "demo", "--limit", "3", "data.limit=4"], "data.limit is given twice"),
-        (["train", "demo", "store=a", "store=b"], "store is given twice"),
         (["tune", "--batch-sizes", "1", "--batch-sizes", "1;2"], "numbers with commas"),
         (["eval", ""], "predictor is empty"),
         (["bench", "--dataset", "arithmetic", "--max-new-tokens", "1"], "one new token comes from prefill"),
@@ -195,3 +193,8 @@ def test_output_that_cannot_carry_a_character_shows_a_question_mark(monkeypatch:
     streams[0].write("frü")
     streams[0].flush()
     assert streams[0].buffer.getvalue() == b"fr?"  # type: ignore[attr-defined]
+
+
+def test_an_override_given_twice_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert split_recipe(["demo", "data.limit=3", "data.limit=4"])[1] == ["data.limit=3", "data.limit=4"]
+    assert "data.limit is given twice, as 3 and as 4: 4 is taken" in capsys.readouterr().err
