@@ -47,6 +47,12 @@ class PredictorError(UsageError):
     """Predictor folder that is missing, incomplete or does not fit the teacher."""
 
 
+class OutputError(FirpError):
+    """Result that was made and cannot be written. `result`: the result, where no other place has it."""
+
+    result: object = None
+
+
 class NumericsError(FirpError):
     """NaN or infinity in hidden states or in a loss."""
 

@@ -1,21 +1,25 @@
-"""Atomic writing of files, locks of folders, and checksums."""
+"""Atomic writing of files, outputs that are tried and reserved before the work, locks of folders, and checksums."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
+from firp_cli.errors import UsageError
 from firp_cli.provenance import _now
 
 LOCK = ".lock"
+TRIED_BYTES = 4096  # written to see that a disk is not full
 
 
 def cache_folder() -> Path:
@@ -31,6 +35,103 @@ def file_sha256(path: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_output(path: Path, kind: Literal["folder", "file", "stream"] = "folder", option: str = "--output") -> None:
+    """Try to write at the place of a result, before the work for it begins. Nothing that is made stays.
+
+    Args:
+        kind: of the result: a `folder` of files, a `file` that is replaced as a whole, or a `stream` of lines, which
+            may also be a device or a pipe.
+
+    Raises UsageError where the place is of another kind or cannot be written.
+    """
+    try:
+        if path.exists() and path.is_dir() != (kind == "folder"):
+            wrong, right = ("folder", "file") if path.is_dir() else ("file", "folder")
+            raise UsageError(f"{path} is a {wrong}: {option} takes a {right}")
+        if path.exists() and not path.is_dir():
+            if not path.is_file() and kind == "file":
+                raise UsageError(f"{path} is not a regular file: give another {option}")
+            if path.is_file():
+                path.open("ab").close()
+            if kind == "stream":
+                return
+        place = path if kind == "folder" else path.parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise UsageError(f"{place} is a file, not a folder: {path} cannot be made; give another {option}")
+        with tempfile.TemporaryFile(dir=place) as stream:
+            stream.write(bytes(TRIED_BYTES))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be written ({os_reason(error)}): give another {option}") from error
+
+
+def os_reason(error: Exception) -> str:
+    """Return an error's reason without the path, which messages name themselves."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+@contextlib.contextmanager
+def reserved_folder(given: Path | None, default: Path) -> Iterator[Path]:
+    """Make the folder of a report and keep other runs out of it. It is removed again if nothing is written into it.
+
+    Args:
+        given: the folder that the user names. None: `default`, with a number after it if it exists.
+
+    Raises UsageError where it cannot be written, or another run is writing into it now.
+    """
+    check_output(given or default)
+    folder = default if given is None else given
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while given is None:
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+            folder = default.with_name(f"{default.name}-{number}")
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock_now(descriptor, folder)
+        yield folder
+    finally:
+        os.close(descriptor)
+        for place in dict.fromkeys((*((folder,) if given is None else ()), *missing)):
+            with contextlib.suppress(OSError):  # it has files, or it is the default that another run has made
+                place.rmdir()
+
+
+def _lock_now(descriptor: int, path: Path) -> None:
+    """Lock an open file or folder until it is closed. Raises UsageError where another run has locked it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"another run is writing {path} now: wait for it, or give another --output") from None
+    except OSError:  # a file system without such locks
+        return
+
+
+def open_lines(path: Path, keep: bool) -> TextIO:
+    """Open a file for lines that are written one after the other, and keep other runs out of it.
+
+    `keep`: append to its whole lines; a last line without an end is cut off. Raises UsageError where another run is
+    writing it, OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = path.open("a", encoding="utf-8")
+    try:
+        _lock_now(stream.fileno(), path)
+        if path.is_file():
+            stream.truncate(path.read_bytes().rfind(b"\n") + 1 if keep else 0)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

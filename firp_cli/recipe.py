@@ -15,11 +15,12 @@ from pydantic import ValidationError
 
 from firp_cli.assets import find_recipe, find_shipped_recipe, nearest
 from firp_cli.config import KINDS, CouplingConfig, CouplingTraining, LoopedSection, Recipe
-from firp_cli.errors import RecipeError
+from firp_cli.errors import RecipeError, first_line
 from firp_cli.provenance import portable
 
 BASE = "base"
 COMMAND_LINE = "command line, "
+MOST = 2**63 - 1  # largest number of an override
 Key = tuple[str, ...]
 Locations = dict[Key, str]  # where a key is written: `FILE:LINE: ` or COMMAND_LINE
 NESTED: dict[Key, Any] = {  # sections within sections
@@ -81,6 +82,8 @@ def dump_recipe(recipe: Recipe) -> str:
 def _where(origin: str, locations: Locations, key: Key) -> str:
     """Location and name of a key; a key that is not written itself has the location of its section."""
     written = next((key[:length] for length in range(len(key), 0, -1) if key[:length] in locations), None)
+    if written is None and key:
+        written = next((inner for inner in locations if inner[: len(key)] == key), None)
     return (f"{origin}: " if written is None else locations[written]) + f"key {'.'.join(key)}"
 
 
@@ -114,7 +117,11 @@ def _read_with_base(path: Path, derived: tuple[Path, ...]) -> tuple[dict[str, An
     if path.resolve() in [file.resolve() for file in derived]:
         files = " -> ".join(map(str, (*derived, path)))
         raise RecipeError(f"the bases of recipes form a circle: {files}; remove one `base`")
-    values, locations = _read_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    values, locations = _read_yaml(text, str(path))
     if BASE not in values:
         return values, locations
     name, where = values.pop(BASE), f"{locations.pop((BASE,))}key {BASE}"
@@ -160,6 +167,8 @@ def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], Locations]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise RecipeError(f"{origin}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a control character, or a date that does not exist
+        raise RecipeError(f"{origin}: not valid YAML: {first_line(error)}") from None
     if root is None:
         return {}, {}
     if not isinstance(values, dict):
@@ -187,15 +196,28 @@ def _apply_override(values: dict[str, Any], locations: Locations, override: str)
     if not separator or not all(key):
         raise RecipeError(f"override {override!r} is not of the form section.field=value")
     target = values
-    for part in key[:-1]:
+    for place, part in enumerate(key[:-1]):
         inner = target.get(part)
         if inner is None:
             inner = target[part] = {}
+            locations.setdefault(key[: place + 1], COMMAND_LINE)
         if not isinstance(inner, dict):
             raise RecipeError(f"override {override!r}: {part} is not a section")
         target = inner
     try:
-        target[key[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
+        value = yaml_value(text)
+    except ValueError as error:
+        raise RecipeError(f"override {override!r}: {error}") from None
+    target[key[-1]] = value
     locations[key] = COMMAND_LINE
+
+
+def yaml_value(text: str) -> Any:
+    """Return the value that YAML text stands for. Raises ValueError."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2024-13-01
+        raise ValueError("the value is not valid YAML") from None
+    if isinstance(value, int) and abs(value) > MOST:
+        raise ValueError("the number is out of range")
+    return value

@@ -85,6 +85,7 @@ class Generation:
     text: str = ""
     pipeline: PipelineTrace | None = None  # SPEED: a step is a tick, which emits one token or none
     autoregressive_steps: int = 0  # steps without a draft, made while drafting was slower
+    batch_size: int = 1  # prompts decoded together; they share `prefill_seconds` and `decode_seconds`
 
     @property
     def accepted_length(self) -> float | None:

@@ -64,15 +64,30 @@ def bench(
         >>> report = firp_cli.bench("firp", dataset="arithmetic", limit=8, settings=settings)
         >>> [(row.method, row.speedup) for row in report.rows]
 
-    Of the ranks that share a pipeline only the first returns rows.
+    Of the ranks that share a pipeline only the first returns rows. KeyboardInterrupt ends the measurement: what is
+    whole by then is reported, with `settings["interrupted"]`; it is raised again where nothing is.
 
     Raises UsageError, DatasetError, TeacherError, PredictorError, FingerprintError and CapacityError.
     """
     settings, names = settings or BenchSettings(), [predictors] if isinstance(predictors, str) else predictors
+    if settings.max_new_tokens < 2:
+        raise UsageError(
+            "one new token comes from prefill: there is no decoding step to compare; raise --max-new-tokens"
+        )
     prompts = find_prompts(dataset, data_dir, limit, split)
     loader = _Loader(teacher, dtype, tree, force, LayerBackend.of(backend), settings)
     groups = groups_to_measure(names, methods, chosen_model(teacher), settings.ranks)
-    reports = [_measure(loader, group, prompts, skip_long, progress) for group in groups]
+    reports: list[BenchReport] = []
+    for group in groups:
+        try:
+            reports.append(_measure(loader, group, prompts, skip_long, progress))
+        except KeyboardInterrupt:
+            if not reports:
+                raise
+            reports[0].settings["interrupted"] = f"interrupted after {len(reports)} of {len(groups)} teachers"
+            break
+        if reports[-1].settings.get("interrupted"):
+            break
     return merge_reports(reports)
 
 

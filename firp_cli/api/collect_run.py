@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from firp_cli.api.loading import teacher_line, warn_turn_end
@@ -28,6 +29,7 @@ from firp_cli.data.readers import dataset_label
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.distributed.sharding import load_for_ranks
 from firp_cli.errors import UsageError
+from firp_cli.files import check_output
 from firp_cli.machine import is_main
 from firp_cli.recipe import load_recipe
 from firp_cli.results import Progress, no_progress
@@ -113,8 +115,10 @@ def default_store(dataset: str) -> str:
 def check_collect(run: CollectRun, resume: bool = False, estimating: bool = False) -> None:
     """Check folder, responder and data set before a teacher is loaded. Raises FirpError."""
     if not estimating and is_main():  # rank 0 may hold the folder's lock when another rank gets here
+        check_output(run.store)
         check_target(run.store, resume)
-    check_responder(run.recipe)
+    if not estimating:  # arithmetic needs no package
+        check_responder(run.recipe)
     check_dataset(run.recipe.data)
 
 
@@ -139,6 +143,9 @@ def run_estimate(run: CollectRun, ranks: int = 1) -> CollectEstimate:
     """Estimate a run that `check_collect` has passed, in this process and with its number of threads."""
     whole = run.recipe.teacher.model_copy(update={"sharding": "none"})  # no other rank takes part
     recipe = run.recipe.model_copy(update={"teacher": whole})
+    if recipe.data.regenerate and recipe.collect.responder == "vllm" and find_spec("vllm") is None:
+        LOG.info("vllm is not installed: its hours cannot be measured here, those of firp's engine are shown")
+        recipe = recipe.model_copy(update={"collect": recipe.collect.model_copy(update={"responder": "engine"})})
     teacher = _load(recipe)
     layers, dtype = check_layers(_layers(run, teacher), teacher), stored_dtype(teacher, recipe.data)
     return estimate(teacher, recipe.data, layers, dtype, run.store, make_responder(recipe, teacher), ranks)
@@ -162,6 +169,7 @@ def write_prompts(
     path, written = Path(output), 0
     if path.exists():
         raise UsageError(f"{path} exists: give another --output, or remove it")
+    check_output(path, "file")
     config = TeacherConfig(model=teacher) if isinstance(teacher, str) else teacher
     loaded = _load(Recipe(teacher=config))
     path.parent.mkdir(parents=True, exist_ok=True)

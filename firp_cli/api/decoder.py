@@ -31,6 +31,7 @@ from firp_cli.teacher.teacher import Teacher
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a user message, token ids, or chat messages
 OnText = Callable[[str, bool], object]  # (piece of text, True where the predictor drafted it)
+OnBatch = Callable[[int, list[Generation]], object]  # (index of the first prompt, results)
 CONTEXT_TOKENS = 8  # tokens before a piece that decide how it is written (spaces, split characters)
 
 
@@ -143,17 +144,19 @@ class Decoder:
         if tree and predictor is not None and not Path(tree).is_file():
             parse_tree(tree, predictor.steps)  # raises on a misspelt tree now, not at the first prompt
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Sequence[Any] | None = None) -> list[int]:
         """Return the token ids of a prompt, which ends where the assistant starts to write.
 
         A string is a user message. Strings and chat messages go through the tokenizer's chat template; token ids are
-        returned as they are. Raises UsageError, DatasetError.
+        returned as they are. `tools`: functions that the assistant may call, as JSON schemas, for the template.
+
+        Raises UsageError, DatasetError.
         """
         items: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if items and all(isinstance(item, dict) for item in items):
             if self.teacher.tokenizer is None:
                 raise UsageError(f"the teacher {self.teacher.name} has no tokenizer: give token ids")
-            return encode_prompt(items, self.teacher.tokenizer)
+            return encode_prompt(items, self.teacher.tokenizer, tools)
         try:
             return [operator.index(item) for item in items]
         except TypeError:
@@ -210,12 +213,14 @@ class Decoder:
         stop: Sequence[str] = (),
         progress: Progress = no_progress,
         label: Label = prompt_label,
+        on_batch: OnBatch | None = None,
     ) -> list[Generation]:
         """Generate text after several prompts, `batch_size` at once; results are in the prompts' order. All prompts are
         checked before the first batch.
 
-        `progress` is called with (prompts done, all prompts) after each batch. `label` names a prompt in messages, by
-        its number from 0. The other arguments and the errors are those of `generate`.
+        After each batch `on_batch` is called with the index of its first prompt and its results, then `progress` with
+        (prompts done, all prompts). The results of a batch share its times. `label` names a prompt in messages, by its
+        number from 0. The other arguments and the errors are those of `generate`.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -226,14 +231,39 @@ class Decoder:
         self._log_cache(engine, min(batch_size, len(encoded)), max(map(len, encoded), default=0), max_new_tokens)
         results: list[Generation] = []
         for start in range(0, len(encoded), batch_size):
-            results += engine.generate(
-                encoded[start : start + batch_size],
+            end = start + batch_size
+            made = _generate_batch(
+                engine,
+                encoded[start:end],
                 max_new_tokens,
                 stop,
-                label=lambda number, start=start: label(start + number),  # type: ignore[misc]
+                lambda number, start=start: label(start + number),  # type: ignore[misc]
             )
+            results += made
+            if on_batch:
+                on_batch(start, made)
             progress(len(results), len(encoded))
         return results
+
+    def session(
+        self,
+        max_new_tokens: int,
+        *,
+        batch: int,
+        longest: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        stop: Sequence[str],
+    ) -> Callable[[Sequence[list[int]], Label], list[Generation]]:
+        """Return a function that decodes prompts (token ids) as one batch; a label names them in messages. Random
+        numbers go on from batch to batch.
+
+        `batch`, `longest`: most prompts of a batch, most tokens of a prompt, to log the memory. Raises UsageError.
+        """
+        engine = self._prepare(temperature, top_p, seed)
+        self._log_cache(engine, batch, longest, max_new_tokens)
+        return lambda prompts, label: _generate_batch(engine, prompts, max_new_tokens, stop, label)
 
     def _prepare(self, temperature: float, top_p: float, seed: int) -> Engine | PipelineEngine:
         """Return the engine of these settings, its random numbers set to `seed`. Raises UsageError."""
@@ -262,6 +292,20 @@ class Decoder:
         """Log the size of the K/V cache before it is allocated."""
         size = readable_bytes(engine.cache_bytes(batch, longest, max_new_tokens))
         LOG.info(f"K/V cache for {batch} x {longest + max_new_tokens} positions: {size}")
+
+
+def _generate_batch(
+    engine: Engine | PipelineEngine,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    label: Label = prompt_label,
+) -> list[Generation]:
+    """Decode one batch, and note its size in the results."""
+    made = engine.generate(prompts, max_new_tokens, stop, label=label)
+    for item in made:
+        item.batch_size = len(made)
+    return made
 
 
 class TextStream:

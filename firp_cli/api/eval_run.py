@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from firp_cli.api.loading import LOG, load_pair
 from firp_cli.assets import DEFAULT_TEACHER
@@ -18,7 +21,7 @@ from firp_cli.config import DataConfig, Recipe, TeacherConfig
 from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree
-from firp_cli.errors import UsageError
+from firp_cli.errors import NumericsError, UsageError
 from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.evaluation.quality import Sequences
 from firp_cli.evaluation.quality import evaluate as measure_quality
@@ -28,7 +31,7 @@ from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.predictors.trained_prompts import prompt_keys
 from firp_cli.recipe import load_recipe
 from firp_cli.results import EvalReport, PipelineReport
-from firp_cli.store.reader import Store
+from firp_cli.store.reader import Store, read_manifest
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import split_validation
 
@@ -38,17 +41,30 @@ DECODED_TOKENS = 128  # new tokens of each
 
 
 @dataclass
-class _Subset:
-    """Some sequences of a store."""
+class _Finite:
+    """Some sequences of a store, whose states are checked as they are read. Raises NumericsError."""
 
-    store: Sequences
+    store: Store
+    folder: Path
     indices: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int, /) -> Any:
-        return self.store[self.indices[index]]
+        number = self.indices[index]
+        item = self.store[number]
+        for name, states in [*item.hidden.items(), ("final", item.final)]:
+            bad = ~torch.isfinite(states).all(dim=-1)
+            if bad.any():
+                shards = read_manifest(self.folder)["shards"]
+                file = next((shard["file"] for shard in shards if shard["first"] <= number < shard["next"]), "?")
+                raise NumericsError(
+                    f"NaN or infinity in hidden.{name} of {self.folder / file}, token {int(bad.int().argmax())} of "
+                    f"conversation {number}: `{shlex.join(['firp', 'store', 'verify', str(self.folder)])}` names all "
+                    "such places and the remedy"
+                )
+        return item
 
 
 def evaluate(
@@ -79,25 +95,21 @@ def evaluate(
     Example:
         >>> firp_cli.evaluate("firp", dataset="arithmetic", limit=8).expected_accepted_length_tree
 
-    Raises UsageError, TeacherError, PredictorError, FingerprintError, DatasetError and StoreError.
+    Raises UsageError, TeacherError, PredictorError, FingerprintError, DatasetError, StoreError and
+    NumericsError.
     """
     if store is not None and dataset is not None:
         raise UsageError("give either --store or --dataset")
     _check_prompts(dataset, data_dir, split)
     model, loaded, folder = load_pair(str(predictor), teacher, force, dtype)
-    spec = _tree(tree, folder, loaded)
-    recipe = _recipe(folder)
+    spec, recipe = _tree(tree, folder, loaded), _recipe(folder)
     trained_on = _training_store(recipe, folder)
     source = Path(store) if store is not None else None if dataset else trained_on
     with tempfile.TemporaryDirectory(prefix="firp-eval-") as temporary:
         if source is None:
-            answers = Path(temporary) / "store"
-            config = _test_prompts(recipe.data, dataset, data_dir, limit, split)
+            config, answers = _test_prompts(recipe.data, dataset, data_dir, limit, split), Path(temporary) / "store"
             _collect(model, config, loaded, answers, progress)
-            every, _ = _from_store(model, loaded, recipe, answers)
-            sequences, left_out = _without_trained(every, loaded, config.dataset)
-            data: dict[str, Any] = {"dataset": config.dataset, "split": split, "answers": "teacher, greedy"}
-            data |= {"left_out_trained": left_out}
+            sequences, data = _without_trained(_from_store(model, loaded, recipe, answers)[0], loaded, config)
         else:
             sequences, data = _from_store(model, loaded, recipe, source, trained_on)
         with progress("evaluating") as bar:
@@ -149,25 +161,25 @@ def _pipeline(teacher: Teacher, predictor: Predictor, sequences: Sequences, limi
     return pipeline_report(generations, teacher.looped is not None, cost=cost)
 
 
-def _without_trained(sequences: Sequences, predictor: Predictor, dataset: str) -> tuple[Sequences, int]:
-    """Return the sequences whose prompts the predictor was not trained on, and how many others there are. Raises
+def _without_trained(sequences: _Finite, predictor: Predictor, data: DataConfig) -> tuple[_Finite, dict[str, Any]]:
+    """Return the answered prompts that the predictor was not trained on, with their description for the report. Raises
     UsageError where none remains.
     """
     known = set() if predictor.trained_prompts is None else set(predictor.trained_prompts.tolist())
     kept = []
-    for index in range(len(sequences) if known else 0):
-        item = sequences[index]
-        if known.isdisjoint(prompt_keys([(item.input_ids, item.loss_mask)]).tolist()):
-            kept.append(index)
-    left_out = len(sequences) - len(kept) if known else 0
-    if not left_out:
-        return sequences, 0
+    for number in sequences.indices:
+        rows = sequences.store.stored(number) if known else {}
+        if not known or known.isdisjoint(prompt_keys([(rows["input_ids"], rows["loss_mask"])]).tolist()):
+            kept.append(number)
+    count, left_out = len(sequences), len(sequences) - len(kept)
     if not kept:
         raise UsageError(
-            f"{dataset}: the predictor was trained on all {left_out} prompts; give others, or raise --limit"
+            f"{data.dataset}: the predictor was trained on all {count} prompts; give others, or raise --limit"
         )
-    LOG.info(f"{dataset}: {left_out} of {len(sequences)} prompts are left out: the predictor was trained on them")
-    return _Subset(sequences, kept), left_out
+    if left_out:
+        LOG.info(f"{data.dataset}: {left_out} of {count} prompts are left out: the predictor was trained on them")
+    described = {"dataset": data.dataset, "split": data.split, "answers": "teacher, greedy"}
+    return replace(sequences, indices=kept), described | {"left_out_trained": left_out}
 
 
 def _recipe(folder: Path) -> Recipe:
@@ -216,7 +228,7 @@ def _collect(teacher: Teacher, config: DataConfig, predictor: Predictor, folder:
 
 def _from_store(
     teacher: Teacher, predictor: Predictor, recipe: Recipe, folder: Path, trained_on: Path | None = None
-) -> tuple[Sequences, dict[str, Any]]:
+) -> tuple[_Finite, dict[str, Any]]:
     """Open a store and return its sequences, with their description for the report; of the store that the predictor
     was trained on, only those that training held out.
     """
@@ -225,10 +237,10 @@ def _from_store(
     store.check_teacher(teacher.fingerprint, tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
     data: dict[str, Any] = {"store": str(folder)}
     if trained_on is None or trained_on.resolve() != folder.resolve():
-        return store, data
+        return _Finite(store, folder, range(len(store))), data
     _, held_out = split_validation(len(store), recipe.training.validation_fraction, recipe.training.seed)
     if not held_out:
         LOG.info(f"{folder}: training held nothing out of this store, so the figures are those of its training data")
-        return store, data
+        return _Finite(store, folder, range(len(store))), data
     LOG.info(f"{folder}: the predictor was trained on this store; the {len(held_out)} held-out conversations are used")
-    return _Subset(store, held_out), {**data, "part": "held out of training"}
+    return _Finite(store, folder, held_out), {**data, "part": "held out of training"}

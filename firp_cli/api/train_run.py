@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.distributed.sharding import load_for_ranks
 from firp_cli.errors import CapacityError, StoreError, UsageError
 from firp_cli.evaluation.gate import gate
-from firp_cli.files import write_json
+from firp_cli.files import check_output, write_json
 from firp_cli.machine import is_main, local_world_size, memory_of_rank, rank, readable_bytes, world_size
 from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
@@ -182,13 +183,16 @@ def check_train(run: TrainRun, resume: bool, ranks: int, local_ranks: int) -> No
     Raises FirpError; CapacityError with settings that fit the devices, where `training.preflight` is `refuse`.
     """
     recipe = run.recipe
+    if is_main():
+        check_output(run.output)
     check_predictor(recipe)
     check_trackers(recipe)
     if recipe.data.mode != "cached":
         check_responder(recipe)
         check_dataset(recipe.data)
     elif not (run.store / MANIFEST).is_file():
-        command = " ".join(["firp collect", *run.arguments, f"--output {run.store}"])
+        kept = [item for item in run.arguments if not item.startswith(("store=", "output="))]
+        command = shlex.join(["firp", "collect", *kept, "--output", str(run.store)])
         raise StoreError(f"no hidden-state store at {run.store}; fill it first:\n  {command}")
     guard_output(run.output, resume)
     _check_devices(recipe, ranks, local_ranks)
@@ -309,8 +313,13 @@ def _run_gate(
         LOG.info(f"no gate: {whole}")
         return _record_gate(run.output, {"skipped": whole})
     limit = min(GATE_TOKENS, run.recipe.data.max_new_tokens)
+    if not held_out:
+        LOG.info("nothing held out: the gate decodes trained text")
     figures = gate(whole, load_predictor(run.output, whole), prompts, None, limit)
-    return _record_gate(run.output, {**figures, "max_new_tokens": limit, "seconds": time.monotonic() - began})
+    return _record_gate(
+        run.output,
+        {**figures, "held_out": bool(held_out), "max_new_tokens": limit, "seconds": time.monotonic() - began},
+    )
 
 
 def _record_gate(output: Path, figures: dict[str, Any]) -> dict[str, Any]:

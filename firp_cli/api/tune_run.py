@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from firp_cli.api.loading import LOG, LayerBackend, load_pair
@@ -12,8 +11,8 @@ from firp_cli.data.datasets import KNOWN, Prompt, Selection, dataset_names, load
 from firp_cli.data.encode_rows import encode_prompts
 from firp_cli.decoding.tree_file import update_trees
 from firp_cli.decoding.tree_spec import default_tree
-from firp_cli.errors import UsageError
-from firp_cli.files import write_json
+from firp_cli.errors import OutputError, UsageError
+from firp_cli.files import check_output, os_reason, write_json
 from firp_cli.predictors.folder import predictor_folder
 from firp_cli.recipe import load_recipe
 from firp_cli.tune_results import TuneReport
@@ -53,13 +52,14 @@ def tune(
         >>> report = firp_cli.tune("runs/demo", settings=firp_cli.TuneSettings(batches=(1, 4)))
         >>> [(tree.batch_size, tree.tree) for tree in report.entries]
 
-    Raises UsageError, DatasetError, TeacherError, PredictorError, FingerprintError and CapacityError.
+    Raises UsageError, DatasetError, TeacherError, PredictorError, FingerprintError and CapacityError; OutputError,
+    which has the report as `result`, where the trees cannot be written.
     """
     folder = predictor_folder(str(predictor))
     trained = _trained_on(folder)
     name, columns = dataset or trained.dataset, {} if dataset else trained.columns
     target = Path(tree_file) if tree_file is not None else folder / "tree.json"
-    _check_writable(target)
+    check_output(target, "file", "--tree-file")
     prompts = _prompts(name, Selection(split, data_dir, columns=columns), limit)
     model, drafting, _ = load_pair(str(predictor), teacher, force, dtype, backend=LayerBackend.of(backend))
     with progress("measuring passes") as bar:
@@ -75,7 +75,12 @@ def tune(
         )
     report.predictor["folder"] = str(folder)
     known = target if target.is_file() else folder / "tree.json"
-    write_json(target, update_trees(known, report.entries))  # entries of other machines and batch sizes stay
+    try:
+        write_json(target, update_trees(known, report.entries))  # entries of other machines and batch sizes stay
+    except OSError as error:
+        failure = OutputError(f"{target} cannot be written ({os_reason(error)}): the trees are only in the report")
+        failure.result = report
+        raise failure from error
     return report
 
 
@@ -83,16 +88,6 @@ def _trained_on(folder: Path) -> DataConfig:
     """Return the data section of the predictor's recipe, else one with the embedded data set."""
     path = folder / "recipe.yaml"
     return load_recipe(str(path)).data if path.is_file() else DataConfig()
-
-
-def _check_writable(path: Path) -> None:
-    """Raise UsageError before anything is measured where the trees could not be written."""
-    folder = path.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "cannot be written to" if folder.is_dir() else "is not a folder"
-        raise UsageError(f"{folder} {reason}: --tree-file FILE writes the trees elsewhere")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder: --tree-file takes a file")
 
 
 def _prompts(datasets: str, selection: Selection, limit: int) -> list[Prompt]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from firp_cli.files import write_atomically, write_json
+from firp_cli.errors import OutputError
+from firp_cli.files import os_reason, write_atomically, write_json
 from firp_cli.reports.figures import bench_figures, eval_figures
 from firp_cli.reports.html import bench_html
 from firp_cli.reports.tables import bench_csv, bench_markdown
@@ -16,9 +17,18 @@ from firp_cli.tune_results import TuneReport
 def write_report(report: BenchReport | EvalReport | TuneReport, folder: str | Path) -> None:
     """Write NAME.json and the figures as PNG; of a bench also CSV, Markdown and HTML, of tuning Markdown and HTML.
 
-    Each file appears whole or not at all.
+    Each file appears whole or not at all. Raises OutputError where one cannot be written.
     """
     folder = Path(folder)
+    try:
+        _write(report, folder)
+    except OSError as error:
+        raise OutputError(
+            f"the report cannot be written to {folder} ({os_reason(error)}): its figures are only in what was printed"
+        ) from error
+
+
+def _write(report: BenchReport | EvalReport | TuneReport, folder: Path) -> None:
     if isinstance(report, BenchReport):
         name, figures = "bench", bench_figures(report)
         pages = {"csv": bench_csv(report), "md": bench_markdown(report, list(figures))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -9,13 +10,13 @@ import typer
 from firp_cli import __version__
 from firp_cli.cli.bench import bench
 from firp_cli.cli.collect import collect
+from firp_cli.cli.command import Command
 from firp_cli.cli.doctor import doctor
 from firp_cli.cli.eval import evaluate
 from firp_cli.cli.generate import generate
 from firp_cli.cli.prompts import prompts
 from firp_cli.cli.quickstart import quickstart
 from firp_cli.cli.store import store
-from firp_cli.cli.terminal import INTERRUPTION, RenamedOptions
 from firp_cli.cli.train import train
 from firp_cli.cli.tune import tune
 from firp_cli.errors import INTERRUPTED, FirpError
@@ -42,20 +43,26 @@ def _main(
     pass
 
 
-app.command("quickstart")(quickstart)
-app.command("prompts")(prompts)
-app.command("collect")(collect)
+app.command("quickstart", cls=Command)(quickstart)
+app.command("prompts", cls=Command)(prompts)
+app.command("collect", cls=Command)(collect)
 app.add_typer(store, name="store")
-app.command("train")(train)
-app.command("eval")(evaluate)
-app.command("tune", cls=RenamedOptions)(tune)
-app.command("bench", cls=RenamedOptions)(bench)
-app.command("generate", cls=RenamedOptions)(generate)
-app.command("doctor")(doctor)
+app.command("train", cls=Command)(train)
+app.command("eval", cls=Command)(evaluate)
+app.command("tune", cls=Command)(tune)
+app.command("bench", cls=Command)(bench)
+app.command("generate", cls=Command)(generate)
+app.command("doctor", cls=Command)(doctor)
 
 
 def main() -> None:
-    """Run the program. A user error prints one to three lines on stderr; with `-v` its traceback."""
+    """Run the program. A user error prints one to three lines on stderr; with `-v` its traceback.
+
+    A character that the terminal's encoding lacks is printed as a question mark.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except FirpError as error:
@@ -64,5 +71,5 @@ def main() -> None:
         typer.echo(f"firp: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        typer.echo(INTERRUPTION, err=True)
+        typer.echo("firp: interrupted", err=True)
         sys.exit(INTERRUPTED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,37 +13,39 @@ import typer
 from firp_cli.cli.terminal import (
     Attention,
     Backend,
-    ChatTemplate,
     Compiled,
     DataDir,
-    Dtype,
     Force,
     Gpus,
     Graphs,
     Guarded,
     Json,
-    Model,
-    RemoteCode,
-    Revision,
     Seed,
     Temperature,
-    TemplateOptions,
     Threads,
     TopP,
     Tree,
     Verbose,
     command_line,
     decoding_options,
-    print_json,
+    interruption,
     progress_bar,
+    publish,
     quiet_libraries,
-    teacher_choice,
+    say,
+    teacher_options,
+    time_stamp,
 )
+from firp_cli.config import TeacherConfig
+from firp_cli.errors import INTERRUPTED, UsageError
+from firp_cli.files import check_output, reserved_folder
 from firp_cli.machine import is_main, rank, world_size
 
 if TYPE_CHECKING:
     from firp_cli.results import BenchReport
 
+NOTHING_KEPT = "firp: interrupted before the first repeat was whole: nothing is kept"
+LONGEST_NAME = 60  # characters of a data set's name in a folder's name
 Predictors = Annotated[
     list[str] | None, typer.Argument(help="Predictor folders or embedded names. Default: the embedded ones.")
 ]
@@ -59,18 +61,14 @@ Turns = Annotated[
 ]
 
 
+@teacher_options
 def bench(
     predictors: Predictors = None,
     *,
     context: typer.Context,
     dataset: Annotated[str, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder; several with commas.")],
     methods: Methods = None,
-    teacher: Model = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    chat_template: ChatTemplate = None,
-    template_options: TemplateOptions = None,
-    trust_remote_code: RemoteCode = False,
+    teacher: TeacherConfig | None = None,
     data_dir: DataDir = None,
     split: Annotated[str, typer.Option(help="Split of the data set; a file has none.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each data set. Default: 40.")] = None,
@@ -101,28 +99,27 @@ def bench(
     from firp_cli.distributed.launch import launch, relayed_errors, start
     from firp_cli.evaluation.methods import BenchSettings
 
-    choice = teacher_choice(teacher, dtype, revision, chat_template, template_options, trust_remote_code)
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
+    if max_new_tokens < 2:
+        raise UsageError("one new token comes from prefill: nothing to compare; raise --max-new-tokens")
+    default = _default_output(dataset)
+    check_output(output or default)
     if launch(gpus, None, command_line(context)):
         return
     settings = BenchSettings(
         max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard, turns=turns, engine=options
     )
-    loading: dict[str, Any] = {"teacher": choice, "backend": layers, "force": force, "tree": tree}
-    loading |= {"data_dir": data_dir, "split": split, "limit": limit, "skip_long": skip_long}
-    with relayed_errors():
+    settings = replace(settings, rank=rank(), ranks=world_size())
+    loading: dict[str, Any] = {"teacher": teacher, "backend": layers, "force": force, "tree": tree}
+    measuring: dict[str, Any] = {"dataset": dataset, "methods": _names(methods), "data_dir": data_dir, "split": split}
+    measuring |= {"limit": limit, "skip_long": skip_long, "settings": settings, "progress": progress_bar}
+    reserved = reserved_folder(output, default) if is_main() else nullcontext(default)
+    with interruption(NOTHING_KEPT), relayed_errors(), reserved as folder:
         if world_size() > 1:
             start()
-        report = measure(
-            predictors,
-            dataset=dataset,
-            methods=_names(methods),
-            **loading,
-            settings=replace(settings, rank=rank(), ranks=world_size()),
-            progress=progress_bar,
-        )
-    if is_main():
-        _publish(report, output or _default_output(dataset), as_json)
+        report = measure(predictors, **measuring, **loading)
+        if is_main():
+            _publish(report, folder, as_json)
 
 
 def _names(methods: str | None) -> list[str] | None:
@@ -133,28 +130,31 @@ def _default_output(dataset: str) -> Path:
     """Return `runs/bench-DATASET-TIME`."""
     from firp_cli.data.readers import dataset_label
 
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", dataset_label(dataset)).strip("-.")
-    return Path("runs") / f"bench-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", dataset_label(dataset)).strip("-.")[:LONGEST_NAME]
+    return Path("runs") / f"bench-{name}-{time_stamp()}"
 
 
 def _publish(report: BenchReport, folder: Path, as_json: bool) -> None:
-    """Write the report's files and print it."""
+    """Write the report's files and print it; exit with 130 after an interruption."""
+    publish(report, folder, as_json, lambda: _show(report, folder))
+    if cut := report.settings.get("interrupted"):
+        say(f"firp: {cut}; the report is of those")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _show(report: BenchReport, folder: Path) -> None:
+    """Print the tables and notes."""
     from rich.console import Console
 
-    from firp_cli import results
-    from firp_cli.api.write_report import write_report
     from firp_cli.reports.cells import TEACHERS_NOTE
     from firp_cli.reports.speed_tables import pipeline_note
     from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
 
-    write_report(report, folder)
-    if as_json:
-        print_json(results.as_json(report))
-        return
     console = Console(highlight=False)
     console.print(settings_line(report), markup=False)
     console.print(bench_tables(report))
     for note in (TEACHERS_NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):
         if note:
             console.print(note, markup=False)
-    console.print(f"report: {folder / 'bench.html'}", markup=False, soft_wrap=True)
+    if (page := folder / "bench.html").is_file():
+        console.print(f"report: {page}", markup=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +13,13 @@ from firp_cli.cli.terminal import (
     Verbose,
     agreed,
     command_line,
+    command_text,
+    interruption,
+    override,
     print_json,
     progress_bar,
     quiet_libraries,
-    resumable,
+    refuse_both,
     split_recipe,
 )
 from firp_cli.errors import UsageError
@@ -66,11 +68,12 @@ def collect(
         "store": str(output) if output else None,
     }
     name, overrides = split_recipe(arguments or [])
-    overrides += [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    refuse_both(options, overrides)
+    overrides += [override(key, value) for key, value in options.items() if value is not None]
     from firp_cli.distributed.launch import adopt_scheduler, launch, ranks_wanted, relayed_errors
 
     adopt_scheduler()
-    with resumable(), relayed_errors():
+    with interruption(), relayed_errors():
         run = agreed(lambda: _prepare(name, overrides, layers, resume, estimate, verbose))
         if estimate:
             if is_main():
@@ -82,7 +85,7 @@ def collect(
 
         summary = run_collect(run, resume, progress_bar)
         if is_main():
-            print_json(summary.as_json()) if as_json else _print_summary(summary, name)
+            print_json(summary.as_json()) if as_json else _print_summary(summary, _next(run, summary, name, overrides))
 
 
 def parse_layers(text: str | None) -> list[int] | None:
@@ -142,7 +145,18 @@ def _print_estimate(figures: CollectEstimate, folder: Path) -> None:
     typer.echo("nothing was started")
 
 
-def _print_summary(summary: CollectSummary, recipe: str | None) -> None:
+def _next(run: CollectRun, summary: CollectSummary, name: str | None, overrides: list[str]) -> str:
+    """Return the command that trains on the new store. Without a predictor in the recipe it names one that fits."""
+    words = [*([name] if name else []), *(item for item in overrides if not item.startswith("store="))]
+    if run.recipe.predictor is None:
+        fitting = ["predictor.kind=medusa", "training.init=random"]
+        if summary.layers:
+            fitting = ["predictor.kind=firp", f"predictor.layer={summary.layers[0]}"]
+        words += fitting
+    return command_text("train", *words, "--store", summary.store)
+
+
+def _print_summary(summary: CollectSummary, following: str) -> None:
     typer.echo(
         f"{summary.store}: {summary.conversations:,} conversations, {summary.tokens:,} tokens "
         f"({summary.response_tokens:,} of answers), {_layer_names(summary.layers)}, {summary.dtype}, "
@@ -164,7 +178,7 @@ def _print_summary(summary: CollectSummary, recipe: str | None) -> None:
         from firp_cli.collecting.answer import account_line
 
         typer.echo(account_line(summary.answers))
-    typer.echo(f"next: firp train {recipe or 'RECIPE'} --store {summary.store}")
+    typer.echo(f"next: {following}")
 
 
 def _layer_names(layers: Sequence[int]) -> str:

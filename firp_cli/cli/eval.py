@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from firp_cli.cli.terminal import (
-    ChatTemplate,
+    NO_REPORT,
     DataDir,
-    Dtype,
     Force,
     Json,
-    Model,
-    RemoteCode,
-    Revision,
-    TemplateOptions,
     Tree,
     Verbose,
-    print_json,
+    interruption,
     progress_bar,
+    publish,
     quiet_libraries,
-    teacher_choice,
+    teacher_options,
+    time_stamp,
 )
+from firp_cli.config import TeacherConfig
+from firp_cli.files import reserved_folder
 
 if TYPE_CHECKING:
     from firp_cli.results import EvalReport
 
 
+@teacher_options
 def evaluate(
     predictor: Annotated[str, typer.Argument(help="Predictor folder or embedded name.")],
+    *,
     store: Annotated[
         Path | None, typer.Option(help="Store made by `firp collect`. Default: the one it was trained on.")
     ] = None,
@@ -39,12 +39,7 @@ def evaluate(
         str | None,
         typer.Option(help="Known name, hub id, file or folder, whose prompts the teacher answers first."),
     ] = None,
-    teacher: Model = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    chat_template: ChatTemplate = None,
-    template_options: TemplateOptions = None,
-    trust_remote_code: RemoteCode = False,
+    teacher: TeacherConfig | None = None,
     data_dir: DataDir = None,
     split: Annotated[str, typer.Option(help="Split of the data set; a file has none.")] = "test",
     limit: Annotated[
@@ -58,29 +53,24 @@ def evaluate(
 ) -> None:
     """Measure top-1, top-5, KL, expected accepted length and similarity by step; write eval.json and figures."""
     quiet_libraries(verbose)
-    from firp_cli import results
     from firp_cli.api.eval_run import evaluate as measure
-    from firp_cli.api.write_report import write_report
+    from firp_cli.predictors.folder import predictor_folder
 
-    report = measure(
-        predictor,
-        store=store,
-        dataset=dataset,
-        teacher=teacher_choice(teacher, dtype, revision, chat_template, template_options, trust_remote_code),
-        data_dir=data_dir,
-        split=split,
-        limit=limit,
-        tree=tree,
-        force=force,
-        progress=progress_bar,
-    )
-    name = Path(report.predictor["folder"]).resolve().name
-    folder = output or Path("runs") / f"eval-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    write_report(report, folder)
-    if as_json:
-        print_json(results.as_json(report))
-    else:
-        _print(report, folder)
+    default = Path("runs") / f"eval-{predictor_folder(predictor).resolve().name}-{time_stamp()}"
+    with interruption(NO_REPORT), reserved_folder(output, default) as folder:
+        report = measure(
+            predictor,
+            store=store,
+            dataset=dataset,
+            teacher=teacher,
+            data_dir=data_dir,
+            split=split,
+            limit=limit,
+            tree=tree,
+            force=force,
+            progress=progress_bar,
+        )
+        publish(report, folder, as_json, lambda: _print(report, folder))
 
 
 def _print(report: EvalReport, folder: Path) -> None:
@@ -99,4 +89,5 @@ def _print(report: EvalReport, folder: Path) -> None:
     else:
         text = f"expected accepted length: {chain:.2f} as a chain, {best:.2f} with tree {report.tree}"
         console.print(text, markup=False)
-    console.print(f"report: {folder}", markup=False, soft_wrap=True)
+    if (folder / "eval.json").is_file():
+        console.print(f"report: {folder}", markup=False, soft_wrap=True)

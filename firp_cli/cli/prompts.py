@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from firp_cli.cli.terminal import Seed, Threads, TopP, Verbose, progress_bar, quiet_libraries
+from firp_cli.cli.terminal import Seed, Threads, TopP, Verbose, command_text, progress_bar, quiet_libraries
 from firp_cli.machine import set_threads
 
 
@@ -38,4 +38,5 @@ def prompts(
     with progress_bar("writing prompts") as progress:
         written = write_prompts(teacher, output, count, settings, progress)
     short = "" if written == count else f" of {count}: the others were empty, cut or the same"
-    typer.echo(f"{written}{short} prompts -> {output}; next: firp collect RECIPE data.dataset={output} --regenerate")
+    following = command_text("collect", "--teacher", teacher, "--dataset", output, "--regenerate")
+    typer.echo(f"{written}{short} prompts -> {output}\nnext: {following}")

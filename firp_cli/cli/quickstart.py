@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firp_cli.cli.terminal import Verbose, quiet_libraries, say
+from firp_cli.cli.terminal import Verbose, command_text, quiet_libraries, say
 from firp_cli.errors import DatasetError, TeacherError, UsageError
+from firp_cli.files import check_output
 
 if TYPE_CHECKING:
     from firp_cli.config import Recipe
@@ -68,6 +69,7 @@ def quickstart(
     folder = output or Path("runs") / f"quickstart-{_stem(model)}"
     if (folder / "predictor").exists() or (folder / "store").exists():
         raise UsageError(f"{folder} contains an earlier quickstart: remove it, or give another --output")
+    check_output(folder)
     data = find_prompts(prompts, data_dir, folder)
     shape = {**default_predictor(model), **({"layer": layer} if layer else {}), "steps": steps}
     recipe = make_recipe(model, data, data_dir, folder, shape, max_new_tokens)
@@ -88,8 +90,8 @@ def quickstart(
     run("bench", predictor, "--dataset", data.test, *where, *measuring)
     spent = (time.monotonic() - until) / 60 + minutes
     typer.echo(f"\n{spent:.1f} minutes. Predictor: {predictor}")
-    typer.echo(f"try it:  firp generate {shlex.quote(predictor)} --prompt TEXT")
-    typer.echo(f"train longer, for longer accepted drafts:  firp train {shlex.quote(str(path))}")
+    typer.echo(f"try it:  {command_text('generate', predictor, '--prompt', 'TEXT')}")
+    typer.echo(f"train longer, for longer accepted drafts:  {command_text('train', path)}")
 
 
 def find_prompts(name: str, data_dir: Path | None, folder: Path) -> Prompts:

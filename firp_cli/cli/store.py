@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from firp_cli.cli.collect import parse_layers
+from firp_cli.cli.command import Command
 from firp_cli.cli.terminal import Json, Verbose, print_json, progress_bar, quiet_libraries
 from firp_cli.errors import FingerprintError, StoreError, UsageError
+from firp_cli.files import check_output
 from firp_cli.machine import readable_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def _refusing() -> Iterator[None]:
         raise
 
 
-@store.command("info")
+@store.command("info", cls=Command)
 def info(folder: StoreFolder, as_json: Json = False, verbose: Verbose = False) -> None:
     """Show contents, size and origin of a store, also of an unfinished or damaged one."""
     quiet_libraries(verbose)
@@ -75,7 +77,7 @@ def _info_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "missing", line
 
 
-@store.command("verify")
+@store.command("verify", cls=Command)
 def verify(
     folder: StoreFolder,
     teacher: Annotated[
@@ -133,7 +135,7 @@ def _teacher_faults(folder: Path, manifest: dict[str, Any], name: str) -> list[S
     ]
 
 
-@store.command("merge")
+@store.command("merge", cls=Command)
 def merge(
     sources: Annotated[list[Path], typer.Argument(metavar="STORE STORE...", help="Stores of one teacher and dtype.")],
     output: Output,
@@ -147,12 +149,13 @@ def merge(
     quiet_libraries(verbose)
     from firp_cli.store.tools import merge_stores
 
+    check_output(output)
     with _refusing(), progress_bar("merging") as progress:
         summary = merge_stores(output, sources, layers=kept, resume=resume, progress=progress)
     _print([summary], as_json)
 
 
-@store.command("split")
+@store.command("split", cls=Command)
 def split(
     folder: StoreFolder,
     parts: Annotated[
@@ -172,6 +175,8 @@ def split(
     from firp_cli.store.reader import MANIFEST
     from firp_cli.store.tools import split_store
 
+    for place in output:
+        check_output(place)
     with _refusing(), progress_bar("splitting (tokens)") as progress:
         if len(output) == 1:
             if (output[0] / MANIFEST).is_file():
@@ -196,7 +201,7 @@ def _parse_parts(text: str) -> list[float]:
     return [1 / parts[0]] * int(parts[0])
 
 
-@store.command("convert")
+@store.command("convert", cls=Command)
 def convert(
     folder: StoreFolder,
     output: Output,
@@ -213,6 +218,7 @@ def convert(
     quiet_libraries(verbose)
     from firp_cli.store.tools import convert_store
 
+    check_output(output)
     with _refusing(), progress_bar("converting (tokens)") as progress:
         summary = convert_store(folder, output, dtype=dtype, layers=kept, resume=resume, progress=progress)
     _print([summary], as_json)

@@ -1,32 +1,39 @@
-"""Parts that commands share: messages, progress bars, common options and the old names of options."""
+"""Parts that commands share: messages, progress bars, reports, recipes with overrides and common options."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import logging
 import os
+import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 import yaml
 from pydantic import ValidationError
-from typer.core import TyperCommand
 
 from firp_cli.config import Precision, TeacherConfig, check_sampling
-from firp_cli.errors import INTERRUPTED, UsageError
+from firp_cli.errors import INTERRUPTED, OutputError, UsageError
 from firp_cli.machine import is_main, world_size
+from firp_cli.recipe import yaml_value
 from firp_cli.results import Progress
 
 if TYPE_CHECKING:
     from firp_cli.api.loading import LayerBackend
     from firp_cli.decoding.engine import EngineOptions
 
-OLD_OPTIONS = {"--layers": "--backend", "--sittings": "--timing-rounds"}  # old name: new name; until version 0.2
 T = TypeVar("T")
 INTERRUPTION = "firp: interrupted; finished work is kept, --resume goes on from there"
+NO_REPORT = "firp: interrupted; no report is written"
+OVERRIDE = re.compile(r"[\w.-]+=")  # how an override of a recipe begins
 
 
 def _possible(name: str) -> Callable[[T], T]:
@@ -68,6 +75,14 @@ TemplateOptions = Annotated[
     typer.Option(help="Variables of the chat template as YAML: '{enable_thinking: false}'. Default: the predictor's."),
 ]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the teacher's repository.")]
+TEACHER_OPTIONS: dict[str, tuple[Any, Any]] = {  # type and default, by name
+    "teacher": (Model, None),
+    "dtype": (Dtype, "auto"),
+    "revision": (Revision, None),
+    "chat_template": (ChatTemplate, None),
+    "template_options": (TemplateOptions, None),
+    "trust_remote_code": (RemoteCode, False),
+}
 DataDir = Annotated[str | None, typer.Option(help="Folder that contains NAME/SPLIT.jsonl. Default: $FIRP_DATA_DIR.")]
 Gpus = Annotated[int, typer.Option(min=1, help="Devices that share a speed predictor's pipeline; on a CPU: processes.")]
 Guarded = Annotated[
@@ -114,21 +129,6 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: 
 Force = Annotated[bool, typer.Option("--force", help="Accept a store or predictor made for another teacher.")]
 
 
-class RenamedOptions(TyperCommand):
-    """Command that accepts the old names of options and names the new ones on stderr."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, [self._current(argument) for argument in args])
-
-    def _current(self, argument: str) -> str:
-        old, sign, value = argument.partition("=")
-        new = OLD_OPTIONS.get(old)
-        if new is None or new not in {name for parameter in self.params for name in parameter.opts}:
-            return argument
-        say(f"firp: {old} is now called {new}; the old name will be removed in the next version")
-        return new + sign + value
-
-
 def agreed(work: Callable[[], T]) -> T:
     """Run `work` on every rank. A user error of one rank is raised on all of them, so that it is printed once."""
     if world_size() == 1:
@@ -138,8 +138,30 @@ def agreed(work: Callable[[], T]) -> T:
     return RankGroup.join().run_on_all(work)
 
 
+def teacher_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that describe a teacher to a command, in place of its parameter `teacher`: the command gets them
+    as one configuration.
+    """
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **values: Any) -> None:
+        given = {name: values.pop(name) for name in TEACHER_OPTIONS}
+        command(*arguments, teacher=teacher_choice(**given), **values)
+
+    signature = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in TEACHER_OPTIONS.items()
+    ]
+    parameters = [
+        item for old in signature.parameters.values() for item in (options if old.name == "teacher" else [old])
+    ]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
 def teacher_choice(
-    model: str | None,
+    teacher: str | None,
     dtype: Precision,
     revision: str | None,
     chat_template: str | None,
@@ -147,7 +169,7 @@ def teacher_choice(
     trust_remote_code: bool,
 ) -> TeacherConfig | None:
     """Return the teacher as the options give it, only the given fields set; None where none is. Raises UsageError."""
-    given: dict[str, Any] = {"model": model, "revision": revision, "chat_template": chat_template}
+    given: dict[str, Any] = {"model": teacher, "revision": revision, "chat_template": chat_template}
     given |= {"dtype": None if dtype == "auto" else dtype, "trust_remote_code": trust_remote_code or None}
     if template_options is not None:
         try:
@@ -180,16 +202,39 @@ def decoding_options(
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """End the enclosed work on Ctrl-C, SIGTERM or a closed terminal, and print that `--resume` continues it."""
+def interruption(text: str | Callable[[], str] = INTERRUPTION) -> Iterator[None]:
+    """End the enclosed work on Ctrl-C, SIGTERM or a closed terminal, and print what became of it."""
     from firp_cli.distributed.launch import interruptible
 
     with interruptible():
         try:
             yield
         except KeyboardInterrupt:
-            say(INTERRUPTION)
+            say(text if isinstance(text, str) else text())
             raise typer.Exit(INTERRUPTED) from None
+
+
+def publish(report: Any, folder: Path, as_json: bool, show: Callable[[], None]) -> None:
+    """Write a report and print it, as JSON or by `show`. One that cannot be written is printed all the same.
+
+    Raises OutputError after printing where it cannot be written.
+    """
+    from firp_cli import results
+    from firp_cli.api.write_report import write_report
+
+    failure = None
+    try:
+        write_report(report, folder)
+    except OutputError as error:
+        failure = error
+    print_json(results.as_json(report)) if as_json else show()
+    if failure:
+        raise failure
+
+
+def time_stamp() -> str:
+    """Return the local time as part of a folder's name."""
+    return time.strftime("%Y%m%d-%H%M%S")
 
 
 def say(text: str) -> None:
@@ -220,11 +265,54 @@ def _silent(done: int, total: int | None = None) -> None:
 
 
 def split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Split the arguments `[RECIPE] [key=value ...]` into the recipe, or None, and the overrides."""
-    names = [item for item in arguments if "=" not in item]
+    """Split the arguments `[RECIPE] [key=value ...]` into the recipe, or None, and the overrides.
+
+    An existing file is the recipe, also where its path holds a `=`. Of a key that is given twice the last value is
+    taken, and a line says so. Raises UsageError for several recipes.
+    """
+    overrides = [item for item in arguments if OVERRIDE.match(item) and not _is_file(item)]
+    names = [item for item in arguments if item not in overrides]
     if len(names) > 1:
-        raise typer.BadParameter(f"one recipe expected, got {', '.join(names)}")
-    return (names[0] if names else None), [item for item in arguments if "=" in item]
+        raise UsageError(f"one recipe expected, got {', '.join(names)}")
+    _note_repeated(overrides)
+    return (names[0] if names else None), overrides
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # longer than a file's name
+        return False
+
+
+def _note_repeated(overrides: Sequence[str]) -> None:
+    given: dict[str, str] = {}
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if given.get(key, value) != value:
+            say(f"firp: {key} is given twice, as {given[key]} and as {value}: {value} is taken")
+        given[key] = value
+
+
+def refuse_both(options: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Raise UsageError for a field of the recipe that an option and an override both set."""
+    for key in (item.partition("=")[0] for item in overrides):
+        if options.get(key) is not None:
+            raise UsageError(f"{key} is given twice, by an option and as an override: leave one out")
+
+
+def override(key: str, value: Any) -> str:
+    """Return `key=value` as an override of a recipe that is read as that value."""
+    try:
+        plain = isinstance(value, str) and yaml_value(value) == value
+    except ValueError:
+        plain = False
+    return f"{key}={value if plain else json.dumps(value)}"
+
+
+def command_text(*words: object) -> str:
+    """Return `firp WORDS` as a line that a shell reads as these words."""
+    return shlex.join(["firp", *map(str, words)])
 
 
 def command_line(context: typer.Context) -> list[str]:

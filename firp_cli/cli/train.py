@@ -170,7 +170,7 @@ def _report(result: TrainResult) -> None:
         per = "in as many ticks as the teacher has loops" if kind == "speed" else "per step"
         typer.echo(
             f"gate: simulated {gate['simulated']:.3f}, decoded {gate['real']:.3f} tokens {per} "
-            f"({gate['prompts']} prompts)"
+            f"({gate['prompts']} prompts{'' if gate['held_out'] else '; trained text: nothing was held out'})"
         )
         if not gate.get("agree", True):
             typer.echo("gate: they differ by more than rounding explains; do not trust this predictor", err=True)

@@ -9,6 +9,7 @@ import typer
 
 from firp_cli.cli.terminal import print_json, say
 from firp_cli.errors import StoreError
+from firp_cli.machine import readable_bytes
 from firp_cli.recipe import dump_recipe
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def print_plan(
         device_tflops, utilisation: a device's peak in 1e12 operations per second, and the share of it that is reached.
     """
     from firp_cli import results
-    from firp_cli.machine import parse_bytes, readable_bytes
+    from firp_cli.machine import parse_bytes
     from firp_cli.training.plan import make_plan
     from firp_cli.training.preflight import preflight
     from firp_cli.training.time_model import PEAK_FLOPS, UTILISATION, Throughput
@@ -65,7 +66,6 @@ def print_plan(
 def _print_tables(run: TrainRun, plan: Plan, throughput: Throughput, stored: bool) -> None:
     from rich.console import Console
 
-    from firp_cli.machine import readable_bytes
     from firp_cli.reports.cells import rich_table
     from firp_cli.training.memory_model import RIDGE
 
@@ -91,12 +91,10 @@ def _chain_cells(chain: RunTimes, throughput: Throughput, stored: bool) -> list[
     shares = {"answers": throughput.answer_utilisation}
     counted = "in the store" if stored else "conversations * tokens of each (--tokens, else data.max_length: at most)"
     rows = [["tokens", f"{chain.tokens:,}", counted]]
-    rows += [
-        [f"disk, {name}", f"{size / 1e9:,.1f} GB", "tokens * bytes per token"] for name, size in chain.disk.items()
-    ]
+    rows += [[f"disk, {name}", readable_bytes(size), "tokens * bytes per token"] for name, size in chain.disk.items()]
     if chain.draft_states:
         rule = "conversations * anchors * k * d * 2 bytes, until the first stage ends"
-        rows.append(["disk, draft states", f"{chain.draft_states / 1e9:,.1f} GB", rule])
+        rows.append(["disk, draft states", readable_bytes(chain.draft_states), rule])
     for name, hours in chain.hours.items():
         if chain.flops[name]:
             share = shares.get(name, throughput.utilisation)
@@ -146,7 +144,7 @@ def _plan_cells(plan: Plan, run: TrainRun, stored: bool) -> list[list[str]]:
     if plan.tokens is not None:
         rows.append(["tokens read, all epochs", f"{plan.tokens:,}"])
     if plan.memory:
-        rows.append(["memory per rank: total", f"{plan.memory['total'] / 1e9:,.2f} GB"])
+        rows.append(["memory per rank: total", readable_bytes(plan.memory["total"])])
     if len(plan.stages) > 1:
-        rows += [[f"  {name}", f"{size / 1e9:,.2f} GB"] for name, size in plan.stages.items()]
+        rows += [[f"  {name}", readable_bytes(size)] for name, size in plan.stages.items()]
     return rows

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from firp_cli.cli.terminal import (
+    NO_REPORT,
     Attention,
     Backend,
-    ChatTemplate,
     Compiled,
     DataDir,
-    Dtype,
     Force,
     Graphs,
     Json,
-    Model,
-    RemoteCode,
-    Revision,
     Seed,
     Temperature,
-    TemplateOptions,
     Threads,
     TopP,
     Verbose,
     decoding_options,
-    print_json,
+    interruption,
     progress_bar,
+    publish,
     quiet_libraries,
-    teacher_choice,
+    teacher_options,
+    time_stamp,
 )
-from firp_cli.errors import UsageError
+from firp_cli.config import TeacherConfig
+from firp_cli.errors import OutputError, UsageError
+from firp_cli.files import reserved_folder
 
 if TYPE_CHECKING:
     from firp_cli.tune_results import TuneReport
 
+LARGEST_BATCH = 65536
 DEFAULT_BATCHES = "1,2,4,8,16,32"
 Dataset = Annotated[
     str | None,
@@ -59,6 +58,7 @@ TimingRounds = Annotated[
 ]
 
 
+@teacher_options
 def tune(
     predictor: Annotated[str, typer.Argument(help="Predictor folder or embedded name.")] = "firp",
     *,
@@ -66,12 +66,7 @@ def tune(
     split: Split = "train",
     data_dir: DataDir = None,
     limit: Annotated[int, typer.Option(min=1, help="Calibration prompts.")] = 64,
-    teacher: Model = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    chat_template: ChatTemplate = None,
-    template_options: TemplateOptions = None,
-    trust_remote_code: RemoteCode = False,
+    teacher: TeacherConfig | None = None,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes, each of which gets a tree.")] = DEFAULT_BATCHES,
     context: Context = None,
     max_new_tokens: Annotated[int, typer.Option(min=3, help="Most new tokens of a prompt.")] = 128,
@@ -97,10 +92,8 @@ def tune(
     """Choose the fastest draft trees on this machine; write tree.json and a report with figures."""
     quiet_libraries(verbose)
     sizes = _batches(batch_sizes)
-    from firp_cli.api.tune_run import tune as choose_trees
     from firp_cli.tuning.calibration import TuneSettings
 
-    choice = teacher_choice(teacher, dtype, revision, chat_template, template_options, trust_remote_code)
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
     settings = TuneSettings(
         batches=sizes,
@@ -117,11 +110,28 @@ def tune(
         engine=options,
     )
     prompts: dict[str, Any] = {"dataset": dataset, "split": split, "data_dir": data_dir, "limit": limit}
-    loading: dict[str, Any] = {"teacher": choice, "backend": layers, "force": force}
-    report = choose_trees(
-        predictor, settings=settings, tree_file=tree_file, progress=progress_bar, **prompts, **loading
-    )
-    _publish(report, tree_file, output, as_json)
+    loading: dict[str, Any] = {"teacher": teacher, "backend": layers, "force": force}
+    _run(predictor, tree_file, output, as_json, {**prompts, **loading, "settings": settings})
+
+
+def _run(predictor: str, tree_file: Path | None, output: Path | None, as_json: bool, arguments: dict[str, Any]) -> None:
+    """Choose the trees and publish the report."""
+    from firp_cli.api.tune_run import tune as choose_trees
+    from firp_cli.predictors.folder import predictor_folder
+    from firp_cli.tune_results import TuneReport
+
+    default = Path("runs") / f"tune-{predictor_folder(predictor).name}-{time_stamp()}"
+    with interruption(NO_REPORT), reserved_folder(output, default) as folder:
+        failure = None
+        try:
+            report = choose_trees(predictor, tree_file=tree_file, progress=progress_bar, **arguments)
+        except OutputError as error:  # the trees cannot be written: the report has them too
+            if not isinstance(error.result, TuneReport):
+                raise
+            report, failure = error.result, error
+        publish(report, folder, as_json, lambda: _show(report, tree_file, folder))
+        if failure:
+            raise failure
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -132,24 +142,20 @@ def _batches(text: str) -> tuple[int, ...]:
         raise UsageError(f"--batch-sizes takes numbers with commas, such as {DEFAULT_BATCHES}, not {text!r}") from None
     if sizes[0] < 1:
         raise UsageError(f"batch sizes must be at least 1, got {sizes[0]}")
+    if sizes[-1] > LARGEST_BATCH:
+        raise UsageError(f"batch sizes must be at most {LARGEST_BATCH}, got {str(sizes[-1])[:40]}")
     return sizes
 
 
-def _publish(report: TuneReport, tree_file: Path | None, output: Path | None, as_json: bool) -> None:
-    """Write the report's files and print it."""
+def _show(report: TuneReport, tree_file: Path | None, output: Path) -> None:
+    """Print the tables."""
     from rich.console import Console
 
-    from firp_cli import results
-    from firp_cli.api.write_report import write_report
     from firp_cli.reports.tuning import tune_tables
 
-    folder = Path(report.predictor["folder"])
-    output = output or Path("runs") / f"tune-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    write_report(report, output)
-    if as_json:
-        print_json(results.as_json(report))
-        return
     console = Console(highlight=False)
     console.print(tune_tables(report))
-    console.print(f"trees: {tree_file or folder / 'tree.json'}", markup=False, soft_wrap=True)
-    console.print(f"report: {output / 'tune.html'}", markup=False, soft_wrap=True)
+    trees = tree_file or Path(report.predictor["folder"]) / "tree.json"
+    console.print(f"trees: {trees}", markup=False, soft_wrap=True)
+    if (page := output / "tune.html").is_file():
+        console.print(f"report: {page}", markup=False, soft_wrap=True)

@@ -141,10 +141,11 @@ def account_line(account: dict[str, Any]) -> str:
     """Return an account of `respond` in one line, and further ones where many answers are cut or prompts failed."""
     parts = [f"{account[name]:,} {words}" for name, words in ACCOUNT.items() if name == "written" or account.get(name)]
     lines = [f"answers: {', '.join(parts)}"]
-    if account["cut"] > MANY_CUT * max(account["written"], account.get("turns", 0)):
+    answers = max(account["written"], account.get("turns", 0))
+    if account["cut"] > MANY_CUT * answers:
         lines.append(
-            f"{account['cut'] / max(account['written'], account.get('turns', 0)):.0%} of the answers are cut: raise data.max_new_tokens, or check "
-            "that the token with which the chat template ends turns is an eos_token_id of the teacher"
+            f"{account['cut'] / answers:.0%} of the answers are cut: raise data.max_new_tokens, or check that the "
+            "token with which the chat template ends turns is an eos_token_id of the teacher"
         )
     if account["failure"]:
         lines.append(f"first failure: {account['failure']}; --resume tries failed prompts again")

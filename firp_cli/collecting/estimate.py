@@ -14,6 +14,7 @@ from firp_cli.collecting.responders import Responder
 from firp_cli.collecting.teacher_states import capture, plan_batches
 from firp_cli.config import DataConfig
 from firp_cli.errors import CapacityError, TeacherError
+from firp_cli.machine import readable_bytes
 from firp_cli.store.reader import bytes_per_token
 from firp_cli.store.shard_file import free_bytes
 from firp_cli.teacher.teacher import Teacher
@@ -117,7 +118,7 @@ def check_space(folder: Path, hidden_size: int, layers: int, dtype: str, tokens:
     needed, free = tokens * bytes_per_token(hidden_size, layers, dtype), free_bytes(folder)
     if needed > free:
         raise CapacityError(
-            f"the store needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free\n"
+            f"the store needs {readable_bytes(needed)} and {folder} has {readable_bytes(free)} free\n"
             "lower data.limit, collect fewer layers, store in int8 (data.store_dtype=int8), or give another --output"
         )
 

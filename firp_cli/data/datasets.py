@@ -34,6 +34,7 @@ from firp_cli.data.readers import (
 from firp_cli.errors import DatasetError
 
 DATA_DIR_VARIABLE = "FIRP_DATA_DIR"
+ID_FIELDS = ("id", "question_id", "task_id")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ KNOWN: dict[str, KnownDataset] = {
 class Prompt:
     """Conversation to answer, its category in the set, and the reference answer of its first turn if there is one.
 
-    `dataset`, `row`: where it is from.
+    `dataset`, `row`: where it is from. `index`: number of its row, from 0; `id`: what the row calls itself, if it does.
     """
 
     conversation: Conversation
@@ -104,6 +105,8 @@ class Prompt:
     reference: str | None = None
     dataset: str = ""
     row: str = ""
+    index: int = 0
+    id: Any = None
 
     @property
     def messages(self) -> list[Message]:
@@ -244,7 +247,8 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
             odd.add(fault.reason, place, fault.place or str(fault))
             continue
         category = row.get(selection.columns.get("category", "category"))
-        found.append((order, _prompt(conversation, category, dataset, place)))
+        name = next((row[key] for key in ID_FIELDS if isinstance(row.get(key), str | int)), None)
+        found.append((order, _prompt(conversation, category, dataset, place, order, name)))
         if len(found) == selection.limit:
             break
     if not odd.rows:
@@ -260,10 +264,10 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
     rows.odd.append(odd)
 
 
-def _prompt(conversation: Conversation, category: Any, dataset: str, place: str) -> Prompt:
+def _prompt(conversation: Conversation, category: Any, dataset: str, place: str, index: int, name: Any) -> Prompt:
     answers = (item["content"] for item in conversation.messages if item["role"] == "assistant")
     label = str(category).encode("utf-8", "replace").decode("utf-8") if isinstance(category, str | int) else ""
-    return Prompt(conversation, label, next(answers, None) or None, dataset, place)
+    return Prompt(conversation, label, next(answers, None) or None, dataset, place, index, name)
 
 
 def _find(name: str, selection: Selection, any_single: bool) -> Iterator[Read]:

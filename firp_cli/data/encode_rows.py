@@ -131,7 +131,11 @@ def encode_prompts(
     encoded: list[list[int] | None] = []
     for row in rows:
         try:
-            ids = encode_question(row, fields, vocabulary) if encoder is None else encoder(row)
+            if encoder is None:
+                ids = encode_question(row, fields, vocabulary)
+            else:
+                fields.note(row.conversation.messages, row.conversation.tools, row.conversation.left_out)
+                ids = encoder(row)
             check_ids(ids, vocabulary)
             encoded.append(ids)
         except DatasetError as error:

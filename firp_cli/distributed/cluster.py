@@ -1,12 +1,17 @@
-"""Parsers of hostfiles, Slurm variables and node lists."""
+"""Machines and cores for ranks: hostfiles, Slurm variables and node lists, and the cores that ranks share."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from firp_cli.errors import ClusterError
+from firp_cli.machine import usable_cores
+
+LOG = logging.getLogger("firp")  # commands print it on stderr
+MOST_RANKS_OF_A_CORE = 8
 
 FIRST_PORT, PORTS = 12000, 20000  # below the ports that Linux assigns to outgoing connections
 INTERACTIVE_STEP = 0xFFFF_FFF0  # first number of Slurm's batch and interactive steps, which are one shell each
@@ -107,3 +112,13 @@ def _expand_entry(entry: str) -> list[str]:
         for number in range(int(first), int(last if dash else first) + 1):
             nodes += [f"{head}{number:0{len(first)}d}{after}" for after in _expand_entry(tail)]
     return nodes
+
+
+def check_cores(ranks: int) -> None:
+    """Log that ranks share cores. Raises ClusterError for so many that they would hardly get on."""
+    cores = usable_cores()
+    advice = f"--gpus {cores} or fewer works faster"
+    if ranks > MOST_RANKS_OF_A_CORE * cores:
+        raise ClusterError(f"--gpus {ranks}: {ranks} ranks on {cores} CPU cores would hardly get on; {advice}")
+    if ranks > cores:
+        LOG.info(f"{ranks} ranks share {cores} CPU cores; {advice}")

@@ -25,9 +25,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from firp_cli.distributed.cluster import ranks_by_host, slurm_ranks
+from firp_cli.distributed.cluster import check_cores, ranks_by_host, slurm_ranks
+from firp_cli.distributed.exports import ENVIRONMENT_FILE, EXPORTS, exported_environment
 from firp_cli.errors import INTERRUPTED, ClusterError, FirpError, LaunchError, PeerLostError
-from firp_cli.machine import cores_of_rank, is_launched, is_main, local_rank, local_world_size, rank, world_size
+from firp_cli.machine import (
+    cores_of_rank,
+    is_launched,
+    is_main,
+    local_rank,
+    local_world_size,
+    rank,
+    world_size,
+)
 
 SAME_INTERRUPTION = 2.0  # seconds within which a repeated signal counts as the same one
 SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGTERM)
@@ -131,6 +140,9 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
     with tempfile.TemporaryDirectory(prefix="firp-launch-") as folder:
         failure = Path(folder) / "failure.json"
         environment[FAILURE_FILE] = str(failure)
+        if exports := environment.pop(EXPORTS, None):
+            (Path(folder) / "environment").write_text(exports, encoding="utf-8")
+            environment[ENVIRONMENT_FILE] = str(Path(folder) / "environment")
         code, interrupted = _wait([*command, module, *argv], environment)
         if interrupted or code == INTERRUPTED:  # the signal may have been sent to a rank alone
             raise KeyboardInterrupt
@@ -158,7 +170,7 @@ def launch_command(gpus: int | None, hostfile: str | None) -> tuple[list[str], d
             f"the ranks on the machines of {hostfile} are started with pdsh, which is not installed: "
             "install it, or start firp on every machine with torchrun or srun"
         )
-    return _cluster_command(gpus, hostfile), environment
+    return _cluster_command(gpus, hostfile), exported_environment(environment)
 
 
 @contextlib.contextmanager
@@ -282,6 +294,7 @@ def _local_command(gpus: int, environment: dict[str, str]) -> list[str]:
         if visible:
             devices = [int(item) if item.isdigit() else item for item in visible[:gpus]]
     else:
+        check_cores(gpus)
         environment["OMP_NUM_THREADS"] = str(cores_of_rank(gpus))
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -26,6 +26,7 @@ class BatchRun:
         generations: one for each prompt, and for each later turn of a conversation.
         numbers, turns: for each generation its prompt, and its turn from 0; no `turns`: all are first ones.
         decode_tokens: new tokens without the first of each sequence, which prefill gives.
+        repeats: number of them.
     """
 
     dataset: str
@@ -36,6 +37,7 @@ class BatchRun:
     decode_seconds: float
     decode_tokens: int
     turns: list[int] = field(default_factory=list)
+    repeats: int = 1
 
     def by_turn(self) -> list[list[Generation]]:
         """Return the generations that were decoded together: those of each turn."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -64,7 +65,8 @@ def measure(
     """Decode every batch with every method `repeats` times and fold the repeats.
 
     Methods take turns within each batch, and the first one changes from batch to batch and from repeat to repeat, so
-    that a slowdown of the machine affects all of them.
+    that a slowdown of the machine affects all of them. KeyboardInterrupt ends the measurement: the repeats that are
+    whole by then are folded; without one it is raised again.
     """
     total = len(methods) * (settings.warmup + settings.repeats * len(batches))
     repeats: dict[str, list[list[list[Generation]]]] = {method.name: [[] for _ in batches] for method in methods}
@@ -75,13 +77,20 @@ def measure(
         if isinstance(method.engine, Engine):
             for size in sorted(sizes, reverse=True):  # a larger cache drops graphs
                 method.engine.capture(size, context, settings.max_new_tokens)
-    for done, (method, place, counted) in enumerate(turns(methods, len(batches), settings, longest), start=1):
-        generations = decode_turns(method.generate, prompts, batches[place], settings.max_new_tokens)
-        if counted:
-            repeats[method.name][place].append(generations)
-        progress(done, total)
+    whole = settings.repeats
+    try:
+        for done, (method, place, counted) in enumerate(turns(methods, len(batches), settings, longest), start=1):
+            generations = decode_turns(method.generate, prompts, batches[place], settings.max_new_tokens)
+            if counted:
+                repeats[method.name][place].append(generations)
+            progress(done, total)
+    except KeyboardInterrupt:
+        whole = min(len(made) for each in repeats.values() for made in each)
+        if not whole:
+            raise
     return {
-        name: [fold(batch, runs) for batch, runs in zip(batches, each, strict=True)] for name, each in repeats.items()
+        name: [fold(batch, made[:whole]) for batch, made in zip(batches, each, strict=True)]
+        for name, each in repeats.items()
     }
 
 
@@ -142,7 +151,15 @@ def fold(batch: Batch, repeats: Sequence[Sequence[Generation]]) -> BatchRun:
         decode_seconds=per_token * tokens[0],
         decode_tokens=tokens[0],
         turns=turns,
+        repeats=len(repeats),
     )
+
+
+def _repeats_made(runs: Runs, settings: BenchSettings) -> dict[str, Any]:
+    """Return the number of repeats as a setting of the report; `interrupted` where it is less than asked for."""
+    made = min((run.repeats for each in runs.values() for run in each), default=settings.repeats)
+    cut = {"interrupted": f"interrupted after {made} of {settings.repeats} repeats"} if made < settings.repeats else {}
+    return {"repeats": made, **cut}
 
 
 def reference_method(names: Sequence[str], temperature: float) -> str | None:
@@ -195,6 +212,7 @@ def run_bench(
         teacher=teacher.describe(),
         settings={
             **asdict(settings),
+            **_repeats_made(runs, settings),
             "reference": reference,
             "methods": names,
             "prompts": len(fitting),
@@ -218,6 +236,7 @@ def merge_reports(reports: Sequence[BenchReport]) -> BenchReport:
     methods = {label: report.settings["methods"] for label, report in zip(labels, reports, strict=True)}
     prompts = {label: report.settings["prompts"] for label, report in zip(labels, reports, strict=True)}
     settings = {
+        **{key: value for report in reports for key, value in report.settings.items() if key == "interrupted"},
         "methods": list(dict.fromkeys(name for each in methods.values() for name in each)),
         "methods_by_teacher": methods,
         "prompts": max(prompts.values()),

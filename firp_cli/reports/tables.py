@@ -37,6 +37,7 @@ BENCH_HEADERS = ("method", "accepted length", "tokens/s", "speedup over ar", "ov
 EVAL_HEADERS = ("step", "top-1", "top-5", "KL (nats)", "anchors")
 # Up to this gap of the two logits a first difference is a near-tie that rounding in this dtype decides.
 NEAR_TIE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+NO_STEP = "; every answer ended with its first token, which prefill gives: there is no decoding step to compare"
 
 
 def lossless_cell(row: BenchRow, reference: str | None) -> str:
@@ -177,6 +178,7 @@ def settings_line(report: BenchReport) -> str:
         skipped += f" ({report.left_out_trained} left out: a predictor was trained on them)"
     repeats = settings.get("repeats")
     taken = "measured once" if repeats == 1 else f"medians over {repeats} repeats"
+    taken += f", {settings['interrupted']}" if settings.get("interrupted") else ""
     names = [
         f"{part.teacher.get('name')} ({part.teacher.get('dtype')}, {part.teacher.get('device')})" for part in parts
     ]
@@ -187,7 +189,7 @@ def settings_line(report: BenchReport) -> str:
     return (
         f"{'teachers' if len(parts) > 1 else 'teacher'} {' and '.join(names)}, "
         f"{prompts}{skipped}, {how}, up to {settings.get('max_new_tokens')} new tokens, "
-        f"batch size {settings.get('batch_size')}, {taken}"
+        f"batch size {settings.get('batch_size')}, {taken}{NO_STEP if _no_step(report) else ''}"
     )
 
 
@@ -202,6 +204,10 @@ def _turns(settings: dict[str, Any]) -> str:
         text = f", {' and '.join(map(str, dict.fromkeys(asked)))} turns"
     missed = settings.get("turns_not_asked")
     return f"{text} ({missed} more do not fit the context or the chat template)" if missed else text
+
+
+def _no_step(report: BenchReport) -> bool:
+    return bool(report.rows) and not any(row.steps for row in report.rows)
 
 
 def reading_notes(report: BenchReport) -> list[str]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from firp_cli.errors import CapacityError
 from firp_cli.files import write_atomically
+from firp_cli.machine import readable_bytes
 
 # In the order of the format: tensors of a later type are earlier in a file.
 DTYPES = {
@@ -190,6 +191,6 @@ def check_disk_space(needed: dict[Path, int]) -> None:
         disks[device] = disks.get(device, 0) + count
         if disks[device] > (free := free_bytes(folder)):
             raise CapacityError(
-                f"{disks[device] / 1e9:.1f} GB are needed and {folder} has {free / 1e9:.1f} GB free\n"
+                f"{readable_bytes(disks[device])} are needed and {folder} has {readable_bytes(free)} free\n"
                 "make room, give another output, or convert to fewer layers or to int8"
             )

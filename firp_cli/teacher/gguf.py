@@ -23,6 +23,7 @@ from torch import Tensor
 
 from firp_cli.errors import TeacherError, first_line
 from firp_cli.files import cache_folder, file_sha256, write_json
+from firp_cli.machine import readable_bytes
 from firp_cli.provenance import fingerprint
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -109,7 +110,7 @@ def _unpack_into(folder: Path, path: Path, dtype: torch.dtype, digest: str) -> N
     needed, free = parameters * dtype.itemsize, shutil.disk_usage(folder.parent).free
     if needed > free:
         raise TeacherError(
-            f"{path} takes {needed / 1e9:.1f} GB unpacked, {folder.parent} has {free / 1e9:.1f} GB free\n"
+            f"{path} takes {readable_bytes(needed)} unpacked, {folder.parent} has {readable_bytes(free)} free\n"
             "set FIRP_CACHE_DIR to a folder on a larger disk"
         )
     log.info("unpacking %s into %s (once)", path.name, folder.parent)

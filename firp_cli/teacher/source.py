@@ -164,6 +164,11 @@ def gguf_path(config: TeacherConfig) -> Path | None:
     """
     model, file = config.model, config.gguf_file
     place = Path(model)
+    if is_missing_path(model):
+        raise TeacherError(
+            f"no such {'file' if model.endswith(SUFFIX) else 'folder'}: {model}; give the model's place as --teacher "
+            "(teacher.model in a recipe)"
+        )
     if place.is_file():
         if file is not None or place.suffix != SUFFIX:
             raise TeacherError(f"{model} is a file: a teacher is a folder, a {SUFFIX} file, a hub id or a known name")
@@ -180,6 +185,15 @@ def gguf_path(config: TeacherConfig) -> Path | None:
             raise TeacherError(f"no such file: {model}; a file of a hub repository is OWNER/REPOSITORY/FILE{SUFFIX}")
         return None
     return _from_hub(model, file, config.revision)
+
+
+def is_missing_path(model: str) -> bool:
+    """Return True for the path of a file or folder that does not exist; a hub id has no more than one `/`, a file on
+    the hub two.
+    """
+    local = model.startswith(("/", "./", "../", "~")) or model.endswith("/") or "\\" in model
+    local = local or model.count("/") > (2 if model.endswith(SUFFIX) else 1)
+    return local and not Path(model).exists()
 
 
 def _in_folder(folder: Path, file: str | None) -> Path | None:

@@ -157,10 +157,10 @@ def save_checkpoint(
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
-        raise FirpError(
-            f"the checkpoint of step {progress.step} cannot be written ({error}); the one before it is whole: "
-            "make room, then --resume continues from there"
-        ) from error
+        remedy = "there is none before it: make room, then start again"
+        if latest_checkpoint(output) is not None:
+            remedy = "the one before it is whole: make room, then --resume continues from there"
+        raise FirpError(f"the checkpoint of step {progress.step} cannot be written ({error}); {remedy}") from error
     barrier()
 
 

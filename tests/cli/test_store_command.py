@@ -203,7 +203,7 @@ def test_store_convert_of_a_damaged_store_exits_with_2(firp: Firp, made: Path, t
 def test_store_convert_checks_the_disk_first(firp: Firp, made: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(store_file, "free_bytes", lambda _: 100)
     refused = firp("convert", made, "--dtype", "int8", "--output", tmp_path / "new")
-    assert refused.code == 2 and "0.0 GB free\nmake room" in refused.err
+    assert refused.code == 2 and "100 B free\nmake room" in refused.err
     assert not (tmp_path / "new").exists()
 
 

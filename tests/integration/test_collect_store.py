@@ -225,7 +225,7 @@ def test_full_disk_is_reported_before_and_during_writing(
 
     with monkeypatch.context() as patch:
         patch.setattr(estimate_module, "free_bytes", lambda _: 1000)
-        with pytest.raises(CapacityError, match=r"the store needs .* GB free\n.*data.store_dtype=int8"):
+        with pytest.raises(CapacityError, match=r"the store needs .* kB and .* 1\.0 kB free\n.*data.store_dtype=int8"):
             collect_store(byte_teacher, config(dataset), [2], tmp_path / "small")
 
     def no_space(*_: object) -> None:

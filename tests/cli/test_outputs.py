@@ -1,0 +1,294 @@
+"""Results are never lost: outputs that cannot be written, interrupted runs, lines of answers, reserved folders."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firp_cli.cli.answers import Lines, summary
+from firp_cli.errors import OutputError, UsageError
+from firp_cli.files import check_output, reserved_folder
+from helpers.commands import invoke, succeed
+from helpers.models import tiny_teacher
+
+QUICK = ("--max-new-tokens", "8")
+FOLDERS = {
+    "bench": ["bench", "firp", "--dataset", "arithmetic"],
+    "eval": ["eval", "firp", "--dataset", "arithmetic"],
+    "tune": ["tune", "firp"],
+    "collect": ["collect", "demo"],
+    "train": ["train", "demo", "data.mode=online"],
+    "quickstart": ["quickstart", "arithmetic"],
+    "merge": ["store", "merge", "a", "b"],
+    "convert": ["store", "convert", "a"],
+    "split": ["store", "split", "a", "--parts", "2"],
+}
+
+
+def prompts_file(folder: Path, *rows: Any) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row if isinstance(row, dict) else {"prompt": row}) + "\n" for row in rows))
+    return path
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def no_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for place in ("api.loading", "teacher.load"):
+        monkeypatch.setattr(f"firp_cli.{place}.load_teacher", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_that_cannot_be_written_are_refused_before_the_work(no_teacher: Path, name: str) -> None:
+    (no_teacher / "file").write_text("kept")
+    for output in ("file", "file/below", "/proc/below", "/sys/a/b"):
+        refused = invoke(*FOLDERS[name], "--output", output).exception
+        assert getattr(refused, "exit_code", 0) == 2 and output.split("/below")[0] in str(refused), (output, refused)
+    assert [path.name for path in no_teacher.iterdir()] == ["file"] and (no_teacher / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--prompt", "x", "--output"],
+        ["generate", "--prompts", "file", "--output"],
+        ["prompts", "arithmetic", "--output"],
+        ["tune", "firp", "--tree-file"],
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_work(no_teacher: Path, arguments: list[str]) -> None:
+    (no_teacher / "file").write_text("")
+    (no_teacher / "folder").mkdir()
+    for output in ("folder", "file/below", "/proc/below"):
+        refused = invoke(*arguments, output).exception
+        assert isinstance(refused, UsageError) and output.split("/below")[0] in str(refused), (output, refused)
+    assert sorted(path.name for path in no_teacher.iterdir()) == ["file", "folder"]
+
+
+def test_check_output_tries_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_output(tmp_path / "new" / "folder")
+    check_output(Path("/dev/null"), "stream")
+    with pytest.raises(UsageError, match="not a regular file"):
+        check_output(Path("/dev/null"), "file")
+
+    def full(**_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("firp_cli.files.tempfile.TemporaryFile", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        check_output(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    default = tmp_path / "runs" / "bench-x"
+    with reserved_folder(None, default) as first, reserved_folder(None, default) as second:
+        assert (first.name, second.name) == ("bench-x", "bench-x-2")
+        (second / "kept").touch()
+        with pytest.raises(UsageError, match="another run is writing"), reserved_folder(first, default):
+            pass
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bench-x-2"]
+    with reserved_folder(second, default) as again:
+        assert again == second and (second / "kept").exists()
+
+
+BENCH = ("bench", "firp", "--dataset", "arithmetic", "--methods", "ar,firp", "--limit", "1", *QUICK)
+
+
+def failing_write(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_bench_prints_the_table_of_a_report_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("firp_cli.api.write_report.write_json", failing_write)
+    done = invoke(*BENCH, "--repeats", "1", "--output", tmp_path / "out", *flags)
+    assert isinstance(done.exception, OutputError) and "No space left on device" in str(done.exception)
+    assert done.exception.exit_code == 1 and not (tmp_path / "out").exists()
+    assert json.loads(done.stdout)["rows"] if flags else "up to 8 new tokens" in done.stdout
+
+
+def interrupt_at(number: int) -> Callable[..., None]:
+    calls = iter(range(1, number + 1))
+
+    def progress(*_: object) -> None:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize(("at", "whole"), [(8, 3), (3, 0)])
+def test_interrupted_bench_reports_whole_repeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, whole: int
+) -> None:
+    from contextlib import contextmanager
+
+    @contextmanager
+    def bar(_: str) -> Any:
+        yield interrupt_at(at)
+
+    monkeypatch.setattr("firp_cli.cli.bench.progress_bar", bar)
+    done = invoke(*BENCH, "--repeats", "5", "--output", tmp_path / "out")
+    assert done.exit_code == 130
+    if whole:
+        assert json.loads((tmp_path / "out" / "bench.json").read_text())["settings"]["repeats"] == whole
+        assert "interrupted after 3 of 5 repeats" in done.stdout and "interrupted after 3 of 5" in done.stderr
+    else:
+        assert "nothing is kept" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_generate_names_the_long_row_before_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_file(tmp_path, *["x"] * 5, "x " * 3000)
+    monkeypatch.setattr("firp_cli.api.decoder.Decoder.session", lambda *_, **__: pytest.fail("a batch was decoded"))
+    done = invoke("generate", "--prompts", prompts, "--output", tmp_path / "o.jsonl")
+    text = str(done.exception)
+    assert re.search(r"row 6 of .*prompts\.jsonl has \d{4} tokens and 256 new ones", text) and "holds 2048" in text
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_generate_resumes_an_interrupted_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"What is {n} plus 5?", "question_id": f"q{n}"} for n in range(5)]
+    prompts, output, whole = prompts_file(tmp_path, *rows), tmp_path / "o.jsonl", tmp_path / "whole.jsonl"
+    command = ("generate", "--prompts", prompts, "--batch-size", "2", *QUICK, "--output")
+    succeed(*command, whole)
+    expected = lines_of(whole.read_text())
+    assert [line["index"] for line in expected] == [0, 1, 2, 3, 4] and expected[1]["id"] == "q1"
+    assert [line["batch_size"] for line in expected] == [2, 2, 2, 2, 1]
+    with monkeypatch.context() as patch:
+        from contextlib import contextmanager
+
+        @contextmanager
+        def bar(_: str) -> Any:
+            yield interrupt_at(2)
+
+        patch.setattr("firp_cli.cli.answers.progress_bar", bar)
+        done = invoke(*command, output)
+    assert done.exit_code == 130 and "4 of 5 answers are in" in done.stderr and "--resume" in done.stderr
+    with output.open("a") as stream:
+        stream.write('{"index": 4, "te')  # killed within a line
+    done = succeed(*command, output, "--resume")
+    assert "4 of 5 answers are kept" in done.stderr
+    assert [line["token_ids"] for line in lines_of(output.read_text())] == [line["token_ids"] for line in expected]
+    refused = invoke(*command, output, "--resume", "--stop", "=").exception
+    assert isinstance(refused, UsageError) and "other settings" in str(refused)
+    prompts_file(tmp_path, *reversed(rows))
+    refused = invoke(*command, output, "--resume").exception
+    assert isinstance(refused, UsageError) and "answers another prompt than row 1" in str(refused)
+
+
+def test_generate_prints_lines_that_the_file_does_not_take(tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path, "What is 1 plus 5?", "What is 2 plus 5?")
+    done = invoke("generate", "--prompts", prompts, *QUICK, "--output", "/dev/full")
+    assert isinstance(done.exception, OutputError) and "No space left" in str(done.exception)
+    assert [line["index"] for line in lines_of(done.stdout)] == [0, 1] and Path("/dev/full").is_char_device()
+
+
+def test_generate_counts_batch_times_once(tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path, *[f"What is {n} plus 5?" for n in range(4)])
+    done = succeed("generate", "--method", "ar", "--prompts", prompts, *QUICK, "--batch-size", "4")
+    lines = lines_of(done.stdout)
+    decoded = sum(sum(line["accepted_lengths"]) for line in lines)
+    rate = decoded / max(line["decode_seconds"] for line in lines)
+    assert f"{rate:.1f} tokens/s, prefill {lines[0]['prefill_seconds']:.2f} s" in done.stderr
+
+
+def test_generate_answers_the_last_user_turn_with_its_history(tmp_path: Path) -> None:
+    said = [("user", "Nia has 12 pens. How many?"), ("assistant", "12"), ("user", "She buys 7 more. How many now?")]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    (line,) = lines_of(succeed("generate", "--prompts", prompts_file(tmp_path, row), *QUICK).stdout)
+    assert line["prompt_tokens"] == 37 and "turn" not in line
+
+
+def test_questions_are_answered_turn_by_turn() -> None:
+    from firp_cli.api.decoder import Decoder
+    from firp_cli.api.generate_run import FileRun, GenerateSettings
+    from firp_cli.data.datasets import Prompt
+    from firp_cli.data.formats import Conversation
+    from helpers.chat import byte_tokenizer
+
+    teacher = tiny_teacher("llama")
+    teacher.tokenizer = byte_tokenizer()
+    questions = Conversation([{"role": "user", "content": text} for text in "ab"], questions_only=True)
+    rows = [Prompt(questions, row=0), Prompt(Conversation([{"role": "user", "content": "c"}]), row=1)]
+    decoder = Decoder(teacher)
+    decoder.encode = lambda said, tools=None: [3 + ord(c) % 50 for item in said for c in item["content"] + "!"]  # type: ignore[method-assign, assignment]
+    run = FileRun("f", decoder, rows, GenerateSettings(max_new_tokens=4, batch_size=2))
+    lines = [line for batch in run.answers({}) for line in batch]
+    assert [(line["index"], line.get("turn")) for line in lines] == [(0, 0), (1, None), (0, 1)]
+    assert lines[2]["prompt_tokens"] == len("a!" + lines[0]["text"] + "!b!")
+    assert run.count == 3 and "12 tokens" in summary(run.totals)
+
+
+def test_files_without_prompts_are_refused(no_teacher: Path) -> None:
+    refused = invoke("generate", "--prompts", prompts_file(no_teacher)).exception
+    assert getattr(refused, "exit_code", 0) == 2 and "no prompts in" in str(refused)
+    refused = invoke("bench", "--dataset", no_teacher / "prompts.jsonl").exception
+    assert getattr(refused, "exit_code", 0) == 2 and "no prompts in" in str(refused)
+
+
+def test_lines_are_written_one_at_a_time(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "o.jsonl")
+    lines.write({"text": "ü"})
+    assert (tmp_path / "o.jsonl").read_text() == '{"text": "ü"}\n'
+    with pytest.raises(UsageError, match="another run is writing"):
+        Lines(tmp_path / "o.jsonl")
+    lines.close()
+
+
+def test_the_next_line_of_collect_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = succeed("collect", "demo", "teacher.dtype=bfloat16", "--limit", "4", "--output", "my store")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("next: "))
+    words = shlex.split(line.removeprefix("next: firp "))
+    assert words == ["train", "demo", "teacher.dtype=bfloat16", "data.limit=4", "--store", "my store"]
+    done = succeed(*words, "training.max_steps=0", "training.gate_prompts=0", "--output", "run")
+    missing = invoke(*words[:-1], "no store").exception
+    assert "firp collect demo teacher.dtype=bfloat16 data.limit=4 --output 'no store'" in str(missing)
+
+
+def test_estimate_needs_no_package_of_the_responder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("firp_cli.api.collect_run.find_spec", lambda _: None)
+    given = ("data.max_new_tokens=8", "collect.responder=vllm", "--limit", "4", "--regenerate")
+    done = succeed("collect", "demo", *given, "--estimate")
+    assert "those of firp's engine are shown" in done.stderr and "of it answering" in done.stdout
+
+
+def test_eval_names_the_place_of_a_nan(store_folder: Path) -> None:
+    from firp_cli.api.eval_run import _Finite
+    from firp_cli.errors import NumericsError
+    from firp_cli.store.reader import Store
+
+    store = Store.open(store_folder)
+    item = store[20]
+    assert len(_Finite(store, store_folder, [1, 20])) == 2 and _Finite(store, store_folder, [20])[0].input_ids.numel()
+    item.hidden[2] = item.hidden[2].clone()
+    item.hidden[2][3, 0] = float("nan")
+    faulty = {20: item}
+    with pytest.raises(NumericsError) as refused:
+        _Finite(faulty, store_folder, [20])[0]  # type: ignore[arg-type]
+    assert "hidden.2 of" in str(refused.value) and "shard-00001" in str(refused.value)
+    assert "token 3 of conversation 20" in str(refused.value)
+
+
+def test_training_without_held_out_text_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    succeed("collect", "demo", "--limit", "1", "--output", "one")
+    fast = ("training.max_steps=0", "training.gate_prompts=1", "data.max_new_tokens=8", "predictor.steps=1")
+    done = succeed("train", "demo", *fast, "--store", "one", "--output", "run")
+    assert "nothing held out: the gate decodes trained text" in done.stderr
+    assert "trained text: nothing was held out" in done.stdout
