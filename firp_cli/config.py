@@ -366,8 +366,8 @@ def check_sampling(temperature: float, top_p: float, seed: int = 0) -> None:
     possible = temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf
     if not (possible and 0 < top_p <= 1):
         raise UsageError(
-            f"temperature must be 0 (greedy) or at least {SMALLEST_TEMPERATURE:g}, and top_p above 0 and at most 1, "
-            f"got {temperature} and {top_p}"
+            f"temperature must be >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}; a temperature is 0 (greedy) "
+            f"or a finite number of at least {SMALLEST_TEMPERATURE:g}"
         )
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"seed must be from 0 to 2**63 - 1, got {seed}")

@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 from firp_cli.decoding.engine import Engine, EngineOptions
-from firp_cli.decoding.sequences import check_room
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.simulate import Trace, make_trace
 from firp_cli.predictors.base import TreePredictor
@@ -93,7 +92,6 @@ def split_prompts(
     teacher: Teacher, prompts: Sequence[Sequence[int]], settings: TuneSettings
 ) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
     """Return the prompts that calibrate and those that are kept back for the trial. Raises UsageError."""
-    check_room(settings.max_new_tokens, teacher.max_positions)
     room = teacher.max_positions - settings.max_new_tokens
     if settings.context is not None and not 1 <= settings.context <= room:
         raise UsageError(
