@@ -17,6 +17,7 @@ from firp_cli.data.chat import encode_text
 from firp_cli.data.datasets import Prompt, load_prompts
 from firp_cli.data.encode_rows import encode_prompts
 from firp_cli.data.formats import Message
+from firp_cli.decoding.sequences import check_room
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.provenance import fingerprint
 from firp_cli.results import Generation, Progress, no_progress
@@ -100,6 +101,7 @@ class FileRun:
 
     def check_lengths(self, skip_long: bool) -> None:
         """Leave out rows that are too long, with `skip_long`. Raises CapacityError, UsageError naming the row."""
+        check_room(self.settings.max_new_tokens, self.decoder.teacher.max_positions)
         fitting = []
         for item in self.prompts:
             length = len(self.first[item.index])

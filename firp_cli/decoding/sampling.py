@@ -54,14 +54,14 @@ class Sampler:
         # The rates need not add up to 1. A clock of 0 would give NaN for a rate of 0, and `argmax` prefers NaN.
         clocks = torch.empty_like(probabilities).exponential_(generator=self.generator)
         clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)
-        first, tokens = (probabilities / clocks).max(-1)  # the softmax of NaN or infinity is NaN
-        return tokens.masked_fill_(first.isnan(), NO_TOKEN).view(logits.shape[:2])
+        # the softmax of NaN or infinity is NaN
+        return self._find_largest((probabilities / clocks).view(logits.shape))
 
 
 def largest(logits: Tensor) -> Tensor:
     """Return the places (...) of the largest logits (..., V), or NO_TOKEN where these are NaN or infinite."""
     most, tokens = logits.max(-1)  # `argmax` uses one core for few rows on a CPU
-    return tokens.masked_fill_(~(most.abs() < torch.inf), NO_TOKEN)
+    return torch.where(most.abs() < torch.inf, tokens, NO_TOKEN)
 
 
 def _largest_by_parts(logits: Tensor) -> Tensor:
@@ -70,9 +70,7 @@ def _largest_by_parts(logits: Tensor) -> Tensor:
 
     if len(logits) > 1 and not logits.is_contiguous():  # the kernel would need a copy
         return largest(logits)
-    tokens, log_probs = most_probable(logits, 1)
-    # NaN or infinity anywhere in a row reaches the sum of its exponentials
-    return tokens[..., 0].masked_fill_(log_probs[..., 0].isnan(), NO_TOKEN)
+    return most_probable(logits, 1, mark=True)[0][..., 0]
 
 
 def top_p_thresholds(probabilities: Tensor, top_p: float) -> Tensor:

@@ -58,9 +58,11 @@ def _search_part(
 @triton.jit(do_not_specialize=["breadth"])
 def _merge_parts(
     keys_ptr, tops_ptr, totals_ptr, tokens_ptr, log_probs_ptr, breadth,
-    PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
-    """Choose one row's tokens from its parts' keys; grid (R,). A row with NaN has log-probabilities NaN."""
+    """Choose one row's tokens from its parts' keys; grid (R,). A row with NaN has log-probabilities NaN, and, with
+    MARK, the token -1.
+    """
     row = tl.program_id(0).to(tl.int64)
     at_K = tl.arange(0, BLOCK_K)
     key_K = tl.load(keys_ptr + row * PARTS * breadth + at_K, mask=at_K < PARTS * breadth, other=NO_KEY)
@@ -75,17 +77,21 @@ def _merge_parts(
         best = tl.max(key_K, 0)
         logit = reordered((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
         log_prob = logit - reference - log_total
-        tl.store(tokens_ptr + row * breadth + place, (best & LOW_BITS) ^ LOW_BITS)
+        token = (best & LOW_BITS) ^ LOW_BITS
+        if MARK:  # NaN or positive infinity anywhere in a row reaches the sum of its exponentials
+            token = tl.where(log_prob == log_prob, token, -1)
+        tl.store(tokens_ptr + row * breadth + place, token)
         # rounding may give a probability above 1; `tl.minimum` would drop NaN
         tl.store(log_probs_ptr + row * breadth + place, tl.where(log_prob > 0.0, 0.0, log_prob))
         key_K = tl.where(key_K == best, NO_KEY, key_K)
 
 
-def most_probable(logits: Tensor, breadth: int) -> tuple[Tensor, Tensor]:
+def most_probable(logits: Tensor, breadth: int, mark: bool = False) -> tuple[Tensor, Tensor]:
     """Return the `breadth` most probable tokens (..., s) of rows of logits (..., V), and their log-probabilities.
 
     Args:
         logits: float32, V contiguous. breadth: at most V. The time grows with it, and many keys leave the registers.
+        mark: rows with NaN or positive infinity get the token -1.
     """
     vocabulary = logits.shape[-1]
     assert logits.dtype == torch.float32 and logits.stride(-1) == 1 and 0 < breadth <= vocabulary
@@ -103,7 +109,7 @@ def most_probable(logits: Tensor, breadth: int) -> tuple[Tensor, Tensor]:
             rows, keys, tops, totals, rows.stride(0), breadth, vocabulary, part, num_warps=4 if part <= 1024 else 8
         )
         _merge_parts[(count,)](
-            keys, tops, totals, tokens, log_probs, breadth, parts, triton.next_power_of_2(parts), block,
+            keys, tops, totals, tokens, log_probs, breadth, parts, triton.next_power_of_2(parts), block, mark,
             num_warps=4 if block <= 1024 else 8,
         )  # fmt: skip
     return tokens, log_probs

@@ -223,7 +223,7 @@ def test_questions_are_answered_turn_by_turn() -> None:
     teacher = tiny_teacher("llama")
     teacher.tokenizer = byte_tokenizer()
     questions = Conversation([{"role": "user", "content": text} for text in "ab"], questions_only=True)
-    rows = [Prompt(questions, row=0), Prompt(Conversation([{"role": "user", "content": "c"}]), row=1)]
+    rows = [Prompt(questions), Prompt(Conversation([{"role": "user", "content": "c"}]), index=1)]
     decoder = Decoder(teacher)
     decoder.encode = lambda said, tools=None: [3 + ord(c) % 50 for item in said for c in item["content"] + "!"]  # type: ignore[method-assign, assignment]
     run = FileRun("f", decoder, rows, GenerateSettings(max_new_tokens=4, batch_size=2))

@@ -34,6 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speed")
     recipe = [f"teacher.model={save_teacher(folder / 'teacher')}", LOOPED, "predictor.kind=speed"]
     words = f"data.dataset={save_prompts(folder / 'words.jsonl', 16)}"
+    save_prompts(folder / "unseen.jsonl", 4, seed=42)
     done = invoke("collect", *recipe, words, f"store={folder / 'store'}")
     assert done.exit_code == 0, (done.output, done.exception)
     done = invoke("train", *recipe, *SETTINGS, "--store", folder / "store", "--output", folder / "run")
@@ -55,7 +56,7 @@ def test_bench_takes_the_loops_from_the_predictor(work: Path) -> None:
     """The predictor's config describes the loops; transformers' own `generate` loops too and is the reference."""
     out = work / "bench"
     options = ["--limit", "3", "--max-new-tokens", "10", "--repeats", "1", "--no-guard", "--output", out]
-    done = invoke("bench", work / "run", "--dataset", work / "words.jsonl", *options)
+    done = invoke("bench", work / "run", "--dataset", work / "unseen.jsonl", *options)
     assert done.exit_code == 0, (done.output, done.exception)
     report = BenchReport.from_json(json.loads((out / "bench.json").read_text()))
     row = next(row for row in report.rows if row.method == "speed")
@@ -101,7 +102,7 @@ def test_unshared_teacher_needs_groups_and_is_not_faster(work: Path) -> None:
     done = invoke("train", *recipe, *SETTINGS, "--store", work / "groups", "--output", work / "grouped")
     assert done.exit_code == 0, (done.output, done.exception)
     options = ["--limit", "2", "--max-new-tokens", "8", "--repeats", "1", "--output", work / "grouped-bench"]
-    done = invoke("bench", work / "grouped", "--dataset", work / "words.jsonl", "--methods", "ar,speed", *options)
+    done = invoke("bench", work / "grouped", "--dataset", work / "unseen.jsonl", "--methods", "ar,speed", *options)
     assert done.exit_code == 0, (done.output, done.exception)
     assert "no gain is to be expected on one device" in " ".join(done.stdout.split())
 

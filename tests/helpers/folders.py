@@ -28,10 +28,10 @@ def save_teacher(folder: Path, model: Any = None) -> Path:
     return folder
 
 
-def save_prompts(path: Path, count: int = 4) -> Path:
+def save_prompts(path: Path, count: int = 4, seed: int = 41) -> Path:
     """Save random questions with answers; return the file."""
     lines = []
-    for number, prompt in enumerate(random_prompts(count, seed=41, low=4, high=9)):
+    for number, prompt in enumerate(random_prompts(count, seed=seed, low=4, high=9)):
         words = " ".join(f"w{token}" for token in prompt)
         lines.append(json.dumps({"question": words, "answer": f"w{number + 5} w6 w7"}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

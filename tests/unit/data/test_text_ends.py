@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from firp_cli.data.chat import DEFAULT_TEMPLATE, encode_text, turn_end, turn_end_warning
+from firp_cli.assets import chat_templates
+from firp_cli.data.chat import encode_text, turn_end, turn_end_warning
 from helpers.chat import CHATML, byte_tokenizer, with_template
 
 LLAMA = (
@@ -51,7 +52,7 @@ def test_text_has_the_tokenizers_special_tokens_once(template: str, text: str, e
     [
         (CHATML, "<|im_end|>"),
         (LLAMA, "</s>"),
-        (DEFAULT_TEMPLATE, "</s>"),
+        (chat_templates()["plain"].read_text(), "</s>"),
         (None, "</s>"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", None),
         ("{% for m in messages %}{{ m.content }}### {% endfor %}", None),

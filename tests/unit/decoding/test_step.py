@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from firp_cli.decoding.engine import Engine, EngineOptions
-from firp_cli.decoding.sampling import Sampler
+from firp_cli.decoding.sampling import Sampler, largest
 from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.step_shape import DraftSetup
 from firp_cli.decoding.tree_spec import parse_tree
@@ -378,8 +378,9 @@ def test_step_launches_no_more_kernels(
     teacher, given = tiny_teacher("llama", lean=True), SECTIONS[section]
     predictor = make_predictor(teacher, **given) if given else None
     engine = Engine(teacher, predictor, parse_tree(tree, predictor.steps) if predictor else None)
+    launches = Launches()  # a choice is Triton's search and merge, which mark rows without a token themselves
+    monkeypatch.setattr("firp_cli.decoding.sampling.largest", launches.counting("largest", largest))
     stepper = DecodeStep(teacher, engine.setup(1, 20, 40), Sampler(temperature, 1.0, 0, CPU), 1, 60, kernel=True)
-    launches = Launches()
     monkeypatch.setattr(Teacher, "layers_between", lambda *given: launches.counted("layers", lambda: given[3]))
     monkeypatch.setattr(Teacher, "norm", lambda _, rows: launches.counted("norm", lambda: rows))
     for name, work in (("build_tree", torch_build), ("accept_tree", torch_accept)):  # one Triton kernel each

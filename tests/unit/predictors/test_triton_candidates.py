@@ -94,6 +94,8 @@ class TestCandidates:
         assert tokens[2].tolist() == list(range(breadth)), "equal ones in order"
         assert tokens[3, :2].tolist() == [3, 600]
         check(rows[5], breadth)
+        marked = most_probable(rows, breadth, mark=True)[0]
+        assert (marked[:5] == -1).all() and torch.equal(marked[5], tokens[5])
 
     @pytest.mark.parametrize("breadth", [4, KERNEL_BREADTH + 1])
     def test_candidates_are_those_without_the_kernel(self, breadth: int) -> None:

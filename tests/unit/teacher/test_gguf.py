@@ -229,5 +229,5 @@ def test_gguf_full_disk_error_names_size(tmp_path: Path, monkeypatch: pytest.Mon
     path = write_gguf(tmp_path / "tiny.gguf", tiny("Llama"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(TeacherError, match=r"GB unpacked.*\nset FIRP_CACHE_DIR"):
+    with pytest.raises(TeacherError, match=r"[kMG]?B unpacked.*\nset FIRP_CACHE_DIR"):
         load_teacher(TeacherConfig(model=str(path)), "cpu")

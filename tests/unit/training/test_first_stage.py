@@ -119,7 +119,9 @@ def test_frequent_tokens_are_those_of_the_training_conversations() -> None:
 
 def test_frequent_tokens_are_counted_over_all_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "COUNTED", 4)
-    conversations = [SimpleNamespace(input_ids=torch.tensor([token] * 3)) for token in (5, 5, 5, 5, 8, 8, 8, 8)]
+    conversations = [
+        SimpleNamespace(input_ids=torch.tensor([token] * 3), loss_mask=None) for token in (5, 5, 5, 5, 8, 8, 8, 8)
+    ]
     found = batches.frequent_tokens(conversations, list(range(8)), 2, 10)  # type: ignore[arg-type]
     assert sorted(found.tolist()) == [5, 8]
     assert batches.frequent_tokens(conversations, [0, 7], 3, 10)[:2].tolist() == [5, 8]  # type: ignore[arg-type]
