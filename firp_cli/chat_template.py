@@ -94,7 +94,7 @@ def find_template(name: str) -> tuple[str, str]:
         return name, _shipped(name)
     else:
         try:
-            source, text = path.name, path.read_text(encoding="utf-8-sig")
+            source, text = f"file {path.name}", path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             hint = nearest(name, chat_templates())
             reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)

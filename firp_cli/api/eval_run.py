@@ -29,6 +29,7 @@ from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.predictors.trained_prompts import prompt_keys
+from firp_cli.provenance import portable
 from firp_cli.recipe import load_recipe
 from firp_cli.results import EvalReport, PipelineReport
 from firp_cli.store.reader import Store, read_manifest
@@ -118,7 +119,7 @@ def evaluate(
     return EvalReport(
         environment=measurement_environment(model),
         teacher=model.describe(),
-        predictor={"folder": str(folder), **loaded.describe()},
+        predictor={"folder": portable(str(folder)), **loaded.describe()},
         data={**data, "sequences": quality.sequences, "anchors": quality.anchors},
         steps=quality.steps,
         expected_accepted_length_chain=quality.expected_accepted_length_chain,

@@ -163,6 +163,8 @@ def _note_differences(
 ) -> None:
     """Log what differs from the teacher as the predictor was trained with it: dtype and chat template."""
     now = teacher.describe()
+    if teacher.device.type == "cpu" and config.dtype in ("bfloat16", "float16") and trained_for.get("loading"):
+        LOG.info(f"the teacher runs in {config.dtype}; on a CPU --dtype float32 usually decodes faster")
     if config.dtype != "auto" and trained_for.get("dtype", now["dtype"]) != now["dtype"]:
         LOG.info(
             f"{predictor} was trained on states in {trained_for['dtype']}, and the teacher runs in {now['dtype']}: its "

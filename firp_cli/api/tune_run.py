@@ -14,6 +14,7 @@ from firp_cli.decoding.tree_spec import default_tree
 from firp_cli.errors import OutputError, UsageError
 from firp_cli.files import check_output, os_reason, write_json
 from firp_cli.predictors.folder import predictor_folder
+from firp_cli.provenance import portable
 from firp_cli.recipe import load_recipe
 from firp_cli.tune_results import TuneReport
 from firp_cli.tuning.calibration import TuneSettings
@@ -73,7 +74,7 @@ def tune(
             tell=LOG.info,
             progress=bar,
         )
-    report.predictor["folder"] = str(folder)
+    report.predictor["folder"] = portable(str(folder))
     known = target if target.is_file() else folder / "tree.json"
     try:
         write_json(target, update_trees(known, report.entries))  # entries of other machines and batch sizes stay

@@ -84,13 +84,14 @@ def quickstart(
     training = training_overrides((until - time.monotonic()) / 60, minutes)
     run("train", str(path), *training, "training.gate_prompts=2", f"output={predictor}")
     tuning = ["--batch-sizes", "1", "--limit", str(CALIBRATING), "--timing-rounds", TIMING_ROUNDS, "--no-trial"]
+    where += decoding_dtype()
     run("tune", predictor, "--dataset", data.train, *where, *tuning, "--output", str(folder / "tune"))
     measured = min(MEASURED[1], max(MEASURED[0], round(minutes / 2)))
     measuring = ["--limit", str(measured), "--repeats", "1", "--output", str(folder / "bench")]
     run("bench", predictor, "--dataset", data.test, *where, *measuring)
     spent = (time.monotonic() - until) / 60 + minutes
     typer.echo(f"\n{spent:.1f} minutes. Predictor: {predictor}")
-    typer.echo(f"try it:  {command_text('generate', predictor, '--prompt', 'TEXT')}")
+    typer.echo(f"try it:  {command_text('generate', predictor, '--prompt', 'TEXT', *decoding_dtype())}")
     typer.echo(f"train longer, for longer accepted drafts:  {command_text('train', path)}")
 
 
@@ -189,6 +190,15 @@ def fast_dtype() -> str:
     from firp_cli.teacher.packed_linear import fast_bfloat16
 
     return "bfloat16" if fast_bfloat16(default_device()) else "auto"
+
+
+def decoding_dtype() -> list[str]:
+    """Return the option of the teacher's dtype for decoding, where it differs from that of training: on a CPU bfloat16
+    is fast for many rows, and float32 for few.
+    """
+    from firp_cli.machine import default_device
+
+    return ["--dtype", "float32"] if fast_dtype() == "bfloat16" and default_device().type == "cpu" else []
 
 
 def run(*arguments: str) -> None:

@@ -21,6 +21,7 @@ from firp_cli.evaluation.rows import BatchRun, runs_of
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
+from firp_cli.provenance import portable
 from firp_cli.results import BenchRow
 from firp_cli.teacher.teacher import Teacher
 
@@ -133,7 +134,7 @@ def _drafting_method(
     predictor, tree = loaded.predictor, loaded.tree
     shared: dict[str, Any] = {"rank": settings.rank, "ranks": settings.ranks, "guard": settings.guard}
     engine = make_engine(teacher, predictor, tree, options=settings.engine, **shared, **options)
-    method = Method(name, engine.generate, str(loaded.folder), engine=engine)
+    method = Method(name, engine.generate, portable(str(loaded.folder)), engine=engine)
     if isinstance(predictor, SpeedPredictor):
         method.on_all_ranks, method.add_details = True, pipeline_details(teacher, predictor)
     elif isinstance(tree, TreeSpec):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from firp_cli.assets import embedded_folder, teacher_source
+from firp_cli.assets import chat_templates, embedded_folder, teacher_source
 from firp_cli.chat_template import find_template
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import TeacherError, first_line
@@ -136,8 +136,8 @@ def teacher_origin(config: TeacherConfig, model: Any, chat_template: dict[str, s
     if revision and (path is None or snapshot):
         loading["revision"] = revision
     if config.chat_template is not None:
-        source, text = find_template(config.chat_template)
-        loading["chat_template"] = source if source == config.chat_template else text
+        shipped = chat_template["source"] == config.chat_template and config.chat_template in chat_templates()
+        loading["chat_template"] = config.chat_template if shipped else find_template(config.chat_template)[1]
     if config.template_options:
         loading["template_options"] = config.template_options
     if has_own_code(model):

@@ -64,7 +64,7 @@ def test_vicuna_has_the_format_of_its_training() -> None:
 def test_template_may_be_a_file_or_text_or_a_name(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("\ufeff" + CHATML, encoding="utf-8")  # editors on Windows begin files with a byte-order mark
-    assert find_template(str(file)) == ("own.jinja", CHATML)
+    assert find_template(str(file)) == ("file own.jinja", CHATML)
     assert find_template(CHATML) == ("text", CHATML)
     by_file, by_text = (tokenizer_with(None, chat_template=value)[0] for value in (str(file), CHATML))
     assert (
