@@ -19,7 +19,7 @@ from firp_cli.errors import UsageError
 from firp_cli.provenance import _now
 
 LOCK = ".lock"
-TRIED_BYTES = 4096  # written to see that a disk is not full
+TRIED_BYTES = 1  # of a trial: a block of the file system
 
 
 def cache_folder() -> Path:

@@ -28,9 +28,10 @@ def make_place(folder: Path, conversations: int) -> Path:
     return folder
 
 
-def collecting(place: Path, output: Path) -> list[str]:
+def collecting(place: Path, output: Path, dataset: Path | str | None = None) -> list[str]:
+    dataset = dataset or place / "sums.jsonl"
     settings = ["data.shard_tokens=700", "data.pack_tokens=200", f"teacher.model={place / 'teacher'}"]
-    return ["collect", *settings, "--dataset", str(place / "sums.jsonl"), "--layers", "2", "--output", str(output)]
+    return ["collect", *settings, "--dataset", str(dataset), "--layers", "2", "--output", str(output)]
 
 
 def shard_bytes(folder: Path) -> dict[str, bytes]:
