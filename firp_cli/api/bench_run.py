@@ -20,8 +20,8 @@ from firp_cli.errors import UsageError
 from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
 from firp_cli.evaluation.bench_prompts import BenchPrompt, fit_prompts, spread
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
+from firp_cli.evaluation.overlap import were_trained_on
 from firp_cli.evaluation.run_bench import follow_bench, memory_line, merge_reports, run_bench
-from firp_cli.evaluation.trained_prompts import were_trained_on
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.results import BenchReport
 from firp_cli.teacher.teacher import Teacher
