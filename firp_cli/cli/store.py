@@ -126,6 +126,8 @@ def _teacher_faults(folder: Path, manifest: dict[str, Any], name: str) -> list[S
 
     made_by = manifest["teacher"]
     config = {"model": name, "dtype": made_by.get("dtype", "auto"), "looped": made_by.get("looped")}
+    loading = made_by.get("loading", {})
+    config |= {key: loading[key] for key in ("chat_template", "template_options") if key in loading}
     now = fingerprints(load_teacher(TeacherConfig.model_validate(config), "cpu", check=False))
     remedy = f"name the teacher that made {folder} ({made_by['name']}), or collect a store for {name}"
     return [

@@ -215,16 +215,21 @@ class Store(Sequence[StoredSequence]):
         """Compare fingerprints. Raises FingerprintError naming both values of each that differs."""
         made_with = self.manifest["fingerprints"]
         current = {"teacher": teacher, "tokenizer": tokenizer, "chat template": template}
-        different = [
-            f"{name} (store: {made_with[name]}, now: {current[name]})"
-            for name in current
-            if made_with[name] != current[name]
-        ]
-        if different:
-            raise FingerprintError(
-                f"the store {self.folder} was made by {self.manifest['teacher']['name']} with another "
-                f"{' and another '.join(different)}\nuse that teacher, or collect a store for this one"
+        names = [name for name in current if made_with[name] != current[name]]
+        if not names:
+            return
+        different = [f"{name} (store: {made_with[name]}, now: {current[name]})" for name in names]
+        remedy = "use that teacher, or collect a store for this one"
+        if names == ["chat template"]:
+            source = self.manifest["teacher"].get("chat_template", {}).get("source", "the tokenizer's")
+            remedy = (
+                f"give teacher.chat_template and template_options as for the store (its template: {source}), or collect "
+                "another store"
             )
+        raise FingerprintError(
+            f"the store {self.folder} was made by {self.manifest['teacher']['name']} with another "
+            f"{' and another '.join(different)}\n{remedy}"
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return identity and size of the store, for training.json."""
