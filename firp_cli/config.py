@@ -84,10 +84,12 @@ class TeacherConfig(Section):
 
     @field_validator("template_options", mode="before")
     @classmethod
-    def _plain_dates(cls, options: Any) -> Any:
+    def _plain_options(cls, options: Any) -> Any:
         """Write dates as text: YAML reads 2025-01-31 as a date, which JSON records cannot contain."""
         if not isinstance(options, dict):
             return options
+        if glued := next((name for name in options if ":" in str(name)), None):
+            raise ValueError(f"{glued!r} needs a space after its colon: {str(glued).replace(':', ': ', 1)}")
         return {name: str(value) if isinstance(value, date) else value for name, value in options.items()}
 
     @model_validator(mode="after")

@@ -223,8 +223,8 @@ class Store(Sequence[StoredSequence]):
         if names == ["chat template"]:
             source = self.manifest["teacher"].get("chat_template", {}).get("source", "the tokenizer's")
             remedy = (
-                f"give teacher.chat_template and template_options as for the store (its template: {source}), or collect "
-                "another store"
+                f"give teacher.chat_template and template_options as for the store (its template: {source}), or "
+                "collect another store"
             )
         raise FingerprintError(
             f"the store {self.folder} was made by {self.manifest['teacher']['name']} with another "

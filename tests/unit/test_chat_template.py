@@ -205,3 +205,5 @@ def test_date_of_another_form_is_refused(value: Any) -> None:
 def test_template_options_are_a_mapping() -> None:
     with pytest.raises(ValidationError):
         TeacherConfig.model_validate({"template_options": ["enable_thinking"]})
+    with pytest.raises(ValidationError, match="needs a space after its colon: enable_thinking: false"):
+        TeacherConfig.model_validate({"template_options": {"enable_thinking:false": None}})
