@@ -186,7 +186,9 @@ def teacher_choice(
         return TeacherConfig.model_validate(given) if given else None
     except ValidationError as error:
         fault = error.errors()[0]
-        raise UsageError(f"--{str(fault['loc'][0]).replace('_', '-')}: {fault['msg'].removeprefix('Value error, ')}") from None
+        raise UsageError(
+            f"--{str(fault['loc'][0]).replace('_', '-')}: {fault['msg'].removeprefix('Value error, ')}"
+        ) from None
 
 
 def decoding_options(
