@@ -99,6 +99,8 @@ def find_template(name: str) -> tuple[str, str]:
             hint = nearest(name, chat_templates())
             reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
             raise TeacherError(f"teacher.chat_template {name!r} cannot be read: {reason}{hint}") from None
+    if not text.strip():
+        raise TeacherError(f"teacher.chat_template {name!r} is empty")
     _variables(text, source)
     return source, text
 
@@ -126,6 +128,7 @@ def _with_options(template: str | dict[str, str], options: dict[str, Any]) -> st
             raise TeacherError(
                 f"teacher.template_options: the chat template does not read {name!r}"
                 + (nearest(name, others) if others else "; it has no options")
+                + "\n{} in place of them leaves all options out, also those that a predictor remembers"
             )
         head += f"{{% set {name} = {_literal(value)} %}}"
     return head + template

@@ -111,7 +111,9 @@ class DataConfig(Section):
     data_dir: str | None = None  # folder with NAME/SPLIT.jsonl; null: $FIRP_DATA_DIR
     columns: dict[ColumnRole, str] = Field(default_factory=dict)  # names of the columns, as {question: q, answer: a}
     limit: PositiveInt | None = None  # conversations wanted of each data set, skipped rows not counted; null: all
-    sample: int | None = None  # seed of a random choice of `limit` conversations; null: the first ones
+    sample: Annotated[int, Field(ge=0, strict=True)] | None = (
+        None  # seed of a random choice of `limit` conversations; null: the first ones
+    )
     max_odd: Fraction = 0.05  # largest share of rows that are skipped because they cannot be used; more: refused
     max_length: PositiveInt = 2048  # maximum tokens of a conversation; longer ones are cut
     mode: Literal["cached", "online", "hybrid"] = (
@@ -126,6 +128,12 @@ class DataConfig(Section):
     store_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = (
         "auto"  # dtype of stored states; auto: the teacher's
     )
+
+    @model_validator(mode="after")
+    def _sample_of_some(self) -> DataConfig:
+        if self.sample is not None and self.limit is None:
+            raise ValueError("sample chooses `limit` conversations at random: set data.limit, or leave sample out")
+        return self
 
 
 class CollectConfig(Section):

@@ -19,6 +19,7 @@ from firp_cli.collecting.corpus import check_dataset
 from firp_cli.collecting.engine_responder import EngineResponder
 from firp_cli.config import DataConfig, Recipe, TeacherConfig
 from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
+from firp_cli.data.prompt_text import PromptTexts
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree
 from firp_cli.errors import NumericsError, UsageError
@@ -28,7 +29,7 @@ from firp_cli.evaluation.quality import evaluate as measure_quality
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
-from firp_cli.predictors.trained_prompts import prompt_keys
+from firp_cli.predictors.trained_prompts import prompt_key
 from firp_cli.provenance import portable
 from firp_cli.recipe import load_recipe
 from firp_cli.results import EvalReport, PipelineReport
@@ -108,9 +109,10 @@ def evaluate(
     source = Path(store) if store is not None else None if dataset else trained_on
     with tempfile.TemporaryDirectory(prefix="firp-eval-") as temporary:
         if source is None:
-            config, answers = _test_prompts(recipe.data, dataset, data_dir, limit, split), Path(temporary) / "store"
-            _collect(model, config, loaded, answers, progress)
-            sequences, data = _without_trained(_from_store(model, loaded, recipe, answers)[0], loaded, config)
+            config = _test_prompts(recipe.data, dataset, data_dir, limit, split)
+            _collect(model, config, loaded, Path(temporary) / "store", progress)
+            every, _ = _from_store(model, loaded, recipe, Path(temporary) / "store")
+            sequences, data = _without_trained(every, loaded, config, model.tokenizer)
         else:
             sequences, data = _from_store(model, loaded, recipe, source, trained_on)
         with progress("evaluating") as bar:
@@ -162,15 +164,18 @@ def _pipeline(teacher: Teacher, predictor: Predictor, sequences: Sequences, limi
     return pipeline_report(generations, teacher.looped is not None, cost=cost)
 
 
-def _without_trained(sequences: _Finite, predictor: Predictor, data: DataConfig) -> tuple[_Finite, dict[str, Any]]:
+def _without_trained(
+    sequences: _Finite, predictor: Predictor, data: DataConfig, tokenizer: Any
+) -> tuple[_Finite, dict[str, Any]]:
     """Return the answered prompts that the predictor was not trained on, with their description for the report. Raises
     UsageError where none remains.
     """
     known = set() if predictor.trained_prompts is None else set(predictor.trained_prompts.tolist())
-    kept = []
+    texts, kept = PromptTexts(tokenizer), []
     for number in sequences.indices:
-        rows = sequences.store.stored(number) if known else {}
-        if not known or known.isdisjoint(prompt_keys([(rows["input_ids"], rows["loss_mask"])]).tolist()):
+        rows = sequences.store.stored(number)
+        asked = rows["input_ids"][: int(rows["loss_mask"].int().argmax())]
+        if not known or prompt_key(texts.of_tokens(asked.tolist())) not in known:
             kept.append(number)
     count, left_out = len(sequences), len(sequences) - len(kept)
     if not kept:

@@ -161,6 +161,8 @@ def _as_collected(recipe: Recipe, store: Path) -> TeacherConfig:
     collected = manifest["recipe"].get("teacher", {}) if isinstance(manifest["recipe"], dict) else {}
     loading = dict(manifest["teacher"].get("loading", {}))
     loading |= {"model": collected["model"]} if "model" in collected else {}
+    if "model" in teacher.model_fields_set and teacher.model != loading.get("model", teacher.model):
+        return teacher  # another one: the fingerprints tell
     missing = {name: value for name, value in loading.items() if name not in teacher.model_fields_set}
     if "model" in teacher.model_fields_set:
         missing.pop("revision", None)

@@ -69,8 +69,16 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Any, tools: Sequence[A
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] | None = None) -> str:
-    """Return the text of a prompt, up to the start of the assistant's turn. Raises DatasetError as `encode` does."""
-    return _render(messages, tokenizer, tools, prompt=True)
+    """Return the text of a prompt, up to the start of the assistant's turn. Raises DatasetError as `encode` does, and
+    for a template that leaves the last user message out.
+    """
+    text = _render(messages, tokenizer, tools, prompt=True)
+    last = next((place for place in reversed(range(len(messages))) if messages[place]["role"] == "user"), None)
+    if last is not None and messages[last]["content"].strip() not in text:
+        marked = [*messages[:last], {**messages[last], "content": SENTINEL}, *messages[last + 1 :]]
+        if SENTINEL not in _render(marked, tokenizer, tools, prompt=True):
+            raise DatasetError("the chat template does not write the user's message")
+    return text
 
 
 def text_tokens(text: str, tokenizer: Any) -> list[int]:
@@ -289,13 +297,17 @@ def _prefix_length(
 def _content_span(
     messages: Sequence[Message], turn: int, tokenizer: Any, tools: Sequence[Any] | None, text: str, cursor: int
 ) -> tuple[int, int] | None:
-    """Return the span of one turn's text, by the rendering around a sentinel, else the first match after `cursor`."""
+    """Return the span of one turn's text, by the rendering around a sentinel; where that differs elsewhere too, the
+    first match after `cursor`. A turn that the template leaves out has none: its text may stand in other turns.
+    """
     marked = [*messages[:turn], {**messages[turn], "content": SENTINEL}, *messages[turn + 1 :]]
     try:
         head, sentinel, tail = _render(marked, tokenizer, tools).partition(SENTINEL)
     except DatasetError:
-        sentinel = ""
-    if sentinel and SENTINEL not in tail and text.startswith(head) and text.endswith(tail) and len(head) >= cursor:
+        return None
+    if not sentinel:
+        return None
+    if SENTINEL not in tail and text.startswith(head) and text.endswith(tail) and len(head) >= cursor:
         return len(head), max(len(head), len(text) - len(tail))
     content = messages[turn]["content"].strip()
     start = text.find(content, cursor) if content else -1

@@ -19,6 +19,7 @@ from firp_cli.data.odd_rows import (
     LOG,
     NO_ANSWER,
     NO_ANSWER_WITHIN,
+    NOT_WRITTEN,
     REFUSED,
     OddRow,
     OddRows,
@@ -100,7 +101,10 @@ def encode_row(row: Prompt, fields: SideFields, max_length: int, vocabulary: int
         if not conversation.answered:
             raise OddRow(NO_ANSWER)
         fields.check_answers(conversation.messages, conversation.tools)
-        encoded = encode(conversation.messages, fields.tokenizer, max_length, conversation.tools)
+        whole = encode(conversation.messages, fields.tokenizer, None, conversation.tools)
+        if not any(whole.loss_mask):
+            raise OddRow(NOT_WRITTEN)
+        encoded = EncodedConversation(whole.input_ids[:max_length], whole.loss_mask[:max_length])
         check_ids(encoded.input_ids, vocabulary)
     if not any(encoded.loss_mask):
         raise OddRow(NO_ANSWER_WITHIN)

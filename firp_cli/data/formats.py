@@ -69,6 +69,7 @@ MESSAGE_FIELDS = ("messages", "conversations", "conversation")
 QUESTION_FIELDS = ("question", "prompt", "instruction", "problem", "query", "input")
 ANSWER_FIELDS = ("answer", "response", "output", "completion", "solution")
 SOLUTION_FIRST = ("solution", *ANSWER_FIELDS)  # beside `problem`, where `answer` is only the result
+NEEDED = ("messages", "question", "answer")  # roles whose named column a row must have
 SYSTEM_FIELDS = ("system", "system_prompt")
 INPUT_FIELDS = ("input", "context")
 TOOL_FIELDS = ("tools", "functions")
@@ -142,11 +143,12 @@ def prompt_of(messages: list[Message]) -> list[Message]:
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """Return the named columns of a row under the names that the layouts have for them."""
-    missing = [column for role, column in columns.items() if column not in row and role in ("messages", "question")]
+    missing = [column for role, column in columns.items() if column not in row and role in NEEDED]
     if missing:
         fields = (", ".join(map(str, row)) or "none")[:160]
         raise OddRow(f"no column {missing[0]!r}", f"no column {missing[0]!r} (data.columns) among {fields}")
-    kept = {field: row[field] for field in (*SYSTEM_FIELDS, *TOOL_FIELDS) if field in row}
+    asked = {"messages", "question"} & set(columns)
+    kept = {field: row[field] for field in ((*SYSTEM_FIELDS, *TOOL_FIELDS) if asked else row) if field in row}
     return kept | {role: row.get(column) for role, column in columns.items()}
 
 
@@ -248,7 +250,9 @@ def _pair(row: Row) -> list[Message]:
     texts = [read_text(row[field], field) for field in fields]
     messages: list[Message] = [{"role": "user", "content": "\n\n".join(text for text in texts if text.strip())}]
     if answer is not None:
-        messages += _said(row[answer], answer, "assistant")
+        value = row[answer]  # a number is the answer of arithmetic
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        messages += _said(str(value) if number else value, answer, "assistant")
     for item in messages[1:]:
         item["content"] = CALCULATOR_MARKS.sub("", item["content"])
     return messages
@@ -293,6 +297,9 @@ def _token_ids(row: Row) -> tuple[list[int], list[bool]] | None:
     mask, labels = (parse_json(row.get(field)) for field in ("loss_mask", "labels"))
     if not isinstance(ids, list) or not ids or not (isinstance(mask, list) or isinstance(labels, list)):
         return None
+    seen = parse_json(row.get("attention_mask"))
+    if isinstance(seen, list) and any(value != 1 for value in seen):
+        raise OddRow("padding among the tokens (attention_mask)")
     name, values = ("loss_mask", mask) if isinstance(mask, list) else ("labels", labels)
     if any(type(number) is not int for number in ids):
         raise OddRow("token ids that are no whole numbers", place="input_ids")

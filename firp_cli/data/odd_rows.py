@@ -18,6 +18,7 @@ REFUSED = "refused by the chat template"  # reasons that arise with a teacher
 TOO_LONG = "prompt longer than max_length"
 NO_ANSWER = "no answer"
 NO_ANSWER_WITHIN = "no answer within max_length"
+NOT_WRITTEN = "no answer that the chat template writes"
 BEYOND_EMBEDDING = "token ids beyond the teacher's embedding"
 EMPTY_ANSWER = "empty answer"
 CALLS_LEFT_OUT = "tool calls that the chat template leaves out"

@@ -86,7 +86,9 @@ def read_file(path: Path) -> Iterator[Read]:
             yield from _csv(path)
         else:
             yield from _arrow_file(path, suffix)
-    except (OSError, EOFError, zlib.error, csv.Error, UnicodeError, ImportError) as error:
+    except UnicodeError:
+        raise DatasetError(f"{path} is not UTF-8: save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error, csv.Error, ImportError) as error:
         raise DatasetError(f"{path} cannot be read: {first_line(error)}") from None
 
 
@@ -232,7 +234,11 @@ def _json_file(path: Path) -> Iterator[Read]:
 def _csv(path: Path) -> Iterator[Read]:
     csv.field_size_limit(sys.maxsize)  # conversations are longer than the default
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        for number, row in enumerate(csv.DictReader(stream), 1):
+        header = stream.readline()
+        separator = next((mark for mark in ",;\t|" if mark in header), ",")
+        stream.seek(0)
+        reader = csv.DictReader(stream, delimiter=separator, skipinitialspace=True)
+        for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 yield f"row {number}", OddRow("another number of fields than the header")
             else:

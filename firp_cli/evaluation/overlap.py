@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from firp_cli.data.chat import prompt_forms
 from firp_cli.data.formats import Conversation
+from firp_cli.data.prompt_text import PromptTexts
 from firp_cli.errors import DatasetError
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.trained_prompts import prompt_key
@@ -20,12 +20,12 @@ def were_trained_on(
     Predictors of earlier versions, which kept no prompts, count as trained on none.
     """
     keys = {key for item in predictors if item.trained_prompts is not None for key in item.trained_prompts.tolist()}
-    return [bool(keys) and not keys.isdisjoint(_keys(item, tokenizer)) for item in conversations]
+    texts = PromptTexts(tokenizer) if keys else None
+    return [texts is not None and not keys.isdisjoint(_keys(item, texts)) for item in conversations]
 
 
-def _keys(conversation: Conversation, tokenizer: Any) -> set[int]:
+def _keys(conversation: Conversation, texts: PromptTexts) -> set[int]:
     try:
-        forms = prompt_forms(conversation.turns()[0], tokenizer, conversation.tools)
+        return {prompt_key(text) for text in texts.of_messages(conversation.turns()[0], conversation.tools)}
     except (DatasetError, IndexError):  # it is refused where it is encoded
         return set()
-    return {prompt_key(form) for form in forms}

@@ -20,15 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from firp_cli import provenance
 from firp_cli.config import Recipe
+from firp_cli.data.prompt_text import PromptTexts
 from firp_cli.distributed.launch import barrier, handling_signals, start
 from firp_cli.errors import PredictorError, StoreError
 from firp_cli.files import file_sha256
 from firp_cli.machine import is_main, rank, world_size
 from firp_cli.predictors.anchors import Sequenced
 from firp_cli.predictors.folder import build_predictor, kept_tensors, teacher_record
-from firp_cli.predictors.trained_prompts import prompt_keys
+from firp_cli.predictors.trained_prompts import trained_keys
 from firp_cli.results import as_json
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training import checkpoint as checkpoints
@@ -238,6 +241,16 @@ class _Run(TrainingLoop):
         record = json.loads((self.start_from / "training.json").read_text(encoding="utf-8"))
         return {key: record[key] for key in ("steps", "best_step", "validation", "tokens", "seconds")}
 
+    def _trained_prompts(self) -> Tensor | None:
+        """Return hashes of the training prompts: the tokens before the first answer of each conversation."""
+        if self.teacher.tokenizer is None:
+            return None
+        texts, found = PromptTexts(self.teacher.tokenizer), []
+        for input_ids, loss_mask in (token_pair(self.store, index) for index in self.training):
+            start = int(loss_mask.int().argmax())
+            found += [texts.of_tokens(input_ids[:start].tolist())] if start else []
+        return trained_keys(found)
+
     def _store_record(self) -> dict[str, Any]:
         """Return the description of the store, its folder as seen from the predictor's."""
         folder, record = self.store_summary.get("folder"), provenance.portable(self.store_summary)
@@ -271,7 +284,7 @@ class _Run(TrainingLoop):
         if is_main():
             if best is not None:
                 weights = checkpoints.load_best(self.output, best["step"])
-            self.predictor.trained_prompts = prompt_keys(token_pair(self.store, index) for index in self.training)
+            self.predictor.trained_prompts = self._trained_prompts()
             weights |= kept_tensors(self.predictor)
             config, teacher = self.predictor.config, teacher_record(self.teacher, self.output)
             checkpoints.export_predictor(self.output, weights, config, teacher, self.recipe, training)

@@ -152,12 +152,12 @@ def test_misspelt_option_gets_the_nearest_name() -> None:
 
 def test_options_apply_to_each_of_several_named_templates() -> None:
     tokenizer, _ = tokenizer_with(
-        {"default": SWITCHED, "tool_use": "{{ 'tools' if enable_thinking is false }}"},
+        {"default": SWITCHED, "tool_use": "{{ messages[0].content + ' tools' if enable_thinking is false }}"},
         template_options={"enable_thinking": False},
     )
     assert prompt_text(tokenizer).endswith("<think></think>")
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-    assert tokenizer.decode(encode_prompt(QUESTION, tokenizer, tools)) == "tools"
+    assert tokenizer.decode(encode_prompt(QUESTION, tokenizer, tools)) == "Who are you? tools"
 
 
 @pytest.mark.parametrize("form", ["%Y-%m-%d", "%d %b %Y", "%A, %B %d", "%-d.%-m.%y %H:%M:%S.%f", "%j %F %T %p %%"])

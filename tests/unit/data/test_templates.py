@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from firp_cli.chat_template import GENERATION_MARKS
-from firp_cli.data.chat import encode
+from firp_cli.data.chat import encode, encode_prompt
+from firp_cli.data.prompt_text import PromptTexts
 from firp_cli.errors import DatasetError
 
 SPECIAL = [
@@ -278,3 +279,34 @@ def test_marks_hold_with_tokenizers_that_drop_white_space(odd: str, pair: tuple[
     made.chat_template = UNMARKED
     texts = [["".join(text.split()) for text in found] for found in (marked, masked(made, messages))]
     assert texts[0] == texts[1] == ["".join(text.split()) + "<|end|>" for text in pair]
+
+
+def test_answer_that_the_template_leaves_out_is_sought_nowhere() -> None:
+    made = family_tokenizer(
+        "{% for m in messages %}{% if m['role'] == 'assistant' and loop.last %}"
+        "{{ '<|assistant|>' + m['content'] + '<|end|>' }}"
+        "{% elif m['role'] == 'user' %}{{ '<|user|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    for texts in (("q one", "4", "q two 4", "5"), ("same", "same", "same", "same"), ("a", "r", "b", "c")):
+        assert masked(made, turns(*texts)) == [f"{texts[-1]}<|end|>"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["hello", "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}"],
+)
+def test_template_without_the_users_text_is_refused(template: str) -> None:
+    with pytest.raises(DatasetError, match="does not write the user's message"):
+        encode_prompt(turns("q"), family_tokenizer(template))
+
+
+def test_text_of_a_prompt_is_the_same_under_every_template() -> None:
+    asked = turns("  What is  2 + 2?\n")
+    for template in (*FAMILIES.values(), UNMARKED, None):
+        made = family_tokenizer(template or "")
+        made.chat_template = template
+        texts = PromptTexts(made)
+        assert texts.of_messages(asked) >= {"whatis2+2?"}
+        conversation = encode([*asked, {"role": "assistant", "content": "4"}], made)
+        assert texts.of_tokens(conversation.input_ids[: conversation.loss_mask.index(True)]) == "whatis2+2?", template
