@@ -100,9 +100,7 @@ def evaluate(
     Raises UsageError, TeacherError, PredictorError, FingerprintError, DatasetError, StoreError and
     NumericsError.
     """
-    if store is not None and dataset is not None:
-        raise UsageError("give either --store or --dataset")
-    _check_prompts(dataset, data_dir, split)
+    _check_source(store, dataset, data_dir, split)
     model, loaded, folder = load_pair(str(predictor), teacher, force, dtype)
     spec, recipe = _tree(tree, folder, loaded), _recipe(folder)
     trained_on = _training_store(recipe, folder)
@@ -132,8 +130,10 @@ def evaluate(
     )
 
 
-def _check_prompts(dataset: str | None, data_dir: str | None, split: str) -> None:
-    """Find the data set that is named, if any, before a teacher is loaded. Raises DatasetError."""
+def _check_source(store: str | Path | None, dataset: str | None, data_dir: str | None, split: str) -> None:
+    """Find the data set that is named, if any, before a teacher is loaded. Raises UsageError, DatasetError."""
+    if store is not None and dataset is not None:
+        raise UsageError("give either --store or --dataset")
     if dataset is not None:
         check_dataset(DataConfig(dataset=dataset, data_dir=data_dir, split=split, regenerate=True))
 

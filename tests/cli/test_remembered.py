@@ -131,6 +131,9 @@ def test_prompts_that_were_trained_on_are_left_out(work: Path, monkeypatch: pyte
     training = json.loads((work / "run" / "training.json").read_text())["conversations"]["training"]
     assert report["left_out_trained"] == training == 13 and report["settings"]["prompts"] == 20 - training
     assert "13 left out: a predictor was trained on them" in " ".join(result.output.split())
+    again = [*options[:4], "--methods", "ar,firp", "--chat-template", "plain", "--output", "mixed-plain"]
+    succeed("bench", "run", "--dataset", "mixed.jsonl", *again)
+    assert json.loads((work / "mixed-plain" / "bench.json").read_text())["left_out_trained"] == training
     evaluated = succeed("eval", "run", "--dataset", "mixed.jsonl", "--limit", "20", "--output", "mixed-eval")
     assert json.loads((work / "mixed-eval" / "eval.json").read_text())["data"]["left_out_trained"] == training
     assert "13 of 20 prompts are left out" in " ".join(evaluated.output.split())
