@@ -126,6 +126,11 @@ def split_files(folder: Path, split: str, config: str | None = None) -> list[Pat
     named = [path for path in (folder / f"{split}{suffix}" for suffix in FORMATS) if path.is_file()]
     if config is None and named:
         return named[:1]
+    parts = _part_folders(folder, paths)
+    if config not in (None, *parts) and parts:
+        raise missing_config(str(folder), config, parts)
+    if config is None and len(parts) > 1:  # `datasets` would join them
+        raise missing_config(str(folder), None, parts)
     try:
         configs = datasets.get_dataset_config_names(str(folder))
         if config not in (None, *configs) and (folder / str(config)).is_dir():
@@ -140,6 +145,16 @@ def split_files(folder: Path, split: str, config: str | None = None) -> list[Pat
     if split not in files:
         raise missing_split(str(folder), split, files)
     return [Path(path) for path in sorted(files[split])]
+
+
+def _part_folders(folder: Path, paths: Iterable[Path]) -> list[str]:
+    """Return the subfolders that hold all data files of a folder, one configuration each; none where they are its
+    splits, or where a card names the configurations.
+    """
+    files = [path.relative_to(folder) for path in paths if suffix_of(path.name) in (*FORMATS, ".ndjson")]
+    parts = sorted({path.parts[0] for path in files if len(path.parts) > 1})
+    apart = len(parts) > 1 and all(len(path.parts) > 1 for path in files) and not (folder / "README.md").is_file()
+    return parts if apart and not {"train", "test", "validation", "data"} & set(parts) else []
 
 
 def missing_split(name: str, split: str, existing: Iterable[str]) -> DatasetError:

@@ -380,7 +380,7 @@ def _compare(folder: Path, found: dict[str, Any], fresh: dict[str, Any]) -> None
     mine = {"layers": fresh["layers"], "dtype": fresh["dtype"], **fresh["settings"]}
     theirs = {"layers": found["layers"], "dtype": found["dtype"], **found["settings"]}
     different = [
-        f"{name} (store: {theirs.get(name)}, now: {mine.get(name)})"
+        f"{name} (store: {theirs.get(name, 'not set')}, now: {mine.get(name, 'not set')})"
         for name in [*mine, *(theirs.keys() - mine.keys())]
         if theirs.get(name) != mine.get(name)
     ]

@@ -154,6 +154,9 @@ def test_configurations_of_a_folder_are_named(tmp_path: Path) -> None:
     assert len(asked(f"{tmp_path / 'hard'}", "train")) == 2
     (tmp_path / "README.md").unlink()
     assert len(asked(f"{tmp_path}:hard", "train")) == 2
+    for name in (f"{tmp_path}", f"{tmp_path}:soft"):
+        with pytest.raises(DatasetError, match=rf"configuration.*: easy, hard\nname one as {tmp_path}.*:easy"):
+            asked(name, "train")
     with pytest.raises(DatasetError, match="is a file and has no configurations"):
         asked(f"{make(tmp_path, '.jsonl')}:easy")
 
