@@ -211,7 +211,7 @@ def test_check_teacher_names_both_fingerprints(tmp_path: Path) -> None:
         ({"layers": [1]}, r"layers \(store: \[1, 3\], now: \[1\]\)"),
         ({"dtype": "bfloat16"}, r"dtype \(store: float32, now: bfloat16\)"),
         ({"settings": SETTINGS | {"limit": 4}}, r"limit \(store: None, now: 4\)"),
-        ({"settings": SETTINGS | {"batch_size": 4}}, r"batch_size \(store: None, now: 4\)"),
+        ({"settings": SETTINGS | {"batch_size": 4}}, r"batch_size \(store: not set, now: 4\)"),
         ({"fingerprints": FINGERPRINTS | {"teacher": "t2"}}, r"another teacher \(store: t1, now: t2\)"),
     ],
 )
