@@ -104,6 +104,8 @@ def _check(prompt: str | None, prompts: Path | None, output: Path | None, resume
         raise UsageError("give either --prompt TEXT or --prompts FILE.jsonl")
     if resume and (prompts is None or output is None):
         raise UsageError("--resume continues the --output file of interrupted --prompts: give both")
+    if output is not None and prompts is not None and output.exists() and prompts.exists() and output.samefile(prompts):
+        raise UsageError(f"--output {output} is the file of --prompts, which it would overwrite: give another one")
     if output is not None:
         check_output(output, "stream")
 

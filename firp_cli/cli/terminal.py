@@ -125,7 +125,9 @@ Attention = Annotated[
 ]
 Graphs = Annotated[bool, typer.Option(help="Capture decoding steps as CUDA graphs, on CUDA devices.")]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Run the lean layers through torch.compile.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the cores that this process may use.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=4096, help="CPU threads. Default: the cores that this process may use.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Accept a store or predictor made for another teacher.")]
 
 

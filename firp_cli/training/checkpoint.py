@@ -89,6 +89,8 @@ def locked(output: Path) -> Iterator[None]:
 
 def guard_output(output: Path, resume: bool) -> None:
     """Refuse to train over a finished or interrupted run. Raises UsageError."""
+    if (output / "manifest.json").is_file():
+        raise UsageError(f"{output} is a hidden-state store: give another --output for the run")
     if resume:
         return
     if latest_checkpoint(output) is not None or (output / FIRST_STAGE).exists():

@@ -240,6 +240,16 @@ def test_files_without_prompts_are_refused(no_teacher: Path) -> None:
     assert getattr(refused, "exit_code", 0) == 2 and "no prompts in" in str(refused)
 
 
+def test_prompts_are_not_overwritten_by_their_answers(tmp_path: Path) -> None:
+    path = prompts_file(tmp_path, "2 + 2?")
+    before = path.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for output in (path, tmp_path / "link.jsonl"):
+        refused = invoke("generate", "--prompts", path, "--output", output).exception
+        assert getattr(refused, "exit_code", 0) == 2 and "overwrite" in str(refused)
+    assert path.read_bytes() == before
+
+
 def test_lines_are_written_one_at_a_time(tmp_path: Path) -> None:
     lines = Lines(tmp_path / "o.jsonl")
     lines.write({"text": "ü"})
