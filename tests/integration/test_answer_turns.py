@@ -243,7 +243,7 @@ def test_first_turns_alone_give_the_store_of_single_turns(dataset: Path, tmp_pat
     assert every["turns"] == "all" and every["data_fingerprint"] != one["data_fingerprint"]
     assert manifests[0]["counts"] == manifests[1]["counts"] and "turns" not in one
     assert manifests[2]["counts"]["answers"]["turns"] == 6
-    with pytest.raises(StoreError, match=r"turns \(store: all, now: None\)"):
+    with pytest.raises(StoreError, match=r"turns \(store: all, now: not set\)"):
         data = config(dataset, regenerate=True, max_new_tokens=6, turns="first")
         collect_store(teacher, data, [2], tmp_path / "all", responder=EngineResponder(teacher, 2), resume=True)
 
