@@ -94,7 +94,7 @@ def answer_one(decoder: Decoder, prompt: str, settings: GenerateSettings, output
     streamed = not as_json and output is None and is_main()
     on_text: OnText | None = show if streamed else None
     given: Prompt = raw_tokens(decoder, prompt) if settings.raw else prompt
-    with interruption("\nfirp: interrupted"):
+    with interruption("\nfirp: interrupted" if streamed else "firp: interrupted"):
         result = decoder.generate(
             given,
             settings.max_new_tokens,

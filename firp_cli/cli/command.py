@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from firp_cli.cli.terminal import say
+from firp_cli.cli.terminal import interruption, say
 from firp_cli.errors import UsageError
 
 OLD_OPTIONS = {"--layers": "--backend", "--sittings": "--timing-rounds"}  # old name: new name; until version 0.2
@@ -27,8 +27,14 @@ class Command(TyperCommand):
     text that is not UTF-8, and numbers that are not finite or too large are refused. Old names of options are accepted,
     and the new ones named on stderr.
 
+    Ctrl-C, SIGTERM and a closed terminal end it with a line and the exit code of an interruption.
+
     Raises UsageError.
     """
+
+    def invoke(self, ctx: Any) -> Any:
+        with interruption("firp: interrupted"):
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for argument in args:

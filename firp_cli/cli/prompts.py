@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from firp_cli.cli.terminal import Seed, Threads, TopP, Verbose, command_text, progress_bar, quiet_libraries
+from firp_cli.cli.terminal import (
+    Seed,
+    Threads,
+    TopP,
+    Verbose,
+    command_text,
+    interruption,
+    progress_bar,
+    quiet_libraries,
+)
 from firp_cli.machine import set_threads
 
 
@@ -34,9 +43,16 @@ def prompts(
     from firp_cli.api.collect_run import write_prompts
     from firp_cli.collecting.own_prompts import PromptSettings
 
+    following = command_text("collect", "--teacher", teacher, "--dataset", output, "--regenerate")
     settings = PromptSettings(max_new_tokens, temperature, top_p, seed, batch_size, system)
-    with progress_bar("writing prompts") as progress:
+
+    def interrupted() -> str:
+        if not output.exists():
+            return "firp: interrupted before the first prompt; nothing is kept"
+        kept = len(output.read_text(encoding="utf-8").splitlines())
+        return f"firp: interrupted; {kept} of {count} prompts are in {output}\nnext: {following}"
+
+    with interruption(interrupted), progress_bar("writing prompts") as progress:
         written = write_prompts(teacher, output, count, settings, progress)
     short = "" if written == count else f" of {count}: the others were empty, cut or the same"
-    following = command_text("collect", "--teacher", teacher, "--dataset", output, "--regenerate")
     typer.echo(f"{written}{short} prompts -> {output}\nnext: {following}")

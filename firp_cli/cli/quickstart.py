@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from firp_cli.cli.terminal import Verbose, command_text, quiet_libraries, say
-from firp_cli.errors import DatasetError, TeacherError, UsageError
+from firp_cli.errors import INTERRUPTED, DatasetError, TeacherError, UsageError
 from firp_cli.files import check_output
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ FEWEST_PROMPTS = 24  # fewer prompts are too few to fit maps
 HELD_OUT = 0.1  # share of a file's prompts kept for measuring
 MEASURED = (4, 8)  # prompts of the bench, fewest and most
 CALIBRATING, TIMING_ROUNDS = 16, "4"  # prompts and rounds of tuning
+RESUMABLE = ("collect", "train")  # commands that keep what was finished
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,19 @@ def decoding_dtype() -> list[str]:
 
 
 def run(*arguments: str) -> None:
-    """Show a firp command and run it in a separate process. Raises typer.Exit with its status unless that is 0."""
+    """Show a firp command and run it in a separate process. Raises typer.Exit with its status unless that is 0.
+
+    A signal that ends the quickstart is passed on, and the command that goes on from there is printed.
+    """
+    from firp_cli.distributed.launch import run_program
+
     typer.echo(f"\n$ firp {shlex.join(arguments)}")
     sys.stdout.flush()
-    status = subprocess.run([sys.executable, "-m", "firp_cli", *arguments], check=False).returncode
+    status, interrupted = run_program([sys.executable, "-m", "firp_cli", *arguments])
+    if interrupted or status == INTERRUPTED:
+        going_on = [*arguments, "--resume"] if arguments[0] in RESUMABLE else arguments
+        say(f"firp: quickstart interrupted; go on with the commands one by one, next: {command_text(*going_on)}")
+        raise typer.Exit(INTERRUPTED)
     if status:
         raise typer.Exit(status)
 

@@ -143,7 +143,7 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
         if exports := environment.pop(EXPORTS, None):
             (Path(folder) / "environment").write_text(exports, encoding="utf-8")
             environment[ENVIRONMENT_FILE] = str(Path(folder) / "environment")
-        code, interrupted = _wait([*command, module, *argv], environment)
+        code, interrupted = run_program([*command, module, *argv], environment)
         if interrupted or code == INTERRUPTED:  # the signal may have been sent to a rank alone
             raise KeyboardInterrupt
         if code:
@@ -317,11 +317,11 @@ def _cluster_command(gpus: int | None, hostfile: str) -> list[str]:
     ]
 
 
-def _wait(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
-    """Run a launcher in its own process group; return its exit code, and True if the user interrupted it.
+def run_program(command: list[str], environment: dict[str, str] | None = None) -> tuple[int, bool]:
+    """Run a program in its own process group; return its exit code, and True if the user interrupted it.
 
-    The first signal that ends a program is passed on as SIGTERM: the launcher passes it to the ranks and waits for
-    their checkpoint.
+    The first signal that ends a program is passed on as SIGTERM, and its end is awaited: a launcher passes it to the
+    ranks and waits for their checkpoint.
     """
     interrupted = False
     process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -365,22 +365,31 @@ def interruptible() -> Iterator[None]:
     A later signal ends the process at once. A signal within SAME_INTERRUPTION seconds is ignored, since a terminal and
     a launcher may both pass on the same one.
     """
-    received: list[float] = []
-
-    def interrupt(*_: Any) -> None:
-        now = time.monotonic()
-        if received and now - received[0] > SAME_INTERRUPTION:
-            _exit(INTERRUPTED)
-        received.append(now)
-        if len(received) == 1:
-            raise KeyboardInterrupt
-
-    previous = _handle_signals(interrupt)
+    if isinstance(signal.getsignal(signal.SIGTERM), _Interrupter):  # within another such block
+        yield
+        return
+    interrupter = _Interrupter()
+    previous = _handle_signals(interrupter)
     try:
         yield
     finally:
-        if not received:  # else the process ends, and the same signal may arrive once more
+        if not interrupter.received:  # else the process ends, and the same signal may arrive once more
             _restore_signals(previous)
+
+
+class _Interrupter:
+    """Handler of signals that raises KeyboardInterrupt once."""
+
+    def __init__(self) -> None:
+        self.received: list[float] = []
+
+    def __call__(self, *_: Any) -> None:
+        now = time.monotonic()
+        if self.received and now - self.received[0] > SAME_INTERRUPTION:
+            _exit(INTERRUPTED)
+        self.received.append(now)
+        if len(self.received) == 1:
+            raise KeyboardInterrupt
 
 
 def free_port() -> int:
