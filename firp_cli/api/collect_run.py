@@ -6,25 +6,22 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from firp_cli.api.loading import teacher_line, warn_turn_end
 from firp_cli.collecting.collect_store import (
     CollectSummary,
     OpenProgress,
-    check_layers,
     collect_store,
     silent,
-    stored_dtype,
 )
 from firp_cli.collecting.corpus import check_dataset
 from firp_cli.collecting.engine_responder import make_responder
-from firp_cli.collecting.estimate import CollectEstimate, estimate
 from firp_cli.collecting.own_prompts import PromptSettings, own_prompts
 from firp_cli.collecting.vllm import check_responder
 from firp_cli.config import Recipe, TeacherConfig
 from firp_cli.data.datasets import dataset_names
+from firp_cli.data.hub import UnreachableError
 from firp_cli.data.readers import dataset_label
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.distributed.sharding import load_for_ranks
@@ -78,20 +75,6 @@ def collect(
     return run_collect(run, resume, progress)
 
 
-def estimate_collect(
-    recipe: Recipe | str | Path | None = None,
-    overrides: Sequence[str] = (),
-    *,
-    layers: Sequence[int] | None = None,
-    output: str | Path | None = None,
-    ranks: int = 1,
-) -> CollectEstimate:
-    """Estimate disk and time of `collect` on `ranks` ranks. Loads the teacher and runs a sample; writes nothing."""
-    run = resolve_collect(recipe, overrides, layers, output)
-    check_collect(run, estimating=True)
-    return run_estimate(run, ranks)
-
-
 def resolve_collect(
     recipe: Recipe | str | Path | None,
     overrides: Sequence[str] = (),
@@ -119,36 +102,28 @@ def check_collect(run: CollectRun, resume: bool = False, estimating: bool = Fals
         check_target(run.store, resume)
     if not estimating:  # arithmetic needs no package
         check_responder(run.recipe)
-    check_dataset(run.recipe.data)
+    try:
+        check_dataset(run.recipe.data)
+    except UnreachableError:
+        if not estimating or run.recipe.data.limit is None:
+            raise
 
 
 def run_collect(run: CollectRun, resume: bool = False, progress: OpenProgress = silent) -> CollectSummary:
     """Collect a run that `check_collect` has passed. Every rank calls this."""
     recipe = run.recipe
     group = RankGroup.join()
-    teacher = group.run_on_all(lambda: _load(recipe))
+    teacher = group.run_on_all(lambda: load_collecting(recipe))
     return collect_store(
         teacher,
         recipe.data,
-        _layers(run, teacher),
+        chosen_layers(run, teacher),
         run.store,
         resume=resume,
         progress=progress,
         recipe=recipe.model_dump(),
         responder=group.run_on_all(lambda: make_responder(recipe, teacher)),
     )
-
-
-def run_estimate(run: CollectRun, ranks: int = 1) -> CollectEstimate:
-    """Estimate a run that `check_collect` has passed, in this process and with its number of threads."""
-    whole = run.recipe.teacher.model_copy(update={"sharding": "none"})  # no other rank takes part
-    recipe = run.recipe.model_copy(update={"teacher": whole})
-    if recipe.data.regenerate and recipe.collect.responder == "vllm" and find_spec("vllm") is None:
-        LOG.info("vllm is not installed: its hours cannot be measured here, those of firp's engine are shown")
-        recipe = recipe.model_copy(update={"collect": recipe.collect.model_copy(update={"responder": "engine"})})
-    teacher = _load(recipe)
-    layers, dtype = check_layers(_layers(run, teacher), teacher), stored_dtype(teacher, recipe.data)
-    return estimate(teacher, recipe.data, layers, dtype, run.store, make_responder(recipe, teacher), ranks)
 
 
 def write_prompts(
@@ -171,7 +146,7 @@ def write_prompts(
         raise UsageError(f"{path} exists: give another --output, or remove it")
     check_output(path, "file")
     config = TeacherConfig(model=teacher) if isinstance(teacher, str) else teacher
-    loaded = _load(Recipe(teacher=config))
+    loaded = load_collecting(Recipe(teacher=config))
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in own_prompts(loaded, count, settings or PromptSettings(), progress):
         line = json.dumps({"messages": [{"role": "user", "content": text}]}, ensure_ascii=False)
@@ -181,7 +156,7 @@ def write_prompts(
     return written
 
 
-def _load(recipe: Recipe) -> Teacher:
+def load_collecting(recipe: Recipe) -> Teacher:
     """Load the teacher; with fast layers where they fit, since answers and states are then computed faster."""
     teacher = load_for_ranks(recipe.teacher)
     LOG.info(teacher_line(teacher.loaded_weights))
@@ -191,7 +166,7 @@ def _load(recipe: Recipe) -> Teacher:
     return teacher
 
 
-def _layers(run: CollectRun, teacher: Teacher) -> Sequence[int]:
+def chosen_layers(run: CollectRun, teacher: Teacher) -> Sequence[int]:
     """Return the layers to store: those of the run, else the predictor's, else the middle layer."""
     if run.layers is not None:
         return run.layers

@@ -113,7 +113,7 @@ def _prepare(
 
 def _estimate(run: CollectRun, ranks: int, local_ranks: int, as_json: bool) -> None:
     """Print an estimate for `ranks` ranks, measured with the threads of one of `local_ranks` on a machine."""
-    from firp_cli.api.collect_run import run_estimate
+    from firp_cli.api.estimate_run import run_estimate
 
     set_threads(cores_of_rank(local_ranks) if local_ranks > 1 else None)
     figures = run_estimate(run, ranks)
@@ -121,7 +121,9 @@ def _estimate(run: CollectRun, ranks: int, local_ranks: int, as_json: bool) -> N
 
 
 def _print_estimate(figures: CollectEstimate, folder: Path) -> None:
-    if figures.upper_bound:
+    if not figures.sampled_conversations:
+        counted = "at most: not counted"
+    elif figures.upper_bound:
         counted = f"at most, from {figures.sampled_conversations} prompts and answers of full length"
     elif figures.exact:
         counted = "counted"
@@ -136,10 +138,18 @@ def _print_estimate(figures: CollectEstimate, folder: Path) -> None:
         f"{readable_bytes(figures.free_bytes)} free at {folder}"
     )
     answering = f", {readable_seconds(figures.answering_seconds)} of it answering" if figures.answering_seconds else ""
-    rate = f"{figures.rank_tokens_per_second:,.0f} tokens/s measured on a sample"
+    how = "computed" if figures.computed else "measured on a sample"
+    rate = f"{figures.rank_tokens_per_second:,.0f} tokens/s {how}"
     if figures.ranks > 1:
         rate += f", times {figures.ranks} ranks: an estimate"
     typer.echo(f"time             {readable_seconds(figures.seconds)}{answering} ({rate})")
+    for way in figures.ways:
+        typer.echo(f"  {way.name:<15}{'-' if way.seconds is None else readable_seconds(way.seconds)} ({way.note})")
+    known = [way for way in figures.ways if way.seconds is not None]
+    if len(known) > 1:
+        typer.echo(f"cheapest         {min(known, key=lambda way: way.seconds or 0).name}")
+    if figures.computed:
+        typer.echo(figures.computed)
     if figures.total_bytes > figures.free_bytes:
         typer.echo("this does not fit: lower data.limit, collect fewer layers, or set data.store_dtype=int8")
     typer.echo("nothing was started")

@@ -13,7 +13,7 @@ from firp_cli.collecting.dialogues import start_dialogues
 from firp_cli.collecting.responders import Responder
 from firp_cli.collecting.teacher_states import capture, plan_batches
 from firp_cli.config import DataConfig
-from firp_cli.errors import CapacityError, TeacherError
+from firp_cli.errors import CapacityError, TeacherError, first_line
 from firp_cli.machine import readable_bytes
 from firp_cli.store.reader import bytes_per_token
 from firp_cli.store.shard_file import free_bytes
@@ -22,6 +22,36 @@ from firp_cli.teacher.teacher import Teacher
 SAMPLE_CONVERSATIONS = 256
 TIMED_TOKENS = 8192  # most positions of the timed forwards
 TIMED_STEPS = 16  # tokens of the timed answers
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Conversations and tokens of a collection; `answers`: those that the teacher writes itself.
+
+    Attributes:
+        tokens: an upper bound where answers are written. sampled: conversations that were tokenized, of `rows`.
+        given: the data set has answers of its own. sample: the tokenized conversations.
+    """
+
+    conversations: int
+    tokens: int
+    answers: int
+    rows: int
+    sampled: int = 0
+    given: bool = False
+    sample: Corpus | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to come by answers: a responder's name, or `given` for those of the data set.
+
+    `seconds`: of the whole collection, None where it is unknown. `note`: how they were found, or why they are unknown.
+    """
+
+    name: str
+    seconds: float | None
+    note: str
 
 
 @dataclass(frozen=True)
@@ -35,6 +65,8 @@ class CollectEstimate:
         bytes_per_token, total_bytes, free_bytes: of the store; free on its disk.
         rank_tokens_per_second: measured in this process. tokens_per_second: of all `ranks`.
         answering_seconds: part of `seconds` for writing answers.
+        ways: with answers that the teacher writes, the ways to come by them; the first is that of `seconds`.
+        computed: why and by which assumptions the times are computed; empty where they are measured.
     """
 
     dataset: str
@@ -54,6 +86,8 @@ class CollectEstimate:
     tokens_per_second: float
     answering_seconds: float
     seconds: float
+    ways: list[Way]
+    computed: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -66,50 +100,88 @@ def estimate(
     layers: Sequence[int],
     dtype: str,
     folder: Path,
-    responder: Responder | None = None,
+    responders: Sequence[Responder] = (),
     ranks: int = 1,
 ) -> CollectEstimate:
     """Estimate the collection of `data` into `folder` with `ranks` ranks. Writes nothing.
 
     Tokens are counted in an evenly spaced sample and extrapolated. An answer that the teacher writes itself counts
     `max_new_tokens`, an upper bound. Times are measured with short forwards of this process and, with
-    `data.regenerate`, with short answers of the `responder`; N ranks are assumed to be N times as fast.
+    `data.regenerate`, with short answers of all `responders`; N ranks are assumed to be N times as fast.
+
+    Raises TeacherError when the first responder, which the recipe chooses, cannot answer.
     """
-    rows = load_messages(data)
-    step = max(1, len(rows) // SAMPLE_CONVERSATIONS)
-    sample = build_corpus(rows[::step][:SAMPLE_CONVERSATIONS], teacher, data)
-    sampled = len(sample.input_ids) + sum(sample.skipped.values())
-    scale = len(rows) / sampled
-    conversations = round(len(sample.input_ids) * scale)
-    longest = longest_sequence(teacher, data)
-    turns = _turns(sample, teacher, data)
-    tokens = round(sum(min(longest, length + data.max_new_tokens * count) for length, count in turns) * scale)
-    rate = _forward_rate(teacher, sample, layers, data.pack_tokens)
-    answering = 0.0
-    if data.regenerate:
-        assert responder is not None
-        answers = sum(count for _, count in turns) * scale
-        answering = answers * data.max_new_tokens / _answering_rate(sample, data, responder)
-        answering /= max(1, ranks // responder.devices)
-    token_bytes = bytes_per_token(teacher.hidden_size, len(layers), dtype)
+    amount = count(teacher, data)
+    assert amount.sample is not None
+    rate = _forward_rate(teacher, amount.sample, layers, data.pack_tokens)
+    reading, written = amount.tokens / rate / ranks, amount.answers * data.max_new_tokens
+    ways: list[Way] = []
+    for responder in responders:
+        try:
+            answering = written / _answering_rate(amount.sample, data, responder) / max(1, ranks // responder.devices)
+            ways.append(Way(responder.name, reading + answering, "measured"))
+        except TeacherError as error:
+            if not ways:
+                raise
+            ways.append(Way(responder.name, None, first_line(error)))
+    return fill(amount, teacher, data, layers, dtype, folder, ranks, rate, ways)
+
+
+def fill(
+    amount: Amount,
+    teacher: Teacher,
+    data: DataConfig,
+    layers: Sequence[int],
+    dtype: str,
+    folder: Path,
+    ranks: int,
+    rate: float,
+    ways: list[Way],
+) -> CollectEstimate:
+    """Return the estimate of an amount at `rate` tokens/s of a rank. `ways`: those whose answers the teacher writes."""
+    token_bytes, reading = bytes_per_token(teacher.hidden_size, len(layers), dtype), amount.tokens / rate / ranks
+    if ways and amount.given:
+        ways = [*ways, Way("given", reading, "the data set's answers: not the teacher's text, drafts suit it less")]
+    seconds = ways[0].seconds if ways and ways[0].seconds is not None else reading
     return CollectEstimate(
         dataset=data.dataset,
         teacher=teacher.name,
         layers=list(layers),
         dtype=dtype,
-        conversations=conversations,
-        tokens=tokens,
-        sampled_conversations=sampled,
-        exact=sampled == len(rows) and not data.regenerate,
+        conversations=amount.conversations,
+        tokens=amount.tokens,
+        sampled_conversations=amount.sampled,
+        exact=amount.sampled == amount.rows and not data.regenerate,
         upper_bound=data.regenerate,
         bytes_per_token=token_bytes,
-        total_bytes=tokens * token_bytes,
+        total_bytes=amount.tokens * token_bytes,
         free_bytes=free_bytes(folder),
         ranks=ranks,
         rank_tokens_per_second=rate,
         tokens_per_second=rate * ranks,
-        answering_seconds=answering,
-        seconds=tokens / rate / ranks + answering,
+        answering_seconds=seconds - reading,
+        seconds=seconds,
+        ways=ways,
+    )
+
+
+def count(teacher: Teacher, data: DataConfig) -> Amount:
+    """Count conversations and tokens in an evenly spaced sample, and extrapolate. Raises DatasetError."""
+    rows = load_messages(data)
+    step = max(1, len(rows) // SAMPLE_CONVERSATIONS)
+    sample = build_corpus(rows[::step][:SAMPLE_CONVERSATIONS], teacher, data)
+    sampled = len(sample.input_ids) + sum(sample.skipped.values())
+    scale = len(rows) / sampled
+    longest = longest_sequence(teacher, data)
+    turns = _turns(sample, teacher, data)
+    return Amount(
+        conversations=round(len(sample.input_ids) * scale),
+        tokens=round(sum(min(longest, length + data.max_new_tokens * asked) for length, asked in turns) * scale),
+        answers=round(sum(asked for _, asked in turns) * scale),
+        rows=len(rows),
+        sampled=sampled,
+        given=any(row.conversation.answered for row in rows),
+        sample=sample,
     )
 
 

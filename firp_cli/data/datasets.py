@@ -365,10 +365,10 @@ def _hub_rows(
         raise _not_found(name, split, [*tried, str(error)], "") from error
 
 
-def _not_found(name: str, split: str, tried: list[str], source: str) -> DatasetError:
+def _not_found(name: str, split: str, tried: list[str], source: str) -> UnreachableError:
     hint = "" if name in KNOWN else nearest(name, KNOWN).removesuffix("?")
     origin = f" ({source})" if source else ""
-    return DatasetError(
+    return UnreachableError(
         f"data set {name!r} not found{hint}; tried: {'; '.join(tried)}\n"
         f"put it{origin} at DIR/{name}/{split}.jsonl and give --data-dir DIR, or name a .jsonl file"
     )

@@ -16,7 +16,7 @@ SPLIT_MISSING = re.compile(r"Unknown split|Bad split")
 
 
 class UnreachableError(DatasetError):
-    """Data set that neither the hub nor its cache delivers; the text is the reason."""
+    """Data set that no place has: neither this machine nor the hub or its cache."""
 
 
 def read_hub(

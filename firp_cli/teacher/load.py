@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from firp_cli.assets import embedded_teachers, nearest
+from firp_cli.assets import embedded_teachers, nearest, teacher_source
 from firp_cli.chat_template import set_chat_template
 from firp_cli.config import LoopedSection, TeacherConfig
 from firp_cli.errors import TeacherError, first_line
@@ -25,7 +25,7 @@ from firp_cli.machine import default_device
 from firp_cli.teacher.check import check_against_model, inspect_attention
 from firp_cli.teacher.library_layers import MissingLayer
 from firp_cli.teacher.looped_llama import register
-from firp_cli.teacher.source import known_teachers, locate, teacher_name, teacher_origin
+from firp_cli.teacher.source import gguf_path, known_teachers, locate, teacher_name, teacher_origin
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import LoadedWeights, WeightFiles
 
@@ -218,6 +218,15 @@ def _fingerprint_files(teacher: Teacher, files: WeightFiles) -> None:
 
 def _options(located: TeacherConfig) -> dict[str, Any]:
     return {"revision": located.revision, "trust_remote_code": located.trust_remote_code}
+
+
+def load_tokenizer(config: TeacherConfig) -> Any:
+    """Load the tokenizer of a teacher in a folder or on the hub, without its weights. Raises TeacherError."""
+    if gguf_path(config) is not None:
+        raise TeacherError(f"the tokenizer of {config.model} is in its GGUF file")
+    located = config.model_copy(update={"model": teacher_source(config.model)})
+    with _loading(config):
+        return _tokenizer(config, located)[0]
 
 
 def _tokenizer(config: TeacherConfig, located: TeacherConfig) -> tuple[Any, dict[str, str]]:

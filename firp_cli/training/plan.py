@@ -145,9 +145,10 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
         try:
             found = found or AutoConfig.from_pretrained(source, local_files_only=True, **options)
         except OSError:
-            if not hub_reachable():
+            shape = _shape_folder(Path(config.model).name.lower().removesuffix("-instruct"))
+            if not hub_reachable() and shape is None:
                 return None, f"the config of {config.model} is neither in a local folder nor in the hub's cache"
-            found = AutoConfig.from_pretrained(source, **options)
+            found = AutoConfig.from_pretrained(shape or source, **options)
         dtype = found.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(

@@ -57,7 +57,7 @@ def estimate_times(
     layers = len(recipe.predictor.required_layers(teacher))
     disk = {name: tokens * bytes_per_token(teacher.hidden_size, layers, name) for name in (*FLOATS, *SCALED)}
     flops = {
-        "answers": _answer_flops(recipe, teacher, conversations),
+        "answers": answer_flops(recipe, teacher, conversations),
         "states": tokens * forward_flops(teacher, 0, tokens / max(1, conversations)),
     }
     if has_first_stage(recipe):
@@ -82,12 +82,13 @@ def forward_flops(teacher: Teacher, first: int, length: float) -> float:
     return 2 * weights + 2 * length * teacher.query_size * (teacher.num_layers - first)
 
 
-def _answer_flops(recipe: Recipe, teacher: Teacher, conversations: int) -> float:
+def answer_flops(recipe: Recipe, teacher: Teacher, answers: int) -> float:
+    """Return the operations of answers that the teacher writes, each of `data.max_new_tokens`; 0 for given ones."""
     if not recipe.data.regenerate:
         return 0.0
     head = count_parameters(teacher.model.get_output_embeddings())
     each = forward_flops(teacher, 0, recipe.data.max_length) + 2 * head
-    return conversations * recipe.data.max_new_tokens * each
+    return answers * recipe.data.max_new_tokens * each
 
 
 def _training_flops(recipe: Recipe, teacher: Teacher, parameters: int, conversations: int, tokens: int) -> float:

@@ -270,12 +270,40 @@ def test_the_next_line_of_collect_trains(tmp_path: Path, monkeypatch: pytest.Mon
     assert "firp collect demo teacher.dtype=bfloat16 data.limit=4 --output 'no store'" in str(missing)
 
 
-def test_estimate_needs_no_package_of_the_responder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_times_the_responders_that_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("firp_cli.api.collect_run.find_spec", lambda _: None)
+    monkeypatch.setattr("firp_cli.collecting.vllm.importlib.util.find_spec", lambda _: None)
     given = ("data.max_new_tokens=8", "collect.responder=vllm", "--limit", "4", "--regenerate")
     done = succeed("collect", "demo", *given, "--estimate")
-    assert "those of firp's engine are shown" in done.stderr and "of it answering" in done.stdout
+    assert "the hours are those of engine" in done.stderr and "of it answering" in done.stdout
+    assert "vllm           - (collect.responder=vllm needs the package" in done.stdout
+    figures = json.loads(succeed("collect", "demo", *given, "--estimate", "--json").stdout)
+    ways = {way["name"]: way["seconds"] for way in figures["ways"]}
+    assert list(ways) == ["engine", "given", "vllm"] and ways["vllm"] is None
+    assert ways["engine"] == figures["seconds"] > ways["given"] > 0 and figures["computed"] == ""
+
+
+def test_estimate_of_a_teacher_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = succeed("collect", "llama-3.1-70b-firp", "--estimate", "--gpus", "16", "--json")
+    figures = json.loads(done.stdout)
+    assert figures["conversations"] == 60_000 and figures["tokens"] == 60_000 * 2048  # at most
+    assert figures["bytes_per_token"] == 5 + 2 * (8192 + 2) and "has 141.1 GB of weights" in figures["computed"]
+    ways = {way["name"]: way for way in figures["ways"]}
+    assert ways["engine"]["seconds"] is None and "sharded" in ways["engine"]["note"]
+    # Two operations a weight of the 80 layers; attention to half of the 2048 positions; answers pass the head too.
+    layers, head = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192), 8192 * 128256
+    forward = 2 * layers + 2 * 2048 * 8192 * 80
+    reading = figures["tokens"] * forward / 0.35
+    answering = 60_000 * 512 * (forward + 2 * head) / 0.05
+    assert ways["vllm"]["seconds"] == pytest.approx((reading + answering) / 16 / 989e12)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "2+3?", "answer": "5"}\n' * 9, encoding="utf-8")
+    shown = succeed(
+        "collect", "llama-3.1-8b-firp", "teacher.model=llama-3.1-8b", "--dataset", rows, "--estimate"
+    ).stdout
+    assert "conversations    9 of" in shown and "cheapest         given" in shown and "not measured" in shown
 
 
 def test_eval_names_the_place_of_a_nan(store_folder: Path) -> None:

@@ -233,7 +233,7 @@ def test_first_turns_alone_give_the_store_of_single_turns(dataset: Path, tmp_pat
 
     def collect(path: Path, name: str, **changes: Any) -> dict[str, Any]:
         data = config(path, regenerate=True, max_new_tokens=6, **changes)
-        collect_store(teacher, data, [2], tmp_path / name, responder=EngineResponder(teacher, 2))
+        collect_store(teacher, data, [2], tmp_path / name, responder=[EngineResponder(teacher, 2)])
         return dict(json.loads((tmp_path / name / "manifest.json").read_text()))
 
     manifests = [collect(single, "single"), collect(dataset, "first", turns="first"), collect(dataset, "all")]
@@ -251,7 +251,7 @@ def test_first_turns_alone_give_the_store_of_single_turns(dataset: Path, tmp_pat
 def test_killed_run_resumes_between_turns(dataset: Path, tmp_path: Path) -> None:
     """An interruption after n answers, for every n; the answers kept are not asked again."""
     teacher, data = make_teacher(), config(dataset, regenerate=True, max_new_tokens=6)
-    collect_store(teacher, data, [2], tmp_path / "whole", responder=EngineResponder(teacher, 2))
+    collect_store(teacher, data, [2], tmp_path / "whole", responder=[EngineResponder(teacher, 2)])
 
     class Dying(EngineResponder):
         def __init__(self, most: int) -> None:
@@ -279,7 +279,7 @@ def test_killed_run_resumes_between_turns(dataset: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("mode", ["online", "hybrid"])
 def test_states_without_a_store_have_the_same_turns(dataset: Path, tmp_path: Path, mode: str) -> None:
     teacher, data = make_teacher(), config(dataset, regenerate=True, max_new_tokens=6, mode=mode)
-    collect_store(teacher, data, [2], tmp_path / "store", responder=EngineResponder(teacher, 2))
+    collect_store(teacher, data, [2], tmp_path / "store", responder=[EngineResponder(teacher, 2)])
     predictor = FirpConfig(kind="firp", layer=2, steps=2)
     run = TrainRun(Recipe(data=data, predictor=predictor), predictor, tmp_path / "cache", tmp_path / "run")
     made, stored = _online_states(run, teacher, silent), Store.open(tmp_path / "store")
@@ -292,8 +292,8 @@ def test_estimate_counts_later_turns(dataset: Path, tmp_path: Path) -> None:
     teacher, found = make_teacher(), {}
     for turns in ("all", "first"):
         data = config(dataset, regenerate=True, max_new_tokens=6, turns=turns)
-        found[turns] = estimate(teacher, data, [2], "float32", tmp_path / "store", EngineResponder(teacher, 2))
-        collect_store(teacher, data, [2], tmp_path / turns, responder=EngineResponder(teacher, 2))
+        found[turns] = estimate(teacher, data, [2], "float32", tmp_path / "store", [EngineResponder(teacher, 2)])
+        collect_store(teacher, data, [2], tmp_path / turns, responder=[EngineResponder(teacher, 2)])
         tokens = Store.open(tmp_path / turns).manifest["counts"]["tokens"]
         assert tokens <= found[turns].tokens + 3 <= tokens + 9  # placeholders have a token each
     assert found["all"].tokens > found["first"].tokens + 30

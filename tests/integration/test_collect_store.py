@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from firp_cli.api.collect_run import collect, estimate_collect
+from firp_cli.api.collect_run import collect
+from firp_cli.api.estimate_run import estimate_collect
 from firp_cli.collecting import collect_store as capture_module
 from firp_cli.collecting.collect_store import collect_store
 from firp_cli.collecting.engine_responder import EngineResponder
@@ -303,7 +304,7 @@ def test_estimate_is_exact_and_writes_nothing(byte_teacher: Teacher, dataset: Pa
     assert (figures.conversations, figures.tokens) == (summary.conversations, summary.tokens)
     assert figures.total_bytes == pytest.approx(summary.bytes, rel=0.1)
     data = config(dataset, regenerate=True, max_new_tokens=5)
-    bound = estimate(byte_teacher, data, [2], "int8", tmp_path, responder=EngineResponder(byte_teacher, 32))
+    bound = estimate(byte_teacher, data, [2], "int8", tmp_path, responders=[EngineResponder(byte_teacher, 32)])
     assert bound.upper_bound and bound.answering_seconds > 0 and bound.bytes_per_token == 5 + 2 * (32 + 2)
 
 
