@@ -20,7 +20,7 @@ import jinja2.meta
 
 from firp_cli.assets import chat_templates, nearest
 from firp_cli.config import TeacherConfig
-from firp_cli.errors import TeacherError
+from firp_cli.errors import TeacherError, first_line
 from firp_cli.provenance import fingerprint
 
 LOG = logging.getLogger("firp")
@@ -43,7 +43,7 @@ def template_of(tokenizer: Any, tools: Any = None) -> str:
 
 def at_fixed_time(template: str) -> str:
     """Return the template with a clock that always shows `DAY` at midnight, if it reads the clock."""
-    return template if not reads_clock(template) else _clock(DAY) + template
+    return _before(_clock(DAY), template) if reads_clock(template) else template
 
 
 def reads_clock(template: str) -> bool:
@@ -73,9 +73,15 @@ def set_chat_template(tokenizer: Any, config: TeacherConfig, name: str) -> dict[
         chosen = _with_options(chosen or _shipped(PLAIN), config.template_options)
     if chosen != tokenizer.chat_template:
         tokenizer.chat_template = chosen
-    template = template_of(tokenizer)
+    try:
+        template = template_of(tokenizer)
+    except ValueError:  # the library's error names its own arguments
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise TeacherError(
+            f"{name} has several chat templates ({names}), none of them named default: teacher.chat_template takes one"
+        ) from None
     record = {"source": source, "fingerprint": fingerprint(template)}
-    if CLOCK in template or "date_string" in template:
+    if CLOCK in template or "date_string" in _variables(template, f"of {name}"):
         record["date"] = str(config.template_options.get(DATE_OPTION, DAY))
     if reads_clock(template):
         _note(
@@ -95,7 +101,7 @@ def find_template(name: str) -> tuple[str, str]:
     else:
         try:
             source, text = f"file {path.name}", path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no UTF-8 text, a NUL in the name
             hint = nearest(name, chat_templates())
             reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
             raise TeacherError(f"teacher.chat_template {name!r} cannot be read: {reason}{hint}") from None
@@ -111,27 +117,44 @@ def _shipped(name: str) -> str:
 
 
 def _with_options(template: str | dict[str, str], options: dict[str, Any]) -> str | dict[str, str]:
-    """Return the template, or each of several named ones, with the options assigned at its head."""
-    if isinstance(template, dict):
-        return {name: str(_with_options(text, options)) for name, text in template.items()}
+    """Return the template, or each of several named ones, with the options that it reads assigned at its head.
+
+    Raises TeacherError for an option that none of them reads.
+    """
+    texts = template if isinstance(template, dict) else {"": template}
+    heads = {name: _assignments(text, options) for name, text in texts.items()}
+    for option in options:
+        if option in RESERVED or not any(option in head for head in heads.values()):
+            others = sorted(set().union(*(_variables(text, "template") for text in texts.values())) - set(RESERVED))
+            raise TeacherError(
+                f"teacher.template_options: the chat template does not read {option!r}"
+                + (nearest(option, others) if others else "; it has no options")
+                + "\n{} in place of them leaves all options out, also those that a predictor remembers"
+            )
+    made = {name: _before("".join(heads[name].values()), text) for name, text in texts.items()}
+    return made if isinstance(template, dict) else made[""]
+
+
+def _assignments(template: str, options: dict[str, Any]) -> dict[str, str]:
+    """Return statements that assign the options that a template reads, by option."""
     known = _variables(template, "template")
-    head = ""
+    made: dict[str, str] = {}
     for name, value in options.items():
         if name == DATE_OPTION:
             day = _day(value)
-            head += _clock(day) if CLOCK in template else ""
-            head += f'{{% set date_string = "{day:%d %b %Y}" %}}' if "date_string" in known else ""
-        if name == DATE_OPTION and head and name not in known:
-            continue
-        if name in RESERVED or name not in known:
-            others = sorted(known - set(RESERVED))
-            raise TeacherError(
-                f"teacher.template_options: the chat template does not read {name!r}"
-                + (nearest(name, others) if others else "; it has no options")
-                + "\n{} in place of them leaves all options out, also those that a predictor remembers"
-            )
-        head += f"{{% set {name} = {_literal(value)} %}}"
-    return head + template
+            text = _clock(day) if CLOCK in template else ""
+            text += f'{{% set date_string = "{day:%d %b %Y}" %}}' if "date_string" in known else ""
+            made |= {name: text} if text else {}
+        if name in known:
+            made[name] = made.get(name, "") + f"{{% set {name} = {_literal(value)} %}}"
+    return made
+
+
+def _before(head: str, template: str) -> str:
+    """Return the template with statements before it. They stand on a line of their own, which transformers' Jinja drops
+    (`trim_blocks`): blanks at the template's start keep their meaning.
+    """
+    return f"{head}\n{template}" if head else template
 
 
 def _variables(template: str, source: str) -> set[str]:
@@ -140,9 +163,10 @@ def _variables(template: str, source: str) -> set[str]:
     try:
         return jinja2.meta.find_undeclared_variables(environment.parse(GENERATION_MARKS.sub("", template)))
     except jinja2.TemplateSyntaxError as error:
-        raise TeacherError(
-            f"the chat template {source} is not valid Jinja: line {error.lineno}: {error.message}"
-        ) from None
+        fault = f"line {error.lineno}: {error.message}"
+    except (RecursionError, ValueError) as error:  # nested too deeply; a NUL character
+        fault = first_line(error)
+    raise TeacherError(f"the chat template {source} is not valid Jinja: {fault}")
 
 
 def _literal(value: Any) -> str:

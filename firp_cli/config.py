@@ -5,6 +5,7 @@ The comment after a field gives its meaning and unit; "null" is YAML's name of N
 
 from __future__ import annotations
 
+import json
 import math
 from datetime import date
 from typing import Annotated, Any, Literal, Protocol, get_args
@@ -90,6 +91,10 @@ class TeacherConfig(Section):
             return options
         if glued := next((name for name in options if ":" in str(name)), None):
             raise ValueError(f"{glued!r} needs a space after its colon: {str(glued).replace(':', ': ', 1)}")
+        try:
+            json.dumps(options, default=str)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"no JSON value: {error}") from None
         return {name: str(value) if isinstance(value, date) else value for name, value in options.items()}
 
     @model_validator(mode="after")

@@ -125,8 +125,8 @@ def open_lines(path: Path, keep: bool) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = path.open("a", encoding="utf-8")
     try:
-        _lock_now(stream.fileno(), path)
         if path.is_file():
+            _lock_now(stream.fileno(), path)
             stream.truncate(path.read_bytes().rfind(b"\n") + 1 if keep else 0)
     except BaseException:
         stream.close()

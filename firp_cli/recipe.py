@@ -74,9 +74,17 @@ def validate_recipe(values: dict[str, Any], origin: str = "recipe", locations: L
         raise RecipeError(_explain(error, origin, locations)) from None
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, existing files relative to the working directory."""
-    return yaml.safe_dump(portable(recipe.model_dump()), sort_keys=False)
+def dump_recipe(recipe: Recipe, published: bool = False) -> str:
+    """Return the resolved recipe as YAML. `published`: paths are relative to the working directory."""
+    values = recipe.model_dump()
+    sections = {"teacher": ("model",), "data": ("dataset", "data_dir"), "": ("store", "output")}
+    for section, names in sections.items() if published else ():
+        part = values[section] if section else values
+        part.update({name: portable(part[name]) for name in names})
+    template = recipe.teacher.chat_template
+    if published and template and "{" not in template:  # a file's name, not the template itself
+        values["teacher"]["chat_template"] = portable(template)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _where(origin: str, locations: Locations, key: Key) -> str:

@@ -168,7 +168,7 @@ def _measure(
     LOG.info(memory_line(methods, encoded, settings, teacher.max_positions))
     LOG.info(f"warm-up{suffix}: each method decodes the longest batch once, uncounted")
     with progress(f"measuring{suffix}") as bar:
-        report = run_bench(teacher, encoded, methods, settings, skip_long=skip_long, progress=bar)
+        report = run_bench(teacher, encoded, methods, settings, skip_long=skip_long, progress=bar, keep_partial=True)
     report.left_out_trained = len(prompts) - len(fresh)
     del teacher, loaded, methods
     if group.label:  # the next teacher needs the memory

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-import yaml
 from pydantic import ValidationError
 
 from firp_cli.config import Precision, TeacherConfig, check_sampling
@@ -175,8 +174,8 @@ def teacher_choice(
     given |= {"dtype": None if dtype == "auto" else dtype, "trust_remote_code": trust_remote_code or None}
     if template_options is not None:
         try:
-            given["template_options"] = yaml.safe_load(template_options)
-        except yaml.YAMLError:
+            given["template_options"] = yaml_value(template_options)
+        except ValueError:
             given["template_options"] = template_options
         if not isinstance(given["template_options"], dict):
             raise UsageError(
@@ -311,7 +310,7 @@ def override(key: str, value: Any) -> str:
         plain = isinstance(value, str) and yaml_value(value) == value
     except ValueError:
         plain = False
-    return f"{key}={value if plain else json.dumps(value)}"
+    return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
 
 
 def command_text(*words: object) -> str:

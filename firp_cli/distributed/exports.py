@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from firp_cli.errors import UsageError, first_line
+
 LOG = logging.getLogger("firp")  # commands print it on stderr
 ENVIRONMENT_FILE = "DS_ENV_FILE"  # variable: the runner's file of variables, which it looks up in two folders
 DEFAULT_FILE = ".deepspeed_env"
@@ -26,7 +28,7 @@ NAMES = (
 RUNNERS_OWN = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # prefixes of variables that the runner exports itself
 OF_THIS_MACHINE = ("FIRP_FAILURE_FILE", EXPORTS)
 SECRET_NAME = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]*@")  # an address with a password
+SECRET_VALUE = re.compile(r"://[^/@\s]+@")  # an address with a password or a token
 
 
 def exported_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -39,7 +41,7 @@ def exported_environment(environment: Mapping[str, str]) -> dict[str, str]:
     secret = sorted(key for key, value in chosen.items() if SECRET_NAME.search(key) or SECRET_VALUE.search(value))
     if secret:
         LOG.info(
-            f"not sent to the other machines, since it would stand on command lines: {', '.join(secret)}; "
+            f"not sent to the other machines, because command lines are visible to other users: {', '.join(secret)}; "
             "log in on each machine (hf auth login, wandb login), or set them in its shell's start-up file"
         )
     lines = []
@@ -67,5 +69,8 @@ def _own_file(environment: Mapping[str, str]) -> list[str]:
     """Return the lines of the user's own file of variables, which the runner would read from these two folders."""
     name = environment.get(ENVIRONMENT_FILE, DEFAULT_FILE)
     files = dict.fromkeys((folder / name).absolute() for folder in (Path.home(), Path()))
-    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    try:
+        texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the launcher's file of variables, {name}, cannot be read: {first_line(error)}") from None
     return [f"{line}\n" for text in texts for line in text.splitlines() if "=" in line]

@@ -61,12 +61,13 @@ def measure(
     batches: Sequence[Batch],
     settings: BenchSettings,
     progress: Progress = no_progress,
+    keep_partial: bool = False,
 ) -> Runs:
     """Decode every batch with every method `repeats` times and fold the repeats.
 
     Methods take turns within each batch, and the first one changes from batch to batch and from repeat to repeat, so
-    that a slowdown of the machine affects all of them. KeyboardInterrupt ends the measurement: the repeats that are
-    whole by then are folded; without one it is raised again.
+    that a slowdown of the machine affects all of them. With `keep_partial`, KeyboardInterrupt ends the measurement: the
+    repeats that are complete by then are folded; without one it is raised again.
     """
     total = len(methods) * (settings.warmup + settings.repeats * len(batches))
     repeats: dict[str, list[list[list[Generation]]]] = {method.name: [[] for _ in batches] for method in methods}
@@ -86,7 +87,7 @@ def measure(
             progress(done, total)
     except KeyboardInterrupt:
         whole = min(len(made) for each in repeats.values() for made in each)
-        if not whole:
+        if not keep_partial or not whole:
             raise
     return {
         name: [fold(batch, made[:whole]) for batch, made in zip(batches, each, strict=True)]
@@ -177,13 +178,17 @@ def run_bench(
     *,
     skip_long: bool = False,
     progress: Progress = no_progress,
+    keep_partial: bool = False,
 ) -> BenchReport:
-    """Measure the methods on the prompts. Raises CapacityError, UsageError."""
+    """Measure the methods on the prompts; `keep_partial`: an interruption leaves the complete repeats.
+
+    Raises CapacityError, UsageError.
+    """
     if settings.batch_size < 1 or settings.repeats < 1:
         raise UsageError(f"batch size and repeats must be at least 1, got {settings.batch_size} and {settings.repeats}")
     fitting, skipped = fit_prompts(prompts, teacher.max_positions, settings.max_new_tokens, skip_long)
     batches = make_batches(fitting, settings.batch_size)
-    runs = measure(methods, fitting, batches, settings, progress)
+    runs = measure(methods, fitting, batches, settings, progress, keep_partial)
     names = [method.name for method in methods]
     reference = reference_method(names, settings.temperature)
     divergences: dict[str, dict[int, Divergence | None]] = {}

@@ -22,7 +22,6 @@ from firp_cli.teacher.looped import CACHE_NAMES
 from firp_cli.teacher.masks import LayerMask
 
 LOG = logging.getLogger("firp")  # commands print it on stderr
-EXTENDED_ROPE = ("yarn", "linear", "llama3")  # position embeddings that a longer context was trained or scaled for
 KERNEL = "firp_tree"  # name of `attend` in transformers' attention interface
 
 
@@ -198,8 +197,10 @@ def part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
 
 def max_positions(config: Any, rope_type: str | None) -> int:
     """Return the length of the context; with `longrope` the original one, because longer sequences get other factors
-    at all positions. Frequencies that are scaled from an original context serve that context times their factor, also
-    where the config still names the original one (YaRN); dynamic ones change from there on, so they do not.
+    at all positions.
+
+    Frequencies of YaRN and linear ones serve the original context times their factor, also where the config still names
+    the original one. Dynamic ones change from there on, and llama3's factor is not that of the context.
     """
     count: int = getattr(config, "max_position_embeddings", None) or 1 << 30
     rope = getattr(config, "rope_parameters", None) or {}
@@ -207,7 +208,7 @@ def max_positions(config: Any, rope_type: str | None) -> int:
     if rope_type == "longrope":
         return min(count, int(original or count))
     factor = rope.get("factor")
-    if rope_type not in EXTENDED_ROPE or not original or not factor or int(original * factor) <= count:
+    if rope_type not in ("yarn", "linear") or not original or not factor or int(original * factor) <= count:
         return count
     LOG.info(
         f"context of {int(original * factor):,} positions: rope_parameters extend {original:,} by {rope_type}'s factor "

@@ -87,9 +87,14 @@ def locate_config(config: TeacherConfig) -> tuple[str, Any]:
 
 
 def local_path(config: TeacherConfig) -> Path | None:
-    """Return the folder or GGUF file of a teacher that is named by its path; None for other teachers."""
+    """Return the folder or GGUF file of a teacher that is named by its path; None for other teachers.
+
+    A link keeps its name: a file in the hub's cache is a link to one that is named by a hash.
+    """
     place = Path(config.model) / (config.gguf_file or "")
-    return place.resolve() if place.exists() else None
+    if not place.exists():
+        return None
+    return place.resolve() if place.name in ("", "..") else place.parent.resolve() / place.name
 
 
 def teacher_name(config: TeacherConfig) -> str:
@@ -105,7 +110,7 @@ def teacher_name(config: TeacherConfig) -> str:
 
 def _snapshot(path: Path) -> tuple[str, str] | None:
     """Return repository and commit of a snapshot folder of the hub's cache; None for another path."""
-    match = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$", str(path))
+    match = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(/[^/]+\.gguf)?$", str(path))
     return None if match is None else (match[1].replace("--", "/", 1), match[2])
 
 

@@ -331,7 +331,7 @@ def export_predictor(
     try:
         with _writing("the predictor"):
             write_predictor(weights, config, temporary, teacher)
-            (temporary / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+            (temporary / "recipe.yaml").write_text(dump_recipe(recipe, published=True), encoding="utf-8")
             write_json(temporary / "training.json", training)
             for name in EXPORTED:
                 with (temporary / name).open("rb+") as stream:

@@ -254,7 +254,7 @@ class _Run(TrainingLoop):
     def _store_record(self) -> dict[str, Any]:
         """Return the description of the store, its folder as seen from the predictor's."""
         folder, record = self.store_summary.get("folder"), provenance.portable(self.store_summary)
-        return record | ({"folder": os.path.relpath(folder, self.output)} if folder else {})
+        return record | ({"folder": os.path.relpath(Path(folder).resolve(), self.output.resolve())} if folder else {})
 
     def _export(self) -> dict[str, Any]:
         """Write the predictor folder from the best weights, or from the last ones where nothing was held out."""

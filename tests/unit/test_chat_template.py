@@ -150,6 +150,57 @@ def test_misspelt_option_gets_the_nearest_name() -> None:
         tokenizer_with(SWITCHED, template_options={"enable_thinkin": False})
 
 
+@pytest.mark.parametrize("template", ["\n{{ style }}A", "  {% if style %}A{% endif %}\n", "{{- style }}\n\nB"])
+def test_options_leave_the_blanks_at_the_head(template: str) -> None:
+    plain, _ = tokenizer_with("{% set style = 'x' %}{{ '' }}" + template)
+    given, _ = tokenizer_with(template, template_options={"style": "x"})
+    expected = render(template, style="x")
+    assert given.apply_chat_template(QUESTION, tokenize=False) == expected
+    clocked = at_fixed_time("  {% if true %}" + template + "{% endif %}{{ strftime_now('%Y') if false }}")
+    plain.chat_template = clocked
+    assert plain.apply_chat_template(QUESTION, tokenize=False, style="x") == render(
+        "  {% if true %}" + template + "{% endif %}", style="x"
+    )
+
+
+def render(template: str, **options: Any) -> str:
+    """Render a template as transformers does, with its options as arguments."""
+    tokenizer = copy.copy(byte_tokenizer())
+    tokenizer.chat_template = template
+    return str(tokenizer.apply_chat_template(QUESTION, tokenize=False, **options))
+
+
+def test_a_date_that_nothing_reads_is_refused_beside_other_options() -> None:
+    for options in ({"style": "x", "date": "2024-01-01"}, {"date": "2024-01-01", "style": "x"}):
+        with pytest.raises(TeacherError, match="does not read 'date'"):
+            tokenizer_with("{{ style }}", template_options=options)
+
+
+def test_templates_that_cannot_be_used_are_refused() -> None:
+    deep = "{% if true %}" * 3000 + "{% endif %}" * 3000
+    for text in (deep, "{% if %}"):
+        with pytest.raises(TeacherError, match="is not valid Jinja"):
+            tokenizer_with(text)
+    with pytest.raises(TeacherError, match="cannot be read"):
+        find_template("a\0b")
+    with pytest.raises(TeacherError, match=r"several chat templates \(rag, tool_use\), none of them named default"):
+        tokenizer_with({"tool_use": SWITCHED, "rag": SWITCHED})
+    looped: list[Any] = []
+    looped.append(looped)
+    with pytest.raises(ValidationError, match="no JSON value"):
+        TeacherConfig(template_options={"style": looped})
+
+
+def test_a_template_that_sets_its_own_date_has_no_date_in_its_record() -> None:
+    _, record = tokenizer_with("{% set date_string = '1 May 2020' %}{{ date_string }}")
+    assert "date" not in record
+
+
+def test_an_option_of_one_of_several_named_templates_is_accepted() -> None:
+    tokenizer, _ = tokenizer_with({"default": SWITCHED, "rag": "{{ documents }}"}, template_options={"style": "x"})
+    assert prompt_text(tokenizer).endswith('"x"')
+
+
 def test_options_apply_to_each_of_several_named_templates() -> None:
     tokenizer, _ = tokenizer_with(
         {"default": SWITCHED, "tool_use": "{{ messages[0].content + ' tools' if enable_thinking is false }}"},

@@ -32,8 +32,8 @@ def config_of(**rope: Any) -> Any:
         (YARN | {"original_max_position_embeddings": 256}, 1024),
         (YARN | {"original_max_position_embeddings": 64}, 256),  # the config names the extended one
         (YARN | {"original_max_position_embeddings": 32}, 256),
-        (LLAMA3 | {"original_max_position_embeddings": 64}, 512),
-        (LLAMA3 | {"original_max_position_embeddings": 32}, 256),
+        # Llama 3.2: 8,192 original positions, factor 32, a context of 131,072
+        (LLAMA3 | {"original_max_position_embeddings": 16, "factor": 32.0}, 256),
         ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, 256),
         ({"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 1e4}, 1024),
         ({"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, 256),  # frequencies change after 256
