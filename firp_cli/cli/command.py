@@ -23,7 +23,7 @@ SHOWN = 60  # characters of a refused argument
 class Command(TyperCommand):
     """Command whose options mean one thing.
 
-    An option that is given twice counts twice where it takes several values, and is refused elsewhere. Empty values,
+    The values of an option that is given twice are joined where it takes several, and refused elsewhere. Empty values,
     text that is not UTF-8, and numbers that are not finite or too large are refused. Old names of options are accepted,
     and the new ones named on stderr.
 
@@ -116,7 +116,9 @@ def _check_filled(parameter: Any, value: Any) -> None:
     if TEXTS & set(parameter.opts):
         return
     for name in values:
-        if isinstance(name, str) and "=" not in name and max(len(part.encode()) for part in name.split("/")) > LONGEST:
+        if not isinstance(name, str) or "=" in name or name.isdigit():
+            continue
+        if max(map(len, name.encode().split(b"/"))) > LONGEST:
             raise UsageError(f"{_name(parameter)} {name[:SHOWN]!r}...: a name has at most {LONGEST} bytes")
 
 

@@ -116,6 +116,22 @@ def test_every_turn_is_lossless_against_transformers(tmp_path: Path, batch_size:
         assert row.method == "hf" or (row.lossless.compared, row.lossless.identical) == (4, 4)
 
 
+def test_an_interruption_is_raised_unless_partial_results_are_wanted(tmp_path: Path) -> None:
+    teacher = make_teacher()
+    settings = BenchSettings(max_new_tokens=4, repeats=3, warmup=0)
+
+    def interrupt(done: int, total: int | None) -> None:
+        if done == 5:  # in the second repeat of the four prompts
+            raise KeyboardInterrupt
+
+    methods = make_methods(teacher, {}, ["ar"], settings)
+    prompts = talk_prompts(teacher, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(teacher, prompts, methods, settings, progress=interrupt)
+    kept = run_bench(teacher, prompts, methods, settings, progress=interrupt, keep_partial=True)
+    assert "1 of 3 repeats" in kept.settings["interrupted"]
+
+
 def test_embedded_teacher_is_lossless_in_both_turns(tmp_path: Path) -> None:
     folder = predictor_folder("firp")
     teacher = load_named_teacher("arithmetic", folder, "float32", "cpu")
