@@ -146,23 +146,6 @@ class Selection:
     max_odd: float = MAX_ODD
 
 
-def load_records(
-    name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
-) -> list[dict[str, Any]]:
-    """Return the rows of one split of one data set as they are, at most `limit`.
-
-    Raises DatasetError when the set or the split does not exist or a line is not a JSON object.
-    """
-    records: list[dict[str, Any]] = []
-    for place, row in _find(name, Selection(split, data_dir, limit), any_single=False):
-        if isinstance(row, OddRow):
-            raise DatasetError(f"{name} {place.replace('row', 'line')}: {row}")
-        records.append(row)
-        if len(records) == limit:
-            break
-    return records
-
-
 def load_prompts(
     name: str,
     data_dir: str | None = None,
@@ -202,13 +185,6 @@ def load_rows(name: str, selection: Selection, tell: bool = True) -> Rows:
     if tell:
         rows.tell()
     return rows
-
-
-def load_conversations(
-    name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
-) -> list[list[Message]]:
-    """Return the messages of the conversations of `load_rows`."""
-    return [row.conversation.messages for row in load_rows(name, Selection(split, data_dir, limit))]
 
 
 def dataset_names(text: str) -> list[str]:

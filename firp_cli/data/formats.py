@@ -12,7 +12,6 @@ from typing import Any
 
 from firp_cli.data.messages import Message, check_users, parse_json, read_messages, read_text, read_tools
 from firp_cli.data.odd_rows import OddRow
-from firp_cli.errors import DatasetError
 
 Row = Mapping[str, Any]
 
@@ -121,24 +120,6 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
     messages = [item for place, item in enumerate(messages) if item["role"] != "assistant" or place > first]
     conversation.messages, conversation.left_out = _with_system(row, messages, read is _pair)
     return conversation
-
-
-def to_messages(row: Row, where: str) -> list[Message]:
-    """Return the messages of `read_conversation`, of questions without answers only the first.
-
-    Raises DatasetError naming the row (`where`), its fields and the accepted ones.
-    """
-    try:
-        conversation = read_conversation(row)
-    except OddRow as odd:
-        raise DatasetError(f"{', '.join(filter(None, (where, odd.place)))}: {odd}") from None
-    return conversation.turns()[0] if conversation.questions_only else conversation.messages
-
-
-def prompt_of(messages: list[Message]) -> list[Message]:
-    """Return the messages before the first assistant turn."""
-    first = next((place for place, item in enumerate(messages) if item["role"] == "assistant"), len(messages))
-    return messages[:first]
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
