@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,6 @@ def prompts_file(folder: Path, *rows: Any) -> Path:
 
 def lines_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
-
-
-@pytest.fixture
-def no_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    for place in ("api.loading", "teacher.load"):
-        monkeypatch.setattr(f"firp_cli.{place}.load_teacher", lambda *_, **__: pytest.fail("a teacher was loaded"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -133,27 +126,22 @@ def test_bench_prints_the_table_of_a_report_that_cannot_be_written(
     assert json.loads(done.stdout)["rows"] if flags else "up to 8 new tokens" in done.stdout
 
 
-def interrupt_at(number: int) -> Callable[..., None]:
+def interrupted_bar(number: int) -> Callable[[str], Any]:
+    """Return a progress bar that interrupts at a call."""
     calls = iter(range(1, number + 1))
 
     def progress(*_: object) -> None:
         if next(calls) == number:
             raise KeyboardInterrupt
 
-    return progress
+    return lambda _: nullcontext(progress)
 
 
 @pytest.mark.parametrize(("at", "whole"), [(8, 3), (3, 0)])
 def test_interrupted_bench_reports_whole_repeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, whole: int
 ) -> None:
-    from contextlib import contextmanager
-
-    @contextmanager
-    def bar(_: str) -> Any:
-        yield interrupt_at(at)
-
-    monkeypatch.setattr("firp_cli.cli.bench.progress_bar", bar)
+    monkeypatch.setattr("firp_cli.cli.bench.progress_bar", interrupted_bar(at))
     done = invoke(*BENCH, "--repeats", "5", "--output", tmp_path / "out")
     assert done.exit_code == 130
     if whole:
@@ -181,13 +169,7 @@ def test_generate_resumes_an_interrupted_file(tmp_path: Path, monkeypatch: pytes
     assert [line["index"] for line in expected] == [0, 1, 2, 3, 4] and expected[1]["id"] == "q1"
     assert [line["batch_size"] for line in expected] == [2, 2, 2, 2, 1]
     with monkeypatch.context() as patch:
-        from contextlib import contextmanager
-
-        @contextmanager
-        def bar(_: str) -> Any:
-            yield interrupt_at(2)
-
-        patch.setattr("firp_cli.cli.answers.progress_bar", bar)
+        patch.setattr("firp_cli.cli.answers.progress_bar", interrupted_bar(2))
         done = invoke(*command, output)
     assert done.exit_code == 130 and "4 of 5 answers are in" in done.stderr and "--resume" in done.stderr
     with output.open("a") as stream:
