@@ -16,7 +16,7 @@ from firp_cli.data.chat import render_prompt, text_tokens
 from firp_cli.data.formats import Conversation, Message
 from firp_cli.errors import DatasetError
 
-PLACEHOLDER = "."  # answer of one token
+SHORTEST_ANSWER = "."  # one token
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Questions:
         lengths = []
         for turn in range(1, len(self.turns)):
             try:
-                lengths.append(len(text_tokens(self._render(self._said([PLACEHOLDER] * turn)), self.tokenizer)))
+                lengths.append(len(text_tokens(self._render(self._said([SHORTEST_ANSWER] * turn)), self.tokenizer)))
             except DatasetError:
                 break
         return lengths

@@ -48,7 +48,7 @@ def test_local_file_is_first(tmp_path: Path) -> None:
     assert [row.messages[0]["content"] for row in rows] == ["q0", "q1"]
     (prompt,) = load_prompts(str(path), limit=1)
     assert prompt.messages == [{"role": "user", "content": "q0"}]
-    assert (prompt.reference, prompt.category) == ("a0", "")
+    assert (prompt.conversation.messages[1]["content"], prompt.category) == ("a0", "")
     with pytest.raises(DatasetError, match=r"no such file: .*absent\.jsonl"):
         train_rows(str(tmp_path / "absent.jsonl"))
 
@@ -82,11 +82,11 @@ def test_data_folder_by_option_and_variable(tmp_path: Path, monkeypatch: pytest.
     write(tmp_path / "gsm8k" / "test.jsonl", [{"question": "q", "answer": "a"}])
     write(tmp_path / "mt_bench" / "question.jsonl", [{"turns": ["one", "two"], "category": "writing"}])
     write(tmp_path / "own" / "name" / "train.jsonl", [{"prompt": "p", "response": "r"}])
-    assert load_prompts("gsm8k", str(tmp_path))[0].reference == "a"
+    assert load_prompts("gsm8k", str(tmp_path))[0].messages[0]["content"] == "q"
     monkeypatch.setenv("FIRP_DATA_DIR", str(tmp_path))
     (asked,) = load_prompts("mt_bench")
     assert [item["content"] for item in asked.messages] == ["one"]
-    assert (asked.category, asked.reference) == ("writing", None)
+    assert asked.category == "writing" and not asked.conversation.answered
     assert len(train_rows("own/name")) == 1
     with pytest.raises(DatasetError, match=r"no split 'test' in .*own/name; it has: train"):
         load_prompts("own/name")
@@ -169,7 +169,7 @@ def test_real_sets_are_read(name: str, count: int, categories: int) -> None:
     assert len(prompts) == count
     assert len({item.category for item in prompts}) == categories
     assert all(item.messages[-1]["role"] == "user" and item.messages[-1]["content"] for item in prompts)
-    assert all(item.reference for item in prompts) == (name in ("gsm8k", "humaneval"))
+    assert all(item.conversation.answered for item in prompts) == (name in ("gsm8k", "humaneval"))
 
 
 @needs_real
@@ -190,7 +190,7 @@ def test_several_sets_are_concatenated(tmp_path: Path) -> None:
     found = load_prompts("gsm8k, mbpp", str(tmp_path), 2, "train")
     asked = [prompt.messages[0]["content"] for prompt in found]
     assert asked == ["g0", "g1", *["t\nYour code should satisfy these tests:\nassert c == 1"] * 2]
-    assert found[2].reference == "```python\nc = 1\n```"
+    assert found[2].conversation.messages[1]["content"] == "```python\nc = 1\n```"
     assert len(load_rows("gsm8k,mbpp", Selection("train", str(tmp_path), 1))) == 2
     for nothing in ("", " , "):
         with pytest.raises(DatasetError, match="names no data set; known: arithmetic"):

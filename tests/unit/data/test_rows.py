@@ -126,7 +126,7 @@ def test_named_columns_are_read(tmp_path: Path) -> None:
     assert said(row, **names) == [("system", "S"), *QA]
     assert said({"m": [ASKED, ANSWERED], "question": "other"}, messages="m") == QA
     (prompt,) = load_prompts(str(write(tmp_path / "a.jsonl", [row])), selection=Selection(columns=names))
-    assert (prompt.category, prompt.reference) == ("math", "A")
+    assert prompt.category == "math" and prompt.conversation.messages[-1]["content"] == "A"
     with pytest.raises(OddRow, match=r"no column 'x' \(data\.columns\) among q, a, s, kind"):
         read_conversation(row, {"question": "x"})
 
