@@ -146,19 +146,17 @@ class Decoder:
         if tree and predictor is not None and not Path(tree).is_file():
             parse_tree(tree, predictor.steps)  # raises on a misspelt tree now, not at the first prompt
 
-    def encode(self, prompt: Prompt, tools: Sequence[Any] | None = None) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, which ends where the assistant starts to write.
 
         A string is a user message. Strings and chat messages go through the tokenizer's chat template; token ids are
-        returned as they are. `tools`: functions that the assistant may call, as JSON schemas, for the template.
-
-        Raises UsageError, DatasetError.
+        returned as they are. Raises UsageError, DatasetError.
         """
         items: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if items and all(isinstance(item, dict) for item in items):
             if self.teacher.tokenizer is None:
                 raise UsageError(f"the teacher {self.teacher.name} has no tokenizer: give token ids")
-            return encode_prompt(items, self.teacher.tokenizer, tools)
+            return encode_prompt(items, self.teacher.tokenizer)
         try:
             return [operator.index(item) for item in items]
         except TypeError:

@@ -15,7 +15,7 @@ from typing import Any
 from firp_cli.api.decoder import Decoder
 from firp_cli.data.chat import encode_text
 from firp_cli.data.datasets import Prompt, load_prompts
-from firp_cli.data.encode_rows import encode_prompts
+from firp_cli.data.encode_rows import SideFields, encode_prompts, encode_question
 from firp_cli.data.turns import Questions
 from firp_cli.decoding.sequences import check_room
 from firp_cli.errors import CapacityError, DatasetError, UsageError
@@ -212,12 +212,13 @@ class FileRun:
     def _name(self, item: Asked) -> str:
         return f"{item.row.row} of {self.path}"
 
-    def _encode(self, row: Prompt) -> list[int]:
+    def _encode(self, row: Prompt, fields: SideFields) -> list[int]:
         """Return the tokens of a row's first prompt: with the row's history for conversations."""
-        said = row.messages if row.conversation.questions_only else row.conversation.history()
         if self.settings.raw:
-            return raw_tokens(self.decoder, said[-1]["content"])
-        return self.decoder.encode(said, tools=row.conversation.tools)
+            fields.note([], None, (*row.conversation.left_out, *(["tools"] if row.conversation.tools else [])))
+            return raw_tokens(self.decoder, row.conversation.history()[-1]["content"])
+        said = row.messages if row.conversation.questions_only else row.conversation.history()
+        return encode_question(row, fields, said)
 
     def _line(self, item: Asked, prompt: list[int], generation: Generation) -> Line:
         """Return the line of the answer to `prompt`, before it is taken."""
@@ -233,12 +234,13 @@ class FileRun:
 
 
 def prompts_to_answer(path: str, limit: int | None, raw: bool) -> list[Prompt]:
-    """Read the prompts of a file. Raises DatasetError, also where it has none; UsageError for turns with `raw`."""
+    """Read the prompts of a file. Raises DatasetError, also where it has none; UsageError with `raw` for one of
+    several messages.
+    """
     prompts = load_prompts(path, None, limit)
-    asked = ((item.row, item.conversation) for item in prompts)
-    several = next((row for row, asked in asked if asked.questions_only and len(asked.turns()) > 1), None)
+    several = next((item.row for item in prompts if len(item.conversation.history()) > 1), None)
     if raw and several is not None:
-        raise UsageError(f"{several} of {path} has several turns, which need a chat template: leave --raw out")
+        raise UsageError(f"{several} of {path} has several messages, which need a chat template: leave --raw out")
     return prompts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from firp_cli.api.decoder import Decoder
-from firp_cli.api.generate_run import FileRun, GenerateSettings
+from firp_cli.api.generate_run import FileRun, GenerateSettings, prompts_to_answer
 from firp_cli.cli.answers import Lines, summary
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.datasets import load_prompts
@@ -253,6 +254,33 @@ def test_generate_answers_the_last_user_turn_with_its_history(tmp_path: Path) ->
     row = {"messages": [{"role": role, "content": text} for role, text in said]}
     (line,) = lines_of(succeed("generate", "--prompts", prompts_file(tmp_path, row), *QUICK).stdout)
     assert line["prompt_tokens"] == 37 and "turn" not in line
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"turns": ["one", "two"]},
+        {"system": "Answer in French.", "question": "one"},
+        {"messages": [{"role": role, "content": role} for role in ("user", "assistant", "user")]},
+    ],
+)
+def test_raw_rows_of_several_messages_are_refused(no_teacher: Path, row: dict[str, Any]) -> None:
+    refused = invoke("generate", "--prompts", prompts_file(no_teacher, "one", row), "--raw").exception
+    assert isinstance(refused, UsageError) and re.search(r"row 2 of \S+ has several messages", str(refused))
+
+
+def test_raw_rows_name_what_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("firp"), "propagate", True)  # commands of earlier tests keep it to themselves
+    rows = [{"question": "one", "tools": [{"name": "add"}]}, {"messages": [{"role": "user", "content": "two"}]}]
+    rows[1]["context"] = "lost"
+    prompts = prompts_to_answer(str(prompts_file(tmp_path, *rows)), None, raw=True)
+    with caplog.at_level("WARNING", "firp"):
+        run = FileRun("f", Decoder(make_teacher()), prompts, GenerateSettings(max_new_tokens=4, raw=True))
+    assert "columns left out: context, tools" in caplog.text
+    tokenizer = run.decoder.teacher.tokenizer
+    assert [tokenizer.decode(item.prompt) for item in run.asked] == ["one", "two"]
 
 
 def test_questions_are_answered_turn_by_turn(tmp_path: Path) -> None:
