@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from firp_cli.api.decoder import Decoder
 from firp_cli.api.generate_run import FileRun, GenerateSettings, prompts_to_answer
 from firp_cli.cli.answers import Lines, summary
+from firp_cli.cli.terminal import default_folder
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.datasets import load_prompts
 from firp_cli.data.turns import Questions
@@ -107,6 +108,11 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bench-x-2"]
     with reserved_folder(second, default) as again:
         assert again == second and (second / "kept").exists()
+
+
+def test_default_folders_have_names_without_odd_characters() -> None:
+    folder = default_folder("bench", f"org/{'n' * 80}:main ü")
+    assert folder.parent == Path("runs") and re.fullmatch(r"bench-org-n{56}-\d{8}-\d{6}", folder.name)
 
 
 BENCH = ("bench", "firp", "--dataset", "arithmetic", "--methods", "ar,firp", "--limit", "1", *QUICK)
