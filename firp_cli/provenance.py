@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def fingerprint(value: Any) -> str:
     if not isinstance(value, bytes):
         value = (value if isinstance(value, str) else json.dumps(value, sort_keys=True)).encode()
     return hashlib.sha256(value).hexdigest()[:16]
+
+
+def differences(kept: Mapping[str, Any], now: Mapping[str, Any], place: str) -> list[str]:
+    """Return `NAME (PLACE: VALUE, now: VALUE)` for each value of a kept record that is not the same now."""
+    return [
+        f"{name} ({place}: {kept.get(name, 'not set')}, now: {now.get(name, 'not set')})"
+        for name in dict.fromkeys((*now, *kept))
+        if kept.get(name) != now.get(name)
+    ]
 
 
 def _now() -> str:

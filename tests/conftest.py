@@ -66,6 +66,15 @@ def stacked_teacher(request: pytest.FixtureRequest, any_stack: str) -> Teacher:
 
 
 @pytest.fixture
+def no_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Work in an empty folder, where no teacher can be loaded."""
+    for place in ("api.loading", "teacher.load"):
+        monkeypatch.setattr(f"firp_cli.{place}.load_teacher", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make engines read steps late, as on a CUDA device."""
     monkeypatch.setattr(torch.cuda, "Event", Arrived)

@@ -13,17 +13,20 @@ import torch
 from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher, warn_turn_end
 from firp_cli.chat_template import set_chat_template
 from firp_cli.config import TeacherConfig, check_sampling
-from firp_cli.data.chat import encode_prompt
+from firp_cli.data.chat import encode_prompt, template_fingerprint
 from firp_cli.data.formats import Message
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.make_engine import make_engine
 from firp_cli.decoding.sequences import Label, OnTokens, check_prompts, check_stop, prompt_label
 from firp_cli.decoding.speed.pipeline import PipelineEngine
+from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import TeacherError, UsageError
+from firp_cli.files import file_sha256
 from firp_cli.machine import readable_bytes
 from firp_cli.predictors.base import Predictor
-from firp_cli.predictors.folder import load_predictor, predictor_folder, read_config
+from firp_cli.predictors.folder import WEIGHTS, load_predictor, predictor_folder, read_config
+from firp_cli.provenance import fingerprint
 from firp_cli.results import Generation, Progress, no_progress
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.source import TeacherOrigin
@@ -31,7 +34,6 @@ from firp_cli.teacher.teacher import Teacher
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a user message, token ids, or chat messages
 OnText = Callable[[str, bool], object]  # (piece of text, True where the predictor drafted it)
-OnBatch = Callable[[int, list[Generation]], object]  # (index of the first prompt, results)
 CONTEXT_TOKENS = 8  # tokens before a piece that decide how it is written (spaces, split characters)
 
 
@@ -144,19 +146,17 @@ class Decoder:
         if tree and predictor is not None and not Path(tree).is_file():
             parse_tree(tree, predictor.steps)  # raises on a misspelt tree now, not at the first prompt
 
-    def encode(self, prompt: Prompt, tools: Sequence[Any] | None = None) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, which ends where the assistant starts to write.
 
         A string is a user message. Strings and chat messages go through the tokenizer's chat template; token ids are
-        returned as they are. `tools`: functions that the assistant may call, as JSON schemas, for the template.
-
-        Raises UsageError, DatasetError.
+        returned as they are. Raises UsageError, DatasetError.
         """
         items: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if items and all(isinstance(item, dict) for item in items):
             if self.teacher.tokenizer is None:
                 raise UsageError(f"the teacher {self.teacher.name} has no tokenizer: give token ids")
-            return encode_prompt(items, self.teacher.tokenizer, tools)
+            return encode_prompt(items, self.teacher.tokenizer)
         try:
             return [operator.index(item) for item in items]
         except TypeError:
@@ -213,35 +213,32 @@ class Decoder:
         stop: Sequence[str] = (),
         progress: Progress = no_progress,
         label: Label = prompt_label,
-        on_batch: OnBatch | None = None,
     ) -> list[Generation]:
         """Generate text after several prompts, `batch_size` at once; results are in the prompts' order. All prompts are
         checked before the first batch.
 
-        After each batch `on_batch` is called with the index of its first prompt and its results, then `progress` with
-        (prompts done, all prompts). The results of a batch share its times. `label` names a prompt in messages, by its
-        number from 0. The other arguments and the errors are those of `generate`.
+        After each batch `progress` is called with (prompts done, all prompts). The results of a batch share its times.
+        `label` names a prompt in messages, by its number from 0. The other arguments and the errors are those of
+        `generate`.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         encoded = [self.encode(prompt) for prompt in prompts]
         check_stop(stop, self.teacher.tokenizer)
         check_prompts(self.teacher, encoded, max_new_tokens, label)
-        engine = self._prepare(temperature, top_p, seed)
-        self._log_cache(engine, min(batch_size, len(encoded)), max(map(len, encoded), default=0), max_new_tokens)
+        decode = self.session(
+            max_new_tokens,
+            batch=min(batch_size, len(encoded)),
+            longest=max(map(len, encoded), default=0),
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+        )
         results: list[Generation] = []
         for start in range(0, len(encoded), batch_size):
-            end = start + batch_size
-            made = _generate_batch(
-                engine,
-                encoded[start:end],
-                max_new_tokens,
-                stop,
-                lambda number, start=start: label(start + number),  # type: ignore[misc]
-            )
-            results += made
-            if on_batch:
-                on_batch(start, made)
+            batch = range(start, min(start + batch_size, len(encoded)))
+            results += decode([encoded[number] for number in batch], [label(number) for number in batch])
             progress(len(results), len(encoded))
         return results
 
@@ -255,15 +252,45 @@ class Decoder:
         top_p: float,
         seed: int,
         stop: Sequence[str],
-    ) -> Callable[[Sequence[list[int]], Label], list[Generation]]:
-        """Return a function that decodes prompts (token ids) as one batch; a label names them in messages. Random
+    ) -> Callable[[Sequence[list[int]], Sequence[str]], list[Generation]]:
+        """Return a function that decodes prompts (token ids) as one batch, given their names for messages. Random
         numbers go on from batch to batch.
 
         `batch`, `longest`: most prompts of a batch, most tokens of a prompt, to log the memory. Raises UsageError.
         """
         engine = self._prepare(temperature, top_p, seed)
         self._log_cache(engine, batch, longest, max_new_tokens)
-        return lambda prompts, label: _generate_batch(engine, prompts, max_new_tokens, stop, label)
+
+        def decode(prompts: Sequence[list[int]], names: Sequence[str]) -> list[Generation]:
+            made = engine.generate(prompts, max_new_tokens, stop, label=names.__getitem__)
+            for item in made:
+                item.batch_size = len(made)
+            return made
+
+        return decode
+
+    def describe(self, temperature: float = 0.0, top_p: float = 1.0) -> dict[str, Any]:
+        """Return what drafts and texts depend on with this sampling, as JSON values: teacher, number format, chat
+        template, method, and of a predictor its weights, trees and guard. Raises UsageError.
+        """
+        tokenizer = self.teacher.tokenizer
+        made_by: dict[str, Any] = {
+            "teacher": self.teacher.fingerprint,
+            "dtype": str(self.teacher.dtype).removeprefix("torch."),
+            "chat_template": template_fingerprint(tokenizer) if tokenizer else None,
+            "method": self.predictor.kind if self.predictor else "ar",
+        }
+        if self.predictor is None or self.folder is None:
+            return made_by
+        made_by |= {
+            "predictor": file_sha256(self.folder / WEIGHTS)[:16],
+            "guard": self._guarded(temperature),
+        }
+        engine = self._prepare(temperature, top_p, 0)
+        if isinstance(engine, Engine):
+            shown = engine.tree.default if isinstance(engine.tree, TunedTrees) else engine.tree
+            made_by["tree"] = f"{shown} ({fingerprint(repr(engine.tree))})"
+        return made_by
 
     def _prepare(self, temperature: float, top_p: float, seed: int) -> Engine | PipelineEngine:
         """Return the engine of these settings, its random numbers set to `seed`. Raises UsageError."""
@@ -273,13 +300,12 @@ class Decoder:
             trees = None
             if self.predictor is not None and self.folder is not None:
                 trees = load_trees(self._tree, self.folder, self.predictor, self.teacher, temperature, self._options)
-            guard = True if self._guard is None and temperature == 0 else self._guard
             self._engine = make_engine(
                 self.teacher,
                 self.predictor,
                 trees,
                 *self._ranks,
-                guard=guard,
+                guard=self._guarded(temperature),
                 options=self._options,
                 temperature=temperature,
                 top_p=top_p,
@@ -288,24 +314,16 @@ class Decoder:
         self._engine.sampler.generator.manual_seed(seed)
         return self._engine
 
+    def _guarded(self, temperature: float) -> bool:
+        """Return whether decoding falls back to plain steps while drafting is slower; pipelines do by default."""
+        if self._guard is not None:
+            return self._guard
+        return temperature == 0 or (self.predictor is not None and bool(self.predictor.pipeline))
+
     def _log_cache(self, engine: Engine | PipelineEngine, batch: int, longest: int, max_new_tokens: int) -> None:
         """Log the size of the K/V cache before it is allocated."""
         size = readable_bytes(engine.cache_bytes(batch, longest, max_new_tokens))
         LOG.info(f"K/V cache for {batch} x {longest + max_new_tokens} positions: {size}")
-
-
-def _generate_batch(
-    engine: Engine | PipelineEngine,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    stop: Sequence[str],
-    label: Label = prompt_label,
-) -> list[Generation]:
-    """Decode one batch, and note its size in the results."""
-    made = engine.generate(prompts, max_new_tokens, stop, label=label)
-    for item in made:
-        item.batch_size = len(made)
-    return made
 
 
 class TextStream:

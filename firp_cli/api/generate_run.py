@@ -15,15 +15,14 @@ from typing import Any
 from firp_cli.api.decoder import Decoder
 from firp_cli.data.chat import encode_text
 from firp_cli.data.datasets import Prompt, load_prompts
-from firp_cli.data.encode_rows import encode_prompts
-from firp_cli.data.formats import Message
+from firp_cli.data.encode_rows import SideFields, encode_prompts, encode_question
+from firp_cli.data.turns import Questions
 from firp_cli.decoding.sequences import check_room
-from firp_cli.errors import CapacityError, UsageError
-from firp_cli.provenance import fingerprint
+from firp_cli.errors import CapacityError, DatasetError, UsageError
+from firp_cli.provenance import differences, fingerprint
 from firp_cli.results import Generation, Progress, no_progress
 
 Line = dict[str, Any]
-Key = tuple[int, int]  # index of the row, number of the turn
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,12 @@ class GenerateSettings:
     stop: tuple[str, ...] = ()
     raw: bool = False
 
-    def mark(self, decoder: Decoder) -> str:
-        """Return 16 hex digits over the teacher and these settings. Greedy text does not depend on the sampling."""
-        values = asdict(self) | {"batch_size": 0, "teacher": decoder.teacher.fingerprint}
-        if not self.temperature:
-            values |= {"top_p": 1.0, "seed": 0}
-        return fingerprint(values)
+    def made_with(self, decoder: Decoder) -> dict[str, Any]:
+        """Return the decoder and the settings that answers depend on, as JSON values."""
+        made_with = decoder.describe(self.temperature, self.top_p) | asdict(self) | {"stop": list(self.stop)}
+        unused = {"batch_size"} | ({"chat_template"} if self.raw else set())
+        unused |= set() if self.temperature else {"top_p", "seed"}
+        return {name: value for name, value in made_with.items() if name not in unused}
 
 
 @dataclass
@@ -71,170 +70,177 @@ class Totals:
 
 
 @dataclass
+class Asked:
+    """Row of the file, with the answers to it so far.
+
+    Attributes:
+        prompt: token ids before the next answer; empty where nothing more is asked.
+        questions: None for a row with one answer. answers: token ids of each.
+    """
+
+    row: Prompt
+    prompt: list[int]
+    questions: Questions | None = None
+    answers: list[list[int]] = field(default_factory=list)
+
+    @property
+    def turns(self) -> int:
+        """Number of answers that the row asks for."""
+        return len(self.questions.turns) if self.questions else 1
+
+    def take(self, answer: list[int], room: int) -> None:
+        """Append an answer. The next turn is asked if the template takes it, in at most `room` tokens."""
+        before, self.prompt = self.prompt, []
+        self.answers.append(answer)
+        if self.questions is None or len(self.answers) == self.turns:
+            return
+        try:
+            following, _ = self.questions.following(before, self.answers)
+        except DatasetError:
+            return
+        if len(following) <= room:
+            self.prompt = following
+
+
+@dataclass
 class FileRun:
     """Answers to the prompts of a file, resolved for one decoder.
 
     Attributes:
-        skipped: rows whose prompt is too long. cut: later turns that have no room beside their history.
+        asked: rows that are answered. skipped: indices of rows whose prompt is too long. kept: answers of an
+            interrupted run.
     """
 
     path: str
     decoder: Decoder
-    prompts: list[Prompt]
+    rows: list[Prompt]
     settings: GenerateSettings
     totals: Totals = field(default_factory=Totals)
     skipped: list[int] = field(default_factory=list)
-    cut: int = 0
+    kept: int = 0
 
     def __post_init__(self) -> None:
-        self.mark = self.settings.mark(self.decoder)
-        teacher = self.decoder.teacher
-        first = encode_prompts(self.prompts, teacher.tokenizer, teacher.vocab_size, lambda item: self._encode(item, []))
-        self.first = {item.index: ids for item, ids in zip(self.prompts, first, strict=True) if ids is not None}
-        self.prompts = [item for item in self.prompts if item.index in self.first]
-        self.room = self.decoder.teacher.max_positions - self.settings.max_new_tokens
+        teacher, stops = self.decoder.teacher, set(self.decoder.teacher.eos_token_ids)
+        self.room = teacher.max_positions - self.settings.max_new_tokens
+        self.made_with = self.settings.made_with(self.decoder)
+        encoded = encode_prompts(self.rows, teacher.tokenizer, teacher.vocab_size, self._encode)
+        self.asked: list[Asked] = []
+        for row, ids in zip(self.rows, encoded, strict=True):
+            if ids is not None:
+                several = row.conversation.questions_only
+                questions = Questions.of(row.conversation, teacher.tokenizer, stops) if several else None
+                self.asked.append(Asked(row, ids, questions))
 
     @property
     def count(self) -> int:
         """Number of answers to make, kept ones included."""
-        return sum(_turns(item) for item in self.prompts)
+        return sum(item.turns for item in self.asked)
+
+    @property
+    def cut(self) -> int:
+        """Number of later turns that are not asked: they do not fit, or the template refuses the answers."""
+        return sum(item.turns - len(item.answers) for item in self.asked if not item.prompt)
 
     def check_lengths(self, skip_long: bool) -> None:
         """Leave out rows that are too long, with `skip_long`. Raises CapacityError, UsageError naming the row."""
-        check_room(self.settings.max_new_tokens, self.decoder.teacher.max_positions)
-        fitting = []
-        for item in self.prompts:
-            length = len(self.first[item.index])
+        limit, new = self.decoder.teacher.max_positions, self.settings.max_new_tokens
+        check_room(new, limit)
+        for item in self.asked:
+            length, name = len(item.prompt), self._name(item)
             if not length:
-                raise UsageError(f"{item.row} of {self.path} is empty: give at least one token")
-            if length <= self.room:
-                fitting.append(item)
-            elif skip_long:
-                self.skipped.append(item.index)
-            else:
-                limit, new = self.decoder.teacher.max_positions, self.settings.max_new_tokens
+                raise UsageError(f"{name} is empty: give at least one token")
+            if length > self.room and not skip_long:
                 raise CapacityError(
-                    f"{item.row} of {self.path} has {length} tokens and {new} new ones are asked for, the "
-                    f"teacher's context holds {limit}: {self.room} beside them\n"
+                    f"{name} has {length} tokens and {new} new ones are asked for, the teacher's context holds "
+                    f"{limit}: {self.room} beside them\n"
                     "--skip-long skips and counts such rows, a smaller --max-new-tokens makes room"
                 )
-        self.prompts = fitting
+        self.skipped = [item.row.index for item in self.asked if len(item.prompt) > self.room]
+        self.asked = [item for item in self.asked if len(item.prompt) <= self.room]
 
-    def answers(self, kept: dict[Key, Line], progress: Progress = no_progress) -> Iterator[list[Line]]:
-        """Yield the lines of each batch. Turns in `kept` are not decoded again, and serve as history."""
-        settings, pending = self.settings, [item for item in self.prompts if (item.index, _turns(item) - 1) not in kept]
-        done = len(kept)
+    def answers(self, progress: Progress = no_progress) -> Iterator[list[Line]]:
+        """Yield the lines of each batch. The next turns of its rows follow before the next batch."""
+        settings, pending, done = self.settings, [item for item in self.asked if item.prompt], self.kept
         decode = self.decoder.session(
             settings.max_new_tokens,
             batch=min(settings.batch_size, len(pending)),
-            longest=max((len(self.first[item.index]) for item in pending), default=0),
+            longest=max((len(item.prompt) for item in pending), default=0),
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed + done,
             stop=settings.stop,
         )
-        texts: dict[int, list[str]] = {item.index: [] for item in pending}
         for start in range(0, len(pending), settings.batch_size):
             rows = pending[start : start + settings.batch_size]
-            for turn in range(max(map(_turns, rows))):
-                asked = self._asked([row for row in rows if len(texts[row.index]) == turn], turn, texts, kept)
-                if not asked:
-                    continue
-                names = [f"{item.row} of {self.path}" for item, _ in asked]
-                made = decode([ids for _, ids in asked], names.__getitem__)
+            while batch := [(item, item.prompt) for item in rows if item.prompt]:
+                made = decode([ids for _, ids in batch], [self._name(item) for item, _ in batch])
                 self.totals.add(made)
-                for (item, _), generation in zip(asked, made, strict=True):
-                    texts[item.index].append(generation.text)
                 done += len(made)
-                yield [self._line(*each, generation, turn) for each, generation in zip(asked, made, strict=True)]
+                yield [self._line(item, ids, result) for (item, ids), result in zip(batch, made, strict=True)]
+                for (item, _), result in zip(batch, made, strict=True):
+                    item.take(result.token_ids, self.room)
                 progress(done, self.count)
 
-    def _asked(
-        self, rows: Sequence[Prompt], turn: int, texts: dict[int, list[str]], kept: dict[Key, Line]
-    ) -> list[tuple[Prompt, list[int]]]:
-        """Return the rows whose turn is to be answered, with its prompt. Kept answers are added to `texts`."""
-        asked = []
-        for item in rows:
-            if turn >= _turns(item):
-                continue
-            if (item.index, turn) in kept:
-                texts[item.index].append(kept[item.index, turn]["text"])
-                continue
-            ids = self.encode(item, texts[item.index])
-            if len(ids) <= self.room:
-                asked.append((item, ids))
-            else:
-                self.cut += _turns(item) - turn
-        return asked
+    def read_kept(self, output: Path) -> None:
+        """Take the answers in the whole lines of an interrupted run's file.
 
-    def encode(self, item: Prompt, answers: list[str]) -> list[int]:
-        """Return the tokens of a row's next prompt after `answers`, its own earlier ones."""
-        return self._encode(item, answers) if answers else self.first[item.index]
-
-    def read_kept(self, output: Path) -> dict[Key, Line]:
-        """Return the whole lines of an interrupted run's file by row and turn.
-
-        Raises UsageError where they were made from other prompts or with other settings.
+        Raises UsageError where they were made from other prompts, by another decoder or with other settings.
         """
-        kept: dict[Key, Line] = {}
-        known = {item.index: item for item in self.prompts}
+        known = {item.row.index: item for item in self.asked}
         for number, text in enumerate(_whole_lines(output), 1):
             where = f"{output} line {number}"
             try:
                 line = json.loads(text)
-                key = line["index"], line.get("turn", 0)
-                marks = line["settings_hash"], line["prompt_hash"], line["text"]
+                index, turn, answer = int(line["index"]), line.get("turn", 0), list(map(int, line["token_ids"]))
+                made_with, prompt_hash = dict(line["settings"]), line["prompt_hash"]
             except (ValueError, KeyError, TypeError):
                 raise UsageError(f"{where} is no answer of `firp generate`: give another --output") from None
-            if marks[0] != self.mark:
+            if different := differences(made_with, self.made_with, "file"):
                 raise UsageError(
-                    f"{where} was made by another teacher or with other settings (--max-new-tokens, --stop, --raw, "
-                    "sampling): repeat them, or leave --resume out to start again"
+                    f"--resume needs what {where} was made with; different: {', '.join(different)}\n"
+                    "give it as it was, another --output, or leave --resume out to start again"
                 )
-            item = known.get(key[0])
-            earlier = [kept[key[0], turn]["text"] for turn in range(key[1]) if (key[0], turn) in kept]
-            if item is None or key in kept or fingerprint(self.encode(item, earlier)) != marks[1]:
+            item = known.get(index)
+            if item is None or turn != len(item.answers) or fingerprint(item.prompt) != prompt_hash:
                 raise UsageError(
-                    f"{where} answers another prompt than row {key[0] + 1} of {self.path}: give the same --prompts, or "
+                    f"{where} answers another prompt than row {index + 1} of {self.path}: give the same --prompts, or "
                     "leave --resume out to start again"
                 )
-            kept[key] = line
-        return kept
+            item.take(answer, self.room)
+            self.kept += 1
 
-    def _encode(self, item: Prompt, answers: list[str]) -> list[int]:
-        """Return the tokens of the next prompt after `answers`; row's history for conversations."""
-        conversation = item.conversation
-        if self.settings.raw and not answers:
-            asked = conversation.turns()[0] if conversation.questions_only else conversation.history()
-            return raw_tokens(self.decoder, asked[-1]["content"])
-        if not conversation.questions_only:
-            return self.decoder.encode(conversation.history(), tools=conversation.tools)
-        turns = conversation.turns()
-        said: list[Message] = []
-        for turn, answer in zip(turns, answers, strict=False):
-            said += [*turn, {"role": "assistant", "content": answer}]
-        return self.decoder.encode([*said, *turns[len(answers)]], tools=conversation.tools)
+    def _name(self, item: Asked) -> str:
+        return f"{item.row.row} of {self.path}"
 
-    def _line(self, item: Prompt, ids: list[int], generation: Generation, turn: int) -> Line:
-        head: Line = {"index": item.index}
-        if item.id is not None:
-            head["id"] = item.id
-        if item.conversation.questions_only:
-            head["turn"] = turn
+    def _encode(self, row: Prompt, fields: SideFields) -> list[int]:
+        """Return the tokens of a row's first prompt: with the row's history for conversations."""
+        if self.settings.raw:
+            fields.note([], None, (*row.conversation.left_out, *(["tools"] if row.conversation.tools else [])))
+            return raw_tokens(self.decoder, row.conversation.history()[-1]["content"])
+        said = row.messages if row.conversation.questions_only else row.conversation.history()
+        return encode_question(row, fields, said)
+
+    def _line(self, item: Asked, prompt: list[int], generation: Generation) -> Line:
+        """Return the line of the answer to `prompt`, before it is taken."""
+        row = item.row
         return {
-            **head,
+            "index": row.index,
+            **({"id": row.id} if row.id is not None else {}),
+            **({"turn": len(item.answers)} if row.conversation.questions_only else {}),
             **record(generation),
-            "prompt_hash": fingerprint(ids),
-            "settings_hash": self.mark,
+            "prompt_hash": fingerprint(prompt),
+            "settings": self.made_with,
         }
 
 
 def prompts_to_answer(path: str, limit: int | None, raw: bool) -> list[Prompt]:
-    """Read the prompts of a file. Raises DatasetError, also where it has none; UsageError for turns with `raw`."""
+    """Read the prompts of a file. Raises DatasetError, also where it has none; UsageError with `raw` for one of
+    several messages.
+    """
     prompts = load_prompts(path, None, limit)
-    several = next((item.row for item in prompts if _turns(item) > 1), None)
+    several = next((item.row for item in prompts if len(item.conversation.history()) > 1), None)
     if raw and several is not None:
-        raise UsageError(f"{several} of {path} has several turns, which need a chat template: leave --raw out")
+        raise UsageError(f"{several} of {path} has several messages, which need a chat template: leave --raw out")
     return prompts
 
 
@@ -261,11 +267,6 @@ def record(result: Generation) -> Line:
 def raw_tokens(decoder: Decoder, text: str) -> list[int]:
     """Return the tokens of a text without the chat template."""
     return encode_text(text, decoder.teacher.tokenizer)
-
-
-def _turns(item: Prompt) -> int:
-    """Return the number of answers that a row asks for."""
-    return len(item.conversation.turns()) if item.conversation.questions_only else 1
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -200,19 +200,14 @@ def load_pair(
     choice: str | TeacherConfig | None,
     force: bool,
     dtype: str = "auto",
-    ranks: tuple[int, int] = (0, 1),
     backend: LayerBackend | None = None,
 ) -> tuple[Teacher, Predictor, Path]:
-    """Load a predictor by folder or embedded name, with its teacher.
+    """Load a predictor by folder or embedded name, with its teacher. Returns the predictor's folder too.
 
-    `ranks` is (rank, number of ranks): with several ranks a speed predictor's teacher keeps only this rank's layers.
     Raises PredictorError, TeacherError, FingerprintError.
     """
     folder = predictor_folder(name)
-    alone = ranks[1] == 1 or read_config(folder)["predictor"].get("kind") != "speed"
-    teacher = load_named_teacher(choice, folder, dtype, None if alone else "cpu", backend)
-    if not alone:
-        share_teacher(teacher, folder, *ranks, backend)
+    teacher = load_named_teacher(choice, folder, dtype, backend=backend)
     return teacher, load_predictor(folder, teacher, force), folder
 
 

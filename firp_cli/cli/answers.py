@@ -136,20 +136,20 @@ def answer_file(
     if run.skipped and is_main():
         text = f"skipped {len(run.skipped)} of {len(rows)} prompts longer than {run.room} tokens"
         typer.echo(text, err=True)
-    kept = run.read_kept(output) if resume and output is not None else {}
-    if resume:
-        say(f"{len(kept)} of {run.count} answers are kept from {output}")
+    if resume and output is not None:
+        run.read_kept(output)
+        say(f"{run.kept} of {run.count} answers are kept from {output}")
     lines, made = Lines(output, keep=resume), 0
 
     def interrupted() -> str:
-        held = f"{len(kept) + made} of {run.count} answers are "
+        held = f"{run.kept + made} of {run.count} answers are "
         if output is None:
             return f"firp: interrupted; {held}on stdout"
         return f"firp: interrupted; {held}in {output}, the same command with --resume continues it"
 
     try:
         with interruption(interrupted), progress_bar("generating") as progress:
-            for batch in run.answers(kept, progress):
+            for batch in run.answers(progress):
                 for line in batch:
                     lines.write(line)
                     made += 1
@@ -158,7 +158,7 @@ def answer_file(
     if not is_main():
         return
     if run.cut:
-        say(f"{run.cut} later turns are not answered: their history leaves no room in the context")
+        say(f"{run.cut} later turns are not answered: their history does not fit the context or the chat template")
     typer.echo(summary(run.totals), err=True)
     lines.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,8 @@ from firp_cli.cli.terminal import (
     Guarded,
     Json,
     Seed,
+    SkipLong,
+    Split,
     Temperature,
     Threads,
     TopP,
@@ -28,13 +29,13 @@ from firp_cli.cli.terminal import (
     Verbose,
     command_line,
     decoding_options,
+    default_folder,
     interruption,
     progress_bar,
     publish,
     quiet_libraries,
     say,
     teacher_options,
-    time_stamp,
 )
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import INTERRUPTED, UsageError
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from firp_cli.results import BenchReport
 
 NOTHING_KEPT = "firp: interrupted before the first repeat was whole: nothing is kept"
-LONGEST_NAME = 60  # characters of a data set's name in a folder's name
 Predictors = Annotated[
     list[str] | None, typer.Argument(help="Predictor folders or embedded names. Default: the embedded ones.")
 ]
@@ -70,7 +70,7 @@ def bench(
     methods: Methods = None,
     teacher: TeacherConfig | None = None,
     data_dir: DataDir = None,
-    split: Annotated[str, typer.Option(help="Split of the data set; a file has none.")] = "test",
+    split: Split = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each data set. Default: 40.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a prompt.")] = 128,
     temperature: Temperature = 0.0,
@@ -81,7 +81,7 @@ def bench(
     turns: Turns = "all",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of all measurements; medians are reported.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/bench-...")] = None,
-    skip_long: Annotated[bool, typer.Option(help="Skip and count prompts that do not fit the context.")] = False,
+    skip_long: SkipLong = False,
     threads: Threads = None,
     backend: Backend = "lean",
     attention: Attention = "auto",
@@ -96,13 +96,14 @@ def bench(
     """Measure accepted length and speedup; write bench.json, .csv, .md and .html."""
     quiet_libraries(verbose)
     from firp_cli.api.bench_run import bench as measure
+    from firp_cli.data.readers import dataset_label
     from firp_cli.distributed.launch import launch, relayed_errors, start
     from firp_cli.evaluation.methods import BenchSettings
 
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
     if max_new_tokens < 2:
         raise UsageError("one new token comes from prefill: nothing to compare; raise --max-new-tokens")
-    default = _default_output(dataset)
+    default = default_folder("bench", dataset_label(dataset))
     check_output(output or default)
     if launch(gpus, None, command_line(context)):
         return
@@ -124,14 +125,6 @@ def bench(
 
 def _names(methods: str | None) -> list[str] | None:
     return [name.strip() for name in methods.split(",") if name.strip()] if methods else None
-
-
-def _default_output(dataset: str) -> Path:
-    """Return `runs/bench-DATASET-TIME`."""
-    from firp_cli.data.readers import dataset_label
-
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", dataset_label(dataset)).strip("-.")[:LONGEST_NAME]
-    return Path("runs") / f"bench-{name}-{time_stamp()}"
 
 
 def _publish(report: BenchReport, folder: Path, as_json: bool) -> None:

@@ -12,14 +12,16 @@ from firp_cli.cli.terminal import (
     DataDir,
     Force,
     Json,
+    Predictor,
+    Split,
     Tree,
     Verbose,
+    default_folder,
     interruption,
     progress_bar,
     publish,
     quiet_libraries,
     teacher_options,
-    time_stamp,
 )
 from firp_cli.config import TeacherConfig
 from firp_cli.files import reserved_folder
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 @teacher_options
 def evaluate(
-    predictor: Annotated[str, typer.Argument(help="Predictor folder or embedded name.")],
+    predictor: Predictor,
     *,
     store: Annotated[
         Path | None, typer.Option(help="Store made by `firp collect`. Default: the one it was trained on.")
@@ -41,7 +43,7 @@ def evaluate(
     ] = None,
     teacher: TeacherConfig | None = None,
     data_dir: DataDir = None,
-    split: Annotated[str, typer.Option(help="Split of the data set; a file has none.")] = "test",
+    split: Split = "test",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Most conversations. Default: all of a store, 40 prompts.")
     ] = None,
@@ -56,7 +58,7 @@ def evaluate(
     from firp_cli.api.eval_run import evaluate as measure
     from firp_cli.predictors.folder import predictor_folder
 
-    default = Path("runs") / f"eval-{predictor_folder(predictor).resolve().name}-{time_stamp()}"
+    default = default_folder("eval", predictor_folder(predictor).resolve().name)
     with interruption(NO_REPORT), reserved_folder(output, default) as folder:
         report = measure(
             predictor,

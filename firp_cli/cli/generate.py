@@ -19,6 +19,7 @@ from firp_cli.cli.terminal import (
     Guarded,
     Json,
     Seed,
+    SkipLong,
     Stop,
     Temperature,
     Threads,
@@ -66,7 +67,7 @@ def generate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted --output file of --prompts.")
     ] = False,
-    skip_long: Annotated[bool, typer.Option(help="Skip and count prompts that do not fit the context.")] = False,
+    skip_long: SkipLong = False,
     threads: Threads = None,
     backend: Backend = "lean",
     attention: Attention = "auto",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 INTERRUPTION = "firp: interrupted; finished work is kept, --resume goes on from there"
 NO_REPORT = "firp: interrupted; no report is written"
+LONGEST_NAME = 60  # characters of a name in that of a folder
 OVERRIDE = re.compile(r"[\w.-]+=")  # how an override of a recipe begins
 
 
@@ -83,6 +84,9 @@ TEACHER_OPTIONS: dict[str, tuple[Any, Any]] = {  # type and default, by name
     "trust_remote_code": (RemoteCode, False),
 }
 DataDir = Annotated[str | None, typer.Option(help="Folder that contains NAME/SPLIT.jsonl. Default: $FIRP_DATA_DIR.")]
+Split = Annotated[str, typer.Option(help="Split of the data set; a file has none.")]
+SkipLong = Annotated[bool, typer.Option(help="Skip and count prompts that do not fit the context.")]
+Predictor = Annotated[str, typer.Argument(help="Predictor folder or embedded name.")]
 Gpus = Annotated[int, typer.Option(min=1, help="Devices that share a speed predictor's pipeline; on a CPU: processes.")]
 Guarded = Annotated[
     bool | None,
@@ -235,9 +239,10 @@ def publish(report: Any, folder: Path, as_json: bool, show: Callable[[], None]) 
         raise failure
 
 
-def time_stamp() -> str:
-    """Return the local time as part of a folder's name."""
-    return time.strftime("%Y%m%d-%H%M%S")
+def default_folder(command: str, name: str) -> Path:
+    """Return `runs/COMMAND-NAME-TIME` for a report on something of that name."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")[:LONGEST_NAME]
+    return Path("runs") / f"{command}-{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def say(text: str) -> None:

@@ -16,18 +16,19 @@ from firp_cli.cli.terminal import (
     Force,
     Graphs,
     Json,
+    Predictor,
     Seed,
     Temperature,
     Threads,
     TopP,
     Verbose,
     decoding_options,
+    default_folder,
     interruption,
     progress_bar,
     publish,
     quiet_libraries,
     teacher_options,
-    time_stamp,
 )
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import OutputError, UsageError
@@ -60,7 +61,7 @@ TimingRounds = Annotated[
 
 @teacher_options
 def tune(
-    predictor: Annotated[str, typer.Argument(help="Predictor folder or embedded name.")] = "firp",
+    predictor: Predictor = "firp",
     *,
     dataset: Dataset = None,
     split: Split = "train",
@@ -120,7 +121,7 @@ def _run(predictor: str, tree_file: Path | None, output: Path | None, as_json: b
     from firp_cli.predictors.folder import predictor_folder
     from firp_cli.tune_results import TuneReport
 
-    default = Path("runs") / f"tune-{predictor_folder(predictor).name}-{time_stamp()}"
+    default = default_folder("tune", predictor_folder(predictor).resolve().name)
     with interruption(NO_REPORT), reserved_folder(output, default) as folder:
         failure = None
         try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from firp_cli.config import DataConfig
 from firp_cli.data.chat import EncodedConversation, check_masks, encode
 from firp_cli.data.datasets import Prompt, Rows, Selection, load_prompts, load_rows
-from firp_cli.data.encode_rows import SideFields, encode_question, encode_row, tell_left_out
+from firp_cli.data.encode_rows import SideFields, check_ids, encode_question, encode_row, tell_left_out
 from firp_cli.data.formats import Conversation
 from firp_cli.data.odd_rows import CALLS_LEFT_OUT, EMPTY_ANSWER, REFUSED, TOO_LONG, OddRow, OddRows
 from firp_cli.distributed.rank_group import RankGroup, raise_on_all_ranks
@@ -196,7 +196,8 @@ def _encode_rows(rows: Sequence[Prompt], teacher: Teacher, data: DataConfig, on_
     for number, row in enumerate(rows, 1):
         try:
             if data.regenerate:
-                conversation = EncodedConversation(encode_question(row, fields, teacher.vocab_size), [])
+                conversation = EncodedConversation(encode_question(row, fields), [])
+                check_ids(conversation.input_ids, teacher.vocab_size)
                 if len(conversation.input_ids) >= limit:
                     raise OddRow(TOO_LONG)
             else:

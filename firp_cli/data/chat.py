@@ -74,10 +74,10 @@ def render_prompt(messages: Sequence[Message], tokenizer: Any, tools: Sequence[A
     """
     text = _render(messages, tokenizer, tools, prompt=True)
     last = next((place for place in reversed(range(len(messages))) if messages[place]["role"] == "user"), None)
-    if last is not None and messages[last]["content"].strip() not in text:
-        marked = [*messages[:last], {**messages[last], "content": SENTINEL}, *messages[last + 1 :]]
-        if SENTINEL not in _render(marked, tokenizer, tools, prompt=True):
-            raise DatasetError("the chat template does not write the user's message")
+    if last is None or messages[last]["content"].strip() in text:
+        return text
+    if SENTINEL not in _render(_marked(messages, last), tokenizer, tools, prompt=True):
+        raise DatasetError("the chat template does not write the user's message")
     return text
 
 
@@ -101,7 +101,7 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
     """Return the tokens of a text that goes through no chat template. The special tokens that the tokenizer adds around
     it (BOS) are left out where the text has them already.
     """
-    plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    plain = text_tokens(text, tokenizer)
     whole = list(tokenizer(text, verbose=False)["input_ids"])
     for start in reversed(range(len(whole) - len(plain) + 1)):
         end = start + len(plain)
@@ -210,6 +210,11 @@ def _render(
         )
 
 
+def _marked(messages: Sequence[Message], place: int) -> list[Message]:
+    """Return the messages with the sentinel as the text of one."""
+    return [{**item, "content": SENTINEL} if number == place else item for number, item in enumerate(messages)]
+
+
 @contextmanager
 def _refusals() -> Iterator[None]:
     """Raise DatasetError where a template refuses a conversation, or cannot render its values."""
@@ -300,9 +305,8 @@ def _content_span(
     """Return the span of one turn's text, by the rendering around a sentinel; where that differs elsewhere too, the
     first match after `cursor`. A turn that the template leaves out has none: its text may stand in other turns.
     """
-    marked = [*messages[:turn], {**messages[turn], "content": SENTINEL}, *messages[turn + 1 :]]
     try:
-        head, sentinel, tail = _render(marked, tokenizer, tools).partition(SENTINEL)
+        head, sentinel, tail = _render(_marked(messages, turn), tokenizer, tools).partition(SENTINEL)
     except DatasetError:
         return None
     if not sentinel:
@@ -337,7 +341,7 @@ def _turn_end(messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] 
     """
     last = max(place for place, item in enumerate(messages) if item["role"] == "assistant")
     try:
-        text = _render([*messages[:last], {**messages[last], "content": SENTINEL}], tokenizer, tools)
+        text = _render(_marked(messages[: last + 1], last), tokenizer, tools)
     except DatasetError:
         return None
     special = special_tokens(tokenizer)

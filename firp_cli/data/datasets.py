@@ -95,14 +95,13 @@ KNOWN: dict[str, KnownDataset] = {
 
 @dataclass
 class Prompt:
-    """Conversation to answer, its category in the set, and the reference answer of its first turn if there is one.
+    """Row of a data set: a conversation, and its category in the set.
 
     `dataset`, `row`: where it is from. `index`: number of its row, from 0; `id`: what the row calls itself, if it does.
     """
 
     conversation: Conversation
     category: str = ""
-    reference: str | None = None
     dataset: str = ""
     row: str = ""
     index: int = 0
@@ -146,23 +145,6 @@ class Selection:
     max_odd: float = MAX_ODD
 
 
-def load_records(
-    name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
-) -> list[dict[str, Any]]:
-    """Return the rows of one split of one data set as they are, at most `limit`.
-
-    Raises DatasetError when the set or the split does not exist or a line is not a JSON object.
-    """
-    records: list[dict[str, Any]] = []
-    for place, row in _find(name, Selection(split, data_dir, limit), any_single=False):
-        if isinstance(row, OddRow):
-            raise DatasetError(f"{name} {place.replace('row', 'line')}: {row}")
-        records.append(row)
-        if len(records) == limit:
-            break
-    return records
-
-
 def load_prompts(
     name: str,
     data_dir: str | None = None,
@@ -183,12 +165,7 @@ def load_prompts(
 
     Raises DatasetError for a set or split that does not exist, and for one with too many odd rows or no usable one.
     """
-    rows = Rows()
-    for dataset in dataset_names(name):
-        _read(rows, dataset, selection or Selection(split, data_dir, limit), prompts=True)
-    if tell:
-        rows.tell()
-    return rows
+    return _load(name, selection or Selection(split, data_dir, limit), tell, prompts=True)
 
 
 def load_rows(name: str, selection: Selection, tell: bool = True) -> Rows:
@@ -196,19 +173,7 @@ def load_rows(name: str, selection: Selection, tell: bool = True) -> Rows:
 
     `name` may list several sets with commas. Raises DatasetError as `load_prompts` does.
     """
-    rows = Rows()
-    for dataset in dataset_names(name):
-        _read(rows, dataset, selection, prompts=False)
-    if tell:
-        rows.tell()
-    return rows
-
-
-def load_conversations(
-    name: str, split: str = "train", data_dir: str | None = None, limit: int | None = None
-) -> list[list[Message]]:
-    """Return the messages of the conversations of `load_rows`."""
-    return [row.conversation.messages for row in load_rows(name, Selection(split, data_dir, limit))]
+    return _load(name, selection, tell, prompts=False)
 
 
 def dataset_names(text: str) -> list[str]:
@@ -227,6 +192,15 @@ def dataset_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _load(name: str, selection: Selection, tell: bool, prompts: bool) -> Rows:
+    rows = Rows()
+    for dataset in dataset_names(name):
+        _read(rows, dataset, selection, prompts)
+    if tell:
+        rows.tell()
+    return rows
+
+
 def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None:
     """Add the usable rows of one data set, and the count of the others. Raises DatasetError."""
     source: Iterator[tuple[int, Read]] = enumerate(_find(dataset, selection, any_single=prompts))
@@ -234,7 +208,7 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
         everything = list(source)
         random.Random(selection.sample).shuffle(everything)
         source = iter(everything)
-    odd, found = OddRows(dataset), []
+    odd, found = OddRows(dataset), list[Prompt]()
     for order, (place, row) in source:
         odd.rows += 1
         try:
@@ -248,7 +222,8 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
             continue
         category = row.get(selection.columns.get("category", "category"))
         name = next((row[key] for key in ID_FIELDS if isinstance(row.get(key), str | int)), None)
-        found.append((order, _prompt(conversation, category, dataset, place, order, name)))
+        label = str(category).encode("utf-8", "replace").decode("utf-8") if isinstance(category, str | int) else ""
+        found.append(Prompt(conversation, label, dataset, place, order, name))
         if len(found) == selection.limit:
             break
     if not odd.rows:
@@ -260,14 +235,8 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
         )
         raise DatasetError(f"no row can be used: {odd.line()}{hint}")
     odd.check(selection.max_odd)
-    rows += [prompt for _, prompt in sorted(found, key=lambda pair: pair[0])]
+    rows += sorted(found, key=lambda prompt: prompt.index)
     rows.odd.append(odd)
-
-
-def _prompt(conversation: Conversation, category: Any, dataset: str, place: str, index: int, name: Any) -> Prompt:
-    answers = (item["content"] for item in conversation.messages if item["role"] == "assistant")
-    label = str(category).encode("utf-8", "replace").decode("utf-8") if isinstance(category, str | int) else ""
-    return Prompt(conversation, label, next(answers, None) or None, dataset, place, index, name)
 
 
 def _find(name: str, selection: Selection, any_single: bool) -> Iterator[Read]:

@@ -111,22 +111,23 @@ def encode_row(row: Prompt, fields: SideFields, max_length: int, vocabulary: int
     return encoded
 
 
-def encode_question(row: Prompt, fields: SideFields, vocabulary: int) -> list[int]:
-    """Return the tokens of a row's prompt. Raises OddRow, and DatasetError of the template."""
-    fields.note(row.messages, row.conversation.tools, row.conversation.left_out)
-    ids = encode_prompt(row.messages, fields.tokenizer, row.conversation.tools)
-    check_ids(ids, vocabulary)
-    return ids
+def encode_question(row: Prompt, fields: SideFields, messages: Sequence[Message] | None = None) -> list[int]:
+    """Return the tokens of a row's prompt, or of other `messages` of the row. Raises DatasetError of the template."""
+    asked = row.messages if messages is None else messages
+    fields.note(asked, row.conversation.tools, row.conversation.left_out)
+    return encode_prompt(asked, fields.tokenizer, row.conversation.tools)
 
 
 def encode_prompts(
-    rows: Sequence[Prompt], tokenizer: Any, vocabulary: int, encoder: Callable[[Prompt], list[int]] | None = None
+    rows: Sequence[Prompt],
+    tokenizer: Any,
+    vocabulary: int,
+    encoder: Callable[[Prompt, SideFields], list[int]] = encode_question,
 ) -> list[list[int] | None]:
     """Return the tokens of each prompt, None for those that the template refuses; these are counted and logged.
 
     Args:
-        vocabulary: number of token ids that the teacher has.
-        encoder: tokens of a prompt; None: those of the chat template.
+        vocabulary: number of token ids that the teacher has. encoder: returns the tokens of a prompt.
 
     Raises DatasetError when too many are refused, or all.
     """
@@ -135,11 +136,7 @@ def encode_prompts(
     encoded: list[list[int] | None] = []
     for row in rows:
         try:
-            if encoder is None:
-                ids = encode_question(row, fields, vocabulary)
-            else:
-                fields.note(row.conversation.messages, row.conversation.tools, row.conversation.left_out)
-                ids = encoder(row)
+            ids = encoder(row, fields)
             check_ids(ids, vocabulary)
             encoded.append(ids)
         except DatasetError as error:

@@ -12,7 +12,6 @@ from typing import Any
 
 from firp_cli.data.messages import Message, check_users, parse_json, read_messages, read_text, read_tools
 from firp_cli.data.odd_rows import OddRow
-from firp_cli.errors import DatasetError
 
 Row = Mapping[str, Any]
 
@@ -103,7 +102,7 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
     """
     row = _renamed(row, columns) if columns else row
     tools = next((row[field] for field in TOOL_FIELDS if row.get(field)), None)
-    conversation = Conversation([], read_tools(tools), *_flag(row))
+    conversation = Conversation([], read_tools(tools), _questions_only(row))
     read = next((read for matches, read in _LAYOUTS if matches(row)), None)
     ids = _token_ids(row)
     if ids is not None:
@@ -121,24 +120,6 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
     messages = [item for place, item in enumerate(messages) if item["role"] != "assistant" or place > first]
     conversation.messages, conversation.left_out = _with_system(row, messages, read is _pair)
     return conversation
-
-
-def to_messages(row: Row, where: str) -> list[Message]:
-    """Return the messages of `read_conversation`, of questions without answers only the first.
-
-    Raises DatasetError naming the row (`where`), its fields and the accepted ones.
-    """
-    try:
-        conversation = read_conversation(row)
-    except OddRow as odd:
-        raise DatasetError(f"{', '.join(filter(None, (where, odd.place)))}: {odd}") from None
-    return conversation.turns()[0] if conversation.questions_only else conversation.messages
-
-
-def prompt_of(messages: list[Message]) -> list[Message]:
-    """Return the messages before the first assistant turn."""
-    first = next((place for place, item in enumerate(messages) if item["role"] == "assistant"), len(messages))
-    return messages[:first]
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -169,10 +150,10 @@ def _with_system(row: Row, messages: list[Message], pair: bool) -> tuple[list[Me
     return messages, tuple(unused)
 
 
-def _flag(row: Row) -> tuple[bool]:
-    """Return whether the row is a list of questions without answers."""
+def _questions_only(row: Row) -> bool:
+    """Return True for a row that is a list of questions without answers."""
     texts = isinstance(row.get("prompt"), list) and any(isinstance(item, str) for item in row["prompt"])
-    return (not _message_field(row) and (isinstance(_list(row, "turns"), list) or texts),)
+    return not _message_field(row) and (_list(row, "turns") is not None or texts)
 
 
 def _list(row: Row, field: str) -> list[Any] | None:
@@ -335,7 +316,7 @@ _LAYOUTS: tuple[tuple[Callable[[Row], bool], Callable[[Row], list[Message]]], ..
     (lambda row: _message_field(row) is not None, _messages),
     (_is_list("turns"), _questions("turns")),
     (_of_messages("prompt"), _prompt_and_completion),
-    (lambda row: _flag(row)[0], _questions("prompt")),
+    (_questions_only, _questions("prompt")),
     (lambda row: isinstance(row.get("chosen"), str | list) and bool(row["chosen"]), _chosen),
     (_has("prompt", "canonical_solution"), _solution),
     (_has("text", "code"), _tested),

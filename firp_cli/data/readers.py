@@ -19,35 +19,13 @@ from typing import Any
 from firp_cli.data.odd_rows import OddRow
 from firp_cli.errors import DatasetError, first_line
 
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".arrow")
+FORMATS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz", ".parquet", ".csv", ".arrow")
 LINES = (".jsonl", ".jsonl.gz", ".ndjson")
 WHOLE = (".json", ".json.gz")
 # A name with one of these endings is a file, never a data set of the hub.
 OTHER_SUFFIXES = (
-    ".ndjson",
-    ".txt",
-    ".tsv",
-    ".md",
-    ".yaml",
-    ".yml",
-    ".xml",
-    ".html",
-    ".xlsx",
-    ".xls",
-    ".pdf",
-    ".py",
-    ".pkl",
-    ".pt",
-    ".npy",
-    ".h5",
-    ".db",
-    ".zst",
-    ".gz",
-    ".xz",
-    ".bz2",
-    ".zip",
-    ".tar",
-    ".tgz",
+    *(".txt", ".tsv", ".md", ".yaml", ".yml", ".xml", ".html", ".xlsx", ".xls", ".pdf", ".py"),
+    *(".pkl", ".pt", ".npy", ".h5", ".db", ".zst", ".gz", ".xz", ".bz2", ".zip", ".tar", ".tgz"),
 )
 LIST_KEYS = ("data", "rows", "train", "test", "examples", "instances", "items")  # of a .json file that is a mapping
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -74,7 +52,7 @@ def dataset_label(name: str) -> str:
 def read_file(path: Path) -> Iterator[Read]:
     """Yield the rows of a file. Raises DatasetError for a format that firp does not read, or a damaged file."""
     suffix = suffix_of(path.name)
-    if suffix not in (*FORMATS, ".ndjson"):
+    if suffix not in FORMATS:
         raise DatasetError(f"{path}: {READS}")
     try:
         if suffix in LINES:
@@ -120,7 +98,7 @@ def split_files(folder: Path, split: str, config: str | None = None) -> list[Pat
     import datasets
 
     paths = [path for path in folder.rglob("*") if path.is_file()]
-    if not any(suffix_of(path.name) in (*FORMATS, ".ndjson") for path in paths):
+    if not any(suffix_of(path.name) in FORMATS for path in paths):
         found = sorted({path.suffix for path in paths if path.suffix})[:6]
         raise DatasetError(f"{folder} has no data file (it has: {', '.join(found) or 'nothing'}); {READS}")
     named = [path for path in (folder / f"{split}{suffix}" for suffix in FORMATS) if path.is_file()]
@@ -151,7 +129,7 @@ def _part_folders(folder: Path, paths: Iterable[Path]) -> list[str]:
     """Return the subfolders that hold all data files of a folder, one configuration each; none where they are its
     splits, or where a card names the configurations.
     """
-    files = [path.relative_to(folder) for path in paths if suffix_of(path.name) in (*FORMATS, ".ndjson")]
+    files = [path.relative_to(folder) for path in paths if suffix_of(path.name) in FORMATS]
     parts = sorted({path.parts[0] for path in files if len(path.parts) > 1})
     apart = len(parts) > 1 and all(len(path.parts) > 1 for path in files) and not (folder / "README.md").is_file()
     return parts if apart and not {"train", "test", "validation", "data"} & set(parts) else []

@@ -16,7 +16,7 @@ from firp_cli.data.chat import render_prompt, text_tokens
 from firp_cli.data.formats import Conversation, Message
 from firp_cli.errors import DatasetError
 
-PLACEHOLDER = "."  # answer of one token
+SHORTEST_ANSWER = "."  # one token
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,18 @@ class Questions:
         turns = conversation.turns()
         return Questions(turns, tokenizer, stops, conversation.tools) if len(turns) > 1 else None
 
-    def following(
-        self, prompt: Sequence[int], answers: Sequence[Sequence[int]], special: bool = True
-    ) -> tuple[list[int], bool]:
+    def following(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> tuple[list[int], bool]:
         """Return the tokens of the prompt after `answers`, and True if it continues `prompt` and the last answer.
 
         Args:
             prompt: tokens of the prompt of the last answer. answers: tokens of all answers, stop tokens included.
-            special: special tokens in the middle of an answer are part of its text.
 
-        Raises DatasetError when the template refuses the conversation.
+        Raises DatasetError when the template refuses the conversation, also without special tokens in the answers.
         """
-        said = self._said([self.text(answer, special) for answer in answers[:-1]])
-        written = self.text(answers[-1], special)
-        before = self._render(said)
-        after = self._render([*said, {"role": "assistant", "content": written}, *self.turns[len(answers)]])
-        between = self._between(before, written, after, answers[-1])
-        if between is None:
-            return text_tokens(after, self.tokenizer), False
-        return [*prompt, *answers[-1], *between], True
+        try:
+            return self._following(prompt, answers, special=True)
+        except DatasetError:  # some templates refuse their own marks in an answer
+            return self._following(prompt, answers, special=False)
 
     def lengths(self) -> list[int]:
         """Return the tokens of each later turn's prompt with answers of one token, up to a turn that the template
@@ -65,15 +58,27 @@ class Questions:
         lengths = []
         for turn in range(1, len(self.turns)):
             try:
-                lengths.append(len(text_tokens(self._render(self._said([PLACEHOLDER] * turn)), self.tokenizer)))
+                lengths.append(len(text_tokens(self._render(self._said([SHORTEST_ANSWER] * turn)), self.tokenizer)))
             except DatasetError:
                 break
         return lengths
 
     def text(self, answer: Sequence[int], special: bool = True) -> str:
-        """Return the text of an answer without the token that ends it."""
+        """Return the text of an answer without the token that ends it; `special`: with special tokens before it."""
         ids = list(answer[:-1] if answer and answer[-1] in self.stops else answer)
         return str(self.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
+
+    def _following(
+        self, prompt: Sequence[int], answers: Sequence[Sequence[int]], special: bool
+    ) -> tuple[list[int], bool]:
+        said = self._said([self.text(answer, special) for answer in answers[:-1]])
+        written = self.text(answers[-1], special)
+        before = self._render(said)
+        after = self._render([*said, {"role": "assistant", "content": written}, *self.turns[len(answers)]])
+        between = self._between(before, written, after, answers[-1])
+        if between is None:
+            return text_tokens(after, self.tokenizer), False
+        return [*prompt, *answers[-1], *between], True
 
     def _said(self, answers: Sequence[str]) -> list[Message]:
         """Return the messages before the answer that follows `answers`."""

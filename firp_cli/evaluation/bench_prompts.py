@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from firp_cli.data.turns import Questions
 from firp_cli.decoding.sequences import check_room
-from firp_cli.errors import CapacityError, DatasetError
+from firp_cli.errors import CapacityError
 from firp_cli.results import Generation
 
 Generate = Callable[[Sequence[Sequence[int]], int], list[Generation]]  # (prompts, most new tokens of each)
@@ -65,22 +65,18 @@ class BenchPrompt:
         Where the template rewrites earlier turns, their text is tokenized again. If it then exceeds the turn's bound,
         the last answer is shortened in the prompt. Raises DatasetError when the template refuses an answer.
         """
+        if not answers:
+            return self.token_ids
+        assert self.questions is not None
         ids, said = self.token_ids, []
         for bound, answer in zip(self.bounds, answers, strict=False):
             said.append(list(answer))
-            prompt = self._following(ids, said)
+            prompt, _ = self.questions.following(ids, said)
             while len(prompt) > bound and said[-1]:
                 said[-1] = said[-1][: len(said[-1]) // 2]
-                prompt = self._following(ids, said)
+                prompt, _ = self.questions.following(ids, said)
             ids = prompt
         return ids
-
-    def _following(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[int]:
-        assert self.questions is not None
-        try:
-            return self.questions.following(prompt, answers)[0]
-        except DatasetError:  # some templates refuse their own marks in an answer
-            return self.questions.following(prompt, answers, special=False)[0]
 
 
 @dataclass

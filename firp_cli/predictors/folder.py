@@ -30,6 +30,7 @@ from firp_cli.teacher.source import has_own_code
 from firp_cli.teacher.teacher import Teacher
 
 FORMAT = 1
+WEIGHTS = "predictor.safetensors"
 TRAINED_PROMPTS = "trained_prompts"  # among the weights: `Predictor.trained_prompts`
 DRAFT_TOKENS = "draft_tokens"  # among the weights: a bit for each token, 1 for those of `TreePredictor.draft_tokens`
 PREDICTORS: dict[str, Callable[[Any, Teacher], Predictor]] = {
@@ -102,7 +103,7 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
         )
     try:
         predictor = build_predictor(kind.model_validate(section), teacher)
-        read_weights(predictor, folder / "predictor.safetensors")
+        read_weights(predictor, folder / WEIGHTS)
         _check_draft_tokens(predictor, teacher.vocab_size)
     except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
         raise PredictorError(f"{folder}: the predictor cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -161,7 +162,7 @@ def write_predictor(
 ) -> None:
     """Write a predictor folder's `predictor.safetensors` and `config.json` from CPU tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "predictor.safetensors")
-    (folder / "predictor.safetensors").chmod(0o644)  # `save_file` makes it private, but colleagues read predictors too
+    save_file(weights, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # `save_file` makes it private, but colleagues read predictors too
     values = {"format": FORMAT, "predictor": config.model_dump(), "teacher": teacher}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from firp_cli.errors import FingerprintError, StoreError
 from firp_cli.files import file_sha256
+from firp_cli.provenance import differences
 
 SCHEMA = "firp.store/1"
 MANIFEST = "manifest.json"
@@ -215,12 +216,10 @@ class Store(Sequence[StoredSequence]):
         """Compare fingerprints. Raises FingerprintError naming both values of each that differs."""
         made_with = self.manifest["fingerprints"]
         current = {"teacher": teacher, "tokenizer": tokenizer, "chat template": template}
-        names = [name for name in current if made_with[name] != current[name]]
-        if not names:
+        if not (different := differences(made_with, current, "store")):
             return
-        different = [f"{name} (store: {made_with[name]}, now: {current[name]})" for name in names]
         remedy = "use that teacher, or collect a store for this one"
-        if names == ["chat template"]:
+        if made_with | {"chat template": template} == current:
             source = self.manifest["teacher"].get("chat_template", {}).get("source", "the tokenizer's")
             remedy = (
                 f"give teacher.chat_template and template_options as for the store (its template: {source}), or "

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from firp_cli.errors import FingerprintError, NumericsError, StoreError
 from firp_cli.files import LOCK, FolderLock, lock_folder, write_atomically, write_json
-from firp_cli.provenance import environment
+from firp_cli.provenance import differences, environment
 from firp_cli.store.reader import MANIFEST, SCALED, SCHEMA, read_manifest, shard_fault, state_names
 from firp_cli.store.shard_file import save_hashed
 
@@ -368,22 +368,14 @@ def _disk(path: Path) -> Iterator[None]:
 
 def _compare(folder: Path, found: dict[str, Any], fresh: dict[str, Any]) -> None:
     """Refuse to resume a store that was made with another teacher or other settings."""
-    different = [
-        f"{name} (store: {found['fingerprints'].get(name)}, now: {value})"
-        for name, value in fresh["fingerprints"].items()
-        if found["fingerprints"].get(name) != value
-    ]
+    different = differences(found["fingerprints"], fresh["fingerprints"], "store")
     if different:
         raise FingerprintError(
             f"{folder} was made with another {' and another '.join(different)}; give another --output, or delete it"
         )
     mine = {"layers": fresh["layers"], "dtype": fresh["dtype"], **fresh["settings"]}
     theirs = {"layers": found["layers"], "dtype": found["dtype"], **found["settings"]}
-    different = [
-        f"{name} (store: {theirs.get(name, 'not set')}, now: {mine.get(name, 'not set')})"
-        for name in [*mine, *(theirs.keys() - mine.keys())]
-        if theirs.get(name) != mine.get(name)
-    ]
+    different = differences(theirs, mine, "store")
     if different:
         raise StoreError(
             f"--resume needs the settings that {folder} was made with; different: {', '.join(different)}\n"

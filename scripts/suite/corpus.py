@@ -16,7 +16,7 @@ from pathlib import Path
 from build_embedded import SPECIAL_TOKENS
 
 from arithmetic_corpus import generate
-from firp_cli.data.datasets import load_conversations, load_prompts
+from firp_cli.data.datasets import Selection, load_prompts, load_rows
 from firp_cli.data.formats import Message
 from firp_cli.errors import DatasetError
 
@@ -56,7 +56,8 @@ def gather(
     corpus.conversations["arithmetic"] = [turn(item.question, item.answer) for item in islice(made, problems)]
     corpus.questions["arithmetic"] = [prompt.messages for prompt in load_prompts("arithmetic", None, questions)]
     if data_dir:
-        corpus.conversations["gsm8k"] = load_conversations("gsm8k", "train", data_dir)
+        rows = load_rows("gsm8k", Selection(data_dir=data_dir))
+        corpus.conversations["gsm8k"] = [row.conversation.messages for row in rows]
         try:
             corpus.questions["gsm8k"] = [prompt.messages for prompt in load_prompts("gsm8k", data_dir, questions)]
         except DatasetError:  # only the training questions are given

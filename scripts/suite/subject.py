@@ -14,8 +14,8 @@ import torch
 
 from firp_cli.config import TeacherConfig
 from firp_cli.data.chat import encode_prompt
-from firp_cli.data.datasets import KNOWN, load_conversations, load_prompts
-from firp_cli.data.formats import Message, prompt_of
+from firp_cli.data.datasets import KNOWN, load_prompts
+from firp_cli.data.formats import Message
 from firp_cli.decoding.tree_file import described, spec_of
 from firp_cli.decoding.tree_spec import TreeSpec, parse_tree
 from firp_cli.evaluation.bench_prompts import BenchPrompt
@@ -133,9 +133,9 @@ class Real:
         found: list[list[Message]] = []
         for name in TRAINING_SETS:
             if name == PACKAGED or self._has(name, "train"):
-                rows = load_conversations(name, "train", self.shared.data_dir)
+                rows = load_prompts(name, self.shared.data_dir, split="train")
                 random.Random(SEED).shuffle(rows)
-                found += [asked for row in rows[: self.shared.sizes.real_prompts] if (asked := prompt_of(row))]
+                found += [row.messages for row in rows[: self.shared.sizes.real_prompts]]
         random.Random(SEED).shuffle(found)
         yield from found
 

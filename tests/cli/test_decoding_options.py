@@ -17,14 +17,6 @@ from helpers.models import ROOT, embedded_predictor, embedded_prompts, embedded_
 GENERATE = ("generate", "--prompt", PROMPT, "--max-new-tokens", 4)
 
 
-@pytest.fixture
-def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: object, **__: object) -> None:
-        raise AssertionError("a teacher was loaded")
-
-    monkeypatch.setattr("firp_cli.api.loading.load_teacher", load)
-
-
 @pytest.mark.usefixtures("no_teacher")
 @pytest.mark.parametrize("command", [GENERATE, ("bench", "firp", "--dataset", "arithmetic"), ("tune", "firp")])
 @pytest.mark.parametrize(

@@ -63,15 +63,6 @@ def cases() -> list[tuple[str, str, str]]:
     return found
 
 
-@pytest.fixture
-def no_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Work in an empty folder, where no teacher can be loaded."""
-    for place in ("api.loading", "teacher.load"):
-        monkeypatch.setattr(f"firp_cli.{place}.load_teacher", lambda *_, **__: pytest.fail("a teacher was loaded"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_all_commands_check_their_options() -> None:
     assert len(commands()) >= 14
     assert all(isinstance(command, Command) for command in commands().values())

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from firp_cli.api.decoder import Decoder
+from firp_cli.api.generate_run import FileRun, GenerateSettings, prompts_to_answer
 from firp_cli.cli.answers import Lines, summary
+from firp_cli.cli.terminal import default_folder
+from firp_cli.data.chat import encode_prompt
+from firp_cli.data.datasets import load_prompts
+from firp_cli.data.turns import Questions
 from firp_cli.errors import OutputError, UsageError
 from firp_cli.files import check_output, reserved_folder
+from firp_cli.predictors.folder import predictor_folder
+from firp_cli.provenance import fingerprint
+from helpers.chat import CHATML
+from helpers.collecting import make_teacher
 from helpers.commands import invoke, succeed
-from helpers.models import tiny_teacher
+from helpers.models import generate_reference
 
+ONE_ANSWER = CHATML + "{% if messages|length > 2 %}{{ raise_exception('too many turns') }}{% endif %}"
 QUICK = ("--max-new-tokens", "8")
 FOLDERS = {
     "bench": ["bench", "firp", "--dataset", "arithmetic"],
@@ -39,14 +54,6 @@ def prompts_file(folder: Path, *rows: Any) -> Path:
 
 def lines_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
-
-
-@pytest.fixture
-def no_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    for place in ("api.loading", "teacher.load"):
-        monkeypatch.setattr(f"firp_cli.{place}.load_teacher", lambda *_, **__: pytest.fail("a teacher was loaded"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -103,6 +110,11 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
         assert again == second and (second / "kept").exists()
 
 
+def test_default_folders_have_names_without_odd_characters() -> None:
+    folder = default_folder("bench", f"org/{'n' * 80}:main ü")
+    assert folder.parent == Path("runs") and re.fullmatch(r"bench-org-n{56}-\d{8}-\d{6}", folder.name)
+
+
 BENCH = ("bench", "firp", "--dataset", "arithmetic", "--methods", "ar,firp", "--limit", "1", *QUICK)
 
 
@@ -121,27 +133,22 @@ def test_bench_prints_the_table_of_a_report_that_cannot_be_written(
     assert json.loads(done.stdout)["rows"] if flags else "up to 8 new tokens" in done.stdout
 
 
-def interrupt_at(number: int) -> Callable[..., None]:
+def interrupted_bar(number: int) -> Callable[[str], Any]:
+    """Return a progress bar that interrupts at a call."""
     calls = iter(range(1, number + 1))
 
     def progress(*_: object) -> None:
         if next(calls) == number:
             raise KeyboardInterrupt
 
-    return progress
+    return lambda _: nullcontext(progress)
 
 
 @pytest.mark.parametrize(("at", "whole"), [(8, 3), (3, 0)])
 def test_interrupted_bench_reports_whole_repeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, whole: int
 ) -> None:
-    from contextlib import contextmanager
-
-    @contextmanager
-    def bar(_: str) -> Any:
-        yield interrupt_at(at)
-
-    monkeypatch.setattr("firp_cli.cli.bench.progress_bar", bar)
+    monkeypatch.setattr("firp_cli.cli.bench.progress_bar", interrupted_bar(at))
     done = invoke(*BENCH, "--repeats", "5", "--output", tmp_path / "out")
     assert done.exit_code == 130
     if whole:
@@ -169,13 +176,7 @@ def test_generate_resumes_an_interrupted_file(tmp_path: Path, monkeypatch: pytes
     assert [line["index"] for line in expected] == [0, 1, 2, 3, 4] and expected[1]["id"] == "q1"
     assert [line["batch_size"] for line in expected] == [2, 2, 2, 2, 1]
     with monkeypatch.context() as patch:
-        from contextlib import contextmanager
-
-        @contextmanager
-        def bar(_: str) -> Any:
-            yield interrupt_at(2)
-
-        patch.setattr("firp_cli.cli.answers.progress_bar", bar)
+        patch.setattr("firp_cli.cli.answers.progress_bar", interrupted_bar(2))
         done = invoke(*command, output)
     assert done.exit_code == 130 and "4 of 5 answers are in" in done.stderr and "--resume" in done.stderr
     with output.open("a") as stream:
@@ -183,11 +184,59 @@ def test_generate_resumes_an_interrupted_file(tmp_path: Path, monkeypatch: pytes
     done = succeed(*command, output, "--resume")
     assert "4 of 5 answers are kept" in done.stderr
     assert [line["token_ids"] for line in lines_of(output.read_text())] == [line["token_ids"] for line in expected]
-    refused = invoke(*command, output, "--resume", "--stop", "=").exception
-    assert isinstance(refused, UsageError) and "other settings" in str(refused)
+    assert not [line for line in lines_of(output.read_text()) if line["settings"] != expected[0]["settings"]]
     prompts_file(tmp_path, *reversed(rows))
     refused = invoke(*command, output, "--resume").exception
     assert isinstance(refused, UsageError) and "answers another prompt than row 1" in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (("--stop", "="), r"stop \(file: \[\], now: \['='\]\)"),
+        (("--max-new-tokens", "9"), r"max_new_tokens \(file: 8, now: 9\)$"),
+        (("--raw",), r"raw \(file: False, now: True\), chat_template \(file: \w{16}, now: not set\)$"),
+        (("--chat-template", "vicuna"), r"different: chat_template \(file: \w{16}, now: \w{16}\)$"),
+        (("--dtype", "bfloat16"), r"dtype \(file: float32, now: bfloat16\)"),
+        (("--temperature", "1"), r"guard \(file: True, now: False\).*temperature \(file: 0.0, now: 1.0\), top_p.*seed"),
+        (("--tree", "dynamic:4"), r"different: tree \(file: \S+ \(\w{16}\), now: dynamic:4 \(\w{16}\)\)$"),
+        (("--no-guard",), r"different: guard \(file: True, now: False\)$"),
+        (("--method", "ar"), r"method \(file: firp, now: ar\), .*predictor \(file: \w{16}, now: not set\)"),
+        (("firp_plus",), r"method \(file: firp, now: firp_plus\), predictor \(file: \w{16}, now: \w{16}\)"),
+        (("OTHER",), r"different: predictor \(file: \w{16}, now: \w{16}\)$"),
+    ],
+)
+def test_generate_resumes_only_what_it_began(
+    begun: tuple[Path, Path], tmp_path: Path, changed: tuple[str, ...], words: str
+) -> None:
+    """Another predictor gives equal text, but other accepted lengths; nothing is written."""
+    prompts, output = begun
+    if changed == ("OTHER",):
+        changed = (str(other_weights(tmp_path / "other")),)
+    before = output.read_bytes()
+    quick = () if "--max-new-tokens" in changed else QUICK
+    command = ("generate", *changed, "--prompts", prompts, *quick, "--output", output, "--resume")
+    refused = invoke(*command).exception
+    assert isinstance(refused, UsageError) and re.search(words, str(refused).splitlines()[0]), refused
+    assert output.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two prompts, of which one is answered."""
+    folder = tmp_path_factory.mktemp("begun")
+    prompts, output = prompts_file(folder, "What is 1 plus 5?", "What is 2 plus 5?"), folder / "o.jsonl"
+    succeed("generate", "--prompts", prompts, *QUICK, "--limit", "1", "--output", output)
+    return prompts, output
+
+
+def other_weights(folder: Path) -> Path:
+    """Return a copy of the embedded predictor with one weight changed."""
+    shutil.copytree(predictor_folder("firp"), folder)
+    weights = load_file(folder / "predictor.safetensors")
+    next(value for value in weights.values() if value.is_floating_point()).flatten()[0] += 1
+    save_file(weights, folder / "predictor.safetensors")
+    return folder
 
 
 def test_generate_prints_lines_that_the_file_does_not_take(tmp_path: Path) -> None:
@@ -213,24 +262,68 @@ def test_generate_answers_the_last_user_turn_with_its_history(tmp_path: Path) ->
     assert line["prompt_tokens"] == 37 and "turn" not in line
 
 
-def test_questions_are_answered_turn_by_turn() -> None:
-    from firp_cli.api.decoder import Decoder
-    from firp_cli.api.generate_run import FileRun, GenerateSettings
-    from firp_cli.data.datasets import Prompt
-    from firp_cli.data.formats import Conversation
-    from helpers.chat import byte_tokenizer
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"turns": ["one", "two"]},
+        {"system": "Answer in French.", "question": "one"},
+        {"messages": [{"role": role, "content": role} for role in ("user", "assistant", "user")]},
+    ],
+)
+def test_raw_rows_of_several_messages_are_refused(no_teacher: Path, row: dict[str, Any]) -> None:
+    refused = invoke("generate", "--prompts", prompts_file(no_teacher, "one", row), "--raw").exception
+    assert isinstance(refused, UsageError) and re.search(r"row 2 of \S+ has several messages", str(refused))
 
-    teacher = tiny_teacher("llama")
-    teacher.tokenizer = byte_tokenizer()
-    questions = Conversation([{"role": "user", "content": text} for text in "ab"], questions_only=True)
-    rows = [Prompt(questions), Prompt(Conversation([{"role": "user", "content": "c"}]), index=1)]
-    decoder = Decoder(teacher)
-    decoder.encode = lambda said, tools=None: [3 + ord(c) % 50 for item in said for c in item["content"] + "!"]  # type: ignore[method-assign, assignment]
-    run = FileRun("f", decoder, rows, GenerateSettings(max_new_tokens=4, batch_size=2))
-    lines = [line for batch in run.answers({}) for line in batch]
-    assert [(line["index"], line.get("turn")) for line in lines] == [(0, 0), (1, None), (0, 1)]
-    assert lines[2]["prompt_tokens"] == len("a!" + lines[0]["text"] + "!b!")
-    assert run.count == 3 and "12 tokens" in summary(run.totals)
+
+def test_raw_rows_name_what_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("firp"), "propagate", True)  # commands of earlier tests keep it to themselves
+    rows = [{"question": "one", "tools": [{"name": "add"}]}, {"messages": [{"role": "user", "content": "two"}]}]
+    rows[1]["context"] = "lost"
+    prompts = prompts_to_answer(str(prompts_file(tmp_path, *rows)), None, raw=True)
+    with caplog.at_level("WARNING", "firp"):
+        run = FileRun("f", Decoder(make_teacher()), prompts, GenerateSettings(max_new_tokens=4, raw=True))
+    assert "columns left out: context, tools" in caplog.text
+    tokenizer = run.decoder.teacher.tokenizer
+    assert [tokenizer.decode(item.prompt) for item in run.asked] == ["one", "two"]
+
+
+def test_questions_are_answered_turn_by_turn(tmp_path: Path) -> None:
+    """Each prompt continues the tokens of the one before and of its answer, as in bench and collect."""
+    texts = ["what is a sum?", "and why?", "system?"]
+    rows = load_prompts(str(prompts_file(tmp_path, {"turns": texts}, "one", {"turns": ["alone"]})))
+    teacher, output = make_teacher(), tmp_path / "o.jsonl"
+    run = FileRun("f", Decoder(teacher), rows, GenerateSettings(max_new_tokens=12, batch_size=2))
+    lines = [line for batch in run.answers() for line in batch]
+    assert [(line["index"], line.get("turn")) for line in lines] == [(0, 0), (1, None), (0, 1), (0, 2), (2, 0)]
+    questions = Questions.of(rows[0].conversation, teacher.tokenizer, set(teacher.eos_token_ids))
+    prompt, answers = encode_prompt(rows[0].messages, teacher.tokenizer), []
+    assert questions is not None and run.count == 5 and run.cut == 0 and "60 tokens" in summary(run.totals)
+    for line in (lines[0], lines[2], lines[3]):
+        assert line["prompt_hash"] == fingerprint(prompt)
+        assert line["token_ids"] == generate_reference(teacher.model, prompt, 12)
+        answers.append(line["token_ids"])
+        prompt = questions.following(prompt, answers)[0] if len(answers) < 3 else prompt
+    for kept in range(6):  # resumed after any answer
+        output.write_text("".join(json.dumps(line) + "\n" for line in lines[:kept]))
+        again = FileRun("f", Decoder(teacher), rows, run.settings)
+        again.read_kept(output)
+        made = [line for batch in again.answers() for line in batch]
+        assert again.kept == kept
+        assert {(line["prompt_hash"], str(line["token_ids"])) for line in lines[kept:]} == {
+            (line["prompt_hash"], str(line["token_ids"])) for line in made
+        }
+
+
+@pytest.mark.parametrize(("room", "template", "answered"), [(70, CHATML, 2), (512, ONE_ANSWER, 1)])
+def test_turns_that_cannot_be_asked_are_counted(tmp_path: Path, room: int, template: str, answered: int) -> None:
+    """They do not fit the context, or the chat template refuses them."""
+    rows = load_prompts(str(prompts_file(tmp_path, {"turns": ["what is a sum?", "and why?", "system?"]})))
+    teacher = make_teacher()
+    teacher.max_positions, teacher.tokenizer.chat_template = room, template
+    run = FileRun("f", Decoder(teacher), rows, GenerateSettings(max_new_tokens=12))
+    assert (len(list(run.answers())), run.cut) == (answered, 3 - answered)
 
 
 def test_files_without_prompts_are_refused(no_teacher: Path) -> None:

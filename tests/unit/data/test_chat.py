@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +17,7 @@ from firp_cli.data.chat import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from firp_cli.data.datasets import load_prompts, load_records
-from firp_cli.data.formats import to_messages
+from firp_cli.data.datasets import Selection, load_rows
 from firp_cli.errors import DatasetError, LossMaskError
 from helpers.chat import CHATML, byte_tokenizer, with_template
 
@@ -191,73 +188,9 @@ def test_fingerprints_follow_vocabulary_and_template() -> None:
     assert tokenizer_fingerprint(byte_tokenizer.__wrapped__()) == before[0]
 
 
-ROWS = {
-    "messages": {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "prompt": "x"},
-    "sharegpt": {"id": 1, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
-    "sharegpt leading answer": {
-        "conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
-    },
-    "gsm8k": {"question": "Q", "answer": "A<<1+1=2>>"},
-    "prompt and response": {"prompt": "Q", "response": "A"},
-    "alpaca without input": {"instruction": "Q", "input": "", "output": "A", "text": "x"},
-    "parts": {
-        "messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "gpt", "content": "A"}]
-    },
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_to_messages_reads_layouts(name: str) -> None:
-    assert to_messages(ROWS[name], "row 1") == [
-        {"role": "user", "content": "Q"},
-        {"role": "assistant", "content": "A"},
-    ]
-
-
-def test_to_messages_reads_extended_layouts() -> None:
-    def contents(row: dict[str, Any]) -> list[str]:
-        return [item["content"] for item in to_messages(row, "row 1")]
-
-    assert contents({"instruction": "Add", "input": "1 2", "output": "3"}) == ["Add\n\n1 2", "3"]
-    assert contents({"system_prompt": "S", "question": "Q", "response": "A"}) == ["S", "Q", "A"]
-    assert contents({"article": "long", "highlights": "short", "id": "x"})[1] == "short"
-    assert contents({"document": "long", "summary": "short"})[0].endswith("long")
-    assert contents({"turns": ["first", "second"], "category": "c"}) == ["first"]
-    code = contents({"prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "", "entry_point": "f"})
-    assert "def f():\n" in code[0] and "return" not in code[0]
-    assert code[1] == "```python\ndef f():\n    return 1\n```"
-    system = {"conversations": [{"from": "system", "value": "S"}, {"from": "user", "value": "Q"}]}
-    assert [item["role"] for item in to_messages(system, "row 1")] == ["system", "user"]
-
-
-def test_calculator_marks_are_removed() -> None:
-    row = {"question": "q << 1", "answer": "48/2 = <<48/2=24>>24 clips, 2 << 3\n#### 24"}
-    assert to_messages(row, "row 1")[1]["content"] == "48/2 = 24 clips, 2 << 3\n#### 24"
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"text": "x", "label": 1}, r"set row 7: no conversation in its fields \(text, label\)\naccepted: messages"),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, r"row 7, messages\[0\]: unknown role 'wizard'"),
-        ({"messages": ["x"]}, r"row 7, messages\[0\]: expected a mapping"),
-        ({"question": "x", "answer": {"value": "y"}}, "row 7, answer: expected text, got dict"),
-        ({}, "none"),
-    ],
-)
-def test_row_without_conversation_is_refused(row: dict[str, Any], words: str) -> None:
-    with pytest.raises(DatasetError, match=words):
-        to_messages(row, "set row 7")
-
-
 @pytest.mark.skipif(not os.environ.get("FIRP_DATA_DIR"), reason="FIRP_DATA_DIR names no folder of real data sets")
-def test_real_gsm8k_is_encoded(tmp_path: Path) -> None:
+def test_real_gsm8k_is_encoded() -> None:
     tokenizer = with_template(CHATML)
-    for number, row in enumerate(load_records("gsm8k", "test", limit=60), 1):
-        conversation = encode(to_messages(row, f"row {number}"), tokenizer)
-        (answer,) = answers(conversation, tokenizer)
-        assert answer.endswith("<|im_end|>") and "<<" not in answer
-        assert answer.split("####")[1].removesuffix("<|im_end|>").strip() == row["answer"].split("####")[1].strip()
-    file = tmp_path / "own.jsonl"
-    file.write_text(json.dumps({"question": "Q", "answer": "A"}) + "\n")
-    assert load_prompts(str(file))[0].reference == "A"
+    for row in load_rows("gsm8k", Selection("test", limit=60)):
+        (answer,) = answers(encode(row.conversation.messages, tokenizer), tokenizer)
+        assert answer == f"{row.conversation.messages[1]['content']}<|im_end|>" and "<<" not in answer

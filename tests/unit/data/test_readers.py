@@ -72,7 +72,7 @@ def make(folder: Path, suffix: str, rows: list[dict[str, Any]] = ROWS) -> Path:
 def test_files_are_read_by_suffix(suffix: str, tmp_path: Path) -> None:
     path = make(tmp_path, suffix)
     rows = load_rows(str(path), Selection(limit=4))
-    assert [row.reference for row in rows] == ["a0", "a1", "a2", "a3"]
+    assert [row.conversation.messages[1]["content"] for row in rows] == ["a0", "a1", "a2", "a3"]
     assert [row.row for row in rows] == ["row 1", "row 2", "row 3", "row 4"]
     assert default_store(str(path)) == "stores/rows"
 

@@ -51,6 +51,17 @@ def write(path: Path, rows: list[Any]) -> Path:
         {"input": [ASKED], "output": [ANSWERED]},
         {"input": "Q", "output": "A"},
         {"messages": json.dumps([ASKED, ANSWERED])},
+        {"messages": [ASKED, ANSWERED], "prompt": "x"},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "gpt", "content": "A"}]},
+        {"id": 1, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {
+            "conversations": [
+                {"from": side, "value": text} for side, text in (("gpt", "x"), ("human", "Q"), ("gpt", "A"))
+            ]
+        },
+        {"question": "Q", "answer": "A<<1+1=2>>"},
+        {"prompt": "Q", "response": "A"},
+        {"instruction": "Q", "input": "", "output": "A", "text": "x"},
         {"messages": None, "question": "Q", "answer": "A"},
     ],
 )
@@ -65,9 +76,44 @@ def test_row_of_code_is_read_with_and_without_tests() -> None:
     assert said(plain) == [("user", "Q\nYour code should satisfy these tests:\nassert x == 1"), answer]
 
 
+def test_layouts_with_a_wording_of_their_own_are_read() -> None:
+    assert said({"instruction": "Add", "input": "1 2", "output": "3"}) == [("user", "Add\n\n1 2"), ("assistant", "3")]
+    assert said({"article": "long", "highlights": "short", "id": "x"})[1] == ("assistant", "short")
+    assert said({"document": "long", "summary": "short"})[0][1].endswith("long")
+    asked, answer = said(
+        {"prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "", "entry_point": "f"}
+    )
+    assert "def f():\n" in asked[1] and "return" not in asked[1]
+    assert answer[1] == "```python\ndef f():\n    return 1\n```"
+
+
+def test_calculator_marks_are_removed() -> None:
+    row = {"question": "q << 1", "answer": "48/2 = <<48/2=24>>24 clips, 2 << 3\n#### 24"}
+    assert said(row)[1][1] == "48/2 = 24 clips, 2 << 3\n#### 24"
+
+
+@pytest.mark.parametrize(
+    ("row", "place", "words"),
+    [
+        ({"text": "x", "label": 1}, "", r"no conversation in its fields \(text, label\)\naccepted: messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0]", "unknown role 'wizard'"),
+        ({"messages": ["x"]}, "messages[0]", "expected a mapping"),
+        ({"question": "x", "answer": {"value": "y"}}, "answer", "expected text, got dict"),
+        ({}, "", "none"),
+    ],
+)
+def test_row_without_conversation_is_refused(row: dict[str, Any], place: str, words: str) -> None:
+    with pytest.raises(OddRow, match=words) as refused:
+        read_conversation(row)
+    assert refused.value.place == place
+
+
 def test_side_columns_reach_the_conversation() -> None:
     system = {"system": "Answer in French.", "conversations": [{"from": "human", "value": "Q"}]}
     assert said(system) == [("system", "Answer in French."), ("user", "Q")]
+    assert said({"system_prompt": "S", "question": "Q", "response": "A"}) == [("system", "S"), *QA]
+    turns = {"conversations": [{"from": "system", "value": "S"}, {"from": "user", "value": "Q"}]}
+    assert said(turns) == [("system", "S"), ("user", "Q")]
     assert said({"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada"})[0][1] == "Who?\n\nAda wrote it."
     assert said({"question": "Sum?", "input": "3 4", "answer": "7"}) == [("user", "Sum?\n\n3 4"), ("assistant", "7")]
     both = {"system": "S", "context": "C", "messages": [{"role": "system", "content": "T"}, ASKED]}
@@ -80,7 +126,7 @@ def test_named_columns_are_read(tmp_path: Path) -> None:
     assert said(row, **names) == [("system", "S"), *QA]
     assert said({"m": [ASKED, ANSWERED], "question": "other"}, messages="m") == QA
     (prompt,) = load_prompts(str(write(tmp_path / "a.jsonl", [row])), selection=Selection(columns=names))
-    assert (prompt.category, prompt.reference) == ("math", "A")
+    assert prompt.category == "math" and prompt.conversation.messages[-1]["content"] == "A"
     with pytest.raises(OddRow, match=r"no column 'x' \(data\.columns\) among q, a, s, kind"):
         read_conversation(row, {"question": "x"})
 
