@@ -123,7 +123,7 @@ def open_lines(path: Path, keep: bool) -> TextIO:
     writing it, OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    stream = path.open("a", encoding="utf-8")
+    stream = path.open("a", encoding="utf-8", errors="backslashreplace")  # of a lone surrogate JSON's own escape
     try:
         if path.is_file():
             _lock_now(stream.fileno(), path)

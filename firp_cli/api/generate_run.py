@@ -269,9 +269,8 @@ def raw_tokens(decoder: Decoder, text: str) -> list[int]:
     return encode_text(text, decoder.teacher.tokenizer)
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _whole_lines(path: Path) -> list[bytes]:
     """Return the lines of a file without the last one where that has no end."""
     if not path.is_file():
         return []
-    data = path.read_bytes()
-    return data[: data.rfind(b"\n") + 1].decode("utf-8", errors="replace").splitlines()
+    return path.read_bytes().split(b"\n")[:-1]  # a text may contain other ends of lines, as U+2028

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -26,10 +27,13 @@ class Lines:
     """Lines of JSON that are written as they come, to a file or to stdout.
 
     A line that the file does not take goes to stdout, and so do all after it; `failure` is the reason.
+
+    Attributes:
+        kept: lines of an interrupted run in the file; None: it is written anew. written: lines since then.
     """
 
     output: Path | None
-    keep: bool = False
+    kept: int | None = None
     written: int = 0
     failure: str = ""
 
@@ -37,7 +41,7 @@ class Lines:
         self._stream: TextIO | None = None
         if self.output is not None and is_main():
             try:
-                self._stream = open_lines(self.output, self.keep)
+                self._stream = open_lines(self.output, self.kept is not None)
             except OSError as error:
                 self.failure = os_reason(error)
 
@@ -53,7 +57,8 @@ class Lines:
                 return
             except OSError as error:
                 self.failure, stream, self._stream = os_reason(error), self._stream, None
-                _give_up(stream)
+                with contextlib.suppress(OSError):  # it still holds the line
+                    stream.close()
         readable = "utf" in (sys.stdout.encoding or "").lower()
         sys.stdout.write(json.dumps(line, ensure_ascii=not readable) + "\n")
         sys.stdout.flush()
@@ -67,16 +72,13 @@ class Lines:
         """Close the file. Raises OutputError where it did not take all lines."""
         self.release()
         if self.failure:
-            kept = f"its first {self.written} lines are kept, " if self.written else ""
-            raise OutputError(f"{self.output} cannot be written ({self.failure}): {kept}the others are on stdout")
+            held = f"its first {self.held} lines are kept, " if self.held else ""
+            raise OutputError(f"{self.output} cannot be written ({self.failure}): {held}the others are on stdout")
 
-
-def _give_up(stream: TextIO) -> None:
-    """Close a stream whose last write failed, and drop what it still holds."""
-    try:
-        stream.close()
-    except OSError:
-        return
+    @property
+    def held(self) -> int:
+        """Number of whole lines in the file."""
+        return (self.kept or 0) + self.written
 
 
 def answer_one(decoder: Decoder, prompt: str, settings: GenerateSettings, output: Path | None, as_json: bool) -> None:
@@ -85,11 +87,13 @@ def answer_one(decoder: Decoder, prompt: str, settings: GenerateSettings, output
 
     from firp_cli.api.generate_run import Totals, raw_tokens, record
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
 
     def show(text: str, drafted: bool) -> None:
-        console.print(text, end="", style="green" if drafted else None, markup=False)
-        console.file.flush()
+        """Write text as it is: rich would change tabs and some characters."""
+        sys.stdout.write(typer.style(text, fg="green") if drafted and coloured else text)
+        sys.stdout.flush()
 
     streamed = not as_json and output is None and is_main()
     on_text: OnText | None = show if streamed else None
@@ -107,7 +111,7 @@ def answer_one(decoder: Decoder, prompt: str, settings: GenerateSettings, output
     if not is_main():
         return
     if streamed:
-        console.print()
+        sys.stdout.write("\n")
     if as_json:
         print_json(record(result))
     totals = Totals()
@@ -139,13 +143,17 @@ def answer_file(
     if resume and output is not None:
         run.read_kept(output)
         say(f"{run.kept} of {run.count} answers are kept from {output}")
-    lines, made = Lines(output, keep=resume), 0
+    lines = Lines(output, run.kept if resume else None)
 
     def interrupted() -> str:
-        held = f"{run.kept + made} of {run.count} answers are "
         if output is None:
-            return f"firp: interrupted; {held}on stdout"
-        return f"firp: interrupted; {held}in {output}, the same command with --resume continues it"
+            return f"firp: interrupted; {made} of {run.count} answers are on stdout"
+        held = f"firp: interrupted; {lines.held} of {run.count} answers are in {output}"
+        if lines.failure:
+            return f"{held}, which cannot be written ({lines.failure}); the others are on stdout"
+        return f"{held}, the same command with --resume continues it"
+
+    made = 0
 
     try:
         with interruption(interrupted), progress_bar("generating") as progress:

@@ -143,7 +143,7 @@ def _show(report: BenchReport, folder: Path) -> None:
     from firp_cli.reports.speed_tables import pipeline_note
     from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     console.print(settings_line(report), markup=False)
     console.print(bench_tables(report))
     for note in (TEACHERS_NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):

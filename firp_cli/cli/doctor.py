@@ -70,7 +70,7 @@ def _print(checks: list[Check], broken: list[Check]) -> None:
     from firp_cli.reports.cells import rich_table
 
     cells = [[check.name, check.status, check.detail, check.purpose] for check in checks]
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     console.print(rich_table(["", "", "found", "purpose"], cells, left=4, fixed=False))
     for check in checks:
         if check.remedy:

@@ -81,7 +81,7 @@ def _print(report: EvalReport, folder: Path) -> None:
     from firp_cli.reports.speed_tables import eval_pipeline_lines
     from firp_cli.reports.tables import eval_table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     console.print(eval_table(report))
     chain, best = report.expected_accepted_length_chain, report.expected_accepted_length_tree
     if report.pipeline:

@@ -49,7 +49,7 @@ def prompts(
     def interrupted() -> str:
         if not output.exists():
             return "firp: interrupted before the first prompt; nothing is kept"
-        kept = len(output.read_text(encoding="utf-8").splitlines())
+        kept = output.read_bytes().count(b"\n")
         return f"firp: interrupted; {kept} of {count} prompts are in {output}\nnext: {following}"
 
     with interruption(interrupted), progress_bar("writing prompts") as progress:

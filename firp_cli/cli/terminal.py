@@ -248,9 +248,7 @@ def default_folder(command: str, name: str) -> Path:
 def say(text: str) -> None:
     """Print a line on stderr, on the main rank only."""
     if is_main():
-        from rich.console import Console
-
-        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+        typer.echo(text, err=True)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def _print_tables(run: TrainRun, plan: Plan, throughput: Throughput, stored: boo
     from firp_cli.reports.cells import rich_table
     from firp_cli.training.memory_model import RIDGE
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     console.print(rich_table(["plan", ""], _plan_cells(plan, run, stored), left=2))
     if plan.lines and plan.memory:
         remark = "the ridge start ends before training begins" if RIDGE in plan.memory else ""

@@ -154,7 +154,7 @@ def _show(report: TuneReport, tree_file: Path | None, output: Path) -> None:
 
     from firp_cli.reports.tuning import tune_tables
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     console.print(tune_tables(report))
     trees = tree_file or Path(report.predictor["folder"]) / "tree.json"
     console.print(f"trees: {trees}", markup=False, soft_wrap=True)
