@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import typer
@@ -20,6 +21,7 @@ from firp_cli.cli.store import store
 from firp_cli.cli.train import train
 from firp_cli.cli.tune import tune
 from firp_cli.errors import INTERRUPTED, FirpError
+from firp_cli.files import os_reason
 
 app = typer.Typer(
     name="firp",
@@ -65,11 +67,16 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         app()
-    except FirpError as error:
+    except (FirpError, OSError) as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise
-        typer.echo(f"firp: {error}", err=True)
-        sys.exit(error.exit_code)
+        if isinstance(error, FirpError):
+            typer.echo(f"firp: {error}", err=True)
+            sys.exit(error.exit_code)
+        what = error.filename or "stdout, a pipe or a file"
+        typer.echo(f"firp: {what} cannot be read or written: {os_reason(error)} (-v shows where)", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        sys.exit(FirpError.exit_code)
     except KeyboardInterrupt:
         typer.echo("firp: interrupted", err=True)
         sys.exit(INTERRUPTED)

@@ -156,13 +156,14 @@ def _print_estimate(figures: CollectEstimate, folder: Path) -> None:
 
 
 def _next(run: CollectRun, summary: CollectSummary, name: str | None, overrides: list[str]) -> str:
-    """Return the command that trains on the new store. Without a predictor in the recipe it names one that fits."""
+    """Return the command that trains on the new store. It names a predictor that fits where the recipe's does not."""
     words = [*([name] if name else []), *(item for item in overrides if not item.startswith("store="))]
-    if run.recipe.predictor is None:
+    predictor = run.recipe.predictor
+    if predictor is None or not set(predictor.transfer_layers) <= set(summary.layers):
         fitting = ["predictor.kind=medusa", "training.init=random"]
         if summary.layers:
             fitting = ["predictor.kind=firp", f"predictor.layer={summary.layers[0]}"]
-        words += fitting
+        words = [*(words if predictor is None else ()), *fitting]
     return command_text("train", *words, "--store", summary.store)
 
 

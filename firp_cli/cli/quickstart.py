@@ -72,7 +72,7 @@ def quickstart(
         raise UsageError(f"{folder} contains an earlier quickstart: remove it, or give another --output")
     check_output(folder)
     data = find_prompts(prompts, data_dir, folder)
-    shape = {**default_predictor(model), **({"layer": layer} if layer else {}), "steps": steps}
+    shape = {**default_predictor(model, layer), "steps": steps}
     recipe = make_recipe(model, data, data_dir, folder, shape, max_new_tokens)
     path = folder / "recipe.yaml"
     limit = _affordable(path, recipe, data.count, COLLECTING * (until - time.monotonic()))
@@ -122,12 +122,12 @@ def find_prompts(name: str, data_dir: Path | None, folder: Path) -> Prompts:
     return Prompts(str(paths[0]), str(paths[1]), len(rows) - kept)
 
 
-def default_predictor(model: str) -> dict[str, Any]:
-    """Return the transfer layer, at two thirds of the model's layers, and the draft vocabulary.
+def default_predictor(model: str, layer: int | None = None) -> dict[str, Any]:
+    """Return the transfer layer, by default at two thirds of the model's layers, and the draft vocabulary.
 
     At a lower layer pseudo states run through more layers; at a higher one they are predicted worse.
 
-    Raises TeacherError when the model's config cannot be found.
+    Raises TeacherError when the model's config cannot be found, UsageError for a layer that the model lacks.
     """
     from firp_cli.config import TeacherConfig
     from firp_cli.training.plan import skeleton
@@ -137,8 +137,10 @@ def default_predictor(model: str) -> dict[str, Any]:
         raise TeacherError(f"{reason}\ngive a model folder, a .gguf file, a known name or a reachable hub id")
     if teacher.num_layers < 2:
         raise TeacherError(f"{model} has one layer, and pseudo states enter between two layers: use a deeper model")
+    if layer is not None and layer >= teacher.num_layers:
+        raise UsageError(f"--layer {layer}: a transfer layer of {model} is between 1 and {teacher.num_layers - 1}")
     return {
-        "layer": max(1, round(2 * teacher.num_layers / 3)),
+        "layer": layer or max(1, round(2 * teacher.num_layers / 3)),
         "draft_vocabulary": DRAFT_VOCABULARY if teacher.vocab_size >= 2 * DRAFT_VOCABULARY else None,
     }
 

@@ -320,20 +320,20 @@ def _cluster_command(gpus: int | None, hostfile: str) -> list[str]:
 def run_program(command: list[str], environment: dict[str, str] | None = None) -> tuple[int, bool]:
     """Run a program in its own process group; return its exit code, and True if the user interrupted it.
 
-    The first signal that ends a program is passed on as SIGTERM, and its end is awaited: a launcher passes it to the
-    ranks and waits for their checkpoint.
+    A signal that ends a program is passed on as SIGTERM, and its end is awaited: a launcher passes it to the ranks and
+    waits for their checkpoint. One within SAME_INTERRUPTION seconds of the last is ignored.
     """
-    interrupted = False
+    passed_on: list[float] = []
     process = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def pass_on(*_: Any) -> None:
-        nonlocal interrupted
-        if not interrupted:
-            interrupted = True
+        now = time.monotonic()
+        if not passed_on or now - passed_on[-1] > SAME_INTERRUPTION:
+            passed_on.append(now)
             process.terminate()
 
     with handling_signals(pass_on):
-        return process.wait(), interrupted
+        return process.wait(), bool(passed_on)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ import logging
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -352,6 +354,48 @@ def test_lines_are_written_one_at_a_time(tmp_path: Path) -> None:
     lines.close()
 
 
+def test_lines_hold_what_utf8_and_lines_do_not(tmp_path: Path) -> None:
+    """A text may end lines in other ways, and an id may be half a character."""
+    from firp_cli.api.generate_run import _whole_lines
+
+    path, texts = tmp_path / "o.jsonl", [{"text": "a\u2028b\x85c"}, {"id": "\ud800", "text": "d"}]
+    lines = Lines(path)
+    for text in texts:
+        lines.write(text)
+    lines.release()
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write('{"text": "cut')
+    assert [json.loads(line) for line in _whole_lines(path)] == texts
+    more = Lines(path, kept=2)
+    more.write({"text": "e"})
+    more.release()
+    assert more.held == 3 and [json.loads(line) for line in _whole_lines(path)] == [*texts, {"text": "e"}]
+
+
+def test_a_full_stdout_ends_with_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "firp_cli", "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
+
+
+def test_streamed_text_is_not_altered(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from firp_cli.api.generate_run import GenerateSettings
+    from firp_cli.cli.answers import answer_one
+    from firp_cli.results import Generation
+
+    text = "all:\tfirst\r\n:smile: [red]x[/red] \x0c"
+
+    def generate(*_: object, stream: Callable[[str, bool], None], **__: object) -> Generation:
+        stream(text, False)
+        return Generation(1, [1], 0, [], 0.1, 0.0, "length")
+
+    answer_one(SimpleNamespace(generate=generate), "x", GenerateSettings(), None, False)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == text + "\n"
+
+
 def test_the_next_line_of_collect_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = succeed("collect", "demo", "teacher.dtype=bfloat16", "--limit", "4", "--output", "my store")
@@ -361,6 +405,16 @@ def test_the_next_line_of_collect_trains(tmp_path: Path, monkeypatch: pytest.Mon
     done = succeed(*words, "training.max_steps=0", "training.gate_prompts=0", "--output", "run")
     missing = invoke(*words[:-1], "no store").exception
     assert "firp collect demo teacher.dtype=bfloat16 data.limit=4 --output 'no store'" in str(missing)
+
+
+@pytest.mark.parametrize("layers", ["3", "none"])
+def test_the_next_line_of_collect_trains_what_the_layers_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = succeed("collect", "demo", "--limit", "4", "--layers", layers, "--output", "s")
+    words = shlex.split(done.stdout[done.stdout.index("next: ") :])[2:]
+    succeed(*words, "training.max_steps=0", "training.gate_prompts=0", "--output", "run")
 
 
 def test_estimate_times_the_responders_that_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

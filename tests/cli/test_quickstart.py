@@ -74,6 +74,9 @@ def test_quickstart_layer_is_at_two_thirds(monkeypatch: pytest.MonkeyPatch) -> N
     assert default_predictor("arithmetic") == {"layer": 4, "draft_vocabulary": None}
     with pytest.raises(TeacherError, match="give a model folder"):
         default_predictor("owner/no-such-model")
+    assert default_predictor("arithmetic", 2)["layer"] == 2
+    with pytest.raises(UsageError, match="between 1 and 5"):
+        default_predictor("arithmetic", 6)
 
 
 @pytest.mark.parametrize(("vocabulary", "drafted"), [(32767, None), (32768, 16384), (151936, 16384)])
