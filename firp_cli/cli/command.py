@@ -8,6 +8,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 from firp_cli.cli.terminal import say
+from firp_cli.config import LARGEST_TEMPERATURE
 from firp_cli.errors import UsageError
 
 OLD_OPTIONS = {"--layers": "--backend", "--sittings": "--timing-rounds"}  # old name: new name; until version 0.2
@@ -15,8 +16,9 @@ LISTS = {"--batch-sizes", "--dataset", "--layers", "--methods"}  # several value
 MAY_BE_EMPTY = {"--prompt"}
 TEXTS = {"--prompt", "--stop", "--system", "--chat-template", "--template-options"}  # of any length; others: names
 LONGEST = 255  # bytes of a file's name
-MOST = {"--seed": 2**63 - 1}  # largest number of an option
+MOST = {"--seed": 2**63 - 1, "--temperature": LARGEST_TEMPERATURE}  # largest number of an option
 MOST_OF_OTHERS = 2**31 - 1
+NOT_FINITE = {"nan", "inf", "infinity"}
 SHOWN = 60  # characters of a refused argument
 
 
@@ -110,17 +112,27 @@ def _check_filled(parameter: Any, value: Any) -> None:
     if TEXTS & set(parameter.opts):
         return
     for name in values:
+        if (
+            isinstance(name, str)
+            and name.strip().lower().lstrip("+-") in NOT_FINITE
+            and isinstance(parameter.default, float)
+        ):
+            raise _not_finite(parameter, name)
         if isinstance(name, str) and "=" not in name and max(len(part.encode()) for part in name.split("/")) > LONGEST:
             raise UsageError(f"{_name(parameter)} {name[:SHOWN]!r}...: a name has at most {LONGEST} bytes")
+
+
+def _not_finite(parameter: Any, value: object) -> UsageError:
+    return UsageError(f"{_name(parameter)} {value}: give a finite number")
 
 
 def _check_number(parameter: Any, value: Any) -> None:
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(number, float) and not math.isfinite(number):
-            raise UsageError(f"{_name(parameter)} {number}: give a finite number")
+            raise _not_finite(parameter, number)
         most = MOST.get(_name(parameter), MOST_OF_OTHERS)
         if isinstance(number, (int, float)) and abs(number) > most:
-            raise UsageError(f"{_name(parameter)} {str(number)[:SHOWN]} is out of range: at most {most}")
+            raise UsageError(f"{_name(parameter)} {str(number)[:SHOWN]} is out of range: at most {most:,}")
 
 
 def _name(parameter: Any) -> str:
