@@ -102,7 +102,7 @@ def difference_in_words(model: Any, place: str, expected: Tensor, got: Tensor) -
 
 
 def damaged_weight(model: nn.Module) -> str | None:
-    """Return in words the first parameter with NaN or infinity, and the remedy, if there is one. Reads all of them."""
+    """Return in words the first parameter with NaN or infinity, and the remedy; None where there is none."""
     for name, parameter in model.named_parameters():
         count = 0 if parameter.is_meta else int((~torch.isfinite(parameter)).sum())
         if count:

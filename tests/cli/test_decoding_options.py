@@ -74,7 +74,7 @@ def test_bench_names_the_row_of_a_nan(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def fail(writer: Writer, item: Any, tokens: list[int], drafted: int) -> int:
         seen.append(item)
-        return write(writer, item, [-1] if len({id(each) for each in seen}) == 6 else tokens, drafted)
+        return write(writer, item, [-1] if len({id(one) for one in seen}) == 6 else tokens, drafted)
 
     monkeypatch.setattr(Writer, "write", fail)
     options = ("--methods", "ar", "--repeats", 1, "--batch-size", 1, "--max-new-tokens", 4)
