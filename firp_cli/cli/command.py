@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand
@@ -13,6 +14,7 @@ from firp_cli.errors import UsageError
 
 OLD_OPTIONS = {"--layers": "--backend", "--sittings": "--timing-rounds"}  # old name: new name; until version 0.2
 LISTS = {"--batch-sizes", "--dataset", "--layers", "--methods"}  # several values with commas; given twice, both count
+OVERRIDDEN = {"arguments", "recipe"}  # arguments that take key=value
 MAY_BE_EMPTY = {"--prompt"}
 TEXTS = {"--prompt", "--stop", "--system", "--chat-template", "--template-options"}  # of any length; others: names
 LONGEST = 255  # bytes of a file's name
@@ -57,8 +59,12 @@ class Command(TyperCommand):
 
         def parse_once(args: list[str]) -> Any:
             values, rest, order = parse(args=args)
-            for parameter in self.get_params(ctx):
+            parameters = self.get_params(ctx)
+            for parameter in parameters:
                 _check_filled(parameter, values.get(parameter.name))
+            if not OVERRIDDEN & {parameter.name for parameter in parameters}:
+                named = [values.get(item.name) for item in parameters if item.param_type_name == "argument"]
+                _check_words(_typed_name(ctx), [*named, *rest])
             for item in options:
                 if item.name in values:
                     values[item.name] = _one_value(item, values[item.name])
@@ -100,6 +106,23 @@ def _check_text(argument: str) -> None:
         raise UsageError(f"the argument {shown} is not UTF-8 text: convert it, or write prompts into a file") from None
     if "\0" in argument:
         raise UsageError(f"the argument {argument[:SHOWN]!a} contains a NUL character")
+
+
+def _check_words(command: str, given: list[Any]) -> None:
+    """Refuse `key=value` where a command reads no recipe. Folders may have such names."""
+    words = [word for item in given for word in (item if isinstance(item, (list, tuple)) else [item])]
+    for word in words:
+        if isinstance(word, str) and "=" in word and not Path(word).exists():
+            raise UsageError(
+                f"{word[:SHOWN]!r} does not exist, and `firp {command}` takes no key=value overrides of a recipe: "
+                f"`firp {command} --help` lists its options"
+            )
+
+
+def _typed_name(ctx: Any) -> str:
+    """Return a command's name after `firp`, with that of its group."""
+    group = _typed_name(ctx.parent) if ctx.parent is not None and ctx.parent.parent is not None else ""
+    return f"{group} {ctx.info_name}".strip()
 
 
 def _check_filled(parameter: Any, value: Any) -> None:

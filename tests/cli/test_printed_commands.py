@@ -36,7 +36,7 @@ def docstrings(tree: ast.AST) -> set[int]:
 
 
 def commands_of(path: Path) -> Iterator[list[str]]:
-    """Yield the words after `firp` in the texts of a source file, and the known ones of commands that it puts together."""
+    """Yield the words after `firp` in the texts of a file, and the known ones of commands that it puts together."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = docstrings(tree)
     for node in ast.walk(tree):
@@ -64,8 +64,7 @@ def program() -> Any:
 def fault(words: list[str]) -> str | None:
     """Return why the program would not parse these words; arguments are not looked at."""
     command = program()
-    words = [word for word in words if word != "X"] if words[:1] == ["X"] else words
-    if not words:
+    if words[:1] in ([], ["X"]):  # a command that is inserted
         return None
     while hasattr(command, "commands") and words:
         if words[0] not in command.commands:
