@@ -6,7 +6,6 @@ The comment after a field gives its meaning and unit; "null" is YAML's name of N
 from __future__ import annotations
 
 import json
-import math
 from datetime import date
 from typing import Annotated, Any, Literal, Protocol, get_args
 
@@ -22,6 +21,7 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 ColumnRole = Literal["messages", "question", "answer", "input", "system", "tools", "category"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
+LARGEST_TEMPERATURE = 1_000_000  # above it all tokens are equally probable
 SMALLEST_TEMPERATURE = 1e-6  # below it logits over the temperature overflow, or lose their differences to rounding
 
 
@@ -378,11 +378,10 @@ class Recipe(Section):
 
 def check_sampling(temperature: float, top_p: float, seed: int = 0) -> None:
     """Raise UsageError for a temperature, top-p or seed out of range."""
-    possible = temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf
-    if not (possible and 0 < top_p <= 1):
-        raise UsageError(
-            f"temperature must be >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}; a temperature is 0 (greedy) "
-            f"or a finite number of at least {SMALLEST_TEMPERATURE:g}"
-        )
+    least, most = SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE
+    if temperature != 0 and not least <= temperature <= most:
+        raise UsageError(f"temperature must be 0 (greedy) or from {least:g} to {most:g}, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p must be above 0 and at most 1, got {top_p}")
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"seed must be from 0 to 2**63 - 1, got {seed}")

@@ -54,7 +54,11 @@ class OutputError(FirpError):
 
 
 class NumericsError(FirpError):
-    """NaN or infinity in hidden states or in a loss."""
+    """NaN or infinity in hidden states, in logits or in a loss. `prompt`: number in its batch of the prompt that was
+    decoded; the text then begins with the prompt's name and a colon.
+    """
+
+    prompt: int | None = None
 
 
 class CapacityError(UsageError):

@@ -23,9 +23,18 @@ TRIED_BYTES = 1  # of a trial: a block of the file system
 
 
 def cache_folder() -> Path:
-    """Return the folder of this machine's measurements: $FIRP_CACHE_DIR, else `firp` in the user's cache folder."""
-    folder = os.environ.get("FIRP_CACHE_DIR")
-    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firp"
+    """Return the folder of this machine's measurements: $FIRP_CACHE_DIR, else `firp` in the user's cache folder.
+
+    It may be impossible to make: a user without a home, as in some containers, has none.
+    """
+    if folder := os.environ.get("FIRP_CACHE_DIR"):
+        return Path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "firp"
+    try:
+        return Path.home() / ".cache" / "firp"
+    except RuntimeError:  # not a shared folder such as /tmp: compiled kernels are loaded from it
+        return Path(os.devnull) / "firp"
 
 
 def file_sha256(path: Path) -> str:

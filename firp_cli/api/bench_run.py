@@ -235,5 +235,6 @@ def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: 
             continue
         questions = Questions.of(prompt.conversation, teacher.tokenizer, stops) if all_turns else None
         lengths = tuple(questions.lengths()) if questions else ()
-        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths))
+        place = f"{prompt.row} of {prompt.dataset}"
+        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, place=place))
     return made

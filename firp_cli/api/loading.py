@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,14 @@ def complete_teacher(config: TeacherConfig, held: LoadedWeights) -> Teacher | st
         return f"decoding needs the whole teacher, and {device} has no room for its {readable_bytes(needed)}"
 
 
+def _tune_command(tree: str | None, folder: Path, temperature: float) -> str:
+    """Return the command that adds trees for this machine and temperature to the file that was read."""
+    file = ["--tree-file", tree] if tree else []
+    return shlex.join(
+        ["firp", "tune", str(folder), *file, *(["--temperature", f"{temperature:g}"] if temperature else [])]
+    )
+
+
 def load_trees(
     tree: str | None, folder: Path, predictor: Predictor, teacher: Teacher, temperature: float, options: EngineOptions
 ) -> TreeSpec | TunedTrees | None:
@@ -262,6 +271,6 @@ def load_trees(
         here = any((entry.machine, entry.teacher) == (key, teacher.fingerprint) for entry in trees.entries)
         LOG.info(
             f"{path} was tuned {'for another temperature' if here else 'on another machine'}, {trees.default} is used: "
-            f"`firp tune {folder}` measures this {'temperature' if here else 'machine'}"
+            f"`{_tune_command(tree, folder, temperature)}` measures this {'temperature' if here else 'machine'}"
         )
     return fitting if fitting.entries else trees.default

@@ -31,7 +31,7 @@ from firp_cli.machine import is_main, local_world_size, memory_of_rank, rank, re
 from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.results import as_json
-from firp_cli.store.reader import MANIFEST, Store, read_manifest
+from firp_cli.store.reader import MANIFEST, Store, read_manifest, refuse_file
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.teacher.weight_files import LoadedWeights
 from firp_cli.training import trainer
@@ -193,6 +193,7 @@ def check_train(run: TrainRun, resume: bool, ranks: int, local_ranks: int) -> No
         check_responder(recipe)
         check_dataset(recipe.data)
     elif not (run.store / MANIFEST).is_file():
+        refuse_file(run.store)
         kept = [item for item in run.arguments if not item.startswith(("store=", "output="))]
         command = shlex.join(["firp", "collect", *kept, "--output", str(run.store)])
         raise StoreError(f"no hidden-state store at {run.store}; fill it first:\n  {command}")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand
 
 from firp_cli.cli.terminal import interruption, say
+from firp_cli.config import LARGEST_TEMPERATURE
 from firp_cli.errors import UsageError
 
 OLD_OPTIONS = {"--layers": "--backend", "--sittings": "--timing-rounds"}  # old name: new name; until version 0.2
 LISTS = {"--batch-sizes", "--dataset", "--layers", "--methods"}  # several values with commas; given twice, both count
+OVERRIDDEN = {"arguments", "recipe"}  # arguments that take key=value
 MAY_BE_EMPTY = {"--prompt"}
 TEXTS = {"--prompt", "--stop", "--system", "--chat-template", "--template-options"}  # of any length; others: names
 LONGEST = 255  # bytes of a file's name
-MOST = {"--seed": 2**63 - 1}  # largest number of an option
+MOST = {"--seed": 2**63 - 1, "--temperature": LARGEST_TEMPERATURE}  # largest number of an option
 MOST_OF_OTHERS = 2**31 - 1
+NOT_FINITE = {"nan", "inf", "infinity"}
 SHOWN = 60  # characters of a refused argument
 
 
@@ -61,8 +65,12 @@ class Command(TyperCommand):
 
         def parse_once(args: list[str]) -> Any:
             values, rest, order = parse(args=args)
-            for parameter in self.get_params(ctx):
+            parameters = self.get_params(ctx)
+            for parameter in parameters:
                 _check_filled(parameter, values.get(parameter.name))
+            if not OVERRIDDEN & {parameter.name for parameter in parameters}:
+                named = [values.get(item.name) for item in parameters if item.param_type_name == "argument"]
+                _check_words(_typed_name(ctx), [*named, *rest])
             for item in options:
                 if item.name in values:
                     values[item.name] = _one_value(item, values[item.name])
@@ -106,6 +114,23 @@ def _check_text(argument: str) -> None:
         raise UsageError(f"the argument {argument[:SHOWN]!a} contains a NUL character")
 
 
+def _check_words(command: str, given: list[Any]) -> None:
+    """Refuse `key=value` where a command reads no recipe. Folders may have such names."""
+    words = [word for item in given for word in (item if isinstance(item, (list, tuple)) else [item])]
+    for word in words:
+        if isinstance(word, str) and "=" in word and not Path(word).exists():
+            raise UsageError(
+                f"{word[:SHOWN]!r} does not exist, and `firp {command}` takes no key=value overrides of a recipe: "
+                f"`firp {command} --help` lists its options"
+            )
+
+
+def _typed_name(ctx: Any) -> str:
+    """Return a command's name after `firp`, with that of its group."""
+    group = _typed_name(ctx.parent) if ctx.parent is not None and ctx.parent.parent is not None else ""
+    return f"{group} {ctx.info_name}".strip()
+
+
 def _check_filled(parameter: Any, value: Any) -> None:
     """Refuse empty text, which would name the working directory, match everywhere, or choose nothing, and names that no
     file system has.
@@ -116,19 +141,25 @@ def _check_filled(parameter: Any, value: Any) -> None:
     if TEXTS & set(parameter.opts):
         return
     for name in values:
-        if not isinstance(name, str) or "=" in name or name.isdigit():
+        if not isinstance(name, str):
             continue
-        if max(map(len, name.encode().split(b"/"))) > LONGEST:
+        if name.strip().lower().lstrip("+-") in NOT_FINITE and isinstance(parameter.default, float):
+            raise _not_finite(parameter, name)
+        if "=" not in name and not name.isdigit() and max(map(len, name.encode().split(b"/"))) > LONGEST:
             raise UsageError(f"{_name(parameter)} {name[:SHOWN]!r}...: a name has at most {LONGEST} bytes")
+
+
+def _not_finite(parameter: Any, value: object) -> UsageError:
+    return UsageError(f"{_name(parameter)} {value}: give a finite number")
 
 
 def _check_number(parameter: Any, value: Any) -> None:
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(number, float) and not math.isfinite(number):
-            raise UsageError(f"{_name(parameter)} {number}: give a finite number")
+            raise _not_finite(parameter, number)
         most = MOST.get(_name(parameter), MOST_OF_OTHERS)
         if isinstance(number, (int, float)) and abs(number) > most:
-            raise UsageError(f"{_name(parameter)} {str(number)[:SHOWN]} is out of range: at most {most}")
+            raise UsageError(f"{_name(parameter)} {str(number)[:SHOWN]} is out of range: at most {most:,}")
 
 
 def _name(parameter: Any) -> str:

@@ -190,7 +190,8 @@ def _cpu_kernels() -> Check:
     reason = missing()
     if reason is None:
         return Check("CPU kernels", OK, "compiled for this processor", purpose)
-    remedy = "install g++ or clang++ (or set CXX): without kernels decoding on a CPU takes about twice as long"
+    remedy = "they need g++ or clang++ (or CXX) and a FIRP_CACHE_DIR that can be written; without them decoding on a "
+    remedy += "CPU takes about twice as long"
     return Check("CPU kernels", NOTE, reason, purpose, remedy)
 
 

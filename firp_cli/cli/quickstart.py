@@ -53,7 +53,7 @@ class Prompts:
 
 def quickstart(
     model: Annotated[str, typer.Argument(help="Model folder, hub id, .gguf file or known name.")],
-    minutes: Annotated[float, typer.Option(min=2, help="Approximate duration.")] = 15,
+    minutes: Annotated[float, typer.Option(min=2, help="Approximate duration.")] = 15.0,
     prompts: Annotated[
         str, typer.Option(help="Prompts like those that will be decoded: a file or folder, or a data set's name.")
     ] = "chat",

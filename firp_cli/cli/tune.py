@@ -130,7 +130,7 @@ def _run(predictor: str, tree_file: Path | None, output: Path | None, as_json: b
             if not isinstance(error.result, TuneReport):
                 raise
             report, failure = error.result, error
-        publish(report, folder, as_json, lambda: _show(report, tree_file, folder))
+        publish(report, folder, as_json, lambda: _show(report, tree_file, folder, failure is None))
         if failure:
             raise failure
 
@@ -148,15 +148,16 @@ def _batches(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _show(report: TuneReport, tree_file: Path | None, output: Path) -> None:
-    """Print the tables."""
+def _show(report: TuneReport, tree_file: Path | None, output: Path, written: bool) -> None:
+    """Print the tables, and the places of the trees, if these were `written`, and of the report."""
     from rich.console import Console
 
     from firp_cli.reports.tuning import tune_tables
 
     console = Console(highlight=False, emoji=False)
     console.print(tune_tables(report))
-    trees = tree_file or Path(report.predictor["folder"]) / "tree.json"
-    console.print(f"trees: {trees}", markup=False, soft_wrap=True)
+    if written:
+        trees = tree_file or Path(report.predictor["folder"]) / "tree.json"
+        console.print(f"trees: {trees}", markup=False, soft_wrap=True)
     if (page := output / "tune.html").is_file():
         console.print(f"report: {page}", markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ import torch
 from firp_cli.errors import CapacityError, NumericsError, UsageError
 from firp_cli.machine import free_bytes, readable_bytes
 from firp_cli.results import Generation
+from firp_cli.teacher.layer_kinds import damaged_weight
 from firp_cli.teacher.teacher import Teacher
 
 OnTokens = Callable[[int, list[int], int], None]  # (sequence, tokens of this step, number of drafted ones)
@@ -73,11 +74,13 @@ class Writer:
                 if self.fails:
                     break
                 made = len(item.tokens)
-                raise NumericsError(
+                error = NumericsError(
                     f"{self.label(item.number)}: the logits of {self.teacher.name} are NaN or infinite at position "
                     f"{item.prompt_tokens + made - 1}, where new token {made + 1} is chosen\n"
-                    "check its weights, or load it in another number format (float32, bfloat16)"
+                    + (damaged_weight(self.teacher.model) or "load it in another number format (float32, bfloat16)")
                 )
+                error.prompt = item.number
+                raise error
             kept += 1
             item.tokens.append(token)
             if token in self.teacher.eos_token_ids:

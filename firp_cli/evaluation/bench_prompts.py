@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from firp_cli.data.turns import Questions
-from firp_cli.decoding.sequences import check_room
-from firp_cli.errors import CapacityError
+from firp_cli.decoding.sequences import check_room, prompt_label
+from firp_cli.errors import CapacityError, NumericsError
 from firp_cli.results import Generation
 
 Generate = Callable[[Sequence[Sequence[int]], int], list[Generation]]  # (prompts, most new tokens of each)
@@ -25,6 +25,7 @@ class BenchPrompt:
     Attributes:
         questions: all turns of its conversation; None if it has one. lengths: `Questions.lengths`.
         bounds: most tokens of the prompt of each later turn that is asked.
+        place: its row and data set, for messages.
     """
 
     token_ids: list[int]
@@ -33,6 +34,7 @@ class BenchPrompt:
     questions: Questions | None = None
     lengths: tuple[int, ...] = ()
     bounds: tuple[int, ...] = ()
+    place: str = ""
 
     @property
     def turns(self) -> int:
@@ -161,12 +163,20 @@ def decode_turns(
     """Decode every turn of a batch's prompts, each after the method's own earlier answers.
 
     The answers are in the order of `Batch.places`: those of the first turn, then those of the second one, and so on.
+    Raises NumericsError naming the prompt.
     """
     asked = [prompts[number] for number in batch.numbers]
     answers: list[list[list[int]]] = [[] for _ in asked]
     generations: list[Generation] = []
     for places in batch.places():
-        made = generate([asked[place].after(answers[place]) for place in places], max_new_tokens)
+        try:
+            made = generate([asked[place].after(answers[place]) for place in places], max_new_tokens)
+        except NumericsError as error:
+            if error.prompt is None:
+                raise
+            place = places[error.prompt]
+            name = asked[place].place or prompt_label(batch.numbers[place])
+            raise NumericsError(f"{name}: {str(error).partition(': ')[2]}") from error
         for place, item in zip(places, made, strict=True):
             answers[place].append(item.token_ids)
         generations += made

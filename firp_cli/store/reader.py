@@ -9,6 +9,7 @@ and for int8 and float8 `<name>.scale` (T, 1) in bfloat16 (float32 in older stor
 from __future__ import annotations
 
 import json
+import shlex
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -278,13 +279,24 @@ def source_command(manifest: dict[str, Any]) -> str:
     return f"firp {manifest['settings'].get('made_by', 'collect')}"
 
 
+def refuse_file(folder: Path) -> None:
+    """Raise StoreError where a store's folder, or a folder that it is in, is a file."""
+    file = next((item for item in (folder, *folder.parents) if item.is_file()), None)
+    if file is not None:
+        raise StoreError(f"{file} is a file: a store is a folder that `firp collect` fills; give another --store")
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a store's manifest. Raises StoreError when there is none, or when this version cannot read it."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StoreError(f"no store in {folder}; make one: firp collect [RECIPE] --output {folder}") from None
+        place = shlex.quote(str(folder))
+        raise StoreError(f"no store in {folder}; make one: firp collect --output {place} (or of your recipe)") from None
+    except NotADirectoryError:
+        refuse_file(folder)
+        raise
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:

@@ -7,6 +7,7 @@ call with `resume` completes to the same bytes. No conversation is copied from a
 from __future__ import annotations
 
 import hashlib
+import shlex
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -173,7 +174,8 @@ def _check_alike(stores: Sequence[Store]) -> None:
         if (dtype := first.manifest["dtype"]) != store.manifest["dtype"]:
             raise StoreError(
                 f"{first.folder} has {dtype} states, {store.folder} {store.manifest['dtype']}; "
-                f"convert them to one dtype first: firp store convert {store.folder} OUT --dtype {dtype}"
+                f"convert them to one dtype first: firp store convert {shlex.quote(str(store.folder))} --dtype {dtype} "
+                f"--output {shlex.quote(f'{store.folder}-{dtype}')}"
             )
         if first.layers != store.layers:
             common = sorted(set(first.layers) & set(store.layers))

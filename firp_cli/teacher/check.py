@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from firp_cli.errors import TeacherError
-from firp_cli.teacher.layer_kinds import SUPPORTED
+from firp_cli.teacher.layer_kinds import SUPPORTED, difference_in_words
 from firp_cli.teacher.lean_layers import UnsupportedLayersError
 from firp_cli.teacher.library_layers import MissingLayer, OwnScoresError, Stack
 from firp_cli.teacher.masks import AttentionMask, causal_allowed
@@ -65,11 +65,8 @@ def check_against_model(teacher: Teacher) -> None:
     for place, (expected, got) in [*pairs, ("logits", (reference.logits, logits))]:
         difference = (expected.float() - got.float()).abs().max().item()
         if not difference <= rounding(teacher.dtype) * max(1.0, expected.float().abs().max().item()):
-            raise TeacherError(
-                f"{teacher.name}: {type(teacher.model).__name__} is not supported: run layer by layer, its states "
-                f"differ from its own forward at {place} by {difference:.2g}; "
-                f"{SUPPORTED}"
-            )
+            words = difference_in_words(teacher.model, place, expected, got)
+            raise TeacherError(f"{teacher.name}: {type(teacher.model).__name__} {words}")
 
 
 class _WrittenShapes:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from firp_cli.config import LoopedSection
 from firp_cli.errors import TeacherError
 from firp_cli.teacher.attention import attend
+from firp_cli.teacher.layer_kinds import SUPPORTED, needed
 from firp_cli.teacher.looped import CACHE_NAMES
 from firp_cli.teacher.masks import LayerMask
 
 LOG = logging.getLogger("firp")  # commands print it on stderr
+ARGUMENTS = ("position_ids", "use_cache", "position_embeddings")  # of every layer, besides states, mask and cache
 KERNEL = "firp_tree"  # name of `attend` in transformers' attention interface
 
 
@@ -93,6 +95,11 @@ class LibraryStack:
         if not named:  # a layer would silently ignore a cache of another name
             raise TeacherError(
                 f"{teacher}: {type(first).__name__} has no cache argument of a known name ({', '.join(CACHE_NAMES)})"
+            )
+        if more := needed(first.forward, ("hidden_states", "attention_mask", *ARGUMENTS, named[0])):
+            raise TeacherError(
+                f"{teacher}: {type(first).__name__} is not supported: it needs {', '.join(more)} beside states, "
+                f"positions, mask and cache; {SUPPORTED}"
             )
         self._cache_name = named[0]
         self._calls, self._lock, self._library_attention = 0, Lock(), ""
@@ -185,13 +192,14 @@ def placement_hook(module: nn.Module) -> Any:
     return getattr(module, "_hf_hook", None)
 
 
-def part(base: Any, names: tuple[str, ...], teacher: str) -> Any:
-    """Return the decoder's part that has one of these names. Raises TeacherError where there is none."""
+def part(base: Any, names: tuple[str, ...], teacher: str, words: str) -> Any:
+    """Return the decoder's part that has one of these names; `words` describe it. Raises TeacherError without one."""
     for name in names:
         if getattr(base, name, None) is not None:
             return getattr(base, name)
     raise TeacherError(
-        f"{teacher}: {type(base).__name__} has no {' or '.join(names)}; supported: Llama, Mistral, Qwen2, Qwen3"
+        f"{teacher}: {type(base).__name__} is not supported: it has no {words} under a known name "
+        f"({', '.join(names)}); {SUPPORTED}"
     )
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from firp_cli.config import LoopedSection
 from firp_cli.errors import TeacherError
-from firp_cli.teacher.layer_kinds import SUPPORTED, refused_kind
+from firp_cli.teacher.layer_kinds import SUPPORTED, refused_kind, refused_positions
 from firp_cli.teacher.lean_layers import LeanStack
 from firp_cli.teacher.library_layers import (
     Cache,
@@ -37,6 +37,7 @@ from firp_cli.teacher.training_masks import AnchoredMask, CausalMask, DenseAncho
 from firp_cli.teacher.weight_files import LoadedWeights, weights_fingerprint
 
 LayerHook = Callable[[int, Tensor], None]
+NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # position embeddings that depend on the position alone
 BOUNDED_ROPE = ("dynamic", "longrope")  # the same, as long as a sequence stays within the (original) context
 
@@ -72,16 +73,16 @@ class Teacher:
         self.tokenizer = tokenizer
         self.name = name
         config = model.config.get_text_config()
-        if refused := refused_kind(model, config):
-            raise TeacherError(f"{name}: {type(model).__name__} is not supported: {refused}; {SUPPORTED}")
         base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-        self.layers: nn.ModuleList = part(base, ("layers", "h"), name)
+        if refused := refused_kind(model, config) or refused_positions(model, base, config):
+            raise TeacherError(f"{name}: {type(model).__name__} is not supported: {refused}; {SUPPORTED}")
+        self.layers: nn.ModuleList = part(base, ("layers", "h"), name, "list of layers")
         self._embed: nn.Module = model.get_input_embeddings()
-        self._norm: nn.Module = part(base, ("norm", "final_layernorm", "final_layer_norm", "ln_f"), name)
+        self._norm: nn.Module = part(base, NORMS, name, "final norm")
         if looped is not None and not (isinstance(self.layers, LoopedLayers) and self.layers.shape == looped):
             self.layers = loop_layers(model, base, self.layers, self._norm, looped)
         self.looped = self.layers.shape if isinstance(self.layers, LoopedLayers) else None
-        self._rotary: nn.Module = part(base, ("rotary_emb",), name)
+        self._rotary: nn.Module = base.rotary_emb
         self._head: nn.Module = model.get_output_embeddings()
         self.library: Stack = LibraryStack(name, self.layers, self._norm, self._rotary, self._head, config)
         self.stack: Stack = self.library

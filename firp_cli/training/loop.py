@@ -278,7 +278,7 @@ class TrainingLoop:
     def _not_finite(self, what: str, where: str = "") -> str:
         return (
             f"{what} is NaN or infinite at optimizer step {self.progress.step + 1}{where}; {self.saved()}\n"
-            "lower training.learning_rate, or check those conversations with `firp collect --resume`"
+            "lower training.learning_rate, or check the states with `firp store verify STORE`"
         )
 
     def _validate(self) -> None:

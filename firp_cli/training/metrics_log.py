@@ -99,8 +99,8 @@ class MetricsLog:
             yield
         except OSError as error:
             raise FirpError(
-                f"{self._path} cannot be written ({error}); the last checkpoint is whole: make room, then --resume "
-                "continues from there"
+                f"{self._path} cannot be written ({error}): make room, then --resume continues from the last "
+                "checkpoint, if there is one"
             ) from error
 
 

@@ -65,7 +65,7 @@ class RidgeSums:
         damping = relative_lambda * xx.diagonal().mean()
         if not (damping > 0 and torch.isfinite(damping) and torch.isfinite(yx).all()):
             raise NumericsError(
-                "the hidden states have no finite, nonzero variance to fit: run `firp store verify`, or set "
+                "the hidden states have no finite, nonzero variance to fit: run `firp store verify STORE`, or set "
                 "training.init=identity"
             )
         weight = torch.linalg.solve(xx + damping * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), yx.T).T

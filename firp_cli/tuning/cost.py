@@ -7,6 +7,7 @@ Shapes: B sequences, M rows of each, d hidden size.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import torch
 from firp_cli.decoding.sequences import check_fits
 from firp_cli.evaluation.environment import machine_key, measurement_environment
 from firp_cli.evaluation.timing import Run, captured, enough_calls, milliseconds, undisturbed
-from firp_cli.files import cache_folder, write_json
+from firp_cli.files import cache_folder, os_reason, write_json
 from firp_cli.provenance import fingerprint
 from firp_cli.results import Progress, as_json, no_progress
 from firp_cli.teacher.attention import choose_backend
@@ -30,6 +31,7 @@ from firp_cli.teacher.masks import KernelMask, Mask, step_mask
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.tune_results import CostCheck, CostCurve, CostReport
 
+LOG = logging.getLogger("firp")  # the program prints it on stderr
 PARTS = ("lower", "upper", "head")
 TOLERANCE = 0.05  # relative error of the whole pass, between two measured points
 ROUNDS, LEAST_ROUNDS = 8, 2
@@ -334,7 +336,7 @@ def load_or_measure(
 ) -> tuple[CostReport, bool]:
     """Return the report of an earlier measurement on the same machine with the same teacher, else measure and keep it.
 
-    `again`: measure in any case. The second value is True for an earlier measurement.
+    `again`: measure in any case. A report that cannot be kept gets a line. The second value is True for an earlier one.
     """
     key = machine_key(teacher, attention, graphs)
     asked = {"batches": list(batches), "contexts": list(contexts), "rows": most_rows}
@@ -345,5 +347,8 @@ def load_or_measure(
         except (OSError, ValueError, TypeError, KeyError):
             pass  # there is none, or it is damaged: measure
     report = measure_cost(teacher, split, batches, contexts, most_rows, seconds, attention, graphs, progress)
-    write_json(path, as_json(report))
+    try:
+        write_json(path, as_json(report))
+    except OSError as error:
+        LOG.info(f"{path.parent} cannot be written ({os_reason(error)}): the next tuning measures the costs again")
     return report, False

@@ -248,9 +248,17 @@ def test_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     where = [
         sys.executable,
         "-c",
-        "import firp_cli, firp_cli.assets as a; print(firp_cli.__file__, len(a.shipped_recipes()))",
+        "import firp_cli, firp_cli.assets as a, firp_cli.recipe as r; names = list(a.shipped_recipes()); "
+        "[r.load_recipe(name) for name in names]; texts = [path.read_text() for path in a.chat_templates().values()]; "
+        "assert texts and all(texts); print(firp_cli.__file__, len(names))",
     ]
     assert {"py.typed", "__init__.pyi"} <= {path.name for path in (site / "firp_cli").iterdir()}
+    embedded = ["recipes", *(f"data/{name}" for name in ("datasets", "predictors", "shapes", "teachers", "templates"))]
+    places = {"firp_cli": "firp_cli", **{name: f"firp_cli/_embedded/{name}" for name in embedded}}
+    for source, target in places.items():
+        needed = [path for path in (ROOT / source).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        missing = [path for path in needed if not (site / target / path.relative_to(ROOT / source)).is_file()]
+        assert needed and not missing, missing
     done = subprocess.run(
         where, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, check=True
     )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from firp_cli.api.decoder import Decoder
 from firp_cli.collecting.answer import account_line
-from firp_cli.errors import CapacityError, UsageError
+from firp_cli.decoding.sequences import Writer
+from firp_cli.errors import CapacityError, NumericsError, UsageError
 from helpers.commands import PROMPT, invoke, succeed
 from helpers.models import ROOT, embedded_predictor, embedded_prompts, embedded_teacher
 
@@ -22,7 +25,7 @@ GENERATE = ("generate", "--prompt", PROMPT, "--max-new-tokens", 4)
 @pytest.mark.parametrize(
     ("option", "values"),
     [
-        ("--temperature", ["-1", "nan", "inf", "1e-40", "1e-8"]),
+        ("--temperature", ["-1", "nan", "inf", "1e-40", "1e-8", "1e300"]),
         ("--top-p", ["0", "-0.5", "1.5", "nan"]),
         ("--seed", ["-1", "99999999999999999999"]),
         ("--threads", ["0", "-3"]),
@@ -34,7 +37,42 @@ def test_value_out_of_range_is_refused_at_once(command: tuple[object, ...], opti
         usage = isinstance(result.exception, UsageError)
         assert usage or (result.exit_code == 2 and f"'{option}'" in result.output), (value, result.output)
         if usage:
-            assert option.strip("-").replace("-", "_") in str(result.exception)
+            assert option.strip("-").replace("-", "_") in str(result.exception).replace("-", "_")
+
+
+@pytest.mark.usefixtures("no_teacher")
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--temperature=1e300", "temperature must be 0 (greedy) or from 1e-06 to 1e+06, got 1e+300"),
+        ("--temperature=nan", "--temperature nan: give a finite number"),
+        ("--temperature=-inf", "--temperature -inf: give a finite number"),
+        ("--top-p=nan", "--top-p nan: give a finite number"),
+        ("--top-p=1.5", "top_p must be above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_refused_number_is_named_with_its_range(option: str, said: str) -> None:
+    assert str(invoke(*GENERATE, option).exception) == said
+    assert said.partition(",")[0].partition(" must")[0] in str(invoke("prompts", "x", "--output=y", option).exception)
+
+
+def test_bench_names_the_row_of_a_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second turn of the third row is decoded in a batch of its own."""
+    turns = [["What is 2 + 3?"], ["What is 2 + 4?"], ["What is 2 + 5?", "Who?"]]
+    text = "".join(json.dumps({"turns": each}) + "\n" for each in turns)
+    (tmp_path / "own.jsonl").write_text(text, encoding="utf-8")
+    write = Writer.write
+    seen: list[object] = []  # two turns of the warm-up, then those of the rows
+
+    def fail(writer: Writer, item: Any, tokens: list[int], drafted: int) -> int:
+        seen.append(item)
+        return write(writer, item, [-1] if len({id(one) for one in seen}) == 6 else tokens, drafted)
+
+    monkeypatch.setattr(Writer, "write", fail)
+    options = ("--methods", "ar", "--repeats", 1, "--batch-size", 1, "--max-new-tokens", 4)
+    error = invoke("bench", "firp", "--dataset", tmp_path / "own.jsonl", *options).exception
+    assert isinstance(error, NumericsError)
+    assert re.match(r"row 3 of .*own\.jsonl: the logits of arithmetic are NaN or infinite at position", str(error))
 
 
 @pytest.mark.usefixtures("no_teacher")

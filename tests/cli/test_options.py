@@ -107,6 +107,24 @@ def test_options_given_twice_or_empty_are_refused(no_teacher: Path, arguments: l
     assert isinstance(refused, UsageError) and expected in str(refused)
 
 
+@pytest.mark.parametrize(
+    "word", ["teacher.dtype=bfloat16", "key=", "a=b=c", "ключ=значение", "=", "x='b c'", "a.b==", "k=\n"]
+)
+def test_odd_overrides_are_refused_in_words(no_teacher: Path, word: str) -> None:
+    for command in ("generate --prompt x firp", "bench --dataset arithmetic firp", "eval firp", "tune firp"):
+        refused = invoke(*command.split(), word).exception
+        assert isinstance(refused, UsageError) and f"{word!r} does not exist, and `firp {command.split()[0]}" in str(
+            refused
+        )
+    if not word.startswith("teacher"):
+        for command in ("train demo", "collect demo"):
+            refused = invoke(*command.split(), word).exception
+            assert isinstance(refused, UsageError) and word.partition("=")[0] in str(refused)
+    assert "`firp store info --help` lists" in str(invoke("store", "info", word).exception)
+    (no_teacher / "lr=1").mkdir()
+    assert "lr=1 is not a predictor folder" in str(invoke("eval", "lr=1", "--dataset", "arithmetic").exception)
+
+
 def test_lists_given_twice_count_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
 

@@ -25,12 +25,12 @@ from firp_cli.data.chat import encode_prompt
 from firp_cli.data.datasets import load_prompts
 from firp_cli.data.turns import Questions
 from firp_cli.errors import OutputError, UsageError
-from firp_cli.files import check_output, reserved_folder
+from firp_cli.files import cache_folder, check_output, reserved_folder
 from firp_cli.predictors.folder import predictor_folder
 from firp_cli.provenance import fingerprint
 from helpers.chat import CHATML
 from helpers.collecting import make_teacher
-from helpers.commands import invoke, succeed
+from helpers.commands import firp, invoke, succeed
 from helpers.models import generate_reference
 
 ONE_ANSWER = CHATML + "{% if messages|length > 2 %}{{ raise_exception('too many turns') }}{% endif %}"
@@ -56,6 +56,41 @@ def prompts_file(folder: Path, *rows: Any) -> Path:
 
 def lines_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["bench", "eval", "tune", "collect", "train", "quickstart"])
+def test_working_folder_that_cannot_be_written_is_refused(
+    no_teacher: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir("/proc/self")
+    refused = invoke(*FOLDERS[name]).exception
+    assert getattr(refused, "exit_code", 0) == 2
+    assert re.match(r"(runs|stores)/[\w./-]+ cannot be written \(.*\): give another --output", str(refused)), refused
+
+
+def test_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run under a number without a name. Nothing is ever kept in the working folder."""
+    for name in ("HOME", "XDG_CACHE_HOME", "FIRP_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert cache_folder().is_absolute()
+    with pytest.raises(OSError):
+        cache_folder().mkdir(parents=True)
+
+
+def test_bench_needs_no_home_and_no_temporary_folder(tmp_path: Path) -> None:
+    names = ("HOME", "HF_HOME", "TMPDIR", "XDG_CACHE_HOME", "FIRP_CACHE_DIR", "MPLCONFIGDIR")
+    given = ("--methods", "ar", "--limit", "1", "--repeats", "1", *QUICK, "--output", "out")
+    done = firp(*FOLDERS["bench"], *given, cwd=tmp_path, **dict.fromkeys(names, "/proc/none"))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} >= {".json", ".csv", ".md", ".html"}
+
+
+def test_bench_of_answers_that_end_at_once_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("firp_cli.teacher.teacher.eos_token_ids", lambda model, tokenizer, count: tuple(range(count)))
+    done = succeed(*BENCH, "--teacher", "arithmetic", "--repeats", "1", "--output", tmp_path / "out")
+    said = "every answer ended with its first token, which prefill gives: there is no decoding step to compare"
+    assert said in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("name", FOLDERS)

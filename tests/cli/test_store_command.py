@@ -147,7 +147,7 @@ BAD: list[tuple[list[str], str]] = [
     (["convert", "unfinished", "--dtype", "int8", "--output", "new"], "is unfinished (1 of 4 shards)"),
     (["convert", "damaged", "--dtype", "int8", "--output", "new"], "is damaged: shard-00002.safetensors (missing)"),
     (["merge", "made", "stranger", "--output", "new"], "another teacher (made: t1, stranger: t2)"),
-    (["merge", "made", "small", "--output", "new"], "firp store convert small OUT --dtype float32"),
+    (["merge", "made", "small", "--output", "new"], "firp store convert small --dtype float32 --output small-float32"),
     (["merge", "made", "--output", "new"], "two or more different stores"),
     (["merge", "made", "made", "--output", "new"], "two or more different stores"),
     (["split", "made", "--parts", "half", "--output", "new"], "got 'half'"),

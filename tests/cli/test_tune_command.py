@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.commands import PROMPT, firp, succeed
+from firp_cli.errors import OutputError
+from helpers.commands import PROMPT, firp, invoke, succeed
 
 SHORT = ["--batch-sizes", "1,2", "--limit", "8", "--max-new-tokens", "24", "--max-rows", "8", "--repeats", "1"]
 SHORT += ["--timing-rounds", "1"]
@@ -55,6 +56,27 @@ def test_costs_are_measured_once_for_a_machine(tuned: Path, monkeypatch: pytest.
     assert "kept from an earlier run" in done.stderr
     written = json.loads((tuned / "again" / "tune.json").read_text())
     assert all(trial["measured"] is None for trial in written["ladder"])
+
+
+def test_trees_that_cannot_be_written_are_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of costs cannot be written either, which is only noted."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("firp_cli.tuning.cost.saved_cost", lambda *_: Path("/proc/none/costs/x.json"))
+    monkeypatch.setattr("firp_cli.api.tune_run.write_json", full)
+    given = ["--batch-sizes", "1", "--limit", "4", "--max-new-tokens", "8", "--max-rows", "4", "--no-trial", *THREADS]
+    where = ["--tree-file", tmp_path / "tree.json", "--output", tmp_path / "report"]
+    done = invoke("tune", "firp", *given, "--timing-rounds", 1, *where)
+    assert isinstance(done.exception, OutputError) and done.exception.exit_code == 1
+    assert str(done.exception).endswith(
+        "tree.json cannot be written (No space left on device): the trees are only in the report"
+    )
+    assert "/proc/none/costs cannot be written (No such file or directory): the next tuning" in done.stderr
+    entries = json.loads((tmp_path / "report" / "tune.json").read_text())["entries"]
+    assert [entry["batch_size"] for entry in entries] == [1] and entries[0]["tree"]
+    assert "break-even" in done.stdout and "trees: " not in done.stdout and not (tmp_path / "tree.json").exists()
 
 
 def test_generate_uses_tuned_trees(tuned: Path) -> None:

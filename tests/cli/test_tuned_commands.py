@@ -89,7 +89,7 @@ def test_trees_of_another_machine_print_one_line(
     assert trees == parse_tree("chain", 3)
     (line,) = capsys.readouterr().err.splitlines()
     measured = "temperature" if "temperature" in changes else "machine"
-    assert expected in line and line.endswith(f"`firp tune {folder}` measures this {measured}")
+    assert expected in line and line.endswith(f"`firp tune {folder} --tree-file {file}` measures this {measured}")
 
 
 def test_pipelines_have_no_trees() -> None:

@@ -278,3 +278,20 @@ def timed_worker(folder: Path) -> None:
 
 if __name__ == "__main__":
     worker(*sys.argv[1:])
+
+
+@pytest.mark.parametrize(("step", "remedy"), [(3, "there is none before it"), (6, "the one before it")])
+def test_checkpoint_on_a_full_disk_says_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, remedy: str
+) -> None:
+    write = checkpoints.write_json
+
+    def full(path: Path, value: Any) -> None:
+        if f"step-{step}" in str(path):
+            raise OSError(28, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(checkpoints, "write_json", full)
+    with pytest.raises(FirpError, match=f"checkpoint of step {step} cannot be written .*No space.*; {remedy}"):
+        run(tmp_path, recipe())
+    assert not list((tmp_path / "checkpoints").glob("saving-*"))

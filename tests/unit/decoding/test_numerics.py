@@ -84,6 +84,7 @@ def test_nan_in_an_answer_stops_with_prompt_position_and_teacher(
     said = str(caught.value)
     assert f"prompt {number + 1}: the logits of frail" in said
     assert f"position {len(PROMPTS[number]) + place}, where new token {place + 2}" in said
+    assert "its weight model.embed_tokens.weight contains NaN or infinity (1 of" in said
     assert decode() == right  # no K/V of the bad batch is seen again
 
 

@@ -202,9 +202,12 @@ def test_clocks_of_zero_choose_no_removed_token(top_p: float, monkeypatch: pytes
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    for temperature, top_p in ((-0.1, 1.0), (math.nan, 1.0), (1.0, 0.0), (1.0, 1.1), (1.0, math.nan)):
-        with pytest.raises(UsageError, match=r"temperature must be >= 0 and 0 < top_p <= 1, got"):
-            Sampler(temperature, top_p, 0, CPU)
+    for temperature in (-0.1, math.nan, math.inf, 1e-7, 2e6):
+        with pytest.raises(UsageError, match=rf"^temperature must be 0 .* from 1e-06 to 1e\+06, got {temperature}$"):
+            Sampler(temperature, 1.0, 0, CPU)
+    for top_p in (0.0, 1.1, math.nan):
+        with pytest.raises(UsageError, match=f"^top_p must be above 0 and at most 1, got {top_p}$"):
+            Sampler(1.0, top_p, 0, CPU)
 
 
 class TestKernel:

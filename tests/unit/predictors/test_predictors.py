@@ -231,6 +231,9 @@ def test_anchors_and_targets(teacher: Teacher) -> None:
     assert here.index[1, :3].tolist() == [2, 3, 4]
     assert here.valid.sum(1).tolist() == [[6, 6], [3, 3]]
     assert torch.equal(target_states(batch, here, (0, 0))[0, :, 1], batch.final[0, 3:9])
+    # The last prompt position is the first anchor: an answer of 14 tokens has 13, 12, 11, 10 by step.
+    longer = choose_anchors(sequence_batch(teacher, [list(range(3, 22))], [5], []), 4)
+    assert longer.index[0, 0] == 4 and longer.valid[0].sum(0).tolist() == [13, 12, 11, 10]
     few = choose_anchors(batch, 3, limit=2, seeds=[5, 6])
     assert few.index.shape == (2, 2)
     assert torch.equal(few.index, choose_anchors(batch, 3, limit=2, seeds=[5, 6]).index)

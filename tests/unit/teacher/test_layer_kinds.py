@@ -43,6 +43,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"latent attention \(MLA\)",
     ),
     "Bloom": ({"n_head": 4, "n_layer": 2}, r"a bias by distance \(ALiBi\)"),
+    "Gemma3Text": ({}, r"its rotary tables differ by kind of layer \((full_attention, )?sliding_attention\)"),
+    "Falcon": ({"head_dim": None}, "it needs alibi beside states, positions, mask and cache"),
+    "GPT2": ({"n_head": 4, "n_layer": 2}, "it has learned absolute positions"),
+    "OPT": ({"ffn_dim": 64}, "it has learned absolute positions"),
+    "GPTJ": ({"rotary_dim": 4, "n_head": 4}, "it has no rotary position embeddings that all its layers share"),
+    "Cohere": ({}, r"it multiplies its logits by 0\.0625"),
+    "Granite": ({"embedding_multiplier": 3.0}, "it multiplies its embeddings by 3,"),
 }
 OWN_SCORES: dict[str, tuple[dict[str, Any], str]] = {
     "GptOss": (
@@ -58,9 +65,12 @@ OWN_SCORES: dict[str, tuple[dict[str, Any], str]] = {
 @made_once
 def model_of(kind: str) -> Any:
     options = (REFUSED | OWN_SCORES)[kind][0]
-    config = getattr(transformers, f"{kind}Config")(**(SETTINGS | options))
+    config = getattr(transformers, f"{kind}Config")(
+        **{key: value for key, value in (SETTINGS | options).items() if value is not None}
+    )
     torch.manual_seed(1)
-    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
+    name = f"{kind.removesuffix('Text')}{'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'}"
+    model = getattr(transformers, name)(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             parameter.data.normal_(std=2.0)
@@ -69,8 +79,9 @@ def model_of(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", list(REFUSED))
 def test_layers_that_trees_cannot_serve_are_refused_in_words(kind: str) -> None:
-    with pytest.raises(TeacherError, match=f"tiny: .*ForCausalLM is not supported: .*{REFUSED[kind][1]}"):
+    with pytest.raises(TeacherError, match=f"tiny: .* is not supported: .*{REFUSED[kind][1]}") as refusal:
         wrap_model(model_of(kind), name="tiny")
+    assert str(refusal.value).endswith("or similar model (docs/reference.md, Architectures)")
 
 
 @pytest.fixture(scope="module", params=["Lfm2", "Gemma2"])

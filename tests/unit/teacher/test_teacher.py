@@ -45,10 +45,24 @@ def _scale(module: object, args: object, output: object) -> object:
 def test_unknown_architectures_are_refused() -> None:
     small = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small))
-    with pytest.raises(TeacherError, match="rotary_emb"):
+    with pytest.raises(TeacherError, match="learned absolute positions"):
         wrap_model(gpt2)
     with pytest.raises(TeacherError, match=r"teacher\.model"):
         load_teacher(TeacherConfig(model="/nonexistent/model"))
+
+
+def test_damaged_weight_is_named() -> None:
+    """One NaN changes every logit; states that are too large for a dtype come from sound weights."""
+    model = copy.deepcopy(tiny_model("llama"))
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight[3, 4] = float("nan")
+    named = r"cannot be used: its weight model\.layers\.1\.mlp\.up_proj\.weight contains NaN .*\(1 of 3,072"
+    with pytest.raises(TeacherError, match=named):
+        wrap_model(model)
+    weight[3, 4] = 0.0
+    weight *= 1e38
+    with pytest.raises(TeacherError, match=r"NaN or infinity at layer 2, .* too large for float32; set teacher\.dtype"):
+        wrap_model(model)
 
 
 def test_fingerprint_follows_weights() -> None:
