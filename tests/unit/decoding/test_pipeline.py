@@ -198,7 +198,7 @@ def test_refusals() -> None:
     teacher = looped_teacher(2, 3)
     predictor = random_exits(teacher, None)
     for options in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}):
-        with pytest.raises(UsageError, match="temperature"):
+        with pytest.raises(UsageError, match=next(iter(options))):
             PipelineEngine(teacher, predictor, **options)
     with pytest.raises(TeacherError, match=r"predictor\.loops is 2"):
         random_exits(teacher, 2)
