@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from firp_cli.api.loading import LOG, LayerBackend, chosen_model, load_named_teacher, load_trees, share_teacher
 from firp_cli.collecting.collect_store import OpenProgress, silent
 from firp_cli.config import TeacherConfig
-from firp_cli.data.datasets import Prompt, dataset_names, load_prompts
+from firp_cli.data.datasets import KNOWN, Prompt, dataset_names, load_prompts
 from firp_cli.data.encode_rows import encode_prompts
 from firp_cli.data.readers import dataset_label
 from firp_cli.data.turns import Questions
@@ -80,7 +81,7 @@ def bench(
     reports: list[BenchReport] = []
     for group in groups:
         try:
-            reports.append(_measure(loader, group, prompts, skip_long, progress))
+            reports.append(_measure(loader, group, prompts, split, skip_long, progress))
         except KeyboardInterrupt:
             if not reports:
                 raise
@@ -150,7 +151,12 @@ class _Loader:
 
 
 def _measure(
-    loader: _Loader, group: Group, prompts: Sequence[tuple[str, Prompt]], skip_long: bool, progress: OpenProgress
+    loader: _Loader,
+    group: Group,
+    prompts: Sequence[tuple[str, Prompt]],
+    split: str,
+    skip_long: bool,
+    progress: OpenProgress,
 ) -> BenchReport:
     """Measure a group's methods with its teacher, which is loaded and released here. Ranks after the first return a
     report without rows.
@@ -158,6 +164,7 @@ def _measure(
     settings = loader.settings
     teacher, loaded = loader.load(group)
     methods = make_methods(teacher, loaded, group.methods, settings)
+    _note_unknown(prompts, split, loaded)
     fresh = _without_trained(prompts, teacher, loaded)
     encoded = _encode(fresh, teacher, settings.turns == "all")
     if settings.rank > 0:
@@ -195,6 +202,23 @@ def _without_trained(
             "or split, or raise --limit"
         )
     return fresh
+
+
+def _note_unknown(prompts: Sequence[tuple[str, Prompt]], split: str, loaded: dict[str, LoadedPredictor]) -> None:
+    """Log which predictors keep no hashes of their prompts although their store was of the data that is measured."""
+    measured = {name for name, _ in prompts}
+    for item in loaded.values():
+        record = item.folder / "training.json"
+        if item.predictor.trained_prompts is not None or not record.is_file():
+            continue
+        settings = (json.loads(record.read_text(encoding="utf-8")).get("store") or {}).get("settings") or {}
+        names = dataset_names(settings.get("dataset") or "-")
+        labels = {dataset_label(name) for name in names if settings.get("split") == split or name not in KNOWN}
+        if shared := ", ".join(sorted(measured & labels)):
+            LOG.info(
+                f"{item.folder.name} keeps no hashes of the prompts that it was trained on: some that are measured "
+                f"may be among them, since its store was made from {shared}"
+            )
 
 
 def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, teacher: Teacher) -> list[BenchPrompt]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import firp_cli
 from firp_cli.api.loading import load_named_teacher, remembered_teacher
@@ -146,6 +147,18 @@ def test_prompts_that_were_trained_on_are_left_out(work: Path, monkeypatch: pyte
         (work / "trained.jsonl").write_text("\n".join(lines[1:2]))
         refused = [invoke("bench", "run", "--dataset", "trained.jsonl", *options[:4]).exception]
     assert isinstance(refused[0], UsageError) and "trained on all 1 prompts" in str(refused[0])
+
+
+def test_a_predictor_without_hashes_is_named_beside_its_data(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work)
+    shutil.copytree("run", "old")
+    weights = load_file("old/predictor.safetensors")
+    del weights["trained_prompts"]
+    save_file(weights, "old/predictor.safetensors")
+    options = ["--max-new-tokens", "4", "--repeats", "1", "--limit", "2"]
+    for name, said in (("words.jsonl", True), ("unseen.jsonl", False)):
+        done = succeed("bench", "old", "--dataset", name, *options, "--output", f"old-{name}")
+        assert ("keeps no hashes of the prompts" in " ".join(done.stderr.split())) == said
 
 
 CODE = """
