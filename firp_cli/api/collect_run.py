@@ -26,7 +26,7 @@ from firp_cli.data.readers import dataset_label
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.distributed.sharding import load_for_ranks
 from firp_cli.errors import UsageError
-from firp_cli.files import check_output
+from firp_cli.files import check_output, open_lines
 from firp_cli.machine import is_main
 from firp_cli.recipe import load_recipe
 from firp_cli.results import Progress, no_progress
@@ -146,13 +146,17 @@ def write_prompts(
         raise UsageError(f"{path} exists: give another --output, or remove it")
     check_output(path, "file")
     config = TeacherConfig(model=teacher) if isinstance(teacher, str) else teacher
-    loaded = load_collecting(Recipe(teacher=config))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for text in own_prompts(loaded, count, settings or PromptSettings(), progress):
-        line = json.dumps({"messages": [{"role": "user", "content": text}]}, ensure_ascii=False)
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-        written += 1
+    with open_lines(path, keep=False) as stream:
+        try:
+            loaded = load_collecting(Recipe(teacher=config))
+            for text in own_prompts(loaded, count, settings or PromptSettings(), progress):
+                row = {"messages": [{"role": "user", "content": text}]}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                stream.flush()
+                written += 1
+        finally:
+            if not written:
+                path.unlink()
     return written
 
 

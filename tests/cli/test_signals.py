@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from firp_cli.errors import INTERRUPTED
-from helpers.commands import succeed
+from firp_cli.errors import INTERRUPTED, UsageError
+from helpers.commands import invoke, succeed
 
 PATIENCE = 120.0  # seconds until a command reaches the point where it is interrupted
 
@@ -43,7 +43,14 @@ def next_command(text: str) -> list[str]:
 
 def test_interrupted_prompts_are_a_data_set(tmp_path: Path) -> None:
     file = tmp_path / "my prompts.jsonl"
-    _, err = interrupted(signal.SIGTERM, file.exists, "prompts", "arithmetic", "--output", file, "--count", 10**6)
+
+    def begun() -> bool:
+        if not file.exists() or not file.stat().st_size:
+            return False
+        second = invoke("prompts", "arithmetic", "--output", file).exception
+        return isinstance(second, UsageError)
+
+    _, err = interrupted(signal.SIGTERM, begun, "prompts", "arithmetic", "--output", file, "--count", 10**6)
     kept = file.read_text(encoding="utf-8").count("\n")
     assert kept and f"interrupted; {kept} of 1000000 prompts are in {file}" in err
     succeed(*next_command(err), "--limit", 2, "data.max_new_tokens=4", "--output", tmp_path / "store")
