@@ -19,7 +19,6 @@ from firp_cli.errors import UsageError
 from firp_cli.provenance import _now
 
 LOCK = ".lock"
-TRIED_BYTES = 1  # of a trial: a block of the file system
 
 
 def cache_folder() -> Path:
@@ -72,7 +71,7 @@ def check_output(path: Path, kind: Literal["folder", "file", "stream"] = "folder
         if not place.is_dir():
             raise UsageError(f"{place} is a file, not a folder: {path} cannot be made; give another {option}")
         with tempfile.TemporaryFile(dir=place) as stream:
-            stream.write(bytes(TRIED_BYTES))
+            stream.write(b"0")  # a full disk refuses the first byte
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be written ({os_reason(error)}): give another {option}") from error
 

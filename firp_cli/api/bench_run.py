@@ -71,10 +71,6 @@ def bench(
     Raises UsageError, DatasetError, TeacherError, PredictorError, FingerprintError and CapacityError.
     """
     settings, names = settings or BenchSettings(), [predictors] if isinstance(predictors, str) else predictors
-    if settings.max_new_tokens < 2:
-        raise UsageError(
-            "one new token comes from prefill: there is no decoding step to compare; raise --max-new-tokens"
-        )
     prompts = find_prompts(dataset, data_dir, limit, split)
     loader = _Loader(teacher, dtype, tree, force, LayerBackend.of(backend), settings)
     groups = groups_to_measure(names, methods, chosen_model(teacher), settings.ranks)

@@ -33,7 +33,7 @@ from firp_cli.predictors.trained_prompts import prompt_key
 from firp_cli.provenance import portable
 from firp_cli.recipe import load_recipe
 from firp_cli.results import EvalReport, PipelineReport
-from firp_cli.store.reader import Store, read_manifest
+from firp_cli.store.reader import MANIFEST, Store, read_manifest
 from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import split_validation
 
@@ -203,7 +203,7 @@ def _training_store(recipe: Recipe, folder: Path) -> Path | None:
     if record.is_file():
         store = json.loads(record.read_text(encoding="utf-8")).get("store") or {}
         places += [(folder / store["folder"]).resolve()] if "folder" in store else []
-    return next((place for place in places if (place / "manifest.json").is_file()), None)
+    return next((place for place in places if (place / MANIFEST).is_file()), None)
 
 
 def _test_prompts(

@@ -38,7 +38,7 @@ from firp_cli.cli.terminal import (
     teacher_options,
 )
 from firp_cli.config import TeacherConfig
-from firp_cli.errors import INTERRUPTED, UsageError
+from firp_cli.errors import INTERRUPTED
 from firp_cli.files import check_output, reserved_folder
 from firp_cli.machine import is_main, rank, world_size
 
@@ -101,15 +101,13 @@ def bench(
     from firp_cli.evaluation.methods import BenchSettings
 
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
-    if max_new_tokens < 2:
-        raise UsageError("one new token comes from prefill: nothing to compare; raise --max-new-tokens")
     default = default_folder("bench", dataset_label(dataset))
-    check_output(output or default)
-    if launch(gpus, None, command_line(context)):
-        return
     settings = BenchSettings(
         max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard, turns=turns, engine=options
     )
+    check_output(output or default)
+    if launch(gpus, None, command_line(context)):
+        return
     settings = replace(settings, rank=rank(), ranks=world_size())
     loading: dict[str, Any] = {"teacher": teacher, "backend": layers, "force": force, "tree": tree}
     measuring: dict[str, Any] = {"dataset": dataset, "methods": _names(methods), "data_dir": data_dir, "split": split}

@@ -47,13 +47,6 @@ def _possible(name: str) -> Callable[[T], T]:
     return check
 
 
-def _stop_strings(values: list[str] | None) -> list[str] | None:
-    """Refuse an empty stop string while the command line is parsed."""
-    if values and not all(values):
-        raise UsageError("--stop is empty: every text contains the empty string, so leave it out")
-    return values
-
-
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library warnings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Model = Annotated[
@@ -113,9 +106,7 @@ TopP = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, callback=_possible("seed"), help="Seed of sampling.")]
-Stop = Annotated[
-    list[str] | None, typer.Option(callback=_stop_strings, help="String that ends the text; may be repeated.")
-]
+Stop = Annotated[list[str] | None, typer.Option(help="String that ends the text; may be repeated.")]
 Backend = Annotated[
     str,
     typer.Option(

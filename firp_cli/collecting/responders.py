@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from firp_cli.errors import CapacityError, LaunchError, StoreError, TeacherError
+from firp_cli.errors import CapacityError, LaunchError, StoreError, TeacherError, first_line
+
+MOST_TEXT = 300  # characters of a failure's text
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class RetryingResponder:
             except (TeacherError, LaunchError, StoreError):
                 raise
             except Exception as error:
-                failure, memory = first_line(error), out_of_memory(error)
+                failure, memory = first_line(error)[:MOST_TEXT], out_of_memory(error)
             # The error is freed here, and with it the memory that its frames hold.
             if not failure:
                 continue
@@ -99,12 +101,6 @@ def _empty_device_cache() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where the text is empty."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def out_of_memory(error: BaseException) -> bool:

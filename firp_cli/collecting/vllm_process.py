@@ -13,7 +13,8 @@ import sys
 import threading
 from typing import Any
 
-from firp_cli.collecting.responders import first_line, out_of_memory
+from firp_cli.collecting.responders import out_of_memory
+from firp_cli.errors import first_line
 
 
 class Answerer:

@@ -115,10 +115,10 @@ def _expand_entry(entry: str) -> list[str]:
 
 
 def check_cores(ranks: int) -> None:
-    """Log that ranks share cores. Raises ClusterError for so many that they would hardly get on."""
+    """Log that ranks share cores. Raises ClusterError for so many that they would be too slow."""
     cores = usable_cores()
     advice = f"--gpus {cores} or fewer works faster"
     if ranks > MOST_RANKS_OF_A_CORE * cores:
-        raise ClusterError(f"--gpus {ranks}: {ranks} ranks on {cores} CPU cores would hardly get on; {advice}")
+        raise ClusterError(f"--gpus {ranks}: {ranks} ranks on {cores} CPU cores would be too slow; {advice}")
     if ranks > cores:
         LOG.info(f"{ranks} ranks share {cores} CPU cores; {advice}")

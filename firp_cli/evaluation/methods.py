@@ -79,6 +79,8 @@ class BenchSettings:
     def __post_init__(self) -> None:
         if self.turns not in TURNS:
             raise UsageError(f"unknown turns {self.turns!r}: choose from {', '.join(TURNS)}")
+        if self.max_new_tokens < 2:
+            raise UsageError("one new token comes from prefill: no decoding step to compare; raise --max-new-tokens")
 
 
 @dataclass

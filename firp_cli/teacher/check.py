@@ -53,7 +53,7 @@ def check_against_model(teacher: Teacher) -> None:
     except (*MODEL_ERRORS, KeyError) as error:
         raise TeacherError(
             f"{teacher.name}: the layers of {type(teacher.model).__name__} cannot be run one by one ({error}); "
-            "supported: Llama, Mistral, Qwen2, Qwen3 and architectures with the same layer interface"
+            f"{SUPPORTED}"
         ) from error
     written.check(teacher, start.shape[1])
     # a looped model of its own code may report one state per loop, or none, and the library reports a layer's state

@@ -11,14 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 RECURRENT = "such layers keep a recurrent state, of which a rejected draft cannot be undone"
+CHUNKED = "a token in such layers sees its own chunk of positions alone, and there is no mask for that"
 REASONS = {
-    "linear_attention": RECURRENT,
-    "mamba": RECURRENT,
-    "mamba2": RECURRENT,
-    "hybrid": RECURRENT,
-    "conv": RECURRENT,
-    "recurrent": RECURRENT,
-    "chunked_attention": "a token in such layers sees its own chunk of positions alone, and there is no mask for that",
+    **dict.fromkeys(("linear_attention", "mamba", "mamba2", "hybrid", "conv", "recurrent"), RECURRENT),
+    "chunked_attention": CHUNKED,
 }
 SERVED = ("full_attention", "sliding_attention", "attention")
 SUPPORTED = "use a Llama, Mistral, Qwen2, Qwen3 or similar model (docs/reference.md, Architectures)"
@@ -38,7 +34,7 @@ def refused_kind(model: Any, config: Any) -> str | None:
     if getattr(model, "_is_stateful", False):
         return f"some of its layers are no attention: {RECURRENT}"
     if getattr(config, "attention_chunk_size", None):
-        return f"it has chunked attention: {REASONS['chunked_attention']}"
+        return f"it has chunked attention: {CHUNKED}"
     if getattr(config, "is_encoder_decoder", False):
         return "it has an encoder"
     if shared := getattr(config, "num_kv_shared_layers", None):

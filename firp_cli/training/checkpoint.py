@@ -34,6 +34,7 @@ from firp_cli.machine import is_main, rank, world_size
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import read_weights, write_predictor
 from firp_cli.recipe import dump_recipe
+from firp_cli.store.reader import MANIFEST
 from firp_cli.training.loop import RunProgress
 from firp_cli.training.optimizer_state import (
     States,
@@ -89,7 +90,7 @@ def locked(output: Path) -> Iterator[None]:
 
 def guard_output(output: Path, resume: bool) -> None:
     """Refuse to train over a finished or interrupted run. Raises UsageError."""
-    if (output / "manifest.json").is_file():
+    if (output / MANIFEST).is_file():
         raise UsageError(f"{output} is a hidden-state store: give another --output for the run")
     if resume:
         return
