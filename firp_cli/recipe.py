@@ -6,6 +6,7 @@ key. A recipe with `base: NAME-or-path` inherits the settings of another one.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,7 +191,7 @@ def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], Locations]:
     """Return the values and the location of every key. Raises RecipeError on bad YAML and duplicate keys."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.load(text, Loader=_Loader)
+        values = _parse(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise RecipeError(f"{origin}:{line}: not valid YAML: {error.problem}") from None
@@ -201,11 +202,18 @@ def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], Locations]:
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: a recipe is a mapping of sections, got {type(values).__name__}")
     lines: dict[Key, int] = {}
-    try:
-        _find_lines(root, (), lines, origin)
-    except RecursionError:
-        raise RecipeError(f"{origin}: not valid YAML: an alias (*) stands inside its own anchor (&)") from None
+    _find_lines(root, (), lines, origin)
     return values, {key: f"{origin}:{line}: " for key, line in lines.items()}
+
+
+def _parse(text: str) -> Any:
+    """Return the value of YAML text. Raises yaml.YAMLError, also for a value that contains itself, and ValueError."""
+    value = yaml.load(text, Loader=_Loader)
+    try:
+        json.dumps(value, default=str, skipkeys=True)
+    except ValueError:
+        raise yaml.YAMLError("an alias (*) stands inside its own anchor (&)") from None
+    return value
 
 
 def _find_lines(node: yaml.Node, prefix: Key, lines: dict[Key, int], origin: str) -> None:
@@ -247,7 +255,7 @@ def _apply_override(values: dict[str, Any], locations: Locations, override: str)
 def yaml_value(text: str) -> Any:
     """Return the value that YAML text stands for. Raises ValueError."""
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = _parse(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2024-13-01
         raise ValueError("the value is not valid YAML") from None
     if isinstance(value, int) and abs(value) > MOST:

@@ -120,7 +120,7 @@ def encode_question(row: Prompt, fields: SideFields, messages: Sequence[Message]
     asked = row.messages if messages is None else messages
     said = [item for turn in row.conversation.turns() for item in turn] if messages is None else messages
     results = [sum(item["role"] == "tool" for item in each) for each in (row.conversation.messages, said)]
-    left_out = ("tool",) if results[0] > results[1] else ()  # results of the calls of given answers
+    left_out = ("tool messages",) if results[0] > results[1] else ()  # results of the calls of given answers
     fields.note(asked, row.conversation.tools, (*row.conversation.left_out, *left_out))
     return encode_prompt(asked, fields.tokenizer, row.conversation.tools)
 

@@ -120,7 +120,7 @@ def test_results_of_tools_are_kept_or_named(tmp_path: Path, caplog: pytest.LogCa
             data = config(path, regenerate=True)
             (ids,) = build_corpus(load_messages(data), teacher, data).input_ids
         assert teacher.tokenizer.decode(ids).count("9<|im_end|>") == 1 - named
-        assert ("columns left out: tool (" in caplog.text) == named
+        assert ("columns left out: tool messages (" in caplog.text) == named
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])

@@ -89,6 +89,7 @@ def test_recipe_takes_overrides(tmp_path: Path) -> None:
         (SPEED, ["teacher.looped.norm=true"], "key teacher.looped.norm: unknown key"),
         ("# nothing\n", [], "recipe.yaml: the recipe is empty"),
         ("data: &a {limit: *a}\n", [], "an alias (*) stands inside its own anchor (&)"),
+        ("collect: {vllm: &a [*a]}\n", [], "an alias (*) stands inside its own anchor (&)"),
         ('store: ""\n', [], "recipe.yaml:1: key store: expected a text that is not empty"),
         (GOOD.replace("epochs: 2", "epochs: true"), [], "recipe.yaml:6: key training.epochs: expected a number"),
         (GOOD.replace("layer: 3", "layer: yes"), [], "key predictor.layer: expected a number (got True)"),
