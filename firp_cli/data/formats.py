@@ -117,10 +117,11 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
 
     Raises OddRow.
     """
-    row = ReadRow(_renamed(row, columns) if columns else row)
+    plain = dict(_renamed(row, columns) if columns else row)
+    row = ReadRow(plain)
     tools = next((row[field] for field in TOOL_FIELDS if row.get(field)), None)
-    conversation = Conversation([], read_tools(tools), _questions_only(dict(row)))
-    read = next((read for matches, read in _LAYOUTS if matches(dict(row))), None)
+    conversation = Conversation([], read_tools(tools), _questions_only(plain))
+    read = next((read for matches, read in _LAYOUTS if matches(plain)), None)
     ids = _token_ids(row)
     if ids is not None:
         conversation.input_ids, conversation.loss_mask = ids
@@ -176,7 +177,7 @@ def _questions_only(row: Row) -> bool:
 
 def _list(row: Row, field: str) -> list[Any] | None:
     """Return a list with items, which may be written as JSON text (CSV files have it so)."""
-    value = dict.get(dict(row) if not isinstance(row, dict) else row, field)  # what is no list counts as not read
+    value = dict(row).get(field)  # of a ReadRow: what is no list counts as not read
     value = parse_json(value) if isinstance(value, str) and value.startswith("[") else value
     return value if isinstance(value, list) and value and row.get(field) else None
 

@@ -16,7 +16,17 @@ DESCRIBING = """id ids uuid uid idx index hash url uri link source sources src o
 path category categories subcategory subject topic topics domain task tasks type kind language languages lang locale
 license model models author user username annotator at date time timestamp version status level difficulty score scores
 rating ratings rank quality label labels tag tags metadata meta name"""
-JUDGING = ("rejected", "reference", "references", "test", "tests", "entry_point", "test_list", "test_setup_code")
+JUDGING = (
+    "rejected",
+    "reference",
+    "references",
+    "test",
+    "tests",
+    "entry_point",
+    "test_list",
+    "challenge_test_list",
+    "test_setup_code",
+)
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 MEDIA_MARK = re.compile(r"<(image|img|video|audio)(_?\d+)?>")
 WORDS = re.compile(r"[\W_]+|(?<=[a-z])(?=[A-Z])")
