@@ -6,20 +6,42 @@ The comment after a field gives its meaning and unit; "null" is YAML's name of N
 from __future__ import annotations
 
 import json
+import os
 from datetime import date
 from typing import Annotated, Any, Literal, Protocol, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.errors import UsageError
 
+
+def _number(value: Any) -> Any:
+    """Refuse true and false where a number is expected. YAML reads `yes` and `on` as true."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("expected a text that is not empty; leave the field out for its default")
+    return value
+
+
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+PositiveInt = Annotated[Int, Field(ge=1)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_number)]
+Text = Annotated[str, AfterValidator(_text)]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # ~ is the home folder, as in a shell
+Seed = Annotated[Int, Field(ge=0, lt=1 << 63)]
 ColumnRole = Literal["messages", "question", "answer", "input", "system", "tools", "category"]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
 
 LARGEST_TEMPERATURE = 1_000_000  # above it all tokens are equally probable
 SMALLEST_TEMPERATURE = 1e-6  # below it logits over the temperature overflow, or lose their differences to rounding
@@ -39,9 +61,9 @@ class LoopedSection(Section):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prelude: Annotated[int, Field(ge=0)] = 0  # number of layers that run once, before the block
+    prelude: NonNegativeInt = 0  # number of layers that run once, before the block
     block: PositiveInt  # number of layers in the block
-    coda: Annotated[int, Field(ge=0)] = 0  # number of layers that run once, after the block
+    coda: NonNegativeInt = 0  # number of layers that run once, after the block
     loops: PositiveInt  # number of times that the block runs
     norm_each_loop: bool = False  # apply the final norm also at the end of every loop (Ouro)
 
@@ -70,13 +92,15 @@ class LoopedSection(Section):
 class TeacherConfig(Section):
     """Frozen language model."""
 
-    model: str = DEFAULT_TEACHER  # folder, hub id, .gguf file, or name of an embedded or known teacher
-    gguf_file: str | None = None  # name of a GGUF file in that folder or hub repository
-    revision: str | None = None  # branch, tag or commit on the hub; null: the main branch
+    model: PathText = DEFAULT_TEACHER  # folder, hub id, .gguf file, or name of an embedded or known teacher
+    gguf_file: Text | None = None  # name of a GGUF file in that folder or hub repository
+    revision: Text | None = None  # branch, tag or commit on the hub; null: the main branch
     dtype: Precision = "auto"  # dtype of weights and states; auto: that of the model's config
     device_map: str | dict[str, str | int] | None = None  # placement of layers, as in transformers; null: one device
     sharding: Literal["none", "zero3"] = "none"  # zero3: each rank stores a part of every matrix (DeepSpeed ZeRO-3)
-    chat_template: str | None = None  # Jinja file, its text, or a shipped name (vicuna, plain); null: the tokenizer's
+    chat_template: PathText | None = (
+        None  # Jinja file or text, or a shipped name (vicuna, plain); null: the tokenizer's
+    )
     template_options: dict[str, Any] = Field(
         default_factory=dict
     )  # variables of the chat template, for example enable_thinking; date (YYYY-MM-DD): the day that it prints
@@ -111,14 +135,12 @@ class TeacherConfig(Section):
 class DataConfig(Section):
     """Conversations for training and the way their hidden states are stored."""
 
-    dataset: str = DEFAULT_TEACHER  # known name, hub id (ID:CONFIG), file or folder; several with commas
-    split: str = "train"  # split of the data set
-    data_dir: str | None = None  # folder with NAME/SPLIT.jsonl; null: $FIRP_DATA_DIR
-    columns: dict[ColumnRole, str] = Field(default_factory=dict)  # names of the columns, as {question: q, answer: a}
+    dataset: Text = DEFAULT_TEACHER  # known name, hub id (ID:CONFIG), file or folder; several with commas
+    split: Text = "train"  # split of the data set
+    data_dir: PathText | None = None  # folder with NAME/SPLIT.jsonl; null: $FIRP_DATA_DIR
+    columns: dict[ColumnRole, Text] = Field(default_factory=dict)  # names of the columns, as {question: q, answer: a}
     limit: PositiveInt | None = None  # conversations wanted of each data set, skipped rows not counted; null: all
-    sample: Annotated[int, Field(ge=0, strict=True)] | None = (
-        None  # seed of a random choice of `limit` conversations; null: the first ones
-    )
+    sample: NonNegativeInt | None = None  # seed of a random choice of `limit` conversations; null: the first ones
     max_odd: Fraction = 0.05  # largest share of rows that are skipped because they cannot be used; more: refused
     max_length: PositiveInt = 2048  # maximum tokens of a conversation; longer ones are cut
     mode: Literal["cached", "online", "hybrid"] = (
@@ -145,9 +167,7 @@ class CollectConfig(Section):
     """Generation of answers. Does not affect the contents of the store."""
 
     responder: Literal["engine", "vllm"] = "engine"  # program that generates answers: firp's engine, or vLLM
-    vllm: dict[str, Any] = Field(
-        default_factory=dict
-    )  # keyword arguments of vllm.LLM, for example tensor_parallel_size
+    vllm: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of vllm.LLM, as tensor_parallel_size
 
 
 class Looping(Protocol):
@@ -187,9 +207,7 @@ class CouplingConfig(Section):
 class TreeSection(PredictorSection):
     """Fields of kinds that draft trees."""
 
-    draft_vocabulary: Annotated[int, Field(ge=16)] | None = (
-        None  # drafts are chosen among the so many most frequent tokens of the training conversations; null: all
-    )
+    draft_vocabulary: Annotated[Int, Field(ge=16)] | None = None  # drafts are so many most frequent tokens; null: all
 
 
 class FirpConfig(TreeSection):
@@ -265,11 +283,9 @@ class SpeedConfig(PredictorSection):
     exits: Annotated[list[PositiveInt], Field(min_length=1)] | None = (
         None  # loops with an exit head; null: all but the last
     )
-    exit_weights: list[Annotated[float, Field(gt=0)]] | None = (
-        None  # loss weight of each exit; null: the number of its loop
-    )
+    exit_weights: list[PositiveFloat] | None = None  # loss weight of each exit; null: the number of its loop
     bias: bool = False  # add a bias to each map
-    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # minimum probability that starts a token; null: none
+    threshold: Annotated[Float, Field(gt=0, lt=1)] | None = None  # minimum probability that starts a token; null: none
 
     @model_validator(mode="after")
     def _ascending(self) -> SpeedConfig:
@@ -297,7 +313,7 @@ KINDS: dict[str, type[PredictorSection]] = {
 class CouplingTraining(Section):
     """First stage of training, for predictors with a coupling: the coupling alone, on drafts that are computed once."""
 
-    epochs: Annotated[int, Field(ge=0)] = 3  # passes over the training conversations; 0: no first stage
+    epochs: NonNegativeInt = 3  # passes over the training conversations; 0: no first stage
     max_minutes: PositiveFloat | None = None  # maximum minutes from the first optimizer step on; null: no limit
     micro_batch_size: PositiveInt = 8  # conversations of a rank in one forward
     anchors_per_sequence: PositiveInt = 48  # positions of a conversation that train, the same ones in every epoch
@@ -308,31 +324,27 @@ class TrainingConfig(Section):
     """Training of the predictor."""
 
     init: Literal["ridge", "identity", "random"] = "ridge"  # start values; ridge: closed-form least squares
-    ridge_lambda: Annotated[float, Field(gt=0)] = (
-        1.0e-2  # damping of the ridge start, relative to the mean diagonal of sum x x^T
-    )
+    ridge_lambda: PositiveFloat = 1.0e-2  # damping of the ridge start, relative to the mean diagonal of sum x x^T
     coupling: CouplingTraining = Field(default_factory=CouplingTraining)  # first stage, of predictors with a coupling
     loss: Literal["kl", "cross_entropy", "total_variation"] = "kl"  # distance from the teacher's distribution
     vocabulary: PositiveInt | None = (
         None  # tokens that the loss compares: those of the conversations, and frequent ones; null: all
     )
-    hidden_weight: Annotated[float, Field(ge=0)] = 0.0  # weight of a smooth-L1 term on the final states
-    step_decay: Annotated[float, Field(gt=0)] = 0.8  # weight of step i in the loss: step_decay^(i-1)
+    hidden_weight: NonNegativeFloat = 0.0  # weight of a smooth-L1 term on the final states
+    step_decay: PositiveFloat = 0.8  # weight of step i in the loss: step_decay^(i-1)
     anchors_per_sequence: PositiveInt = 64  # positions of a conversation that train; steps x as many pseudo rows
     epochs: PositiveInt = 1  # passes over the training conversations
-    max_steps: Annotated[int, Field(ge=0)] | None = (
-        None  # maximum optimizer steps; 0: start values only; null: epochs alone
-    )
+    max_steps: NonNegativeInt | None = None  # maximum optimizer steps; 0: start values only; null: epochs alone
     max_minutes: PositiveFloat | None = None  # maximum minutes from the first optimizer step on; null: no limit
     micro_batch_size: PositiveInt = 4  # conversations of a rank in one forward
     gradient_accumulation: PositiveInt = 1  # micro-batches of a rank in one optimizer step
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3  # peak learning rate of AdamW
+    learning_rate: PositiveFloat = 1.0e-3  # peak learning rate of AdamW
     warmup_ratio: Fraction = 0.03  # share of the optimizer steps with a rising learning rate
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # decoupled weight decay of AdamW
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # L2 norm that gradients are clipped to; 0: no clipping
+    weight_decay: NonNegativeFloat = 0.0  # decoupled weight decay of AdamW
+    max_grad_norm: NonNegativeFloat = 1.0  # L2 norm that gradients are clipped to; 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"  # dtype of the predictor's weights in training
-    zero_stage: Literal[0, 1, 2, 3] = 0  # ZeRO: shard 1 optimizer states, 2 also gradients, 3 also weights
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of the conversations that is held out
+    zero_stage: ZeroStage = 0  # ZeRO: shard 1 optimizer states, 2 also gradients, 3 also weights
+    validation_fraction: Annotated[Float, Field(ge=0, lt=1)] = 0.05  # share of the conversations that is held out
     validate_every: PositiveInt | None = (
         None  # optimizer steps; null: ten times in a run, with max_minutes at most once a minute
     )
@@ -340,13 +352,13 @@ class TrainingConfig(Section):
     keep_last: PositiveInt = 2  # number of checkpoints to keep
     keep_best: PositiveInt = 1  # number of best validations whose weights to keep
     patience: PositiveInt | None = None  # stop after this many validations without improvement; null: never
-    min_improvement: Annotated[float, Field(ge=0)] = 0.0  # smallest gain in accepted length that counts, in tokens
+    min_improvement: NonNegativeFloat = 0.0  # smallest gain in accepted length that counts, in tokens
     balance: bool = True  # sort conversations by length: little padding, ranks take equally long
     readers: PositiveInt = 1  # threads that read conversations ahead
     preflight: Literal["refuse", "warn", "ignore"] = "refuse"  # reaction to a run that exceeds the devices' memory
     log_every: PositiveInt = 10  # optimizer steps between entries in TensorBoard and wandb
-    wandb: str | None = None  # Weights & Biases project; null: only TensorBoard and metrics.jsonl
-    gate_prompts: Annotated[int, Field(ge=0)] = 8  # prompts to decode after training, as a check; 0: none
+    wandb: Text | None = None  # Weights & Biases project; null: only TensorBoard and metrics.jsonl
+    gate_prompts: NonNegativeInt = 8  # prompts to decode after training, as a check; 0: none
     seed: Seed = 0  # of the validation split, the data order, the anchors and random start values
 
 
@@ -358,8 +370,8 @@ class Recipe(Section):
     collect: CollectConfig = Field(default_factory=CollectConfig)
     predictor: Annotated[PredictorConfig, Field(discriminator="kind")] | None = None
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    store: str | None = None  # folder of the hidden states, relative to the working directory
-    output: str | None = None  # folder of the predictor, relative to the working directory
+    store: PathText | None = None  # folder of the hidden states, relative to the working directory
+    output: PathText | None = None  # folder of the predictor, relative to the working directory
 
     @model_validator(mode="after")
     def _sharded_teacher(self) -> Recipe:

@@ -6,6 +6,8 @@ key. A recipe with `base: NAME-or-path` inherits the settings of another one.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,12 @@ from firp_cli.provenance import portable
 BASE = "base"
 COMMAND_LINE = "command line, "
 MOST = 2**63 - 1  # largest number of an override
+NUMBERS = {  # YAML 1.1 also reads 010 as 8 and 1:30 as 90
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+}
 Key = tuple[str, ...]
 Locations = dict[Key, str]  # where a key is written: `FILE:LINE: ` or COMMAND_LINE
 NESTED: dict[Key, Any] = {  # sections within sections
@@ -28,6 +36,15 @@ NESTED: dict[Key, Any] = {  # sections within sections
     ("predictor", "coupling"): CouplingConfig,
     ("training", "coupling"): CouplingTraining,
 }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without numbers of base 8 and 60: they stay text, of which a field for numbers takes decimal ones."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, NUMBERS.get(tag, pattern)) for tag, pattern in found]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def load_recipe(name: Recipe | str | Path | None, overrides: Sequence[str] | None = None) -> Recipe:
@@ -111,9 +128,12 @@ def _explain(error: ValidationError, origin: str, locations: Locations) -> str:
         return f"{where}: unknown key{nearest(key[-1], section.model_fields)}"
     if fault["type"] == "missing":
         return f"{where}: required{' for this predictor kind' if key[0] == 'predictor' else ''}"
+    message = fault["msg"].removeprefix("Value error, ")
     if isinstance(fault["input"], dict) and fault["type"] == "value_error":  # fields of a section contradict each other
-        return f"{where.removesuffix(': key ')}: {fault['msg'].removeprefix('Value error, ')}"
-    return f"{where}: {fault['msg']} (got {fault['input']!r})"
+        overridden = any(written[: len(key)] == key and at == COMMAND_LINE for written, at in locations.items())
+        where = _where(origin, {key: COMMAND_LINE} if overridden else locations, key)
+        return f"{where.removesuffix(': key ')}: {message}"
+    return f"{where}: {message} (got {fault['input']!r})"
 
 
 def _read_with_base(path: Path, derived: tuple[Path, ...]) -> tuple[dict[str, Any], Locations]:
@@ -171,19 +191,29 @@ def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], Locations]:
     """Return the values and the location of every key. Raises RecipeError on bad YAML and duplicate keys."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        values = _parse(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise RecipeError(f"{origin}:{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a control character, or a date that does not exist
         raise RecipeError(f"{origin}: not valid YAML: {first_line(error)}") from None
-    if root is None:
-        return {}, {}
+    if root is None or values == {}:
+        raise RecipeError(f"{origin}: the recipe is empty; leave it out for a run with the default of every field")
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: a recipe is a mapping of sections, got {type(values).__name__}")
     lines: dict[Key, int] = {}
     _find_lines(root, (), lines, origin)
     return values, {key: f"{origin}:{line}: " for key, line in lines.items()}
+
+
+def _parse(text: str) -> Any:
+    """Return the value of YAML text. Raises yaml.YAMLError, also for a value that contains itself, and ValueError."""
+    value = yaml.load(text, Loader=_Loader)
+    try:
+        json.dumps(value, default=str, skipkeys=True)
+    except ValueError:
+        raise yaml.YAMLError("an alias (*) stands inside its own anchor (&)") from None
+    return value
 
 
 def _find_lines(node: yaml.Node, prefix: Key, lines: dict[Key, int], origin: str) -> None:
@@ -203,6 +233,8 @@ def _apply_override(values: dict[str, Any], locations: Locations, override: str)
     key = tuple(name.strip().split("."))
     if not separator or not all(key):
         raise RecipeError(f"override {override!r} is not of the form section.field=value")
+    if not text.strip():
+        raise RecipeError(f"override {override!r} has no value; {name}=null stands for none")
     target = values
     for place, part in enumerate(key[:-1]):
         inner = target.get(part)
@@ -223,7 +255,7 @@ def _apply_override(values: dict[str, Any], locations: Locations, override: str)
 def yaml_value(text: str) -> Any:
     """Return the value that YAML text stands for. Raises ValueError."""
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2024-13-01
         raise ValueError("the value is not valid YAML") from None
     if isinstance(value, int) and abs(value) > MOST:

@@ -139,11 +139,14 @@ def write_prompts(
     Args:
         teacher: model folder, hub id, .gguf file or known name; or its configuration.
 
-    Raises UsageError where the file exists, else FirpError as `own_prompts` and for a teacher that cannot be loaded.
+    Raises UsageError where the file exists or has another ending, else FirpError as `own_prompts` and for a teacher
+    that cannot be loaded.
     """
     path, written = Path(output), 0
     if path.exists():
         raise UsageError(f"{path} exists: give another --output, or remove it")
+    if path.suffix.lower() != ".jsonl":
+        raise UsageError(f"{path} does not end in .jsonl, by which its rows are read: give such an --output")
     check_output(path, "file")
     config = TeacherConfig(model=teacher) if isinstance(teacher, str) else teacher
     with open_lines(path, keep=False) as stream:

@@ -45,7 +45,10 @@ class Command(TyperCommand):
             _check_text(argument)
         rest = super().parse_args(ctx, [self._current(argument) for argument in args])
         for parameter in self.params:
-            _check_number(parameter, ctx.params.get(str(parameter.name)))
+            value = ctx.params.get(str(parameter.name))
+            _check_number(parameter, value)
+            if isinstance(value, Path) and value.parts[:1] == ("~",):  # a shell leaves it in --output=~/x
+                ctx.params[str(parameter.name)] = value.expanduser()
         return rest
 
     def make_parser(self, ctx: Any) -> Any:
@@ -164,4 +167,4 @@ def _check_number(parameter: Any, value: Any) -> None:
 
 def _name(parameter: Any) -> str:
     """Return the name of a parameter as a user types it."""
-    return str(parameter.opts[-1]) if parameter.param_type_name == "option" else str(parameter.name)
+    return str(parameter.opts[-1] if parameter.param_type_name == "option" else parameter.metavar or parameter.name)

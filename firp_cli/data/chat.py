@@ -8,7 +8,7 @@ the rendered text.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +36,16 @@ class EncodedConversation:
 
 
 def encode(
-    messages: Sequence[Message], tokenizer: Any, max_length: int | None = None, tools: Sequence[Any] | None = None
+    messages: Sequence[Message],
+    tokenizer: Any,
+    max_length: int | None = None,
+    tools: Sequence[Any] | None = None,
+    unlearned: Collection[int] = (),
 ) -> EncodedConversation:
     """Return tokens and loss mask of a conversation, cut to `max_length`: answers after the cut have no tokens.
 
-    `tools`: functions that the assistant may call, as JSON schemas, for the template.
+    `tools`: functions that the assistant may call, as JSON schemas, for the template. `unlearned`: places of answers
+    that the mask leaves out.
 
     Raises DatasetError when the template refuses the conversation (unknown roles, or roles in a forbidden order).
     """
@@ -53,9 +58,14 @@ def encode(
         )
     if GENERATION_MARKS.search(template_of(tokenizer, tools)):
         text, spans = _render_marked(messages, tokenizer, tools)
+        answers = [place for place, item in enumerate(messages) if item["role"] == "assistant"]
+        if unlearned and len(answers) != len(spans):
+            raise DatasetError("the chat template's marks do not tell apart the answers of weight 0")
+        if unlearned:
+            spans = [span for place, span in zip(answers, spans, strict=True) if place not in unlearned]
     else:
         text = _render(messages, tokenizer, tools)
-        spans = assistant_spans(messages, tokenizer, text, tools)
+        spans = assistant_spans(messages, tokenizer, text, tools, unlearned)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     mask = _mask_spans(encoded["offset_mapping"], spans)
@@ -255,13 +265,18 @@ def _mask_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, i
 
 
 def assistant_spans(
-    messages: Sequence[Message], tokenizer: Any, text: str, tools: Sequence[Any] | None = None
+    messages: Sequence[Message],
+    tokenizer: Any,
+    text: str,
+    tools: Sequence[Any] | None = None,
+    unlearned: Collection[int] = (),
 ) -> list[tuple[int, int]]:
     """Return the character spans of the assistant's turns in `text`, the rendered conversation, in order.
 
     A turn starts where the generation prompt for it ends and ends where the rendering up to it ends. Templates that
     rewrite earlier turns (Qwen3 drops their thinking) have no such prefixes: there the rendering around a sentinel in
-    place of the turn locates its text. A turn that the template omits has no span.
+    place of the turn locates its text. A turn that the template omits has no span,
+    nor have those at the places `unlearned`.
     """
     spans: list[tuple[int, int]] = []
     cursor = 0
@@ -278,7 +293,7 @@ def assistant_spans(
                 continue
             start = content[0] if start is None else start
             end = content[1] if end is None else end
-        spans.append((start, end))
+        spans += [] if turn in unlearned else [(start, end)]
         cursor = end
     return spans
 

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.assets import embedded_folder, nearest
-from firp_cli.data.formats import ACCEPTED, UNKNOWN_FIELDS, Conversation, Message, read_conversation
+from firp_cli.data.formats import ACCEPTED, ID_FIELDS, UNKNOWN_FIELDS, Conversation, Message, read_conversation
 from firp_cli.data.hub import UnreachableError, read_hub
 from firp_cli.data.odd_rows import MAX_ODD, OddRow, OddRows
 from firp_cli.data.readers import (
     FORMATS,
     Read,
     is_saved,
+    named_file,
     read_file,
     read_saved,
     split_files,
@@ -34,7 +35,6 @@ from firp_cli.data.readers import (
 from firp_cli.errors import DatasetError
 
 DATA_DIR_VARIABLE = "FIRP_DATA_DIR"
-ID_FIELDS = ("id", "question_id", "task_id")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ def load_rows(name: str, selection: Selection, tell: bool = True) -> Rows:
 
 
 def dataset_names(text: str) -> list[str]:
-    """Return the data sets in a list with commas, each once; the path of a file or folder may contain commas.
+    """Return the data sets in a list with commas, each once; the path of a file or folder may contain commas, and begin
+    with ~. Paths of one file are one data set.
 
     Raises DatasetError for an empty list.
     """
@@ -186,10 +187,16 @@ def dataset_names(text: str) -> list[str]:
         joined = (",".join(parts[:count]).strip() for count in range(len(parts), 1, -1))
         name = next((name for name in joined if Path(name).exists()), parts[0].strip())
         parts = parts[name.count(",") + 1 :]
-        names += [name] if name else []
+        names += [_at_home(name)] if name else []
     if not names:
         raise DatasetError(f"{text!r} names no data set; known: {', '.join(KNOWN)}")
-    return list(dict.fromkeys(names))
+    once = {str(Path(name).resolve()) if Path(name).exists() else name: name for name in reversed(names)}
+    return list(reversed(once.values()))
+
+
+def _at_home(name: str) -> str:
+    """Return a path with the home folder in place of ~, which a shell leaves within a word."""
+    return str(Path(name).expanduser()) if name.startswith("~/") else name
 
 
 def _load(name: str, selection: Selection, tell: bool, prompts: bool) -> Rows:
@@ -242,6 +249,10 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
 def _find(name: str, selection: Selection, any_single: bool) -> Iterator[Read]:
     """Return the rows of a data set from the first place that has it. `any_single`: a known set's only split serves."""
     path, split = Path(name), selection.split
+    if name == "-" or name.startswith("/dev/") or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise DatasetError(
+            f"{name}: a pipe can be read only once, a data set is read several times: write it to a file"
+        )
     if path.is_file():
         return read_file(path)
     base, config = _split_config(name)
@@ -281,7 +292,7 @@ def _local_file(
     name: str, config: str | None, split: str, data_dir: str | None, known: KnownDataset | None, tried: list[str]
 ) -> Path | None:
     """Return NAME/SPLIT of the embedded sets or of the data folder; a folder without that split is an error."""
-    root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    root = _at_home(data_dir or os.environ.get(DATA_DIR_VARIABLE) or "")
     if root and not Path(root).is_dir():
         raise DatasetError(f"the data folder {root} does not exist")
     embedded = embedded_folder("data") / "datasets" / name
@@ -291,8 +302,8 @@ def _local_file(
     stems = (split, *(known.files if known and split in known.splits else ()))
     for place in places:
         folder = place / config if config else place
-        for file in (folder / f"{stem}{suffix}" for stem in stems for suffix in FORMATS):
-            if file.is_file():
+        for stem in stems:
+            if file := named_file(folder, stem):
                 return file
         existing = sorted(path.name[: -len(suffix_of(path.name))] for path in _data_files(folder))
         if existing:

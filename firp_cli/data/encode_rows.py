@@ -11,6 +11,7 @@ from typing import Any
 
 from firp_cli.data.chat import EncodedConversation, encode, encode_prompt
 from firp_cli.data.datasets import Prompt
+from firp_cli.data.formats import Conversation
 from firp_cli.data.messages import Message
 from firp_cli.data.odd_rows import (
     BEYOND_EMBEDDING,
@@ -19,6 +20,7 @@ from firp_cli.data.odd_rows import (
     LOG,
     NO_ANSWER,
     NO_ANSWER_WITHIN,
+    NOT_LEARNED,
     NOT_WRITTEN,
     REFUSED,
     OddRow,
@@ -27,6 +29,7 @@ from firp_cli.data.odd_rows import (
 from firp_cli.errors import DatasetError
 
 SIDE_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # of messages
+ROLES = ("system", "tool")  # messages that a template may leave out
 PROBES = 8  # rows with a field that are rendered without it: Qwen3 writes the reasoning of some turns only
 
 
@@ -47,25 +50,26 @@ class SideFields:
         """Look at the fields of a row."""
         self.no_place.update(left_out)
         fields = [key for key in SIDE_KEYS if any(key in item for item in messages)]
-        fields += ["system"] if any(item["role"] == "system" for item in messages) else []
+        fields += [role for role in ROLES if any(item["role"] == role for item in messages)]
         fields += ["tools"] if tools else []
         for name in fields:
             if name not in self._written and self._tried.get(name, 0) < PROBES:
                 self._tried[name] = self._tried.get(name, 0) + 1
                 if name == "tools":
                     other, functions = list(messages), None
-                elif name == "system":
-                    other, functions = [item for item in messages if item["role"] != "system"], tools
+                elif name in ROLES:
+                    other, functions = [item for item in messages if item["role"] != name], tools
                 else:
                     other, functions = [_without(item, (name,)) for item in messages], tools
                 rendered = self._render(messages, tools)
                 if rendered is None or rendered != self._render(other, functions):
                     self._written.add(name)
 
-    def check_answers(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+    def check_answers(self, conversation: Conversation) -> None:
         """Raise OddRow for an answer of which the template writes nothing but its end: a predictor would learn it."""
+        messages, tools = conversation.messages, conversation.tools
         for place, item in enumerate(messages):
-            if item["role"] != "assistant" or item["content"].strip():
+            if item["role"] != "assistant" or item["content"].strip() or place in conversation.unlearned:
                 continue
             bare = _without(item, SIDE_KEYS)
             if bare == item:
@@ -99,9 +103,9 @@ def encode_row(row: Prompt, fields: SideFields, max_length: int, vocabulary: int
     else:
         fields.note(conversation.messages, conversation.tools, conversation.left_out)
         if not conversation.answered:
-            raise OddRow(NO_ANSWER)
-        fields.check_answers(conversation.messages, conversation.tools)
-        whole = encode(conversation.messages, fields.tokenizer, None, conversation.tools)
+            raise OddRow(NOT_LEARNED if conversation.unlearned else NO_ANSWER)
+        fields.check_answers(conversation)
+        whole = encode(conversation.messages, fields.tokenizer, None, conversation.tools, conversation.unlearned)
         if not any(whole.loss_mask):
             raise OddRow(NOT_WRITTEN)
         encoded = EncodedConversation(whole.input_ids[:max_length], whole.loss_mask[:max_length])
@@ -114,7 +118,10 @@ def encode_row(row: Prompt, fields: SideFields, max_length: int, vocabulary: int
 def encode_question(row: Prompt, fields: SideFields, messages: Sequence[Message] | None = None) -> list[int]:
     """Return the tokens of a row's prompt, or of other `messages` of the row. Raises DatasetError of the template."""
     asked = row.messages if messages is None else messages
-    fields.note(asked, row.conversation.tools, row.conversation.left_out)
+    said = [item for turn in row.conversation.turns() for item in turn] if messages is None else messages
+    results = [sum(item["role"] == "tool" for item in each) for each in (row.conversation.messages, said)]
+    left_out = ("tool messages",) if results[0] > results[1] else ()  # results of the calls of given answers
+    fields.note(asked, row.conversation.tools, (*row.conversation.left_out, *left_out))
     return encode_prompt(asked, fields.tokenizer, row.conversation.tools)
 
 

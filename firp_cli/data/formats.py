@@ -12,6 +12,7 @@ from typing import Any
 
 from firp_cli.data.messages import Message, check_users, parse_json, read_messages, read_text, read_tools
 from firp_cli.data.odd_rows import OddRow
+from firp_cli.data.unread import ReadRow, unread_fields
 
 Row = Mapping[str, Any]
 
@@ -23,6 +24,7 @@ class Conversation:
     `questions_only`: each user message is a turn of its own, whose answer is missing (MT-Bench, Spec-Bench).
     `input_ids`, `loss_mask`: tokens of a row that is tokenized already; it may lack messages.
     `left_out`: columns with text that have no place in the conversation.
+    `unlearned`: places of the answers that are not to be learned (weight 0).
     """
 
     messages: list[Message]
@@ -31,43 +33,58 @@ class Conversation:
     input_ids: list[int] | None = None
     loss_mask: list[bool] | None = None
     left_out: tuple[str, ...] = ()
+    unlearned: frozenset[int] = frozenset()
 
     def turns(self) -> list[list[Message]]:
-        """Return what is said before each answer, in order, without the given answers: system and user messages.
+        """Return what is said before each answer to the user, in order, without the given answers.
 
-        Results of tools are left out: they belong to calls in the given answers.
+        Results of tools that follow a given answer are left out: they belong to its calls.
         """
         turns: list[list[Message]] = []
         said: list[Message] = []
+        asked = False
         for message in [*self.messages, {"role": "assistant"}]:
-            if message["role"] in ("system", "user"):
+            role = message["role"]
+            if role in ("system", "user") or (role == "tool" and (asked or not turns)):
                 said.append(message)
-            if said and said[-1]["role"] == "user" and (message["role"] == "assistant" or self.questions_only):
+                asked |= role == "user"
+            if asked and (role == "assistant" or self.questions_only):
                 turns.append(said)
-                said = []
+                said, asked = [], False
         return turns
 
     def row(self) -> dict[str, Any]:
         """Return a row of a data set that is read as this conversation."""
         if self.questions_only:
             return {"turns": [item["content"] for item in self.messages]}
-        return {"messages": self.messages} | ({"tools": self.tools} if self.tools else {})
+        messages = [
+            item | ({"weight": 0} if place in self.unlearned else {}) for place, item in enumerate(self.messages)
+        ]
+        return {"messages": messages} | ({"tools": self.tools} if self.tools else {})
 
     def history(self) -> list[Message]:
-        """Return the messages up to the last user message, given answers included."""
-        last = max((place for place, item in enumerate(self.messages) if item["role"] == "user"), default=-1)
-        return self.messages[: last + 1]
+        """Return the messages up to the last user message and those of systems and tools that follow it, given answers
+        included. Of a row that ends with a result of a tool these are all messages.
+        """
+        end = max((place + 1 for place, item in enumerate(self.messages) if item["role"] == "user"), default=0)
+        while end < len(self.messages) and self.messages[end]["role"] != "assistant":
+            end += 1
+        whole = self.messages[-1:] and self.messages[-1]["role"] == "tool"
+        return self.messages[: None if whole else end]
 
     @property
     def answered(self) -> bool:
         """True where the row has an answer to learn from."""
-        return self.input_ids is not None or any(item["role"] == "assistant" for item in self.messages)
+        places = (place for place, item in enumerate(self.messages) if item["role"] == "assistant")
+        return self.input_ids is not None or any(place not in self.unlearned for place in places)
 
 
 MESSAGE_FIELDS = ("messages", "conversations", "conversation")
 QUESTION_FIELDS = ("question", "prompt", "instruction", "problem", "query", "input")
 ANSWER_FIELDS = ("answer", "response", "output", "completion", "solution")
 SOLUTION_FIRST = ("solution", *ANSWER_FIELDS)  # beside `problem`, where `answer` is only the result
+PAIR = ("user", "assistant")
+ID_FIELDS = ("id", "question_id", "task_id")
 NEEDED = ("messages", "question", "answer")  # roles whose named column a row must have
 SYSTEM_FIELDS = ("system", "system_prompt")
 INPUT_FIELDS = ("input", "context")
@@ -100,10 +117,11 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
 
     Raises OddRow.
     """
-    row = _renamed(row, columns) if columns else row
+    plain = dict(_renamed(row, columns) if columns else row)
+    row = ReadRow(plain)
     tools = next((row[field] for field in TOOL_FIELDS if row.get(field)), None)
-    conversation = Conversation([], read_tools(tools), _questions_only(row))
-    read = next((read for matches, read in _LAYOUTS if matches(row)), None)
+    conversation = Conversation([], read_tools(tools), _questions_only(plain))
+    read = next((read for matches, read in _LAYOUTS if matches(plain)), None)
     ids = _token_ids(row)
     if ids is not None:
         conversation.input_ids, conversation.loss_mask = ids
@@ -112,13 +130,21 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
             return conversation
         if any(field in row for field in (*MESSAGE_FIELDS, "turns")):
             raise OddRow("no messages")
+        if "input_ids" in row:
+            given = parse_json(row["input_ids"])
+            fault = "that is no list" if not isinstance(given, list) else "without loss_mask or labels"
+            raise OddRow(f"input_ids {'without tokens' if given == [] else fault}")
         fields = (", ".join(map(str, row)) or "none")[:160]
         raise OddRow(f"{UNKNOWN_FIELDS} ({fields})", f"{UNKNOWN_FIELDS} ({fields})\naccepted: {ACCEPTED}")
     messages = read(row)
     check_users(messages)
     first = next((place for place, item in enumerate(messages) if item["role"] == "user"), len(messages))
     messages = [item for place, item in enumerate(messages) if item["role"] != "assistant" or place > first]
-    conversation.messages, conversation.left_out = _with_system(row, messages, read is _pair)
+    messages, unused = _with_system(row, messages)
+    conversation.unlearned = frozenset(place for place, item in enumerate(messages) if item.pop("weight", 1) == 0)
+    known = [*ID_FIELDS, *(columns or {}).values(), *(("answer",) if "solution" in row.seen else ())]
+    conversation.messages = messages
+    conversation.left_out = (*unused, *unread_fields(row, messages, known))
     return conversation
 
 
@@ -133,21 +159,14 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return kept | {role: row.get(column) for role, column in columns.items()}
 
 
-def _with_system(row: Row, messages: list[Message], pair: bool) -> tuple[list[Message], tuple[str, ...]]:
-    """Return the messages after the text of a system column, and the columns with text that have no place."""
-    field = _first_of(row, SYSTEM_FIELDS)
+def _with_system(row: Row, messages: list[Message]) -> tuple[list[Message], tuple[str, ...]]:
+    """Return the messages after the text of a system column, and that column where they have another one."""
+    field = next((name for name in SYSTEM_FIELDS if row.get(name) not in (None, "")), None)
     text = read_text(row[field], field) if field else ""
     given = next((item["content"] for item in messages if item["role"] == "system"), None)
     if text.strip() and given is None:
         messages = [{"role": "system", "content": text}, *messages]
-    unused = [field] if field and text.strip() and given not in (None, text) else []
-    asked = _first_of(row, QUESTION_FIELDS)
-    unused += [
-        name
-        for name in INPUT_FIELDS
-        if isinstance(row.get(name), str) and row[name].strip() and not (pair or name == asked)
-    ]
-    return messages, tuple(unused)
+    return messages, ((field,) if field and text.strip() and given not in (None, text) else ())
 
 
 def _questions_only(row: Row) -> bool:
@@ -158,9 +177,9 @@ def _questions_only(row: Row) -> bool:
 
 def _list(row: Row, field: str) -> list[Any] | None:
     """Return a list with items, which may be written as JSON text (CSV files have it so)."""
-    value = row.get(field)
+    value = dict(row).get(field)  # of a ReadRow: what is no list counts as not read
     value = parse_json(value) if isinstance(value, str) and value.startswith("[") else value
-    return value if isinstance(value, list) and value else None
+    return value if isinstance(value, list) and value and row.get(field) else None
 
 
 def _message_field(row: Row) -> str | None:
@@ -236,7 +255,18 @@ def _pair(row: Row) -> list[Message]:
         messages += _said(str(value) if number else value, answer, "assistant")
     for item in messages[1:]:
         item["content"] = CALCULATOR_MARKS.sub("", item["content"])
-    return messages
+    return _earlier(row) + messages
+
+
+def _earlier(row: Row) -> list[Message]:
+    """Return the earlier turns of a question: pairs of question and answer (LLaMA-Factory), or messages."""
+    history = _list(row, "history") or []
+    if not any(isinstance(item, list) for item in history):
+        return read_messages(history, "history")
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise OddRow("a history that is no list of questions and answers", place="history")
+    texts = [(read_text(text, "history"), role) for pair in history for text, role in zip(pair, PAIR, strict=True)]
+    return [{"role": role, "content": text} for text, role in texts]
 
 
 def _wrapped(question: str, answer: str, wording: str) -> Callable[[Row], list[Message]]:

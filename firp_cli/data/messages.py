@@ -1,7 +1,8 @@
 """Messages of data set rows: roles, texts, tool calls and functions, in one form for all layouts.
 
 A message is `{"role": "system" | "user" | "assistant" | "tool", "content": text}`, with `tool_calls`, the keys of
-`KEPT` where the row has them, and no others. An assistant message that only calls tools has an empty text.
+`KEPT` where the row has them, `weight` 0 where an answer is not to be learned, and no others. An assistant message that
+only calls tools has an empty text.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ ROLES = {
 CALLS = ("function_call", "tool_call")  # roles of messages whose text is a call in JSON
 ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 KEPT = ("reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
+LEARNED = ("weight", "train", "loss")  # 0 or false (OpenAI, axolotl, ms-swift): an answer that is not to be learned
+READ_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *KEPT, *LEARNED, "tool_calls", "function_call", "input", "output"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 SURROGATE = re.compile("[\ud800-\udfff]")
 DEEPEST = 40  # levels of nested values in tool calls and functions
@@ -139,7 +142,17 @@ def _read_item(item: Any, place: str) -> list[Message]:
     calls = item.get("tool_calls") or item.get("function_call")
     if calls and ROLES[name] == "assistant":
         message["tool_calls"] = _read_calls(calls, place)
+    if ROLES[name] == "assistant" and not _is_learned(item, place):
+        message["weight"] = 0
     return [message]
+
+
+def _is_learned(item: Mapping[str, Any], place: str) -> bool:
+    """Return False for an answer that is not to be learned. Raises OddRow for a weight between."""
+    given = [item[key] for key in LEARNED if isinstance(item.get(key), int | float | str)]
+    if any(isinstance(value, str) or value not in (0, 1) for value in given):
+        raise OddRow("an answer of another weight than 0 and 1", place=place)
+    return all(given)
 
 
 def _read_calls(value: Any, place: str) -> list[Message]:

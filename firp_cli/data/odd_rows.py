@@ -17,12 +17,13 @@ OTHER = "another fault"
 REFUSED = "refused by the chat template"  # reasons that arise with a teacher
 TOO_LONG = "prompt longer than max_length"
 NO_ANSWER = "no answer"
+NOT_LEARNED = "answers of weight 0 only"
 NO_ANSWER_WITHIN = "no answer within max_length"
 NOT_WRITTEN = "no answer that the chat template writes"
 BEYOND_EMBEDDING = "token ids beyond the teacher's embedding"
 EMPTY_ANSWER = "empty answer"
 CALLS_LEFT_OUT = "tool calls that the chat template leaves out"
-EXPECTED = (TOO_LONG, NO_ANSWER, NO_ANSWER_WITHIN)  # a limit, or a set of questions: no fault of the rows
+EXPECTED = (TOO_LONG, NO_ANSWER, NOT_LEARNED, NO_ANSWER_WITHIN)  # a limit, or a set of questions: no fault of the rows
 PLACEHOLDER = "a placeholder in place of a text"
 FETCH = (
     "fetch the texts from their sources first; for SPEED-Bench with nemo_skills/dataset/speed-bench/prepare.py of "

@@ -11,7 +11,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,15 @@ def read_saved(folder: Path, split: str) -> Iterator[Read]:
         raise DatasetError(f"{folder} cannot be read: {first_line(error)}") from None
 
 
+def named_file(folder: Path, split: str) -> Path | None:
+    """Return SPLIT with the ending of a format in a folder, if it is there. Raises DatasetError for several ones."""
+    found = [path for path in (folder / f"{split}{suffix}" for suffix in FORMATS) if path.is_file()]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise DatasetError(f"{folder} has both {names}: name one of these files, or remove the others")
+    return found[0] if found else None
+
+
 def split_files(folder: Path, split: str, config: str | None = None) -> list[Path]:
     """Return the files of one split of a folder with data files, as `datasets.load_dataset` assigns them.
 
@@ -101,9 +110,8 @@ def split_files(folder: Path, split: str, config: str | None = None) -> list[Pat
     if not any(suffix_of(path.name) in FORMATS for path in paths):
         found = sorted({path.suffix for path in paths if path.suffix})[:6]
         raise DatasetError(f"{folder} has no data file (it has: {', '.join(found) or 'nothing'}); {READS}")
-    named = [path for path in (folder / f"{split}{suffix}" for suffix in FORMATS) if path.is_file()]
-    if config is None and named:
-        return named[:1]
+    if config is None and (named := named_file(folder, split)):
+        return [named]
     parts = _part_folders(folder, paths)
     if config not in (None, *parts) and parts:
         raise missing_config(str(folder), config, parts)
@@ -122,7 +130,24 @@ def split_files(folder: Path, split: str, config: str | None = None) -> list[Pat
         raise DatasetError(f"{folder} cannot be read: {first_line(error)}") from None
     if split not in files:
         raise missing_split(str(folder), split, files)
+    if config is None:
+        _check_formats(folder, paths, [Path(path) for found in files.values() for path in found])
     return [Path(path) for path in sorted(files[split])]
+
+
+def _check_formats(folder: Path, paths: Iterable[Path], read: Sequence[Path]) -> None:
+    """Raise DatasetError where `datasets`, which reads the files of one format, leaves out another one's beside them.
+
+    A .json file may describe the others, and a card (YAML at the head of README.md) may name the files.
+    """
+    card = folder / "README.md"
+    if card.is_file() and card.read_bytes().startswith(b"---"):
+        return
+    kinds, beside = {suffix_of(path.name) for path in read}, {path.resolve().parent for path in read}
+    for path in sorted(paths):
+        suffix = suffix_of(path.name)
+        if suffix in FORMATS and suffix not in (*kinds, *WHOLE) and path.resolve().parent in beside:
+            raise DatasetError(f"{folder} has both {read[0].name} and {path.name}: name files, or keep one format")
 
 
 def _part_folders(folder: Path, paths: Iterable[Path]) -> list[str]:

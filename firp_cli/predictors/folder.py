@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from firp_cli.assets import embedded_predictors, nearest
 from firp_cli.config import KINDS, PredictorSection
-from firp_cli.errors import FingerprintError, PredictorError
+from firp_cli.errors import FingerprintError, PredictorError, first_line
 from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.predictors.firp import FirpPredictor
 from firp_cli.predictors.hidden_transfer import HiddenTransferPredictor
@@ -106,7 +106,9 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
         read_weights(predictor, folder / WEIGHTS)
         _check_draft_tokens(predictor, teacher.vocab_size)
     except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
-        raise PredictorError(f"{folder}: the predictor cannot be loaded: {str(error).splitlines()[0]}") from error
+        fault = next(iter(error.errors()), None) if isinstance(error, ValidationError) else None
+        where = f"{'.'.join(map(str, fault['loc']))} in config.json: {fault['msg']}" if fault else first_line(error)
+        raise PredictorError(f"{folder}: the predictor cannot be loaded: {where}") from error
     dtype = torch.float32 if teacher.device.type == "cpu" else teacher.dtype
     return predictor.to(teacher.device, dtype).eval().requires_grad_(False)
 

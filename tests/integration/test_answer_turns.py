@@ -37,6 +37,11 @@ SPACED = (  # like Llama 2's: spaces around an answer, which is trimmed
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content']|trim + ' <|im_end|>' }}"
     "{% else %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
 )
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 ONE_ANSWER = CHATML + "{% if messages|length > 3 %}{{ raise_exception('too many turns') }}{% endif %}"
 ROWS: list[dict[str, Any]] = [
     {
@@ -101,6 +106,34 @@ def with_chat_template(template: str) -> Teacher:
     teacher = make_teacher()
     teacher.tokenizer = with_template(template)
     return teacher
+
+
+def test_results_of_tools_are_kept_or_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that a question follows are its history; those of a given call go with it, and a line says so."""
+    teacher, path = make_teacher(), tmp_path / "rows.jsonl"
+    asked, result = {"role": "user", "content": "w?"}, {"role": "tool", "content": "9"}
+    answer = {"role": "assistant", "content": "It is 9"}
+    for messages, named in (([asked, result, asked, answer], False), ([asked, answer, result, answer], True)):
+        path.write_text(json.dumps({"messages": messages}) + "\n")
+        caplog.clear()
+        with caplog.at_level("WARNING", "firp"):
+            data = config(path, regenerate=True)
+            (ids,) = build_corpus(load_messages(data), teacher, data).input_ids
+        assert teacher.tokenizer.decode(ids).count("9<|im_end|>") == 1 - named
+        assert ("columns left out: tool messages (" in caplog.text) == named
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
+def test_answers_of_weight_0_are_no_part_of_the_mask(template: str, tmp_path: Path) -> None:
+    teacher, path = with_chat_template(template), tmp_path / "rows.jsonl"
+    asked, answer = {"role": "user", "content": "w?"}, {"role": "assistant", "content": "No", "weight": 0}
+    rows = [[asked, answer, asked, {**answer, "content": "Yes", "weight": 1}], [asked, answer]]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    data = config(path)
+    corpus = build_corpus(load_messages(data), teacher, data)
+    ((text, told),) = shown(teacher, corpus)
+    assert "No<|im_end|>" in text and told == "Yes<|im_end|>"
+    assert corpus.skipped == {"answers of weight 0 only": 1}
 
 
 def test_respond_answers_every_turn_with_its_own_history(dataset: Path, tmp_path: Path) -> None:
@@ -233,7 +266,7 @@ def test_first_turns_alone_give_the_store_of_single_turns(dataset: Path, tmp_pat
 
     def collect(path: Path, name: str, **changes: Any) -> dict[str, Any]:
         data = config(path, regenerate=True, max_new_tokens=6, **changes)
-        collect_store(teacher, data, [2], tmp_path / name, responder=[EngineResponder(teacher, 2)])
+        collect_store(teacher, data, [2], tmp_path / name, responder=EngineResponder(teacher, 2))
         return dict(json.loads((tmp_path / name / "manifest.json").read_text()))
 
     manifests = [collect(single, "single"), collect(dataset, "first", turns="first"), collect(dataset, "all")]
@@ -251,7 +284,7 @@ def test_first_turns_alone_give_the_store_of_single_turns(dataset: Path, tmp_pat
 def test_killed_run_resumes_between_turns(dataset: Path, tmp_path: Path) -> None:
     """An interruption after n answers, for every n; the answers kept are not asked again."""
     teacher, data = make_teacher(), config(dataset, regenerate=True, max_new_tokens=6)
-    collect_store(teacher, data, [2], tmp_path / "whole", responder=[EngineResponder(teacher, 2)])
+    collect_store(teacher, data, [2], tmp_path / "whole", responder=EngineResponder(teacher, 2))
 
     class Dying(EngineResponder):
         def __init__(self, most: int) -> None:
@@ -279,7 +312,7 @@ def test_killed_run_resumes_between_turns(dataset: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("mode", ["online", "hybrid"])
 def test_states_without_a_store_have_the_same_turns(dataset: Path, tmp_path: Path, mode: str) -> None:
     teacher, data = make_teacher(), config(dataset, regenerate=True, max_new_tokens=6, mode=mode)
-    collect_store(teacher, data, [2], tmp_path / "store", responder=[EngineResponder(teacher, 2)])
+    collect_store(teacher, data, [2], tmp_path / "store", responder=EngineResponder(teacher, 2))
     predictor = FirpConfig(kind="firp", layer=2, steps=2)
     run = TrainRun(Recipe(data=data, predictor=predictor), predictor, tmp_path / "cache", tmp_path / "run")
     made, stored = _online_states(run, teacher, silent), Store.open(tmp_path / "store")
@@ -293,7 +326,7 @@ def test_estimate_counts_later_turns(dataset: Path, tmp_path: Path) -> None:
     for turns in ("all", "first"):
         data = config(dataset, regenerate=True, max_new_tokens=6, turns=turns)
         found[turns] = estimate(teacher, data, [2], "float32", tmp_path / "store", [EngineResponder(teacher, 2)])
-        collect_store(teacher, data, [2], tmp_path / turns, responder=[EngineResponder(teacher, 2)])
+        collect_store(teacher, data, [2], tmp_path / turns, responder=EngineResponder(teacher, 2))
         tokens = Store.open(tmp_path / turns).manifest["counts"]["tokens"]
         assert tokens <= found[turns].tokens + 3 <= tokens + 9  # placeholders have a token each
     assert found["all"].tokens > found["first"].tokens + 30

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
+from firp_cli.api.collect_run import write_prompts
 from firp_cli.collecting.own_prompts import PromptSettings, own_prompts
 from firp_cli.data.chat import encode_prompt
 from firp_cli.data.datasets import load_prompts
@@ -141,3 +142,8 @@ def test_command_writes_a_data_set(tmp_path: Path) -> None:
     first = json.loads(path.read_text().splitlines()[0])["messages"][0]["content"]
     ids = encode_prompt([{"role": "user", "content": first}], embedded_teacher().tokenizer)
     assert torch.equal(collected[0].input_ids[: len(ids)], torch.tensor(ids))
+
+
+def test_file_of_another_ending_is_refused_before_the_teacher_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"y\.txt does not end in \.jsonl"):
+        write_prompts("absent", tmp_path / "y.txt", 1)

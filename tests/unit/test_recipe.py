@@ -87,10 +87,38 @@ def test_recipe_takes_overrides(tmp_path: Path) -> None:
         (SPEED, ["teacher.looped={loops: 2}"], "teacher.looped.block"),
         (SPEED, ["teacher.looped.prelude=-1"], "teacher.looped.prelude"),
         (SPEED, ["teacher.looped.norm=true"], "key teacher.looped.norm: unknown key"),
+        ("# nothing\n", [], "recipe.yaml: the recipe is empty"),
+        ("data: &a {limit: *a}\n", [], "an alias (*) stands inside its own anchor (&)"),
+        ("collect: {vllm: &a [*a]}\n", [], "an alias (*) stands inside its own anchor (&)"),
+        ('store: ""\n', [], "recipe.yaml:1: key store: expected a text that is not empty"),
+        (GOOD.replace("epochs: 2", "epochs: true"), [], "recipe.yaml:6: key training.epochs: expected a number"),
+        (GOOD.replace("layer: 3", "layer: yes"), [], "key predictor.layer: expected a number (got True)"),
+        (GOOD, ["data.limit=yes"], "command line, key data.limit: expected a number"),
+        (GOOD, ["training.zero_stage=on"], "training.zero_stage: expected a number"),
+        (GOOD, ["training.seed=true"], "training.seed: expected a number"),
+        (GOOD, ["data.limit=1:30"], "valid integer"),
+        (GOOD, ["training.step_decay=1:30.5"], "valid number"),
+        (GOOD, ["training.step_decay=.inf"], "finite number"),
+        (GOOD, ["training.ridge_lambda=inf"], "finite number"),
+        (GOOD, ["data.limit= "], "has no value; data.limit=null stands for none"),
+        ("data: {limit: 3}\n", ["data.limit=null", "data.sample=3"], "command line, key data: sample chooses"),
     ],
 )
 def test_faulty_recipe_is_refused(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
     assert expected in refusal(tmp_path, text, overrides)
+
+
+def test_numbers_are_decimal_and_home_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML 1.1 reads 010 as 8 and 12:30 as 750; text that looks like a number survives a round trip."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: {limit: 010, split: 12:30, data_dir: ~/sets}\nteacher: {revision: 007}\nstore: ~/x\n")
+    recipe = load_recipe(str(path), ["training.learning_rate=1e-3", "data.max_length=0x10"])
+    assert (recipe.data.limit, recipe.data.split, recipe.teacher.revision) == (10, "12:30", "007")
+    assert (recipe.store, recipe.data.data_dir) == (f"{tmp_path}/x", f"{tmp_path}/sets")
+    assert (recipe.training.learning_rate, recipe.data.max_length) == (1e-3, 16)
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(str(path)) == recipe
 
 
 def test_speed_recipe_describes_loops(tmp_path: Path) -> None:

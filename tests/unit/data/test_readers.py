@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,35 @@ def test_missing_file_of_a_list_is_named(tmp_path: Path) -> None:
         load_prompts("arithmetic,d/own.jsonl")
     comma = path.rename(tmp_path / "a,b.jsonl")
     assert dataset_names(f"gsm8k,{comma}, mbpp") == ["gsm8k", str(comma), "mbpp"]
+
+
+def test_one_file_under_two_names_is_one_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = make(tmp_path, ".jsonl")
+    (tmp_path / "link.jsonl").symlink_to(path)
+    other = tmp_path / "x" / ".." / path.name
+    (tmp_path / "x").mkdir()
+    assert dataset_names(f"{path},{other},~/rows.jsonl,{tmp_path}/link.jsonl,gsm8k,gsm8k") == [str(path), "gsm8k"]
+
+
+@pytest.mark.parametrize(
+    "names", [("train.jsonl", "train.csv"), ("train-00.jsonl", "train-01.csv"), ("a.parquet", "b.jsonl", "c.jsonl")]
+)
+def test_files_of_two_formats_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        make(tmp_path, Path(name).suffix).rename(tmp_path / name)
+    with pytest.raises(DatasetError, match=rf"has both .*{names[1].replace('.jsonl', '')}"):
+        asked(tmp_path, "train")
+    if names[0] == "train.jsonl":
+        with pytest.raises(DatasetError, match=r"has both train\.jsonl and train\.csv"):
+            load_prompts(tmp_path.name, str(tmp_path.parent), split="train")
+
+
+def test_pipes_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    for name in ("-", "/dev/stdin", "/dev/fd/63", str(tmp_path / "rows.jsonl")):
+        with pytest.raises(DatasetError, match="a pipe can be read only once"):
+            asked(name)
 
 
 def test_hub_names_configurations_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,69 @@ def test_side_columns_reach_the_conversation() -> None:
     assert read_conversation(both).left_out == ("system", "context")
 
 
+NAMED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"question": "Q", "prompt": "P", "answer": "A", "response": "R"}, ("prompt", "response")),
+    ({"question": "Q", "choices": ["A", "B"], "answer": "A"}, ("choices",)),
+    (
+        {"question": "Q", "documents": [{"text": "D"}], "hint": "H", "userPrompt": "U"},
+        ("documents", "hint", "userPrompt"),
+    ),
+    (
+        {**GOOD, "conversations": [{"from": "human", "value": "x"}], "history": [["a", "b"]]},
+        ("conversations", "history"),
+    ),
+    ({"messages": [ASKED, {**ANSWERED, "citations": ["C"]}], "images": ["x.png"]}, ("images", "messages.citations")),
+    ({"question": "Q", "answer": "A", "tools": [{"name": "t"}], "functions": [{"name": "f"}]}, ("functions",)),
+    ({"system": "", "system_prompt": "S", "question": "Q", "messages": "none"}, ("messages",)),
+    ({"problem": "Q", "solution": "A", "answer": "7"}, ()),
+    ({**GOOD, "prompt": "Q", "prompt_id": "x", "data_source": "s", "sourceUrl": "u", "rejected": "no"}, ()),
+    ({"question": "Q", "hint": "", "score": 3, "vector": [1.5], "metadata": {"by": "me"}}, ()),
+    ({"chosen": [ASKED, ANSWERED], "rejected": [ASKED]}, ()),
+]
+
+
+@pytest.mark.parametrize(("row", "names"), NAMED, ids=[str(place) for place in range(len(NAMED))])
+def test_fields_that_are_not_read_are_named(row: dict[str, Any], names: tuple[str, ...]) -> None:
+    assert read_conversation(row).left_out == names
+
+
+def test_history_comes_before_its_question() -> None:
+    """LLaMA-Factory's pairs, as JSON text in CSV files, or messages."""
+    turns = [("user", "a"), ("assistant", "b"), *QA]
+    for history in ([["a", "b"]], '[["a", "b"]]', [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b"}]):
+        row = {"instruction": "Q", "input": "", "output": "A", "history": history}
+        assert said(row) == turns and read_conversation(row).left_out == ()
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0, "train": True}])
+def test_answers_of_weight_0_are_not_learned(mark: dict[str, Any]) -> None:
+    greeting, system = {**ANSWERED, **mark}, {"system": "S"}
+    row = {**system, "messages": [greeting, ASKED, {**ANSWERED, **mark}, ASKED, {**ANSWERED, "weight": 1}]}
+    found = read_conversation(row)
+    assert (found.unlearned, found.answered, found.left_out) == ({2}, True, ())
+    assert found.messages[2] == ANSWERED and read_conversation(found.row()) == found
+    assert not read_conversation({"messages": row["messages"][:3]}).answered
+
+
+def test_systems_and_tools_stay_with_their_question() -> None:
+    """What a tool gave to a call in a given answer is left out where the teacher answers instead."""
+    one, two, late, result = (
+        {"role": role, "content": text} for role, text in (("user", "1"), ("user", "2"), ("system", "s"), ("tool", "9"))
+    )
+    cases = [
+        ([one, late, ANSWERED], [[one, late]], [one, late]),
+        ([late, ANSWERED, one, late], [[late, one, late]], [late, one, late]),
+        ([one, result, two, ANSWERED], [[one, result, two]], [one, result, two]),
+        ([one, ANSWERED, late], [[one]], [one]),
+        ([one, ANSWERED, result, two, ANSWERED], [[one], [two]], [one, ANSWERED, result, two]),
+        ([one, ANSWERED, two, result, ANSWERED], [[one], [two, result]], [one, ANSWERED, two, result]),
+        ([one, ANSWERED, result], [[one]], [one, ANSWERED, result]),
+    ]
+    for messages, turns, history in cases:
+        found = read_conversation({"messages": messages})
+        assert (found.turns(), found.history()) == (turns, history)
+
+
 def test_named_columns_are_read(tmp_path: Path) -> None:
     row = {"q": "Q", "a": "A", "s": "S", "kind": "math"}
     names = {"question": "q", "answer": "a", "system": "s", "category": "kind"}
@@ -188,6 +251,13 @@ ODD: list[tuple[Any, str]] = [
     ),
     ({"input_ids": [1, 2, 3], "loss_mask": [0, 1]}, "input_ids and loss_mask of different lengths"),
     ({"input_ids": [1, 2], "labels": [-100, 9]}, "labels that differ from input_ids"),
+    ({"input_ids": [], "loss_mask": []}, "input_ids without tokens"),
+    ({"input_ids": [1, 2]}, "input_ids without loss_mask or labels"),
+    ({"input_ids": "1 2", "loss_mask": "0 1"}, "input_ids that is no list"),
+    ({"question": "a <image>?", "answer": "5", "images": ["x.png"]}, "an image, video or sound in the text"),
+    ({"messages": [{**ASKED, "content": "<video>", "videos": ["x"]}]}, "an image, video or sound in the text"),
+    ({"messages": [ASKED, {**ANSWERED, "weight": 0.5}]}, "an answer of another weight than 0 and 1"),
+    ({"question": "Q", "history": [["q"]]}, "a history that is no list of questions and answers"),
 ]
 
 
@@ -287,7 +357,7 @@ def test_any_row_is_a_conversation_or_odd(row: dict[str, Any]) -> None:
     assert all(isinstance(item["content"], str) for item in found.messages)
     json.dumps([found.messages, found.tools], ensure_ascii=False).encode()
     if found.messages:
-        assert found.turns() and found.history()[-1]["role"] == "user"
+        assert found.turns() and found.history()[-1]["role"] != "assistant"
 
 
 @STABLE

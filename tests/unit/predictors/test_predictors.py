@@ -337,6 +337,9 @@ def test_folder_refusals(teacher: Teacher, tmp_path: Path) -> None:
     with pytest.raises(PredictorError, match="cannot be loaded"):
         load_predictor(folder, teacher)
     config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"predictor": config["predictor"] | {"layer": True}}))
+    with pytest.raises(PredictorError, match=r"layer in config\.json: .*expected a number"):
+        load_predictor(folder, teacher)
     config["predictor"]["kind"] = "frip"
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(PredictorError, match="did you mean 'firp'"):
