@@ -76,6 +76,8 @@ class Teacher:
             raise TeacherError(f"{name}: {type(model).__name__} is not supported: {refused}; {SUPPORTED}")
         base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.layers: nn.ModuleList = part(base, ("layers", "h"), name)
+        if not len(self.layers):
+            raise TeacherError(f"{name} has no layers: its config.json is wrong (num_hidden_layers)")
         self._embed: nn.Module = model.get_input_embeddings()
         self._norm: nn.Module = part(base, ("norm", "final_layernorm", "final_layer_norm", "ln_f"), name)
         if looped is not None and not (isinstance(self.layers, LoopedLayers) and self.layers.shape == looped):
