@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -22,11 +21,12 @@ from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.data.prompt_text import PromptTexts
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree
-from firp_cli.errors import NumericsError, UsageError
+from firp_cli.errors import NumericsError, PredictorError, UsageError
 from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.evaluation.quality import Sequences
 from firp_cli.evaluation.quality import evaluate as measure_quality
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
+from firp_cli.files import read_json
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.predictors.trained_prompts import prompt_key
@@ -201,8 +201,11 @@ def _training_store(recipe: Recipe, folder: Path) -> Path | None:
     places = [Path(recipe.store)] if recipe.store else []
     record = folder / "training.json"
     if record.is_file():
-        store = json.loads(record.read_text(encoding="utf-8")).get("store") or {}
-        places += [(folder / store["folder"]).resolve()] if "folder" in store else []
+        try:
+            store = read_json(record).get("store") or {}
+            places += [(folder / store["folder"]).resolve()] if "folder" in store else []
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise PredictorError(f"{record} cannot be read ({error}): restore it, or give --store") from None
     return next((place for place in places if (place / "manifest.json").is_file()), None)
 
 

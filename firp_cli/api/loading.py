@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,7 @@ def load_trees(
     if predictor.pipeline:
         return None
     path = Path(tree) if tree else folder / "tree.json"
-    if not path.is_file():
+    if not (path.is_file() if tree else os.path.lexists(path)):  # a folder or a broken link is no tree file
         return parse_tree(tree, predictor.steps) if tree else default_tree(None, predictor)
     from firp_cli.evaluation.environment import machine_key
 

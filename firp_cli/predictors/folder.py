@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from firp_cli.assets import embedded_predictors, nearest
-from firp_cli.config import KINDS, PredictorSection
-from firp_cli.errors import FingerprintError, PredictorError
+from firp_cli.config import KINDS, LoopedSection, PredictorSection, TeacherConfig
+from firp_cli.errors import FingerprintError, PredictorError, first_line
+from firp_cli.files import read_json
 from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.predictors.firp import FirpPredictor
 from firp_cli.predictors.hidden_transfer import HiddenTransferPredictor
@@ -66,16 +68,72 @@ def predictor_folder(name: str) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a predictor folder. Raises PredictorError."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        format_version = config["format"]
-        if not {"predictor", "teacher"} <= set(config):
-            raise KeyError("predictor or teacher")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PredictorError(f"{folder}/config.json cannot be read ({error}); train the predictor again") from None
-    if format_version != FORMAT:
-        raise PredictorError(f"{folder} has format {format_version}, this firp reads {FORMAT}; train it again")
+        config = read_json(path)
+        missing = {"format", "predictor", "teacher"} - set(config if isinstance(config, dict) else ())
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError) as error:
+        raise PredictorError(f"{path} cannot be read ({error}): restore it, or train the predictor again") from None
+    if config["format"] != FORMAT:
+        raise PredictorError(
+            f"{path}: format is {config['format']!r}, this firp reads {FORMAT}: use the firp that wrote it, or train "
+            "the predictor again"
+        )
+    section = ""
+    try:
+        _Record.model_validate(config)
+        kind, section = config["predictor"].get("kind"), "predictor."
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise PredictorError(f"{path}: unknown predictor kind {kind!r}{nearest(str(kind), KINDS)}")
+        KINDS[kind].model_validate(config["predictor"])
+    except ValidationError as error:
+        fault = f"{section}{_first_fault(error)}"
+        raise PredictorError(f"{path}: {fault}: correct it, or train the predictor again") from None
     return config
+
+
+class _Template(BaseModel):
+    """Record of a chat template."""
+
+    source: str
+    fingerprint: str
+
+
+class _Trained(BaseModel):
+    """Fields that are read of the teacher's record in config.json."""
+
+    name: str | None = None
+    architecture: str | None = None
+    fingerprint: str | None = None
+    dtype: str = ""
+    path: str | None = None
+    looped: LoopedSection | None = None
+    loading: TeacherConfig = TeacherConfig()
+    chat_template: _Template | None = None
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _or_none(cls, value: Any) -> Any:
+        return None if value == {} else value  # of a teacher without a tokenizer
+
+
+class _Record(BaseModel):
+    """Types of config.json. Other fields are for readers only."""
+
+    predictor: dict[str, Any]
+    teacher: _Trained
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Return field and fault of a validation error; an unknown field first, which explains a missing one."""
+    fault = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    field = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        return f"{field} is not known to this firp, a newer one may have written it"
+    reason = fault["msg"].partition(" or instance of")[0]
+    return f"{field}: {reason}" + ("" if fault["type"] == "missing" else f" (got {reprlib.repr(fault['input'])})")
 
 
 def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predictor:
@@ -95,18 +153,15 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
             f"{folder} was trained with {trained_for.get('architecture')} of the teacher's repository, and the "
             f"teacher runs as the library's {type(teacher.model).__name__}; --force uses it anyway"
         )
-    section = config["predictor"]
-    kind = KINDS.get(section.get("kind"))
-    if kind is None:
-        raise PredictorError(
-            f"{folder}: unknown predictor kind {section.get('kind')!r}{nearest(section.get('kind'), KINDS)}"
-        )
+    section = KINDS[config["predictor"]["kind"]].model_validate(config["predictor"])
     try:
-        predictor = build_predictor(kind.model_validate(section), teacher)
+        predictor = build_predictor(section, teacher)
         read_weights(predictor, folder / WEIGHTS)
         _check_draft_tokens(predictor, teacher.vocab_size)
-    except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
-        raise PredictorError(f"{folder}: the predictor cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise PredictorError(
+            f"{folder / WEIGHTS} cannot be loaded: {first_line(error)}: restore it, or train the predictor again"
+        ) from error
     dtype = torch.float32 if teacher.device.type == "cpu" else teacher.dtype
     return predictor.to(teacher.device, dtype).eval().requires_grad_(False)
 
@@ -114,6 +169,9 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
 def read_weights(predictor: Predictor, path: Path) -> None:
     """Read a predictor's weights, and what `kept_tensors` adds. Raises RuntimeError and what `load_file` does."""
     weights = load_file(path)
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise RuntimeError(f"{name} has NaN or infinite values")
     tokens = weights.pop(DRAFT_TOKENS, None)
     predictor.trained_prompts = weights.pop(TRAINED_PROMPTS, None)
     predictor.load_state_dict(weights)
