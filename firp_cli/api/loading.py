@@ -13,7 +13,7 @@ import torch
 
 from firp_cli.assets import DEFAULT_TEACHER, nearest
 from firp_cli.config import TeacherConfig
-from firp_cli.data.chat import turn_end_warning
+from firp_cli.data.chat import prompt_warning, turn_end_warning
 from firp_cli.decoding.engine import EngineOptions
 from firp_cli.decoding.speed.stages import PipelineStages
 from firp_cli.decoding.tree_file import TunedTrees, read_trees
@@ -99,7 +99,7 @@ def load_named_teacher(
         ) from error
     _note_differences(teacher, config, trained_for, predictor)
     (backend or LayerBackend()).apply(teacher)
-    warn_turn_end(teacher)
+    warn_template(teacher)
     return teacher
 
 
@@ -179,10 +179,16 @@ def _note_differences(
         )
 
 
-def warn_turn_end(teacher: Teacher) -> None:
-    """Log a line where the teacher's chat template ends turns with a token that ends no answer."""
-    if warning := turn_end_warning(teacher.tokenizer, teacher.eos_token_ids, teacher.name):
-        LOG.info(warning)
+def warn_template(teacher: Teacher) -> None:
+    """Log a line where the teacher's chat template ends turns with a token that ends no answer, and one where it has no
+    generation prompt.
+    """
+    for warning in (
+        turn_end_warning(teacher.tokenizer, teacher.eos_token_ids, teacher.name),
+        prompt_warning(teacher.tokenizer, teacher.name),
+    ):
+        if warning:
+            LOG.info(warning)
 
 
 def share_teacher(
