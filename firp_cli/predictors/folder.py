@@ -11,7 +11,7 @@ import os
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ FORMAT = 1
 WEIGHTS = "predictor.safetensors"
 TRAINED_PROMPTS = "trained_prompts"  # among the weights: `Predictor.trained_prompts`
 DRAFT_TOKENS = "draft_tokens"  # among the weights: a bit for each token, 1 for those of `TreePredictor.draft_tokens`
+Checked = TypeVar("Checked", bound=BaseModel)
 PREDICTORS: dict[str, Callable[[Any, Teacher], Predictor]] = {
     "firp": FirpPredictor,
     "firp_plus": FirpPredictor,
@@ -81,17 +82,25 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: format is {config['format']!r}, this firp reads {FORMAT}: use the firp that wrote it, or train "
             "the predictor again"
         )
-    section = ""
+    _checked(path, "", _Record, config)
+    return config
+
+
+def _section(folder: Path, values: dict[str, Any]) -> PredictorSection:
+    """Return the predictor section of a folder's config.json. Raises PredictorError."""
+    path, kind = folder / "config.json", values.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise PredictorError(f"{path}: unknown predictor kind {kind!r}{nearest(str(kind), KINDS)}")
+    return _checked(path, "predictor.", KINDS[kind], values)
+
+
+def _checked(path: Path, section: str, kind: type[Checked], values: dict[str, Any]) -> Checked:
+    """Return the values of a section of a file as their type. Raises PredictorError naming file and field."""
     try:
-        _Record.model_validate(config)
-        kind, section = config["predictor"].get("kind"), "predictor."
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise PredictorError(f"{path}: unknown predictor kind {kind!r}{nearest(str(kind), KINDS)}")
-        KINDS[kind].model_validate(config["predictor"])
+        return kind.model_validate(values)
     except ValidationError as error:
         fault = f"{section}{_first_fault(error)}"
         raise PredictorError(f"{path}: {fault}: correct it, or train the predictor again") from None
-    return config
 
 
 class _Template(BaseModel):
@@ -153,7 +162,7 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
             f"{folder} was trained with {trained_for.get('architecture')} of the teacher's repository, and the "
             f"teacher runs as the library's {type(teacher.model).__name__}; --force uses it anyway"
         )
-    section = KINDS[config["predictor"]["kind"]].model_validate(config["predictor"])
+    section = _section(folder, config["predictor"])
     try:
         predictor = build_predictor(section, teacher)
         read_weights(predictor, folder / WEIGHTS)
