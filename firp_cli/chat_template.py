@@ -7,9 +7,11 @@ day and on every rank.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
+import reprlib
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 
 from firp_cli.assets import chat_templates, nearest
 from firp_cli.config import TeacherConfig
@@ -28,6 +31,8 @@ PLAIN = "plain"  # template of a tokenizer that has none
 DAY = date(2024, 7, 26)  # the day that Llama 3's templates print where none is given
 DATE_OPTION = "date"
 CLOCK = "strftime_now"
+CHANCE = {"random", "lipsum"}  # a filter and a function of Jinja
+MARK = "\ufeff"  # byte-order mark, with which editors on Windows begin files
 GENERATION_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 RESERVED = (  # names that are no options
     *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
@@ -51,21 +56,24 @@ def reads_clock(template: str) -> bool:
     return CLOCK in template and not re.search(rf"macro\s+{CLOCK}\b", template)
 
 
-def set_chat_template(tokenizer: Any, config: TeacherConfig, name: str) -> dict[str, str]:
+def set_chat_template(
+    tokenizer: Any, config: TeacherConfig, name: str, found: tuple[str, str] | None = None
+) -> dict[str, str]:
     """Give the tokenizer the configured template and options; return a record for manifests and reports.
 
     The record has the template's `source` (`tokenizer`, `plain`, `vicuna` or a file's name), its `fingerprint`, and
-    the `date` that it prints, if it prints any.
+    the `date` that it prints, if it prints any. `found`: source and text of the configured template, where it was read
+    before.
 
-    Raises TeacherError for a template that does not exist or is not valid Jinja, and for an option that it does not
-    read.
+    Raises TeacherError for a template that does not exist, is not valid Jinja or does not render the same each time,
+    and for an option that it does not read.
     """
-    source, chosen = "tokenizer", tokenizer.chat_template
+    source, chosen = "tokenizer", _own_template(tokenizer.chat_template, name)
     if config.chat_template is not None:
-        source, chosen = find_template(config.chat_template)
+        source, chosen = found or find_template(config.chat_template)
     elif not chosen:
         source = PLAIN
-        _note(
+        note_once(
             f"{name} has no chat template: plain text is used, questions and answers on lines of their own; "
             "teacher.chat_template (--chat-template) takes a Jinja file or a shipped name such as vicuna"
         )
@@ -80,15 +88,70 @@ def set_chat_template(tokenizer: Any, config: TeacherConfig, name: str) -> dict[
         raise TeacherError(
             f"{name} has several chat templates ({names}), none of them named default: teacher.chat_template takes one"
         ) from None
+    for text in chosen.values() if isinstance(chosen, dict) else (template,):
+        _check_constant(text, f"of {name}" if source == "tokenizer" else source)
     record = {"source": source, "fingerprint": fingerprint(template)}
     if CLOCK in template or "date_string" in _variables(template, f"of {name}"):
         record["date"] = str(config.template_options.get(DATE_OPTION, DAY))
     if reads_clock(template):
-        _note(
+        note_once(
             f"the chat template of {name} prints the date: it is always {DAY}, so that every rendering is the same; "
             "teacher.template_options={date: YYYY-MM-DD} sets another day"
         )
     return record
+
+
+def _own_template(template: Any, name: str) -> str | dict[str, str] | None:
+    """Return a tokenizer's own template, or several by name, without byte-order marks, which would be part of every
+    prompt. Raises TeacherError where it is no text.
+    """
+    if template is None:
+        return None
+    texts = template if isinstance(template, dict) else {"": template}
+    for text in texts.values():
+        if not isinstance(text, str):
+            raise TeacherError(
+                f"the chat template of {name} is no text but {reprlib.repr(text)}: correct chat_template in its "
+                "tokenizer_config.json, or give another as teacher.chat_template (--chat-template)"
+            )
+    made = {key: text.removeprefix(MARK) for key, text in texts.items()}
+    return made if isinstance(template, dict) else made[""]
+
+
+def old_template(folder: str) -> str | None:
+    """Return the template of a folder's chat_template.json, where processors keep theirs: tokenizers do not read it.
+    None without such a file. Raises TeacherError where it is damaged.
+    """
+    path = Path(folder) / "chat_template.json"
+    if not path.is_file():
+        return None
+    try:
+        text = json.loads(path.read_text(encoding="utf-8-sig"))["chat_template"]
+        if isinstance(text, str):
+            return text
+        fault = f"`chat_template` is no text but {reprlib.repr(text)}"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        fault = first_line(error)
+    raise TeacherError(f"{path} cannot be read ({fault}): correct it, or give teacher.chat_template (--chat-template)")
+
+
+def _check_constant(template: str, source: str) -> None:
+    """Raise TeacherError for a template whose rendering depends on chance: its prompts would differ each time."""
+    tree = _parsed(template, source)
+    filters = [node for node in tree.find_all(jinja2.nodes.Filter) if _filter_name(node) in CHANCE]
+    names = [node for node in tree.find_all(jinja2.nodes.Name) if node.name in CHANCE & _variables(template, source)]
+    if found := filters or names:
+        raise TeacherError(
+            f"the chat template {source} uses `{_filter_name(found[0])}` (line {found[0].lineno}), so it renders the "
+            "same messages differently each time: take that out, or give another as teacher.chat_template "
+            "(--chat-template)"
+        )
+
+
+def _filter_name(node: Any) -> str:
+    """Return the name of a filter, of the filter that `map` applies, or of a variable."""
+    applied = node.args[0] if isinstance(node, jinja2.nodes.Filter) and node.name == "map" and node.args else None
+    return str(applied.value if isinstance(applied, jinja2.nodes.Const) else node.name)
 
 
 def find_template(name: str) -> tuple[str, str]:
@@ -159,9 +222,15 @@ def _before(head: str, template: str) -> str:
 
 def _variables(template: str, source: str) -> set[str]:
     """Return the names that a template reads. Raises TeacherError where it is not valid Jinja."""
+    return jinja2.meta.find_undeclared_variables(_parsed(template, source))
+
+
+def _parsed(template: str, source: str) -> jinja2.nodes.Template:
+    """Return the syntax tree of a template. Raises TeacherError where it is not valid Jinja."""
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    environment.globals.pop("lipsum")  # it counts as a name that is read
     try:
-        return jinja2.meta.find_undeclared_variables(environment.parse(GENERATION_MARKS.sub("", template)))
+        return environment.parse(GENERATION_MARKS.sub("", template))
     except jinja2.TemplateSyntaxError as error:
         fault = f"line {error.lineno}: {error.message}"
     except (RecursionError, ValueError) as error:  # nested too deeply; a NUL character
@@ -203,6 +272,6 @@ def _clock(day: date) -> str:
 
 
 @cache
-def _note(line: str) -> None:
+def note_once(line: str) -> None:
     """Log a line, once in a process: a command may load the same teacher more than once."""
     LOG.info(line)

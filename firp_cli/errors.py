@@ -80,6 +80,11 @@ class PeerLostError(LaunchError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """Return the first line of an error's text, with the next one where it ends in a colon; its type where it has none.
+
+    A KeyError's text is only the key: its type stands before it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or isinstance(error, KeyError):
+        return ": ".join([type(error).__name__, *lines])
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

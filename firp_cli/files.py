@@ -171,6 +171,14 @@ def _umask() -> int:
     return mask
 
 
+def read_json(path: Path) -> Any:
+    """Return the JSON value of a file, which may begin with a byte-order mark. Raises OSError, ValueError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with two spaces of indent, atomically. The encoder refuses NaN."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from firp_cli.evaluation.bench_prompts import BenchPrompt, fit_prompts, spread
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.overlap import were_trained_on
 from firp_cli.evaluation.run_bench import follow_bench, memory_line, merge_reports, run_bench
-from firp_cli.predictors.folder import load_predictor, predictor_folder
+from firp_cli.predictors.folder import load_predictor, predictor_folder, trained_store
 from firp_cli.results import BenchReport
 from firp_cli.teacher.teacher import Teacher
 
@@ -204,11 +203,10 @@ def _note_unknown(prompts: Sequence[tuple[str, Prompt]], split: str, loaded: dic
     """Log which predictors keep no hashes of their prompts although their store was of the data that is measured."""
     measured = {name for name, _ in prompts}
     for item in loaded.values():
-        record = item.folder / "training.json"
-        if item.predictor.trained_prompts is not None or not record.is_file():
+        settings = trained_store(item.folder).get("settings") or {}
+        if item.predictor.trained_prompts is not None or not settings.get("dataset"):
             continue
-        settings = (json.loads(record.read_text(encoding="utf-8")).get("store") or {}).get("settings") or {}
-        names = dataset_names(settings.get("dataset") or "-")
+        names = dataset_names(settings["dataset"])
         labels = {dataset_label(name) for name in names if settings.get("split") == split or name not in KNOWN}
         if shared := ", ".join(sorted(measured & labels)):
             LOG.info(

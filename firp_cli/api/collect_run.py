@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from firp_cli.api.loading import teacher_line, warn_turn_end
+from firp_cli.api.loading import teacher_line, warn_template
 from firp_cli.collecting.collect_store import (
     CollectSummary,
     OpenProgress,
@@ -169,7 +169,7 @@ def load_collecting(recipe: Recipe) -> Teacher:
     LOG.info(teacher_line(teacher.loaded_weights))
     use_lean_layers(teacher)
     if recipe.data.regenerate:
-        warn_turn_end(teacher)
+        warn_template(teacher)
     return teacher
 
 

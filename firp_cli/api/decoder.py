@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher, warn_turn_end
+from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher, warn_template
 from firp_cli.chat_template import set_chat_template
 from firp_cli.config import TeacherConfig, check_sampling
 from firp_cli.data.chat import encode_prompt, template_fingerprint
@@ -88,7 +88,7 @@ def load(
         wanted = {"looped": trained_for.get("looped"), **{name: trained_for["loading"][name] for name in kept}}
         teacher = _wrap(teacher, tokenizer, TeacherConfig.model_validate(wanted), device)
         backend.apply(teacher)
-        warn_turn_end(teacher)
+        warn_template(teacher)
     elif not isinstance(teacher, Teacher):
         teacher = load_named_teacher(teacher, folder, dtype, "cpu" if sharing else device, backend)
     if folder is None:

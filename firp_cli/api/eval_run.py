@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -199,10 +198,8 @@ def _training_store(recipe: Recipe, folder: Path) -> Path | None:
     as seen from the predictor's folder.
     """
     places = [Path(recipe.store)] if recipe.store else []
-    record = folder / "training.json"
-    if record.is_file():
-        store = json.loads(record.read_text(encoding="utf-8")).get("store") or {}
-        places += [(folder / store["folder"]).resolve()] if "folder" in store else []
+    store = trained_store(folder).get("folder")
+    places += [(folder / store).resolve()] if isinstance(store, str) else []
     return next((place for place in places if (place / MANIFEST).is_file()), None)
 
 

@@ -193,8 +193,11 @@ class FileRun:
                 line = json.loads(text)
                 index, turn, answer = int(line["index"]), line.get("turn", 0), list(map(int, line["token_ids"]))
                 made_with, prompt_hash = dict(line["settings"]), line["prompt_hash"]
-            except (ValueError, KeyError, TypeError):
-                raise UsageError(f"{where} is no answer of `firp generate`: give another --output") from None
+            except (ValueError, KeyError, TypeError, RecursionError):
+                fault = (
+                    "was written by another version of firp" if _is_earlier(text) else "is no answer of `firp generate`"
+                )
+                raise UsageError(f"{where} {fault}: give another --output") from None
             if different := differences(made_with, self.made_with, "file"):
                 raise UsageError(
                     f"--resume needs what {where} was made with; different: {', '.join(different)}\n"
@@ -267,6 +270,15 @@ def record(result: Generation) -> Line:
 def raw_tokens(decoder: Decoder, text: str) -> list[int]:
     """Return the tokens of a text without the chat template."""
     return encode_text(text, decoder.teacher.tokenizer)
+
+
+def _is_earlier(text: bytes) -> bool:
+    """Return True for an answer in the format of another version, whose line has no `settings`."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(line, dict) and {"token_ids", "prompt_hash"} <= set(line) and "settings" not in line
 
 
 def _whole_lines(path: Path) -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from firp_cli.assets import DEFAULT_TEACHER, nearest
 from firp_cli.config import TeacherConfig
-from firp_cli.data.chat import turn_end_warning
+from firp_cli.data.chat import prompt_warning, turn_end_warning
 from firp_cli.decoding.engine import EngineOptions
 from firp_cli.decoding.speed.stages import PipelineStages
 from firp_cli.decoding.tree_file import TunedTrees, read_trees
@@ -99,7 +100,7 @@ def load_named_teacher(
         ) from error
     _note_differences(teacher, config, trained_for, predictor)
     (backend or LayerBackend()).apply(teacher)
-    warn_turn_end(teacher)
+    warn_template(teacher)
     return teacher
 
 
@@ -179,10 +180,16 @@ def _note_differences(
         )
 
 
-def warn_turn_end(teacher: Teacher) -> None:
-    """Log a line where the teacher's chat template ends turns with a token that ends no answer."""
-    if warning := turn_end_warning(teacher.tokenizer, teacher.eos_token_ids, teacher.name):
-        LOG.info(warning)
+def warn_template(teacher: Teacher) -> None:
+    """Log a line where the teacher's chat template ends turns with a token that ends no answer, and one where it has no
+    generation prompt.
+    """
+    for warning in (
+        turn_end_warning(teacher.tokenizer, teacher.eos_token_ids, teacher.name),
+        prompt_warning(teacher.tokenizer, teacher.name),
+    ):
+        if warning:
+            LOG.info(warning)
 
 
 def share_teacher(
@@ -260,7 +267,7 @@ def load_trees(
     if predictor.pipeline:
         return None
     path = Path(tree) if tree else folder / "tree.json"
-    if not path.is_file():
+    if not (path.is_file() if tree else os.path.lexists(path)):  # a folder or a broken link is no tree file
         return parse_tree(tree, predictor.steps) if tree else default_tree(None, predictor)
     from firp_cli.evaluation.environment import machine_key
 

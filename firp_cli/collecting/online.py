@@ -70,7 +70,9 @@ class OnlineStates(Sequence[StoredSequence]):
     def describe(self) -> dict[str, Any]:
         """Return the description of the data for training.json."""
         counts = {"conversations": len(self), "tokens": sum(self.lengths)}
-        return {"mode": "online", "layers": list(self.layers), "dtype": self.dtype, "counts": counts}
+        settings = {"data_fingerprint": self.corpus.fingerprint()}
+        record = {"mode": "online", "layers": list(self.layers), "dtype": self.dtype}
+        return record | {"settings": settings, "counts": counts}
 
     def flush(self) -> None:
         """Do nothing: no state waits to be written."""

@@ -144,6 +144,28 @@ def turn_end_warning(tokenizer: Any, stops: Sequence[int], name: str) -> str | N
     )
 
 
+def prompt_warning(tokenizer: Any, name: str) -> str | None:
+    """Return a line where the chat template writes a head before an answer, but not at the end of a prompt, else None.
+
+    Templates without such a head, as Mistral's, need no generation prompt.
+    """
+    if tokenizer is None:
+        return None
+    messages: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": SENTINEL}]
+    try:
+        prompt, closed = (_render(messages[:1], tokenizer, prompt=asked).rstrip() for asked in (True, False))
+        head, found, _ = _render(messages, tokenizer).partition(SENTINEL)
+    except DatasetError:
+        return None
+    missing = head.removeprefix(prompt).strip()
+    if not found or prompt != closed or missing in ("", head.strip()):
+        return None
+    return (
+        f"{name}: its chat template has no generation prompt: a prompt does not end with {missing!r}, which begins the "
+        "assistant's turn, so the teacher writes that itself; teacher.chat_template (--chat-template) takes another"
+    )
+
+
 def special_tokens(tokenizer: Any) -> set[int]:
     """Return the special tokens, those included that have no role of their own, such as a turn's opening."""
     added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}

@@ -93,7 +93,9 @@ def read_trees(path: Path, steps: int) -> TunedTrees:
 def _entries(path: Path, value: dict[str, Any]) -> list[TunedTree]:
     """Return the entries of a tree.json. Raises UsageError if they are damaged or of another version."""
     schema, entries = value.get("schema", TREES_SCHEMA), value.get("entries", [])
-    if schema != TREES_SCHEMA or not isinstance(entries, list):
+    if not isinstance(entries, list):
+        raise UsageError(f"{path}: in schema {TREES_SCHEMA} `entries` is a list: `firp tune` writes a new one")
+    if schema != TREES_SCHEMA:
         raise UsageError(
             f"{path} has schema {schema!r}, this firp reads {TREES_SCHEMA!r}: `firp tune` writes a new one"
         )

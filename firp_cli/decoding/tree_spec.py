@@ -7,14 +7,15 @@ parent's candidates, 0 for the most probable one.
 from __future__ import annotations
 
 import itertools
-import json
 import operator
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from firp_cli.errors import UsageError
+from firp_cli.files import read_json
 from firp_cli.predictors.base import Predictor
 
 DEFAULT_NODES = 8
@@ -136,15 +137,15 @@ def _count(text: str) -> int:
 
 def default_tree(folder: Path | None, predictor: Predictor) -> TreeSpec:
     """Return the default of the predictor folder's tree.json if it has one, else `dynamic:8`."""
-    if folder is not None and (folder / "tree.json").is_file():
-        return parse_tree(str(folder / "tree.json"), predictor.steps)
+    if folder is not None and os.path.lexists(path := folder / "tree.json"):
+        return tree_of(str(path), read_tree_file(path), predictor.steps)
     return TreeSpec("dynamic", DEFAULT_NODES)
 
 
 def read_tree_file(path: Path) -> dict[str, Any]:
     """Return the contents of a tree.json. Raises UsageError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not a tree file ({error}): {NEEDED}") from None
     if not isinstance(value, dict) or not {"tree", "paths", "entries"} & set(value):
@@ -167,13 +168,16 @@ def tree_of(path: str, value: dict[str, Any], steps: int) -> TreeSpec:
     try:
         paths = [tuple(int(position) for position in item) for item in value["paths"]]
         limits = {name: None if value.get(name) is None else int(value[name]) for name in ("steps", "budget")}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UsageError(
             f"{path}: `paths` must be lists of candidate positions, `steps` and `budget` numbers ({error})"
         ) from None
     if any(limit is not None and limit < 1 for limit in limits.values()) or (limits["steps"] or 1) > steps:
         raise UsageError(f"{path}: `steps` must be 1 to {steps} and `budget` at least 1, got {limits}")
-    return _with_limits(static_tree(paths, steps, str(value.get("name") or "")), path, **limits)
+    try:
+        return _with_limits(static_tree(paths, steps, str(value.get("name") or "")), path, **limits)
+    except UsageError as error:
+        raise error if str(error).startswith(f"tree {path!r}") else UsageError(f"{path}: {error}") from None
 
 
 def _check_size(name: str, drafted: int) -> None:

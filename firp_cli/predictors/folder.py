@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from firp_cli.assets import embedded_predictors, nearest
-from firp_cli.config import KINDS, PredictorSection
+from firp_cli.config import KINDS, LoopedSection, PredictorSection, TeacherConfig
 from firp_cli.errors import FingerprintError, PredictorError, first_line
+from firp_cli.files import read_json
 from firp_cli.predictors.base import Predictor, TreePredictor
 from firp_cli.predictors.firp import FirpPredictor
 from firp_cli.predictors.hidden_transfer import HiddenTransferPredictor
@@ -33,6 +35,7 @@ FORMAT = 1
 WEIGHTS = "predictor.safetensors"
 TRAINED_PROMPTS = "trained_prompts"  # among the weights: `Predictor.trained_prompts`
 DRAFT_TOKENS = "draft_tokens"  # among the weights: a bit for each token, 1 for those of `TreePredictor.draft_tokens`
+Checked = TypeVar("Checked", bound=BaseModel)
 PREDICTORS: dict[str, Callable[[Any, Teacher], Predictor]] = {
     "firp": FirpPredictor,
     "firp_plus": FirpPredictor,
@@ -66,16 +69,80 @@ def predictor_folder(name: str) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a predictor folder. Raises PredictorError."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        format_version = config["format"]
-        if not {"predictor", "teacher"} <= set(config):
-            raise KeyError("predictor or teacher")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PredictorError(f"{folder}/config.json cannot be read ({error}); train the predictor again") from None
-    if format_version != FORMAT:
-        raise PredictorError(f"{folder} has format {format_version}, this firp reads {FORMAT}; train it again")
+        config = read_json(path)
+        missing = {"format", "predictor", "teacher"} - set(config if isinstance(config, dict) else ())
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError) as error:
+        raise PredictorError(f"{path} cannot be read ({error}): restore it, or train the predictor again") from None
+    if config["format"] != FORMAT:
+        raise PredictorError(
+            f"{path}: format is {config['format']!r}, this firp reads {FORMAT}: use the firp that wrote it, or train "
+            "the predictor again"
+        )
+    _checked(path, "", _Record, config)
     return config
+
+
+def _section(folder: Path, values: dict[str, Any]) -> PredictorSection:
+    """Return the predictor section of a folder's config.json. Raises PredictorError."""
+    path, kind = folder / "config.json", values.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise PredictorError(f"{path}: unknown predictor kind {kind!r}{nearest(str(kind), KINDS)}")
+    return _checked(path, "predictor.", KINDS[kind], values)
+
+
+def _checked(path: Path, section: str, kind: type[Checked], values: dict[str, Any]) -> Checked:
+    """Return the values of a section of a file as their type. Raises PredictorError naming file and field."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        fault = f"{section}{_first_fault(error)}"
+        raise PredictorError(f"{path}: {fault}: correct it, or train the predictor again") from None
+
+
+class _Template(BaseModel):
+    """Record of a chat template."""
+
+    source: str
+    fingerprint: str
+
+
+class _Trained(BaseModel):
+    """Fields that are read of the teacher's record in config.json."""
+
+    name: str | None = None
+    architecture: str | None = None
+    fingerprint: str | None = None
+    dtype: str = ""
+    path: str | None = None
+    looped: LoopedSection | None = None
+    loading: TeacherConfig = TeacherConfig()
+    chat_template: _Template | None = None
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _or_none(cls, value: Any) -> Any:
+        return None if value == {} else value  # of a teacher without a tokenizer
+
+
+class _Record(BaseModel):
+    """Types of config.json. Other fields are for readers only."""
+
+    predictor: dict[str, Any]
+    teacher: _Trained
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Return field and fault of a validation error; an unknown field first, which explains a missing one."""
+    fault = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    field = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        return f"{field} is not known to this firp, a newer one may have written it"
+    reason = fault["msg"].partition(" or instance of")[0]
+    return f"{field}: {reason}" + ("" if fault["type"] == "missing" else f" (got {reprlib.repr(fault['input'])})")
 
 
 def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predictor:
@@ -95,20 +162,15 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
             f"{folder} was trained with {trained_for.get('architecture')} of the teacher's repository, and the "
             f"teacher runs as the library's {type(teacher.model).__name__}; --force uses it anyway"
         )
-    section = config["predictor"]
-    kind = KINDS.get(section.get("kind"))
-    if kind is None:
-        raise PredictorError(
-            f"{folder}: unknown predictor kind {section.get('kind')!r}{nearest(section.get('kind'), KINDS)}"
-        )
+    section = _section(folder, config["predictor"])
     try:
-        predictor = build_predictor(kind.model_validate(section), teacher)
+        predictor = build_predictor(section, teacher)
         read_weights(predictor, folder / WEIGHTS)
         _check_draft_tokens(predictor, teacher.vocab_size)
-    except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
-        fault = next(iter(error.errors()), None) if isinstance(error, ValidationError) else None
-        where = f"{'.'.join(map(str, fault['loc']))} in config.json: {fault['msg']}" if fault else first_line(error)
-        raise PredictorError(f"{folder}: the predictor cannot be loaded: {where}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise PredictorError(
+            f"{folder / WEIGHTS} cannot be loaded: {first_line(error)}: restore it, or train the predictor again"
+        ) from error
     dtype = torch.float32 if teacher.device.type == "cpu" else teacher.dtype
     return predictor.to(teacher.device, dtype).eval().requires_grad_(False)
 
@@ -116,6 +178,9 @@ def load_predictor(folder: Path, teacher: Teacher, force: bool = False) -> Predi
 def read_weights(predictor: Predictor, path: Path) -> None:
     """Read a predictor's weights, and what `kept_tensors` adds. Raises RuntimeError and what `load_file` does."""
     weights = load_file(path)
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise RuntimeError(f"{name} has NaN or infinite values")
     tokens = weights.pop(DRAFT_TOKENS, None)
     predictor.trained_prompts = weights.pop(TRAINED_PROMPTS, None)
     predictor.load_state_dict(weights)
@@ -151,6 +216,21 @@ def save_predictor(predictor: Predictor, folder: Path, teacher: Teacher, dtype: 
     """Write weights and config.json. The caller adds recipe and provenance, and makes the write atomic."""
     weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in predictor.state_dict().items()}
     write_predictor(weights | kept_tensors(predictor), predictor.config, folder, teacher_record(teacher, folder))
+
+
+def trained_store(folder: Path) -> dict[str, Any]:
+    """Return the record of the store that the predictor in `folder` was trained on; empty where it has none.
+
+    Raises PredictorError for a training.json that cannot be read.
+    """
+    record = folder / "training.json"
+    if not record.is_file():
+        return {}
+    try:
+        store = dict(read_json(record).get("store") or {})
+        return store | {"settings": dict(store.get("settings") or {})}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise PredictorError(f"{record} cannot be read ({first_line(error)}): restore it, or remove it") from None
 
 
 def teacher_record(teacher: Teacher, folder: Path) -> dict[str, Any]:

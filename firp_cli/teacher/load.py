@@ -7,29 +7,38 @@ parameters only the values that the fingerprint samples are read.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from firp_cli.assets import embedded_teachers, nearest, teacher_source
-from firp_cli.chat_template import set_chat_template
+from firp_cli.chat_template import find_template, old_template, set_chat_template
 from firp_cli.config import LoopedSection, TeacherConfig
-from firp_cli.errors import TeacherError, first_line
+from firp_cli.errors import FirpError, TeacherError, first_line
 from firp_cli.machine import default_device
 from firp_cli.teacher.check import check_against_model, inspect_attention
 from firp_cli.teacher.library_layers import MissingLayer
 from firp_cli.teacher.looped_llama import register
 from firp_cli.teacher.source import gguf_path, known_teachers, locate, teacher_name, teacher_origin
 from firp_cli.teacher.teacher import Teacher
-from firp_cli.teacher.weight_files import LoadedWeights, WeightFiles
+from firp_cli.teacher.weight_files import (
+    LoadedWeights,
+    WeightFiles,
+    check_complete,
+    damaged_weights,
+    note_unused,
+)
 
-PROBLEMS = (OSError, ValueError, ImportError, KeyError)  # raised by transformers for a model that cannot be loaded
+REMEDY = "give a local model folder, a .gguf file or a reachable hub id as teacher.model"
 
 
 def wrap_model(
@@ -66,9 +75,13 @@ def load_teacher(config: TeacherConfig, device: torch.device | str | None = None
     options = _options(located)
     if config.device_map is not None:
         options["device_map"] = config.device_map
+    config, tokenizer, chat_template = _tokenizer(config, located)
+    auto: Any = AutoModelForCausalLM  # its type hints lack the loading info
     with _loading(config):
-        tokenizer, chat_template = _tokenizer(config, located)
-        model = AutoModelForCausalLM.from_pretrained(located.model, dtype=config.dtype, **options)
+        model, found = auto.from_pretrained(
+            located.model, dtype=config.dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    check_complete(teacher_name(config), model, **found)
     if config.device_map is None:
         nn.Module.to(model, torch.device(device or default_device()))
     teacher = wrap_model(model, tokenizer, teacher_name(config), config.looped, check)
@@ -121,13 +134,14 @@ class PartialTeacher:
         register()
         self._drops_embedding = False
         located = locate(config)
-        with _loading(config):
-            tokenizer, chat_template = _tokenizer(config, located)
+        config, tokenizer, chat_template = _tokenizer(config, located)
         try:
             model = _empty_model(config, located)
             self.teacher = Teacher(model, tokenizer, teacher_name(config), config.looped)
             self.teacher.origin = teacher_origin(config, model, chat_template)
-        except (RuntimeError, AttributeError, TypeError) as error:
+        except FirpError:
+            raise
+        except Exception as error:  # of any kind, as the model's own code; loading it whole may succeed
             raise PartError(f"its model cannot be made without memory: {error}") from error
         if self.teacher.looped is not None:
             raise PartError("every loop needs its layers")
@@ -190,22 +204,25 @@ class PartialTeacher:
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         if set(model.state_dict()) - parameters:
             raise PartError("it has buffers with values of their own")
+        ignored = "|".join(["rotary_emb\\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ())])
+        note_unused(self.teacher.name, [key for key in self.files.unused(parameters) if not re.search(ignored, key)])
 
 
 def _empty_model(config: TeacherConfig, located: TeacherConfig) -> Any:
     """Return the library's model in the dtype that it would be loaded in, all parameters without memory.
 
-    Its config comes from the folder, the hub's cache or the hub. Raises TeacherError.
+    Its config comes from the folder, the hub's cache or the hub. Raises TeacherError where that cannot be read, and any
+    error of the model's code.
     """
     with _loading(config):
         model_config = AutoConfig.from_pretrained(located.model, **_options(located))
         dtype = getattr(model_config, "dtype", None) or getattr(model_config.get_text_config(), "dtype", None)
-        if config.dtype != "auto":
-            dtype = getattr(torch, config.dtype)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                model_config, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code
-            )
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            model_config, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code
+        )
     with contextlib.suppress(OSError):  # then the model's config has the tokens that end an answer
         model.generation_config = GenerationConfig.from_pretrained(located.model, revision=located.revision or "main")
     return model
@@ -224,31 +241,47 @@ def load_tokenizer(config: TeacherConfig) -> Any:
     """Load the tokenizer of a teacher in a folder or on the hub, without its weights. Raises TeacherError."""
     if gguf_path(config) is not None:
         raise TeacherError(f"the tokenizer of {config.model} is in its GGUF file")
-    located = config.model_copy(update={"model": teacher_source(config.model)})
-    with _loading(config):
-        return _tokenizer(config, located)[0]
+    return _tokenizer(config, config.model_copy(update={"model": teacher_source(config.model)}))[1]
 
 
-def _tokenizer(config: TeacherConfig, located: TeacherConfig) -> tuple[Any, dict[str, str]]:
-    """Return the tokenizer with the configured chat template, and the template's record.
+def _tokenizer(config: TeacherConfig, located: TeacherConfig) -> tuple[TeacherConfig, Any, dict[str, str]]:
+    """Return the configuration with its template's text in place of a file, the tokenizer with that template, and the
+    template's record. Raises TeacherError.
 
     Mistral's own tokenizer library, where it is installed, has no chat template and no character offsets: it is not
     used.
     """
-    tokenizer = AutoTokenizer.from_pretrained(located.model, mistral_format=False, **_options(located))
-    return tokenizer, set_chat_template(tokenizer, config, teacher_name(config))
+    with _loading(config):  # a tokenizer's class depends on the model's: a fault is reported as the config's
+        AutoConfig.from_pretrained(located.model, **_options(located))
+        if (Path(located.model) / "generation_config.json").is_file():  # the library goes on without a damaged one
+            GenerationConfig.from_pretrained(located.model)
+    with _loading(config, "tokenizer of the ", "check its tokenizer.json, tokenizer_config.json, chat_template.jinja"):
+        tokenizer = AutoTokenizer.from_pretrained(located.model, mistral_format=False, **_options(located))
+    if config.chat_template is not None:  # read once: the record must have the text that is used
+        source, text = find_template(config.chat_template)
+        record = set_chat_template(tokenizer, config, teacher_name(config), (source, text))
+        shipped = source == config.chat_template
+        return config if shipped else config.model_copy(update={"chat_template": text}), tokenizer, record
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = old_template(located.model)
+    return config, tokenizer, set_chat_template(tokenizer, config, teacher_name(config))
 
 
 @contextlib.contextmanager
-def _loading(config: TeacherConfig) -> Iterator[None]:
-    """Raise TeacherError where the library cannot load the teacher."""
+def _loading(config: TeacherConfig, part: str = "", remedy: str = REMEDY) -> Iterator[None]:
+    """Raise TeacherError where the library cannot load the teacher, or a `part` of it.
+
+    On damaged files the libraries raise errors of any kind. A lack of memory is not one of them.
+    """
     try:
         yield
-    except PROBLEMS as error:
+    except (FirpError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         hint = "" if "/" in config.model else nearest(config.model, [*embedded_teachers(), *known_teachers()])
+        damaged = damaged_weights(Path(config.model)) if isinstance(error, SafetensorError) else None
         raise TeacherError(
-            f"cannot load the teacher {config.model!r}{hint}: {first_line(error)}\n"
-            "give a local model folder, a .gguf file or a reachable hub id as teacher.model"
+            f"cannot load the {part}teacher {config.model!r}{hint}: {damaged or first_line(error)}\n{remedy}"
         ) from error
 
 

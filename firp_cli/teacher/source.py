@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from firp_cli.assets import chat_templates, embedded_folder, teacher_source
-from firp_cli.chat_template import find_template
+from firp_cli.assets import embedded_folder, teacher_source
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import TeacherError, first_line
 from firp_cli.machine import hub_reachable
@@ -133,7 +132,12 @@ class TeacherOrigin:
 
 
 def teacher_origin(config: TeacherConfig, model: Any, chat_template: dict[str, str]) -> TeacherOrigin:
-    """Return the origin of a loaded model. `chat_template`: record of its tokenizer's template."""
+    """Return the origin of a loaded model.
+
+    Args:
+        config: its `chat_template` is a shipped name or the text that is used, not a file.
+        chat_template: record of its tokenizer's template.
+    """
     loading: dict[str, Any] = {} if config.dtype == "auto" else {"dtype": config.dtype}
     path = local_path(config)
     snapshot = None if path is None else _snapshot(path)
@@ -141,8 +145,7 @@ def teacher_origin(config: TeacherConfig, model: Any, chat_template: dict[str, s
     if revision and (path is None or snapshot):
         loading["revision"] = revision
     if config.chat_template is not None:
-        shipped = chat_template["source"] == config.chat_template and config.chat_template in chat_templates()
-        loading["chat_template"] = config.chat_template if shipped else find_template(config.chat_template)[1]
+        loading["chat_template"] = config.chat_template
     if config.template_options:
         loading["template_options"] = config.template_options
     if has_own_code(model):

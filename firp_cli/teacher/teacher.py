@@ -77,6 +77,8 @@ class Teacher:
         if refused := refused_kind(model, config) or refused_positions(model, base, config):
             raise TeacherError(f"{name}: {type(model).__name__} is not supported: {refused}; {SUPPORTED}")
         self.layers: nn.ModuleList = part(base, ("layers", "h"), name, "list of layers")
+        if not len(self.layers):
+            raise TeacherError(f"{name} has no layers: its config.json is wrong (num_hidden_layers)")
         self._embed: nn.Module = model.get_input_embeddings()
         self._norm: nn.Module = part(base, NORMS, name, "final norm")
         if looped is not None and not (isinstance(self.layers, LoopedLayers) and self.layers.shape == looped):

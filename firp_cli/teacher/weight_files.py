@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from firp_cli.chat_template import note_once
 from firp_cli.errors import TeacherError
 
 SAMPLES = 257  # values of each parameter that a fingerprint samples
@@ -57,9 +58,13 @@ class WeightFiles:
         self._opened: dict[Path, Any] = {}
         index = _find(source, INDEX, revision)
         if index is not None:
-            names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                names: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                files = sorted(set(names.values()))
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+                raise _damaged(index, error) from error
             paths: dict[str, Path] = {}
-            for file in sorted(set(names.values())):
+            for file in files:
                 path = _find(source, file, revision)
                 if path is None:
                     raise TeacherError(f"{source}: {file} is missing, which {INDEX} lists; fetch it again")
@@ -98,10 +103,18 @@ class WeightFiles:
         values: Tensor = self._open(path).get_tensor(key)
         return values.flatten()[places]
 
+    def unused(self, names: Iterable[str]) -> list[str]:
+        """Return the tensors of the files that are none of these parameters."""
+        return sorted(set(self._files) - {key for name in names for key in self._keys(name)})
+
+    def _keys(self, name: str) -> tuple[str, str, str]:
+        """Return the names that a parameter may have in the files."""
+        prefix = f"{self._prefix}."
+        return name, name.removeprefix(prefix), prefix + name
+
     def _place(self, name: str) -> tuple[Path, str]:
         """Return the file of a parameter, and its name there. Raises TeacherError for a missing one."""
-        prefix = f"{self._prefix}."
-        for key in (name, name.removeprefix(prefix), prefix + name):
+        for key in self._keys(name):
             if key in self._files:
                 return self._files[key], key
         raise TeacherError(f"{self._source}: its files do not contain {name} as the library does")
@@ -114,6 +127,54 @@ class WeightFiles:
             except (SafetensorError, OSError) as error:
                 raise _damaged(path, error) from error
         return self._opened[path]
+
+
+def check_complete(
+    name: str,
+    model: nn.Module,
+    missing_keys: Iterable[str],
+    mismatched_keys: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    unexpected_keys: Iterable[str],
+    **_: Any,
+) -> None:
+    """Check the library's account of a loaded model: a parameter that its files lack has random values.
+
+    Raises TeacherError where a parameter is missing or has another shape; logs a line for weights that are not used.
+    """
+    missing = set(missing_keys)
+    wrong = [f"{key} is missing" for key, _ in model.named_parameters(remove_duplicate=False) if key in missing]
+    for key, found, wanted in sorted(mismatched_keys):
+        wrong.append(f"{key} has shape {list(found)}, not {list(wanted)}")
+    if wrong:
+        raise TeacherError(
+            f"the weight files of {name} do not fit its config.json: {_first(wrong)}\n"
+            "fetch the model again, or correct its config.json"
+        )
+    note_unused(name, unexpected_keys)
+
+
+def note_unused(name: str, keys: Iterable[str]) -> None:
+    """Log a line for weights in a model's files that the model does not use."""
+    if unused := sorted(keys):
+        note_once(
+            f"the weight files of {name} have weights that the model does not use: {_first(unused)}; if they belong to "
+            "it, its config.json is wrong (num_hidden_layers)"
+        )
+
+
+def _first(items: Sequence[str]) -> str:
+    """Return the first three items, and the number of the others."""
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+def damaged_weights(folder: Path) -> str | None:
+    """Return a line on the first safetensors file of a folder that cannot be opened; None where all can."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            return str(_damaged(path, error))
+    return None
 
 
 def _damaged(path: Path, error: Exception) -> TeacherError:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from firp_cli.config import PredictorSection, Recipe
 from firp_cli.distributed.launch import barrier
-from firp_cli.errors import FirpError, RecipeError, UsageError
+from firp_cli.errors import FirpError, UsageError, first_line
 from firp_cli.files import file_sha256, lock_folder, write_atomically, write_json
 from firp_cli.machine import is_main, rank, world_size
 from firp_cli.predictors.base import Predictor
@@ -51,19 +51,6 @@ FOLDER = "checkpoints"
 FIRST_STAGE = "coupling"  # folder of the first stage of a run, a run of its own
 START_FILE = "start.safetensors"  # all weights at its start: those that do not learn are in no checkpoint
 STATE_FILE = "state.json"
-FREE_TO_CHANGE = {  # training fields that do not change the losses, to float error
-    "log_every",
-    "save_every",
-    "gate_prompts",
-    "keep_last",
-    "keep_best",
-    "patience",
-    "min_improvement",
-    "readers",
-    "wandb",
-    "zero_stage",
-}
-TEACHER_FREE_TO_CHANGE = {"sharding", "device_map"}  # the place of the teacher's weights does not change the losses
 # config.json is last: a folder that contains it is complete
 EXPORTED = ("predictor.safetensors", "recipe.yaml", "training.json", "config.json")
 
@@ -92,18 +79,18 @@ def guard_output(output: Path, resume: bool) -> None:
     """Refuse to train over a finished or interrupted run. Raises UsageError."""
     if (output / MANIFEST).is_file():
         raise UsageError(f"{output} is a hidden-state store: give another --output for the run")
-    if resume:
-        return
+    if not resume and (found := content(output)):
+        raise UsageError(
+            f"{output} contains {found}: add --resume to continue it, or give another --output for a new run\n"
+            f"(to start over in the same place remove the folder first)"
+        )
+
+
+def content(output: Path) -> str | None:
+    """Return what a folder contains of a run; None where it contains nothing of one."""
     if latest_checkpoint(output) is not None or (output / FIRST_STAGE).exists():
-        content = "the checkpoints of a run"
-    elif (output / "config.json").is_file():
-        content = "a trained predictor"
-    else:
-        return
-    raise UsageError(
-        f"{output} contains {content}: add --resume to continue it, or give another --output for a new run\n"
-        f"(to start over in the same place remove the folder first)"
-    )
+        return "the checkpoints of a run"
+    return "a trained predictor" if (output / "config.json").is_file() else None
 
 
 def latest_checkpoint(output: Path) -> Path | None:
@@ -118,11 +105,17 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    engine: Any, output: Path, progress: RunProgress, recipe: Recipe, conversations: int, per_step: int
+    engine: Any,
+    output: Path,
+    progress: RunProgress,
+    recipe: Recipe,
+    data: dict[str, Any],
+    per_step: int,
 ) -> None:
     """Write a resumable checkpoint; every rank calls it. Raises FirpError when it cannot be written.
 
     Args:
+        data: `data_identity` of the store.
         per_step: micro-batches of an optimizer step, over all ranks.
     """
     folder = output / FOLDER
@@ -146,7 +139,7 @@ def save_checkpoint(
             saved = {
                 "state": asdict(progress),
                 "recipe": recipe.model_dump(),
-                "conversations": conversations,
+                "data": data,
                 "world_size": world_size(),
                 "micro_batches_per_step": per_step,
                 "adam_steps": adam_steps(engine),
@@ -189,53 +182,22 @@ def _prune(output: Path, keep_last: int) -> None:
     whole = _checkpoints(output)
     for path in whole[:-keep_last]:
         _discard(path)
-    kept = {step for path in whole[-keep_last:] for _, step in _read_state(path)["state"]["kept"]}
+    kept = {step for path in whole[-keep_last:] for _, step in read_state(path)["state"]["kept"]}
     for path in (output / FOLDER).glob("best-*.safetensors"):
         if int(path.stem.removeprefix("best-")) not in kept:
             path.unlink()
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return state.json of a checkpoint. Raises FirpError when it is damaged."""
     try:
         saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        if "parameters" not in saved:
-            raise KeyError("written by another version of firp")
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(checkpoint, str(error)) from error
+        if not {"parameters", "recipe", "micro_batches_per_step"} <= set(saved):
+            raise ValueError("written by another version of firp")
+        saved.setdefault("data", {"conversations": saved.get("conversations")})  # as earlier versions wrote it
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(checkpoint, first_line(error)) from error
     return saved
-
-
-def check_resumable(checkpoint: Path, recipe: Recipe, conversations: int) -> int:
-    """Refuse to resume with another recipe or store, or with ranks that cannot share the run's optimizer steps evenly.
-
-    Returns the micro-batches of an optimizer step over all ranks, which any number of ranks keeps. Raises RecipeError,
-    UsageError, FirpError.
-    """
-    saved = _read_state(checkpoint)
-    now, then = recipe.model_dump(), saved["recipe"]
-    for section in ("teacher", "predictor", "training"):
-        free = TEACHER_FREE_TO_CHANGE if section == "teacher" else FREE_TO_CHANGE
-        for key in sorted(set(now[section]) | set(then[section])):
-            before, after = then[section].get(key), now[section].get(key)
-            if before != after and key not in free:
-                raise RecipeError(
-                    f"{checkpoint.parent.parent} was trained with {section}.{key}={before}, now it is {after}; "
-                    f"--resume needs the same recipe; else give another --output"
-                )
-    if saved["conversations"] != conversations:
-        raise UsageError(
-            f"the store had {saved['conversations']} conversations when this run began, now it has {conversations}; "
-            "--resume needs the same store"
-        )
-    per_step = int(saved["micro_batches_per_step"])
-    if per_step % world_size():
-        allowed = ", ".join(str(count) for count in range(1, per_step + 1) if per_step % count == 0)
-        raise UsageError(
-            f"an optimizer step of this run has {per_step} micro-batches, which {world_size()} ranks cannot share "
-            f"evenly; resume with --gpus {allowed}"
-        )
-    return per_step
 
 
 def load_weights(checkpoint: Path, predictor: torch.nn.Module) -> None:
@@ -251,7 +213,7 @@ def load_weights(checkpoint: Path, predictor: torch.nn.Module) -> None:
 
 def load_checkpoint(engine: Any, checkpoint: Path, recipe: Recipe) -> RunProgress:
     """Restore weights, optimizer, schedule and random states; every rank calls it. Raises FirpError when damaged."""
-    saved = _read_state(checkpoint)
+    saved = read_state(checkpoint)
     restore_states(engine, _reader(checkpoint), saved["adam_steps"])
     progress = RunProgress(**saved["state"])
     progress.kept = [(length, step) for length, step in progress.kept]
@@ -265,7 +227,7 @@ def load_checkpoint(engine: Any, checkpoint: Path, recipe: Recipe) -> RunProgres
 
 def _reader(checkpoint: Path) -> Callable[[str], States]:
     """Return a function that checks the checksum of a parameter's file and reads its states."""
-    sums = _read_state(checkpoint)["parameters"]
+    sums = read_state(checkpoint)["parameters"]
 
     def read(name: str) -> States:
         path = checkpoint / f"{name}.safetensors"

@@ -13,7 +13,7 @@ import torch
 
 from firp_cli.assets import embedded_folder
 from firp_cli.config import Recipe, TeacherConfig, TrainingConfig
-from firp_cli.errors import TeacherError
+from firp_cli.errors import FirpError, TeacherError, first_line
 from firp_cli.machine import hub_reachable
 from firp_cli.predictors.folder import build_predictor
 from firp_cli.teacher.source import locate_config
@@ -155,9 +155,10 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
                 found, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code
             )
         return Teacher(model, name=config.model, looped=config.looped), None
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return None, f"the config of {config.model} cannot be read: {first}"
+    except FirpError:
+        raise
+    except Exception as error:  # the library's errors on a damaged config are of any kind
+        return None, f"the config of {config.model} cannot be read: {first_line(error)}"
 
 
 def _shape_folder(model: str) -> str | None:

@@ -41,6 +41,7 @@ from firp_cli.training.draft_states import DraftStates
 from firp_cli.training.first_stage import cpu_weights, freeze_drafts, has_first_stage, stage_recipe
 from firp_cli.training.loop import Row, TrainingLoop
 from firp_cli.training.metrics_log import Listener, MetricsLog
+from firp_cli.training.resuming import check_finished, check_restart, check_resumable, data_identity
 
 DRAFT_STATES = "draft-states"  # folder of a first stage; removed at its end
 
@@ -86,10 +87,15 @@ def train(
         give_back_freed_memory()
     with checkpoints.locked(output):
         checkpoints.guard_output(output, resume)
-        start_from, given = None, (teacher, store, listener or Listener(), store_summary or {}, resume)
+        listener, store_summary = listener or Listener(), store_summary or {}
+        if resume and not checkpoints.content(output):
+            listener.note(f"nothing to resume: {output} has no checkpoint; training starts at the beginning")
+        start_from, given = None, (teacher, store, listener, store_summary, resume)
         if has_first_stage(recipe):
             start_from = output / checkpoints.FIRST_STAGE
-            if not (start_from / "config.json").is_file():
+            if (start_from / "config.json").is_file():
+                check_finished(start_from, stage_recipe(recipe), data_identity(len(store), store_summary))
+            else:
                 outcome = _run(stage_recipe(recipe), start_from, *given, stage=True)
                 if outcome.training is None:
                     return outcome
@@ -110,7 +116,10 @@ def _run(
 ) -> Outcome:
     """Run one stage, in its folder `output`. `stage`: it is the first of two."""
     found = checkpoints.latest_checkpoint(output) if resume else None
-    per_step = None if found is None else checkpoints.check_resumable(found, recipe, len(store))
+    data = data_identity(len(store), store_summary)
+    per_step = None if found is None else check_resumable(found, recipe, data)
+    if resume and found is None:
+        check_restart(output, recipe, data)
     run = _Run(recipe, teacher, store, output, listener, store_summary, per_step, stage, start_from)
     run.prepare(found)
     with _until_signal(run):
@@ -147,6 +156,7 @@ class _Run(TrainingLoop):
         self.described = predictor.describe()
         self.start_from = start_from
         self.recipe, self.output, self.store_summary = recipe, output, store_summary
+        self.data = data_identity(len(store), store_summary)
         self.saved_at = 0
         self.log: MetricsLog | None = None
 
@@ -225,7 +235,7 @@ class _Run(TrainingLoop):
         if flush is not None:  # a store that is filled while it is read must hold the states that a checkpoint used
             flush()
         checkpoints.save_checkpoint(
-            self.backend.engine, self.output, self.progress, self.recipe, len(self.store), self.order.per_step
+            self.backend.engine, self.output, self.progress, self.recipe, self.data, self.order.per_step
         )
         self.saved_at = self.progress.step
 

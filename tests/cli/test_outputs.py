@@ -258,6 +258,19 @@ def test_generate_resumes_only_what_it_began(
     assert output.read_bytes() == before
 
 
+def test_generate_tells_another_version_from_another_file(begun: tuple[Path, Path], tmp_path: Path) -> None:
+    prompts, output = begun
+    line = lines_of(output.read_text())[0]
+    earlier = {name: value for name, value in line.items() if name != "settings"} | {"settings_hash": "0123"}
+    for written, words in ((earlier, "written by another version of firp"), ({"a": 1}, "is no answer of `firp gen")):
+        copy = tmp_path / "o.jsonl"
+        copy.write_text(json.dumps(written) + "\n")
+        refused = invoke("generate", "--prompts", prompts, *QUICK, "--output", copy, "--resume").exception
+        assert isinstance(refused, UsageError) and f"o.jsonl line 1 {words}" in str(refused).replace("was ", ""), (
+            refused
+        )
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two prompts, of which one is answered."""

@@ -36,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
 
 @pytest.fixture(autouse=True)
 def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_tokenizer", lambda *_: (None, {}))
+    monkeypatch.setattr(loading, "_tokenizer", lambda config, _: (config, None, {}))
 
 
 def test_spread_teacher_equals_teacher_on_one_device(config: TeacherConfig, tmp_path: Path):

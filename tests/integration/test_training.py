@@ -195,6 +195,37 @@ def test_resume_with_other_settings_is_refused(whole: Path, tmp_path: Path):
         train(recipe(), tiny_teacher("llama"), [], tmp_path)
 
 
+def test_resume_of_a_predictor_without_checkpoints_needs_the_same_recipe_and_store(tmp_path: Path):
+    output, notes = tmp_path / "run", list[str]()
+    summary = {"counts": {"tokens": 500}, "dtype": "float32", "settings": {"data_fingerprint": "aa"}}
+    run(output, recipe(max_steps=0), resume=True, listener=Listener(note=notes.append), store_summary=summary)
+    assert notes[0] == f"nothing to resume: {output} has no checkpoint; training starts at the beginning"
+    before = (output / "predictor.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="26 conversations when this run began, now it has 20"):
+        train(recipe(max_steps=0), tiny_teacher("llama"), store()[:20], output, resume=True)
+    other = {**summary, "settings": {"data_fingerprint": "bb"}}
+    with pytest.raises(UsageError, match="data_fingerprint aa when this run began, now it has bb"):
+        run(output, recipe(max_steps=0), resume=True, store_summary=other)
+    with pytest.raises(RecipeError, match=r"training.epochs=2, now it is 3"):
+        run(output, recipe(max_steps=0, epochs=3), resume=True, store_summary=summary)
+    notes.clear()
+    run(output, recipe(max_steps=0), resume=True, store_summary=summary, listener=Listener(note=notes.append))
+    assert (output / "predictor.safetensors").read_bytes() == before and not any("nothing" in note for note in notes)
+    (output / "training.json").write_text("[")
+    with pytest.raises(FirpError, match=r"training.json cannot be read"):
+        run(output, recipe(max_steps=0), resume=True, store_summary=summary)
+
+
+def test_checkpoint_and_trained_predictor_know_their_store(whole: Path, tmp_path: Path):
+    summary = {"settings": {"data_fingerprint": "aa"}}
+    run(tmp_path / "run", recipe(), listener=Listener(stop=lambda done: done == 1), store_summary=summary)
+    with pytest.raises(UsageError, match="data_fingerprint aa when this run began, now it has bb"):
+        run(tmp_path / "run", recipe(), resume=True, store_summary={"settings": {"data_fingerprint": "bb"}})
+    shutil.copytree(whole, tmp_path / "trained", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(UsageError, match="without checkpoints, so there is nothing to continue from"):
+        run(tmp_path / "trained", recipe(), resume=True)
+
+
 def test_damaged_checkpoint_is_named(whole: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)

@@ -23,6 +23,7 @@ from firp_cli.predictors.folder import load_predictor
 from firp_cli.recipe import load_recipe
 from firp_cli.training import checkpoint as checkpoints
 from firp_cli.training import metrics_log as journals
+from firp_cli.training import resuming
 from firp_cli.training.batches import Order, Prefetcher, Reader
 from firp_cli.training.metrics_log import Listener, check_trackers
 from firp_cli.training.random_state import random_state, restore_random_state, seed_rank
@@ -92,11 +93,11 @@ def test_resume_refuses_indivisible_number_of_ranks(tmp_path: Path, monkeypatch:
     found = checkpoints.latest_checkpoint(tmp_path)
     assert found is not None
     for count in (1, 2, 3, 6):
-        monkeypatch.setattr(checkpoints, "world_size", lambda count=count: count)
-        assert checkpoints.check_resumable(found, settings, len(store())) == 6
-    monkeypatch.setattr(checkpoints, "world_size", lambda: 4)
+        monkeypatch.setattr(resuming, "world_size", lambda count=count: count)
+        assert resuming.check_resumable(found, settings, {"conversations": len(store())}) == 6
+    monkeypatch.setattr(resuming, "world_size", lambda: 4)
     with pytest.raises(UsageError, match=r"6 micro-batches, which 4 ranks .* resume with --gpus 1, 2, 3, 6"):
-        checkpoints.check_resumable(found, settings, len(store()))
+        resuming.check_resumable(found, settings, {"conversations": len(store())})
 
 
 def test_checkpoint_has_no_pickle_and_survives_kill_while_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

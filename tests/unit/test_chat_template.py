@@ -88,6 +88,30 @@ def test_template_that_cannot_be_used_is_refused(name: str, words: str) -> None:
         tokenizer_with(CHATML, chat_template=name)
 
 
+@pytest.mark.parametrize(
+    "text", ["{{ [1, 2]|random }}", "{{ [[1, 2]]|map('random')|list }}", "{% if false %}{{ lipsum(1) }}{% endif %}"]
+)
+def test_template_that_depends_on_chance_is_refused(text: str) -> None:
+    for own, config in ((CHATML + text, {}), (CHATML, {"chat_template": CHATML + text})):
+        with pytest.raises(TeacherError, match=r"uses `(random|lipsum)` \(line \d+\), so it renders"):
+            tokenizer_with(own, **config)
+    with pytest.raises(TeacherError, match="uses `random`"):
+        tokenizer_with({"default": CHATML, "tool_use": "{{ messages|random }}"})
+    tokenizer_with("{% set lipsum = 1 %}{% set random = 2 %}{{ lipsum + random }}" + CHATML)
+
+
+@pytest.mark.parametrize("template", [5, ["{{ messages }}"], {"default": 5}])
+def test_own_template_that_is_no_text_is_refused(template: Any) -> None:
+    with pytest.raises(TeacherError, match=r"the chat template of tiny is no text but .*tokenizer_config.json"):
+        tokenizer_with(template)
+
+
+def test_byte_order_mark_of_own_template_is_no_part_of_prompts() -> None:
+    plain, marked = (tokenizer_with(mark + CHATML)[0] for mark in ("", "\ufeff"))
+    assert prompt_text(marked) == prompt_text(plain) and template_fingerprint(marked) == template_fingerprint(plain)
+    assert tokenizer_with({"default": "\ufeff" + CHATML})[0].chat_template == {"default": CHATML}
+
+
 def test_binary_file_is_no_template(tmp_path: Path) -> None:
     (tmp_path / "x.jinja").write_bytes(b"\xff\xfe{{")
     with pytest.raises(TeacherError, match="cannot be read"):

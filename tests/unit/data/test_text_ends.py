@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from firp_cli.assets import chat_templates
-from firp_cli.data.chat import encode_text, turn_end, turn_end_warning
+from firp_cli.data.chat import encode_text, prompt_warning, turn_end, turn_end_warning
 from helpers.chat import CHATML, byte_tokenizer, with_template
 
 LLAMA = (
@@ -45,6 +45,32 @@ def adding(template: str) -> Any:
 def test_text_has_the_tokenizers_special_tokens_once(template: str, text: str, expected: str) -> None:
     ids = encode_text(text, adding(template))
     assert ids == byte_tokenizer()(expected, add_special_tokens=False)["input_ids"]
+
+
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>"
+    "{% endif %}{% endfor %}"
+)
+HEADED = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "warned"),
+    [
+        (CHATML, False),
+        (LLAMA, True),
+        (None, False),
+        (MISTRAL, False),
+        ("{{ raise_exception('no') }}", False),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", False),
+        (HEADED + "{% if add_generation_prompt %}<assistant>{% endif %}", False),
+        (HEADED, True),
+    ],
+)
+def test_template_without_generation_prompt_is_told(template: str | None, warned: bool) -> None:
+    warning = prompt_warning(with_template(template), "toy")
+    assert (warning is not None) == warned and prompt_warning(None, "toy") is None
+    assert not warned or (warning and "prompt does not end with '<" in warning)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,7 +157,9 @@ DAMAGED: list[tuple[Any, str]] = [
     ({"paths": [[0]], "steps": 5}, "`steps` must be 1 to 4 and `budget` at least 1"),
     ({"paths": [[0]], "budget": 0}, "`steps` must be 1 to 4 and `budget` at least 1"),
     ({"paths": [[0], [0, 0]], "steps": 1}, "is 2 deep, it needs at least as many draft steps"),
-    ({"entries": {}}, "schema"),
+    ({"entries": {}}, "schema firp.trees/1 `entries` is a list"),
+    ({"paths": [[float("inf")]]}, "`paths` must be lists of candidate positions"),
+    ("[" * 100_000, "nested too deeply"),
     ({"schema": "firp.trees/9", "entries": []}, "has schema 'firp.trees/9', this firp reads"),
     ({"entries": [3]}, r"entry 0 is damaged \(.*\): `firp tune` writes a new one"),
     ({"entries": [GOOD, {"tree": "chain"}]}, "entry 1 is damaged"),
@@ -175,7 +178,19 @@ def test_damaged_file_is_refused_in_one_line(value: Any, message: str, tmp_path:
     with pytest.raises(UsageError, match=message) as caught:
         read_trees(file, 4)
     assert "\n" not in str(caught.value)
-    assert "tree.json" in str(caught.value) or "drafts nothing" in str(caught.value)
+    assert "tree.json" in str(caught.value)
+
+
+def test_folder_or_broken_link_is_no_tree_file(tmp_path: Path) -> None:
+    predictor = SimpleNamespace(steps=4)
+    assert str(default_tree(tmp_path, predictor)) == "dynamic:8"  # type: ignore[arg-type]
+    (tmp_path / "tree.json").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UsageError, match=r"tree.json is not a tree file .*No such file"):
+        default_tree(tmp_path, predictor)  # type: ignore[arg-type]
+    (tmp_path / "tree.json").unlink()
+    (tmp_path / "tree.json").mkdir()
+    with pytest.raises(UsageError, match=r"tree.json is not a tree file .*Is a directory"):
+        default_tree(tmp_path, predictor)  # type: ignore[arg-type]
 
 
 def test_update_replaces_entries_of_the_same_key(tmp_path: Path) -> None:

@@ -346,6 +346,49 @@ def test_folder_refusals(teacher: Teacher, tmp_path: Path) -> None:
         load_predictor(folder, teacher)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("teacher", "loading"), {"foo": 1}, r"config.json: teacher.loading.foo is not known to this firp"),
+        (("teacher", "loading"), {"dtype": 5}, r"teacher.loading.dtype: .*got 5"),
+        (("teacher", "loading"), None, r"teacher.loading: .*got None"),
+        (("teacher", "chat_template"), {"source": "plain"}, r"teacher.chat_template.fingerprint: Field required"),
+        (("teacher", "chat_template"), 5, r"teacher.chat_template: .*got 5"),
+        (("teacher",), "x", r"config.json: teacher: .*got 'x'"),
+        (("predictor",), [], r"config.json: predictor: .*got \[\]"),
+        (("predictor", "kind"), [1], r"unknown predictor kind \[1\]"),
+        (("predictor", "layer"), None, r"predictor.layer: .*got None"),
+        (("predictor", "steps"), 3, r"predictor.safetensors cannot be loaded: .*Missing key.*maps.2"),
+        (("format",), 2, r"format is 2, this firp reads 1"),
+    ],
+)
+def test_damaged_config_is_one_line_with_file_and_field(
+    teacher: Teacher, tmp_path: Path, place: tuple[str, ...], value: Any, words: str
+) -> None:
+    save_predictor(make_predictor(teacher, kind="firp", layer=1, steps=2), tmp_path, teacher)
+    file = tmp_path / "config.json"
+    inner = config = json.loads(file.read_text())
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    file.write_text("\ufeff" + json.dumps(config), encoding="utf-8")
+    with pytest.raises(PredictorError, match=words) as caught:
+        load_predictor(tmp_path, teacher)
+    assert "\n" not in str(caught.value)
+
+
+def test_predictor_with_nan_weights_or_deep_config_is_refused(teacher: Teacher, tmp_path: Path) -> None:
+    predictor = make_predictor(teacher, kind="firp", layer=1, steps=2)
+    with torch.no_grad():
+        predictor.maps[1].weight[3, 4] = float("nan")
+    save_predictor(predictor, tmp_path, teacher)
+    with pytest.raises(PredictorError, match=r"predictor.safetensors .*maps.1.weight has NaN or infinite values"):
+        load_predictor(tmp_path, teacher)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(PredictorError, match="nested too deeply"):
+        load_predictor(tmp_path, teacher)
+
+
 @pytest.mark.parametrize(("size", "count"), [(4096, 7), (128_256, 15), (49_152, 1), (997, 5), (256, 40), (64, 64)])
 def test_largest_equals_topk(size: int, count: int) -> None:
     """Vocabularies with parts, without (a prime), and too small for them."""
