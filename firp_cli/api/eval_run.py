@@ -27,6 +27,7 @@ from firp_cli.evaluation.quality import Sequences
 from firp_cli.evaluation.quality import evaluate as measure_quality
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
+from firp_cli.predictors.folder import trained_store
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.predictors.trained_prompts import prompt_key
 from firp_cli.provenance import portable
