@@ -46,6 +46,21 @@ def template_of(tokenizer: Any, tools: Any = None) -> str:
     return tokenizer.get_chat_template(None, tools) if tokenizer.chat_template else _shipped(PLAIN)
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return 16 hex digits over vocabulary, merges and normalisation: all that maps text to ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return fingerprint(tokenizer.get_vocab())
+    state = json.loads(backend.to_str())
+    # without what the latest call set
+    return fingerprint({key: value for key, value in state.items() if key not in ("padding", "truncation")})
+
+
+def template_fingerprint(tokenizer: Any) -> str:
+    """Return 16 hex digits over the chat template in use."""
+    return fingerprint(template_of(tokenizer))
+
+
 def at_fixed_time(template: str) -> str:
     """Return the template with a clock that always shows `DAY` at midnight, if it reads the clock."""
     return _before(_clock(DAY), template) if reads_clock(template) else template

@@ -20,8 +20,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from firp_cli.chat_template import template_fingerprint, tokenizer_fingerprint
 from firp_cli.config import TeacherConfig
-from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.decoding import step
 from firp_cli.store.writer import StoreWriter
 from firp_cli.teacher.load import load_teacher

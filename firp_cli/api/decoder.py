@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from firp_cli.api.loading import LOG, LayerBackend, load_named_teacher, load_trees, share_teacher, warn_template
-from firp_cli.chat_template import set_chat_template
+from firp_cli.chat_template import set_chat_template, template_fingerprint
 from firp_cli.config import TeacherConfig, check_sampling
-from firp_cli.data.chat import encode_prompt, template_fingerprint
+from firp_cli.data.chat import encode_prompt
 from firp_cli.data.formats import Message
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.make_engine import make_engine

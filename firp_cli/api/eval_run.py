@@ -13,11 +13,11 @@ import torch
 
 from firp_cli.api.loading import LOG, load_pair
 from firp_cli.assets import DEFAULT_TEACHER
+from firp_cli.chat_template import template_fingerprint, tokenizer_fingerprint
 from firp_cli.collecting.collect_store import OpenProgress, collect_store, silent
 from firp_cli.collecting.corpus import check_dataset
 from firp_cli.collecting.engine_responder import EngineResponder
 from firp_cli.config import DataConfig, Recipe, TeacherConfig
-from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.data.prompt_text import PromptTexts
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.api.loading import complete_teacher, teacher_line
+from firp_cli.chat_template import template_fingerprint, tokenizer_fingerprint
 from firp_cli.collecting.answer import account_line, respond
 from firp_cli.collecting.collect_store import OpenProgress, check_layers, silent, stored_dtype
 from firp_cli.collecting.corpus import build_corpus, check_dataset, load_messages, longest_sequence
@@ -20,7 +21,6 @@ from firp_cli.collecting.engine_responder import make_responder
 from firp_cli.collecting.online import HybridStates, OnlineStates
 from firp_cli.collecting.vllm import check_responder
 from firp_cli.config import PredictorConfig, Recipe, TeacherConfig
-from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.distributed.launch import start
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.distributed.sharding import load_for_ranks

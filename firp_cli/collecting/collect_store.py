@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from firp_cli.chat_template import template_fingerprint, tokenizer_fingerprint
 from firp_cli.collecting.answer import respond
 from firp_cli.collecting.corpus import Corpus, build_shared_corpus, longest_sequence
 from firp_cli.collecting.estimate import check_space
@@ -24,7 +25,6 @@ from firp_cli.collecting.shards import (
     write_shards,
 )
 from firp_cli.config import DataConfig
-from firp_cli.data.chat import template_fingerprint, tokenizer_fingerprint
 from firp_cli.distributed.rank_group import RankGroup
 from firp_cli.errors import UsageError
 from firp_cli.provenance import fingerprint

@@ -19,7 +19,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from firp_cli.chat_template import DAY, GENERATION_MARKS, at_fixed_time, template_of
 from firp_cli.data.formats import Message
 from firp_cli.errors import DatasetError, LossMaskError, first_line
-from firp_cli.provenance import fingerprint
 
 # Llama 3's templates print today's date unless it is given; a store must render the same on every day.
 RENDER_OPTIONS = {"date_string": f"{DAY:%d %b %Y}"}
@@ -211,21 +210,6 @@ def show_spans(messages: Sequence[Message], tokenizer: Any) -> str:
         if len(line) <= SHOWN_CHARACTERS
         else line[: SHOWN_CHARACTERS // 2] + " ... " + line[-SHOWN_CHARACTERS // 2 :]
     )
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return 16 hex digits over vocabulary, merges and normalisation: all that maps text to ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return fingerprint(tokenizer.get_vocab())
-    state = json.loads(backend.to_str())
-    # without what the latest call set
-    return fingerprint({key: value for key, value in state.items() if key not in ("padding", "truncation")})
-
-
-def template_fingerprint(tokenizer: Any) -> str:
-    """Return 16 hex digits over the chat template in use."""
-    return fingerprint(template_of(tokenizer))
 
 
 def _render(

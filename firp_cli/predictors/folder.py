@@ -141,7 +141,7 @@ def _first_fault(error: ValidationError) -> str:
     field = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
         return f"{field} is not known to this firp, a newer one may have written it"
-    reason = fault["msg"].partition(" or instance of")[0]
+    reason = fault["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
     return f"{field}: {reason}" + ("" if fault["type"] == "missing" else f" (got {reprlib.repr(fault['input'])})")
 
 

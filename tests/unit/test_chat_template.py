@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from firp_cli.chat_template import at_fixed_time, find_template, set_chat_template
+from firp_cli.chat_template import at_fixed_time, find_template, set_chat_template, template_fingerprint
 from firp_cli.config import TeacherConfig
-from firp_cli.data.chat import encode, encode_prompt, template_fingerprint
+from firp_cli.data.chat import encode, encode_prompt
 from firp_cli.errors import TeacherError
 from helpers.chat import CHATML, byte_tokenizer
 

@@ -7,16 +7,8 @@ from typing import Any
 
 import pytest
 
-from firp_cli.data.chat import (
-    EncodedConversation,
-    assistant_spans,
-    check_masks,
-    encode,
-    encode_prompt,
-    show_spans,
-    template_fingerprint,
-    tokenizer_fingerprint,
-)
+from firp_cli.chat_template import template_fingerprint, tokenizer_fingerprint
+from firp_cli.data.chat import EncodedConversation, assistant_spans, check_masks, encode, encode_prompt, show_spans
 from firp_cli.data.datasets import Selection, load_rows
 from firp_cli.errors import DatasetError, LossMaskError
 from helpers.chat import CHATML, byte_tokenizer, with_template

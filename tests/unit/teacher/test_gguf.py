@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
+from firp_cli.chat_template import tokenizer_fingerprint
 from firp_cli.config import TeacherConfig
-from firp_cli.data.chat import tokenizer_fingerprint
 from firp_cli.errors import TeacherError
 from firp_cli.teacher import gguf as reader
 from firp_cli.teacher import source
