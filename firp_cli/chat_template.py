@@ -30,6 +30,7 @@ LOG = logging.getLogger("firp")
 PLAIN = "plain"  # template of a tokenizer that has none
 DAY = date(2024, 7, 26)  # the day that Llama 3's templates print where none is given
 DATE_OPTION = "date"
+DATE_STRING = "date_string"  # variable of Llama 3's templates, in their own form of a date
 CLOCK = "strftime_now"
 CHANCE = {"random", "lipsum"}  # a filter and a function of Jinja
 MARK = "\ufeff"  # byte-order mark, with which editors on Windows begin files
@@ -106,9 +107,9 @@ def set_chat_template(
     for text in chosen.values() if isinstance(chosen, dict) else (template,):
         _check_constant(text, f"of {name}" if source == "tokenizer" else source)
     record = {"source": source, "fingerprint": fingerprint(template)}
-    if CLOCK in template or "date_string" in _variables(template, f"of {name}"):
-        record["date"] = str(config.template_options.get(DATE_OPTION, DAY))
-    if reads_clock(template):
+    if CLOCK in template or DATE_STRING in _variables(template, f"of {name}"):
+        record["date"] = str(config.template_options.get(DATE_OPTION, config.template_options.get(DATE_STRING, DAY)))
+    if reads_clock(template) and DATE_STRING not in config.template_options:
         note_once(
             f"the chat template of {name} prints the date: it is always {DAY}, so that every rendering is the same; "
             "teacher.template_options={date: YYYY-MM-DD} sets another day"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,9 @@ def _explain(error: ValidationError, origin: str, locations: Locations) -> str:
         return f"{where}: unknown key{nearest(key[-1], section.model_fields)}"
     if fault["type"] == "missing":
         return f"{where}: required{' for this predictor kind' if key[0] == 'predictor' else ''}"
+    if fault["type"] == "string_type" and isinstance(fault["input"], (bool, int, float, date)):
+        kind, quoted = type(fault["input"]).__name__, f"""{".".join(key)}='"{fault["input"]}"'"""
+        return f"{where}: expected a text, and YAML reads a {kind}: quote it (in a shell {quoted})"
     message = fault["msg"].removeprefix("Value error, ")
     if isinstance(fault["input"], dict) and fault["type"] == "value_error":  # fields of a section contradict each other
         overridden = any(written[: len(key)] == key and at == COMMAND_LINE for written, at in locations.items())

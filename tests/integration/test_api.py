@@ -262,7 +262,7 @@ def test_load_takes_a_transformers_model_and_checks_it(decoder: firp_cli.Decoder
     tokenizer = decoder.teacher.tokenizer
     assert firp_cli.load(model, tokenizer=tokenizer).generate(prompt, 12).token_ids == expected
     model.model.register_forward_hook(_scale_states)
-    with pytest.raises(TeacherError, match="is not supported: it multiplies its logits by 1.5"):
+    with pytest.raises(TeacherError, match=r"is not supported: it multiplies its logits by 1\.5"):
         firp_cli.load(model, tokenizer=tokenizer)
 
 

@@ -220,6 +220,14 @@ def test_a_template_that_sets_its_own_date_has_no_date_in_its_record() -> None:
     assert "date" not in record
 
 
+def test_a_given_date_string_needs_no_notice(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "firp")
+    template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    tokenizer, record = tokenizer_with(template, template_options={"date_string": "01 Jan 2020"})
+    assert record["date"] == "01 Jan 2020" and prompt_text(tokenizer).startswith("01 Jan 2020 ")
+    assert not any("prints the date" in line for line in caplog.messages)
+
+
 def test_an_option_of_one_of_several_named_templates_is_accepted() -> None:
     tokenizer, _ = tokenizer_with({"default": SWITCHED, "rag": "{{ documents }}"}, template_options={"style": "x"})
     assert prompt_text(tokenizer).endswith('"x"')

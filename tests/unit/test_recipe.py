@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,11 @@ def test_coupling_sections_are_checked(tmp_path: Path) -> None:
 )
 def test_coupling_errors_name_the_nearest_key(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(("value", "kind"), [("2024-07-26", "date"), ("2024", "int"), ("1.5", "float")])
+def test_text_that_yaml_reads_as_another_value_is_to_be_quoted(value: str, kind: str) -> None:
+    with pytest.raises(RecipeError, match=f"YAML reads a {kind}") as refused:
+        load_recipe(None, [f"output={value}"])
+    (word,) = shlex.split(str(refused.value)[str(refused.value).index("output='") :].rstrip(")"))
+    assert load_recipe(None, [word]).output == value
