@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from firp_cli.assets import embedded_folder
+from firp_cli.chat_template import note_once
 from firp_cli.config import Recipe, TeacherConfig, TrainingConfig
 from firp_cli.errors import FirpError, TeacherError, first_line
 from firp_cli.machine import hub_reachable
@@ -145,10 +146,10 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
         try:
             found = found or AutoConfig.from_pretrained(source, local_files_only=True, **options)
         except OSError:
-            shape = _shape_folder(Path(config.model).name.lower().removesuffix("-instruct"))
+            shape = _shape_of(config.model)
             if not hub_reachable() and shape is None:
                 return None, f"the config of {config.model} is neither in a local folder nor in the hub's cache"
-            found = AutoConfig.from_pretrained(shape or source, **options)
+            found = _hub_config(source, shape, options)
         dtype = found.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -159,6 +160,25 @@ def skeleton(config: TeacherConfig) -> tuple[Teacher | None, str | None]:
         raise
     except Exception as error:  # the library's errors on a damaged config are of any kind
         return None, f"the config of {config.model} cannot be read: {first_line(error)}"
+
+
+def _shape_of(model: str) -> str | None:
+    """Return the folder of the embedded shape of a gated model on the hub, by its id; a finetuned one has its own."""
+    owner, _, name = model.partition("/")
+    return _shape_folder(name.lower().removesuffix("-instruct")) if owner == "meta-llama" else None
+
+
+def _hub_config(source: str, shape: str | None, options: dict[str, Any]) -> Any:
+    """Return a model's config from the hub; where it cannot be had, that of its embedded shape. Raises OSError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, **options, local_files_only=not hub_reachable())
+    except OSError:
+        if shape is None:
+            raise
+        note_once(f"the config of {source} is not at hand: the embedded shape {Path(shape).name} stands for it")
+        return AutoConfig.from_pretrained(shape)
 
 
 def _shape_folder(model: str) -> str | None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from firp_cli.api.decoder import Decoder
 from firp_cli.api.generate_run import FileRun, GenerateSettings, prompts_to_answer
+from firp_cli.chat_template import note_once
 from firp_cli.cli.answers import Lines, summary
 from firp_cli.cli.terminal import default_folder
 from firp_cli.data.chat import encode_prompt
@@ -481,7 +482,13 @@ def test_estimate_times_the_responders_that_are_installed(tmp_path: Path, monkey
 def test_estimate_of_a_teacher_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    note_once.cache_clear()  # another test may have had the line
     done = succeed("collect", "llama-3.1-70b-firp", "--estimate", "--gpus", "16", "--json")
+    assert "the embedded shape llama-3.1-70b stands for it" in done.stderr
+    other = invoke(
+        "collect", "llama-3.1-8b-firp", "teacher.model=someone/Llama-3.1-8B-Instruct", "--estimate"
+    ).exception
+    assert "cannot load the teacher 'someone/Llama-3.1-8B-Instruct'" in str(other)  # it may have another shape
     figures = json.loads(done.stdout)
     assert figures["conversations"] == 60_000 and figures["tokens"] == 60_000 * 2048  # at most
     assert figures["bytes_per_token"] == 5 + 2 * (8192 + 2) and "has 141.1 GB of weights" in figures["computed"]
