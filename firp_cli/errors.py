@@ -65,6 +65,10 @@ class CapacityError(UsageError):
     """Request that exceeds a capacity: prompt and cache, tree and context, data and disk."""
 
 
+class MethodError(FirpError):
+    """Method that a bench cannot measure with this teacher or under these settings: the others go on without it."""
+
+
 class LaunchError(FirpError):
     """Ranks that could not be started, or one that failed."""
 

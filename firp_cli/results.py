@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+from firp_cli.records import Accuracy, AnswerRecord, Execution, Sample, Verified
 
 BENCH_SCHEMA = "firp.bench/1"
 EVAL_SCHEMA = "firp.eval/1"
@@ -23,8 +25,12 @@ def no_progress(done: int, total: int | None = None) -> None:
 
 
 def as_json(result: Any) -> Any:
-    """Return a dataclass or a value as JSON values; NaN and infinities become None."""
+    """Return a dataclass or a value as JSON values; NaN and infinities become None. Records are left out."""
+    if isinstance(result, BenchReport):
+        result = replace(result, records=[])
     value = asdict(result) if hasattr(result, "__dataclass_fields__") else result
+    if isinstance(result, BenchReport):
+        del value["records"]
     return _finite(value)
 
 
@@ -249,6 +255,15 @@ class BenchRow:
     teacher: str | None = None  # label of its teacher, in a report of several
     lossless_ar: Lossless | None = None  # against `ar`, where rounding separates `ar` from the reference
     turns: int | None = None  # user turns of the prompts that were answered; None: not recorded, one of each
+    reason: str | None = None  # why the method cannot run here: the row has no figures
+    speedup_hf_interval: Interval | None = None
+    speedup_with_prefill_interval: Interval | None = None
+    speedup_with_prefill_hf: float | None = None  # Spec-Bench's definition over transformers generate
+    speedup_with_prefill_hf_interval: Interval | None = None
+    verified: Verified | None = None
+    accuracy: Accuracy | None = None
+    execution: Execution | None = None
+    parts: dict[str, float] = field(default_factory=dict)  # milliseconds of a decoding step by part
 
 
 @dataclass
@@ -264,6 +279,9 @@ class BenchReport:
     skipped_long: int = 0
     left_out_trained: int = 0  # prompts that a predictor was trained on
     teachers: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what a reader of the figures must know
+    records: list[AnswerRecord] = field(default_factory=list)  # in answers.jsonl, not in bench.json
     schema: str = BENCH_SCHEMA
 
     @staticmethod
@@ -280,10 +298,14 @@ class BenchReport:
             prediction = Prediction(**predicted) if predicted else None
             made = BenchRow(**kept, lossless=lossless, pipeline=pipeline, predicted=prediction)
             made.lossless_ar = Lossless.from_json(against_ar) if against_ar else None
+            made.verified = Verified.from_json(row.get("verified"))
+            made.accuracy = Accuracy(**row["accuracy"]) if row.get("accuracy") else None
+            made.execution = Execution(**row["execution"]) if row.get("execution") else None
             rows.append(made)
         keys = ("environment", "teacher", "settings", "skipped_long", "schema")
         given = {key: value[key] for key in keys} | {"left_out_trained": value.get("left_out_trained", 0)}
-        return BenchReport(rows=rows, teachers=value.get("teachers", []), **given)
+        given |= {key: value.get(key, []) for key in ("teachers", "warnings")}
+        return BenchReport(rows=rows, samples=[Sample(**item) for item in value.get("samples", [])], **given)
 
 
 @dataclass

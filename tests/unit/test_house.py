@@ -21,6 +21,7 @@ BASE = {
     "files",
     "machine",
     "metrics",
+    "records",
     "provenance",
     "recipe",
     "results",

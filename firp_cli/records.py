@@ -1,0 +1,146 @@
+"""Records of a bench's answers, and the facts that rows of a report hold beside times. Imports no torch.
+
+Every figure of a report can be recomputed from its records (`answers.jsonl`). Rates are fractions of 1, times seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class AnswerRecord:
+    """One answer of one method: a line of `answers.jsonl`.
+
+    Attributes:
+        prompt: number of the prompt among those measured, from 0. turn: of its conversation, from 0.
+        id: name or number that the data set's row gives itself.
+        process, repeat: that measured it, from 0. batch: answers of a batch, process and repeat share their seconds.
+        accepted_lengths: tokens of each decoding step. loops: r, where a step is a tick of a pipeline.
+        token_ids, text: of the first repeat of the first process; of others only if their tokens differ.
+        gap: largest distance of an emitted token's logit below the teacher's largest one. above: tokens whose gap
+            exceeds the tolerance (sampled: implausible tokens). worst: place of the token with the largest gap
+            (sampled: of the least plausible one), from 0.
+        log_prob: sum of the tokens' log-probabilities under the teacher, sampled. excess, variance: sums over tokens of
+            surprisal minus entropy, and of the surprisal's variance. tail: smallest probability of drawing a token at
+            most as probable as the emitted one.
+        correct: the task's own judgement; None: the task has none, or it was not asked for.
+    """
+
+    method: str
+    dataset: str
+    category: str
+    prompt: int
+    turn: int
+    process: int
+    repeat: int
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    accepted_lengths: list[int]
+    prefill_seconds: float
+    decode_seconds: float
+    finish_reason: str
+    id: Any = None
+    teacher: str | None = None
+    loops: int | None = None
+    autoregressive_steps: int = 0
+    token_ids: list[int] | None = None
+    text: str | None = None
+    gap: float | None = None
+    above: int | None = None
+    worst: int | None = None
+    log_prob: float | None = None
+    excess: float | None = None
+    variance: float | None = None
+    tail: float | None = None
+    correct: bool | None = None
+
+
+@dataclass
+class TokenPlace:
+    """Token of an answer: `prompt` as in the records, `turn` and `position` from 0; `emitted`, and the `best` token of
+    the teacher there.
+    """
+
+    prompt: int
+    turn: int
+    position: int
+    emitted: int
+    best: int
+
+
+@dataclass
+class Verified:
+    """Check of every emitted token against the teacher, to which each answer was fed once.
+
+    Attributes:
+        tokens: checked. above: those beyond the tolerance. worst: the furthest one.
+        tolerance: greedy: largest gap of logits that rounding explains. Sampled: smallest plausible `tail`.
+        gap: greedy: the largest distance of an emitted token's logit below the largest one.
+        tail: sampled: smallest probability of drawing a token at most as probable as the emitted one.
+        log_prob: sampled: mean log-probability of a token, in nats.
+        deviation: sampled: surprisal of the tokens over its expectation, in standard deviations (normal for exact
+            sampling).
+        p_value: sampled: two-sample test of the answers' surprisal against that of `ar`.
+    """
+
+    tokens: int
+    above: int
+    tolerance: float
+    gap: float | None = None
+    tail: float | None = None
+    worst: TokenPlace | None = None
+    log_prob: float | None = None
+    deviation: float | None = None
+    p_value: float | None = None
+
+    @staticmethod
+    def from_json(value: dict[str, Any] | None) -> Verified | None:
+        """Return the check that JSON values describe."""
+        if value is None:
+            return None
+        worst = value.get("worst")
+        return Verified(**{**value, "worst": TokenPlace(**worst) if worst else None})
+
+
+@dataclass
+class Accuracy:
+    """Answers that a task judges right, out of those that it judged, with the 95% interval of the share."""
+
+    right: int
+    judged: int
+    interval: tuple[float, float] | None = None
+
+
+@dataclass
+class Execution:
+    """Way in which a method's steps ran.
+
+    Attributes:
+        layers: implementation of the decoder layers. attention: `sdpa`, `triton`, or the library's.
+        graphs: "captured", or the reason why steps ran eagerly.
+        captures: graphs that were captured while times were taken.
+    """
+
+    layers: str = ""
+    attention: str = ""
+    graphs: str = ""
+    captures: int = 0
+
+
+@dataclass
+class Sample:
+    """Answer to show: the text of the prompt's last turn, and the texts of the answer's pieces with their number of
+    tokens. A piece holds the tokens of one decoding step; the first one is prefill's token.
+    """
+
+    method: str
+    dataset: str
+    category: str
+    prompt: int
+    asked: str
+    pieces: list[tuple[str, int]] = field(default_factory=list)
+    teacher: str | None = None
