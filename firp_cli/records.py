@@ -15,7 +15,7 @@ class AnswerRecord:
 
     Attributes:
         prompt: number of the prompt among those measured, from 0. turn: of its conversation, from 0.
-        id: name or number that the data set's row gives itself.
+        id: name or number that the data set's row gives itself. row: place of the row in its data set.
         process, repeat: that measured it, from 0. batch: answers of a batch, process and repeat share their seconds.
         accepted_lengths: tokens of each decoding step. loops: r, where a step is a tick of a pipeline.
         token_ids, text: of the first repeat of the first process; of others only if their tokens differ.
@@ -44,6 +44,7 @@ class AnswerRecord:
     decode_seconds: float
     finish_reason: str
     id: Any = None
+    row: str = ""
     teacher: str | None = None
     loops: int | None = None
     autoregressive_steps: int = 0
@@ -57,6 +58,11 @@ class AnswerRecord:
     variance: float | None = None
     tail: float | None = None
     correct: bool | None = None
+
+    @property
+    def emitted(self) -> int:
+        """Tokens of the decoding steps: all but the first one, which prefill gives."""
+        return sum(self.accepted_lengths)
 
 
 @dataclass
