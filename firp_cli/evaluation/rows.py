@@ -21,6 +21,7 @@ from firp_cli.records import AnswerRecord
 from firp_cli.results import BenchRow, Divergence, Interval, Lossless
 
 Table = NDArray[np.float64]
+DRIFT = 1.1  # ratio of the slowest and fastest repeat of `ar` from which a reader is warned
 
 
 def groups_of(runs: Sequence[BatchRun]) -> list[tuple[str, str]]:
@@ -212,6 +213,18 @@ def seconds_per_token(runs: Sequence[BatchRun]) -> list[float]:
     return [
         _ratio(float(decode.sum()), float(tokens.sum()))
         for decode, tokens in zip(times.decode, times.tokens, strict=True)
+    ]
+
+
+def drift_warnings(runs: Runs) -> list[str]:
+    """Return a warning where `ar` took clearly longer in one repeat than in another one."""
+    times = seconds_per_token(runs["ar"]) if "ar" in runs else []
+    if len(times) < 2 or not min(times) > 0 or max(times) < DRIFT * min(times):
+        return []
+    low, high = (1000 * value for value in (min(times), max(times)))
+    return [
+        f"the machine drifted: a token of ar took {low:.3g} ms in one repeat and {high:.3g} ms in another "
+        f"({100 * (high / low - 1):.0f}% more); speedups compare neighbouring measurements, tokens/s do not"
     ]
 
 

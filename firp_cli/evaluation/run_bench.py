@@ -9,7 +9,7 @@ decoded one after the other and belong to one batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ import torch
 from firp_cli.decoding.engine import Engine
 from firp_cli.errors import MethodError, UsageError, first_line
 from firp_cli.evaluation.answer_runs import Runs, batch_run, records_of, runs_of
-from firp_cli.evaluation.bench_groups import teacher_labels
 from firp_cli.evaluation.bench_prompts import (
     Batch,
     BenchPrompt,
@@ -29,12 +28,10 @@ from firp_cli.evaluation.bench_prompts import (
 from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.evaluation.lossless import compare_tokens
 from firp_cli.evaluation.methods import BASELINES, BenchSettings, Method
-from firp_cli.evaluation.rows import bench_rows, groups_of, lossless, row_without_figures, seconds_per_token
+from firp_cli.evaluation.rows import bench_rows, drift_warnings, groups_of, lossless, row_without_figures
 from firp_cli.machine import readable_bytes
 from firp_cli.results import BenchReport, BenchRow, Divergence, Generation, Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
-
-DRIFT = 1.1  # ratio of the slowest and fastest repeat of `ar` from which a reader is warned
 
 
 def memory_line(
@@ -233,49 +230,3 @@ def _rows(
         rows += made
     order = {group: place for place, group in enumerate(groups_of(next(iter(runs.values()))))}
     return sorted(rows, key=lambda row: order[row.dataset, row.category])
-
-
-def drift_warnings(runs: Runs) -> list[str]:
-    """Return a warning where `ar` took clearly longer in one repeat than in another one."""
-    times = seconds_per_token(runs["ar"]) if "ar" in runs else []
-    if len(times) < 2 or not min(times) > 0 or max(times) < DRIFT * min(times):
-        return []
-    low, high = (1000 * value for value in (min(times), max(times)))
-    return [
-        f"the machine drifted: a token of ar took {low:.3g} ms in one repeat and {high:.3g} ms in another "
-        f"({100 * (high / low - 1):.0f}% more); speedups compare neighbouring measurements, tokens/s do not"
-    ]
-
-
-def merge_reports(reports: Sequence[BenchReport]) -> BenchReport:
-    """Return one report of several teachers' benches under the same settings, with each row labelled by its teacher.
-
-    A single report is returned unchanged.
-    """
-    first = reports[0]
-    if len(reports) == 1:
-        return first
-    labels = teacher_labels([str(report.teacher["name"]) for report in reports])
-    labelled = list(zip(labels, reports, strict=True))
-    methods = {label: report.settings["methods"] for label, report in labelled}
-    prompts = {label: report.settings["prompts"] for label, report in labelled}
-    settings = {
-        **{key: value for report in reports for key, value in report.settings.items() if key == "interrupted"},
-        "methods": list(dict.fromkeys(name for each in methods.values() for name in each)),
-        "methods_by_teacher": methods,
-        "prompts": max(prompts.values()),
-        "prompts_by_teacher": prompts,
-        "turns_by_teacher": {label: report.settings["turns_asked"] for label, report in labelled},
-        **{name: max(report.settings[name] for report in reports) for name in ("turns_asked", "turns_not_asked")},
-    }
-    return replace(
-        first,
-        settings={**first.settings, **settings},
-        rows=[replace(row, teacher=label) for label, each in labelled for row in each.rows],
-        skipped_long=sum(report.skipped_long for report in reports),
-        left_out_trained=max(report.left_out_trained for report in reports),
-        teachers=[report.teacher for report in reports],
-        samples=[replace(item, teacher=label) for label, each in labelled for item in each.samples],
-        warnings=[f"{label}: {text}" for label, each in labelled for text in each.warnings],
-        records=[replace(record, teacher=label) for label, each in labelled for record in each.records],
-    )
