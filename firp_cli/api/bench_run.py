@@ -255,5 +255,6 @@ def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: 
         questions = Questions.of(prompt.conversation, teacher.tokenizer, stops) if all_turns else None
         lengths = tuple(questions.lengths()) if questions else ()
         place = f"{prompt.row} of {prompt.dataset}"
-        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, place=place, id=prompt.id))
+        known = {"place": place, "id": prompt.id, "reference": prompt.reference}
+        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, **known))
     return made

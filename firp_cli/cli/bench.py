@@ -61,6 +61,15 @@ Methods = Annotated[
 Turns = Annotated[
     str, typer.Option(help="User turns of a conversation: all, each after the method's own answers, or first.")
 ]
+RunCode = Annotated[
+    bool,
+    typer.Option(
+        "--run-code",
+        help="For the accuracy on HumanEval and MBPP: run the answers' code with the tests, each in a process of its "
+        "own without network, with limits on time and memory, that can write only to a folder of its own. It can read "
+        "your files. Linux.",
+    ),
+]
 
 
 @teacher_options
@@ -81,6 +90,7 @@ def bench(
     batch_size: Annotated[str, typer.Option(help="Prompts decoded at once.")] = "1",
     tree: Tree = None,
     turns: Turns = "all",
+    run_code: RunCode = False,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of all measurements; medians are reported.")] = 3,
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes that measure all of it, one by one.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a matrix of settings in --output.")] = False,
@@ -113,6 +123,7 @@ def bench(
     given = {"--batch-size": batch_size, "--temperature": temperature, "--max-new-tokens": max_new_tokens}
     cells = matrix({**given, "--tree": tree})
     fixed: dict[str, Any] = {"top_p": top_p, "repeats": repeats, "seed": seed, "guard": guard, "turns": turns}
+    fixed["run_code"] = run_code
     settings, *_ = [
         BenchSettings(
             whole_number("--max-new-tokens", cell["--max-new-tokens"]),

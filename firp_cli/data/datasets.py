@@ -32,6 +32,7 @@ from firp_cli.data.readers import (
     split_files,
     suffix_of,
 )
+from firp_cli.data.references import Reference, read_reference
 from firp_cli.errors import DatasetError
 
 DATA_DIR_VARIABLE = "FIRP_DATA_DIR"
@@ -98,6 +99,7 @@ class Prompt:
     """Row of a data set: a conversation, and its category in the set.
 
     `dataset`, `row`: where it is from. `index`: number of its row, from 0; `id`: what the row calls itself, if it does.
+    `reference`: what an answer is judged by, if the row has it.
     """
 
     conversation: Conversation
@@ -106,6 +108,7 @@ class Prompt:
     row: str = ""
     index: int = 0
     id: Any = None
+    reference: Reference | None = None
 
     @property
     def messages(self) -> list[Message]:
@@ -230,7 +233,10 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
         category = row.get(selection.columns.get("category", "category"))
         name = next((row[key] for key in ID_FIELDS if isinstance(row.get(key), str | int)), None)
         label = str(category).encode("utf-8", "replace").decode("utf-8") if isinstance(category, str | int) else ""
-        found.append(Prompt(conversation, label, dataset, place, order, name))
+        named = {role: row.get(column) for role, column in selection.columns.items()}
+        reference, used = read_reference({**row, **named}, conversation)
+        conversation.left_out = tuple(name for name in conversation.left_out if name not in used)
+        found.append(Prompt(conversation, label, dataset, place, order, name, reference))
         if len(found) == selection.limit:
             break
     if not odd.rows:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from firp_cli.data.references import Reference
 from firp_cli.data.turns import Questions
 from firp_cli.decoding.sequences import check_room, prompt_label
 from firp_cli.errors import CapacityError, NumericsError
@@ -27,6 +28,7 @@ class BenchPrompt:
         questions: all turns of its conversation; None if it has one. lengths: `Questions.lengths`.
         bounds: most tokens of the prompt of each later turn that is asked.
         place: its row and data set, for messages. id: name or number that the row gives itself.
+        reference: what an answer is judged by, if the row has it.
     """
 
     token_ids: list[int]
@@ -37,6 +39,7 @@ class BenchPrompt:
     bounds: tuple[int, ...] = ()
     place: str = ""
     id: Any = None
+    reference: Reference | None = None
 
     @property
     def turns(self) -> int:
