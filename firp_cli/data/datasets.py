@@ -234,7 +234,7 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
         name = next((row[key] for key in ID_FIELDS if isinstance(row.get(key), str | int)), None)
         label = str(category).encode("utf-8", "replace").decode("utf-8") if isinstance(category, str | int) else ""
         named = {role: row.get(column) for role, column in selection.columns.items()}
-        reference, used = read_reference({**row, **named}, conversation)
+        reference, used = read_reference({**row, **named} if named else row, conversation)
         conversation.left_out = tuple(name for name in conversation.left_out if name not in used)
         found.append(Prompt(conversation, label, dataset, place, order, name, reference))
         if len(found) == selection.limit:

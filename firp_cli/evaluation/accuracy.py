@@ -5,9 +5,11 @@ Every distinct answer is judged once, after all measurements. Answers count as t
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from firp_cli.data.references import Reference
 from firp_cli.errors import SandboxError
@@ -17,6 +19,7 @@ from firp_cli.evaluation.run_code import passes_tests, sandbox_fault
 from firp_cli.records import Accuracy, AnswerRecord
 from firp_cli.results import Interval, Progress, no_progress
 
+LOG = logging.getLogger("firp")
 THINKING, THOUGHT = "<think>", "</think>"
 NORMAL = 1.959964  # 97.5% quantile of the normal distribution
 
@@ -35,6 +38,14 @@ def spoken(text: str) -> str:
     """Return an answer without its thinking; nothing of one that is cut while it thinks."""
     said = text.rpartition(THOUGHT)[2]
     return "" if THINKING in said else said
+
+
+def write_texts(records: Iterable[AnswerRecord], tokenizer: Any) -> None:
+    """Set the text of the answers whose tokens were kept, without special tokens."""
+    for record in records:
+        if record.token_ids is not None:
+            ids = record.token_ids
+            record.text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def judge_answers(
@@ -118,6 +129,7 @@ def _run_all(
     """Set the verdicts on code by running it; return warnings. An interruption leaves the rest without a verdict."""
     if fault := sandbox_fault():
         return [f"--run-code: no answer was run: {fault}"]
+    LOG.info(f"--run-code: the code of {len(code)} different answers is run with its tests")
     faults: Counter[str] = Counter()
     for done, (reference, text) in enumerate(code):
         progress(done, len(code))

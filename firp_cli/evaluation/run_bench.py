@@ -16,7 +16,8 @@ import torch
 
 from firp_cli.decoding.engine import Engine
 from firp_cli.errors import MethodError, UsageError, first_line
-from firp_cli.evaluation.answer_runs import Runs, batch_run, records_of, runs_of
+from firp_cli.evaluation.accuracy import accuracy, judge_answers, write_texts
+from firp_cli.evaluation.answer_runs import ALL, Runs, batch_run, records_of, runs_of
 from firp_cli.evaluation.bench_prompts import (
     Batch,
     BenchPrompt,
@@ -175,7 +176,10 @@ def run_bench(
     if not runs:
         reasons = "; ".join(f"{method.name}: {method.reason}" for method in methods)
         raise UsageError(f"no method can be measured: {reasons}")
-    reference = reference_method(list(runs), settings.temperature)
+    reference, records = reference_method(list(runs), settings.temperature), records_of(runs)
+    if teacher.tokenizer is not None:
+        write_texts(records, teacher.tokenizer)
+    judged = judge_answers(records, fitting, settings.run_code, sampled=settings.temperature > 0)
     return BenchReport(
         environment=measurement_environment(teacher),
         teacher=teacher.describe(),
@@ -190,8 +194,8 @@ def run_bench(
         },
         rows=_rows(teacher, fitting, methods, runs, settings, reference),
         skipped_long=skipped,
-        warnings=drift_warnings(runs),
-        records=records_of(runs),
+        warnings=[*drift_warnings(runs), *judged],
+        records=records,
     )
 
 
@@ -220,6 +224,8 @@ def _rows(
         made = bench_rows(name, runs, divergences, settings.temperature)
         for row in made:
             row.predictor, row.tree, row.batch_size = method.predictor, method.tree, settings.batch_size
+            if row.dataset != ALL:  # tasks are judged in different ways
+                row.accuracy = accuracy(records_of({name: runs_of(row.dataset, row.category, own)}), prompts)
         # in half precision `ar` itself differs from the reference, whose products round otherwise
         if reference == "hf" and teacher.dtype != torch.float32 and "ar" in runs and name not in BASELINES:
             against_ar = compare_tokens(teacher, prompts, runs["ar"], own)
