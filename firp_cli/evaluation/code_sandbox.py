@@ -29,8 +29,8 @@ SET_PARENT_DEATH_SIGNAL, SET_SECCOMP, SET_NO_NEW_PRIVILEGES, FILTER = 1, 22, 38,
 CAPABILITY_VERSION = 0x20080522
 # by machine: AUDIT_ARCH of linux/audit.h; system calls that are denied; clone; clone3
 SYSTEM_CALLS = {
-    "x86_64": (0xC000003E, (57, 58, 41, 272), 56, 435),  # fork, vfork, socket, unshare
-    "aarch64": (0xC00000B7, (198, 97), 220, 435),  # socket, unshare
+    "x86_64": (0xC000003E, (57, 58, 41, 272, 425), 56, 435),  # fork, vfork, socket, unshare, io_uring_setup
+    "aarch64": (0xC00000B7, (198, 97, 425), 220, 435),  # socket, unshare, io_uring_setup
 }
 MOST_PROCESSES, MOST_FILES = 64, 128
 
@@ -103,6 +103,7 @@ def run_parts(parts: list[str]) -> None:
 
 def _inner(libc: ctypes.CDLL, request: dict[str, Any], result: int, token: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    os.environ.clear()
     try:
         give_up_rights(libc, request["limits"])
     except OSError as error:

@@ -33,7 +33,8 @@ from firp_cli.evaluation.code_sandbox import STANDS
 SANDBOX = Path(__file__).with_name("code_sandbox.py")
 START_SECONDS = 20  # of the interpreter, on a busy machine
 LONGEST_RESULT = 4096  # bytes
-BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+LIBRARIES = "LD_LIBRARY_PATH"  # without which some interpreters cannot start; the sandbox clears it
 STATEMENT = re.compile(r"^(?:def|class|import|from|async def|@)\b", re.MULTILINE)
 
 
@@ -102,7 +103,7 @@ def _run(request: bytes, token: bytes, folder: str, limits: Limits) -> bytes:
         with subprocess.Popen(
             [sys.executable, "-I", str(SANDBOX), *map(str, passed)],
             cwd=folder,
-            env={},
+            env={LIBRARIES: os.environ[LIBRARIES]} if LIBRARIES in os.environ else {},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

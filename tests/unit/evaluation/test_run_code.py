@@ -42,6 +42,7 @@ def sandbox() -> None:
     [
         (f"Here it is:\n```python\n{RIGHT}```\nIt uses the library.", True),
         (f"```\n{RIGHT}```", True),
+        (f"Like this: ```py\n{RIGHT.rstrip()}```, which is short.", True),
         ("1. Like this:\n   ```python\n   def root(number):\n       return math.isqrt(number)\n   ```\n", True),
         (f"First try:\n```python\n{HEAD}    return number\n```\nBetter:\n```python\n{RIGHT}```", True),
         (f"```python\n{RIGHT}```\nUse it so:\n```python\nprint(root(16))\n```", True),
@@ -50,6 +51,7 @@ def sandbox() -> None:
         (f"Sure, I can do that.\n\n{RIGHT}\nThat is all.", True),
         ("    return math.isqrt(number)\n\n\ndef other():\n    return 1\n", True),
         ("return math.isqrt(number)\n", True),
+        ("    return math.isqrt(number)\n```\nIt uses the library.", True),
         ("```python\n    return math.isqrt(number)\n```", True),
         ("```python\ndef root(number):\n    return number ** 0.5\n```", False),
         ("```python\ndef square_root(number):\n    return math.isqrt(number)\n```", False),
@@ -169,7 +171,8 @@ def test_code_has_no_environment_no_input_and_no_output(
     sandbox: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FIRP_SECRET", "value")
-    assert run_parts(["import os", "assert 'FIRP_SECRET' not in os.environ and 'HOME' not in os.environ"]) is True
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/nowhere")
+    assert run_parts(["import os", "assert not os.environ"]) is True
     assert run_parts(["try: input()\nexcept EOFError: empty = True", "assert empty"]) is True
     assert run_parts(["import sys\nprint('x' * 10 ** 6)\nprint('y', file=sys.stderr)"]) is True
     assert capfd.readouterr() == ("", "")
