@@ -53,7 +53,7 @@ def test_page_shows_every_cell_and_what_failed(tmp_path: Path) -> None:
     ]
     headers, lines = sweep_cells(cells)
     assert headers[:3] == ["batch size", "temperature", "method"] and len(lines) == 5
-    assert lines[1][:5] == ["1", "0", "firp", "2.00", "4.0"] and "failed with status 2" in lines[4]
+    assert lines[1][:5] == ["1", "0", "firp", "2.00", "8.0"] and "failed with status 2" in lines[4]
     write_sweep(cells, tmp_path)
     assert {"sweep.html", "sweep.md", "sweep.json", "throughput.png"} <= {path.name for path in tmp_path.iterdir()}
     page, value = (tmp_path / "sweep.html").read_text(), json.loads((tmp_path / "sweep.json").read_text())
