@@ -254,5 +254,7 @@ def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: 
         questions = Questions.of(prompt.conversation, teacher.tokenizer, stops) if all_turns else None
         lengths = tuple(questions.lengths()) if questions else ()
         place = f"{prompt.row} of {prompt.dataset}"
-        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, place=place))
+        said = next(iter(prompt.conversation.turns()), [])
+        question = next((message["content"] for message in reversed(said) if message["role"] == "user"), "")
+        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, place=place, question=question))
     return made

@@ -25,7 +25,7 @@ class BenchPrompt:
     Attributes:
         questions: all turns of its conversation; None if it has one. lengths: `Questions.lengths`.
         bounds: most tokens of the prompt of each later turn that is asked.
-        place: its row and data set, for messages.
+        place: its row and data set, for messages. question: text of the first turn's last user message.
     """
 
     token_ids: list[int]
@@ -35,6 +35,7 @@ class BenchPrompt:
     lengths: tuple[int, ...] = ()
     bounds: tuple[int, ...] = ()
     place: str = ""
+    question: str = ""
 
     @property
     def turns(self) -> int:

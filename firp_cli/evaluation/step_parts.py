@@ -242,4 +242,5 @@ def step_parts(
     if not clock.steps:
         return {}
     seconds = dict(zip(PARTS, clock.faster_half(), strict=True))
-    return {name: 1000 * sum(seconds[part] for part in parts) for name, parts in SUMMARY.items()}
+    found = {name: 1000 * sum(seconds[part] for part in parts) for name, parts in SUMMARY.items()}
+    return {name: time for name, time in found.items() if time}
