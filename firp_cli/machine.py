@@ -13,6 +13,7 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from firp_cli.errors import CapacityError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 UNITS = ("", "K", "M", "G", "T")
 CGROUPS = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
-PROCESSORS = Path("/sys/devices/system/cpu")
+PROCESSORS, PROCESSOR_INFO = Path("/sys/devices/system/cpu"), Path("/proc/cpuinfo")
 HUB_SECONDS = 3.0  # timeout of the connection
 SMI_SECONDS = 20.0  # timeout of nvidia-smi
 
@@ -88,11 +89,9 @@ def hub_reachable() -> bool:
 
 def processor_name() -> str:
     """Return the processor's model name where the system reports one, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    for line in _text(PROCESSOR_INFO).splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -206,26 +205,27 @@ def query_gpus(fields: Sequence[str], devices: Sequence[str] = ()) -> list[list[
     return [row for row in rows if len(row) == len(fields)]
 
 
-def processor_state(root: Path = PROCESSORS) -> dict[str, Any]:
-    """Return the governor of this process's cores, and their present and greatest clock in MHz, as far as the system
+def processor_state(root: Path = PROCESSORS, info: Path = PROCESSOR_INFO) -> dict[str, Any]:
+    """Return the governor of this process's cores, and their present and greatest clock, as far as the system
     tells them.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     folders = [root / f"cpu{core}" / "cpufreq" for core in cores]
     governors = sorted({text for folder in folders if (text := _text(folder / "scaling_governor"))})
     state: dict[str, Any] = {"governor": ", ".join(governors)} if governors else {}
-    for name, file in (("clock", "scaling_cur_freq"), ("clock_max", "cpuinfo_max_freq")):
+    for name, file in (("megahertz", "scaling_cur_freq"), ("megahertz_max", "cpuinfo_max_freq")):
         kilohertz = [int(text) for folder in folders if (text := _text(folder / file)).isdigit()]
         if kilohertz:
-            state[name] = round(sum(kilohertz) / len(kilohertz) / 1000)
-    return state
+            state[name] = round(fmean(kilohertz) / 1000)
+    megahertz = [float(number) for number in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _text(info), re.MULTILINE)]
+    return state if "megahertz" in state or not megahertz else {**state, "megahertz": round(fmean(megahertz))}
 
 
 def _text(path: Path) -> str:
     """Return the stripped text of a small file; empty where it cannot be read."""
     try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
         return ""
 
 

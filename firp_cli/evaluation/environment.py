@@ -12,16 +12,16 @@ from firp_cli.provenance import environment
 from firp_cli.teacher.attention import choose_backend
 from firp_cli.teacher.teacher import Teacher
 
-# fields of nvidia-smi, by the names that a report gives them: clocks in MHz, power in W, temperature in degrees Celsius
+# fields of nvidia-smi, by the names that a report gives them
 GPU_FIELDS = {
     "driver": "driver_version",
-    "sm_clock": "clocks.sm",
-    "sm_clock_max": "clocks.max.sm",
-    "memory_clock": "clocks.mem",
-    "memory_clock_max": "clocks.max.mem",
-    "power_limit": "power.limit",
-    "power": "power.draw",
-    "temperature": "temperature.gpu",
+    "sm_megahertz": "clocks.sm",
+    "sm_megahertz_max": "clocks.max.sm",
+    "memory_megahertz": "clocks.mem",
+    "memory_megahertz_max": "clocks.max.mem",
+    "power_limit_watts": "power.limit",
+    "power_watts": "power.draw",
+    "temperature_celsius": "temperature.gpu",
 }
 
 

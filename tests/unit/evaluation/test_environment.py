@@ -30,13 +30,13 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_device_state_is_read_from_nvidia_smi(smi: Path) -> None:
     assert read_gpu("GPU-1a2b") == {
         "driver": "550.54.15",
-        "sm_clock": 1980.0,
-        "sm_clock_max": 1980.0,
-        "memory_clock": 2619.0,
-        "memory_clock_max": 2619.0,
-        "power_limit": 700.0,
-        "power": 121.5,
-        "temperature": 34.0,
+        "sm_megahertz": 1980.0,
+        "sm_megahertz_max": 1980.0,
+        "memory_megahertz": 2619.0,
+        "memory_megahertz_max": 2619.0,
+        "power_limit_watts": 700.0,
+        "power_watts": 121.5,
+        "temperature_celsius": 34.0,
     }
     asked = (smi.parent / "asked").read_text()
     assert "--id=GPU-1a2b" in asked and "nounits" in asked and "driver_version,clocks.sm" in asked
@@ -45,7 +45,10 @@ def test_device_state_is_read_from_nvidia_smi(smi: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("550.54.15, [N/A], [Not Supported], N/A, [N/A], [N/A], [N/A], 34", {"driver": "550.54.15", "temperature": 34}),
+        (
+            "550.54.15, [N/A], [Not Supported], N/A, [N/A], [N/A], [N/A], 34",
+            {"driver": "550.54.15", "temperature_celsius": 34},
+        ),
         ("NVIDIA-SMI has failed because it could not communicate with the driver", {}),
         ("", {}),
     ],
@@ -73,8 +76,11 @@ def test_processor_state_reads_governor_and_clocks(tmp_path: Path, monkeypatch: 
         folder.mkdir(parents=True)
         (folder / "scaling_governor").write_text(governor + "\n")
         (folder / "scaling_cur_freq").write_text(clock + "\n")
-    assert processor_state(tmp_path) == {"governor": "performance, schedutil", "clock": 3000}
-    assert processor_state(tmp_path / "missing") == {}
+    assert processor_state(tmp_path) == {"governor": "performance, schedutil", "megahertz": 3000}
+    missing, info = tmp_path / "missing", tmp_path / "info"
+    info.write_text("model name\t: x\ncpu MHz\t\t: 2400.5\n\ncpu MHz\t\t: 2600.5\n")
+    assert processor_state(missing, missing) == {} and processor_state(missing, info) == {"megahertz": 2500}
+    assert processor_state(tmp_path, info)["megahertz"] == 3000
 
 
 def test_environment_of_a_cpu_has_load_and_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +108,7 @@ def test_environment_of_a_cuda_device_names_driver_and_clocks(smi: Path, monkeyp
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     values = measurement_environment(OnDevice())  # type: ignore[arg-type]
     assert (values["device_name"], values["devices"], values["driver"]) == ("NVIDIA H200", 8, "550.54.15")
-    assert values["nccl"] == "2.21.5" and values["device_state"]["sm_clock"] == 1980
+    assert values["nccl"] == "2.21.5" and values["device_state"]["sm_megahertz"] == 1980
     assert "driver" not in values["device_state"] and "--id=GPU-1a2b" in (smi.parent / "asked").read_text()
     smi.unlink()
     values = measurement_environment(OnDevice())  # type: ignore[arg-type]
