@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from firp_cli.cli.bench_runs import matrix, measure_cells, measure_in_processes, temperature_of, whole_number
 from firp_cli.cli.terminal import (
     Attention,
     Backend,
@@ -22,7 +23,6 @@ from firp_cli.cli.terminal import (
     Seed,
     SkipLong,
     Split,
-    Temperature,
     Threads,
     TopP,
     Tree,
@@ -31,6 +31,7 @@ from firp_cli.cli.terminal import (
     decoding_options,
     default_folder,
     interruption,
+    print_json,
     progress_bar,
     publish,
     quiet_libraries,
@@ -43,6 +44,7 @@ from firp_cli.files import check_output, reserved_folder
 from firp_cli.machine import is_main, rank, world_size
 
 if TYPE_CHECKING:
+    from firp_cli.reports.sweep import SweepCell
     from firp_cli.results import BenchReport
 
 NOTHING_KEPT = "firp: interrupted before the first repeat was whole: nothing is kept"
@@ -72,14 +74,16 @@ def bench(
     data_dir: DataDir = None,
     split: Split = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each data set. Default: 40.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a prompt.")] = 128,
-    temperature: Temperature = 0.0,
+    max_new_tokens: Annotated[str, typer.Option(help="Most new tokens of a prompt.")] = "128",
+    temperature: Annotated[str, typer.Option(help="Sampling temperature. 0: greedy.")] = "0",
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.")] = 1,
+    batch_size: Annotated[str, typer.Option(help="Prompts decoded at once.")] = "1",
     tree: Tree = None,
     turns: Turns = "all",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of all measurements; medians are reported.")] = 3,
+    processes: Annotated[int, typer.Option(min=1, help="Fresh processes that measure all of it, one by one.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a matrix of settings in --output.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/bench-...")] = None,
     skip_long: SkipLong = False,
     threads: Threads = None,
@@ -93,7 +97,11 @@ def bench(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure accepted length and speedup; write bench.json, .csv, .md and .html."""
+    """Measure accepted length and speedup; write bench.json, .csv, .md and .html.
+
+    --batch-size, --temperature, --tree and --max-new-tokens take several values with commas: each combination is
+    measured, and one page (sweep.html) shows them all.
+    """
     quiet_libraries(verbose)
     from firp_cli.api.bench_run import bench as measure
     from firp_cli.data.readers import dataset_label
@@ -102,10 +110,24 @@ def bench(
 
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
     default = default_folder("bench", dataset_label(dataset))
-    settings = BenchSettings(
-        max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard, turns=turns, engine=options
-    )
+    given = {"--batch-size": batch_size, "--temperature": temperature, "--max-new-tokens": max_new_tokens}
+    cells = matrix({**given, "--tree": tree})
+    fixed: dict[str, Any] = {"top_p": top_p, "repeats": repeats, "seed": seed, "guard": guard, "turns": turns}
+    settings, *_ = [
+        BenchSettings(
+            whole_number("--max-new-tokens", cell["--max-new-tokens"]),
+            whole_number("--batch-size", cell["--batch-size"]),
+            temperature_of(cell["--temperature"]),
+            engine=options,
+            **fixed,
+        )
+        for cell in cells
+    ]
     check_output(output or default)
+    if len(cells) > 1 or processes > 1:
+        with reserved_folder(output, default) as folder:
+            _several(context, cells, folder, processes, resume, as_json)
+        return
     if launch(gpus, None, command_line(context)):
         return
     settings = replace(settings, rank=rank(), ranks=world_size())
@@ -119,6 +141,33 @@ def bench(
         report = measure(predictors, **measuring, **loading)
         if is_main():
             _publish(report, folder, as_json)
+
+
+def _several(
+    context: typer.Context, cells: list[dict[str, str]], folder: Path, processes: int, resume: bool, as_json: bool
+) -> None:
+    """Measure in several processes, or a matrix of settings; write the report and print it."""
+    if len(cells) == 1:
+        _publish(measure_in_processes(context, processes, folder), folder, as_json)
+        return
+    from rich.console import Console
+
+    from firp_cli.api.write_report import write_sweep
+    from firp_cli.reports.cells import rich_table
+    from firp_cli.reports.sweep import break_even_lines, sweep_cells, sweep_json
+
+    done: list[SweepCell] = []
+    for done in measure_cells(context, cells, folder, processes, resume):
+        write_sweep(done, folder)
+    if as_json:
+        print_json(sweep_json(done))
+    else:
+        console = Console(highlight=False, emoji=False)
+        console.print(rich_table(*sweep_cells(done), left=1 + len(done[0].values)))
+        for line in [*break_even_lines(done), f"report: {folder / 'sweep.html'}"]:
+            console.print(line, markup=False, soft_wrap=True)
+    if not any(cell.report for cell in done):
+        raise typer.Exit(1)
 
 
 def _names(methods: str | None) -> list[str] | None:

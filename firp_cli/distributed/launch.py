@@ -317,14 +317,18 @@ def _cluster_command(gpus: int | None, hostfile: str) -> list[str]:
     ]
 
 
-def run_program(command: list[str], environment: dict[str, str] | None = None) -> tuple[int, bool]:
-    """Run a program in its own process group; return its exit code, and True if the user interrupted it.
+def run_program(
+    command: list[str], environment: dict[str, str] | None = None, silent: bool = False
+) -> tuple[int, bool]:
+    """Run a program in its own process group; return its exit code, and True if the user interrupted it. `silent`: what
+    it prints on stdout is dropped.
 
     A signal that ends a program is passed on as SIGTERM, and its end is awaited: a launcher passes it to the ranks and
     waits for their checkpoint. One within SAME_INTERRUPTION seconds of the last is ignored.
     """
     passed_on: list[float] = []
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    output = subprocess.DEVNULL if silent else None
+    process = subprocess.Popen(command, env=environment, stdout=output, start_new_session=True)
 
     def pass_on(*_: Any) -> None:
         now = time.monotonic()
