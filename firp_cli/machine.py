@@ -13,7 +13,6 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from firp_cli.errors import CapacityError
@@ -216,9 +215,13 @@ def processor_state(root: Path = PROCESSORS, info: Path = PROCESSOR_INFO) -> dic
     for name, file in (("megahertz", "scaling_cur_freq"), ("megahertz_max", "cpuinfo_max_freq")):
         kilohertz = [int(text) for folder in folders if (text := _text(folder / file)).isdigit()]
         if kilohertz:
-            state[name] = round(fmean(kilohertz) / 1000)
+            state[name] = round(sum(kilohertz) / len(kilohertz) / 1000)
     megahertz = [float(number) for number in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _text(info), re.MULTILINE)]
-    return state if "megahertz" in state or not megahertz else {**state, "megahertz": round(fmean(megahertz))}
+    return (
+        state
+        if "megahertz" in state or not megahertz
+        else {**state, "megahertz": round(sum(megahertz) / len(megahertz))}
+    )
 
 
 def _text(path: Path) -> str:
