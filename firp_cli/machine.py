@@ -217,11 +217,9 @@ def processor_state(root: Path = PROCESSORS, info: Path = PROCESSOR_INFO) -> dic
         if kilohertz:
             state[name] = round(sum(kilohertz) / len(kilohertz) / 1000)
     megahertz = [float(number) for number in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _text(info), re.MULTILINE)]
-    return (
-        state
-        if "megahertz" in state or not megahertz
-        else {**state, "megahertz": round(sum(megahertz) / len(megahertz))}
-    )
+    if megahertz and "megahertz" not in state:
+        state["megahertz"] = round(sum(megahertz) / len(megahertz))
+    return state
 
 
 def _text(path: Path) -> str:
