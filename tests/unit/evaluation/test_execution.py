@@ -13,8 +13,8 @@ from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.evaluation.bench_prompts import BenchPrompt, make_batches
 from firp_cli.evaluation.execution import engine_execution, execution, library_execution, reset_captures
+from firp_cli.evaluation.measure import measure
 from firp_cli.evaluation.methods import BenchSettings, Method, make_methods
-from firp_cli.evaluation.run_bench import measure
 from firp_cli.records import Execution
 from firp_cli.results import Prediction
 from firp_cli.teacher.teacher import Teacher
