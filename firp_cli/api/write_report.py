@@ -54,8 +54,6 @@ def _write(report: BenchReport | EvalReport | TuneReport, folder: Path) -> None:
         name, figures = "bench", bench_figures(report)
         pages = {"csv": bench_csv(report), "md": bench_markdown(report, list(figures))}
         pages["html"] = bench_html(report, figures)
-        answers = answer_lines(report.records)
-        write_atomically(folder / ANSWERS, lambda path: path.write_text(answers, encoding="utf-8"))
     elif isinstance(report, EvalReport):
         name, figures, pages = "eval", eval_figures(report), {}
     else:
@@ -64,4 +62,6 @@ def _write(report: BenchReport | EvalReport | TuneReport, folder: Path) -> None:
     write_json(folder / f"{name}.json", as_json(report))
     files = {f"{figure}.png": image for figure, image in figures.items()}
     files |= {f"{name}.{suffix}": text.encode() for suffix, text in pages.items()}
+    if isinstance(report, BenchReport):
+        files[ANSWERS] = answer_lines(report.records).encode()
     _write_files(files, folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,11 +40,13 @@ from firp_cli.cli.terminal import (
     teacher_options,
 )
 from firp_cli.config import TeacherConfig
-from firp_cli.errors import INTERRUPTED
+from firp_cli.errors import INTERRUPTED, UsageError
 from firp_cli.files import check_output, reserved_folder
 from firp_cli.machine import is_main, rank, world_size
 
 if TYPE_CHECKING:
+    from firp_cli.decoding.engine import EngineOptions
+    from firp_cli.evaluation.methods import BenchSettings
     from firp_cli.reports.sweep import SweepCell
     from firp_cli.results import BenchReport
 
@@ -112,54 +115,108 @@ def bench(
     --batch-size, --temperature, --tree and --max-new-tokens take several values with commas: each combination is
     measured, and one page (sweep.html) shows them all.
     """
-    quiet_libraries(verbose)
+    given = dict(locals())
+    _run(given.pop("context"), BenchOptions(**given))
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Values of the command's options."""
+
+    predictors: list[str] | None
+    dataset: str
+    methods: str | None
+    teacher: TeacherConfig | None
+    data_dir: str | None
+    split: str
+    limit: int | None
+    max_new_tokens: str
+    temperature: str
+    top_p: float
+    seed: int
+    batch_size: str
+    tree: str | None
+    turns: str
+    run_code: bool
+    repeats: int
+    processes: int
+    resume: bool
+    output: Path | None
+    skip_long: bool
+    threads: int | None
+    backend: str
+    attention: str
+    graphs: bool
+    compiled: bool
+    gpus: Any
+    guard: bool | None
+    force: bool
+    as_json: bool
+    verbose: bool
+
+    def cells(self) -> list[dict[str, str]]:
+        """Return every combination of the settings that may have several values."""
+        given = {"--batch-size": self.batch_size, "--temperature": self.temperature}
+        return matrix({**given, "--max-new-tokens": self.max_new_tokens, "--tree": self.tree})
+
+    def settings(self, cell: Mapping[str, str], engine: EngineOptions) -> BenchSettings:
+        """Return the conditions of a combination. Raises UsageError."""
+        from firp_cli.evaluation.methods import BenchSettings
+
+        return BenchSettings(
+            max_new_tokens=whole_number("--max-new-tokens", cell["--max-new-tokens"]),
+            batch_size=whole_number("--batch-size", cell["--batch-size"]),
+            temperature=temperature_of(cell["--temperature"]),
+            top_p=self.top_p,
+            repeats=self.repeats,
+            seed=self.seed,
+            guard=self.guard,
+            turns=self.turns,
+            run_code=self.run_code,
+            engine=engine,
+        )
+
+    def measuring(self) -> dict[str, Any]:
+        """Return the arguments of `firp_cli.bench` that are options as they are."""
+        names = ("dataset", "data_dir", "split", "limit", "skip_long", "teacher", "force", "tree")
+        return {name: getattr(self, name) for name in names} | {"methods": _names(self.methods)}
+
+
+def _run(context: typer.Context, given: BenchOptions) -> None:
+    """Measure, in this process or in several, and publish the report."""
+    quiet_libraries(given.verbose)
     from firp_cli.api.bench_run import bench as measure
     from firp_cli.data.readers import dataset_label
     from firp_cli.distributed.launch import launch, relayed_errors, start
-    from firp_cli.evaluation.methods import BenchSettings
 
-    layers, options = decoding_options(backend, compiled, attention, graphs, threads)
-    default = default_folder("bench", dataset_label(dataset))
-    given = {"--batch-size": batch_size, "--temperature": temperature, "--max-new-tokens": max_new_tokens}
-    cells = matrix({**given, "--tree": tree})
-    fixed: dict[str, Any] = {"top_p": top_p, "repeats": repeats, "seed": seed, "guard": guard, "turns": turns}
-    fixed["run_code"] = run_code
-    settings, *_ = [
-        BenchSettings(
-            whole_number("--max-new-tokens", cell["--max-new-tokens"]),
-            whole_number("--batch-size", cell["--batch-size"]),
-            temperature_of(cell["--temperature"]),
-            engine=options,
-            **fixed,
-        )
-        for cell in cells
-    ]
-    check_output(output or default)
-    if len(cells) > 1 or processes > 1:
-        with reserved_folder(output, default) as folder:
-            _several(context, cells, folder, processes, resume, as_json)
+    layers, engine = decoding_options(given.backend, given.compiled, given.attention, given.graphs, given.threads)
+    default = default_folder("bench", dataset_label(given.dataset))
+    cells = given.cells()
+    settings = [given.settings(cell, engine) for cell in cells]
+    check_output(given.output or default)
+    if given.resume and (len(cells) == 1 or given.output is None):
+        raise UsageError("--resume goes on with a matrix of settings in --output: give both")
+    if len(cells) > 1 or given.processes > 1:
+        with reserved_folder(given.output, default) as folder:
+            _several(context, given, cells, folder)
         return
-    if launch(gpus, None, command_line(context)):
+    if launch(given.gpus, None, command_line(context)):
         return
-    settings = replace(settings, rank=rank(), ranks=world_size())
-    loading: dict[str, Any] = {"teacher": teacher, "backend": layers, "force": force, "tree": tree}
-    measuring: dict[str, Any] = {"dataset": dataset, "methods": _names(methods), "data_dir": data_dir, "split": split}
-    measuring |= {"limit": limit, "skip_long": skip_long, "settings": settings, "progress": progress_bar}
-    reserved = reserved_folder(output, default) if is_main() else nullcontext(default)
+    ranked = replace(settings[0], rank=rank(), ranks=world_size())
+    reserved = reserved_folder(given.output, default) if is_main() else nullcontext(default)
     with interruption(NOTHING_KEPT), relayed_errors(), reserved as folder:
         if world_size() > 1:
             start()
-        report = measure(predictors, **measuring, **loading)
+        measuring = {**given.measuring(), "settings": ranked, "backend": layers, "progress": progress_bar}
+        report = measure(given.predictors, **measuring)
         if is_main():
-            _publish(report, folder, as_json)
+            _publish(report, folder, given.as_json)
 
 
-def _several(
-    context: typer.Context, cells: list[dict[str, str]], folder: Path, processes: int, resume: bool, as_json: bool
-) -> None:
+def _several(context: typer.Context, given: BenchOptions, cells: list[dict[str, str]], folder: Path) -> None:
     """Measure in several processes, or a matrix of settings; write the report and print it."""
     if len(cells) == 1:
-        _publish(measure_in_processes(context, processes, folder), folder, as_json)
+        _publish(measure_in_processes(context, given.processes, folder), folder, given.as_json)
         return
     from rich.console import Console
 
@@ -168,13 +225,15 @@ def _several(
     from firp_cli.reports.sweep import break_even_lines, sweep_cells, sweep_json
 
     done: list[SweepCell] = []
-    for done in measure_cells(context, cells, folder, processes, resume):
+    for done in measure_cells(context, cells, folder, given.processes, given.resume):
         write_sweep(done, folder)
-    if as_json:
+    if given.as_json:
         print_json(sweep_json(done))
     else:
         console = Console(highlight=False, emoji=False)
-        console.print(rich_table(*sweep_cells(done), left=1 + len(done[0].values)))
+        headers, lines = sweep_cells(done)
+        headers = [header.replace(" ", "\n", 1) for header in headers]
+        console.print(rich_table(headers, lines, left=headers.index("method") + 1))
         for line in [*break_even_lines(done), f"report: {folder / 'sweep.html'}"]:
             console.print(line, markup=False, soft_wrap=True)
     if not any(cell.report for cell in done):

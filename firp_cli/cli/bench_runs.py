@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def run_child(arguments: Sequence[str]) -> int:
     """
     from firp_cli.distributed.launch import run_program
 
-    status, interrupted = run_program([sys.executable, "-m", "firp_cli", *arguments], silent=True)
+    status, interrupted = run_program([sys.executable, "-m", "firp_cli", *arguments], stdout=subprocess.DEVNULL)
     return INTERRUPTED if interrupted else status
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 from firp_cli.data.references import Reference
 from firp_cli.errors import SandboxError
+from firp_cli.evaluation.answer_runs import ALL
 from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.final_values import contains, ends_with
+from firp_cli.evaluation.methods import BenchSettings
 from firp_cli.evaluation.run_code import passes_tests, sandbox_fault
 from firp_cli.records import Accuracy, AnswerRecord
-from firp_cli.results import Interval, Progress, no_progress
+from firp_cli.results import BenchReport, Interval, Progress, no_progress
 
 LOG = logging.getLogger("firp")
 THINKING, THOUGHT = "<think>", "</think>"
@@ -38,6 +40,26 @@ def spoken(text: str) -> str:
     """Return an answer without its thinking; nothing of one that is cut while it thinks."""
     said = text.rpartition(THOUGHT)[2]
     return "" if THINKING in said else said
+
+
+def add_accuracy(report: BenchReport, prompts: Sequence[BenchPrompt], tokenizer: Any, settings: BenchSettings) -> None:
+    """Judge the answers of a report; add their texts, the accuracy of each row, and warnings.
+
+    Rows over several data sets get none, since these are judged in different ways. Nothing is added without a
+    tokenizer.
+    """
+    if tokenizer is None:
+        return
+    write_texts(report.records, tokenizer)
+    report.warnings += judge_answers(report.records, prompts, settings.run_code, sampled=settings.temperature > 0)
+    for row in report.rows:
+        if not row.reason and row.dataset != ALL:
+            own = [
+                item
+                for item in report.records
+                if (item.method, item.dataset) == (row.method, row.dataset) and row.category in (ALL, item.category)
+            ]
+            row.accuracy = accuracy(own, prompts)
 
 
 def write_texts(records: Iterable[AnswerRecord], tokenizer: Any) -> None:
