@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from firp_cli.errors import OutputError
+from firp_cli.evaluation.spec_bench import answer_files
 from firp_cli.files import os_reason, write_atomically, write_json
 from firp_cli.reports.figures import bench_figures, eval_figures
 from firp_cli.reports.html import bench_html
@@ -15,7 +17,8 @@ from firp_cli.tune_results import TuneReport
 
 
 def write_report(report: BenchReport | EvalReport | TuneReport, folder: str | Path) -> None:
-    """Write NAME.json and the figures as PNG; of a bench also CSV, Markdown and HTML, of tuning Markdown and HTML.
+    """Write NAME.json and the figures as PNG; of a bench also CSV, Markdown, HTML and on Spec-Bench its answer files,
+    of tuning Markdown and HTML.
 
     Each file appears whole or not at all. Raises OutputError where one cannot be written.
     """
@@ -41,5 +44,7 @@ def _write(report: BenchReport | EvalReport | TuneReport, folder: Path) -> None:
     write_json(folder / f"{name}.json", as_json(report))
     files = {f"{figure}.png": image for figure, image in figures.items()}
     files |= {f"{name}.{suffix}": text.encode() for suffix, text in pages.items()}
+    if isinstance(report, BenchReport):
+        files |= {file: text.encode() for file, text in answer_files(report, time.time()).items()}
     for file, content in files.items():
         write_atomically(folder / file, lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]

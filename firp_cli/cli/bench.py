@@ -30,6 +30,7 @@ from firp_cli.cli.terminal import (
     command_line,
     decoding_options,
     default_folder,
+    given_options,
     interruption,
     progress_bar,
     publish,
@@ -56,6 +57,10 @@ Methods = Annotated[
         "folder name. Default: all."
     ),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Published definition: spec-bench, speed-bench or eagle. Options beside it win, and are named."),
+]
 Turns = Annotated[
     str, typer.Option(help="User turns of a conversation: all, each after the method's own answers, or first.")
 ]
@@ -66,7 +71,10 @@ def bench(
     predictors: Predictors = None,
     *,
     context: typer.Context,
-    dataset: Annotated[str, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder; several with commas.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder; several with commas.")
+    ] = None,
+    preset: Preset = None,
     methods: Methods = None,
     teacher: TeacherConfig | None = None,
     data_dir: DataDir = None,
@@ -99,19 +107,30 @@ def bench(
     from firp_cli.data.readers import dataset_label
     from firp_cli.distributed.launch import launch, relayed_errors, start
     from firp_cli.evaluation.methods import BenchSettings
+    from firp_cli.evaluation.presets import apply_preset
 
+    values: dict[str, Any] = {
+        "dataset": dataset,
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+    }
+    values |= {"batch_size": batch_size, "turns": turns, "split": split, "warmup": 1}
+    values, told = apply_preset(preset, values, given_options(context))
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
-    default = default_folder("bench", dataset_label(dataset))
+    default = default_folder("bench", preset or dataset_label(values["dataset"]))
+    decoding = {name: values[name] for name in ("max_new_tokens", "batch_size", "temperature", "turns", "warmup")}
     settings = BenchSettings(
-        max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard, turns=turns, engine=options
+        **decoding, top_p=top_p, repeats=repeats, seed=seed, guard=guard, engine=options, preset=told
     )
     check_output(output or default)
     if launch(gpus, None, command_line(context)):
         return
     settings = replace(settings, rank=rank(), ranks=world_size())
     loading: dict[str, Any] = {"teacher": teacher, "backend": layers, "force": force, "tree": tree}
-    measuring: dict[str, Any] = {"dataset": dataset, "methods": _names(methods), "data_dir": data_dir, "split": split}
-    measuring |= {"limit": limit, "skip_long": skip_long, "settings": settings, "progress": progress_bar}
+    measuring: dict[str, Any] = {name: values[name] for name in ("dataset", "split", "limit")}
+    measuring |= {"methods": _names(methods), "data_dir": data_dir, "skip_long": skip_long}
+    measuring |= {"settings": settings, "progress": progress_bar}
     reserved = reserved_folder(output, default) if is_main() else nullcontext(default)
     with interruption(NOTHING_KEPT), relayed_errors(), reserved as folder:
         if world_size() > 1:
@@ -138,11 +157,13 @@ def _show(report: BenchReport, folder: Path) -> None:
     from rich.console import Console
 
     from firp_cli.reports.cells import TEACHERS_NOTE
+    from firp_cli.reports.preset_lines import preset_lines
     from firp_cli.reports.speed_tables import pipeline_note
     from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
 
     console = Console(highlight=False, emoji=False)
-    console.print(settings_line(report), markup=False)
+    for line in (settings_line(report), *preset_lines(report)):
+        console.print(line, markup=False)
     console.print(bench_tables(report))
     for note in (TEACHERS_NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):
         if note:

@@ -61,6 +61,7 @@ class BenchSettings:
         rank, ranks: this process among those that share a pipeline's stages.
         guard: predictors fall back to autoregressive decoding while drafting is slower; None: only pipelines do.
         engine: how this package's engine runs its steps.
+        preset: published definition that they follow, as `presets.apply_preset` describes it.
     """
 
     max_new_tokens: int = 128
@@ -75,6 +76,7 @@ class BenchSettings:
     guard: bool | None = None
     turns: str = "all"
     engine: EngineOptions = field(default_factory=EngineOptions)
+    preset: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.turns not in TURNS:
