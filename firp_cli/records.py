@@ -5,8 +5,13 @@ Every figure of a report can be recomputed from its records (`answers.jsonl`). R
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+ANSWERS = "answers.jsonl"
 
 
 @dataclass
@@ -15,7 +20,7 @@ class AnswerRecord:
 
     Attributes:
         prompt: number of the prompt among those measured, from 0. turn: of its conversation, from 0.
-        id: name or number that the data set's row gives itself.
+        id: name or number that the data set's row gives itself. row: place of the row in its data set.
         process, repeat: that measured it, from 0. batch: answers of a batch, process and repeat share their seconds.
         accepted_lengths: tokens of each decoding step. loops: r, where a step is a tick of a pipeline.
         token_ids, text: of the first repeat of the first process; of others only if their tokens differ.
@@ -44,6 +49,7 @@ class AnswerRecord:
     decode_seconds: float
     finish_reason: str
     id: Any = None
+    row: str = ""
     teacher: str | None = None
     loops: int | None = None
     autoregressive_steps: int = 0
@@ -57,6 +63,25 @@ class AnswerRecord:
     variance: float | None = None
     tail: float | None = None
     correct: bool | None = None
+
+    @property
+    def emitted(self) -> int:
+        """Tokens of the decoding steps: all but the first one, which prefill gives."""
+        return sum(self.accepted_lengths)
+
+
+def answer_lines(records: Iterable[AnswerRecord]) -> str:
+    """Return records as JSON lines; values that are not set are left out."""
+    kept = ({name: value for name, value in asdict(record).items() if value is not None} for record in records)
+    return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in kept)
+
+
+def read_answers(path: Path) -> list[AnswerRecord]:
+    """Return the records of an `answers.jsonl`; fields of later versions are ignored."""
+    known = {item.name for item in fields(AnswerRecord)}
+    with path.open(encoding="utf-8") as stream:
+        lines = [json.loads(line) for line in stream]
+    return [AnswerRecord(**{name: value for name, value in line.items() if name in known}) for line in lines]
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 from firp_cli.errors import OutputError
 from firp_cli.evaluation.spec_bench import answer_files
 from firp_cli.files import os_reason, write_atomically, write_json
+from firp_cli.records import ANSWERS, answer_lines
 from firp_cli.reports.figures import bench_figures, eval_figures
 from firp_cli.reports.html import bench_html
 from firp_cli.reports.tables import bench_csv, bench_markdown
@@ -17,8 +18,8 @@ from firp_cli.tune_results import TuneReport
 
 
 def write_report(report: BenchReport | EvalReport | TuneReport, folder: str | Path) -> None:
-    """Write NAME.json and the figures as PNG; of a bench also CSV, Markdown, HTML and on Spec-Bench its answer files,
-    of tuning Markdown and HTML.
+    """Write NAME.json and the figures as PNG; of a bench also the records of its answers, CSV, Markdown, HTML and on
+    Spec-Bench its answer files, of tuning Markdown and HTML.
 
     Each file appears whole or not at all. Raises OutputError where one cannot be written.
     """
@@ -36,6 +37,8 @@ def _write(report: BenchReport | EvalReport | TuneReport, folder: Path) -> None:
         name, figures = "bench", bench_figures(report)
         pages = {"csv": bench_csv(report), "md": bench_markdown(report, list(figures))}
         pages["html"] = bench_html(report, figures)
+        answers = answer_lines(report.records)
+        write_atomically(folder / ANSWERS, lambda path: path.write_text(answers, encoding="utf-8"))
     elif isinstance(report, EvalReport):
         name, figures, pages = "eval", eval_figures(report), {}
     else:

@@ -1,7 +1,7 @@
 """Spec-Bench's published categories, and its answer files, which its own `evaluation/speed.py` reads.
 
 Spec-Bench (https://github.com/hemingkx/Spec-Bench): mean over questions of new tokens per second of wall time, prefill
-included, over that of the baseline. Imports no torch.
+included, over that of the baseline.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from itertools import groupby
-from statistics import median
 from typing import Any
 
+from firp_cli.evaluation.answer_runs import BatchRun, Times, runs_of_records
 from firp_cli.records import AnswerRecord
 from firp_cli.results import BenchReport
 
@@ -40,50 +39,45 @@ def answer_files(report: BenchReport, written: float = 0.0) -> dict[str, str]:
     where several prompts shared a batch's time.
 
     A line is a question: `choices[0]` has the text, decoding steps, new tokens and seconds of each turn, and the tokens
-    of each step (`accept_lengths`, without the token that prefill gives). Seconds are the medians over repeats.
+    of each step (`accept_lengths`, without the token that prefill gives). Seconds are folded over repeats as in
+    `speedup_with_prefill`, which their ratio gives.
 
     Args:
         written: time stamp of the lines.
     """
-    names = {record.dataset for record in report.records if record.dataset == NAME}
-    names |= {name for name in {record.dataset for record in report.records} if _is_published(report.records, name)}
-    records = [record for record in report.records if record.dataset in names]
-    if not records or report.settings.get("batch_size") != 1:
-        return {}
+    records = [record for record in report.records if record.dataset in _spec_bench_sets(report.records)]
     files = {}
-    several = len({record.teacher for record in records}) > 1
-    for (teacher, method), own in _grouped(records, lambda item: (item.teacher or "", item.method)):
-        model = f"{teacher or report.teacher.get('name', '')}-{method}"
-        lines = [_line(answers, model, written) for _, answers in _grouped(own, lambda item: item.prompt)]
-        numbers = [line["question_id"] for line in lines]
-        if all(isinstance(number, int) for number in numbers):  # as Spec-Bench sorts its files
-            lines.sort(key=lambda line: line["question_id"])
-        folder = f"{FOLDER}/{_plain(teacher)}" if several else FOLDER
-        files[f"{folder}/{_plain(method)}.jsonl"] = "".join(f"{json.dumps(line)}\n" for line in lines)
+    teachers = list(dict.fromkeys(record.teacher for record in records))
+    for teacher in teachers:
+        folder = f"{FOLDER}/{_plain(teacher or 'teacher')}" if len(teachers) > 1 else FOLDER
+        runs = runs_of_records(record for record in records if record.teacher == teacher)
+        for method, batches in runs.items():
+            if any(len(set(run.numbers)) > 1 for run in batches):
+                continue
+            model = f"{teacher or report.teacher.get('name', '')}-{method}"
+            lines = [_line(run, model, written) for run in batches]
+            if all(isinstance(line["question_id"], int) for line in lines):  # as Spec-Bench sorts its files
+                lines.sort(key=lambda line: line["question_id"])
+            text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+            files[f"{folder}/{_plain(method)}.jsonl"] = text
     return files
 
 
-def question_seconds(answers: Iterable[AnswerRecord]) -> float:
-    """Return the wall seconds of one question by one method, prefill included: the median over repeats of its prefill,
-    and the tokens of the first repeat at the median decode seconds per token.
-    """
-    repeats = [list(own) for _, own in _grouped(answers, lambda item: (item.process, item.repeat))]
-    tokens = [sum(max(0, item.new_tokens - 1) for item in own) for own in repeats]
-    decode = [sum(item.decode_seconds for item in own) for own in repeats]
-    per_token = median(seconds / max(1, count) for seconds, count in zip(decode, tokens, strict=True))
-    return median(sum(item.prefill_seconds for item in own) for own in repeats) + per_token * tokens[0]
+def _spec_bench_sets(records: Iterable[AnswerRecord]) -> set[str]:
+    """Return the data sets that are Spec-Bench, by name or by the categories of its tables."""
+    categories: dict[str, set[str]] = {}
+    for record in records:
+        categories.setdefault(record.dataset, set()).add(record.category)
+    return {name for name, own in categories.items() if name == NAME or own == {MT_BENCH_COLUMN, *OTHERS}}
 
 
-def _is_published(records: Iterable[AnswerRecord], name: str) -> bool:
-    """Return True for a data set whose categories are those of Spec-Bench's tables."""
-    return {record.category for record in records if record.dataset == name} == {MT_BENCH_COLUMN, *OTHERS}
-
-
-def _line(answers: list[AnswerRecord], model: str, written: float) -> dict[str, Any]:
+def _line(run: BatchRun, model: str, written: float) -> dict[str, Any]:
     """Return the line of a question; tokens and texts are those of the first repeat."""
-    first = min((item.process, item.repeat) for item in answers)
-    turns = sorted((item for item in answers if (item.process, item.repeat) == first), key=lambda item: item.turn)
-    whole = question_seconds(answers)
+    turns = sorted(run.first, key=lambda item: item.turn)
+    times = Times.of([run])
+    folded = times.fold(times.everything)
+    seconds = float((folded.prefill + folded.decode)[0, 0]) * sum(item.new_tokens for item in turns)
+    seconds /= float(folded.written[0, 0])
     measured = sum(item.prefill_seconds + item.decode_seconds for item in turns) or 1.0
     lengths = [_lengths(item) for item in turns]
     number = turns[0].id if isinstance(turns[0].id, int | str) else turns[0].prompt
@@ -92,8 +86,8 @@ def _line(answers: list[AnswerRecord], model: str, written: float) -> dict[str, 
         "turns": [(item.text or "").strip() for item in turns],
         "decoding_steps": [len(steps) for steps in lengths],
         "new_tokens": [item.new_tokens for item in turns],
-        # each turn's share of the first repeat, of the median time
-        "wall_time": [whole * (item.prefill_seconds + item.decode_seconds) / measured for item in turns],
+        # each turn's share of the first repeat, of the question's time over all repeats
+        "wall_time": [seconds * (item.prefill_seconds + item.decode_seconds) / measured for item in turns],
         "accept_lengths": [length for steps in lengths for length in steps],
     }
     return {
@@ -116,10 +110,6 @@ def _category(category: str, number: int | str) -> str:
     """Return the category as Spec-Bench's files name it: of MT-Bench's questions, which are grouped here, by number."""
     place = (number - FIRST_ID) // QUESTIONS if isinstance(number, int) else -1
     return MT_BENCH[place] if category == MT_BENCH_COLUMN and 0 <= place < len(MT_BENCH) else category
-
-
-def _grouped(records: Iterable[AnswerRecord], key: Any) -> list[tuple[Any, list[AnswerRecord]]]:
-    return [(value, list(own)) for value, own in groupby(sorted(records, key=key), key=key)]
 
 
 def _plain(name: str) -> str:
