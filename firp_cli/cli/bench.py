@@ -46,6 +46,8 @@ from firp_cli.machine import is_main, rank, world_size
 if TYPE_CHECKING:
     from firp_cli.results import BenchReport
 
+# options that a preset may set, and others, that become BenchSettings
+SETTINGS = ("max_new_tokens", "batch_size", "temperature", "top_p", "repeats", "warmup", "seed", "guard", "turns")
 NOTHING_KEPT = "firp: interrupted before the first repeat was whole: nothing is kept"
 Predictors = Annotated[
     list[str] | None, typer.Argument(help="Predictor folders or embedded names. Default: the embedded ones.")
@@ -56,6 +58,9 @@ Methods = Annotated[
         help="Methods with commas: ar (autoregressive decoding), hf (transformers' generate) and predictors by kind or "
         "folder name. Default: all."
     ),
+]
+Dataset = Annotated[
+    str | None, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder; several with commas.")
 ]
 Preset = Annotated[
     str | None,
@@ -71,9 +76,7 @@ def bench(
     predictors: Predictors = None,
     *,
     context: typer.Context,
-    dataset: Annotated[
-        str | None, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder; several with commas.")
-    ] = None,
+    dataset: Dataset = None,
     preset: Preset = None,
     methods: Methods = None,
     teacher: TeacherConfig | None = None,
@@ -109,28 +112,17 @@ def bench(
     from firp_cli.evaluation.methods import BenchSettings
     from firp_cli.evaluation.presets import apply_preset
 
-    values: dict[str, Any] = {
-        "dataset": dataset,
-        "limit": limit,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-    }
-    values |= {"batch_size": batch_size, "turns": turns, "split": split, "warmup": 1}
-    values, told = apply_preset(preset, values, given_options(context))
+    values, told = apply_preset(preset, {**context.params, "warmup": 1}, given_options(context))
     layers, options = decoding_options(backend, compiled, attention, graphs, threads)
     default = default_folder("bench", preset or dataset_label(values["dataset"]))
-    decoding = {name: values[name] for name in ("max_new_tokens", "batch_size", "temperature", "turns", "warmup")}
-    settings = BenchSettings(
-        **decoding, top_p=top_p, repeats=repeats, seed=seed, guard=guard, engine=options, preset=told
-    )
+    settings = BenchSettings(**{name: values[name] for name in SETTINGS}, engine=options, preset=told)
     check_output(output or default)
     if launch(gpus, None, command_line(context)):
         return
     settings = replace(settings, rank=rank(), ranks=world_size())
     loading: dict[str, Any] = {"teacher": teacher, "backend": layers, "force": force, "tree": tree}
-    measuring: dict[str, Any] = {name: values[name] for name in ("dataset", "split", "limit")}
-    measuring |= {"methods": _names(methods), "data_dir": data_dir, "skip_long": skip_long}
-    measuring |= {"settings": settings, "progress": progress_bar}
+    measuring = {name: values[name] for name in ("dataset", "split", "limit", "data_dir", "skip_long")}
+    measuring |= {"methods": _names(methods), "settings": settings, "progress": progress_bar}
     reserved = reserved_folder(output, default) if is_main() else nullcontext(default)
     with interruption(NOTHING_KEPT), relayed_errors(), reserved as folder:
         if world_size() > 1:

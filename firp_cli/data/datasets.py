@@ -326,13 +326,14 @@ def _hub_rows(
     try:
         yield from read_hub(hub, known.splits[split] if known else split, options, config, part, name)
     except UnreachableError as error:
-        raise _not_found(name, split, [*tried, str(error)], known.source if known else "") from error
+        stem = (config or known.config or split) if known and known.configs else split
+        raise _not_found(name, stem, [*tried, str(error)], known.source if known else "") from error
 
 
-def _not_found(name: str, split: str, tried: list[str], source: str) -> UnreachableError:
+def _not_found(name: str, stem: str, tried: list[str], source: str) -> UnreachableError:
     hint = "" if name in KNOWN else nearest(name, KNOWN).removesuffix("?")
     origin = f" ({source})" if source else ""
     return UnreachableError(
         f"data set {name!r} not found{hint}; tried: {'; '.join(tried)}\n"
-        f"put it{origin} at DIR/{name}/{split}.jsonl and give --data-dir DIR, or name a .jsonl file"
+        f"put it{origin} at DIR/{name}/{stem}.jsonl and give --data-dir DIR, or name a .jsonl file"
     )

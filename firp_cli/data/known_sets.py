@@ -59,7 +59,7 @@ KNOWN: dict[str, KnownDataset] = {
         "nvidia/SPEED-Bench",
         {"test": "test"},
         config="qualitative",
-        source="as CONFIG.jsonl, which NVIDIA's prepare.py writes",
+        source="nemo_skills/dataset/speed-bench/prepare.py of https://github.com/NVIDIA-NeMo/Skills writes it",
         configs=("qualitative", *(f"throughput_{size}" for size in ("1k", "2k", "8k", "16k", "32k"))),
         terms=SPEED_BENCH_TERMS,
     ),

@@ -108,10 +108,10 @@ class OddRows:
         """Raise DatasetError for a set with placeholders in place of texts: the rest is another set."""
         if count := self.counts[PLACEHOLDER]:
             row, detail = self.first[PLACEHOLDER]
-            rows = "row has" if count == 1 else "rows have"
+            are = "is a placeholder" if count == 1 else "are placeholders"
             raise DatasetError(
-                f"{self.source}: {count:,} of the {self.rows:,} {rows} {PLACEHOLDER} (first: {row}, {detail[:90]}); "
-                f"without them it is another set, so nothing is measured\n{FETCH}"
+                f"{self.source}: {count:,} of {self.rows:,} rows {are} in place of a text (first: {row}, "
+                f"{detail[:90]}); without them it is another set, so nothing is measured\n{FETCH}"
             )
 
     def tell(self) -> None:

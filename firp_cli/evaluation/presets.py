@@ -48,7 +48,7 @@ PRESETS: dict[str, Preset] = {
                 f"{TEMPLATE} (Spec-Bench: FastChat's for the model; --chat-template vicuna has that of Vicuna)",
                 "the warm-up decodes the question with the longest prompt (Spec-Bench: its first one)",
                 TOKENS,
-                "each repeat's time is taken in one process and their median counts (Spec-Bench: mean of three runs)",
+                "the median of the repeats counts (Spec-Bench: the mean of three runs)",
             ),
         ),
         Preset(

@@ -58,7 +58,7 @@ def answer_files(report: BenchReport, written: float = 0.0) -> dict[str, str]:
             lines = [_line(run, model, written) for run in batches]
             if all(isinstance(line["question_id"], int) for line in lines):  # as Spec-Bench sorts its files
                 lines.sort(key=lambda line: line["question_id"])
-            text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+            text = "".join(f"{json.dumps(line)}\n" for line in lines)
             files[f"{folder}/{_plain(method)}.jsonl"] = text
     return files
 
