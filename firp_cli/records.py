@@ -157,6 +157,45 @@ class Execution:
 
 
 @dataclass
+class Comparison:
+    """One figure of a method in two benches, over the batches that both decoded.
+
+    Attributes:
+        method: `firp`, or `firp / firp_plus` where two methods are compared. figure: its name.
+        pairs: batches of both. first, second: the figure in each. ratio: second over first, with its 95% interval.
+    """
+
+    method: str
+    dataset: str
+    category: str
+    figure: str
+    pairs: int
+    first: float
+    second: float
+    ratio: float
+    interval: tuple[float, float] | None = None
+
+    @property
+    def verdict(self) -> str:
+        """The direction of a difference that is beyond noise, else why none is claimed."""
+        if self.interval is None:
+            return "too few"
+        low, high = self.interval
+        return "same" if low == high == 1.0 else "higher" if low > 1.0 else "lower" if high < 1.0 else "noise"
+
+
+@dataclass
+class ComparisonReport:
+    """Result of `firp compare`. `differences`: settings and conditions that are not the same in both benches."""
+
+    first: str
+    second: str
+    comparisons: list[Comparison]
+    differences: list[str] = field(default_factory=list)
+    schema: str = "firp.compare/1"
+
+
+@dataclass
 class Sample:
     """Answer to show: the text of the prompt's last turn, and the texts of the answer's pieces with their number of
     tokens. A piece holds the tokens of one decoding step; the first one is prefill's token.

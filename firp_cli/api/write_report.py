@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from firp_cli.errors import OutputError
@@ -11,6 +12,7 @@ from firp_cli.files import os_reason, write_atomically, write_json
 from firp_cli.records import ANSWERS, answer_lines
 from firp_cli.reports.figures import bench_figures, eval_figures
 from firp_cli.reports.html import bench_html
+from firp_cli.reports.sweep import SWEEP, SweepCell, sweep_figure, sweep_html, sweep_json, sweep_markdown
 from firp_cli.reports.tables import bench_csv, bench_markdown
 from firp_cli.reports.tuning import tune_figures, tune_html, tune_markdown
 from firp_cli.results import BenchReport, EvalReport, as_json
@@ -32,13 +34,28 @@ def write_report(report: BenchReport | EvalReport | TuneReport, folder: str | Pa
         ) from error
 
 
+def write_sweep(cells: Sequence[SweepCell], folder: Path) -> None:
+    """Write sweep.json, .md and .html, and the figure of throughput as PNG. Raises OutputError."""
+    image = sweep_figure(cells)
+    files = {"sweep.md": sweep_markdown(cells).encode(), "sweep.html": sweep_html(cells).encode()}
+    files |= {"throughput.png": image} if image else {}
+    try:
+        _write_files(files, folder)
+        write_json(folder / SWEEP, sweep_json(cells))
+    except OSError as error:
+        raise OutputError(f"the report cannot be written to {folder} ({os_reason(error)})") from error
+
+
+def _write_files(files: dict[str, bytes], folder: Path) -> None:
+    for file, content in files.items():
+        write_atomically(folder / file, lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
+
+
 def _write(report: BenchReport | EvalReport | TuneReport, folder: Path) -> None:
     if isinstance(report, BenchReport):
         name, figures = "bench", bench_figures(report)
         pages = {"csv": bench_csv(report), "md": bench_markdown(report, list(figures))}
         pages["html"] = bench_html(report, figures)
-        answers = answer_lines(report.records)
-        write_atomically(folder / ANSWERS, lambda path: path.write_text(answers, encoding="utf-8"))
     elif isinstance(report, EvalReport):
         name, figures, pages = "eval", eval_figures(report), {}
     else:
@@ -48,6 +65,6 @@ def _write(report: BenchReport | EvalReport | TuneReport, folder: Path) -> None:
     files = {f"{figure}.png": image for figure, image in figures.items()}
     files |= {f"{name}.{suffix}": text.encode() for suffix, text in pages.items()}
     if isinstance(report, BenchReport):
+        files[ANSWERS] = answer_lines(report.records).encode()
         files |= {file: text.encode() for file, text in answer_files(report, time.time()).items()}
-    for file, content in files.items():
-        write_atomically(folder / file, lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
+    _write_files(files, folder)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt
 from firp_cli.records import AnswerRecord
 from firp_cli.results import Generation
+
+if TYPE_CHECKING:
+    from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt
 
 ALL = "all"
 

@@ -32,14 +32,15 @@ class Preset:
     departures: tuple[str, ...]
 
 
-_COMMON: dict[str, Any] = {"batch_size": 1, "temperature": 0.0, "turns": "all", "split": "test"}
+# as on the command line, where these options may have several values
+_COMMON: dict[str, Any] = {"batch_size": "1", "temperature": "0", "turns": "all", "split": "test"}
 
 PRESETS: dict[str, Preset] = {
     item.name: item
     for item in (
         Preset(
             "spec-bench",
-            {**_COMMON, "dataset": "spec_bench", "limit": 480, "max_new_tokens": 1024, "warmup": 3},
+            {**_COMMON, "dataset": "spec_bench", "limit": 480, "max_new_tokens": "1024", "warmup": 3},
             480,
             "480 questions, all turns, up to 1,024 new tokens, batch size 1, greedy, three warm-ups; speedup: mean "
             "over questions of new tokens per second of wall time, prefill included, over that of transformers' "
@@ -53,7 +54,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "speed-bench",
-            {**_COMMON, "dataset": "speed_bench", "limit": QUALITATIVE_PROMPTS, "max_new_tokens": 4096, "warmup": 1},
+            {**_COMMON, "dataset": "speed_bench", "limit": QUALITATIVE_PROMPTS, "max_new_tokens": "4096", "warmup": 1},
             QUALITATIVE_PROMPTS,
             "SPEED-Bench by category, 880 questions of qualitative or 1,536 of a throughput configuration, all turns, "
             f"up to 4,096 new tokens, as in NVIDIA's specdec_bench ({SPEED_BENCH_TERMS})",
@@ -69,7 +70,7 @@ PRESETS: dict[str, Preset] = {
                 **_COMMON,
                 "dataset": "mt_bench,humaneval,gsm8k,alpaca,cnn_dm",
                 "limit": 80,
-                "max_new_tokens": 1024,
+                "max_new_tokens": "1024",
                 "warmup": 3,
             },
             400,
@@ -116,9 +117,17 @@ def apply_preset(
     if name == "speed-bench":
         options, prompts = _with_config(options, chosen["dataset"])
         chosen = {**chosen, **({} if "limit" in given else {"limit": options["limit"]})}
-    changes = {key: str(chosen[key]) for key in options if key in given and str(chosen[key]) != str(options[key])}
+    changes = {key: str(chosen[key]) for key in options if key in given and not _same(chosen[key], options[key])}
     told = {"name": name, "definition": preset.definition, "departures": list(preset.departures), "changes": changes}
     return chosen, {**told, "prompts": prompts}
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Return True for equal values of an option, which may be numbers written differently."""
+    try:
+        return float(value) == float(other)
+    except (TypeError, ValueError):
+        return str(value) == str(other)
 
 
 def _with_config(options: dict[str, Any], dataset: str) -> tuple[dict[str, Any], int]:

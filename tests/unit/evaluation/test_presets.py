@@ -21,7 +21,7 @@ from helpers.folders import save_teacher
 from helpers.reports import bench_report
 
 DEFAULTS: dict[str, Any] = {
-    **{"dataset": None, "limit": None, "max_new_tokens": 128, "temperature": 0.0, "batch_size": 1, "turns": "all"},
+    **{"dataset": None, "limit": None, "max_new_tokens": "128", "temperature": "0", "batch_size": "1", "turns": "all"},
     **{"split": "test", "warmup": 1, "seed": 0},
 }
 
@@ -44,9 +44,9 @@ def save_spec_bench(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("spec-bench", ("spec_bench", 480, 1024, 3, 480)),
-        ("speed-bench", ("speed_bench", 880, 4096, 1, 880)),
-        ("eagle", ("mt_bench,humaneval,gsm8k,alpaca,cnn_dm", 80, 1024, 3, 400)),
+        ("spec-bench", ("spec_bench", 480, "1024", 3, 480)),
+        ("speed-bench", ("speed_bench", 880, "4096", 1, 880)),
+        ("eagle", ("mt_bench,humaneval,gsm8k,alpaca,cnn_dm", 80, "1024", 3, 400)),
     ],
 )
 def test_preset_sets_the_published_options(name: str, expected: tuple[Any, ...]) -> None:
@@ -54,14 +54,16 @@ def test_preset_sets_the_published_options(name: str, expected: tuple[Any, ...])
     assert told is not None
     chosen = (*(values[key] for key in ("dataset", "limit", "max_new_tokens", "warmup")), told["prompts"])
     assert chosen == expected and told["changes"] == {}
-    assert (values["batch_size"], values["temperature"], values["turns"], values["seed"]) == (1, 0.0, "all", 0)
+    assert (values["batch_size"], values["temperature"], values["turns"], values["seed"]) == ("1", "0", "all", 0)
 
 
 def test_given_options_win_and_are_named() -> None:
-    given = {**DEFAULTS, "max_new_tokens": 128, "batch_size": 1, "limit": 12}
-    values, told = apply_preset("spec-bench", given, {"max_new_tokens", "batch_size", "limit", "seed"})
-    assert (values["max_new_tokens"], values["limit"], values["dataset"]) == (128, 12, "spec_bench")
-    assert told is not None and told["changes"] == {"max_new_tokens": "128", "limit": "12"}  # the batch size is its own
+    given = {**DEFAULTS, "max_new_tokens": "128", "temperature": "0.0", "limit": 12}
+    values, told = apply_preset("spec-bench", given, {"max_new_tokens", "temperature", "limit", "seed"})
+    assert (values["max_new_tokens"], values["limit"], values["dataset"]) == ("128", 12, "spec_bench")
+    assert told is not None and told["changes"] == {"max_new_tokens": "128", "limit": "12"}
+    _, told = apply_preset("spec-bench", {**DEFAULTS, "batch_size": "1,4"}, {"batch_size"})
+    assert told is not None and told["changes"] == {"batch_size": "1,4"}
     assert apply_preset(None, {**DEFAULTS, "dataset": "gsm8k"}, {"dataset"})[1] is None
 
 
@@ -102,7 +104,7 @@ def test_ranks_get_options_that_are_given_at_their_default(monkeypatch: pytest.M
 def test_report_names_preset_changes_and_departures() -> None:
     report = bench_report()
     assert preset_lines(report) == [] and preset_title(report) == ""
-    given = {**DEFAULTS, "max_new_tokens": 64, "limit": 40}
+    given = {**DEFAULTS, "max_new_tokens": "64", "limit": 40}
     report.settings["preset"] = apply_preset("spec-bench", given, {"max_new_tokens", "limit"})[1]
     report.settings |= {"methods": ["ar", "firp"], "turns_not_asked": 2}
     first, second = preset_lines(report)
