@@ -31,6 +31,7 @@ from firp_cli.cli.terminal import (
     command_line,
     decoding_options,
     default_folder,
+    given_options,
     interruption,
     print_json,
     progress_bar,
@@ -61,6 +62,13 @@ Methods = Annotated[
         "folder name. Default: all."
     ),
 ]
+Dataset = Annotated[
+    str | None, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder; several with commas.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Published definition: spec-bench, speed-bench or eagle. Options beside it win, and are named."),
+]
 Turns = Annotated[
     str, typer.Option(help="User turns of a conversation: all, each after the method's own answers, or first.")
 ]
@@ -80,7 +88,8 @@ def bench(
     predictors: Predictors = None,
     *,
     context: typer.Context,
-    dataset: Annotated[str, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder; several with commas.")],
+    dataset: Dataset = None,
+    preset: Preset = None,
     methods: Methods = None,
     teacher: TeacherConfig | None = None,
     data_dir: DataDir = None,
@@ -116,15 +125,17 @@ def bench(
     measured, and one page (sweep.html) shows them all.
     """
     given = dict(locals())
-    _run(given.pop("context"), BenchOptions(**given))
+    context = given.pop("context")
+    _run(context, BenchOptions(**given).with_preset(given_options(context)))
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Values of the command's options."""
+    """Values of the command's options. `warmup`: as in BenchSettings. `told`: of the preset, for the report."""
 
     predictors: list[str] | None
-    dataset: str
+    dataset: str | None
+    preset: str | None
     methods: str | None
     teacher: TeacherConfig | None
     data_dir: str | None
@@ -153,6 +164,17 @@ class BenchOptions:
     force: bool
     as_json: bool
     verbose: bool
+    warmup: int = 1
+    told: dict[str, Any] | None = None
+
+    def with_preset(self, given: set[str]) -> BenchOptions:
+        """Return the options under the preset, if there is one; `given` are those that win over it. Raises
+        UsageError.
+        """
+        from firp_cli.evaluation.presets import apply_preset
+
+        values, told = apply_preset(self.preset, vars(self), given)
+        return replace(self, **{**values, "told": told})
 
     def cells(self) -> list[dict[str, str]]:
         """Return every combination of the settings that may have several values."""
@@ -173,7 +195,9 @@ class BenchOptions:
             guard=self.guard,
             turns=self.turns,
             run_code=self.run_code,
+            warmup=self.warmup,
             engine=engine,
+            preset=self.told,
         )
 
     def measuring(self) -> dict[str, Any]:
@@ -190,7 +214,7 @@ def _run(context: typer.Context, given: BenchOptions) -> None:
     from firp_cli.distributed.launch import launch, relayed_errors, start
 
     layers, engine = decoding_options(given.backend, given.compiled, given.attention, given.graphs, given.threads)
-    default = default_folder("bench", dataset_label(given.dataset))
+    default = default_folder("bench", given.preset or dataset_label(str(given.dataset)))
     cells = given.cells()
     settings = [given.settings(cell, engine) for cell in cells]
     check_output(given.output or default)
@@ -257,11 +281,13 @@ def _show(report: BenchReport, folder: Path) -> None:
     from rich.console import Console
 
     from firp_cli.reports.cells import TEACHERS_NOTE
+    from firp_cli.reports.preset_lines import preset_lines
     from firp_cli.reports.speed_tables import pipeline_note
     from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
 
     console = Console(highlight=False, emoji=False)
-    console.print(settings_line(report), markup=False)
+    for line in (settings_line(report), *preset_lines(report)):
+        console.print(line, markup=False)
     console.print(bench_tables(report))
     for note in (TEACHERS_NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):
         if note:

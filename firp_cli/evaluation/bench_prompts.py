@@ -6,6 +6,7 @@ fits the teacher's context after the longest possible answers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -132,11 +133,16 @@ def fit_prompts(
     return fitting, skipped
 
 
-def spread(categories: Sequence[str], limit: int) -> list[int]:
-    """Return the indices of at most `limit` prompts, in order, taken from every category in turn."""
-    queues: dict[str, list[int]] = {}
-    for place, category in enumerate(categories):
-        queues.setdefault(category, []).append(place)
+def spread(categories: Sequence[str], limit: int, parts: Sequence[str] | None = None) -> list[int]:
+    """Return the indices of at most `limit` prompts, in order, taken from every category in turn, and within a category
+    from each of its `parts` in turn.
+    """
+    ranked: dict[str, list[tuple[int, int]]] = {}
+    seen = Counter[str]()
+    for place, (category, part) in enumerate(zip(categories, parts or categories, strict=True)):
+        ranked.setdefault(category, []).append((seen[part], place))
+        seen[part] += 1
+    queues = {category: [place for _, place in sorted(queue)] for category, queue in ranked.items()}
     rounds = max((len(queue) for queue in queues.values()), default=0)
     in_turn = [queue[turn] for turn in range(rounds) for queue in queues.values() if turn < len(queue)]
     return sorted(in_turn[:limit])

@@ -64,6 +64,7 @@ class BenchSettings:
         run_code: run the code of answers to data sets with tests, in a sandbox, for the accuracy.
         guard: predictors fall back to autoregressive decoding while drafting is slower; None: only pipelines do.
         engine: how this package's engine runs its steps.
+        preset: published definition that they follow, as `presets.apply_preset` describes it.
     """
 
     max_new_tokens: int = 128
@@ -79,6 +80,7 @@ class BenchSettings:
     turns: str = "all"
     run_code: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
+    preset: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.turns not in TURNS:

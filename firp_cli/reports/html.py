@@ -9,6 +9,7 @@ from firp_cli.reports import speed_tables, tables
 from firp_cli.reports.cells import by_teacher, row_label, teacher_column
 from firp_cli.reports.page import closing, figure, page, table
 from firp_cli.reports.predicted import predicted_lines
+from firp_cli.reports.preset_lines import preset_lines
 from firp_cli.results import BenchReport
 
 CAPTIONS = {
@@ -27,6 +28,7 @@ def bench_html(report: BenchReport, figures: dict[str, bytes]) -> str:
     body = [
         "<h1>firp bench</h1>",
         f'<p class="lead">{escape(tables.settings_line(report))}.</p>',
+        *(f'<p class="note">{escape(line)}.</p>' for line in preset_lines(report)),
         *map(_headline, by_teacher(report)),
         table(headers, cells, headers.index("method") + 1),
         *(f"<p>{escape(line)}.</p>" for line in predicted_lines(report)),

@@ -26,6 +26,7 @@ from firp_cli.reports.cells import (
     with_interval,
 )
 from firp_cli.reports.predicted import predicted_cells, predicted_lines
+from firp_cli.reports.preset_lines import preset_lines
 from firp_cli.reports.speed_tables import FIGURE, NOTES, pipeline_markdown, pipeline_rows, pipeline_tables
 from firp_cli.results import BenchReport, BenchRow, EvalReport, PipelineReport, TickCost
 
@@ -289,6 +290,7 @@ def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
     parts = [
         "# firp bench\n",
         settings_line(report) + ".\n",
+        *(f"{line}.\n" for line in preset_lines(report)),
         markdown_table(*bench_cells(report)),
         *(["\n".join(f"- {line}" for line in predictions) + "\n"] if predictions else []),
         *([note + ".\n"] if note else []),

@@ -39,6 +39,7 @@ def read(tmp_path: Path, row: dict[str, Any], **selection: Any) -> Prompt:
             {"problem": "Find it.", "solution": "It is $p-q$.", "answer": "p - q", "unique_id": "a"},
             Reference(final="p - q"),
         ),
+        ({"problem": "Find it.", "answer": r"336^\circ", "id": "5"}, Reference(final=r"336^\circ")),
         ({"problem": "Find it.", "answer": r"\frac{\pi}{2}"}, Reference(final=r"\frac{\pi}{2}")),
         (
             {"problem": "Find it.", "solution": r"First \boxed{3}, so \boxed{\frac{1}{2}}."},
