@@ -59,6 +59,12 @@ Methods = Annotated[
 Turns = Annotated[
     str, typer.Option(help="User turns of a conversation: all, each after the method's own answers, or first.")
 ]
+RequireLossless = Annotated[
+    bool,
+    typer.Option(
+        "--require-lossless", help="Exit with status 1 if a method's answers are not the teacher's, ar and hf included."
+    ),
+]
 
 
 @teacher_options
@@ -82,6 +88,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of all measurements; medians are reported.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/bench-...")] = None,
     skip_long: SkipLong = False,
+    require_lossless: RequireLossless = False,
     threads: Threads = None,
     backend: Backend = "lean",
     attention: Attention = "auto",
@@ -118,19 +125,28 @@ def bench(
             start()
         report = measure(predictors, **measuring, **loading)
         if is_main():
-            _publish(report, folder, as_json)
+            _publish(report, folder, as_json, require_lossless)
 
 
 def _names(methods: str | None) -> list[str] | None:
     return [name.strip() for name in methods.split(",") if name.strip()] if methods else None
 
 
-def _publish(report: BenchReport, folder: Path, as_json: bool) -> None:
-    """Write the report's files and print it; exit with 130 after an interruption."""
+def _publish(report: BenchReport, folder: Path, as_json: bool, require_lossless: bool) -> None:
+    """Write the report's files and print it; exit with 130 after an interruption, and with 1 where `require_lossless`
+    and a method is not.
+    """
+    from firp_cli.reports.verification import lossless_failures
+
     publish(report, folder, as_json, lambda: _show(report, folder))
+    failures = lossless_failures(report) if require_lossless else []
+    for line in failures:
+        say(f"firp: {line}")
     if cut := report.settings.get("interrupted"):
         say(f"firp: {cut}; the report is of those")
         raise typer.Exit(INTERRUPTED)
+    if failures:
+        raise typer.Exit(1)
 
 
 def _show(report: BenchReport, folder: Path) -> None:
