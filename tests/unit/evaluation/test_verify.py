@@ -292,7 +292,7 @@ def drawn(
     own, checked = (exact + noise / 2**0.5 * torch.randn(rows, 200, generator=generator) for _ in range(2))
     tokens = Sampler(own_temperature, top_p, seed, torch.device("cpu"))(own[None])[0]
     bias = (verify.BIAS + verify.TOP_P_BIAS * (1 - top_p)) * (noise / temperature) ** 2
-    tolerance = Tolerance(12 * noise + 1e-5, verify.ALPHA / rows, bias)
+    tolerance = Tolerance(verify.FACTOR * noise + 1e-5, verify.ALPHA / rows, bias)
     tails, log_probs, excess, variance = sampled_figures(
         checked, checked.gather(1, tokens[:, None]), tolerance.gap, temperature, top_p
     )
