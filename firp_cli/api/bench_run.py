@@ -178,7 +178,8 @@ def _measure(
         )
     report = bench_report(teacher, methods, measured, settings)
     if not report.settings.get("interrupted"):
-        complete_report(report, teacher, methods, measured, settings)
+        with progress(f"checking{suffix}") as bar:
+            complete_report(report, teacher, methods, measured, settings, bar)
     report.left_out_trained = len(prompts) - len(fresh)
     del teacher, loaded, methods
     if group.label:  # the next teacher needs the memory

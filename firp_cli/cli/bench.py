@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +81,12 @@ RunCode = Annotated[
         "your files. Linux.",
     ),
 ]
+RequireLossless = Annotated[
+    bool,
+    typer.Option(
+        "--require-lossless", help="Exit with status 1 if a method's answers are not the teacher's, ar and hf included."
+    ),
+]
 
 
 @teacher_options
@@ -108,6 +114,7 @@ def bench(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a matrix of settings in --output.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/bench-...")] = None,
     skip_long: SkipLong = False,
+    require_lossless: RequireLossless = False,
     threads: Threads = None,
     backend: Backend = "lean",
     attention: Attention = "auto",
@@ -154,6 +161,7 @@ class BenchOptions:
     resume: bool
     output: Path | None
     skip_long: bool
+    require_lossless: bool
     threads: int | None
     backend: str
     attention: str
@@ -234,13 +242,13 @@ def _run(context: typer.Context, given: BenchOptions) -> None:
         measuring = {**given.measuring(), "settings": ranked, "backend": layers, "progress": progress_bar}
         report = measure(given.predictors, **measuring)
         if is_main():
-            _publish(report, folder, given.as_json)
+            _publish(report, folder, given)
 
 
 def _several(context: typer.Context, given: BenchOptions, cells: list[dict[str, str]], folder: Path) -> None:
     """Measure in several processes, or a matrix of settings; write the report and print it."""
     if len(cells) == 1:
-        _publish(measure_in_processes(context, given.processes, folder), folder, given.as_json)
+        _publish(measure_in_processes(context, given.processes, folder), folder, given)
         return
     from rich.console import Console
 
@@ -260,7 +268,9 @@ def _several(context: typer.Context, given: BenchOptions, cells: list[dict[str, 
         console.print(rich_table(headers, lines, left=headers.index("method") + 1))
         for line in [*break_even_lines(done), f"report: {folder / 'sweep.html'}"]:
             console.print(line, markup=False, soft_wrap=True)
-    if not any(cell.report for cell in done):
+    reports = [cell.report for cell in done if cell.report]
+    _need_lossless(reports, given)
+    if not reports:
         raise typer.Exit(1)
 
 
@@ -268,12 +278,24 @@ def _names(methods: str | None) -> list[str] | None:
     return [name.strip() for name in methods.split(",") if name.strip()] if methods else None
 
 
-def _publish(report: BenchReport, folder: Path, as_json: bool) -> None:
+def _publish(report: BenchReport, folder: Path, given: BenchOptions) -> None:
     """Write the report's files and print it; exit with 130 after an interruption."""
-    publish(report, folder, as_json, lambda: _show(report, folder))
+    publish(report, folder, given.as_json, lambda: _show(report, folder))
     if cut := report.settings.get("interrupted"):
         say(f"firp: {cut}; the report is of those")
         raise typer.Exit(INTERRUPTED)
+    _need_lossless([report], given)
+
+
+def _need_lossless(reports: Sequence[BenchReport], given: BenchOptions) -> None:
+    """Exit with 1 where answers must be the teacher's and a method's are not; name the tokens."""
+    from firp_cli.reports.verification import lossless_failures
+
+    failures = [line for report in reports for line in lossless_failures(report)] if given.require_lossless else []
+    for line in failures:
+        say(f"firp: {line}")
+    if failures:
+        raise typer.Exit(1)
 
 
 def _show(report: BenchReport, folder: Path) -> None:
