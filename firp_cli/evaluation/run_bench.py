@@ -28,10 +28,10 @@ from firp_cli.evaluation.bench_prompts import (
 )
 from firp_cli.evaluation.environment import measurement_environment
 from firp_cli.evaluation.lossless import compare_tokens
-from firp_cli.evaluation.methods import BASELINES, BenchSettings, Method
+from firp_cli.evaluation.methods import BenchSettings, Method
 from firp_cli.evaluation.rows import BatchRun, Runs, bench_rows, lossless, runs_of
 from firp_cli.machine import readable_bytes
-from firp_cli.results import BenchReport, Divergence, Generation, Progress, no_progress
+from firp_cli.results import UNDRAFTED, BenchReport, Divergence, Generation, Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 
 
@@ -186,6 +186,7 @@ def run_bench(
     """
     if settings.batch_size < 1 or settings.repeats < 1:
         raise UsageError(f"batch size and repeats must be at least 1, got {settings.batch_size} and {settings.repeats}")
+    methods = [method for method in methods if method.reason is None]
     fitting, skipped = fit_prompts(prompts, teacher.max_positions, settings.max_new_tokens, skip_long)
     batches = make_batches(fitting, settings.batch_size)
     runs = measure(methods, fitting, batches, settings, progress, keep_partial)
@@ -197,7 +198,7 @@ def run_bench(
         if reference and name != reference:
             divergences[name] = compare_tokens(teacher, fitting, runs[reference], runs[name])
         # in half precision `ar` itself differs from the reference, whose products round otherwise
-        if reference == "hf" and teacher.dtype != torch.float32 and "ar" in names and name not in BASELINES:
+        if reference == "hf" and teacher.dtype != torch.float32 and "ar" in names and name not in UNDRAFTED:
             against_ar[name] = compare_tokens(teacher, fitting, runs["ar"], runs[name])
     rows = []
     for method in methods:
