@@ -191,6 +191,8 @@ def _measure(
     report.left_out_trained = len(prompts) - len(fresh)
     del teacher, loaded, methods
     if group.label:  # the next teacher needs the memory
+        if torch.cuda.is_available() and "hf-static" in group.methods:
+            torch._dynamo.reset()  # transformers' compiled forward holds memory
         gc.collect()
         torch.cuda.empty_cache()
     return report

@@ -10,6 +10,7 @@ from typing import Any
 from firp_cli.assets import nearest
 from firp_cli.config import KINDS, TeacherConfig
 from firp_cli.errors import TeacherError, UsageError, first_line
+from firp_cli.evaluation.hf_generate import exits_early
 from firp_cli.teacher.load import load_teacher, load_tokenizer
 from firp_cli.teacher.source import gguf_path
 from firp_cli.teacher.teacher import Teacher
@@ -100,7 +101,11 @@ def _early_exit_reason(teacher: Teacher, layer: int) -> str | None:
         return "the teacher's layers run several times: transformers has no early exit from its loops"
     if not 1 <= layer < teacher.num_layers:
         return f"drafts need 1 to {teacher.num_layers - 1} of the teacher's {teacher.num_layers} layers, not {layer}"
-    return None
+    try:
+        early = exits_early(teacher, layer)
+    except Exception as error:  # of any kind, as the model's own code
+        return f"{type(teacher.model).__name__} has no early exit: {first_line(error)}"
+    return None if early else f"{type(teacher.model).__name__} has no early exit: its code runs all of its layers"
 
 
 def assistant_reason(teacher: Teacher, assistant: Teacher) -> str | None:

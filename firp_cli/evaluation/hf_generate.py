@@ -72,27 +72,20 @@ class HuggingFaceGenerate:
         try:
             if self.static and self.teacher.device.type == "cuda":
                 self._compile(prompts, max_new_tokens)
-            output, watch, began, ended = self._run(prompts, max_new_tokens)
+            output, watch = self._run(prompts, max_new_tokens)
         except FirpError:
             raise
         except Exception as error:  # of any kind, as the model's own code
             raise MethodError(f"transformers cannot decode with it: {first_line(error)}") from error
-        if watch.whole_drafts:
-            raise MethodError(f"{type(self.teacher.model).__name__} runs all its layers: it has no early exit")
-        draft = watch.draft_seconds
-        prefill, decode = watch.first_token - began - draft, ended - watch.first_token + draft
         growth = [length - before for before, length in zip([width, *watch.lengths], watch.lengths, strict=False)]
+        times = {"prefill_seconds": watch.prefill_seconds, "decode_seconds": watch.decode_seconds}
         return [
-            self._generation(prompt, row, growth, prefill, decode, len(prompts))
+            self._generation(prompt, row, growth, batch_size=len(prompts), **times)
             for prompt, row in zip(prompts, output, strict=True)
         ]
 
-    def _run(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int
-    ) -> tuple[list[list[int]], _Watch, float, float]:
-        """Return the new tokens of each prompt, padding included, with the times at the start, on the way and at the
-        end.
-        """
+    def _run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[list[list[int]], _Watch]:
+        """Return the new tokens of each prompt, padding included, and what was recorded meanwhile."""
         model, device, padding = self.teacher.model, self.teacher.device, self._padding()
         width = max(map(len, prompts))
         ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -104,10 +97,10 @@ class HuggingFaceGenerate:
                 stack.enter_context(_bare_generation(self.assistant.model))
                 stack.enter_context(watch.drafting(model, self.assistant.model))
             elif self.early_exit is not None:
-                stack.enter_context(_depth_kept(model))
-                stack.enter_context(watch.drafting(model, last_layer=self.teacher.layers[-1]))
+                stack.enter_context(kept_depth(model))
+                stack.enter_context(watch.drafting(model))
             stack.enter_context(self._seeded(device))
-            began = time.perf_counter()
+            watch.began = time.perf_counter()
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -116,7 +109,8 @@ class HuggingFaceGenerate:
                 assistant_model=self.assistant.model if self.assistant is not None else None,
             )
             rows = output[:, width:].tolist()
-            return rows, watch, began, time.perf_counter()
+            watch.ended = time.perf_counter()
+        return rows, watch
 
     def _check_context(self, positions: int) -> None:
         """Raise MethodError where the assistant's context is shorter than the longest answer needs."""
@@ -174,9 +168,8 @@ class HuggingFaceGenerate:
             self._seed += 1
             yield
 
-    def _generation(
-        self, prompt: Sequence[int], row: list[int], growth: list[int], prefill: float, decode: float, batch_size: int
-    ) -> Generation:
+    def _generation(self, prompt: Sequence[int], row: list[int], growth: list[int], **shared: Any) -> Generation:
+        """Return a sequence's answer. `shared`: fields that the sequences of a batch have in common."""
         ends = [index for index, token in enumerate(row) if token in self.teacher.eos_token_ids]
         tokens = row[: ends[0] + 1] if ends else row
         lengths = accepted_lengths(growth, len(tokens))
@@ -186,11 +179,9 @@ class HuggingFaceGenerate:
             token_ids=tokens,
             steps=len(lengths),
             accepted_lengths=lengths,
-            prefill_seconds=prefill,
-            decode_seconds=decode,
             finish_reason="eos" if ends else "length",
             text=tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer else "",
-            batch_size=batch_size,
+            **shared,
         )
 
 
@@ -215,47 +206,46 @@ class _Watch:
     forwards. The library calls it for the teacher only, not for an assistant's drafts.
 
     Attributes:
-        lengths: of the padded sequences. first_token: time at which the first new token was chosen.
+        lengths: of the padded sequences. began, ended: times of the call.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.lengths: list[int] = []
-        self.first_token = 0.0
-        self._device = device
+        self.began = self.ended = self._first_token = self._forward_began = 0.0
         self._prompt_read: float | None = None
-        self._forward_began = 0.0
-        self._runs_of_last_layer = 0
+        self._device = device
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         if not self.lengths:
-            self.first_token = self._now()
+            self._first_token = self._now()
         self.lengths.append(input_ids.shape[1])
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     @property
-    def draft_seconds(self) -> float:
-        """Time between the assistant's forward over the prompt and the teacher's: the first draft was made."""
-        return 0.0 if self._prompt_read is None else max(0.0, self._forward_began - self._prompt_read)
+    def prefill_seconds(self) -> float:
+        """Time until the first new token is chosen, without that of drafting."""
+        return self._first_token - self.began - self._draft_seconds
 
     @property
-    def whole_drafts(self) -> bool:
-        """True where drafts by early exit ran the teacher's last layer."""
-        return self._runs_of_last_layer > 1
+    def decode_seconds(self) -> float:
+        """Time of drafting, and of all after the first new token."""
+        return self.ended - self._first_token + self._draft_seconds
+
+    @property
+    def _draft_seconds(self) -> float:
+        """Time of the first draft: between the assistant's forward over the prompt and the teacher's."""
+        return 0.0 if self._prompt_read is None else max(0.0, self._forward_began - self._prompt_read)
 
     @contextmanager
-    def drafting(self, *models: Any, last_layer: Any = None) -> Iterator[None]:
+    def drafting(self, *models: Any) -> Iterator[None]:
         """Record the times of the first draft: of forwards up to the first new token, the last one is the teacher's."""
-        hooks = [hook for model in models for hook in self._hooks(model)]
-        if last_layer is not None:
-            hooks.append(last_layer.register_forward_pre_hook(self._count))
+        hooks = [model.register_forward_pre_hook(self._begin) for model in models]
+        hooks += [model.register_forward_hook(self._end) for model in models]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _hooks(self, model: Any) -> list[Any]:
-        return [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._end)]
 
     def _begin(self, *_: Any) -> None:
         if not self.lengths:
@@ -264,10 +254,6 @@ class _Watch:
     def _end(self, *_: Any) -> None:
         if self._prompt_read is None:
             self._prompt_read = self._now()
-
-    def _count(self, *_: Any) -> None:
-        if not self.lengths:
-            self._runs_of_last_layer += 1
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -292,11 +278,25 @@ def _bare_generation(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _depth_kept(model: Any) -> Iterator[None]:
-    """Restore the number of layers, which the library lowers while it drafts by early exit, after errors too."""
+def kept_depth(model: Any) -> Iterator[Any]:
+    """Give the config whose number of layers is lowered for an early exit, and restore it, after errors too."""
     config = model.base_model.config
     depth = config.num_hidden_layers
     try:
-        yield
+        yield config
     finally:
         config.num_hidden_layers = depth
+
+
+@torch.inference_mode()
+def exits_early(teacher: Teacher, layer: int) -> bool:
+    """Return True where a forward whose config is lowered to `layer` layers does not run the last one."""
+    ran: list[bool] = []
+    hook = teacher.layers[-1].register_forward_hook(lambda *_: ran.append(True))
+    try:
+        with kept_depth(teacher.model) as config:
+            config.num_hidden_layers = layer
+            teacher.model(torch.zeros(1, 2, dtype=torch.long, device=teacher.device), use_cache=False)
+    finally:
+        hook.remove()
+    return not ran
