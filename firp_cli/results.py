@@ -265,6 +265,7 @@ class BenchRow:
     accuracy: Accuracy | None = None
     execution: Execution | None = None
     parts: dict[str, float] = field(default_factory=dict)  # milliseconds of a decoding step by part
+    speedup_by_process: list[float] = field(default_factory=list)  # over `ar`, where several processes measured
 
 
 @dataclass

@@ -90,7 +90,7 @@ def library_reason(name: str, teacher: Teacher, batch_size: int) -> str | None:
 
 
 def _static_reason(teacher: Teacher) -> str | None:
-    held = teacher.model.config.get_text_config().num_hidden_layers
+    held = getattr(teacher.model.config.get_text_config(), "num_hidden_layers", teacher.num_layers)
     if held < teacher.num_layers:
         return f"the static cache has {held} layers, the model's loops fill {teacher.num_layers}"
     return None

@@ -15,9 +15,9 @@ from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.errors import MethodError, UsageError
 from firp_cli.evaluation import baselines
+from firp_cli.evaluation.answer_runs import BatchRun, runs_of
 from firp_cli.evaluation.bench_prompts import Generate
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
-from firp_cli.evaluation.rows import BatchRun, runs_of
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
@@ -38,8 +38,8 @@ class Method:
         predictor: folder of its predictor. tree: specification of its draft tree.
         engine: the engine of this package that decodes; None for others.
         on_all_ranks: all ranks must call `generate`, since they share the work.
-        reason: why it cannot run with this teacher or under these settings: `generate` raises MethodError.
         add_details: sets the fields of the method's rows that only methods of its kind have.
+        reason: why it cannot run with this teacher or under these settings; None while nothing is known.
     """
 
     name: str
@@ -48,8 +48,8 @@ class Method:
     tree: str | None = None
     engine: Engine | PipelineEngine | None = None
     on_all_ranks: bool = False
-    reason: str | None = None
     add_details: AddDetails | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def tuned_tree_details(trees: TunedTrees) -> AddDetails:
     """Return a function that records the tree of a typical batch in a method's rows, with its predicted performance."""
 
     def add(rows: Sequence[BenchRow], runs: Sequence[BatchRun], settings: BenchSettings) -> None:
-        longest = median(max(item.prompt_tokens for item in turn) for run in runs for turn in run.by_turn())
+        longest = median(length for run in runs for length in run.longest_prompts())
         context = int(longest) + settings.max_new_tokens // 2
         entry = trees.entry(settings.batch_size, context)
         for row in rows:
