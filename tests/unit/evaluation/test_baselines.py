@@ -18,8 +18,10 @@ from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import MethodError, UsageError
 from firp_cli.evaluation.baselines import assistant_reason, load_assistant, shown_names
 from firp_cli.evaluation.bench_groups import Group, add_embedded, choose_groups
+from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate, accepted_lengths, exits_early
 from firp_cli.evaluation.methods import BenchSettings, choose_methods, make_methods
+from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.predictors.folder import predictor_folder
 from firp_cli.results import Generation
 from firp_cli.teacher.load import wrap_model
@@ -328,3 +330,29 @@ def test_assistants_are_shown_by_their_last_part_where_unique() -> None:
     names = ["ar", "assisted:/a/one", "assisted:/a/two", "assisted:/b/two", "assisted:org/model"]
     shown = ["ar", "assisted:one", *names[2:4], "assisted:org/model"]
     assert list(shown_names(names).values()) == shown
+
+
+def test_a_bench_has_rows_for_methods_that_cannot_run() -> None:
+    teacher, settings = tiny_teacher("llama"), BenchSettings(max_new_tokens=10, repeats=1)
+    names = ["hf", "ar", "hf-static", "early-exit:2", "early-exit:9", "medusa"]
+    methods = make_methods(teacher, {}, names, settings)
+    prompts = [BenchPrompt(prompt, "set") for prompt in random_prompts(2, seed=7, low=4)]
+    report = run_bench(teacher, prompts, methods, settings)
+    assert [row.method for row in report.rows] == names
+    assert [bool(row.reason) for row in report.rows] == [False] * 4 + [True] * 2
+    for row in report.rows[1:4]:
+        assert row.lossless.identical == row.lossless.compared == 2, row.method
+    assert report.rows[3].accepted_length > 1.0
+
+
+def test_static_cache_is_compiled_before_times_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each batch size, and again for a longer cache; the device decides whether at all."""
+    method = HuggingFaceGenerate(tiny_teacher("llama"), static=True)
+    made: list[int] = []
+    monkeypatch.setattr(method, "_run", lambda prompts, tokens: made.append(len(prompts)))
+    for count, length in ((2, 9), (2, 9), (2, 4), (1, 4), (1, 9), (2, 9)):
+        method._compile([[5] * length] * count, 8)
+    assert made == [2, 1]
+    method._compile([[5] * 10], 8)
+    method._compile([[5] * 9] * 2, 8)
+    assert made == [2, 1, 1, 2]
