@@ -74,7 +74,10 @@ def _precision(teacher: Teacher) -> Any:
 
 
 def _not_found(model: str, error: TeacherError) -> UsageError:
-    return UsageError(f"assisted:{model}: {first_line(error)}\ngive assisted: {MEANINGS['assisted']}")
+    """Return the error with a remedy for `--methods` in place of a teacher's; how to install a known one stays."""
+    fault, last = first_line(error).partition("; give ")[0], str(error).splitlines()[-1]
+    remedy = last if last.startswith("install it") else f"give assisted: {MEANINGS['assisted']}"
+    return UsageError(f"assisted:{model}: {fault}\n{remedy}")
 
 
 def library_reason(name: str, teacher: Teacher, batch_size: int) -> str | None:
