@@ -272,5 +272,8 @@ def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: 
         questions = Questions.of(prompt.conversation, teacher.tokenizer, stops) if all_turns else None
         lengths = tuple(questions.lengths()) if questions else ()
         place = f"{prompt.row} of {prompt.dataset}"
-        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, place=place, id=prompt.id))
+        said = next(iter(prompt.conversation.turns()), [])
+        question = next((message["content"] for message in reversed(said) if message["role"] == "user"), "")
+        told = {"place": place, "id": prompt.id, "question": question}
+        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, **told))
     return made

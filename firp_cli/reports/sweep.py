@@ -65,7 +65,7 @@ def sweep_cells(cells: Sequence[SweepCell]) -> tuple[list[str], Cells]:
     headers += ["method", "accepted length", "tokens/s", "speedup over ar", "over hf"]
     lines: Cells = []
     for cell in cells:
-        values = [cell.values[name] for name in options]
+        values = [cell.values.get(name, DASH) for name in options]
         if cell.report is None:
             lines.append([*values, cell.reason, *[DASH] * 4])
             continue
