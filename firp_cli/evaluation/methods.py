@@ -154,7 +154,7 @@ def _refused(name: str, reason: str) -> Method:
 
 def _ngram_method(name: str, teacher: Teacher, settings: BenchSettings, options: dict[str, Any]) -> Method:
     """Return a method whose drafts are copied from the text so far, through the trees of this package's engine."""
-    from firp_cli.predictors.ngram import ngram_predictor
+    from firp_cli.decoding.text_drafts import ngram_predictor
 
     predictor, tree = ngram_predictor(name, teacher)
     engine = make_engine(teacher, predictor, tree, guard=settings.guard, options=settings.engine, **options)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from firp_cli.api.bench_run import groups_to_measure
-from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import MethodError, UsageError
 from firp_cli.evaluation.baselines import assistant_reason, load_assistant, shown_names
 from firp_cli.evaluation.bench_groups import Group, add_embedded, choose_groups
@@ -30,7 +27,6 @@ from helpers.chat import CHATML, with_template
 from helpers.folders import save_teacher
 from helpers.models import (
     SETTINGS,
-    FakePredictor,
     described_teacher,
     embedded_prompts,
     embedded_teacher,
@@ -246,20 +242,15 @@ def test_assisted_teacher_accepts_its_own_drafts() -> None:
     assert method.predictor == "arithmetic" and made.accepted_length is not None and made.accepted_length > 10
 
 
-def test_ngram_methods_use_our_engine_and_their_own_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ngram_methods_use_our_engine_and_their_own_tree() -> None:
     teacher = tiny_teacher("llama")
     prompt, answer = long_prompt(teacher, 12)
-    module: Any = ModuleType("firp_cli.predictors.ngram")
-    right = FakePredictor(teacher, [[*prompt, *answer]], 3, lambda position, step: True)
-    named: list[str] = []
-    module.ngram_predictor = lambda name, own: (named.append(name), (right, parse_tree("chain", 3)))[1]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
     methods = make_methods(teacher, {}, ["prompt-lookup", "suffix"], BenchSettings(max_new_tokens=12))
     for method in methods:
-        (made,) = method.generate([prompt], 12)
-        assert made.token_ids == answer and max(made.accepted_lengths) > 1
-        assert (method.tree, method.predictor) == ("chain", None) and method.engine is not None
-    assert named == ["prompt-lookup", "suffix"]
+        (made,) = method.generate([[*prompt, *answer, *prompt]], 12)  # the answer stands in the text
+        expected = generate_reference(teacher.model, [*prompt, *answer, *prompt], 12)
+        assert made.token_ids == expected and 1 + sum(made.accepted_lengths) == len(expected)
+        assert method.tree and method.predictor is None and method.engine is not None
 
 
 def test_default_methods_are_our_engines_hf_and_the_predictors() -> None:
