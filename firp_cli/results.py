@@ -15,6 +15,7 @@ from firp_cli.records import Accuracy, AnswerRecord, Execution, Sample, Verified
 BENCH_SCHEMA = "firp.bench/1"
 EVAL_SCHEMA = "firp.eval/1"
 TUNE_SCHEMA = "firp.tune/1"
+UNDRAFTED = ("ar", "hf", "hf-static")  # methods of a bench that decode token by token: they draft nothing
 
 Interval = tuple[float, float]
 Progress = Callable[[int, int | None], None]  # (done, total); total None: not known

@@ -58,8 +58,10 @@ Predictors = Annotated[
 Methods = Annotated[
     str | None,
     typer.Option(
-        help="Methods with commas: ar (autoregressive decoding), hf (transformers' generate) and predictors by kind or "
-        "folder name. Default: all."
+        help="Methods with commas: ar (autoregressive decoding), hf and hf-static (transformers' generate with its "
+        "dynamic and its static cache), prompt-lookup and suffix (drafts copied from the text), assisted:MODEL and "
+        "early-exit:LAYER (transformers' assisted generation), and predictors by kind or folder name. Default: ar, hf, "
+        "prompt-lookup, suffix and all predictors."
     ),
 ]
 Dataset = Annotated[

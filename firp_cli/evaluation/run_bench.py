@@ -13,13 +13,13 @@ from firp_cli.evaluation.answer_runs import ALL, Runs, records_of, runs_of
 from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.lossless import compare_tokens
 from firp_cli.evaluation.measure import Measured, measure_bench
-from firp_cli.evaluation.methods import BASELINES, BenchSettings, Method
+from firp_cli.evaluation.methods import BenchSettings, Method
 from firp_cli.evaluation.rows import bench_rows, drift_warnings, groups_of, lossless, row_without_figures
 from firp_cli.evaluation.samples import make_samples
 from firp_cli.evaluation.step_parts import step_parts
 from firp_cli.evaluation.verify import verified, verify_answers
 from firp_cli.records import AnswerRecord
-from firp_cli.results import BenchReport, BenchRow, Divergence, Progress, no_progress
+from firp_cli.results import UNDRAFTED, BenchReport, BenchRow, Divergence, Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 
 
@@ -174,7 +174,7 @@ def _rows(
             row.predictor, row.tree, row.batch_size = method.predictor, method.tree, settings.batch_size
             row.execution = measured.executions.get(name)
         # in half precision `ar` itself differs from the reference, whose products round otherwise
-        if reference == "hf" and teacher.dtype != torch.float32 and "ar" in runs and name not in BASELINES:
+        if reference == "hf" and teacher.dtype != torch.float32 and "ar" in runs and name not in UNDRAFTED:
             against_ar = compare_tokens(teacher, prompts, runs["ar"], own)
             for row in made:
                 row.lossless_ar = lossless(runs_of(row.dataset, row.category, own), against_ar)

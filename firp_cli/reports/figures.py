@@ -10,7 +10,7 @@ from typing import Any
 from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend, png
 from firp_cli.reports.cells import group_name, main_rows, row_label
 from firp_cli.reports.speed_tables import pipeline_rows
-from firp_cli.results import BenchReport, BenchRow, EvalReport, PipelineReport
+from firp_cli.results import UNDRAFTED, BenchReport, BenchRow, EvalReport, PipelineReport
 
 LABELLED_BARS = 16  # with more there is no room for labels
 
@@ -114,7 +114,7 @@ def _acceptance(rows: Sequence[BenchRow]) -> bytes:
 def _speedup_by_group(rows: Sequence[BenchRow]) -> bytes:
     """Draw the speedup over `ar` in each data set and category, with intervals."""
     groups = list(dict.fromkeys(group_name(row) for row in rows))
-    drafting = [row for row in rows if row.speedup and row.method not in ("ar", "hf")]
+    drafting = [row for row in rows if row.speedup and row.method not in UNDRAFTED]
     methods = list(dict.fromkeys(row_label(row) for row in drafting or rows if row.speedup))
     with canvas(6.8, 1.1 + 0.38 * len(groups)) as figure:
         axes = figure.subplots()

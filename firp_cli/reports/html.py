@@ -10,7 +10,7 @@ from firp_cli.reports.cells import by_teacher, row_label, teacher_column
 from firp_cli.reports.page import closing, figure, page, table
 from firp_cli.reports.predicted import predicted_lines
 from firp_cli.reports.preset_lines import preset_lines
-from firp_cli.results import BenchReport
+from firp_cli.results import UNDRAFTED, BenchReport
 
 CAPTIONS = {
     "speedup": "Decoding speed relative to both baselines, without prefill.",
@@ -45,7 +45,7 @@ def bench_html(report: BenchReport, figures: dict[str, bytes]) -> str:
 
 def _headline(report: BenchReport) -> str:
     """Return a sentence on the best method of one teacher."""
-    whole = [row for row in report.rows if row.category == "all" and row.method not in ("ar", "hf") and row.speedup]
+    whole = [row for row in report.rows if row.category == "all" and row.method not in UNDRAFTED and row.speedup]
     whole = [row for row in whole if row.dataset == "all"] or whole
     if not whole:
         return ""

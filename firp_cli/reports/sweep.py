@@ -14,7 +14,7 @@ from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend, png
 from firp_cli.reports.cells import DASH, Cells, main_rows, markdown_table, number, row_label, with_interval
 from firp_cli.reports.page import closing, figure, page, table
 from firp_cli.reports.tables import reading_notes, settings_line
-from firp_cli.results import BenchReport, BenchRow, as_json
+from firp_cli.results import UNDRAFTED, BenchReport, BenchRow, as_json
 
 SWEEP = "sweep.json"
 BATCH = "--batch-size"
@@ -116,7 +116,7 @@ def break_even_lines(cells: Sequence[SweepCell]) -> list[str]:
     lines = []
     for curve in curves(cells):
         speedups = {size: row.speedup for size, row in sorted(curve.rows.items()) if row.speedup}
-        if len(speedups) < 2 or next(iter(curve.rows.values())).method in ("ar", "hf"):
+        if len(speedups) < 2 or next(iter(curve.rows.values())).method in UNDRAFTED:
             continue
         even = break_even(curve)
         if even is not None:

@@ -28,7 +28,7 @@ from firp_cli.reports.cells import (
 from firp_cli.reports.predicted import predicted_cells, predicted_lines
 from firp_cli.reports.preset_lines import preset_lines
 from firp_cli.reports.speed_tables import FIGURE, NOTES, pipeline_markdown, pipeline_rows, pipeline_tables
-from firp_cli.results import BenchReport, BenchRow, EvalReport, PipelineReport, TickCost
+from firp_cli.results import UNDRAFTED, BenchReport, BenchRow, EvalReport, PipelineReport, TickCost
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -140,7 +140,7 @@ def category_cells(report: BenchReport) -> tuple[list[str], Cells]:
     method.
     """
     rows = [row for row in report.rows if row.category != "all"]
-    methods = [name for name in dict.fromkeys(row.method for row in rows) if name not in ("ar", "hf")]
+    methods = [name for name in dict.fromkeys(row.method for row in rows) if name not in UNDRAFTED]
     by_method = {(group_name(row), row.method): row for row in rows}
     cells = []
     for group in dict.fromkeys(group_name(row) for row in rows):
