@@ -81,9 +81,9 @@ def measure(
     """Decode every batch with every method `repeats` times.
 
     Methods take turns within each batch, and the first one changes from batch to batch and from repeat to repeat, so
-    that a slowdown of the machine affects all of them. A method that raises MethodError is left out, and its `reason` is
-    set. With `keep_partial`, KeyboardInterrupt ends the measurement: the repeats that are complete by
-    then are returned; without one it is raised again.
+    that a slowdown of the machine affects all of them. A method that raises MethodError is left out, and its `reason`
+    is set. With `keep_partial`, KeyboardInterrupt ends the measurement: the repeats that are complete by then are
+    returned; without one it is raised again.
     """
     running = [method for method in methods if not method.reason]
     _capture(running, prompts, batches, settings)
@@ -184,7 +184,6 @@ def measure_bench(
         reasons = "; ".join(f"{method.name}: {method.reason}" for method in methods)
         raise UsageError(f"no method can be measured: {reasons}")
     environment["device_state_after"] = device_state(teacher.device)
-    executions = {
-        method.name: execution(method, teacher, method.name == STATIC) for method in methods if method.name in runs
-    }
+    measured = [method for method in methods if method.name in runs]
+    executions = {method.name: execution(method, teacher, method.name == STATIC) for method in measured}
     return Measured(fitting, batches, runs, skipped, environment, executions)
