@@ -197,7 +197,8 @@ class Engine:
             self.graphs.forget()
         del kept  # its memory is free for the new one
         capacity = self._capacity(positions)
-        stepper = DecodeStep(self.teacher, setup, self.sampler, batch, capacity, self._kernel)
+        graphs = self.graphs is not None
+        stepper = DecodeStep(self.teacher, setup, self.sampler, batch, capacity, self._kernel, graphs)
         if self.graphs is not None:
             self.kept = stepper
         return stepper
