@@ -32,7 +32,9 @@ names = pytest.mark.parametrize("name", NAMES)
 
 
 def counting_teacher(period: int, logit: float = 1.0) -> Teacher:
-    """Return a teacher that writes 10, 11, ... and, after `period` tokens, again from 10: these have `logit`, others 0."""
+    """Return a teacher that writes 10, 11, ... and, after `period` tokens, again from 10. These have `logit`, others
+    0.
+    """
     teacher = wrap_model(tiny_model("llama"), name="counting", check=False)
     teacher.eos_token_ids = ()
     known = teacher._embed.weight.detach()
@@ -124,9 +126,8 @@ def test_sampling_is_plain_sampling(name: str) -> None:
     items = engine.generate([[10, 11, 12]] * 30, 120)
     for item in items:
         for before, after in itertools.pairwise([12, *item.token_ids]):
-            follows = (before + 1) % VOCABULARY if before != 10 + period - 1 else 10
-            right += after == follows
-            wrong[after] += after != follows
+            follows = after == 10 + (before - 9) % period
+            right, wrong[after] = right + follows, wrong[after] + (not follows)
     lengths = [length for item in items for length in item.accepted_lengths]
     assert sum(lengths) > 1.5 * len(lengths), "most tokens are drafted"
     chance = math.exp(logit) / (math.exp(logit) + VOCABULARY - 1)
