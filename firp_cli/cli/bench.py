@@ -38,7 +38,7 @@ from firp_cli.cli.terminal import (
     teacher_options,
 )
 from firp_cli.config import TeacherConfig
-from firp_cli.errors import INTERRUPTED
+from firp_cli.errors import INTERRUPTED, UsageError
 from firp_cli.files import check_output, reserved_folder
 from firp_cli.machine import is_main, rank, world_size
 
@@ -59,6 +59,8 @@ Methods = Annotated[
 Turns = Annotated[
     str, typer.Option(help="User turns of a conversation: all, each after the method's own answers, or first.")
 ]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the main table as Markdown.")]
+Latex = Annotated[bool, typer.Option("--latex", help="Print the main table as LaTeX, for the package booktabs.")]
 
 
 @teacher_options
@@ -91,9 +93,12 @@ def bench(
     guard: Guarded = None,
     force: Force = False,
     as_json: Json = False,
+    markdown: Markdown = False,
+    latex: Latex = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure accepted length and speedup; write bench.json, .csv, .md and .html."""
+    """Measure accepted length and speedup; write bench.json, .csv, .md, .tex and .html."""
+    form = _form({"json": as_json, "markdown": markdown, "latex": latex})
     quiet_libraries(verbose)
     from firp_cli.api.bench_run import bench as measure
     from firp_cli.data.readers import dataset_label
@@ -118,34 +123,47 @@ def bench(
             start()
         report = measure(predictors, **measuring, **loading)
         if is_main():
-            _publish(report, folder, as_json)
+            _publish(report, folder, form)
 
 
 def _names(methods: str | None) -> list[str] | None:
     return [name.strip() for name in methods.split(",") if name.strip()] if methods else None
 
 
-def _publish(report: BenchReport, folder: Path, as_json: bool) -> None:
+def _form(wanted: dict[str, bool]) -> str:
+    """Return the form of what is printed: `json`, `markdown`, `latex` or `table`."""
+    chosen = [name for name, is_wanted in wanted.items() if is_wanted]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other: choose one form")
+    return chosen[0] if chosen else "table"
+
+
+def _publish(report: BenchReport, folder: Path, form: str) -> None:
     """Write the report's files and print it; exit with 130 after an interruption."""
-    publish(report, folder, as_json, lambda: _show(report, folder))
+    publish(report, folder, form == "json", lambda: _show(report, folder, form))
     if cut := report.settings.get("interrupted"):
         say(f"firp: {cut}; the report is of those")
         raise typer.Exit(INTERRUPTED)
 
 
-def _show(report: BenchReport, folder: Path) -> None:
+def _show(report: BenchReport, folder: Path, form: str) -> None:
     """Print the tables and notes."""
     from rich.console import Console
 
-    from firp_cli.reports.cells import TEACHERS_NOTE
-    from firp_cli.reports.speed_tables import pipeline_note
-    from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
+    from firp_cli.reports.latex import bench_latex
+    from firp_cli.reports.markdown import main_markdown
+    from firp_cli.reports.notes import bench_notes, settings_line
+    from firp_cli.reports.tables import bench_tables
 
+    page = f"report: {folder / 'bench.html'}" if (folder / "bench.html").is_file() else ""
+    if form != "table":
+        typer.echo((main_markdown if form == "markdown" else bench_latex)(report), nl=False)
+        say(page)
+        return
     console = Console(highlight=False, emoji=False)
     console.print(settings_line(report), markup=False)
     console.print(bench_tables(report))
-    for note in (TEACHERS_NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):
-        if note:
-            console.print(note, markup=False)
-    if (page := folder / "bench.html").is_file():
-        console.print(f"report: {page}", markup=False, soft_wrap=True)
+    for note in bench_notes(report):
+        console.print(note, markup=False)
+    if page:
+        console.print(page, markup=False, soft_wrap=True)
