@@ -161,7 +161,7 @@ def _show(report: BenchReport, folder: Path, form: str) -> None:
         say(page)
         return
     console = Console(highlight=False, emoji=False)
-    console.print(settings_line(report), markup=False)
+    console.print(settings_line(report) + "\n", markup=False)
     console.print(bench_tables(report))
     for note in bench_notes(report):
         console.print(note, markup=False)

@@ -19,7 +19,7 @@ CAPTIONS = {
     "speedup_by_group": "Decoding speed over autoregressive decoding, by data set and category, with 95% intervals.",
     "acceptance": "Share of steps that accepted at least i drafted tokens; in brackets the accepted length.",
     "histogram": "Tokens emitted by one pass of the teacher.",
-    "parts": "Time of a decoding step by part. The parts are timed apart from the runs, whose step is the black mark.",
+    "parts": "Time of a decoding step by part, timed apart from the runs; the upright mark is their whole step.",
     "occupancy": "Tokens in the pipeline at each tick, and agreement of early exits with the last loop.",
 }
 DIVERGENCES_SHOWN = 50

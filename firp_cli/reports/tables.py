@@ -152,8 +152,8 @@ def bench_tables(report: BenchReport) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    drawn = [item for part in by_teacher(report) for table in _teacher_tables(part) for item in (Text(), table)]
-    return Group(*drawn, Text(), *map(Text, predicted_lines(report)), *pipeline_tables(report))
+    drawn = [item for part in by_teacher(report) for table in _teacher_tables(part) for item in (table, Text())]
+    return Group(*drawn, *map(Text, predicted_lines(report)), *pipeline_tables(report))
 
 
 def _teacher_tables(report: BenchReport) -> list[Table]:

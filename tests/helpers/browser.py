@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --remote-debugging-pipe"
+PATIENCE = 60  # seconds
 
 
 class Browser:
@@ -58,9 +60,8 @@ class Browser:
         """Send a command of the DevTools protocol and return its result."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
-        self.commands.write(
-            json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0"
-        )
+        message |= {"sessionId": self.session} if self.session else {}
+        self.commands.write(json.dumps(message).encode() + b"\0")
         while (answer := self._next()).get("id") != self.number:
             pass
         assert "result" in answer, answer
@@ -70,6 +71,7 @@ class Browser:
     def _next(self) -> dict[str, Any]:
         """Return the next message; requests of the page are kept."""
         while b"\0" not in self.received:
+            assert select.select([self.answers], [], [], PATIENCE)[0], "the browser does not answer"
             part = self.answers.read(1 << 20)
             assert part, "the browser has ended"
             self.received += part
