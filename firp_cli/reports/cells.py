@@ -40,6 +40,11 @@ def published(report: BenchReport) -> bool:
     return report.settings.get("preset") == "spec-bench"
 
 
+def parts_of(row: BenchRow) -> dict[str, float]:
+    """Return the milliseconds of a step by part, without parts of no known time."""
+    return {name: value for name, value in row.parts.items() if value}
+
+
 def measured(rows: Sequence[BenchRow]) -> list[BenchRow]:
     """Return the rows with figures, without those of methods that cannot run."""
     return [row for row in rows if not row.reason]
@@ -134,6 +139,11 @@ def by_teacher(report: BenchReport) -> list[BenchReport]:
         replace(report, teacher=teacher, teachers=[], rows=[row for row in report.rows if row.teacher == label])
         for label, teacher in zip(labels, report.teachers, strict=True)
     ]
+
+
+def one_line(text: str) -> str:
+    """Return a message of several lines in one, without its period."""
+    return " ".join(text.split()).rstrip(".")
 
 
 def row_label(row: BenchRow) -> str:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from firp_cli.reports.canvas import COLOURS, INK, MARKERS, PAPER, SOFT, Picture, canvas, legend, picture
-from firp_cli.reports.cells import BASELINES, group_name, main_rows, measured, published, short_label
+from firp_cli.reports.cells import BASELINES, group_name, main_rows, measured, parts_of, published, short_label
 from firp_cli.reports.pipeline_figures import occupancy
 from firp_cli.reports.speed_tables import pipeline_rows
 from firp_cli.results import BenchReport, BenchRow, Interval
@@ -37,12 +37,17 @@ def bench_figures(report: BenchReport) -> dict[str, Picture]:
         figures["acceptance"] = _acceptance(drafted)
     if drafted := [row for row in main if sum(row.accepted_histogram[2:])]:
         figures["histogram"] = _histogram(drafted)
-    if timed := [row for row in main if sum(row.parts.values())]:
+    if timed := [row for row in main if parts_of(row)]:
         figures["parts"] = _parts(timed)
     flowing = {short_label(row): pipeline for row, pipeline in pipeline_rows(main) if pipeline.occupancy}
     if flowing:
         figures["occupancy"] = occupancy(flowing)
     return figures
+
+
+def _marker(place: int) -> str:
+    """Return a marker that the methods of the same colour do not have."""
+    return MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
 
 
 def _errors(value: float | None, interval: Interval | None) -> tuple[float, float]:
@@ -98,7 +103,7 @@ def _speedup(rows: Sequence[BenchRow], spec_bench: bool) -> Picture:
                 if value:
                     end = (value + above, place)
                     axes.annotate(f"{value:.2f}", end, (4, 0), textcoords="offset points", va="center", size=8)
-        axes.axvline(1.0, color=SOFT, linewidth=1.0, linestyle="--")
+        axes.axvline(1.0, color=SOFT, linewidth=1.0, linestyle="--", zorder=0.4)  # below the names
         axes.margins(x=0.12)
         axes.set_xlim(left=0)
         for (upper, lower), top in zip(pairwise(rows), tops[1:], strict=True):
@@ -126,13 +131,13 @@ def _speedup_by_group(rows: Sequence[BenchRow]) -> Picture:
                 [row.speedup or 0.0 for row in chosen],
                 [tops[group_name(row)] + MARK * (number + 0.5) for row in chosen],
                 xerr=list(zip(*errors, strict=True)),
-                fmt=MARKERS[number % len(MARKERS)],
+                fmt=_marker(number),
                 color=COLOURS[number % len(COLOURS)],
                 markersize=4,
                 elinewidth=1.1,
                 label=method,
             )
-        axes.axvline(1.0, color=SOFT, linewidth=1.0, linestyle="--", zorder=1)
+        axes.axvline(1.0, color=SOFT, linewidth=1.0, linestyle="--", zorder=0.4)
         whose = "its own teacher's ar" if any(row.teacher for row in rows) else "ar"
         axes.set_xlabel(f"decoding speed over {whose} (1 = as fast)")
         legend(figure, 3)
@@ -144,7 +149,7 @@ def _acceptance(rows: Sequence[BenchRow]) -> Picture:
     with canvas(WIDTH, 2.9 + 0.16 * len(rows)) as figure:
         axes = figure.subplots()
         for place, row in enumerate(rows):
-            style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+            style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": _marker(place)}
             steps = range(1, len(row.acceptance_by_step) + 1)
             label = f"{short_label(row)} ({row.accepted_length:.2f})"
             axes.plot(steps, row.acceptance_by_step, markersize=5, label=label, **style)
@@ -178,7 +183,7 @@ def _histogram(rows: Sequence[BenchRow]) -> Picture:
 
 def _parts(rows: Sequence[BenchRow]) -> Picture:
     """Draw the milliseconds of a step by part as stacked bars, and those of a step in the timed runs."""
-    names = list(dict.fromkeys(name for row in rows for name in row.parts))
+    names = list(dict.fromkeys(name for row in rows for name in parts_of(row)))
     height = 1.5 * BAR
     with canvas(WIDTH, _height(len(rows), height) + 0.12 * len(names)) as figure:
         axes = figure.subplots()
@@ -186,7 +191,7 @@ def _parts(rows: Sequence[BenchRow]) -> Picture:
         places = [top + height / 2 for top in tops]
         ends = [0.0] * len(rows)
         for number, name in enumerate(names):
-            lengths = [row.parts.get(name, 0.0) for row in rows]
+            lengths = [parts_of(row).get(name, 0.0) for row in rows]
             colour = COLOURS[number % len(COLOURS)]
             axes.barh(places, lengths, left=ends, height=0.9 * height, color=colour, label=name)
             ends = [end + length for end, length in zip(ends, lengths, strict=True)]

@@ -8,7 +8,7 @@ from html import escape
 
 from firp_cli.reports import notes, speed_tables, tables, verified
 from firp_cli.reports.canvas import Picture
-from firp_cli.reports.cells import DASH, Cells, by_teacher, main_rows, row_label, teacher_column
+from firp_cli.reports.cells import DASH, Cells, by_teacher, main_rows, one_line, row_label, teacher_column
 from firp_cli.reports.page import closing, figure, folded, listed, page, section, table
 from firp_cli.reports.predicted import predicted_lines
 from firp_cli.reports.samples import samples_part
@@ -30,7 +30,9 @@ def bench_html(report: BenchReport, figures: Figures) -> str:
     """Return the page. `figures`: by name, from `figures.bench_figures`."""
     parts = by_teacher(report)
     headers, cells = tables.bench_cells(report, main_rows(report))
-    reasons = {place: f"not measured: {row.reason}" for place, row in enumerate(main_rows(report)) if row.reason}
+    reasons = {
+        place: f"not measured: {one_line(row.reason)}" for place, row in enumerate(main_rows(report)) if row.reason
+    }
     details, execution = tables.detail_cells(report, main_rows(report)), tables.execution_cells(report)
     body = [
         "<h1>firp bench</h1>",
@@ -72,7 +74,7 @@ def _pair(figures: Figures, *names: str) -> str:
 
 
 def _paragraph(text: str | None, kind: str = "small") -> str:
-    return f'<p class="{kind}">{escape(text)}.</p>' if text else ""
+    return f'<p class="{kind}">{escape(text.rstrip("."))}.</p>' if text else ""
 
 
 def _optional(headers: list[str], cells: Cells, left: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from firp_cli.reports.cells import DASH, Cells, by_teacher
+from firp_cli.reports.cells import DASH, Cells, by_teacher, one_line
 from firp_cli.reports.notes import interval_note, reason_lines, settings_line
 from firp_cli.reports.tables import bench_cells, category_cells
 from firp_cli.results import BenchReport
@@ -55,7 +55,7 @@ def _table(headers: Sequence[str], cells: Cells, left: int, caption: str, label:
         if left > 1 and place and line[0] != cells[place - 1][0]:
             lines.append(r"\midrule")
         lines.append(_line(line))
-    below = [f"\\par\\smallskip{{\\footnotesize {escaped(note)}.\\par}}" for note in notes]
+    below = [f"\\par\\smallskip{{\\footnotesize {escaped(one_line(note))}.\\par}}" for note in notes]
     return "\n".join(
         [
             r"\begin{table}[t]",

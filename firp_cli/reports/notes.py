@@ -114,7 +114,9 @@ def headline(report: BenchReport) -> tuple[str, str] | None:
 
 def reason_lines(report: BenchReport) -> list[str]:
     """Return a line for each method that cannot run."""
-    return list(dict.fromkeys(f"{row_label(row)} is not measured: {row.reason}" for row in report.rows if row.reason))
+    return list(
+        dict.fromkeys(f"{row_label(row)} is not measured: {one_line(row.reason)}" for row in report.rows if row.reason)
+    )
 
 
 def interval_note(report: BenchReport) -> str | None:

@@ -25,7 +25,8 @@ p.small { color: var(--soft); font-size: .9rem; }
 .card { padding: .3rem .8rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--line); overflow-wrap: normal; }
-th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; vertical-align: bottom; }
+th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; vertical-align: bottom; line-height: 1.25;
+  min-width: 4.5rem; }
 td { white-space: nowrap; }
 td.across { white-space: normal; text-align: left; color: var(--soft); }
 td.across span { display: block; max-width: min(40rem, 50vw); }
@@ -62,6 +63,6 @@ dt { color: var(--soft); } dd { margin: 0; }
 @media (max-width: 34rem) { main { padding: 1.2rem .75rem 3rem; } h1 { font-size: 1.4rem; }
   p.headline { font-size: 1.05rem; } .card { padding: .2rem .5rem; } figure { padding: .6rem .4rem; }
   .pinned th:first-child, .pinned td:first-child { left: -.5rem; } th, td { padding: .4rem .45rem; }
-  dl { display: block; } dd { margin: 0 0 .5rem; } }
+  .card:not(.pinned) .left { min-width: 6.5rem; } dl { display: block; } dd { margin: 0 0 .5rem; } }
 @media print { body { background: none; } .card, figure, details { break-inside: avoid; } }
 """

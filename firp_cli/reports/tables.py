@@ -15,6 +15,7 @@ from firp_cli.reports.cells import (
     main_rows,
     measured,
     number,
+    parts_of,
     published,
     rich_table,
     row_label,
@@ -131,13 +132,13 @@ def execution_cells(report: BenchReport) -> tuple[list[str], Cells]:
 
 def parts_cells(report: BenchReport) -> tuple[list[str], Cells]:
     """Return headers and cells of the milliseconds of a step by part, one line per method."""
-    rows = [row for row in measured(main_rows(report)) if row.parts]
-    names = list(dict.fromkeys(name for row in rows for name in row.parts))
+    rows = [row for row in measured(main_rows(report)) if parts_of(row)]
+    names = list(dict.fromkeys(name for row in rows for name in parts_of(row)))
     cells = [
         [
             row_label(row),
             *(number(row.parts.get(name)) for name in names),
-            number(sum(row.parts.values())),
+            number(sum(parts_of(row).values())),
             number(row.step_milliseconds),
         ]
         for row in rows
@@ -165,7 +166,8 @@ def _teacher_tables(report: BenchReport) -> list[Table]:
         rows = [row for row in measured(report.rows) if (row.dataset, row.category) == (dataset, "all")]
         cells = [[row.method, *(cell(row) for cell in columns.values())] for row in rows]
         table = rich_table(["\nmethod", *columns], cells, left=1)
-        table.columns[0].no_wrap, table.padding, table.show_edge = False, (0, 0), False  # only a long name is folded
+        table.columns[0].no_wrap, table.show_edge = False, False  # only a long name is folded
+        table.padding = (0, 0 if any(row.accuracy for row in rows) else 1, 0, 0)
         name = dataset if len(datasets) > 1 else ""
         drawn.append(_titled(table, owner, f"data set {name}" if owner and name else name))
     headers, cells = category_cells(report)
