@@ -15,6 +15,7 @@ from firp_cli.records import Accuracy, AnswerRecord, Execution, Sample, Verified
 BENCH_SCHEMA = "firp.bench/1"
 EVAL_SCHEMA = "firp.eval/1"
 TUNE_SCHEMA = "firp.tune/1"
+UNDRAFTED = ("ar", "hf", "hf-static")  # methods of a bench that decode token by token: they draft nothing
 
 Interval = tuple[float, float]
 Progress = Callable[[int, int | None], None]  # (done, total); total None: not known
@@ -264,6 +265,7 @@ class BenchRow:
     accuracy: Accuracy | None = None
     execution: Execution | None = None
     parts: dict[str, float] = field(default_factory=dict)  # milliseconds of a decoding step by part
+    speedup_by_process: list[float] = field(default_factory=list)  # over `ar`, where several processes measured
 
 
 @dataclass

@@ -19,9 +19,10 @@ from firp_cli.data.turns import Questions
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
 from firp_cli.evaluation.bench_prompts import BenchPrompt, fit_prompts, spread
+from firp_cli.evaluation.merge import merge_teachers
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.overlap import were_trained_on
-from firp_cli.evaluation.run_bench import follow_bench, memory_line, merge_reports, run_bench
+from firp_cli.evaluation.run_bench import follow_bench, memory_line, run_bench
 from firp_cli.predictors.folder import load_predictor, predictor_folder, trained_store
 from firp_cli.results import BenchReport
 from firp_cli.teacher.teacher import Teacher
@@ -84,7 +85,7 @@ def bench(
             break
         if reports[-1].settings.get("interrupted"):
             break
-    return merge_reports(reports)
+    return merge_teachers(reports)
 
 
 def groups_to_measure(
@@ -254,5 +255,5 @@ def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: 
         questions = Questions.of(prompt.conversation, teacher.tokenizer, stops) if all_turns else None
         lengths = tuple(questions.lengths()) if questions else ()
         place = f"{prompt.row} of {prompt.dataset}"
-        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, place=place))
+        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, place=place, id=prompt.id))
     return made

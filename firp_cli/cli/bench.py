@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from firp_cli.cli.bench_runs import matrix, measure_cells, measure_in_processes, temperature_of, whole_number
 from firp_cli.cli.terminal import (
     Attention,
     Backend,
@@ -22,7 +24,6 @@ from firp_cli.cli.terminal import (
     Seed,
     SkipLong,
     Split,
-    Temperature,
     Threads,
     TopP,
     Tree,
@@ -31,6 +32,7 @@ from firp_cli.cli.terminal import (
     decoding_options,
     default_folder,
     interruption,
+    print_json,
     progress_bar,
     publish,
     quiet_libraries,
@@ -43,6 +45,9 @@ from firp_cli.files import check_output, reserved_folder
 from firp_cli.machine import is_main, rank, world_size
 
 if TYPE_CHECKING:
+    from firp_cli.decoding.engine import EngineOptions
+    from firp_cli.evaluation.methods import BenchSettings
+    from firp_cli.reports.sweep import SweepCell
     from firp_cli.results import BenchReport
 
 NOTHING_KEPT = "firp: interrupted before the first repeat was whole: nothing is kept"
@@ -74,14 +79,16 @@ def bench(
     data_dir: DataDir = None,
     split: Split = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each data set. Default: 40.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a prompt.")] = 128,
-    temperature: Temperature = 0.0,
+    max_new_tokens: Annotated[str, typer.Option(help="Most new tokens of a prompt.")] = "128",
+    temperature: Annotated[str, typer.Option(help="Sampling temperature. 0: greedy.")] = "0",
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.")] = 1,
+    batch_size: Annotated[str, typer.Option(help="Prompts decoded at once.")] = "1",
     tree: Tree = None,
     turns: Turns = "all",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of all measurements; medians are reported.")] = 3,
+    processes: Annotated[int, typer.Option(min=1, help="Fresh processes that measure all of it, one by one.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a matrix of settings in --output.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/bench-...")] = None,
     skip_long: SkipLong = False,
     threads: Threads = None,
@@ -97,45 +104,150 @@ def bench(
     latex: Latex = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure accepted length and speedup; write bench.json, .csv, .md, .tex and .html."""
-    form = _form({"json": as_json, "markdown": markdown, "latex": latex})
-    quiet_libraries(verbose)
+    """Measure accepted length and speedup; write bench.json, .csv, .md, .tex and .html.
+
+    --batch-size, --temperature, --tree and --max-new-tokens take several values with commas: each combination is
+    measured, and one page (sweep.html) shows them all.
+    """
+    given = dict(locals())
+    _run(given.pop("context"), BenchOptions(**given))
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Values of the command's options."""
+
+    predictors: list[str] | None
+    dataset: str
+    methods: str | None
+    teacher: TeacherConfig | None
+    data_dir: str | None
+    split: str
+    limit: int | None
+    max_new_tokens: str
+    temperature: str
+    top_p: float
+    seed: int
+    batch_size: str
+    tree: str | None
+    turns: str
+    repeats: int
+    processes: int
+    resume: bool
+    output: Path | None
+    skip_long: bool
+    threads: int | None
+    backend: str
+    attention: str
+    graphs: bool
+    compiled: bool
+    gpus: Any
+    guard: bool | None
+    force: bool
+    as_json: bool
+    markdown: bool
+    latex: bool
+    verbose: bool
+
+    @property
+    def form(self) -> str:
+        """Form of what is printed: `json`, `markdown`, `latex` or `table`. Raises UsageError."""
+        wanted = {"json": self.as_json, "markdown": self.markdown, "latex": self.latex}
+        chosen = [name for name, is_wanted in wanted.items() if is_wanted]
+        if len(chosen) > 1:
+            raise UsageError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other: choose one form")
+        return chosen[0] if chosen else "table"
+
+    def cells(self) -> list[dict[str, str]]:
+        """Return every combination of the settings that may have several values."""
+        given = {"--batch-size": self.batch_size, "--temperature": self.temperature}
+        return matrix({**given, "--max-new-tokens": self.max_new_tokens, "--tree": self.tree})
+
+    def settings(self, cell: Mapping[str, str], engine: EngineOptions) -> BenchSettings:
+        """Return the conditions of a combination. Raises UsageError."""
+        from firp_cli.evaluation.methods import BenchSettings
+
+        return BenchSettings(
+            max_new_tokens=whole_number("--max-new-tokens", cell["--max-new-tokens"]),
+            batch_size=whole_number("--batch-size", cell["--batch-size"]),
+            temperature=temperature_of(cell["--temperature"]),
+            top_p=self.top_p,
+            repeats=self.repeats,
+            seed=self.seed,
+            guard=self.guard,
+            turns=self.turns,
+            engine=engine,
+        )
+
+    def measuring(self) -> dict[str, Any]:
+        """Return the arguments of `firp_cli.bench` that are options as they are."""
+        names = ("dataset", "data_dir", "split", "limit", "skip_long", "teacher", "force", "tree")
+        return {name: getattr(self, name) for name in names} | {"methods": _names(self.methods)}
+
+
+def _run(context: typer.Context, given: BenchOptions) -> None:
+    """Measure, in this process or in several, and publish the report."""
+    form = given.form
+    quiet_libraries(given.verbose)
     from firp_cli.api.bench_run import bench as measure
     from firp_cli.data.readers import dataset_label
     from firp_cli.distributed.launch import launch, relayed_errors, start
-    from firp_cli.evaluation.methods import BenchSettings
 
-    layers, options = decoding_options(backend, compiled, attention, graphs, threads)
-    default = default_folder("bench", dataset_label(dataset))
-    settings = BenchSettings(
-        max_new_tokens, batch_size, temperature, top_p, repeats, seed=seed, guard=guard, turns=turns, engine=options
-    )
-    check_output(output or default)
-    if launch(gpus, None, command_line(context)):
+    layers, engine = decoding_options(given.backend, given.compiled, given.attention, given.graphs, given.threads)
+    default = default_folder("bench", dataset_label(given.dataset))
+    cells = given.cells()
+    settings = [given.settings(cell, engine) for cell in cells]
+    check_output(given.output or default)
+    if given.resume and (len(cells) == 1 or given.output is None):
+        raise UsageError("--resume goes on with a matrix of settings in --output: give both")
+    if len(cells) > 1 or given.processes > 1:
+        with reserved_folder(given.output, default) as folder:
+            _several(context, given, cells, folder)
         return
-    settings = replace(settings, rank=rank(), ranks=world_size())
-    loading: dict[str, Any] = {"teacher": teacher, "backend": layers, "force": force, "tree": tree}
-    measuring: dict[str, Any] = {"dataset": dataset, "methods": _names(methods), "data_dir": data_dir, "split": split}
-    measuring |= {"limit": limit, "skip_long": skip_long, "settings": settings, "progress": progress_bar}
-    reserved = reserved_folder(output, default) if is_main() else nullcontext(default)
+    if launch(given.gpus, None, command_line(context)):
+        return
+    ranked = replace(settings[0], rank=rank(), ranks=world_size())
+    reserved = reserved_folder(given.output, default) if is_main() else nullcontext(default)
     with interruption(NOTHING_KEPT), relayed_errors(), reserved as folder:
         if world_size() > 1:
             start()
-        report = measure(predictors, **measuring, **loading)
+        measuring = {**given.measuring(), "settings": ranked, "backend": layers, "progress": progress_bar}
+        report = measure(given.predictors, **measuring)
         if is_main():
             _publish(report, folder, form)
 
 
+def _several(context: typer.Context, given: BenchOptions, cells: list[dict[str, str]], folder: Path) -> None:
+    """Measure in several processes, or a matrix of settings; write the report and print it."""
+    if len(cells) == 1:
+        _publish(measure_in_processes(context, given.processes, folder), folder, given.form)
+        return
+    from rich.console import Console
+
+    from firp_cli.api.write_report import write_sweep
+    from firp_cli.reports.cells import rich_table
+    from firp_cli.reports.sweep import break_even_lines, sweep_cells, sweep_json, sweep_latex, sweep_markdown
+
+    done: list[SweepCell] = []
+    for done in measure_cells(context, cells, folder, given.processes, given.resume):
+        write_sweep(done, folder)
+    if given.form == "json":
+        print_json(sweep_json(done))
+    elif given.form != "table":
+        typer.echo((sweep_markdown if given.form == "markdown" else sweep_latex)(done), nl=False)
+    else:
+        console = Console(highlight=False, emoji=False)
+        headers, lines = sweep_cells(done)
+        headers = [header.replace(" ", "\n", 1) for header in headers]
+        console.print(rich_table(headers, lines, left=headers.index("method") + 1))
+        for line in [*break_even_lines(done), f"report: {folder / 'sweep.html'}"]:
+            console.print(line, markup=False, soft_wrap=True)
+    if not any(cell.report for cell in done):
+        raise typer.Exit(1)
+
+
 def _names(methods: str | None) -> list[str] | None:
     return [name.strip() for name in methods.split(",") if name.strip()] if methods else None
-
-
-def _form(wanted: dict[str, bool]) -> str:
-    """Return the form of what is printed: `json`, `markdown`, `latex` or `table`."""
-    chosen = [name for name, is_wanted in wanted.items() if is_wanted]
-    if len(chosen) > 1:
-        raise UsageError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other: choose one form")
-    return chosen[0] if chosen else "table"
 
 
 def _publish(report: BenchReport, folder: Path, form: str) -> None:

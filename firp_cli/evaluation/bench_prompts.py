@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from firp_cli.data.turns import Questions
 from firp_cli.decoding.sequences import check_room, prompt_label
@@ -25,7 +26,7 @@ class BenchPrompt:
     Attributes:
         questions: all turns of its conversation; None if it has one. lengths: `Questions.lengths`.
         bounds: most tokens of the prompt of each later turn that is asked.
-        place: its row and data set, for messages.
+        place: its row and data set, for messages. id: name or number that the row gives itself.
     """
 
     token_ids: list[int]
@@ -35,6 +36,7 @@ class BenchPrompt:
     lengths: tuple[int, ...] = ()
     bounds: tuple[int, ...] = ()
     place: str = ""
+    id: Any = None
 
     @property
     def turns(self) -> int:

@@ -15,9 +15,9 @@ from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.errors import UsageError
+from firp_cli.evaluation.answer_runs import BatchRun, runs_of
 from firp_cli.evaluation.bench_prompts import Generate
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
-from firp_cli.evaluation.rows import BatchRun, runs_of
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
@@ -40,6 +40,7 @@ class Method:
         engine: the engine of this package that decodes; None for others.
         on_all_ranks: all ranks must call `generate`, since they share the work.
         add_details: sets the fields of the method's rows that only methods of its kind have.
+        reason: why it cannot run; None while nothing is known.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Method:
     engine: Engine | PipelineEngine | None = None
     on_all_ranks: bool = False
     add_details: AddDetails | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def tuned_tree_details(trees: TunedTrees) -> AddDetails:
     """Return a function that records the tree of a typical batch in a method's rows, with its predicted performance."""
 
     def add(rows: Sequence[BenchRow], runs: Sequence[BatchRun], settings: BenchSettings) -> None:
-        longest = median(max(item.prompt_tokens for item in turn) for run in runs for turn in run.by_turn())
+        longest = median(length for run in runs for length in run.longest_prompts())
         context = int(longest) + settings.max_new_tokens // 2
         entry = trees.entry(settings.batch_size, context)
         for row in rows:

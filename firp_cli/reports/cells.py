@@ -18,7 +18,6 @@ TEACHERS_NOTE = (
 if TYPE_CHECKING:
     from rich.table import Table
 
-BASELINES = ("ar", "hf", "hf-static")
 DASH = "–"
 LONGEST_LABEL = 30
 Cells = list[list[str]]
@@ -37,12 +36,12 @@ def with_interval(value: float | None, interval: Interval | None, digits: int = 
 
 def published(report: BenchReport) -> bool:
     """Return whether the run follows Spec-Bench, so that its definition of speedup belongs into the main table."""
-    return report.settings.get("preset") == "spec-bench"
+    return (report.settings.get("preset") or {}).get("name") == "spec-bench"
 
 
 def parts_of(row: BenchRow) -> dict[str, float]:
     """Return the milliseconds of a step by part, without parts of no known time."""
-    return {name: value for name, value in row.parts.items() if value}
+    return {name: value for name, value in row.parts.items() if value is not None}
 
 
 def measured(rows: Sequence[BenchRow]) -> list[BenchRow]:

@@ -8,10 +8,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from firp_cli.reports.canvas import COLOURS, INK, MARKERS, PAPER, SOFT, Picture, canvas, legend, picture
-from firp_cli.reports.cells import BASELINES, group_name, main_rows, measured, parts_of, published, short_label
+from firp_cli.reports.cells import group_name, main_rows, measured, parts_of, published, short_label
 from firp_cli.reports.pipeline_figures import occupancy
 from firp_cli.reports.speed_tables import pipeline_rows
-from firp_cli.results import BenchReport, BenchRow, Interval
+from firp_cli.results import UNDRAFTED, BenchReport, BenchRow, Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def bench_figures(report: BenchReport) -> dict[str, Picture]:
         figures["acceptance"] = _acceptance(drafted)
     if drafted := [row for row in main if sum(row.accepted_histogram[2:])]:
         figures["histogram"] = _histogram(drafted)
-    if timed := [row for row in main if parts_of(row)]:
+    if timed := [row for row in main if sum(parts_of(row).values())]:
         figures["parts"] = _parts(timed)
     flowing = {short_label(row): pipeline for row, pipeline in pipeline_rows(main) if pipeline.occupancy}
     if flowing:
@@ -118,7 +118,7 @@ def _speedup(rows: Sequence[BenchRow], spec_bench: bool) -> Picture:
 def _speedup_by_group(rows: Sequence[BenchRow]) -> Picture:
     """Draw the speedup over `ar` in each data set and category, with intervals."""
     groups = list(dict.fromkeys(group_name(row) for row in rows))
-    drafting = [row for row in rows if row.speedup and row.method not in BASELINES]
+    drafting = [row for row in rows if row.speedup and row.method not in UNDRAFTED]
     methods = list(dict.fromkeys(short_label(row) for row in drafting or rows if row.speedup))
     height = MARK * len(methods)
     with canvas(WIDTH, _height(len(groups), height)) as figure:

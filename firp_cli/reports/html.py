@@ -29,11 +29,10 @@ Figures = Mapping[str, Picture]
 def bench_html(report: BenchReport, figures: Figures) -> str:
     """Return the page. `figures`: by name, from `figures.bench_figures`."""
     parts = by_teacher(report)
-    headers, cells = tables.bench_cells(report, main_rows(report))
-    reasons = {
-        place: f"not measured: {one_line(row.reason)}" for place, row in enumerate(main_rows(report)) if row.reason
-    }
-    details, execution = tables.detail_cells(report, main_rows(report)), tables.execution_cells(report)
+    main = main_rows(report)
+    headers, cells = tables.bench_cells(report, main)
+    reasons = {place: f"not measured: {one_line(row.reason)}" for place, row in enumerate(main) if row.reason}
+    details, execution = tables.detail_cells(report, main), tables.execution_cells(report)
     body = [
         "<h1>firp bench</h1>",
         f'<p class="lead">{escape(notes.settings_line(report))}.</p>',

@@ -22,7 +22,7 @@ SPECIAL = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
 INTERVAL = re.compile(r" \[([-\d.]+), ([-\d.]+)\]")
-EXPLAINED = "Brackets: 95\\% bootstrap intervals."
+EXPLAINED = "Brackets: 95% bootstrap intervals."
 
 
 def escaped(text: str) -> str:
@@ -34,21 +34,23 @@ def bench_latex(report: BenchReport) -> str:
     """Return a table of all methods, and one of each teacher's categories if there are any."""
     whole = [row for row in report.rows if row.category == "all"]
     headers, cells = bench_cells(report, whole)
-    settings = escaped(f"{settings_line(report)}.")
-    caption = f"{settings[0].upper()}{settings[1:]} {EXPLAINED}"
+    settings = settings_line(report)
+    caption = f"{settings[0].upper()}{settings[1:]}. {EXPLAINED}"
     notes = [*report.warnings, *reason_lines(report), *([note] if (note := interval_note(report)) else [])]
     left = headers.index("method") + 1
-    drawn = [_table(headers, cells, left, caption, "tab:firp-bench", notes)]
+    drawn = [latex_table(headers, cells, left, caption, "tab:firp-bench", notes)]
     for number, part in enumerate(by_teacher(report), 1):
         headers, cells = category_cells(part)
         owner = f", teacher {part.rows[0].teacher}" if part.rows and part.rows[0].teacher else ""
-        caption = f"Speedup over ar (accepted length){escaped(owner)}."
+        caption = f"Speedup over ar (accepted length){owner}."
         label = f"tab:firp-bench-categories{'' if number == 1 else f'-{number}'}"
-        drawn += [_table(headers, cells, 1, caption, label)] if cells else []
+        drawn += [latex_table(headers, cells, 1, caption, label)] if cells else []
     return "\n".join(["% needs \\usepackage{booktabs}", *drawn])
 
 
-def _table(headers: Sequence[str], cells: Cells, left: int, caption: str, label: str, notes: Sequence[str] = ()) -> str:
+def latex_table(
+    headers: Sequence[str], cells: Cells, left: int, caption: str, label: str, notes: Sequence[str] = ()
+) -> str:
     """Return a table whose first `left` columns are flush left; a rule where the first of several changes."""
     lines = []
     for place, line in enumerate(cells):
@@ -60,7 +62,7 @@ def _table(headers: Sequence[str], cells: Cells, left: int, caption: str, label:
         [
             r"\begin{table}[t]",
             r"\centering\small",
-            f"\\caption{{{caption}}}",
+            f"\\caption{{{escaped(caption)}}}",
             f"\\label{{{label}}}",
             f"\\begin{{tabular}}{{{'l' * left}{'r' * (len(headers) - left)}}}",
             r"\toprule",

@@ -6,17 +6,17 @@ from typing import Any
 
 from firp_cli.reports import predicted, verified
 from firp_cli.reports.cells import (
-    BASELINES,
     TEACHERS_NOTE,
     by_teacher,
     group_name,
     main_rows,
     measured,
+    one_line,
     published,
     row_label,
 )
 from firp_cli.reports.speed_tables import NOTES, pipeline_note, pipeline_rows
-from firp_cli.results import BenchReport
+from firp_cli.results import UNDRAFTED, BenchReport
 
 LEAST_UNITS = 8
 NO_STEP = "; every answer ended with its first token, which prefill gives: there is no decoding step to compare"
@@ -96,7 +96,7 @@ def reading_notes(report: BenchReport) -> list[str]:
 
 def headline(report: BenchReport) -> tuple[str, str] | None:
     """Return the best method of a report's one teacher, and what it does: `firp`, `decodes 1.44 times as fast ...`."""
-    rows = [row for row in measured(main_rows(report)) if row.method not in BASELINES and row.speedup]
+    rows = [row for row in measured(main_rows(report)) if row.method not in UNDRAFTED and row.speedup]
     if not rows:
         return None
     best = max(rows, key=lambda row: row.speedup or 0.0)
@@ -114,9 +114,8 @@ def headline(report: BenchReport) -> tuple[str, str] | None:
 
 def reason_lines(report: BenchReport) -> list[str]:
     """Return a line for each method that cannot run."""
-    return list(
-        dict.fromkeys(f"{row_label(row)} is not measured: {one_line(row.reason)}" for row in report.rows if row.reason)
-    )
+    rows = [row for row in report.rows if row.reason]
+    return list(dict.fromkeys(f"{row_label(row)} is not measured: {one_line(row.reason or '')}" for row in rows))
 
 
 def interval_note(report: BenchReport) -> str | None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from firp_cli.reports.cells import (
-    BASELINES,
     DASH,
     Cells,
     by_teacher,
@@ -25,7 +24,7 @@ from firp_cli.reports.cells import (
 from firp_cli.reports.predicted import predicted_cells, predicted_lines
 from firp_cli.reports.speed_tables import pipeline_tables
 from firp_cli.reports.verified import accuracy_cell, lossless_cell, right_cell, verified_cell, verified_word
-from firp_cli.results import BenchReport, BenchRow, EvalReport, Interval
+from firp_cli.results import UNDRAFTED, BenchReport, BenchRow, EvalReport, Interval
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -195,7 +194,7 @@ def category_cells(report: BenchReport, datasets: bool = False) -> tuple[list[st
         for row in measured(report.rows)
         if row.category != "all" or (several and (len(main) > 1 or group_name(row) not in main))
     ]
-    methods = [name for name in dict.fromkeys(row.method for row in rows) if name not in BASELINES]
+    methods = [name for name in dict.fromkeys(row.method for row in rows) if name not in UNDRAFTED]
     by_method = {(group_name(row), row.method): row for row in rows}
     cells = []
     for group in dict.fromkeys(group_name(row) for row in rows):

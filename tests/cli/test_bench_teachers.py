@@ -16,8 +16,9 @@ from firp_cli.config import TeacherConfig
 from firp_cli.errors import FingerprintError, UsageError
 from firp_cli.evaluation.bench_groups import choose_groups, embedded_folders, group_by_teacher, teacher_labels
 from firp_cli.evaluation.bench_prompts import BenchPrompt
+from firp_cli.evaluation.merge import merge_teachers
 from firp_cli.evaluation.methods import BenchSettings, make_methods
-from firp_cli.evaluation.run_bench import merge_reports, run_bench
+from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.predictors.folder import read_config, save_predictor
 from firp_cli.results import BenchReport, as_json
 from firp_cli.teacher.load import load_teacher
@@ -36,8 +37,8 @@ def short_bench(teacher: Teacher, methods: list[str], skip_long: bool = False) -
 def test_merged_report_names_the_teacher_of_each_row() -> None:
     one = short_bench(tiny_teacher("llama"), ["ar", "hf"], skip_long=True)
     two = short_bench(looped_teacher(2, 3), ["hf"], skip_long=True)
-    assert merge_reports([one]) is one and one.teachers == [] and one.rows[0].teacher is None
-    merged = merge_reports([one, two])
+    assert merge_teachers([one]) is one and one.teachers == [] and one.rows[0].teacher is None
+    merged = merge_teachers([one, two])
     labels = [("tiny-llama", "ar"), ("tiny-llama", "hf"), ("looped-2x3", "hf")]
     assert [(row.teacher, row.method) for row in merged.rows] == labels
     assert [replace(row, teacher=None) for row in merged.rows] == [*one.rows, *two.rows]
