@@ -19,10 +19,11 @@ from firp_cli.data.turns import Questions
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
 from firp_cli.evaluation.bench_prompts import BenchPrompt, fit_prompts, spread
+from firp_cli.evaluation.measure import follow_bench, measure_bench, memory_line
 from firp_cli.evaluation.merge import merge_teachers
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.overlap import were_trained_on
-from firp_cli.evaluation.run_bench import follow_bench, memory_line, run_bench
+from firp_cli.evaluation.run_bench import bench_report, complete_report
 from firp_cli.predictors.folder import load_predictor, predictor_folder, trained_store
 from firp_cli.results import BenchReport
 from firp_cli.teacher.teacher import Teacher
@@ -171,7 +172,12 @@ def _measure(
     LOG.info(memory_line(methods, encoded, settings, teacher.max_positions))
     LOG.info(f"warm-up{suffix}: each method decodes the longest batch once, uncounted")
     with progress(f"measuring{suffix}") as bar:
-        report = run_bench(teacher, encoded, methods, settings, skip_long=skip_long, progress=bar, keep_partial=True)
+        measured = measure_bench(
+            teacher, encoded, methods, settings, skip_long=skip_long, progress=bar, keep_partial=True
+        )
+    report = bench_report(teacher, methods, measured, settings)
+    if not report.settings.get("interrupted"):
+        complete_report(report, teacher, methods, measured, settings)
     report.left_out_trained = len(prompts) - len(fresh)
     del teacher, loaded, methods
     if group.label:  # the next teacher needs the memory
@@ -255,5 +261,8 @@ def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: 
         questions = Questions.of(prompt.conversation, teacher.tokenizer, stops) if all_turns else None
         lengths = tuple(questions.lengths()) if questions else ()
         place = f"{prompt.row} of {prompt.dataset}"
-        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, place=place, id=prompt.id))
+        said = next(iter(prompt.conversation.turns()), [])
+        question = next((message["content"] for message in reversed(said) if message["role"] == "user"), "")
+        told = {"place": place, "id": prompt.id, "question": question}
+        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, **told))
     return made

@@ -27,6 +27,7 @@ class BenchPrompt:
         questions: all turns of its conversation; None if it has one. lengths: `Questions.lengths`.
         bounds: most tokens of the prompt of each later turn that is asked.
         place: its row and data set, for messages. id: name or number that the row gives itself.
+        question: text of the first turn's last user message.
     """
 
     token_ids: list[int]
@@ -37,6 +38,7 @@ class BenchPrompt:
     bounds: tuple[int, ...] = ()
     place: str = ""
     id: Any = None
+    question: str = ""
 
     @property
     def turns(self) -> int:

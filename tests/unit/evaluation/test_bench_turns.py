@@ -23,9 +23,10 @@ from firp_cli.errors import UsageError
 from firp_cli.evaluation.answer_runs import BatchRun, Times, batch_run
 from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt, decode_turns, fit_prompts, make_batches
 from firp_cli.evaluation.lossless import compare_tokens
+from firp_cli.evaluation.measure import measure, memory_line
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.rows import bench_rows
-from firp_cli.evaluation.run_bench import measure, memory_line, run_bench
+from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.reports.markdown import bench_markdown
 from firp_cli.reports.notes import settings_line

@@ -20,6 +20,7 @@ from firp_cli.evaluation.answer_runs import BatchRun, Times, batch_run
 from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt, fit_prompts, make_batches, spread
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
 from firp_cli.evaluation.lossless import first_divergence, unit_in_last_place
+from firp_cli.evaluation.measure import measure, memory_line
 from firp_cli.evaluation.methods import (
     BenchSettings,
     LoadedPredictor,
@@ -29,7 +30,7 @@ from firp_cli.evaluation.methods import (
     predictor_names,
 )
 from firp_cli.evaluation.rows import bench_rows
-from firp_cli.evaluation.run_bench import measure, memory_line, run_bench
+from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.machine import readable_bytes
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import BenchReport, Divergence, Generation
