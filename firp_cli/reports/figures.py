@@ -199,7 +199,7 @@ def _parts(rows: Sequence[BenchRow]) -> Picture:
             axes.annotate(f"{end:.2f}", (end, place), (5, 0), textcoords="offset points", va="center", size=8)
         style: dict[str, Any] = {"fmt": "|", "color": INK, "markersize": 13, "markeredgewidth": 1.6}
         whole = [row.step_milliseconds if row.steps else math.nan for row in rows]
-        axes.errorbar(whole, places, label="whole step in the timed runs", **style)
+        axes.errorbar(whole, places, label="whole step, timed runs", **style)
         axes.margins(x=0.14)
         axes.set_xlim(left=0)
         axes.set_xlabel("milliseconds of a step")

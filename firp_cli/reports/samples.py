@@ -26,7 +26,7 @@ def samples_part(samples: Sequence[Sample]) -> str:
 
 
 def _title(dataset: str, category: str, prompt: int) -> str:
-    return f"{dataset}{'' if category == 'all' else f', {category}'}, prompt {prompt}"
+    return f"{dataset}{f', {category}' if category not in ('', 'all') else ''}, prompt {prompt}"
 
 
 def _legend() -> str:

@@ -31,7 +31,8 @@ td { white-space: nowrap; }
 td.across { white-space: normal; text-align: left; color: var(--soft); }
 td.across span { display: block; max-width: min(40rem, 50vw); }
 tr:last-child td { border-bottom: 0; }
-th.left, td.left { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
+th.left, td.left { text-align: left; white-space: normal; min-width: 9rem; }
+td.left { overflow-wrap: anywhere; }
 .pinned th:first-child, .pinned td:first-child { position: sticky; left: -.8rem; background: var(--card); }
 figure { padding: .8rem .6rem; }
 figure svg { display: block; margin: 0 auto; height: auto; }

@@ -130,6 +130,7 @@ def test_samples_colour_the_runs_of_each_step() -> None:
     assert run in text and '<span class="run n6" title="9 tokens">&lt;i&gt;&amp;\u2400?</span>' in text
     assert text.count("<details") == 1 and text.count("a &lt;b&gt;?") == 1 and "set, qa, prompt 4" in text
     assert text.count("13 tokens in 2 steps after prefill, 6.00 a step") == 2 and samples.samples_part([]) == ""
+    assert "<summary>set, prompt 4</summary>" in samples.samples_part([replace(shown[0], category="")])
 
 
 def test_verification_names_the_place_of_the_worst_token(report: BenchReport) -> None:
