@@ -327,7 +327,7 @@ def test_bench_command_writes_a_report(work: Path) -> None:
     assert [row.method for row in report.rows] == ["ar", "hf", "firp", "medusa"]
     assert all(row.dataset == "words" and row.prompts == 3 for row in report.rows)
     assert {"bench.json", "bench.csv", "bench.md", "bench.html", "speedup.png"} <= {path.name for path in out.iterdir()}
-    assert len(Page((out / "bench.html").read_text()).figures) == 3
+    assert len(Page((out / "bench.html").read_text()).figures) == len(list(out.glob("*.png"))) >= 3
     assert "\\begin{tabular}" in (out / "bench.tex").read_text()
 
 
