@@ -69,6 +69,10 @@ class MethodError(FirpError):
     """Method that a bench cannot measure with this teacher or under these settings: the others go on without it."""
 
 
+class SandboxError(FirpError):
+    """Sandbox for the code of answers that cannot stand on this machine: nothing is run."""
+
+
 class LaunchError(FirpError):
     """Ranks that could not be started, or one that failed."""
 

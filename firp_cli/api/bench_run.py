@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from firp_cli.api.loading import LOG, LayerBackend, chosen_model, load_named_teacher, load_trees, share_teacher
 from firp_cli.collecting.collect_store import OpenProgress, silent
 from firp_cli.config import TeacherConfig
-from firp_cli.data.datasets import KNOWN, Prompt, dataset_names, load_prompts
+from firp_cli.data.datasets import KNOWN, Prompt, Selection, dataset_names, load_prompts
 from firp_cli.data.encode_rows import encode_prompts
 from firp_cli.data.readers import dataset_label
 from firp_cli.data.turns import Questions
@@ -24,6 +24,7 @@ from firp_cli.evaluation.merge import merge_teachers
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.overlap import were_trained_on
 from firp_cli.evaluation.run_bench import bench_report, complete_report
+from firp_cli.evaluation.spec_bench import published_categories
 from firp_cli.predictors.folder import load_predictor, predictor_folder, trained_store
 from firp_cli.results import BenchReport
 from firp_cli.teacher.teacher import Teacher
@@ -232,22 +233,26 @@ def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, t
 def find_prompts(
     datasets: str, data_dir: str | None, limit: int | None, split: str = "test"
 ) -> list[tuple[str, Prompt]]:
-    """Return (data set, prompt) pairs: the first prompts, or, in a data set with categories, as many of each category.
+    """Return (data set, prompt) pairs: the first prompts, or, in a data set with categories, as many of each category,
+    as it is published.
 
-    Raises DatasetError.
+    Raises DatasetError, also for a set with placeholders in place of texts.
     """
     count = limit or DEFAULT_LIMIT
     pairs = []
     for name in dataset_names(datasets):
-        rows = load_prompts(name, data_dir, count, split, tell=False)
+        selection, label = Selection(split, data_dir, count, whole=True), dataset_label(name)
+        rows = load_prompts(name, selection=selection, tell=False)
         prompts: list[Prompt] = rows
         if any(prompt.category for prompt in prompts):
-            rows = load_prompts(name, data_dir, None, split, tell=False)
-            prompts = [rows[place] for place in spread([prompt.category for prompt in rows], count)]
+            rows = load_prompts(name, selection=replace(selection, limit=None), tell=False)
+            own = [prompt.category for prompt in rows]
+            categories = published_categories(label, own)
+            places = spread(categories, count, own)
+            prompts = [replace(rows[place], category=categories[place]) for place in places]
         rows.tell()
         if limit is None and len(prompts) == count:
             LOG.info(f"{name}: {count} prompts are measured; --limit N for another number")
-        label = dataset_label(name)
         pairs += [(label, prompt) for prompt in prompts]
     return pairs
 
@@ -263,6 +268,6 @@ def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: 
         place = f"{prompt.row} of {prompt.dataset}"
         said = next(iter(prompt.conversation.turns()), [])
         question = next((message["content"] for message in reversed(said) if message["role"] == "user"), "")
-        told = {"place": place, "id": prompt.id, "question": question}
+        told = {"place": place, "id": prompt.id, "question": question, "reference": prompt.reference}
         made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, **told))
     return made

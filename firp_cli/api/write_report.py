@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from firp_cli.errors import OutputError
+from firp_cli.evaluation.spec_bench import answer_files
 from firp_cli.files import os_reason, write_atomically, write_json
 from firp_cli.records import ANSWERS, answer_lines
 from firp_cli.reports.bench_csv import bench_csv
@@ -21,8 +23,8 @@ from firp_cli.tune_results import TuneReport
 
 
 def write_report(report: BenchReport | EvalReport | TuneReport, folder: str | Path) -> None:
-    """Write NAME.json and the figures as PNG; of a bench also the records of its answers, CSV, LaTeX, Markdown and
-    HTML, of tuning Markdown and HTML.
+    """Write NAME.json and the figures as PNG; of a bench also the records of its answers, CSV, LaTeX, Markdown, HTML
+    and on Spec-Bench its answer files, of tuning Markdown and HTML.
 
     Each file appears whole or not at all. Raises OutputError where one cannot be written.
     """
@@ -67,4 +69,5 @@ def _write(report: BenchReport | EvalReport | TuneReport, folder: Path) -> None:
     files |= {f"{name}.{suffix}": text.encode() for suffix, text in pages.items()}
     if isinstance(report, BenchReport):
         files[ANSWERS] = answer_lines(report.records).encode()
+        files |= {file: text.encode() for file, text in answer_files(report, time.time()).items()}
     _write_files(files, folder)

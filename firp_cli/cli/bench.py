@@ -31,6 +31,7 @@ from firp_cli.cli.terminal import (
     command_line,
     decoding_options,
     default_folder,
+    given_options,
     interruption,
     print_json,
     progress_bar,
@@ -61,11 +62,27 @@ Methods = Annotated[
         "folder name. Default: all."
     ),
 ]
+Dataset = Annotated[
+    str | None, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder; several with commas.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Published definition: spec-bench, speed-bench or eagle. Options beside it win, and are named."),
+]
 Turns = Annotated[
     str, typer.Option(help="User turns of a conversation: all, each after the method's own answers, or first.")
 ]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the main table as Markdown.")]
 Latex = Annotated[bool, typer.Option("--latex", help="Print the main table as LaTeX, for the package booktabs.")]
+RunCode = Annotated[
+    bool,
+    typer.Option(
+        "--run-code",
+        help="For the accuracy on HumanEval and MBPP: run the answers' code with the tests, each in a process of its "
+        "own without network, with limits on time and memory, that can write only to a folder of its own. It can read "
+        "your files. Linux.",
+    ),
+]
 
 
 @teacher_options
@@ -73,7 +90,8 @@ def bench(
     predictors: Predictors = None,
     *,
     context: typer.Context,
-    dataset: Annotated[str, typer.Option(help="Known name, hub id (ID:CONFIG), file or folder; several with commas.")],
+    dataset: Dataset = None,
+    preset: Preset = None,
     methods: Methods = None,
     teacher: TeacherConfig | None = None,
     data_dir: DataDir = None,
@@ -86,6 +104,7 @@ def bench(
     batch_size: Annotated[str, typer.Option(help="Prompts decoded at once.")] = "1",
     tree: Tree = None,
     turns: Turns = "all",
+    run_code: RunCode = False,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of all measurements; medians are reported.")] = 3,
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes that measure all of it, one by one.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a matrix of settings in --output.")] = False,
@@ -110,15 +129,17 @@ def bench(
     measured, and one page (sweep.html) shows them all.
     """
     given = dict(locals())
-    _run(given.pop("context"), BenchOptions(**given))
+    context = given.pop("context")
+    _run(context, BenchOptions(**given).with_preset(given_options(context)))
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Values of the command's options."""
+    """Values of the command's options. `warmup`: as in BenchSettings. `told`: of the preset, for the report."""
 
     predictors: list[str] | None
-    dataset: str
+    dataset: str | None
+    preset: str | None
     methods: str | None
     teacher: TeacherConfig | None
     data_dir: str | None
@@ -131,6 +152,7 @@ class BenchOptions:
     batch_size: str
     tree: str | None
     turns: str
+    run_code: bool
     repeats: int
     processes: int
     resume: bool
@@ -148,6 +170,17 @@ class BenchOptions:
     markdown: bool
     latex: bool
     verbose: bool
+    warmup: int = 1
+    told: dict[str, Any] | None = None
+
+    def with_preset(self, given: set[str]) -> BenchOptions:
+        """Return the options under the preset, if there is one; `given` are those that win over it. Raises
+        UsageError.
+        """
+        from firp_cli.evaluation.presets import apply_preset
+
+        values, told = apply_preset(self.preset, vars(self), given)
+        return replace(self, **{**values, "told": told})
 
     @property
     def form(self) -> str:
@@ -176,7 +209,10 @@ class BenchOptions:
             seed=self.seed,
             guard=self.guard,
             turns=self.turns,
+            run_code=self.run_code,
+            warmup=self.warmup,
             engine=engine,
+            preset=self.told,
         )
 
     def measuring(self) -> dict[str, Any]:
@@ -194,7 +230,7 @@ def _run(context: typer.Context, given: BenchOptions) -> None:
     from firp_cli.distributed.launch import launch, relayed_errors, start
 
     layers, engine = decoding_options(given.backend, given.compiled, given.attention, given.graphs, given.threads)
-    default = default_folder("bench", dataset_label(given.dataset))
+    default = default_folder("bench", given.preset or dataset_label(str(given.dataset)))
     cells = given.cells()
     settings = [given.settings(cell, engine) for cell in cells]
     check_output(given.output or default)
@@ -265,6 +301,7 @@ def _show(report: BenchReport, folder: Path, form: str) -> None:
     from firp_cli.reports.latex import bench_latex
     from firp_cli.reports.markdown import main_markdown
     from firp_cli.reports.notes import bench_notes, settings_line
+    from firp_cli.reports.preset_lines import preset_lines
     from firp_cli.reports.tables import bench_tables
 
     page = f"report: {folder / 'bench.html'}" if (folder / "bench.html").is_file() else ""
@@ -273,7 +310,8 @@ def _show(report: BenchReport, folder: Path, form: str) -> None:
         say(page)
         return
     console = Console(highlight=False, emoji=False)
-    console.print(settings_line(report) + "\n", markup=False)
+    for line in (settings_line(report), *preset_lines(report), ""):
+        console.print(line, markup=False)
     console.print(bench_tables(report))
     for note in bench_notes(report):
         console.print(note, markup=False)

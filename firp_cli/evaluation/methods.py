@@ -61,8 +61,10 @@ class BenchSettings:
         turns: user turns of a conversation that are asked: all, or first.
         warmup: uncounted times that each method decodes the longest batch.
         rank, ranks: this process among those that share a pipeline's stages.
+        run_code: run the code of answers to data sets with tests, in a sandbox, for the accuracy.
         guard: predictors fall back to autoregressive decoding while drafting is slower; None: only pipelines do.
         engine: how this package's engine runs its steps.
+        preset: published definition that they follow, as `presets.apply_preset` describes it.
     """
 
     max_new_tokens: int = 128
@@ -76,7 +78,9 @@ class BenchSettings:
     ranks: int = 1
     guard: bool | None = None
     turns: str = "all"
+    run_code: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
+    preset: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.turns not in TURNS:

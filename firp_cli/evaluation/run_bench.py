@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from firp_cli.evaluation.accuracy import add_accuracy
 from firp_cli.evaluation.answer_runs import Runs, records_of, runs_of
 from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.lossless import compare_tokens
@@ -71,8 +72,9 @@ def bench_report(
 def complete_report(
     report: BenchReport, teacher: Teacher, methods: Sequence[Method], measured: Measured, settings: BenchSettings
 ) -> None:
-    """Add what is found after measuring: the parts of a step, and sample answers."""
+    """Add what is found after measuring: the accuracy, the parts of a step, and sample answers."""
     prompts = measured.prompts
+    add_accuracy(report, prompts, teacher.tokenizer, settings)
     report.samples = make_samples(report.records, prompts, teacher)
     full = max(len(batch.numbers) for batch in measured.batches)
     batches = [batch.numbers for batch in measured.batches if len(batch.numbers) == full]

@@ -11,6 +11,7 @@ from firp_cli.reports.canvas import Picture
 from firp_cli.reports.cells import DASH, Cells, by_teacher, main_rows, one_line, row_label, teacher_column
 from firp_cli.reports.page import closing, figure, folded, listed, page, section, table
 from firp_cli.reports.predicted import predicted_lines
+from firp_cli.reports.preset_lines import preset_lines
 from firp_cli.reports.samples import samples_part
 from firp_cli.results import BenchReport
 
@@ -36,6 +37,7 @@ def bench_html(report: BenchReport, figures: Figures) -> str:
     body = [
         "<h1>firp bench</h1>",
         f'<p class="lead">{escape(notes.settings_line(report))}.</p>',
+        *(_paragraph(line, "note") for line in preset_lines(report)),
         *map(_headline, parts),
         table(headers, cells, headers.index("method") + 1, reasons),
         f'<div class="warning">{listed(report.warnings)}</div>' if report.warnings else "",

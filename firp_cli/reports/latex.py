@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from firp_cli.reports.cells import DASH, Cells, by_teacher, one_line
 from firp_cli.reports.notes import interval_note, reason_lines, settings_line
+from firp_cli.reports.preset_lines import preset_lines
 from firp_cli.reports.tables import bench_cells, category_cells
 from firp_cli.results import BenchReport
 
@@ -36,7 +37,8 @@ def bench_latex(report: BenchReport) -> str:
     headers, cells = bench_cells(report, whole)
     settings = settings_line(report)
     caption = f"{settings[0].upper()}{settings[1:]}. {EXPLAINED}"
-    notes = [*report.warnings, *reason_lines(report), *([note] if (note := interval_note(report)) else [])]
+    notes = [*preset_lines(report), *report.warnings, *reason_lines(report)]
+    notes += [note] if (note := interval_note(report)) else []
     left = headers.index("method") + 1
     drawn = [latex_table(headers, cells, left, caption, "tab:firp-bench", notes)]
     for number, part in enumerate(by_teacher(report), 1):

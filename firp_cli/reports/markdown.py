@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from firp_cli.reports.cells import Cells, by_teacher, closing_markdown, markdown_table
 from firp_cli.reports.notes import bench_notes, reading_notes, settings_line
 from firp_cli.reports.predicted import predicted_lines
+from firp_cli.reports.preset_lines import preset_lines
 from firp_cli.reports.speed_tables import FIGURE, pipeline_markdown
 from firp_cli.reports.tables import bench_cells, category_cells, detail_cells, execution_cells, parts_cells
 from firp_cli.reports.verified import verified_cells
@@ -16,7 +17,8 @@ from firp_cli.results import BenchReport
 def main_markdown(report: BenchReport) -> str:
     """Return the settings, the main table, the categories by teacher if there are any, and the notes."""
     whole = [row for row in report.rows if row.category == "all"]
-    parts = [settings_line(report) + ".\n", markdown_table(*bench_cells(report, whole))]
+    parts = [f"{line}.\n" for line in (settings_line(report), *preset_lines(report))]
+    parts += [markdown_table(*bench_cells(report, whole))]
     for part in by_teacher(report):
         headers, cells = category_cells(part)
         owner = f" (teacher {part.rows[0].teacher})" if part.rows and part.rows[0].teacher else ""
@@ -29,6 +31,7 @@ def bench_markdown(report: BenchReport, figures: Sequence[str] = ()) -> str:
     parts = [
         "# firp bench\n",
         settings_line(report) + ".\n",
+        *(f"{line}.\n" for line in preset_lines(report)),
         markdown_table(*bench_cells(report)),
         *_list(predicted_lines(report)),
         *_list(bench_notes(report)),

@@ -40,7 +40,8 @@ def page(report: BenchReport) -> str:
 def spec_bench() -> BenchReport:
     """Several categories, in Spec-Bench's definition."""
     made = full_report(GROUPS)
-    made.settings["preset"] = {"name": "spec-bench"}
+    told = {"name": "spec-bench", "definition": "480 questions", "departures": ["float32"], "prompts": 480}
+    made.settings["preset"] = told
     return made
 
 
@@ -108,6 +109,9 @@ def test_page_of_several_categories_in_a_published_definition(spec_bench: BenchR
     text = html.bench_html(spec_bench, drawn)
     made = Page(text)
     assert {"over hf, as Spec-Bench defines it", "over hf (Spec-Bench)", "spec_bench: qa"} <= set(made.texts)
+    line = "departures from the published definition: 40 of 480 questions were measured; float32"
+    assert f"{line}." in made.texts and f"{line}." in latex.bench_latex(spec_bench)
+    assert f"{line}." in markdown.main_markdown(spec_bench) and f"{line}." in markdown.bench_markdown(spec_bench)
     assert "Spec-Bench)" not in page and "as Spec-Bench defines it" not in page
     assert "<td class=left>spec_bench: rag</td><td>40</td><td>1.44 (2.41)</td>" in text
     body = text[text.index("<main>") :]
