@@ -6,6 +6,7 @@ Every figure of a report can be recomputed from its records (`answers.jsonl`). R
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,8 +26,10 @@ class AnswerRecord:
         accepted_lengths: tokens of each decoding step. loops: r, where a step is a tick of a pipeline.
         token_ids, text: of the first repeat of the first process; of others only if their tokens differ.
         gap: largest distance of an emitted token's logit below the teacher's largest one. above: tokens whose gap
-            exceeds the tolerance (sampled: implausible tokens). worst: place of the token with the largest gap
-            (sampled: of the least plausible one), from 0.
+            exceeds the tolerance (sampled: implausible tokens). worst: place of the first such token, else of the one
+            with the largest gap (sampled: of the least plausible one), from 0. best: the teacher's best token there.
+            worst_value: its gap (sampled: its tail); infinite (sampled: 0) where the answer goes on after its end or
+            ends before it, which has the place after its last token.
         log_prob: sum of the tokens' log-probabilities under the teacher, sampled. excess, variance: sums over tokens of
             surprisal minus entropy, and of the surprisal's variance. tail: smallest probability of drawing a token at
             most as probable as the emitted one.
@@ -58,6 +61,8 @@ class AnswerRecord:
     gap: float | None = None
     above: int | None = None
     worst: int | None = None
+    best: int | None = None
+    worst_value: float | None = None
     log_prob: float | None = None
     excess: float | None = None
     variance: float | None = None
@@ -71,9 +76,13 @@ class AnswerRecord:
 
 
 def answer_lines(records: Iterable[AnswerRecord]) -> str:
-    """Return records as JSON lines; values that are not set are left out."""
-    kept = ({name: value for name, value in asdict(record).items() if value is not None} for record in records)
+    """Return records as JSON lines; values that are not set, and infinite ones, are left out."""
+    kept = ({name: value for name, value in asdict(record).items() if _is_set(value)} for record in records)
     return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in kept)
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def read_answers(path: Path) -> list[AnswerRecord]:
@@ -86,8 +95,10 @@ def read_answers(path: Path) -> list[AnswerRecord]:
 
 @dataclass
 class TokenPlace:
-    """Token of an answer: `prompt` as in the records, `turn` and `position` from 0; `emitted`, and the `best` token of
-    the teacher there.
+    """Token of an answer: `prompt` as in the records, `turn` and `position` from 0; `emitted` (-1: the answer had
+    ended), and the `best` token of the teacher there, with their texts.
+
+    `value`: its gap (sampled: its tail); None: infinite. `label`: name of the prompt, as `line 7 of questions.jsonl`.
     """
 
     prompt: int
@@ -95,6 +106,10 @@ class TokenPlace:
     position: int
     emitted: int
     best: int
+    value: float | None = None
+    label: str = ""
+    emitted_text: str = ""
+    best_text: str = ""
 
 
 @dataclass

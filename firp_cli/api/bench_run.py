@@ -17,7 +17,8 @@ from firp_cli.data.encode_rows import encode_prompts
 from firp_cli.data.readers import dataset_label
 from firp_cli.data.turns import Questions
 from firp_cli.errors import UsageError
-from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
+from firp_cli.evaluation.baselines import NGRAMS, ONE_PROCESS, argument, baseline, check_assistant
+from firp_cli.evaluation.bench_groups import Group, add_embedded, choose_groups, embedded_folders, group_by_teacher
 from firp_cli.evaluation.bench_prompts import BenchPrompt, fit_prompts, spread
 from firp_cli.evaluation.measure import follow_bench, measure_bench, memory_line
 from firp_cli.evaluation.merge import merge_teachers
@@ -54,7 +55,9 @@ def bench(
     Args:
         predictors: predictor folders or embedded names. None: the embedded ones.
         dataset: known name, hub id, file or folder; several with commas. split: of them; a file has none.
-        methods: names among `ar`, `hf` and the predictors' methods. None: all.
+        methods: baselines (`ar`, `hf`, `hf-static`, `prompt-lookup`, `suffix`, `assisted:MODEL`, `early-exit:LAYER`)
+            and predictors, by kind or folder name. None: `ar`, `hf`, `prompt-lookup`, `suffix` and all predictors. One
+            that cannot run is a row with its reason.
         teacher: model folder, hub id, .gguf file or known name; or a configuration of which the fields that are set
             replace what each predictor remembers. None: each predictor's own.
         limit: prompts of each data set. None: 40. skip_long: skip and count prompts that exceed the context.
@@ -95,21 +98,33 @@ def groups_to_measure(
 ) -> list[Group]:
     """Return the predictors and methods to measure, by teacher. Raises UsageError, PredictorError."""
     if predictors:
-        folders = [predictor_folder(str(name)) for name in predictors]
+        folders = add_embedded([predictor_folder(str(name)) for name in predictors], teacher, methods)
     else:
         folders = embedded_folders(teacher, methods)
         measured = "the embedded ones are measured" if folders else "only the baselines are measured"
         LOG.info(f"no predictor named: {measured}")
     groups = choose_groups(methods, group_by_teacher(folders, teacher))
-    if ranks == 1:
-        return groups
+    if ranks > 1:
+        return _for_ranks(groups, methods is None)
+    for name in dict.fromkeys(name for group in groups for name in group.methods if baseline(name) == "assisted"):
+        check_assistant(argument(name))
+    return groups
+
+
+def _for_ranks(groups: list[Group], default: bool) -> list[Group]:
+    """Return the group whose pipeline several ranks share; n-gram drafts are left out of the `default` methods.
+
+    Raises UsageError where there is another method or teacher.
+    """
     if len(groups) > 1:
         raise UsageError(
             f"--gpus takes predictors of one teacher, these have {len(groups)} "
             f"({', '.join(str(group.teacher) for group in groups)}): name some of them, or --methods"
         )
+    if default:
+        groups = [replace(groups[0], methods=[name for name in groups[0].methods if name not in NGRAMS])]
     for name in groups[0].methods:
-        if groups[0].kinds.get(name, "speed") != "speed":
+        if groups[0].kinds.get(name, "speed") != "speed" or baseline(name) in ONE_PROCESS:
             raise UsageError(
                 f"--gpus spreads a pipeline over devices; {name} decodes on one: leave it out of --methods"
             )
@@ -178,10 +193,13 @@ def _measure(
         )
     report = bench_report(teacher, methods, measured, settings)
     if not report.settings.get("interrupted"):
-        complete_report(report, teacher, methods, measured, settings)
+        with progress(f"checking{suffix}") as bar:
+            complete_report(report, teacher, methods, measured, settings, bar)
     report.left_out_trained = len(prompts) - len(fresh)
     del teacher, loaded, methods
     if group.label:  # the next teacher needs the memory
+        if torch.cuda.is_available() and "hf-static" in group.methods:
+            torch._dynamo.reset()  # transformers' compiled forward holds memory
         gc.collect()
         torch.cuda.empty_cache()
     return report

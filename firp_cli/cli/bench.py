@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,8 +58,10 @@ Predictors = Annotated[
 Methods = Annotated[
     str | None,
     typer.Option(
-        help="Methods with commas: ar (autoregressive decoding), hf (transformers' generate) and predictors by kind or "
-        "folder name. Default: all."
+        help="Methods with commas: ar (autoregressive decoding), hf and hf-static (transformers' generate with its "
+        "dynamic and its static cache), prompt-lookup and suffix (drafts copied from the text), assisted:MODEL and "
+        "early-exit:LAYER (transformers' assisted generation), and predictors by kind or folder name. Default: ar, hf, "
+        "prompt-lookup, suffix and all predictors."
     ),
 ]
 Dataset = Annotated[
@@ -81,6 +83,12 @@ RunCode = Annotated[
         help="For the accuracy on HumanEval and MBPP: run the answers' code with the tests, each in a process of its "
         "own without network, with limits on time and memory, that can write only to a folder of its own. It can read "
         "your files. Linux.",
+    ),
+]
+RequireLossless = Annotated[
+    bool,
+    typer.Option(
+        "--require-lossless", help="Exit with status 1 if a method's answers are not the teacher's, ar and hf included."
     ),
 ]
 
@@ -110,6 +118,7 @@ def bench(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a matrix of settings in --output.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/bench-...")] = None,
     skip_long: SkipLong = False,
+    require_lossless: RequireLossless = False,
     threads: Threads = None,
     backend: Backend = "lean",
     attention: Attention = "auto",
@@ -158,6 +167,7 @@ class BenchOptions:
     resume: bool
     output: Path | None
     skip_long: bool
+    require_lossless: bool
     threads: int | None
     backend: str
     attention: str
@@ -223,7 +233,7 @@ class BenchOptions:
 
 def _run(context: typer.Context, given: BenchOptions) -> None:
     """Measure, in this process or in several, and publish the report."""
-    form = given.form
+    _ = given.form  # refused before anything is loaded
     quiet_libraries(given.verbose)
     from firp_cli.api.bench_run import bench as measure
     from firp_cli.data.readers import dataset_label
@@ -250,13 +260,13 @@ def _run(context: typer.Context, given: BenchOptions) -> None:
         measuring = {**given.measuring(), "settings": ranked, "backend": layers, "progress": progress_bar}
         report = measure(given.predictors, **measuring)
         if is_main():
-            _publish(report, folder, form)
+            _publish(report, folder, given)
 
 
 def _several(context: typer.Context, given: BenchOptions, cells: list[dict[str, str]], folder: Path) -> None:
     """Measure in several processes, or a matrix of settings; write the report and print it."""
     if len(cells) == 1:
-        _publish(measure_in_processes(context, given.processes, folder), folder, given.form)
+        _publish(measure_in_processes(context, given.processes, folder), folder, given)
         return
     from rich.console import Console
 
@@ -278,7 +288,9 @@ def _several(context: typer.Context, given: BenchOptions, cells: list[dict[str, 
         console.print(rich_table(headers, lines, left=headers.index("method") + 1))
         for line in [*break_even_lines(done), f"report: {folder / 'sweep.html'}"]:
             console.print(line, markup=False, soft_wrap=True)
-    if not any(cell.report for cell in done):
+    reports = [cell.report for cell in done if cell.report]
+    _need_lossless(reports, given)
+    if not reports:
         raise typer.Exit(1)
 
 
@@ -286,12 +298,24 @@ def _names(methods: str | None) -> list[str] | None:
     return [name.strip() for name in methods.split(",") if name.strip()] if methods else None
 
 
-def _publish(report: BenchReport, folder: Path, form: str) -> None:
+def _publish(report: BenchReport, folder: Path, given: BenchOptions) -> None:
     """Write the report's files and print it; exit with 130 after an interruption."""
-    publish(report, folder, form == "json", lambda: _show(report, folder, form))
+    publish(report, folder, given.as_json, lambda: _show(report, folder, given.form))
     if cut := report.settings.get("interrupted"):
         say(f"firp: {cut}; the report is of those")
         raise typer.Exit(INTERRUPTED)
+    _need_lossless([report], given)
+
+
+def _need_lossless(reports: Sequence[BenchReport], given: BenchOptions) -> None:
+    """Exit with 1 where answers must be the teacher's and a method's are not; name the tokens."""
+    from firp_cli.reports.verification import lossless_failures
+
+    failures = [line for report in reports for line in lossless_failures(report)] if given.require_lossless else []
+    for line in failures:
+        say(f"firp: {line}")
+    if failures:
+        raise typer.Exit(1)
 
 
 def _show(report: BenchReport, folder: Path, form: str) -> None:

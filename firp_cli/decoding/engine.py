@@ -221,7 +221,8 @@ class Engine:
             if kept is not None or self._crowded(setup, batch, capacity):
                 self.forget()
             del kept  # its memory is free for the new one
-            kept = DecodeStep(self.teacher, setup, self.sampler, batch, capacity, self._kernel)
+            graphs = self.graphs is not None
+            kept = DecodeStep(self.teacher, setup, self.sampler, batch, capacity, self._kernel, graphs)
         if self.graphs is not None:
             self.graphs.owner = setup.tree
             self._kept[setup.tree] = kept

@@ -15,6 +15,7 @@ from typing import Any
 from firp_cli.decoding.engine import Engine
 from firp_cli.errors import MethodError, UsageError, first_line
 from firp_cli.evaluation.answer_runs import Runs, batch_run
+from firp_cli.evaluation.baselines import STATIC
 from firp_cli.evaluation.bench_prompts import (
     Batch,
     BenchPrompt,
@@ -80,9 +81,9 @@ def measure(
     """Decode every batch with every method `repeats` times.
 
     Methods take turns within each batch, and the first one changes from batch to batch and from repeat to repeat, so
-    that a slowdown of the machine affects all of them. A method that raises MethodError in its warm-up is left out, and
-    its `reason` is set. With `keep_partial`, KeyboardInterrupt ends the measurement: the repeats that are complete by
-    then are returned; without one it is raised again.
+    that a slowdown of the machine affects all of them. A method that raises MethodError is left out, and its `reason`
+    is set. With `keep_partial`, KeyboardInterrupt ends the measurement: the repeats that are complete by then are
+    returned; without one it is raised again.
     """
     running = [method for method in methods if not method.reason]
     _capture(running, prompts, batches, settings)
@@ -101,12 +102,16 @@ def measure(
     whole, total = settings.repeats, done + len(running) * settings.repeats * len(batches)
     try:
         for method, place in turns(running, len(batches), settings.repeats):
-            repeats[method.name][place].append(
-                decode_turns(method.generate, prompts, batches[place], settings.max_new_tokens)
-            )
+            if not method.reason:
+                try:
+                    made = decode_turns(method.generate, prompts, batches[place], settings.max_new_tokens)
+                    repeats[method.name][place].append(made)
+                except MethodError as error:
+                    method.reason = first_line(error)
+                    del repeats[method.name]
             progress(done := done + 1, total)
     except KeyboardInterrupt:
-        whole = min(len(made) for each in repeats.values() for made in each)
+        whole = min((len(made) for each in repeats.values() for made in each), default=0)
         if not keep_partial or not whole:
             raise
     return {
@@ -179,5 +184,6 @@ def measure_bench(
         reasons = "; ".join(f"{method.name}: {method.reason}" for method in methods)
         raise UsageError(f"no method can be measured: {reasons}")
     environment["device_state_after"] = device_state(teacher.device)
-    executions = {method.name: execution(method, teacher) for method in methods if method.name in runs}
+    measured = [method for method in methods if method.name in runs]
+    executions = {method.name: execution(method, teacher, method.name == STATIC) for method in measured}
     return Measured(fitting, batches, runs, skipped, environment, executions)

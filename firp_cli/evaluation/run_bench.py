@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from firp_cli.evaluation.accuracy import add_accuracy
-from firp_cli.evaluation.answer_runs import Runs, records_of, runs_of
+from firp_cli.evaluation.answer_runs import ALL, Runs, records_of, runs_of
 from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.lossless import compare_tokens
 from firp_cli.evaluation.measure import Measured, measure_bench
-from firp_cli.evaluation.methods import BASELINES, BenchSettings, Method
+from firp_cli.evaluation.methods import BenchSettings, Method
 from firp_cli.evaluation.rows import bench_rows, drift_warnings, groups_of, lossless, row_without_figures
 from firp_cli.evaluation.samples import make_samples
 from firp_cli.evaluation.step_parts import step_parts
-from firp_cli.results import BenchReport, BenchRow, Divergence, Progress, no_progress
+from firp_cli.evaluation.verify import verified, verify_answers
+from firp_cli.records import AnswerRecord
+from firp_cli.results import UNDRAFTED, BenchReport, BenchRow, Divergence, Progress, no_progress
 from firp_cli.teacher.teacher import Teacher
 
 
@@ -70,10 +72,20 @@ def bench_report(
 
 
 def complete_report(
-    report: BenchReport, teacher: Teacher, methods: Sequence[Method], measured: Measured, settings: BenchSettings
+    report: BenchReport,
+    teacher: Teacher,
+    methods: Sequence[Method],
+    measured: Measured,
+    settings: BenchSettings,
+    progress: Progress = no_progress,
 ) -> None:
-    """Add what is found after measuring: the accuracy, the parts of a step, and sample answers."""
+    """Add what is found after measuring: the check of every token, the accuracy, the parts of a step, and samples.
+
+    Args:
+        progress: of the check.
+    """
     prompts = measured.prompts
+    _verify(report, teacher, prompts, settings, progress)
     add_accuracy(report, prompts, teacher.tokenizer, settings)
     report.samples = make_samples(report.records, prompts, teacher)
     full = max(len(batch.numbers) for batch in measured.batches)
@@ -86,6 +98,43 @@ def complete_report(
         for row in report.rows:
             if row.method == method.name:
                 row.parts = parts
+
+
+def _verify(
+    report: BenchReport,
+    teacher: Teacher,
+    prompts: Sequence[BenchPrompt],
+    settings: BenchSettings,
+    progress: Progress = no_progress,
+) -> None:
+    """Feed every answer to the teacher, and set the rows' checks."""
+    said: dict[tuple[str, int, int, int], list[int]] = {}
+    for record in report.records:  # a repeat without tokens has those of the first one
+        first = said.get((record.method, 0, record.prompt, record.turn), [])
+        said[record.method, record.repeat, record.prompt, record.turn] = record.token_ids or first
+
+    def prompt_of(record: AnswerRecord) -> list[int]:
+        earlier = [said[record.method, record.repeat, record.prompt, turn] for turn in range(record.turn)]
+        return prompts[record.prompt].after(earlier)
+
+    def text_of(token: int) -> str:
+        return str(teacher.tokenizer.decode([token])) if teacher.tokenizer else ""
+
+    limits = (settings.temperature, settings.top_p, progress, settings.max_new_tokens)
+    tolerance = verify_answers(teacher, report.records, prompt_of, *limits)
+    for row in report.rows:
+        own, ar = (_records(report, row, name) for name in (row.method, "ar"))
+        others = None if row.method == "ar" or not ar else ar
+        row.verified = verified(own, others, tolerance, lambda record: prompts[record.prompt].place, text_of)
+
+
+def _records(report: BenchReport, row: BenchRow, method: str) -> list[AnswerRecord]:
+    """Return a method's records of a row's group."""
+    return [
+        record
+        for record in report.records
+        if record.method == method and row.dataset in (ALL, record.dataset) and row.category in (ALL, record.category)
+    ]
 
 
 def _repeats_made(runs: Runs, settings: BenchSettings) -> dict[str, Any]:
@@ -125,7 +174,7 @@ def _rows(
             row.predictor, row.tree, row.batch_size = method.predictor, method.tree, settings.batch_size
             row.execution = measured.executions.get(name)
         # in half precision `ar` itself differs from the reference, whose products round otherwise
-        if reference == "hf" and teacher.dtype != torch.float32 and "ar" in runs and name not in BASELINES:
+        if reference == "hf" and teacher.dtype != torch.float32 and "ar" in runs and name not in UNDRAFTED:
             against_ar = compare_tokens(teacher, prompts, runs["ar"], own)
             for row in made:
                 row.lossless_ar = lossless(runs_of(row.dataset, row.category, own), against_ar)

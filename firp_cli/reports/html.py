@@ -13,6 +13,7 @@ from firp_cli.reports.page import closing, figure, folded, listed, page, section
 from firp_cli.reports.predicted import predicted_lines
 from firp_cli.reports.preset_lines import preset_lines
 from firp_cli.reports.samples import samples_part
+from firp_cli.reports.verification import is_lossless
 from firp_cli.results import BenchReport
 
 CAPTIONS = {
@@ -104,7 +105,7 @@ def _verified(report: BenchReport) -> str:
     headers, cells = verified.verified_cells(report)
     if not cells:
         return ""
-    kind = "warning" if any(row.verified and row.verified.above for row in report.rows) else "note"
+    kind = "note" if all(row.verified is None or is_lossless(row.verified) for row in report.rows) else "warning"
     return _paragraph(verified.verified_note(report), kind) + table(headers, cells, headers.index("method") + 1)
 
 

@@ -23,7 +23,8 @@ from firp_cli.reports.cells import (
 )
 from firp_cli.reports.predicted import predicted_cells, predicted_lines
 from firp_cli.reports.speed_tables import pipeline_tables
-from firp_cli.reports.verified import accuracy_cell, lossless_cell, right_cell, verified_cell, verified_word
+from firp_cli.reports.verification import verified_cell
+from firp_cli.reports.verified import accuracy_cell, lossless_cell, right_cell, verified_word
 from firp_cli.results import UNDRAFTED, BenchReport, BenchRow, EvalReport, Interval
 
 if TYPE_CHECKING:

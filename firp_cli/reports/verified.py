@@ -8,6 +8,7 @@ import math
 
 from firp_cli.records import Accuracy, TokenPlace, Verified
 from firp_cli.reports.cells import DASH, Cells, by_teacher, group_name, measured, row_label, teacher_column
+from firp_cli.reports.verification import fault, is_lossless, token_name
 from firp_cli.results import BenchReport, BenchRow
 
 # Up to this gap of the two logits a first difference is a near-tie that rounding in this dtype decides.
@@ -34,16 +35,13 @@ def lossless_cell(row: BenchRow, reference: str | None) -> str:
     return f"{row.lossless.identical}/{row.lossless.compared}" if row.lossless.compared else DASH
 
 
-def verified_cell(verified: Verified | None) -> str:
-    """Return `1904/1904`, tokens within the tolerance out of those checked; a dash without a check."""
-    return f"{verified.tokens - verified.above}/{verified.tokens}" if verified and verified.tokens else DASH
-
-
 def verified_word(verified: Verified | None) -> str:
-    """Return `yes`, or the number of tokens beyond the tolerance: `3 off`."""
+    """Return `yes`, the number of tokens beyond the tolerance, `3 off`, or `no`: improbable together."""
     if verified is None or not verified.tokens:
         return DASH
-    return f"{verified.above} off" if verified.above else "yes"
+    if verified.above:
+        return f"{verified.above} off"
+    return "yes" if is_lossless(verified) else "no"
 
 
 def accuracy_cell(accuracy: Accuracy | None) -> str:
@@ -99,8 +97,10 @@ def _sampled(verified: Verified) -> list[str]:
 def _place(worst: TokenPlace | None) -> str:
     if worst is None:
         return DASH
+    emitted = "the end" if worst.emitted < 0 else token_name(worst.emitted, worst.emitted_text)
     turn = f", turn {worst.turn + 1}" if worst.turn else ""
-    return f"prompt {worst.prompt}{turn}, token {worst.position}: {worst.emitted}, teacher {worst.best}"
+    best = token_name(worst.best, worst.best_text)
+    return f"prompt {worst.prompt}{turn}, token {worst.position}: {emitted}, teacher {best}"
 
 
 def definitions(report: BenchReport) -> list[str]:
@@ -117,14 +117,10 @@ def verified_note(report: BenchReport) -> str | None:
     if not rows:
         return None
     tokens = sum(row.verified.tokens for row in rows if row.verified)
-    wrong = [
-        f"{row_label(row)} {row.verified.above} of {row.verified.tokens} ({row.dataset}), the furthest at "
-        f"{_place(row.verified.worst)}"
-        for row in rows
-        if row.verified and row.verified.above
-    ]
+    faults = [(row, fault(row.verified)) for row in rows if row.verified]
+    wrong = [f"{row_label(row)} ({row.dataset}): {words}" for row, words in faults if words]
     if wrong:
-        return f"tokens that the teacher would not have chosen: {'; '.join(wrong)}"
+        return f"not the teacher's output: {'; '.join(wrong)}"
     largest = max((row.verified.gap for row in rows if row.verified and row.verified.gap is not None), default=None)
     gap = "" if largest is None else f"; the largest gap to the teacher's best logit is {_figure(largest)}"
     return f"verified against the teacher: all {tokens:,} tokens of {len({row.method for row in rows})} methods{gap}"

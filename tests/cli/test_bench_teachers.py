@@ -27,6 +27,8 @@ from helpers.commands import invoke
 from helpers.folders import save_prompts, save_teacher
 from helpers.models import looped_model, looped_teacher, make_predictor, random_prompts, tiny_teacher
 
+DEFAULT = ["ar", "hf", "prompt-lookup", "suffix"]
+
 
 def short_bench(teacher: Teacher, methods: list[str], skip_long: bool = False) -> BenchReport:
     settings = BenchSettings(max_new_tokens=6, repeats=1, warmup=0)
@@ -89,7 +91,7 @@ def test_predictors_are_grouped_by_teacher(saved: Save) -> None:
     (together,) = group_by_teacher(folders, "plain")
     assert together.teacher == "plain" and list(together.folders) == ["a", "speed", "c", "medusa"]
     (nothing,) = group_by_teacher([])
-    assert nothing.teacher is None and choose_groups(None, [nothing])[0].methods == ["ar", "hf"]
+    assert nothing.teacher is None and choose_groups(None, [nothing])[0].methods == DEFAULT
 
 
 def test_methods_filter_every_group(saved: Save) -> None:
@@ -98,7 +100,7 @@ def test_methods_filter_every_group(saved: Save) -> None:
     def chosen(*wanted: str) -> dict[str | None, list[str]]:
         return {group.label or group.teacher: group.methods for group in choose_groups(wanted or None, groups)}
 
-    assert chosen() == {"plain": ["ar", "hf", "firp"], "looped": ["ar", "hf", "speed"]}
+    assert chosen() == {"plain": [*DEFAULT, "firp"], "looped": [*DEFAULT, "speed"]}
     assert chosen("ar", "speed") == {"/models/looped": ["ar", "speed"]}
     assert chosen("speed", "firp", "hf") == {"plain": ["firp", "hf"], "looped": ["speed", "hf"]}
     assert chosen("ar") == {"plain": ["ar"], "looped": ["ar"]}
@@ -168,7 +170,7 @@ def test_bench_measures_two_teachers_one_after_the_other(two_teachers: Path, mon
     monkeypatch.setattr("firp_cli.api.loading.load_teacher", load_alone)
     result, report = bench_of(work, str(work / "one"), str(work / "early"))
     rows = [(row.teacher, row.method) for row in report.rows]
-    expected = {"teacher": ["ar", "hf", "firp"], "looped": ["ar", "hf", "speed"]}
+    expected = {"teacher": [*DEFAULT, "firp"], "looped": [*DEFAULT, "speed"]}
     assert rows == [(teacher, method) for teacher, methods in expected.items() for method in methods]
     assert report.settings["methods_by_teacher"] == expected
     assert [teacher["name"] for teacher in report.teachers] == ["teacher", "looped"]

@@ -90,7 +90,7 @@ def full_report(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all"),), 
     for place, row in enumerate(report.rows):
         row.speedup_hf_interval = (0.95 * (row.speedup_hf or 1), 1.04 * (row.speedup_hf or 1))
         row.speedup_with_prefill_hf, row.speedup_with_prefill_hf_interval = 1.7, (1.62, 1.79)
-        worst = TokenPlace(prompt=7, turn=1, position=31, emitted=100, best=200)
+        worst = TokenPlace(prompt=7, turn=1, position=31, emitted=100, best=200, value=0.5)
         row.verified = Verified(2540, 3 * (row.method == "medusa"), 1e-3, 2.5e-4 * (place + 1), worst=worst)
         if sampled:
             row.verified = Verified(2540, 0, 1e-9, None, 3e-6, worst, -0.81, 0.4, 0.62)

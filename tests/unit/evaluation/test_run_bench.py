@@ -163,7 +163,7 @@ def test_predictor_names_are_kinds_or_folders() -> None:
 
 
 def test_choose_methods_defaults_to_all_and_suggests_names() -> None:
-    assert choose_methods(None, ["firp"]) == ["ar", "hf", "firp"]
+    assert choose_methods(None, ["firp"]) == ["ar", "hf", "prompt-lookup", "suffix", "firp"]
     assert choose_methods(["firp", "ar"], ["firp"]) == ["firp", "ar"]
     with pytest.raises(UsageError, match="did you mean 'medusa'"):
         choose_methods(["medua"], ["firp", "medusa"])
@@ -324,7 +324,7 @@ def test_bench_command_writes_a_report(work: Path) -> None:
     for text in ("ar", "hf", "firp", "medusa", "3/3", "bench.html"):
         assert text in result.stdout
     report = BenchReport.from_json(json.loads((out / "bench.json").read_text()))
-    assert [row.method for row in report.rows] == ["ar", "hf", "firp", "medusa"]
+    assert [row.method for row in report.rows] == ["ar", "hf", "prompt-lookup", "suffix", "firp", "medusa"]
     assert all(row.dataset == "words" and row.prompts == 3 for row in report.rows)
     assert {"bench.json", "bench.csv", "bench.md", "bench.html", "speedup.png"} <= {path.name for path in out.iterdir()}
     assert len(Page((out / "bench.html").read_text()).figures) == len(list(out.glob("*.png"))) >= 3

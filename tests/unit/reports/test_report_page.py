@@ -65,7 +65,7 @@ def test_page_has_every_part_in_order(page: str) -> None:
         *("How to read this", "Environment", "Reproduce"),
     ]
     Page(page)
-    assert "<td>1.44 [1.38, 1.51]</td><td>1.86 [1.77, 1.93]</td><td>2540/2540</td><td>33/40 = 0.82" in page
+    assert "<td>1.44 [1.38, 1.51]</td><td>1.86 [1.77, 1.93]</td><td>all 2,540</td><td>33/40 = 0.82" in page
     assert "<td>0.60</td><td>2.90</td><td>0.30</td><td>0.20</td><td>4.00</td>" in page
     assert "<dd>sm mhz 1980, memory mhz 2619</dd>" in page and "<dt>driver</dt>" in page and "<dt>none</dt>" not in page
     assert "<td>lean, compiled kernels</td><td>sdpa</td><td>0</td><td>not captured: no CUDA device</td>" in page
@@ -141,9 +141,10 @@ def test_verification_names_the_place_of_the_worst_token(report: BenchReport) ->
     headers, cells = verified.verified_cells(report)
     line = dict(zip(headers, next(line for line in cells if line[0] == "medusa"), strict=True))
     assert line["above it"] == "3 (0.12%)" and line["tolerance"] == "0.001"
-    assert line["worst token"] == "prompt 7, turn 2, token 31: 100, teacher 200"
+    assert line["worst token"] == "prompt 7, turn 2, token 31: token id 100, teacher token id 200"
     note = verified.verified_note(report)
-    assert note and "medusa 3 of 2540 (arithmetic)" in note and "firp" not in note
+    start = "not the teacher's output: medusa (arithmetic): prompt 7, turn 2, token 31: token id 100"
+    assert note and note.startswith(start) and "the worst of 3 such tokens" in note and "firp" not in note
     sampled = full_report(sampled=True)
     headers, cells = verified.verified_cells(sampled)
     assert dict(zip(headers, cells[0], strict=True)) | {"p against ar": "0.62", "log-prob.": "-0.81"} == dict(
