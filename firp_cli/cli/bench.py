@@ -74,6 +74,8 @@ Preset = Annotated[
 Turns = Annotated[
     str, typer.Option(help="User turns of a conversation: all, each after the method's own answers, or first.")
 ]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the main table as Markdown.")]
+Latex = Annotated[bool, typer.Option("--latex", help="Print the main table as LaTeX, for the package booktabs.")]
 RunCode = Annotated[
     bool,
     typer.Option(
@@ -126,9 +128,11 @@ def bench(
     guard: Guarded = None,
     force: Force = False,
     as_json: Json = False,
+    markdown: Markdown = False,
+    latex: Latex = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure accepted length and speedup; write bench.json, .csv, .md and .html.
+    """Measure accepted length and speedup; write bench.json, .csv, .md, .tex and .html.
 
     --batch-size, --temperature, --tree and --max-new-tokens take several values with commas: each combination is
     measured, and one page (sweep.html) shows them all.
@@ -173,6 +177,8 @@ class BenchOptions:
     guard: bool | None
     force: bool
     as_json: bool
+    markdown: bool
+    latex: bool
     verbose: bool
     warmup: int = 1
     told: dict[str, Any] | None = None
@@ -185,6 +191,15 @@ class BenchOptions:
 
         values, told = apply_preset(self.preset, vars(self), given)
         return replace(self, **{**values, "told": told})
+
+    @property
+    def form(self) -> str:
+        """Form of what is printed: `json`, `markdown`, `latex` or `table`. Raises UsageError."""
+        wanted = {"json": self.as_json, "markdown": self.markdown, "latex": self.latex}
+        chosen = [name for name, is_wanted in wanted.items() if is_wanted]
+        if len(chosen) > 1:
+            raise UsageError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other: choose one form")
+        return chosen[0] if chosen else "table"
 
     def cells(self) -> list[dict[str, str]]:
         """Return every combination of the settings that may have several values."""
@@ -218,6 +233,7 @@ class BenchOptions:
 
 def _run(context: typer.Context, given: BenchOptions) -> None:
     """Measure, in this process or in several, and publish the report."""
+    _ = given.form  # refused before anything is loaded
     quiet_libraries(given.verbose)
     from firp_cli.api.bench_run import bench as measure
     from firp_cli.data.readers import dataset_label
@@ -256,13 +272,15 @@ def _several(context: typer.Context, given: BenchOptions, cells: list[dict[str, 
 
     from firp_cli.api.write_report import write_sweep
     from firp_cli.reports.cells import rich_table
-    from firp_cli.reports.sweep import break_even_lines, sweep_cells, sweep_json
+    from firp_cli.reports.sweep import break_even_lines, sweep_cells, sweep_json, sweep_latex, sweep_markdown
 
     done: list[SweepCell] = []
     for done in measure_cells(context, cells, folder, given.processes, given.resume):
         write_sweep(done, folder)
-    if given.as_json:
+    if given.form == "json":
         print_json(sweep_json(done))
+    elif given.form != "table":
+        typer.echo((sweep_markdown if given.form == "markdown" else sweep_latex)(done), nl=False)
     else:
         console = Console(highlight=False, emoji=False)
         headers, lines = sweep_cells(done)
@@ -282,7 +300,7 @@ def _names(methods: str | None) -> list[str] | None:
 
 def _publish(report: BenchReport, folder: Path, given: BenchOptions) -> None:
     """Write the report's files and print it; exit with 130 after an interruption."""
-    publish(report, folder, given.as_json, lambda: _show(report, folder))
+    publish(report, folder, given.as_json, lambda: _show(report, folder, given.form))
     if cut := report.settings.get("interrupted"):
         say(f"firp: {cut}; the report is of those")
         raise typer.Exit(INTERRUPTED)
@@ -300,21 +318,26 @@ def _need_lossless(reports: Sequence[BenchReport], given: BenchOptions) -> None:
         raise typer.Exit(1)
 
 
-def _show(report: BenchReport, folder: Path) -> None:
+def _show(report: BenchReport, folder: Path, form: str) -> None:
     """Print the tables and notes."""
     from rich.console import Console
 
-    from firp_cli.reports.cells import TEACHERS_NOTE
+    from firp_cli.reports.latex import bench_latex
+    from firp_cli.reports.markdown import main_markdown
+    from firp_cli.reports.notes import bench_notes, settings_line
     from firp_cli.reports.preset_lines import preset_lines
-    from firp_cli.reports.speed_tables import pipeline_note
-    from firp_cli.reports.tables import bench_tables, lossless_note, settings_line
+    from firp_cli.reports.tables import bench_tables
 
+    page = f"report: {folder / 'bench.html'}" if (folder / "bench.html").is_file() else ""
+    if form != "table":
+        typer.echo((main_markdown if form == "markdown" else bench_latex)(report), nl=False)
+        say(page)
+        return
     console = Console(highlight=False, emoji=False)
-    for line in (settings_line(report), *preset_lines(report)):
+    for line in (settings_line(report), *preset_lines(report), ""):
         console.print(line, markup=False)
     console.print(bench_tables(report))
-    for note in (TEACHERS_NOTE if report.teachers else None, pipeline_note(report), lossless_note(report)):
-        if note:
-            console.print(note, markup=False)
-    if (page := folder / "bench.html").is_file():
-        console.print(f"report: {page}", markup=False, soft_wrap=True)
+    for note in bench_notes(report):
+        console.print(note, markup=False)
+    if page:
+        console.print(page, markup=False, soft_wrap=True)

@@ -10,17 +10,19 @@ from itertools import pairwise
 from typing import Any
 
 from firp_cli.provenance import environment
-from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend, png
+from firp_cli.reports.canvas import COLOURS, MARKERS, SOFT, Picture, canvas, legend, picture
 from firp_cli.reports.cells import DASH, Cells, main_rows, markdown_table, number, row_label, with_interval
-from firp_cli.reports.page import closing, figure, page, table
-from firp_cli.reports.tables import reading_notes, settings_line
+from firp_cli.reports.figures import WIDTH
+from firp_cli.reports.latex import latex_table
+from firp_cli.reports.notes import reading_notes, settings_line
+from firp_cli.reports.page import closing, figure, listed, page, section, table
 from firp_cli.results import UNDRAFTED, BenchReport, BenchRow, as_json
 
 SWEEP = "sweep.json"
 BATCH = "--batch-size"
 CAPTION = (
-    "Left: tokens per second of all sequences together. Right: speedup over autoregressive decoding at the same batch "
-    "size, with 95% intervals; below the dashed line drafting no longer pays."
+    "Above: tokens per second of all sequences together. Below: speedup over autoregressive decoding at the same batch "
+    "size, with 95% intervals; under the dashed line drafting no longer pays."
 )
 
 
@@ -128,13 +130,13 @@ def break_even_lines(cells: Sequence[SweepCell]) -> list[str]:
     return lines
 
 
-def sweep_figure(cells: Sequence[SweepCell]) -> bytes | None:
-    """Return throughput and speedup against the batch size as a PNG; None where the batch size does not vary."""
+def sweep_figure(cells: Sequence[SweepCell]) -> Picture | None:
+    """Return throughput and speedup against the batch size; None where the batch size does not vary."""
     drawn = [curve for curve in curves(cells) if len(curve.rows) > 1]
     if not drawn:
         return None
-    with canvas(8.4, 3.4) as picture:
-        left, right = picture.subplots(1, 2)
+    with canvas(WIDTH, 5.0 + 0.16 * len(drawn)) as drawing:
+        left, right = drawing.subplots(2, 1)
         for place, curve in enumerate(drawn):
             colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
             sizes = sorted(curve.rows)
@@ -153,7 +155,7 @@ def sweep_figure(cells: Sequence[SweepCell]) -> bytes | None:
             if even is not None:
                 right.axvline(even, color=colour, linewidth=1.0, linestyle=":")
                 right.annotate(f"{even:.1f}", (even, 1.0), (3, 6), textcoords="offset points", color=colour, size=8)
-        right.axhline(1.0, color="#555555", linewidth=1.0, linestyle="--")
+        right.axhline(1.0, color=SOFT, linewidth=1.0, linestyle="--")
         ticks = sorted({size for curve in drawn for size in curve.rows})
         for axes, label in ((left, "tokens per second"), (right, "speedup over ar")):
             axes.set_xscale("log", base=2)
@@ -161,14 +163,21 @@ def sweep_figure(cells: Sequence[SweepCell]) -> bytes | None:
             axes.set_xlabel("batch size")
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
-        legend(picture, 3)
-        return png(picture)
+        legend(drawing, 2)
+        return picture(drawing)
 
 
 def sweep_markdown(cells: Sequence[SweepCell]) -> str:
     """Return sweep.md."""
     lines = "".join(f"- {line}\n" for line in break_even_lines(cells))
     return f"# firp bench: sweep\n\n{markdown_table(*sweep_cells(cells))}\n{lines}"
+
+
+def sweep_latex(cells: Sequence[SweepCell]) -> str:
+    """Return the table of the whole matrix."""
+    headers, lines = sweep_cells(cells)
+    first = next((f" First: {settings_line(cell.report)}." for cell in cells if cell.report), "")
+    return latex_table(headers, lines, headers.index("method") + 1, f"Matrix of settings.{first}", "tab:firp-sweep")
 
 
 def sweep_html(cells: Sequence[SweepCell]) -> str:
@@ -180,10 +189,10 @@ def sweep_html(cells: Sequence[SweepCell]) -> str:
     body = [
         "<h1>firp bench: sweep</h1>",
         f'<p class="lead">First cell: {escape(settings_line(first))}.</p>' if first else "",
-        figure(CAPTION, image) if image else "",
-        "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in break_even_lines(cells)) + "</ul>",
+        figure("throughput", CAPTION, image),
+        listed(break_even_lines(cells)),
         table(headers, lines, headers.index("method") + 1),
-        f"<h2>Reports</h2><ul>{links}</ul>",
+        section("Reports", f"<ul>{links}</ul>" if links else ""),
         *(closing(reading_notes(first), {**first.environment, **environment()}, [first.teacher]) if first else []),
     ]
     return page("firp bench: sweep", body)

@@ -35,11 +35,11 @@ def fault(check: Verified) -> str | None:
 def _place(worst: TokenPlace, check: Verified) -> str:
     """Return the place of a wrong token, the two tokens, and how far they are apart."""
     prompt = f"{worst.label} (prompt {worst.prompt})" if worst.label else f"prompt {worst.prompt}"
-    emitted = "the answer's end" if worst.emitted < 0 else _token(worst.emitted, worst.emitted_text)
+    emitted = "the answer's end" if worst.emitted < 0 else token_name(worst.emitted, worst.emitted_text)
     found = f"{prompt}, turn {worst.turn + 1}, token {worst.position}: {emitted}"
     if check.gap is None and check.tail is not None:
         return (
-            f"{found}, where {_token(worst.best, worst.best_text)} is the most probable: a token so improbable is "
+            f"{found}, where {token_name(worst.best, worst.best_text)} is the most probable: a token so improbable is "
             f"drawn with probability {worst.value or 0.0:.2g} (tolerance {check.tolerance:.2g})"
         )
     if worst.value is None or worst.value == float("inf"):
@@ -47,11 +47,12 @@ def _place(worst: TokenPlace, check: Verified) -> str:
             "the answer goes on after its end" if worst.emitted >= 0 else "it has no end token and is not at its limit"
         )
         return f"{found}: {reason}"
-    best = _token(worst.best, worst.best_text)
+    best = token_name(worst.best, worst.best_text)
     return f"{found}, where {best} has the largest logit: gap {worst.value:.3g} (tolerance {check.tolerance:.2g})"
 
 
-def _token(number: int, text: str) -> str:
+def token_name(number: int, text: str) -> str:
+    """Return `' the' (279)`, or the id alone where its text is not known."""
     return f"{text!r} ({number})" if text else f"token id {number}"
 
 

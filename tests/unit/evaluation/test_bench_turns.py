@@ -28,7 +28,9 @@ from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_met
 from firp_cli.evaluation.rows import bench_rows
 from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.predictors.folder import load_predictor, predictor_folder
-from firp_cli.reports.tables import bench_markdown, detail_cells, settings_line
+from firp_cli.reports.markdown import bench_markdown
+from firp_cli.reports.notes import settings_line
+from firp_cli.reports.tables import detail_cells
 from firp_cli.results import BenchReport, Generation, as_json
 from firp_cli.teacher.teacher import Teacher
 from helpers.chat import CHATML, with_template

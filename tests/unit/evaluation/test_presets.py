@@ -14,8 +14,8 @@ from firp_cli.evaluation.bench_prompts import spread
 from firp_cli.evaluation.presets import PRESETS, apply_preset
 from firp_cli.evaluation.spec_bench import MT_BENCH, OTHERS
 from firp_cli.reports.html import bench_html
+from firp_cli.reports.markdown import bench_markdown
 from firp_cli.reports.preset_lines import preset_lines, preset_title
-from firp_cli.reports.tables import bench_markdown
 from helpers.commands import invoke, succeed
 from helpers.folders import save_teacher
 from helpers.reports import bench_report

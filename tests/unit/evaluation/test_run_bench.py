@@ -46,6 +46,7 @@ from helpers.models import (
     tiny_model,
     tiny_teacher,
 )
+from helpers.reports import Page
 
 
 def generation(emitted: list[int], prefill: float, decode: float, tokens: list[int] | None = None) -> Generation:
@@ -326,7 +327,8 @@ def test_bench_command_writes_a_report(work: Path) -> None:
     assert [row.method for row in report.rows] == ["ar", "hf", "prompt-lookup", "suffix", "firp", "medusa"]
     assert all(row.dataset == "words" and row.prompts == 3 for row in report.rows)
     assert {"bench.json", "bench.csv", "bench.md", "bench.html", "speedup.png"} <= {path.name for path in out.iterdir()}
-    assert "data:image/png;base64," in (out / "bench.html").read_text()
+    assert len(Page((out / "bench.html").read_text()).figures) == len(list(out.glob("*.png"))) >= 3
+    assert "\\begin{tabular}" in (out / "bench.tex").read_text()
 
 
 def test_bench_command_refuses_an_unknown_method_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
