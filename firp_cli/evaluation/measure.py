@@ -183,7 +183,7 @@ def measure_bench(
     if not runs:
         reasons = "; ".join(f"{method.name}: {method.reason}" for method in methods)
         raise UsageError(f"no method can be measured: {reasons}")
-    environment["device_state_after"] = device_state(teacher.device)
+    environment |= {"device_state_after": state} if (state := device_state(teacher.device)) else {}
     measured = [method for method in methods if method.name in runs]
     executions = {method.name: execution(method, teacher, method.name == STATIC) for method in measured}
     return Measured(fitting, batches, runs, skipped, environment, executions)
