@@ -6,6 +6,8 @@ from pathlib import Path
 
 from firp_cli.errors import OutputError
 from firp_cli.files import os_reason, write_atomically, write_json
+from firp_cli.reports.analyses import eval_html
+from firp_cli.reports.analysis_figures import analysis_figures
 from firp_cli.reports.figures import bench_figures, eval_figures
 from firp_cli.reports.html import bench_html
 from firp_cli.reports.tables import bench_csv, bench_markdown
@@ -15,7 +17,7 @@ from firp_cli.tune_results import TuneReport
 
 
 def write_report(report: BenchReport | EvalReport | TuneReport, folder: str | Path) -> None:
-    """Write NAME.json and the figures as PNG; of a bench also CSV, Markdown and HTML, of tuning Markdown and HTML.
+    """Write NAME.json, NAME.html and the figures as PNG; of a bench also CSV and Markdown, of tuning Markdown.
 
     Each file appears whole or not at all. Raises OutputError where one cannot be written.
     """
@@ -34,7 +36,8 @@ def _write(report: BenchReport | EvalReport | TuneReport, folder: Path) -> None:
         pages = {"csv": bench_csv(report), "md": bench_markdown(report, list(figures))}
         pages["html"] = bench_html(report, figures)
     elif isinstance(report, EvalReport):
-        name, figures, pages = "eval", eval_figures(report), {}
+        name, figures = "eval", eval_figures(report) | analysis_figures(report.analyses)
+        pages = {"html": eval_html(report, figures)}
     else:
         name, figures = "tune", tune_figures(report)
         pages = {"md": tune_markdown(report, list(figures)), "html": tune_html(report, figures)}
