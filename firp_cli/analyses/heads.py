@@ -25,8 +25,8 @@ from firp_cli.teacher.teacher import Teacher
 NOTE = (
     "trained, against: the given predictors, trained on their own data. The others share their data: {solved}. {kind} "
     "(ridge): the predictor's own kind and layers. linear head: one map per step from the anchor's final state to the "
-    "later one, then the teacher's head (Medusa-1 without its nonlinearity). exit l: the teacher's norm and head on the "
-    "state after layer l of position n+i, with ridge through a solved map; it reads the real tokens before, so its "
+    "later one, then the teacher's head (Medusa-1 without its nonlinearity). exit l: the teacher's norm and head on "
+    "the state after layer l of position n+i, with ridge through a solved map; it reads the real tokens before, so its "
     "top-1 is that of a drafter that has been right so far, and each drafted token costs a pass of l layers of its own"
 )
 

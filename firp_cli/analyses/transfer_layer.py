@@ -8,7 +8,7 @@ from firp_cli.evaluation.quality import Quality
 from firp_cli.predictors.base import TreePredictor
 from firp_cli.results import Analysis, Panel
 
-MOST_LAYERS = 16  # layers that are evaluated; of a deeper teacher every n-th
+MOST_LAYERS = 10  # layers that are evaluated; of a deeper teacher every n-th
 
 
 def measured_layers(last: int, kept: tuple[int, ...] = ()) -> list[int]:

@@ -32,7 +32,7 @@ def test_eval_analyses_print_and_write_everything(tmp_path: Path, monkeypatch: p
     cosines = {row[1]: row[2:] for row in found["similarity"]["rows"] if row[0] == "cosine"}
     for layer, values in report["similarity"].items():
         assert cosines[int(layer)] == pytest.approx(values)
-    assert "medusa (against)" in page and "--analysis all" in page
+    assert "medusa (against)" in page and found["rows"]["reading"][1:] in page
 
 
 def test_eval_refuses_unknown_analyses_before_it_loads_a_teacher() -> None:
