@@ -18,7 +18,7 @@ def rows(subject: Subject) -> Analysis:
     teacher, predictor = subject.teacher, subject.predictor
     own = predictor.transfer_layers[:1] if isinstance(predictor, TreePredictor) else ()
     split = own[0] if own else teacher.num_layers // 2
-    context = min(CONTEXT, teacher.max_positions - DEEPEST - 1)
+    context = max(1, min(CONTEXT, teacher.max_positions - DEEPEST - 1))
     curve = measure_rows(teacher, split, context, ROWS)
     parts = list(zip(curve.lower, curve.upper, curve.head, strict=True))
     one = sum(parts[0])

@@ -14,7 +14,7 @@ from firp_cli.analyses.transfer_layer import transfer_layer
 from firp_cli.analyses.tree_size import tree_size
 from firp_cli.assets import nearest
 from firp_cli.collecting.collect_store import OpenProgress
-from firp_cli.errors import MethodError, UsageError
+from firp_cli.errors import CapacityError, MethodError, UsageError
 from firp_cli.results import ANALYSES, Analysis
 
 RUN: dict[str, Callable[[Subject], Analysis]] = {
@@ -46,6 +46,6 @@ def run_analyses(names: Sequence[str], subject: Subject, progress: OpenProgress)
         with progress(f"analysis {name}") as bar:
             try:
                 done.append(RUN[name](replace(subject, progress=bar)))
-            except MethodError as error:
+            except (MethodError, CapacityError) as error:
                 done.append(Analysis(name, reason=str(error)))
     return done

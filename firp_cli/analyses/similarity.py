@@ -19,9 +19,10 @@ from firp_cli.results import Analysis, Panel
 
 MEASURES = ("cosine", "cosine of the anchor", "relative L2", "norm ratio")
 NOTE = (
-    "step i's pseudo state of anchor n is compared with the real state of position n+i after each layer: cosine, "
-    "relative L2 (norm of the difference over the real norm) and norm ratio (pseudo over real), means over anchors; "
-    "'cosine of the anchor' compares the anchor's own state with the same real state: a prediction has to exceed it"
+    "step i's pseudo state of anchor n is compared with the real state of position n+i after each layer, before the "
+    "final norm; means over anchors of the cosine, of relative L2 (norm of the difference over the real norm) and of "
+    "the norm ratio (pseudo over real); 'cosine of the anchor' compares the anchor's own state with the same real "
+    "state: a prediction has to exceed it"
 )
 Sums = dict[tuple[int, int], Tensor]  # (layer, step) -> (measures,) sums over the anchors
 
@@ -90,9 +91,15 @@ def _reading(means: dict[str, dict[int, list[float | None]]], layers: tuple[int,
         narrowed += after < before
         cosines = [means["cosine"][place][step - 1] for place in (layer, last)]
         parts.append(f"step {step} from {before:.2f} to {after:.2f} (cosine {cosines[0]:.2f} to {cosines[1]:.2f})")
+    distances = {layer: line[0] for layer, line in means["relative L2"].items() if line[0] is not None}
+    copied = [means["cosine of the anchor"][place][0] for place in (layers[0], last)]
+    if not distances or copied[0] is None or copied[1] is None:
+        return "no step has an anchor"
+    closest = min(distances, key=lambda layer: distances[layer])
     return (
         f"from the transfer layer to layer {last} the relative distance of pseudo and real states narrows at "
-        f"{narrowed} of {len(parts)} steps: {', '.join(parts)}"
+        f"{narrowed} of {len(parts)} steps: {', '.join(parts)}; step 1 is closest after layer {closest} "
+        f"({distances[closest]:.2f}); the anchor's own state has cosine {copied[0]:.2f} to {copied[1]:.2f} at step 1"
     )
 
 

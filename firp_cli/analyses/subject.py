@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from firp_cli.collecting.teacher_states import capture, plan_batches
 from firp_cli.config import HiddenTransferConfig
-from firp_cli.errors import MethodError
+from firp_cli.errors import MethodError, StoreError
 from firp_cli.evaluation.quality import Quality, Sequences, evaluate
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.folder import build_predictor
@@ -100,8 +100,11 @@ class Subject:
         return made
 
     def quality(self, predictor: Predictor, items: Sequence[StoredSequence]) -> Quality:
-        """Return the draft quality on the second part of the conversations."""
-        return evaluate(self.teacher, predictor, [items[index] for index in self.parts[1]], None)
+        """Return the draft quality on the second part of the conversations. Raises MethodError."""
+        try:
+            return evaluate(self.teacher, predictor, [items[index] for index in self.parts[1]], None)
+        except StoreError:
+            raise MethodError("no held-out conversation has two response tokens: give longer or more answers") from None
 
 
 @torch.inference_mode()

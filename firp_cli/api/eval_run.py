@@ -156,14 +156,17 @@ def _analyses(analyses: str | Sequence[str], against: Sequence[str | Path]) -> l
 
 def _others(teacher: Teacher, names: list[str], force: bool) -> dict[str, Predictor]:
     """Load predictors to compare with, by the names of their folders, where two are equal by their paths. Raises
-    PredictorError, FingerprintError.
+    UsageError, PredictorError and FingerprintError.
     """
     folders = {name: predictor_folder(name) for name in names}
     short = [folder.resolve().name for folder in folders.values()]
-    return {
-        f"{label if short.count(label) == 1 else name} (against)": load_predictor(folder, teacher, force)
-        for label, (name, folder) in zip(short, folders.items(), strict=True)
-    }
+    loaded = {}
+    for label, (name, folder) in zip(short, folders.items(), strict=True):
+        other = load_predictor(folder, teacher, force)
+        if other.pipeline:
+            raise UsageError(f"--against {name}: it feeds a pipeline, and heads compares drafters of later tokens")
+        loaded[f"{label if short.count(label) == 1 else name} (against)"] = other
+    return loaded
 
 
 def _check_source(store: str | Path | None, dataset: str | None, data_dir: str | None, split: str) -> None:

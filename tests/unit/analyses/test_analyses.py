@@ -289,6 +289,11 @@ def test_missing_analyses_have_a_reason() -> None:
     exits = Subject(looped, make_predictor(looped, kind="speed"), [])
     for item in run_analyses([name for name in ANALYSES if name != "rows"], exits, silent):
         assert item.reason is not None and item.reason.startswith("a speed predictor") and not item.rows
+    silent_answers = subject_of(make_predictor(TEACHER, kind="firp", layer=2, steps=2))
+    for item in silent_answers.sequences:
+        item.loss_mask[:] = False
+    for item in run_analyses(["similarity", "heads", "tree-size", "attention"], silent_answers, silent):
+        assert "no step has an anchor" in item.reading if item.name == "similarity" else item.reason
     single = subject_of(make_predictor(TEACHER, kind="firp", layer=2, steps=1), count=1)
     reasons = [item.reason for item in run_analyses(["transfer-layer", "attention", "heads"], single, silent)]
     assert all(reasons) and "two or more" in str(reasons[0]) and "one step" in str(reasons[1])
