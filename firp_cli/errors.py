@@ -71,6 +71,10 @@ class MethodError(FirpError):
     """
 
 
+class SandboxError(FirpError):
+    """Sandbox for the code of answers that cannot stand on this machine: nothing is run."""
+
+
 class LaunchError(FirpError):
     """Ranks that could not be started, or one that failed."""
 

@@ -11,8 +11,9 @@ import platform
 import re
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from firp_cli.errors import CapacityError
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 UNITS = ("", "K", "M", "G", "T")
 CGROUPS = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
+PROCESSORS, PROCESSOR_INFO = Path("/sys/devices/system/cpu"), Path("/proc/cpuinfo")
 HUB_SECONDS = 3.0  # timeout of the connection
+SMI_SECONDS = 20.0  # timeout of nvidia-smi
 
 
 def rank() -> int:
@@ -85,11 +88,9 @@ def hub_reachable() -> bool:
 
 def processor_name() -> str:
     """Return the processor's model name where the system reports one, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    for line in _text(PROCESSOR_INFO).splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -181,15 +182,52 @@ def available_memory() -> int | None:
 def _cuda_free(local_ranks: int) -> int | None:
     """Return free bytes by nvidia-smi: a query of CUDA itself would leave a context on the device."""
     visible = [item for item in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item]
-    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    if visible:
-        command.append(f"--id={','.join(visible[:local_ranks])}")
     try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        free = [int(line) << 20 for line in output.splitlines() if line.strip()]
-    except (OSError, ValueError, subprocess.SubprocessError):
+        free = [int(value) << 20 for (value,) in query_gpus(["memory.free"], visible[:local_ranks])]
+    except ValueError:
         return None
     return min(free[:local_ranks], default=None)
+
+
+def query_gpus(fields: Sequence[str], devices: Sequence[str] = ()) -> list[list[str]]:
+    """Return the values of nvidia-smi's `fields` for each device (numbers or UUIDs; none: all of them); empty where it
+    does not answer.
+    """
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    if devices:
+        command.append(f"--id={','.join(devices)}")
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+    rows = [[value.strip() for value in line.split(",")] for line in output.splitlines() if line.strip()]
+    return [row for row in rows if len(row) == len(fields)]
+
+
+def processor_state(root: Path = PROCESSORS, info: Path = PROCESSOR_INFO) -> dict[str, Any]:
+    """Return the governor of this process's cores, and their present and greatest clock, as far as the system
+    tells them.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    folders = [root / f"cpu{core}" / "cpufreq" for core in cores]
+    governors = sorted({text for folder in folders if (text := _text(folder / "scaling_governor"))})
+    state: dict[str, Any] = {"governor": ", ".join(governors)} if governors else {}
+    for name, file in (("megahertz", "scaling_cur_freq"), ("megahertz_max", "cpuinfo_max_freq")):
+        kilohertz = [int(text) for folder in folders if (text := _text(folder / file)).isdigit()]
+        if kilohertz:
+            state[name] = round(sum(kilohertz) / len(kilohertz) / 1000)
+    megahertz = [float(number) for number in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _text(info), re.MULTILINE)]
+    if megahertz and "megahertz" not in state:
+        state["megahertz"] = round(sum(megahertz) / len(megahertz))
+    return state
+
+
+def _text(path: Path) -> str:
+    """Return the stripped text of a small file; empty where it cannot be read."""
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _cgroup_memory_free(root: Path = CGROUPS) -> int | None:

@@ -16,6 +16,7 @@ BENCH_SCHEMA = "firp.bench/1"
 EVAL_SCHEMA = "firp.eval/1"
 TUNE_SCHEMA = "firp.tune/1"
 ANALYSES = ("similarity", "transfer-layer", "attention", "heads", "rows", "tree-size")  # of `firp eval --analysis`
+UNDRAFTED = ("ar", "hf", "hf-static")  # methods of a bench that decode token by token: they draft nothing
 
 Interval = tuple[float, float]
 Progress = Callable[[int, int | None], None]  # (done, total); total None: not known
@@ -265,6 +266,7 @@ class BenchRow:
     accuracy: Accuracy | None = None
     execution: Execution | None = None
     parts: dict[str, float] = field(default_factory=dict)  # milliseconds of a decoding step by part
+    speedup_by_process: list[float] = field(default_factory=list)  # over `ar`, where several processes measured
 
 
 @dataclass

@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 """Time of a decoding step by part on the CPU: layers, heads, maps, and the engine's own work around them.
 
-Functions of the engine are wrapped by a clock for the profiled runs. The clock knows which part runs and
-charges all time to exactly one part, so the parts of a step add up to the step; time that no part claims is the host
-loop. A step ends when the host has written its tokens, as `decode_seconds` counts. The same prompts are
-decoded unwrapped in turns with the profiled runs: the difference is the cost of wrapping.
+The parts are those of `firp_cli/evaluation/step_parts.py`. The same prompts are decoded unwrapped in turns with the
+profiled runs: the difference is the cost of wrapping.
 """
 
 from __future__ import annotations
@@ -12,181 +10,43 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any
-from unittest.mock import patch
+from statistics import median
 
 import torch
 
 from firp_cli.api.bench_run import load_bench_prompts
 from firp_cli.api.loading import LayerBackend, load_named_teacher
 from firp_cli.assets import DEFAULT_TEACHER
-from firp_cli.decoding import step as step_module
-from firp_cli.decoding.batch import DecodeBatch
-from firp_cli.decoding.cpu_accept import AcceptKernel
 from firp_cli.decoding.engine import Engine
-from firp_cli.decoding.output_buffer import OutputBuffer
-from firp_cli.decoding.sampling import Sampler
-from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import default_tree, parse_tree
 from firp_cli.errors import FirpError
 from firp_cli.evaluation.environment import measurement_environment
+from firp_cli.evaluation.step_parts import (
+    COUPLING,
+    DRAFT_HEAD,
+    DRAFTED,
+    HEAD,
+    LAYERS,
+    OWN,
+    PARTS,
+    PSEUDO,
+    StepClock,
+    average,
+    profiled,
+)
 from firp_cli.files import write_json
 from firp_cli.machine import set_threads
-from firp_cli.predictors import base as predictor_module
-from firp_cli.predictors.draft_kernel import DraftKernel
 from firp_cli.predictors.folder import load_predictor, predictor_folder
 from firp_cli.reports.cells import markdown_table
-from firp_cli.teacher.kv_cache import KVCache
-from firp_cli.teacher.masks import AttentionMask, KernelMask
 from firp_cli.teacher.teacher import Teacher
 
-LAYERS = "layers"
-HEAD = "final norm and head: verification"
-DRAFT_HEAD = "final norm and head: drafting"
-PSEUDO = "pseudo states (the predictor's maps)"
-TREE = "tree building"
-MASKS = "positions and masks"
-ROTARY = "rotary look-up"
-EMBED = "embedding"
-ROWS = "joining rows, loop over layers"
-CHOICE = "choice of the tokens (argmax)"
-ACCEPT = "acceptance"
-COMMIT = "K/V commit"
-STATES = "draft: picking the accepted node's states"
-OWN = "draft: the predictor's own blocks and heads"
-TOPK = "draft: log-softmax and top-k"
-COUPLING = "draft: coupling, candidates of the tree's nodes"
-CHOSEN = "one call: choice of the tokens, acceptance"
-DRAFTED = "one call: final norm and head of drafts, top-k, coupling's states"
-GLUE = "step: calls between these, copies of roots and drafts"
-PUSH = "output"
-READ = "read"
-HOST = "host loop"
-PARTS = (
-    *(LAYERS, HEAD, DRAFT_HEAD, PSEUDO, TREE, MASKS, ROTARY, EMBED, ROWS),
-    *(CHOICE, ACCEPT, COMMIT, STATES, OWN, TOPK, COUPLING, CHOSEN, DRAFTED, GLUE, PUSH, READ, HOST),
-)
 TEACHER = (LAYERS, HEAD, DRAFT_HEAD)
 PREDICTOR = (PSEUDO, OWN, COUPLING, DRAFTED)
 WRAPPED_CALLS = 20_000  # calls for measuring the cost of a wrapper
-
-
-class StepClock:
-    """Clock that charges time to the running part, step by step."""
-
-    def __init__(self) -> None:
-        self.steps: list[list[float]] = []  # seconds by part
-        self.calls = 0  # calls of wrapped functions, in the steps that are kept
-        self._seconds = [0.0] * len(PARTS)
-        self._count = 0
-        self._host = PARTS.index(HOST)
-        self._part = self._host
-        self._mark = time.perf_counter()
-
-    def wrap(self, function: Callable[..., Any], part: str, inside: dict[str, str] | None = None) -> Callable[..., Any]:
-        """Return the function with its time charged to `part`; wrapped functions that it calls are charged separately.
-
-        Args:
-            inside: other parts to charge if the calling part is one of these.
-        """
-        own = PARTS.index(part)
-        others = {PARTS.index(caller): PARTS.index(other) for caller, other in (inside or {}).items()}
-        now = time.perf_counter
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            begins = now()
-            outer = self._part
-            self._seconds[outer] += begins - self._mark
-            self._mark = begins
-            self._part = others.get(outer, own)
-            self._count += 1
-            try:
-                return function(*arguments, **options)
-            finally:
-                ends = now()
-                self._seconds[self._part] += ends - self._mark
-                self._mark = ends
-                self._part = outer
-
-        return timed
-
-    def close(self, keep: bool) -> None:
-        """End a step; one that is not kept was the prefill."""
-        now = time.perf_counter()
-        self._seconds[self._part] += now - self._mark
-        if keep:
-            self.steps.append(self._seconds)
-            self.calls += self._count
-        self._seconds, self._count, self._mark = [0.0] * len(PARTS), 0, now
-
-
-@contextmanager
-def profiled(clock: StepClock, engine: Engine) -> Iterator[None]:
-    """Wrap the functions that a step calls, and restore them at the end."""
-    predictor, teacher = engine.setup(1, 1, 1).predictor, engine.teacher
-    wrapped: list[tuple[Any, str, str]] = [
-        (teacher.stack, "layer", LAYERS),
-        (teacher, "embed", EMBED),
-        *((step_module, name, TREE) for name in ("build", "root_tree", "anchor_nodes")),
-        *((step_module, name, ACCEPT) for name in ("accept", "accept_root")),
-        (step_module, "forward_rows", ROWS),
-        (step_module, "next_draft", STATES),
-        (predictor_module, "most_probable_tokens", TOPK),
-        (DecodeStep, "step", GLUE),
-        (DecodeStep, "_forward", MASKS),
-        (DecodeStep, "_rotary", ROTARY),
-        (DecodeStep, "_draft_next", STATES),
-        (DecodeStep, "_draft_in_kernel", GLUE),
-        (AcceptKernel, "__call__", CHOSEN),
-        (DraftKernel, "write", DRAFTED),
-        *((kind, "at", MASKS) for kind in (AttentionMask, KernelMask)),
-        (Sampler, "__call__", CHOICE),
-        (KVCache, "commit", COMMIT),
-        (OutputBuffer, "write", PUSH),
-        (OutputBuffer, "launched", READ),
-    ]
-    if predictor is not None:
-        wrapped += [(predictor, name, OWN) for name in ("draft_hidden", "logits")]
-        if predictor._draft_head is not None:
-            wrapped.append((predictor, "_draft_head", DRAFT_HEAD))
-        if predictor.coupling is not None:
-            wrapped += [(predictor, "child_candidates", COUPLING), (predictor.coupling, "context", COUPLING)]
-    with ExitStack() as stack:
-        for owner, name, part in wrapped:
-            stack.enter_context(patch.object(owner, name, clock.wrap(getattr(owner, name), part)))
-        for name in ("norm", "head"):
-            timed = clock.wrap(getattr(teacher, name), HEAD, {OWN: DRAFT_HEAD})
-            stack.enter_context(patch.object(teacher, name, timed))
-        stack.enter_context(patch.object(DecodeBatch, "_write", closing(clock, DecodeBatch._write)))
-        stack.enter_context(patch.object(DecodeStep, "__init__", spawning(clock, DecodeStep.__init__)))
-        yield
-
-
-def spawning(clock: StepClock, make: Callable[..., None]) -> Callable[..., None]:
-    """A `DecodeStep` whose maps are timed: the engine passes them ready for decoding."""
-
-    def made(stepper: DecodeStep, *arguments: Any, **options: Any) -> None:
-        make(stepper, *arguments, **options)
-        if stepper.make_pseudo_states is not None:
-            stepper.make_pseudo_states = clock.wrap(stepper.make_pseudo_states, PSEUDO)
-
-    return made
-
-
-def closing(clock: StepClock, write: Callable[..., Any]) -> Callable[..., Any]:
-    """`DecodeBatch._write` that also ends a step: on the CPU the host reads every step by itself."""
-
-    def timed(run: DecodeBatch, held: Any, rows: Any, counted: bool = True) -> Any:
-        rates = write(run, held, rows, counted=counted)
-        clock.close(keep=counted)
-        return rates
-
-    return timed
 
 
 @dataclass
@@ -296,23 +156,13 @@ def wrapper_seconds() -> float:
     return (spent[0] - spent[1]) / WRAPPED_CALLS
 
 
-def average(steps: Sequence[list[float]]) -> list[float]:
-    """Return mean seconds by part."""
-    return [fmean(seconds) for seconds in zip(*steps, strict=True)]
-
-
 def summarise(subject: Subject, wrapper: float) -> Profile:
-    """Return means over the profiled steps. `wrapper`: seconds that wrapping adds to a call.
-
-    On a machine with other work, a long part is interrupted more often, so medians of single parts do not
-    add up to a step. The faster half of the steps is used whole instead.
-    """
+    """Return means over the profiled steps. `wrapper`: seconds that wrapping adds to a call."""
     clock, engine = subject.clock, subject.engine
     setup = engine.setup(1, 1, 1)
     if not clock.steps:
         raise FirpError(f"{subject.method} made no decoding step: the answers have one token")
-    ordered = sorted(clock.steps, key=sum)
-    faster, every = (average(steps) for steps in (ordered[: (len(ordered) + 1) // 2], ordered))
+    faster, every = clock.faster_half(), average(clock.steps)
     parts = [
         Part(name, 1e6 * quick, quick / sum(faster), 1e6 * mean, mean / sum(every))
         for name, quick, mean in zip(PARTS, faster, every, strict=True)

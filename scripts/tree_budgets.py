@@ -18,9 +18,9 @@ from firp_cli.api.loading import load_pair
 from firp_cli.decoding.make_engine import make_engine
 from firp_cli.decoding.tree_file import read_trees, spec_of
 from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.evaluation.answer_runs import ALL
 from firp_cli.evaluation.environment import machine_key
 from firp_cli.evaluation.methods import BenchSettings, Method, make_methods
-from firp_cli.evaluation.rows import ALL
 from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.machine import set_threads
 from firp_cli.reports.cells import markdown_table

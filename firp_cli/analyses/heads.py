@@ -27,7 +27,8 @@ NOTE = (
     "(ridge): the predictor's own kind and layers. linear head: one map per step from the anchor's final state to the "
     "later one, then the teacher's head (Medusa-1 without its nonlinearity). exit l: the teacher's norm and head on "
     "the state after layer l of position n+i, with ridge through a solved map; it reads the real tokens before, so its "
-    "top-1 is that of a drafter that has been right so far, and each drafted token costs a pass of l layers of its own"
+    "top-1 is that of a drafter that has been right so far. per pass: the chain's expected tokens over the passes of "
+    "the teacher, one that verifies and, for each token that an exit drafts, l of its layers"
 )
 
 
@@ -130,12 +131,17 @@ def heads(subject: Subject) -> Analysis:
     for name, drafter in drafters.items():
         found[name] = subject.quality(drafter, items)
         subject.progress(len(found), len(drafters))
-    deepest = max(len(quality.steps) for quality in found.values())
+    deepest, table = max(len(quality.steps) for quality in found.values()), []
+    per_pass = {}
+    for name, quality in found.items():
+        per_pass[name] = quality.expected_accepted_length_chain / (1 + draft_passes(drafters[name], teacher))
+        first, second = quality_rows([name], quality, deepest)
+        table += [[*first, per_pass[name]], [*second, None]]
     return Analysis(
         "heads",
-        quality_headers(["drafter"], deepest),
-        [row for name, quality in found.items() for row in quality_rows([name], quality, deepest)],
-        reading=_reading(found),
+        [*quality_headers(["drafter"], deepest), "per pass"],
+        table,
+        reading=_reading(per_pass),
         note=NOTE.format(kind=predictor.kind, solved=subject.data_note()),
         panels=[
             Panel(
@@ -153,7 +159,11 @@ def exit_layers(own: Sequence[int], layers: int) -> list[int]:
     return sorted({layer for layer in (first, (first + layers) // 2) if 1 <= layer < layers})
 
 
-def _reading(found: dict[str, Quality]) -> str:
-    ordered = sorted(found, key=lambda name: -found[name].expected_accepted_length_chain)
-    lengths = (f"{name} {found[name].expected_accepted_length_chain:.2f}" for name in ordered)
-    return f"expected accepted lengths of the chain, longest first: {', '.join(lengths)}"
+def draft_passes(drafter: Predictor, teacher: Teacher) -> float:
+    """Return the passes of the teacher that a draft takes beside its verification; pseudo rows ride in that pass."""
+    return drafter.steps * drafter.layer / teacher.num_layers if isinstance(drafter, EarlyExit) else 0.0
+
+
+def _reading(per_pass: dict[str, float]) -> str:
+    ordered = sorted(per_pass, key=lambda name: -per_pass[name])
+    return f"tokens per pass of the teacher: {', '.join(f'{name} {per_pass[name]:.2f}' for name in ordered)}"

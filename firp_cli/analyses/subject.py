@@ -128,7 +128,7 @@ def transfer_layers(predictor: Predictor) -> tuple[int, ...]:
 
 def quality_headers(names: Sequence[str], steps: int) -> list[str]:
     """Return the headers of `quality_rows`."""
-    return [*names, "measure", *(f"step {step}" for step in range(1, steps + 1)), "chain"]
+    return [*names, "hits", *(f"step {step}" for step in range(1, steps + 1)), "chain"]
 
 
 def quality_rows(names: Sequence[Any], quality: Quality, steps: int) -> list[list[Any]]:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from firp_cli.api.loading import LOG, LayerBackend, chosen_model, load_named_teacher, load_trees, share_teacher
 from firp_cli.collecting.collect_store import OpenProgress, silent
 from firp_cli.config import TeacherConfig
-from firp_cli.data.datasets import KNOWN, Prompt, dataset_names, load_prompts
+from firp_cli.data.datasets import KNOWN, Prompt, Selection, dataset_names, load_prompts
 from firp_cli.data.encode_rows import encode_prompts
 from firp_cli.data.readers import dataset_label
 from firp_cli.data.turns import Questions
 from firp_cli.errors import UsageError
-from firp_cli.evaluation.bench_groups import Group, choose_groups, embedded_folders, group_by_teacher
+from firp_cli.evaluation.baselines import NGRAMS, ONE_PROCESS, argument, baseline, check_assistant
+from firp_cli.evaluation.bench_groups import Group, add_embedded, choose_groups, embedded_folders, group_by_teacher
 from firp_cli.evaluation.bench_prompts import BenchPrompt, fit_prompts, spread
+from firp_cli.evaluation.measure import follow_bench, measure_bench, memory_line
+from firp_cli.evaluation.merge import merge_teachers
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
 from firp_cli.evaluation.overlap import were_trained_on
-from firp_cli.evaluation.run_bench import follow_bench, memory_line, merge_reports, run_bench
+from firp_cli.evaluation.run_bench import bench_report, complete_report
+from firp_cli.evaluation.spec_bench import published_categories
 from firp_cli.predictors.folder import load_predictor, predictor_folder, trained_store
 from firp_cli.results import BenchReport
 from firp_cli.teacher.teacher import Teacher
@@ -51,7 +55,9 @@ def bench(
     Args:
         predictors: predictor folders or embedded names. None: the embedded ones.
         dataset: known name, hub id, file or folder; several with commas. split: of them; a file has none.
-        methods: names among `ar`, `hf` and the predictors' methods. None: all.
+        methods: baselines (`ar`, `hf`, `hf-static`, `prompt-lookup`, `suffix`, `assisted:MODEL`, `early-exit:LAYER`)
+            and predictors, by kind or folder name. None: `ar`, `hf`, `prompt-lookup`, `suffix` and all predictors. One
+            that cannot run is a row with its reason.
         teacher: model folder, hub id, .gguf file or known name; or a configuration of which the fields that are set
             replace what each predictor remembers. None: each predictor's own.
         limit: prompts of each data set. None: 40. skip_long: skip and count prompts that exceed the context.
@@ -84,7 +90,7 @@ def bench(
             break
         if reports[-1].settings.get("interrupted"):
             break
-    return merge_reports(reports)
+    return merge_teachers(reports)
 
 
 def groups_to_measure(
@@ -92,21 +98,33 @@ def groups_to_measure(
 ) -> list[Group]:
     """Return the predictors and methods to measure, by teacher. Raises UsageError, PredictorError."""
     if predictors:
-        folders = [predictor_folder(str(name)) for name in predictors]
+        folders = add_embedded([predictor_folder(str(name)) for name in predictors], teacher, methods)
     else:
         folders = embedded_folders(teacher, methods)
         measured = "the embedded ones are measured" if folders else "only the baselines are measured"
         LOG.info(f"no predictor named: {measured}")
     groups = choose_groups(methods, group_by_teacher(folders, teacher))
-    if ranks == 1:
-        return groups
+    if ranks > 1:
+        return _for_ranks(groups, methods is None)
+    for name in dict.fromkeys(name for group in groups for name in group.methods if baseline(name) == "assisted"):
+        check_assistant(argument(name))
+    return groups
+
+
+def _for_ranks(groups: list[Group], default: bool) -> list[Group]:
+    """Return the group whose pipeline several ranks share; n-gram drafts are left out of the `default` methods.
+
+    Raises UsageError where there is another method or teacher.
+    """
     if len(groups) > 1:
         raise UsageError(
             f"--gpus takes predictors of one teacher, these have {len(groups)} "
             f"({', '.join(str(group.teacher) for group in groups)}): name some of them, or --methods"
         )
+    if default:
+        groups = [replace(groups[0], methods=[name for name in groups[0].methods if name not in NGRAMS])]
     for name in groups[0].methods:
-        if groups[0].kinds.get(name, "speed") != "speed":
+        if groups[0].kinds.get(name, "speed") != "speed" or baseline(name) in ONE_PROCESS:
             raise UsageError(
                 f"--gpus spreads a pipeline over devices; {name} decodes on one: leave it out of --methods"
             )
@@ -170,10 +188,18 @@ def _measure(
     LOG.info(memory_line(methods, encoded, settings, teacher.max_positions))
     LOG.info(f"warm-up{suffix}: each method decodes the longest batch once, uncounted")
     with progress(f"measuring{suffix}") as bar:
-        report = run_bench(teacher, encoded, methods, settings, skip_long=skip_long, progress=bar, keep_partial=True)
+        measured = measure_bench(
+            teacher, encoded, methods, settings, skip_long=skip_long, progress=bar, keep_partial=True
+        )
+    report = bench_report(teacher, methods, measured, settings)
+    if not report.settings.get("interrupted"):
+        with progress(f"checking{suffix}") as bar:
+            complete_report(report, teacher, methods, measured, settings, bar)
     report.left_out_trained = len(prompts) - len(fresh)
     del teacher, loaded, methods
     if group.label:  # the next teacher needs the memory
+        if torch.cuda.is_available() and "hf-static" in group.methods:
+            torch._dynamo.reset()  # transformers' compiled forward holds memory
         gc.collect()
         torch.cuda.empty_cache()
     return report
@@ -225,22 +251,26 @@ def load_bench_prompts(datasets: str, data_dir: str | None, limit: int | None, t
 def find_prompts(
     datasets: str, data_dir: str | None, limit: int | None, split: str = "test"
 ) -> list[tuple[str, Prompt]]:
-    """Return (data set, prompt) pairs: the first prompts, or, in a data set with categories, as many of each category.
+    """Return (data set, prompt) pairs: the first prompts, or, in a data set with categories, as many of each category,
+    as it is published.
 
-    Raises DatasetError.
+    Raises DatasetError, also for a set with placeholders in place of texts.
     """
     count = limit or DEFAULT_LIMIT
     pairs = []
     for name in dataset_names(datasets):
-        rows = load_prompts(name, data_dir, count, split, tell=False)
+        selection, label = Selection(split, data_dir, count, whole=True), dataset_label(name)
+        rows = load_prompts(name, selection=selection, tell=False)
         prompts: list[Prompt] = rows
         if any(prompt.category for prompt in prompts):
-            rows = load_prompts(name, data_dir, None, split, tell=False)
-            prompts = [rows[place] for place in spread([prompt.category for prompt in rows], count)]
+            rows = load_prompts(name, selection=replace(selection, limit=None), tell=False)
+            own = [prompt.category for prompt in rows]
+            categories = published_categories(label, own)
+            places = spread(categories, count, own)
+            prompts = [replace(rows[place], category=categories[place]) for place in places]
         rows.tell()
         if limit is None and len(prompts) == count:
             LOG.info(f"{name}: {count} prompts are measured; --limit N for another number")
-        label = dataset_label(name)
         pairs += [(label, prompt) for prompt in prompts]
     return pairs
 
@@ -254,5 +284,8 @@ def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: 
         questions = Questions.of(prompt.conversation, teacher.tokenizer, stops) if all_turns else None
         lengths = tuple(questions.lengths()) if questions else ()
         place = f"{prompt.row} of {prompt.dataset}"
-        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, place=place))
+        said = next(iter(prompt.conversation.turns()), [])
+        question = next((message["content"] for message in reversed(said) if message["role"] == "user"), "")
+        told = {"place": place, "id": prompt.id, "question": question, "reference": prompt.reference}
+        made.append(BenchPrompt(ids, name, prompt.category, questions, lengths, **told))
     return made

@@ -103,7 +103,7 @@ def check_collect(run: CollectRun, resume: bool = False, estimating: bool = Fals
     if not estimating:  # arithmetic needs no package
         check_responder(run.recipe)
     try:
-        check_dataset(run.recipe.data)
+        check_dataset(run.recipe.data, training=True)
     except UnreachableError:
         if not estimating or run.recipe.data.limit is None:
             raise

@@ -191,7 +191,7 @@ def check_train(run: TrainRun, resume: bool, ranks: int, local_ranks: int) -> No
     check_trackers(recipe)
     if recipe.data.mode != "cached":
         check_responder(recipe)
-        check_dataset(recipe.data)
+        check_dataset(recipe.data, training=True)
     elif not (run.store / MANIFEST).is_file():
         refuse_file(run.store)
         kept = [item for item in run.arguments if not item.startswith(("store=", "output="))]

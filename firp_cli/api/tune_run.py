@@ -7,8 +7,9 @@ from pathlib import Path
 from firp_cli.api.loading import LOG, LayerBackend, load_pair
 from firp_cli.collecting.collect_store import OpenProgress, silent
 from firp_cli.config import DataConfig, TeacherConfig
-from firp_cli.data.datasets import KNOWN, Prompt, Selection, dataset_names, load_prompts
+from firp_cli.data.datasets import Prompt, Selection, dataset_names, load_prompts
 from firp_cli.data.encode_rows import encode_prompts
+from firp_cli.data.known_sets import known_set
 from firp_cli.decoding.tree_file import update_trees
 from firp_cli.decoding.tree_spec import default_tree
 from firp_cli.errors import OutputError, UsageError
@@ -98,7 +99,8 @@ def _prompts(datasets: str, selection: Selection, limit: int) -> list[Prompt]:
     """
     names = dataset_names(datasets)
     for name in names:
-        testing = name in KNOWN and "train" not in KNOWN[name].splits
+        known = known_set(name)
+        testing = known is not None and "train" not in known.splits
         if selection.split == "test" or testing:
             problem = f"{name} has test prompts only" if testing else "--split test"
             raise UsageError(

@@ -12,6 +12,7 @@ from firp_cli import __version__
 from firp_cli.cli.bench import bench
 from firp_cli.cli.collect import collect
 from firp_cli.cli.command import Command
+from firp_cli.cli.compare import compare
 from firp_cli.cli.doctor import doctor
 from firp_cli.cli.eval import evaluate
 from firp_cli.cli.generate import generate
@@ -53,6 +54,7 @@ app.command("train", cls=Command)(train)
 app.command("eval", cls=Command)(evaluate)
 app.command("tune", cls=Command)(tune)
 app.command("bench", cls=Command)(bench)
+app.command("compare", cls=Command)(compare)
 app.command("generate", cls=Command)(generate)
 app.command("doctor", cls=Command)(doctor)
 

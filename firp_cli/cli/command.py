@@ -14,6 +14,7 @@ from firp_cli.errors import UsageError
 
 OLD_OPTIONS = {"--layers": "--backend", "--sittings": "--timing-rounds"}  # old name: new name; until version 0.2
 LISTS = {"--batch-sizes", "--dataset", "--layers", "--methods"}  # several values with commas; given twice, both count
+LISTS_OF_BENCH = {"--batch-size", "--max-new-tokens", "--temperature", "--tree"}
 OVERRIDDEN = {"arguments", "recipe"}  # arguments that take key=value
 MAY_BE_EMPTY = {"--prompt"}
 TEXTS = {"--prompt", "--stop", "--system", "--chat-template", "--template-options"}  # of any length; others: names
@@ -76,7 +77,8 @@ class Command(TyperCommand):
                 _check_words(_typed_name(ctx), [*named, *rest])
             for item in options:
                 if item.name in values:
-                    values[item.name] = _one_value(item, values[item.name])
+                    several = LISTS | LISTS_OF_BENCH if ctx.info_name == "bench" else LISTS
+                    values[item.name] = _one_value(item, values[item.name], several)
             return values, rest, order
 
         parser.parse_args = parse_once  # type: ignore[method-assign]
@@ -93,7 +95,7 @@ class Command(TyperCommand):
         return new + sign + value
 
 
-def _one_value(item: Any, given: list[Any]) -> Any:
+def _one_value(item: Any, given: list[Any], several: set[str]) -> Any:
     """Return the value of an option from all those that were given."""
     name = _name(item)
     if item.is_flag:
@@ -102,7 +104,7 @@ def _one_value(item: Any, given: list[Any]) -> Any:
         return given[0]
     if len(given) == 1:
         return given[0]
-    if name in LISTS:
+    if name in several:
         return ",".join(given)
     raise UsageError(f"{name} is given {len(given)} times, as {' and as '.join(map(str, given))}: give it once")
 

@@ -101,12 +101,14 @@ def find_prompts(name: str, data_dir: Path | None, folder: Path) -> Prompts:
 
     They are the data set's own splits. Of a file, or a data set without test split, the last tenth is for measuring.
     """
-    from firp_cli.data.datasets import KNOWN, load_prompts
+    from firp_cli.data.datasets import load_prompts
+    from firp_cli.data.known_sets import known_set
     from firp_cli.files import write_atomically
 
     where = str(data_dir) if data_dir else None
     rows = load_prompts(name, where, None, "train")
-    known = KNOWN.get(name)
+    rows.refuse_training()
+    known = known_set(name)
     if known is not None and "train" not in known.splits:
         raise DatasetError(f"{name} has test prompts only: these prompts have no training split; give other --prompts")
     if known is not None and "test" in known.splits:

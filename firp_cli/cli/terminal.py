@@ -307,17 +307,23 @@ def override(key: str, value: Any) -> str:
     return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
 
 
+def given_options(context: typer.Context) -> set[str]:
+    """Return the names of the parameters that the user gave on the command line, also those equal to their default."""
+    sources = {str(item.name): context.get_parameter_source(str(item.name)) for item in context.command.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
 def command_text(*words: object) -> str:
     """Return `firp WORDS` as a line that a shell reads as these words."""
     return shlex.join(["firp", *map(str, words)])
 
 
 def command_line(context: typer.Context) -> list[str]:
-    """Return the command's name, then every argument and option that differs from its default."""
-    typed = [str(context.command.name)]
+    """Return the command's name, then every argument and option that was given or differs from its default."""
+    typed, given = [str(context.command.name)], given_options(context)
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
-        if value is None or value == parameter.get_default(context) or value == ():
+        if value is None or value == () or (value == parameter.get_default(context) and parameter.name not in given):
             continue
         names = parameter.opts
         if isinstance(value, bool):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from firp_cli.config import DataConfig
 from firp_cli.data.chat import EncodedConversation, check_masks, encode
-from firp_cli.data.datasets import Prompt, Rows, Selection, load_prompts, load_rows
+from firp_cli.data.datasets import Prompt, Rows, Selection, load_prompts, load_rows, refuse_training
 from firp_cli.data.encode_rows import SideFields, check_ids, encode_question, encode_row, tell_left_out
 from firp_cli.data.formats import Conversation
 from firp_cli.data.odd_rows import CALLS_LEFT_OUT, EMPTY_ANSWER, REFUSED, TOO_LONG, OddRow, OddRows
@@ -89,9 +89,15 @@ def load_messages(data: DataConfig) -> Rows:
     return rows
 
 
-def check_dataset(data: DataConfig) -> None:
-    """Find the data set and read its first rows, before a teacher is loaded. Raises DatasetError."""
-    _load(data, min(CHECKED_ROWS, data.limit or CHECKED_ROWS))
+def check_dataset(data: DataConfig, training: bool = False) -> None:
+    """Find the data set and read its first rows, before a teacher is loaded. Raises DatasetError, with `training` also
+    for a set whose terms of use forbid it.
+    """
+    if training:
+        refuse_training(data.dataset)
+    rows = _load(data, min(CHECKED_ROWS, data.limit or CHECKED_ROWS))
+    if training:
+        rows.refuse_training()
 
 
 def _load(data: DataConfig, limit: int | None) -> Rows:

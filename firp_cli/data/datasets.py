@@ -11,6 +11,7 @@ is refused when more than 5% of its rows, and more than ten, are odd, or when no
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -21,76 +22,24 @@ from typing import Any
 from firp_cli.assets import embedded_folder, nearest
 from firp_cli.data.formats import ACCEPTED, ID_FIELDS, UNKNOWN_FIELDS, Conversation, Message, read_conversation
 from firp_cli.data.hub import UnreachableError, read_hub
+from firp_cli.data.known_sets import KNOWN, KnownDataset, known_set, terms_of_row
 from firp_cli.data.odd_rows import MAX_ODD, OddRow, OddRows
 from firp_cli.data.readers import (
     FORMATS,
     Read,
     is_saved,
+    missing_config,
     named_file,
     read_file,
     read_saved,
     split_files,
     suffix_of,
 )
+from firp_cli.data.references import Reference, read_reference
 from firp_cli.errors import DatasetError
 
+LOG = logging.getLogger("firp")
 DATA_DIR_VARIABLE = "FIRP_DATA_DIR"
-
-
-@dataclass(frozen=True)
-class KnownDataset:
-    """Source of a named set. `splits`: our split names to the hub's.
-
-    A set with a single split serves prompts from it for any requested split; several splits are never exchanged.
-    """
-
-    hub: str | None
-    splits: dict[str, str]
-    config: str | None = None
-    revision: str | None = None
-    data_files: str | None = None
-    files: tuple[str, ...] = ()  # other local file names of the only split
-    source: str = ""  # origin of a file that is not on the hub
-
-
-KNOWN: dict[str, KnownDataset] = {
-    "arithmetic": KnownDataset(None, {"train": "train", "test": "test"}),
-    "chat": KnownDataset(None, {"train": "train", "test": "test"}),
-    "gsm8k": KnownDataset("openai/gsm8k", {"train": "train", "test": "test"}, config="main"),
-    "humaneval": KnownDataset("openai/openai_humaneval", {"test": "test"}),
-    "mbpp": KnownDataset(
-        "google-research-datasets/mbpp",
-        {"train": "train", "validation": "validation", "test": "test"},
-        config="full",
-    ),
-    "self_instruct": KnownDataset(
-        None,
-        {"train": "train"},
-        source="seed_tasks.jsonl and user_oriented_instructions.jsonl of https://github.com/yizhongw/self-instruct",
-    ),
-    "mt_bench": KnownDataset("HuggingFaceH4/mt_bench_prompts", {"test": "train"}, files=("question",)),
-    "spec_bench": KnownDataset(
-        None,
-        {"test": "question"},
-        files=("question",),
-        source="data/spec_bench/question.jsonl of https://github.com/hemingkx/Spec-Bench",
-    ),
-    "xsum": KnownDataset(
-        "EdinburghNLP/xsum",
-        {"train": "train", "validation": "validation", "test": "test"},
-        revision="refs/convert/parquet",
-    ),
-    "cnn_dm": KnownDataset(
-        "abisee/cnn_dailymail", {"train": "train", "validation": "validation", "test": "test"}, config="3.0.0"
-    ),
-    "alpaca": KnownDataset("tatsu-lab/alpaca", {"train": "train"}),
-    "sharegpt": KnownDataset(
-        "anon8231489123/ShareGPT_Vicuna_unfiltered",
-        {"train": "train"},
-        data_files="ShareGPT_V3_unfiltered_cleaned_split.json",
-    ),
-    "ultrachat": KnownDataset("HuggingFaceH4/ultrachat_200k", {"train": "train_sft", "test": "test_sft"}),
-}
 
 
 @dataclass
@@ -98,6 +47,7 @@ class Prompt:
     """Row of a data set: a conversation, and its category in the set.
 
     `dataset`, `row`: where it is from. `index`: number of its row, from 0; `id`: what the row calls itself, if it does.
+    `reference`: what an answer is judged by, if the row has it.
     """
 
     conversation: Conversation
@@ -106,6 +56,7 @@ class Prompt:
     row: str = ""
     index: int = 0
     id: Any = None
+    reference: Reference | None = None
 
     @property
     def messages(self) -> list[Message]:
@@ -114,16 +65,28 @@ class Prompt:
 
 
 class Rows(list[Prompt]):
-    """Usable rows of data sets. `odd`: the skipped rows of each set."""
+    """Usable rows of data sets. `odd`: the skipped rows of each set. `terms`: terms of use that forbid training, by
+    set.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.odd: list[OddRows] = []
+        self.terms: dict[str, str] = {}
 
     def tell(self) -> None:
-        """Log how many rows of each set were skipped, by reason."""
+        """Log how many rows of each set were skipped, by reason, and terms of use."""
         for odd in self.odd:
             odd.tell()
+        for dataset, terms in self.terms.items():
+            LOG.info(f"{dataset}: {terms}")
+
+    def refuse_training(self) -> None:
+        """Raise DatasetError for a set whose terms of use forbid training."""
+        for dataset, terms in self.terms.items():
+            raise DatasetError(
+                f"{dataset} is not for training ({terms}): collect from another data set; `firp bench` measures on it"
+            )
 
 
 @dataclass(frozen=True)
@@ -135,6 +98,7 @@ class Selection:
         columns: names of its columns, by the keys of `data.columns`. Empty: names as public sets have them.
         sample: seed of a random choice of `limit` rows. None: the first rows.
         max_odd: largest share of odd rows.
+        whole: refuse a set with placeholders in place of texts, in place of skipping them.
     """
 
     split: str = "train"
@@ -143,6 +107,7 @@ class Selection:
     columns: Mapping[Any, str] = field(default_factory=dict)
     sample: int | None = None
     max_odd: float = MAX_ODD
+    whole: bool = False
 
 
 def load_prompts(
@@ -174,6 +139,13 @@ def load_rows(name: str, selection: Selection, tell: bool = True) -> Rows:
     `name` may list several sets with commas. Raises DatasetError as `load_prompts` does.
     """
     return _load(name, selection, tell, prompts=False)
+
+
+def refuse_training(names: str) -> None:
+    """Raise DatasetError for a known set whose terms of use forbid training, before it is sought."""
+    rows = Rows()
+    rows.terms = {name: known.terms for name in dataset_names(names) if (known := known_set(name)) and known.terms}
+    rows.refuse_training()
 
 
 def dataset_names(text: str) -> list[str]:
@@ -216,11 +188,14 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
         random.Random(selection.sample).shuffle(everything)
         source = iter(everything)
     odd, found = OddRows(dataset), list[Prompt]()
+    known = known_set(dataset)
+    terms = known.terms if known else ""
     for order, (place, row) in source:
         odd.rows += 1
         try:
             if isinstance(row, OddRow):
                 raise row
+            terms = terms or terms_of_row(row)
             conversation = read_conversation(row, selection.columns)
             if prompts and not conversation.messages:
                 raise OddRow("token ids without a text")
@@ -230,9 +205,16 @@ def _read(rows: Rows, dataset: str, selection: Selection, prompts: bool) -> None
         category = row.get(selection.columns.get("category", "category"))
         name = next((row[key] for key in ID_FIELDS if isinstance(row.get(key), str | int)), None)
         label = str(category).encode("utf-8", "replace").decode("utf-8") if isinstance(category, str | int) else ""
-        found.append(Prompt(conversation, label, dataset, place, order, name))
+        named = {role: row.get(column) for role, column in selection.columns.items()}
+        reference, used = read_reference({**row, **named} if named else row, conversation)
+        conversation.left_out = tuple(name for name in conversation.left_out if name not in used)
+        found.append(Prompt(conversation, label, dataset, place, order, name, reference))
         if len(found) == selection.limit:
             break
+    if terms:
+        rows.terms[dataset] = terms
+    if selection.whole:
+        odd.refuse_placeholders()
     if not odd.rows:
         raise DatasetError(f"no {'prompts' if prompts else 'conversations'} in {dataset}")
     if not found:
@@ -257,6 +239,8 @@ def _find(name: str, selection: Selection, any_single: bool) -> Iterator[Read]:
         return read_file(path)
     base, config = _split_config(name)
     known, folder = KNOWN.get(base), Path(base)
+    if known and known.configs and config not in (None, *known.configs):
+        raise missing_config(base, config, known.configs)
     if not folder.is_dir() and (suffix_of(name) or suffix_of(base) or _is_path(name)):
         raise DatasetError(f"no such file: {name}; check the path, or write prompts with `firp prompts`")
     if any_single and known and len(known.splits) == 1:
@@ -305,10 +289,16 @@ def _local_file(
         for stem in stems:
             if file := named_file(folder, stem):
                 return file
+        chosen = (config or known.config) if known and known.configs else None
+        if chosen and (file := named_file(place / chosen, split) or named_file(place, chosen)):
+            return file
         existing = sorted(path.name[: -len(suffix_of(path.name))] for path in _data_files(folder))
-        if existing:
+        if chosen and known and not set(existing) - set(known.configs):
+            tried.append(f"{place}/{chosen}.jsonl")
+        elif existing:
             raise DatasetError(f"{name} has no split {split!r} in {folder}; it has: {', '.join(existing)}")
-        tried.append(f"{folder}/{split}.jsonl")
+        else:
+            tried.append(f"{folder}/{split}.jsonl")
     if not root:
         tried.append(f"no --data-dir and no {DATA_DIR_VARIABLE}")
     return None
@@ -342,13 +332,14 @@ def _hub_rows(
     try:
         yield from read_hub(hub, known.splits[split] if known else split, options, config, part, name)
     except UnreachableError as error:
-        raise _not_found(name, split, [*tried, str(error)], "") from error
+        stem = (config or known.config or split) if known and known.configs else split
+        raise _not_found(name, stem, [*tried, str(error)], known.source if known else "") from error
 
 
-def _not_found(name: str, split: str, tried: list[str], source: str) -> UnreachableError:
+def _not_found(name: str, stem: str, tried: list[str], source: str) -> UnreachableError:
     hint = "" if name in KNOWN else nearest(name, KNOWN).removesuffix("?")
     origin = f" ({source})" if source else ""
     return UnreachableError(
         f"data set {name!r} not found{hint}; tried: {'; '.join(tried)}\n"
-        f"put it{origin} at DIR/{name}/{split}.jsonl and give --data-dir DIR, or name a .jsonl file"
+        f"put it{origin} at DIR/{name}/{stem}.jsonl and give --data-dir DIR, or name a .jsonl file"
     )

@@ -84,7 +84,7 @@ QUESTION_FIELDS = ("question", "prompt", "instruction", "problem", "query", "inp
 ANSWER_FIELDS = ("answer", "response", "output", "completion", "solution")
 SOLUTION_FIRST = ("solution", *ANSWER_FIELDS)  # beside `problem`, where `answer` is only the result
 PAIR = ("user", "assistant")
-ID_FIELDS = ("id", "question_id", "task_id")
+ID_FIELDS = ("id", "question_id", "task_id", "unique_id")
 NEEDED = ("messages", "question", "answer")  # roles whose named column a row must have
 SYSTEM_FIELDS = ("system", "system_prompt")
 INPUT_FIELDS = ("input", "context")
@@ -92,11 +92,15 @@ TOOL_FIELDS = ("tools", "functions")
 ACCEPTED = (
     "messages|conversations|conversation (role/content or from/value), turns, question|prompt|instruction|problem|"
     "query [+ input|context] with answer|response|output|completion|solution, prompt + completion as lists, chosen, "
-    "input + output, prompt + canonical_solution, text|prompt + code, article + highlights, document + summary, "
+    "input + output, prompt + canonical_solution, text|prompt + code, question_content + starter_code, article + "
+    "highlights, document + summary, "
     "input_ids + loss_mask|labels"
 )
 SUMMARIZE = "Summarize the following article in a few sentences.\n\n{}"
 COMPLETE_CODE = "Complete the following Python function. Answer with the whole function.\n\n```python\n{}```"
+START_FROM = "{}\n\nSolve it in Python. Start from this code:\n\n```python\n{}\n```"
+READ_AND_WRITE = "{}\n\nSolve it with a Python program that reads standard input and writes standard output."
+CONTEST_FIELDS = ("question_title", "platform", "public_test_cases", "private_test_cases")  # beside `question_content`
 CALCULATOR_MARKS = re.compile(r"<<[^<>\n]*>>")
 TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # of Anthropic's preference sets
 IGNORED_LABEL = -100
@@ -143,6 +147,7 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
     messages, unused = _with_system(row, messages)
     conversation.unlearned = frozenset(place for place, item in enumerate(messages) if item.pop("weight", 1) == 0)
     known = [*ID_FIELDS, *(columns or {}).values(), *(("answer",) if "solution" in row.seen else ())]
+    known += CONTEST_FIELDS if "question_content" in plain else ()
     conversation.messages = messages
     conversation.left_out = (*unused, *unread_fields(row, messages, known))
     return conversation
@@ -170,7 +175,11 @@ def _with_system(row: Row, messages: list[Message]) -> tuple[list[Message], tupl
 
 
 def _questions_only(row: Row) -> bool:
-    """Return True for a row that is a list of questions without answers."""
+    """Return True for a row that is a list of questions without answers. SPEED-Bench's prepared rows have them as
+    messages.
+    """
+    if "multiturn" in row and (field := _message_field(row)):
+        return all(isinstance(item, Mapping) and item.get("role") == "user" for item in _list(row, field) or ())
     texts = isinstance(row.get("prompt"), list) and any(isinstance(item, str) for item in row["prompt"])
     return not _message_field(row) and (_list(row, "turns") is not None or texts)
 
@@ -302,6 +311,13 @@ def _solution(row: Row) -> list[Message]:
     ]
 
 
+def _contest(row: Row) -> list[Message]:
+    """Read LiveCodeBench: the problem, with the code to start from if it has any; else a whole program is asked for."""
+    text, code = (read_text(row.get(field), field) for field in ("question_content", "starter_code"))
+    asked = START_FROM.format(text, code.rstrip()) if code.strip() else READ_AND_WRITE.format(text)
+    return [{"role": "user", "content": asked if text.strip() else ""}]
+
+
 def _token_ids(row: Row) -> tuple[list[int], list[bool]] | None:
     """Return token ids and mask of a row that has both; None for other rows. Raises OddRow where they do not fit."""
     ids = parse_json(row.get("input_ids"))
@@ -352,6 +368,7 @@ _LAYOUTS: tuple[tuple[Callable[[Row], bool], Callable[[Row], list[Message]]], ..
     (_has("text", "code"), _tested),
     (_has("prompt", "code"), _tested),
     (_has("article", "highlights"), _wrapped("article", "highlights", SUMMARIZE)),
+    (_has("question_content", "starter_code"), _contest),
     (_has("document", "summary"), _wrapped("document", "summary", SUMMARIZE)),
     (_of_messages("input"), _input_and_output),
     (lambda row: any(field in row for field in QUESTION_FIELDS), _pair),

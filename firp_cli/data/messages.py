@@ -45,13 +45,14 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 SURROGATE = re.compile("[\ud800-\udfff]")
 DEEPEST = 40  # levels of nested values in tool calls and functions
 UNREADABLE_CALLS, UNREADABLE_TOOLS = "tool calls that cannot be read", "tools that cannot be read"
-# Note in place of a text that a set may not distribute: "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE ..."
+# Notes in place of a text that a set may not distribute. SPEED-Bench's also precedes a longer frame of a prompt.
+SPEED_BENCH_NOTE = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"
 FETCH_NOTE = re.compile(
     r"\b(data|dataset|text|prompt|content|question)s?\b.{0,40}\b(should|must|has to|have to|needs? to) be "
     r"(fetched|downloaded|obtained|retrieved|loaded) from (the |its |their )?(original )?source",
     re.IGNORECASE | re.DOTALL,
 )
-NOTE_CHARACTERS = 240  # a longer text is no placeholder
+NOTE_CHARACTERS = 240  # a longer text is no note of this kind
 
 
 def read_messages(items: Any, field: str) -> list[Message]:
@@ -87,7 +88,7 @@ def check_users(messages: list[Message]) -> None:
     for text in users:
         if not text.strip():
             raise OddRow("an empty user turn")
-        if len(text) <= NOTE_CHARACTERS and FETCH_NOTE.search(text):
+        if SPEED_BENCH_NOTE in text or (len(text) <= NOTE_CHARACTERS and FETCH_NOTE.search(text)):
             raise OddRow(PLACEHOLDER, repr(text[:80]))
 
 

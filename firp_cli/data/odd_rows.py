@@ -27,7 +27,7 @@ EXPECTED = (TOO_LONG, NO_ANSWER, NOT_LEARNED, NO_ANSWER_WITHIN)  # a limit, or a
 PLACEHOLDER = "a placeholder in place of a text"
 FETCH = (
     "fetch the texts from their sources first; for SPEED-Bench with nemo_skills/dataset/speed-bench/prepare.py of "
-    "https://github.com/NVIDIA-NeMo/Skills"
+    "https://github.com/NVIDIA-NeMo/Skills (python prepare.py --output_dir DIR/speed_bench), then --data-dir DIR"
 )
 
 
@@ -102,6 +102,16 @@ class OddRows:
             raise DatasetError(
                 f"more than {allowed:.0%} of the rows cannot be used: {self.line()}\n"
                 "mend or remove these rows; collect and train accept a larger share with data.max_odd=SHARE"
+            )
+
+    def refuse_placeholders(self) -> None:
+        """Raise DatasetError for a set with placeholders in place of texts: the rest is another set."""
+        if count := self.counts[PLACEHOLDER]:
+            row, detail = self.first[PLACEHOLDER]
+            are = "is a placeholder" if count == 1 else "are placeholders"
+            raise DatasetError(
+                f"{self.source}: {count:,} of {self.rows:,} rows {are} in place of a text (first: {row}, "
+                f"{detail[:90]}); without them it is another set, so nothing is measured\n{FETCH}"
             )
 
     def tell(self) -> None:

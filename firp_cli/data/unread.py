@@ -14,8 +14,8 @@ from firp_cli.data.odd_rows import OddRow, printable
 # last words of the names of fields that describe a row
 DESCRIBING = """id ids uuid uid idx index hash url uri link source sources src origin dataset subset split file filename
 path category categories subcategory subject topic topics domain task tasks type kind language languages lang locale
-license model models author user username annotator at date time timestamp version status level difficulty score scores
-rating ratings rank quality label labels tag tags metadata meta name"""
+license model models author user username annotator at date time year timestamp version status level difficulty score
+scores rating ratings rank quality label labels tag tags metadata meta name"""
 JUDGING = (
     "rejected",
     "reference",

@@ -35,17 +35,25 @@ class StepGraphs:
 
     Args:
         capture: makes a replay from a step, `CudaCapture` on CUDA devices.
+
+    Attributes:
+        owner: what the keys belong to, the tree of the batch. captures: graphs that were captured, forgotten ones
+            included.
     """
 
     def __init__(self, capture: Callable[[Step], Step]) -> None:
         self._capture = capture
         self._replays: dict[Hashable, Step] = {}
         self._seen: set[Hashable] = set()
+        self.owner: Hashable = None
+        self.captures = 0
 
     def run(self, key: Hashable, step: Step) -> None:
         """Run a step, or replay the graph of its key. Raises CaptureError."""
+        key = self.owner, key
         if key in self._seen and key not in self._replays:
             self._replays[key] = self._capture(step)
+            self.captures += 1
         self._seen.add(key)
         self._replays.get(key, step)()
 

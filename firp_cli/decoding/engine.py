@@ -23,6 +23,7 @@ from firp_cli.decoding.step_shape import DraftSetup
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree
 from firp_cli.errors import NumericsError, UsageError
+from firp_cli.machine import free_bytes
 from firp_cli.predictors.base import PseudoStateMaker, TreePredictor
 from firp_cli.results import Generation
 from firp_cli.teacher.attention import BACKENDS, choose_backend
@@ -30,6 +31,7 @@ from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.teacher import Teacher
 
 CAPACITY_STEP = 1024  # positions
+FREE_SHARE = 4  # buffers of another tree are kept beside the first ones where they take this part of the free memory
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Engine:
         self.graphs: StepGraphs | None = None
         if device.type == "cuda" and options.graphs:
             self.graphs = StepGraphs(CudaCapture(device, [] if self.sampler.greedy else [self.sampler.generator]))
-        self.kept: DecodeStep | None = None  # graphs hold the addresses of its tensors
+        self._kept: dict[TreeSpec | None, DecodeStep] = {}  # graphs hold the addresses of their tensors
         self._limited: dict[int, tuple[TreePredictor, PseudoStateMaker]] = {}  # by draft steps
         self._guard = guard
         self.fallbacks: dict[tuple[TreeSpec, int], AutoregressiveFallback] = {}  # by tree and bits of the batch size
@@ -133,22 +135,46 @@ class Engine:
         stepper.output.drain()  # waits for a step after all ends, so that the next call does not pay for it
         return [writer.generation(item, run.prefilled - began) for item in sequences]
 
+    @property
+    def attention(self) -> str:
+        """Backend of attention under a step's mask: `triton` or `sdpa`."""
+        return "triton" if self._kernel else "sdpa"
+
+    @property
+    def kept(self) -> DecodeStep | None:
+        """Device side of the last batch, if it is kept."""
+        return next(reversed(self._kept.values()), None)
+
     def forget(self) -> None:
         """Free the cache and the graphs that are kept for the next call."""
-        self.kept = None
+        self._kept.clear()
         if self.graphs is not None:
             self.graphs.forget()
 
     @torch.inference_mode()
     def capture(self, batch: int, longest_prompt: int, max_new_tokens: int) -> None:
-        """Capture the steps of such a batch and of what remains of it, so that no answer takes the time of a capture.
-        Does nothing without graphs. Raises CapacityError.
+        """Capture the steps of such a batch, of those with shorter prompts and of what remains of it, so that no answer
+        takes the time of a capture. Does nothing without graphs. Raises CapacityError.
         """
         if self.graphs is None:
             return
-        setup = self.setup(batch, longest_prompt, max_new_tokens)
-        stepper = self.stepper(setup, batch, longest_prompt + max_new_tokens)
-        run = DecodeBatch(stepper, [], Writer(self.teacher, max_new_tokens), self.graphs)
+        for setup in self._setups(batch, longest_prompt, max_new_tokens):
+            self._capture(self.graphs, setup, batch, longest_prompt + max_new_tokens)
+
+    def _setups(self, batch: int, longest_prompt: int, max_new_tokens: int) -> list[DraftSetup]:
+        """Return the setups of such batches whose prompts have any length up to `longest_prompt`, that of the longest
+        one at the end.
+        """
+        contexts = {entry.context for entry in self.tree.entries} if isinstance(self.tree, TunedTrees) else set()
+        lengths = [context - max_new_tokens // 2 for context in contexts]
+        made = [self.setup(batch, length, max_new_tokens) for length in lengths if 0 < length < longest_prompt]
+        made = [self.setup(batch, 1, max_new_tokens), *made, self.setup(batch, longest_prompt, max_new_tokens)]
+        return list({setup.tree: setup for setup in made}.values())
+
+    def _capture(self, graphs: StepGraphs, setup: DraftSetup, batch: int, positions: int) -> None:
+        """Capture the steps of a batch and of what remains of it."""
+        stepper = self.stepper(setup, batch, positions)
+        run = DecodeBatch(stepper, [], Writer(self.teacher, positions), graphs)
         modes: list[Mode] = ["drafted"] if setup.predictor else ["autoregressive"]
         if setup.predictor and self._guard is not False:
             modes.append("autoregressive")
@@ -158,7 +184,7 @@ class Engine:
         for size, mode, longest in itertools.product(halves(batch), modes, lengths):
             stepper.cache.use(size)
             for _ in range(2):  # the first run of a key is eager, the second one is captured
-                run.replay(self.graphs, mode, longest)
+                run.replay(graphs, mode, longest)
 
     def setup(self, batch: int, longest_prompt: int, max_new_tokens: int) -> DraftSetup:
         """Return predictor, tree and sizes of a batch's steps. Of tuned trees it takes the one for the batch size and
@@ -184,23 +210,29 @@ class Engine:
         return DraftSetup.of(predictor, tree, make_pseudo_states, ratio)
 
     def stepper(self, setup: DraftSetup, batch: int, positions: int) -> DecodeStep:
-        """Return the device side of a batch. It is the last batch's, with its captured graphs, if that has the same
-        tree and is large enough. Raises CapacityError.
+        """Return the device side of a batch. With graphs it is kept, and serves later batches of the same tree that it
+        is large enough for. Those of other trees stay beside it where memory is plentiful. Raises CapacityError.
         """
-        kept, self.kept = self.kept, None
-        if kept is not None and kept.tree == setup.tree:
-            if batch <= kept.most and positions <= kept.capacity:
-                self.kept = kept
-                return kept
-            batch, positions = max(batch, kept.most), max(positions, kept.capacity)
-        if kept is not None and self.graphs is not None:
-            self.graphs.forget()
-        del kept  # its memory is free for the new one
-        capacity = self._capacity(positions)
-        stepper = DecodeStep(self.teacher, setup, self.sampler, batch, capacity, self._kernel)
+        kept = self._kept.pop(setup.tree, None)
+        if kept is None or batch > kept.most or positions > kept.capacity:
+            if kept is not None:
+                batch, positions = max(batch, kept.most), max(positions, kept.capacity)
+            capacity = self._capacity(positions)
+            if kept is not None or self._crowded(setup, batch, capacity):
+                self.forget()
+            del kept  # its memory is free for the new one
+            graphs = self.graphs is not None
+            kept = DecodeStep(self.teacher, setup, self.sampler, batch, capacity, self._kernel, graphs)
         if self.graphs is not None:
-            self.kept = stepper
-        return stepper
+            self.graphs.owner = setup.tree
+            self._kept[setup.tree] = kept
+        return kept
+
+    def _crowded(self, setup: DraftSetup, batch: int, capacity: int) -> bool:
+        """Return True where such buffers would take much of the memory that the kept ones leave free."""
+        free = free_bytes(self.teacher.device) if self._kept else None
+        needed = KVCache.bytes_needed(**setup.shape.cache(self.teacher, batch, capacity))
+        return free is not None and FREE_SHARE * needed > free
 
     def cache_bytes(self, batch: int, longest_prompt: int, max_new_tokens: int) -> int:
         """Return the size of the K/V cache that such a batch allocates."""

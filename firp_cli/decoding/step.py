@@ -19,10 +19,12 @@ from firp_cli.decoding.output_buffer import OutputBuffer
 from firp_cli.decoding.sampling import Sampler
 from firp_cli.decoding.sequences import check_fits
 from firp_cli.decoding.step_shape import DraftSetup
+from firp_cli.decoding.text_drafts import TextDrafts
 from firp_cli.decoding.tree_build import Nodes, Tree, anchor_nodes, build, numbers, root_tree
 from firp_cli.predictors.draft import Draft
 from firp_cli.predictors.draft_kernel import DraftKernel, DraftRows
 from firp_cli.predictors.forward import forward_rows
+from firp_cli.predictors.ngram import NgramPredictor
 from firp_cli.teacher.cpu_kernels import watched
 from firp_cli.teacher.kv_cache import KVCache
 from firp_cli.teacher.masks import AttentionMask, KernelMask, Mask, step_mask, step_rows
@@ -70,6 +72,7 @@ class DecodeStep:
         setup: predictor and tree of the steps that have a draft. batch: most sequences. capacity: positions of the
             longest one.
         kernel: attention, trees, candidates and commits by the Triton kernels; without them no Triton runs.
+        graphs: steps are captured, so their shapes depend on no values.
 
     Raises CapacityError where the K/V cache does not fit the device.
     """
@@ -82,6 +85,7 @@ class DecodeStep:
         batch: int,
         capacity: int,
         kernel: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.teacher, self.sampler, self.kernel = teacher, sampler, kernel
         self.capacity, self.most = capacity, batch
@@ -91,11 +95,16 @@ class DecodeStep:
         self._transfer = predictor.transfer_layers if predictor else ()
         self._fixed_rows: dict[tuple[int, ...], StepRows] = {}  # graphs hold their addresses
         self._windowed = any(window is not None for window in teacher.windows)
+        self._text: TextDrafts | None = None
+        if isinstance(predictor, NgramPredictor):
+            assert setup.tree is not None
+            fixed = graphs or device.type != "cpu"  # elsewhere the host would wait for a value
+            self._text, steps = TextDrafts(predictor, setup.tree, batch, capacity, device, fixed), 0
         self._breadth = setup.tree.breadth(teacher.vocab_size) if setup.tree else 1
         cache = setup.shape.cache(teacher, batch, capacity)
         check_fits(KVCache.bytes_needed(**cache), batch, capacity, device)
         self.cache = KVCache(**cache, device=device, kernel=kernel)
-        self._positions = capacity + setup.shape.width + steps  # of the furthest row, and one
+        self._positions = capacity + setup.shape.width + setup.shape.steps  # of the furthest row, and one
         self._table = teacher.rotary_table(self._positions)
         self._root = torch.zeros(batch, dtype=torch.long, device=device)
         width = predictor.width(self._breadth, teacher.vocab_size) if predictor else 1
@@ -139,6 +148,8 @@ class DecodeStep:
         if len(distinct) < len(prompts):
             cache.repeat(len(prompts), width)
         cache.set_lengths(torch.tensor([len(prompt) - 1 for prompt in prompts], device=device))
+        if self._text is not None:
+            self._text.start(prompts)
         self._root[: len(prompts)].copy_(torch.tensor([prompt[-1] for prompt in prompts], device=device))
 
     def _no_draft(self) -> None:
@@ -157,7 +168,8 @@ class DecodeStep:
         """
         drafting = self.predictor is not None and mode == "drafted"
         # 1. Build the tree of N nodes from the draft distributions.
-        tree = self._build(drafting, first)
+        tree = self._build(drafting, first, longest)
+        drafting = drafting and self._text is None  # the next draft of a text needs none of this step's states
         # 2. Run the N nodes through all layers, from layer t_i on also the step-i pseudo states of the anchors.
         real, pseudo = self._forward(tree, longest, drafting, exact)
         # 3. Apply the head to the N real rows, and descend while a child's token is its parent's target. The bonus
@@ -170,15 +182,19 @@ class DecodeStep:
             self._draft_in_kernel(self.predictor.kernel, rows, normed, pseudo, drafted)
         elif taken.following is not None:
             self._draft_next(taken, tree.anchors, normed, pseudo, drafted)
+        if self._text is not None:
+            self._text.append(self.cache.lengths, self.output.row)
         # 5. Move the accepted path's K/V to the prefix; the next step overwrites all other rows.
         self.cache.commit(taken.path, taken.kept)
 
-    def _build(self, drafting: bool, first: bool) -> StepTree:
-        """Build the tree of the last draft and choose its anchors, or the root alone."""
+    def _build(self, drafting: bool, first: bool, longest: int) -> StepTree:
+        """Build the tree of the last draft, or of the text, and choose its anchors, or the root alone."""
         root, lengths = self._root[: self.batch], self.cache.lengths
         transfer, anchors = self._transfer if drafting else (), None
         if not drafting or first:
             tree = root_tree(root)
+        elif self._text is not None:
+            tree = self._text.tree(root, lengths, longest)
         else:
             assert self.tree is not None and self.predictor is not None
             draft = self._draft.map(lambda part: part[: self.batch])
@@ -227,6 +243,7 @@ class DecodeStep:
         """Run all rows of a step through all layers. Return real rows (B, N, d), pseudo states (B, k, A, d) or None."""
         teacher, cache, positions, rows = self.teacher, self.cache, tree.positions, tree.positions.shape[1]
         cache.begin(rows, longest)
+        tokens = tree.nodes.tokens if self._text is None else tree.nodes.tokens.clamp(min=0)  # without a draft: any
         mask: Mask | None = None
         if self.kernel:
             mask = KernelMask(tree.seen, positions, cache.lengths, longest, tree.bits)
@@ -236,7 +253,7 @@ class DecodeStep:
             mask = step_mask(tree.seen, positions, cache.lengths, slots, teacher.dtype, exact, self._windowed)
         return forward_rows(
             teacher,
-            teacher.embed(tree.nodes.tokens),
+            teacher.embed(tokens),
             positions,
             mask,
             transfer_layers=self._transfer if drafting else (),
@@ -341,6 +358,8 @@ class DecodeStep:
         for state in (self._root, *self._draft.tensors):
             if state.numel():
                 state[:count] = state[sequences]
+        if self._text is not None:
+            self._text.select(sequences)
         self.cache.select(sequences)
 
     def adopt(self, places: Tensor, source: DecodeStep, length: int) -> None:
@@ -353,8 +372,9 @@ class DecodeStep:
 
     def buffers(self) -> list[Tensor]:
         """Return what the next step reads: lengths, roots and drafts of the batch. Steps update them in place."""
-        buffers = [self.cache.lengths, self._root[: self.batch]]
-        return buffers if self.predictor is None else [*buffers, *(part[: self.batch] for part in self._draft.tensors)]
+        text = [] if self._text is None else [self._text.tokens]
+        drafts = [] if self.predictor is None else self._draft.tensors
+        return [self.cache.lengths, *(part[: self.batch] for part in (self._root, *text, *drafts))]
 
 
 def _rows_at(rows: Tensor, picks: Tensor) -> Tensor:

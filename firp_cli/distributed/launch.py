@@ -129,7 +129,7 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
     returns True. On a CPU any number of ranks share its cores.
 
     Raises:
-        ClusterError: there are fewer devices than ranks, or the hostfile is wrong.
+        ClusterError: fewer devices than ranks, or a wrong hostfile.
         LaunchError: a rank failed; the error has its message and exit code.
         KeyboardInterrupt: Ctrl-C or SIGTERM was received and passed on; the ranks have ended.
     """
@@ -152,9 +152,8 @@ def launch(gpus: int | None, hostfile: str | None, argv: list[str], module: str 
 
 
 def launch_command(gpus: int | None, hostfile: str | None) -> tuple[list[str], dict[str, str]]:
-    """Return the launcher's command line, up to the module to run, and its environment.
-
-    A hostfile that names only this machine needs no ssh. Raises ClusterError.
+    """Return the launcher's command line, up to the module to run, and its environment. A hostfile that names only this
+    machine needs no ssh. Raises ClusterError.
     """
     if gpus is not None and gpus < 1:
         raise ClusterError(f"--gpus {gpus}: at least one device is needed")
@@ -317,14 +316,16 @@ def _cluster_command(gpus: int | None, hostfile: str) -> list[str]:
     ]
 
 
-def run_program(command: list[str], environment: dict[str, str] | None = None) -> tuple[int, bool]:
+def run_program(
+    command: list[str], environment: dict[str, str] | None = None, stdout: int | None = None
+) -> tuple[int, bool]:
     """Run a program in its own process group; return its exit code, and True if the user interrupted it.
 
-    A signal that ends a program is passed on as SIGTERM, and its end is awaited: a launcher passes it to the ranks and
-    waits for their checkpoint. One within SAME_INTERRUPTION seconds of the last is ignored.
+    A signal that ends it is passed on as SIGTERM, and its end is awaited: a launcher waits for the ranks' checkpoint.
+    One within SAME_INTERRUPTION seconds of the last is ignored.
     """
     passed_on: list[float] = []
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
 
     def pass_on(*_: Any) -> None:
         now = time.monotonic()

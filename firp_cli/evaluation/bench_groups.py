@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from firp_cli.assets import DEFAULT_TEACHER, embedded_predictors, embedded_teachers
-from firp_cli.evaluation.methods import BASELINES, choose_methods, predictor_names
+from firp_cli.config import KINDS
+from firp_cli.errors import UsageError
+from firp_cli.evaluation.baselines import baseline
+from firp_cli.evaluation.methods import choose_methods, predictor_names
 from firp_cli.predictors.folder import read_config
 
 
@@ -69,15 +72,20 @@ def _group(teacher: str | None, configs: dict[Path, dict[str, Any]]) -> Group:
 
 
 def choose_groups(wanted: Sequence[str] | None, groups: Sequence[Group]) -> list[Group]:
-    """Return the groups to measure, with their methods: the baselines and all predictors of each, or those of `wanted`.
+    """Return the groups to measure, with their methods: the default baselines and all predictors of each, or those of
+    `wanted`. A kind of predictor that no group has stays among the methods of all: it becomes a row with its reason.
 
     If `wanted` names predictors, groups without any of them are dropped. Raises UsageError with the nearest name when
-    no group has a method of that name.
+    no method has that name.
     """
     known = list(dict.fromkeys(name for group in groups for name in group.folders))
+    for name in wanted or ():
+        alike = [own for group in groups for own, kind in group.kinds.items() if kind == name]
+        if alike and name not in known:
+            raise UsageError(f"several {name} predictors: name them by folder ({', '.join(alike)})")
     names = choose_methods(wanted, known)
     chosen = [
-        replace(group, methods=[name for name in names if name in BASELINES or name in group.folders])
+        replace(group, methods=[name for name in names if name not in known or name in group.folders])
         for group in groups
     ]
     if wanted is not None and any(name in known for name in names):
@@ -88,11 +96,31 @@ def choose_groups(wanted: Sequence[str] | None, groups: Sequence[Group]) -> list
     return [replace(group, label=label) for group, label in zip(chosen, labels, strict=True)]
 
 
+def add_embedded(folders: Sequence[Path], teacher: str | None, wanted: Sequence[str] | None) -> list[Path]:
+    """Return the folders with the shipped predictors of kinds that `wanted` names and that none of them has, of the
+    same teachers.
+    """
+    configs = [read_config(folder) for folder in folders]
+    kinds = {config["predictor"].get("kind") for config in configs}
+    missing = {name for name in wanted or () if name in KINDS and name not in kinds}
+
+    def fits(config: dict[str, Any]) -> bool:
+        if teacher is not None:
+            return bool(config["teacher"].get("name") == teacher)
+        return any(_same(config["teacher"], own["teacher"]) for own in configs)
+
+    shipped = {folder: read_config(folder) for folder in embedded_predictors().values()} if missing else {}
+    return [
+        *folders,
+        *(folder for folder, config in shipped.items() if config["predictor"]["kind"] in missing and fits(config)),
+    ]
+
+
 def embedded_folders(teacher: str | None, wanted: Sequence[str] | None) -> list[Path]:
     """Return the shipped predictors of `teacher`. Without `teacher`: those of all embedded teachers, or of the default
     one if `wanted` names only baselines. Predictors of other teachers must be named, or their teacher must be.
     """
-    if teacher is None and wanted and all(name in BASELINES for name in wanted):
+    if teacher is None and wanted and all(baseline(name) for name in wanted):
         teacher = DEFAULT_TEACHER
     names = embedded_teachers() if teacher is None else [teacher]
     return [folder for folder in embedded_predictors().values() if read_config(folder)["teacher"].get("name") in names]

@@ -6,9 +6,12 @@ fits the teacher's context after the longest possible answers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from firp_cli.data.references import Reference
 from firp_cli.data.turns import Questions
 from firp_cli.decoding.sequences import check_room, prompt_label
 from firp_cli.errors import CapacityError, NumericsError
@@ -25,7 +28,8 @@ class BenchPrompt:
     Attributes:
         questions: all turns of its conversation; None if it has one. lengths: `Questions.lengths`.
         bounds: most tokens of the prompt of each later turn that is asked.
-        place: its row and data set, for messages.
+        place: its row and data set, for messages. id: name or number that the row gives itself.
+        question: text of the first turn's last user message. reference: what an answer is judged by, if the row has it.
     """
 
     token_ids: list[int]
@@ -35,6 +39,9 @@ class BenchPrompt:
     lengths: tuple[int, ...] = ()
     bounds: tuple[int, ...] = ()
     place: str = ""
+    id: Any = None
+    question: str = ""
+    reference: Reference | None = None
 
     @property
     def turns(self) -> int:
@@ -126,11 +133,16 @@ def fit_prompts(
     return fitting, skipped
 
 
-def spread(categories: Sequence[str], limit: int) -> list[int]:
-    """Return the indices of at most `limit` prompts, in order, taken from every category in turn."""
-    queues: dict[str, list[int]] = {}
-    for place, category in enumerate(categories):
-        queues.setdefault(category, []).append(place)
+def spread(categories: Sequence[str], limit: int, parts: Sequence[str] | None = None) -> list[int]:
+    """Return the indices of at most `limit` prompts, in order, taken from every category in turn, and within a category
+    from each of its `parts` in turn.
+    """
+    ranked: dict[str, list[tuple[int, int]]] = {}
+    seen = Counter[str]()
+    for place, (category, part) in enumerate(zip(categories, parts or categories, strict=True)):
+        ranked.setdefault(category, []).append((seen[part], place))
+        seen[part] += 1
+    queues = {category: [place for _, place in sorted(queue)] for category, queue in ranked.items()}
     rounds = max((len(queue) for queue in queues.values()), default=0)
     in_turn = [queue[turn] for turn in range(rounds) for queue in queues.values() if turn < len(queue)]
     return sorted(in_turn[:limit])

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
+from firp_cli.evaluation.answer_runs import BatchRun
 from firp_cli.evaluation.bench_prompts import BenchPrompt
-from firp_cli.evaluation.rows import BatchRun
 from firp_cli.results import Divergence
 from firp_cli.teacher.masks import causal_allowed
 from firp_cli.teacher.teacher import Teacher
@@ -26,9 +26,9 @@ def compare_tokens(
     divergences: dict[int, Divergence | None] = {}
     for expected_run, got_run in zip(reference, compared, strict=True):
         earlier: dict[int, list[list[int]]] = {}
-        pairs = zip(expected_run.numbers, expected_run.generations, got_run.generations, strict=True)
-        for number, expected, got in pairs:
-            answers = earlier.setdefault(number, [])
+        for expected, got in zip(expected_run.first, got_run.first, strict=True):
+            assert expected.token_ids is not None and got.token_ids is not None
+            number, answers = expected.prompt, earlier.setdefault(expected.prompt, [])
             if divergences.get(number) is None:
                 prompt = prompts[number].after(answers)
                 mark = first_divergence(teacher, number, prompt, expected.token_ids, got.token_ids)

@@ -1,4 +1,4 @@
-"""Methods that a bench compares: autoregressive decoding, transformers' `generate` and predictors."""
+"""Methods that a bench compares: baselines (`firp_cli.evaluation.baselines`) and predictors."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from firp_cli.assets import nearest
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.make_engine import make_engine
 from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import TreeSpec
-from firp_cli.errors import UsageError
+from firp_cli.errors import MethodError, UsageError
+from firp_cli.evaluation import baselines
+from firp_cli.evaluation.answer_runs import BatchRun, runs_of
 from firp_cli.evaluation.bench_prompts import Generate
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
-from firp_cli.evaluation.rows import BatchRun, runs_of
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.provenance import portable
-from firp_cli.results import BenchRow
+from firp_cli.results import BenchRow, Generation
 from firp_cli.teacher.teacher import Teacher
 
-BASELINES = ("ar", "hf")
 TURNS = ("all", "first")
 AddDetails = Callable[[Sequence[BenchRow], Sequence[BatchRun], "BenchSettings"], None]
 
@@ -40,6 +39,7 @@ class Method:
         engine: the engine of this package that decodes; None for others.
         on_all_ranks: all ranks must call `generate`, since they share the work.
         add_details: sets the fields of the method's rows that only methods of its kind have.
+        reason: why it cannot run with this teacher or under these settings; None while nothing is known.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Method:
     engine: Engine | PipelineEngine | None = None
     on_all_ranks: bool = False
     add_details: AddDetails | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class BenchSettings:
         turns: user turns of a conversation that are asked: all, or first.
         warmup: uncounted times that each method decodes the longest batch.
         rank, ranks: this process among those that share a pipeline's stages.
+        run_code: run the code of answers to data sets with tests, in a sandbox, for the accuracy.
         guard: predictors fall back to autoregressive decoding while drafting is slower; None: only pipelines do.
         engine: how this package's engine runs its steps.
+        preset: published definition that they follow, as `presets.apply_preset` describes it.
     """
 
     max_new_tokens: int = 128
@@ -74,7 +77,9 @@ class BenchSettings:
     ranks: int = 1
     guard: bool | None = None
     turns: str = "all"
+    run_code: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
+    preset: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.turns not in TURNS:
@@ -103,31 +108,76 @@ def predictor_names(kinds: Sequence[tuple[str, Path]]) -> list[str]:
 
 
 def choose_methods(wanted: Sequence[str] | None, predictors: Sequence[str]) -> list[str]:
-    """Return the methods to measure, in order; None takes all. Raises UsageError with the nearest name."""
-    known = [*BASELINES, *predictors]
+    """Return the methods to measure, in order. None takes the baselines `ar`, `hf`, `prompt-lookup` and `suffix`, and
+    all predictors. Raises UsageError with the nearest name.
+    """
     if wanted is None:
-        return known
+        return [*baselines.DEFAULT, *predictors]
     for name in wanted:
-        if name not in known:
-            raise UsageError(f"unknown method {name!r}{nearest(name, known)}")
+        baselines.check_method(name, predictors)
     return list(dict.fromkeys(wanted))
 
 
 def make_methods(
     teacher: Teacher, predictors: dict[str, LoadedPredictor], names: Sequence[str], settings: BenchSettings
 ) -> list[Method]:
-    """Return methods by name: `ar` and the predictors use this package's engines, `hf` does not."""
+    """Return methods by name. `ar`, the n-gram baselines and the predictors use this package's engines, the other
+    baselines do not. A method that cannot run has a reason.
+
+    Raises UsageError where the model of an `assisted:MODEL` cannot be loaded.
+    """
     options: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed}
+    shown = baselines.shown_names(names)
     methods = []
     for name in names:
-        if name == "hf":
-            methods.append(Method(name, HuggingFaceGenerate(teacher, **options).generate))
-        elif name == "ar":
+        kind = baselines.baseline(name)
+        if name in predictors:
+            method = _drafting_method(name, teacher, predictors[name], settings, options)
+        elif kind is None:
+            method = _refused(name, baselines.missing_reason(name, teacher))
+        elif kind == "ar":
             engine = make_engine(teacher, options=settings.engine, **options)
-            methods.append(Method(name, engine.generate, engine=engine))
+            method = Method(name, engine.generate, engine=engine)
+        elif kind in baselines.NGRAMS:
+            method = _ngram_method(name, teacher, settings, options)
         else:
-            methods.append(_drafting_method(name, teacher, predictors[name], settings, options))
+            method = _library_method(name, teacher, settings, options)
+        method.name = shown[name]
+        methods.append(method)
     return methods
+
+
+def _refused(name: str, reason: str) -> Method:
+    """Return a method that cannot run."""
+
+    def refuse(*_: Any) -> list[Generation]:
+        raise MethodError(f"{name}: {reason}")
+
+    return Method(name, refuse, reason=reason)
+
+
+def _ngram_method(name: str, teacher: Teacher, settings: BenchSettings, options: dict[str, Any]) -> Method:
+    """Return a method whose drafts are copied from the text so far, through the trees of this package's engine."""
+    from firp_cli.decoding.text_drafts import ngram_predictor
+
+    predictor, tree = ngram_predictor(name, teacher)
+    engine = make_engine(teacher, predictor, tree, guard=settings.guard, options=settings.engine, **options)
+    return Method(name, engine.generate, tree=str(tree), engine=engine)
+
+
+def _library_method(name: str, teacher: Teacher, settings: BenchSettings, options: dict[str, Any]) -> Method:
+    """Return a method of transformers' `generate`."""
+    if reason := baselines.library_reason(name, teacher, settings.batch_size):
+        return _refused(name, reason)
+    kind, given = baselines.baseline(name), baselines.argument(name)
+    if kind == "early-exit":
+        return Method(name, HuggingFaceGenerate(teacher, early_exit=int(given), **options).generate)
+    if kind != "assisted":
+        return Method(name, HuggingFaceGenerate(teacher, static=kind == "hf-static", **options).generate)
+    assistant = baselines.load_assistant(given, teacher)
+    if reason := baselines.assistant_reason(teacher, assistant):
+        return _refused(name, reason)
+    return Method(name, HuggingFaceGenerate(teacher, assistant=assistant, **options).generate, portable(given))
 
 
 def _drafting_method(
@@ -150,7 +200,7 @@ def tuned_tree_details(trees: TunedTrees) -> AddDetails:
     """Return a function that records the tree of a typical batch in a method's rows, with its predicted performance."""
 
     def add(rows: Sequence[BenchRow], runs: Sequence[BatchRun], settings: BenchSettings) -> None:
-        longest = median(max(item.prompt_tokens for item in turn) for run in runs for turn in run.by_turn())
+        longest = median(length for run in runs for length in run.longest_prompts())
         context = int(longest) + settings.max_new_tokens // 2
         entry = trees.entry(settings.batch_size, context)
         for row in rows:

@@ -1,81 +1,48 @@
-"""Rows of a bench table, computed from decoded batches.
+"""Rows of a bench table, computed from the records of its answers.
 
-Throughput and speedup pool seconds and tokens over batches. Intervals are bootstraps over batches (speedup) and over
-prompts (accepted length). Accepted length, histogram and acceptance by step count the tokens of the output: tokens that
-the last step drafted after EOS or after the limit do not count.
+Throughput and speedup pool seconds and tokens over batches; a batch's time is the median over its repeats. Intervals
+are two-level bootstraps: over batches (times) or prompts (accepted length), and over repeats. Accepted length,
+histogram and acceptance by step count the tokens of the output: tokens that the last step drafted after EOS or after
+the limit do not count.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean
+from dataclasses import dataclass
 
-from firp_cli.metrics import bootstrap_ratio, bootstrap_ratio_of_ratios
-from firp_cli.results import BenchRow, Divergence, Generation, Interval, Lossless
+import numpy as np
+from numpy.typing import NDArray
 
-ALL = "all"
+from firp_cli.evaluation.answer_runs import ALL, BatchRun, Runs, Times, runs_of
+from firp_cli.metrics import bootstrap
+from firp_cli.records import AnswerRecord
+from firp_cli.results import BenchRow, Divergence, Interval, Lossless
+
+Table = NDArray[np.float64]
+DRIFT = 1.1  # ratio of the slowest and fastest repeat of `ar` from which a reader is warned
 
 
-@dataclass
-class BatchRun:
-    """Batch decoded by one method, its repeats folded into one.
-
-    Attributes:
-        generations: one for each prompt, and for each later turn of a conversation.
-        numbers, turns: for each generation its prompt, and its turn from 0; no `turns`: all are first ones.
-        decode_tokens: new tokens without the first of each sequence, which prefill gives.
-        repeats: number of them.
+def groups_of(runs: Sequence[BatchRun]) -> list[tuple[str, str]]:
+    """Return (data set, category) of a method's rows: each data set as a whole, its categories if it has several, and
+    all data sets together if there are several.
     """
-
-    dataset: str
-    category: str
-    numbers: list[int]
-    generations: list[Generation]
-    prefill_seconds: float
-    decode_seconds: float
-    decode_tokens: int
-    turns: list[int] = field(default_factory=list)
-    repeats: int = 1
-
-    def by_turn(self) -> list[list[Generation]]:
-        """Return the generations that were decoded together: those of each turn."""
-        found: dict[int, list[Generation]] = {}
-        for turn, item in zip(self.turns or [0] * len(self.generations), self.generations, strict=True):
-            found.setdefault(turn, []).append(item)
-        return list(found.values())
-
-    @property
-    def steps(self) -> int:
-        """Decoding steps of the batch: those of the longest sequence of each turn."""
-        return sum(max(item.steps for item in turn) for turn in self.by_turn())
-
-
-Runs = Mapping[str, Sequence[BatchRun]]  # method name to its batches, in the same order for all methods
-
-
-def runs_of(dataset: str, category: str, runs: Sequence[BatchRun]) -> list[BatchRun]:
-    """Return the runs of a data set and category; ALL stands for any."""
-    return [run for run in runs if dataset in (ALL, run.dataset) and category in (ALL, run.category)]
+    datasets = list(dict.fromkeys(run.dataset for run in runs))
+    groups = []
+    for dataset in datasets:
+        groups.append((dataset, ALL))
+        categories = list(dict.fromkeys(run.category for run in runs if run.dataset == dataset))
+        groups += [(dataset, category) for category in categories if len(categories) > 1]
+    return [*groups, (ALL, ALL)] if len(datasets) > 1 else groups
 
 
 def bench_rows(
     method: str, runs: Runs, divergences: Mapping[int, Divergence | None], temperature: float
 ) -> list[BenchRow]:
-    """Return a method's rows: each data set as a whole, its categories if it has several, and all data sets together
-    if there are several.
-    """
-    datasets = list(dict.fromkeys(run.dataset for run in runs[method]))
-    groups = []
-    for dataset in datasets:
-        groups.append((dataset, ALL))
-        categories = list(dict.fromkeys(run.category for run in runs[method] if run.dataset == dataset))
-        groups += [(dataset, category) for category in categories if len(categories) > 1]
-    if len(datasets) > 1:
-        groups.append((ALL, ALL))
+    """Return a method's rows."""
     rows = []
-    for dataset, category in groups:
+    for dataset, category in groups_of(runs[method]):
         chosen = {name: runs_of(dataset, category, batches) for name, batches in runs.items()}
         rows.append(bench_row(dataset, category, method, chosen, divergences, temperature))
     return rows
@@ -91,19 +58,15 @@ def bench_row(
 ) -> BenchRow:
     """Return one row from the batches in `runs`; `divergences` is empty for the reference and when sampling."""
     own = runs[method]
-    generations = [item for run in own for item in run.generations]
-    emitted, steps = Counter[int](), Counter[int]()  # by prompt, over its turns
-    for number, item in (
-        (number, item) for run in own for number, item in zip(run.numbers, run.generations, strict=True)
-    ):
-        emitted[number] += sum(item.accepted_lengths)
-        steps[number] += item.steps
-    decode_seconds = sum(run.decode_seconds for run in own)
-    passes = sum(run.steps for run in own)
+    answers = counted_answers(own)
+    first = [record for run in own for record in run.first]
+    repeats = len(answers) // len(first)
+    times = Times.of(own)
+    folded = times.fold(times.everything)
+    decode_seconds, steps = float(folded.decode.sum()), sum(record.steps for record in answers)
     # a pipeline's step is a tick, one of the teacher's r loops: its accepted length is tokens per r ticks
-    loops = next((item.pipeline.loops for item in generations if item.pipeline), None)
-    ratio = loops or 1
-    base = runs.get("ar")
+    loops = next((record.loops for record in first if record.loops), None)
+    over = {base: speedups(runs.get(base), own) for base in ("ar", "hf")}
     return BenchRow(
         dataset=dataset,
         category=category,
@@ -111,72 +74,128 @@ def bench_row(
         predictor=None,
         batch_size=max(len(set(run.numbers)) for run in own),
         temperature=temperature,
-        prompts=len(steps),
-        new_tokens=sum(len(item.token_ids) for item in generations),
-        prefill_seconds=sum(run.prefill_seconds for run in own),
+        prompts=len({record.prompt for record in first}),
+        new_tokens=round(float(folded.written.sum())),
+        prefill_seconds=float(folded.prefill.sum()),
         decode_seconds=decode_seconds,
-        tokens_per_second=_ratio(sum(run.decode_tokens for run in own), decode_seconds),
-        speedup=speedup(base, own),
-        speedup_interval=speedup_interval(base, own) if method != "ar" else None,
-        speedup_hf=speedup(runs.get("hf"), own),
-        accepted_length=ratio * _ratio(emitted.total(), steps.total()),
-        accepted_length_interval=_accepted_interval(list(emitted.values()), list(steps.values()), ratio),
-        acceptance_by_step=[] if loops else acceptance_by_step(generations),
-        accepted_histogram=[] if loops else accepted_histogram(generations),
-        steps=steps.total(),
-        step_milliseconds=1000 * _ratio(decode_seconds, passes),
+        tokens_per_second=_ratio(float(folded.tokens.sum()), decode_seconds),
+        speedup=over["ar"].decoding,
+        speedup_interval=over["ar"].decoding_interval if method != "ar" else None,
+        speedup_hf=over["hf"].decoding,
+        speedup_hf_interval=over["hf"].decoding_interval if method != "hf" else None,
+        accepted_length=(loops or 1) * _ratio(sum(record.emitted for record in answers), steps),
+        accepted_length_interval=accepted_length_interval(own),
+        acceptance_by_step=[] if loops else acceptance_by_step(answers),
+        accepted_histogram=[] if loops else accepted_histogram(answers),
+        steps=round(steps / repeats),
+        step_milliseconds=1000 * _ratio(decode_seconds, float(folded.passes.sum())),
         lossless=lossless(own, divergences),
-        speedup_with_prefill=speedup_with_prefill(base, own),
-        turns=len(generations),
+        speedup_with_prefill=over["ar"].with_prefill,
+        speedup_with_prefill_interval=over["ar"].with_prefill_interval if method != "ar" else None,
+        speedup_with_prefill_hf=over["hf"].with_prefill,
+        speedup_with_prefill_hf_interval=over["hf"].with_prefill_interval if method != "hf" else None,
+        turns=len(first),
     )
 
 
-def _accepted_interval(emitted: list[int], steps: list[int], ratio: int) -> Interval | None:
+def counted_answers(runs: Sequence[BatchRun]) -> list[AnswerRecord]:
+    """Return the answers whose steps are counted: those of the first repeat, or of all repeats where they differ."""
+    alike = all(run.repeats_alike for run in runs)
+    return [record for run in runs for repeat in (run.repeats[:1] if alike else run.repeats) for record in repeat]
+
+
+def accepted_length_interval(runs: Sequence[BatchRun]) -> Interval | None:
     """Return the 95% interval over prompts; None when every step emits one token."""
-    if not ratio * sum(emitted) > sum(steps) > 0:
+    answers = counted_answers(runs)
+    loops = next((record.loops for record in answers if record.loops), None) or 1
+    if not loops * sum(record.emitted for record in answers) > sum(record.steps for record in answers) > 0:
         return None
-    low, high = bootstrap_ratio(emitted, steps)
-    return ratio * low, ratio * high
+    keys = list(dict.fromkeys((record.process, record.repeat) for record in answers))
+    prompts = {number: place for place, number in enumerate(dict.fromkeys(record.prompt for record in answers))}
+    emitted, steps = (np.zeros((len(keys), len(prompts))) for _ in range(2))
+    for record in answers:
+        place = keys.index((record.process, record.repeat)), prompts[record.prompt]
+        emitted[place] += record.emitted
+        steps[place] += record.steps
+    (interval,) = bootstrap(
+        lambda repeats: [emitted[repeats].sum(axis=1), steps[repeats].sum(axis=1)],
+        lambda top, bottom: [loops * top.sum(axis=1) / bottom.sum(axis=1)],
+        len(prompts),
+        [process for process, _ in keys],
+    )
+    return interval
+
+
+@dataclass
+class Speedups:
+    """Speedups over a baseline, by two definitions, with 95% intervals; None where they cannot be computed.
+
+    Attributes:
+        decoding: pooled decode seconds per token, the baseline's over the method's.
+        with_prefill: Spec-Bench's definition: mean over questions of new tokens per second of wall time, prefill
+            included, over the baseline's mean. A question's turns are summed; with several sequences in a batch each
+            batch counts as a question.
+    """
+
+    decoding: float | None = None
+    with_prefill: float | None = None
+    decoding_interval: Interval | None = None
+    with_prefill_interval: Interval | None = None
+
+
+def speedups(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> Speedups:
+    """Return the speedups of a method over a baseline that decoded the same batches in the same repeats."""
+    found = Speedups()
+    if not base:
+        return found
+    times = Times.of(base), Times.of(own)
+
+    def fold(repeats: NDArray[np.int64]) -> list[Table]:
+        return [table for each in times for table in each.fold(repeats).tables]
+
+    whole = fold(times[1].everything)
+    decoding, with_prefill = (float(values[0]) for values in _two_speedups(*whole))
+    intervals: list[Interval | None] = [None, None]
+    if base is not own:
+        intervals = bootstrap(fold, _two_speedups, len(own), times[1].processes)
+    found.with_prefill, found.with_prefill_interval = with_prefill, intervals[1]
+    if times[0].tokens.any() and times[1].tokens.any():
+        found.decoding, found.decoding_interval = decoding, intervals[0]
+    return found
+
+
+def _two_speedups(*tables: Table) -> list[Table]:
+    """Return both speedups (S,) from `Folded.tables` of the baseline and of the method, (S, n) each."""
+    base, own = tables[:4], tables[4:]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        seconds = [decode.sum(axis=1) / tokens.sum(axis=1) for decode, _, tokens, _ in (base, own)]
+        rates = [(written / (prefill + decode)).mean(axis=1) for decode, prefill, _, written in (base, own)]
+        return [seconds[0] / seconds[1], rates[1] / rates[0]]
 
 
 def speedup(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> float | None:
     """Return the ratio of pooled decode seconds per token: the baseline's over this method's."""
-    if not base or not (sum(run.decode_tokens for run in base) and sum(run.decode_tokens for run in own)):
-        return None
-    return _seconds_per_token(base) / _seconds_per_token(own)
-
-
-def speedup_interval(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> Interval | None:
-    """Return the 95% bootstrap interval of `speedup` over batches."""
-    if speedup(base, own) is None or base is None or len(own) < 2:
-        return None
-    return bootstrap_ratio_of_ratios(
-        [run.decode_seconds for run in base],
-        [run.decode_tokens for run in base],
-        [run.decode_seconds for run in own],
-        [run.decode_tokens for run in own],
-    )
-
-
-def speedup_with_prefill(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> float | None:
-    """Return the speedup by Spec-Bench's definition: mean over questions of new tokens per second of wall time, prefill
-    included, over the baseline's mean. A question's turns are summed; with several sequences in a batch, each batch
-    counts as a question.
-    """
     if not base:
         return None
-    return fmean(_tokens_per_wall_second(run) for run in own) / fmean(_tokens_per_wall_second(run) for run in base)
+    tables = [table for runs in (base, own) for table in _folded(runs)]
+    value = float(_two_speedups(*tables)[0][0])
+    return value if np.isfinite(value) else None
 
 
-def accepted_histogram(generations: Sequence[Generation]) -> list[int]:
+def _folded(runs: Sequence[BatchRun]) -> list[Table]:
+    times = Times.of(runs)
+    return times.fold(times.everything).tables
+
+
+def accepted_histogram(answers: Sequence[AnswerRecord]) -> list[int]:
     """Return a histogram: entry a is the number of decoding steps that emitted a tokens."""
-    counts = Counter(length for item in generations for length in item.accepted_lengths)
+    counts = Counter(length for record in answers for length in record.accepted_lengths)
     return [counts[length] for length in range(max(counts, default=0) + 1)]
 
 
-def acceptance_by_step(generations: Sequence[Generation]) -> list[float]:
+def acceptance_by_step(answers: Sequence[AnswerRecord]) -> list[float]:
     """Return the share of decoding steps that emitted at least i drafted tokens, i = 1..k; empty without drafts."""
-    histogram = accepted_histogram(generations)
+    histogram = accepted_histogram(answers)
     steps = sum(histogram)
     return [sum(histogram[drafted + 1 :]) / steps for drafted in range(1, len(histogram) - 1)] if steps else []
 
@@ -188,13 +207,54 @@ def lossless(runs: Sequence[BatchRun], divergences: Mapping[int, Divergence | No
     return Lossless(len(compared), len(compared) - len(marks), marks)
 
 
-def _seconds_per_token(runs: Sequence[BatchRun]) -> float:
-    return sum(run.decode_seconds for run in runs) / sum(run.decode_tokens for run in runs)
+def seconds_per_token(runs: Sequence[BatchRun]) -> list[float]:
+    """Return the pooled decode seconds per token of each repeat, to see a drift of the machine."""
+    times = Times.of(runs)
+    return [
+        _ratio(float(decode.sum()), float(tokens.sum()))
+        for decode, tokens in zip(times.decode, times.tokens, strict=True)
+    ]
 
 
-def _tokens_per_wall_second(run: BatchRun) -> float:
-    tokens = sum(len(item.token_ids) for item in run.generations)
-    return tokens / (run.prefill_seconds + run.decode_seconds)
+def drift_warnings(runs: Runs) -> list[str]:
+    """Return a warning where `ar` took clearly longer in one repeat than in another one."""
+    times = seconds_per_token(runs["ar"]) if "ar" in runs else []
+    if len(times) < 2 or not min(times) > 0 or max(times) < DRIFT * min(times):
+        return []
+    low, high = (1000 * value for value in (min(times), max(times)))
+    return [
+        f"the machine drifted: a token of ar took {low:.3g} ms in one repeat and {high:.3g} ms in another "
+        f"({100 * (high / low - 1):.0f}% more); speedups compare neighbouring measurements, tokens/s do not"
+    ]
+
+
+def row_without_figures(dataset: str, method: str, reason: str, batch_size: int, temperature: float) -> BenchRow:
+    """Return the row of a method that cannot run, with the reason."""
+    nothing = float("nan")
+    return BenchRow(
+        dataset=dataset,
+        category=ALL,
+        method=method,
+        predictor=None,
+        batch_size=batch_size,
+        temperature=temperature,
+        prompts=0,
+        new_tokens=0,
+        prefill_seconds=nothing,
+        decode_seconds=nothing,
+        tokens_per_second=nothing,
+        speedup=None,
+        speedup_interval=None,
+        speedup_hf=None,
+        accepted_length=nothing,
+        accepted_length_interval=None,
+        acceptance_by_step=[],
+        accepted_histogram=[],
+        steps=0,
+        step_milliseconds=nothing,
+        lossless=Lossless(),
+        reason=reason,
+    )
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from firp_cli.reports.canvas import Picture
 from firp_cli.reports.cells import DASH, Cells, literal, number, rich_table
-from firp_cli.reports.page import closing, figure, page, table
+from firp_cli.reports.page import closing, figure, page, section, table
 from firp_cli.reports.tables import eval_cells, eval_headers
 from firp_cli.results import Analysis, EvalReport
 
@@ -24,7 +25,6 @@ TITLES = {
 }
 CAPTIONS = {
     "quality": "Agreement of the drafts with the teacher, and distance from its distribution.",
-    "similarity": "Cosine of pseudo and real states by layer and step.",
     "occupancy": "Tokens in the pipeline at each tick, and agreement of early exits with the last loop.",
 }
 NOTES = (
@@ -76,8 +76,8 @@ def _joined(analysis: Analysis) -> tuple[list[str], Cells]:
     return join(analysis.headers, f"steps 1 to {len(steps)}"), cells
 
 
-def eval_html(report: EvalReport, figures: dict[str, bytes]) -> str:
-    """Return the page. `figures`: PNGs by name, from `figures.eval_figures` and `analysis_figures`."""
+def eval_html(report: EvalReport, figures: Mapping[str, Picture]) -> str:
+    """Return the page. `figures`: by name, from `figures.eval_figures` and `analysis_figures`."""
     chain, best = report.expected_accepted_length_chain, report.expected_accepted_length_tree
     length = f"{chain:.2f} tokens as a chain, {best:.2f} with tree {report.tree}"
     if report.pipeline:
@@ -87,11 +87,21 @@ def eval_html(report: EvalReport, figures: dict[str, bytes]) -> str:
         f'<p class="lead">{escape(_what(report))}.</p>',
         f'<p class="headline">Expected accepted length: {escape(length)}.</p>',
         table(eval_headers(report), eval_cells(report), 0),
-        *(figure(text, figures[name]) for name, text in CAPTIONS.items() if name in figures),
-        *(part for item in report.analyses for part in _section(item, figures)),
+        *(figure(name, text, figures.get(name)) for name, text in CAPTIONS.items()),
+        _cosines(report),
+        *(_section(item, figures.get(f"analysis-{item.name}")) for item in report.analyses),
         *closing(NOTES, report.environment, [report.teacher]),
     ]
     return page("firp eval", body)
+
+
+def _cosines(report: EvalReport) -> str:
+    """Return the cosines of pseudo and real states as a table; nothing for predictors without pseudo states."""
+    if not report.similarity:
+        return ""
+    headers = ["after layer", *(f"step {item.step}" for item in report.steps)]
+    cells = [[str(layer), *map(_cell, values)] for layer, values in report.similarity.items()]
+    return section("Cosine of pseudo and real states", table(headers, cells, 1))
 
 
 def _what(report: EvalReport) -> str:
@@ -102,18 +112,18 @@ def _what(report: EvalReport) -> str:
     return f"{predictor}, teacher {report.teacher.get('name')}, {data}: {counts}"
 
 
-def _section(analysis: Analysis, figures: dict[str, bytes]) -> Sequence[str]:
-    """Return the parts of an analysis on the page."""
-    heading, image = f"<h2>{TITLES[analysis.name]}</h2>", figures.get(f"analysis-{analysis.name}")
+def _section(analysis: Analysis, drawn: Picture | None) -> str:
+    """Return the part of an analysis on the page."""
+    title = TITLES[analysis.name]
     if analysis.reason is not None:
-        return [heading, f"<p>Not measured: {escape(analysis.reason)}.</p>"]
-    return [
-        heading,
+        return section(title, f"<p>Not measured: {escape(analysis.reason)}.</p>")
+    return section(
+        title,
         f"<p>{escape(_sentence(analysis.reading))}</p>",
-        figure(f"{TITLES[analysis.name]}.", image) if image else "",
+        figure(f"analysis-{analysis.name}", f"{title}.", drawn),
         table(analysis.headers, analysis_cells(analysis), _texts(analysis)),
-        f"<p>{escape(_sentence(analysis.note))}</p>",
-    ]
+        f'<p class="small">{escape(_sentence(analysis.note))}</p>',
+    )
 
 
 def _sentence(text: str) -> str:

@@ -1,17 +1,17 @@
-"""Figures of the papers' analyses (`firp eval --analysis`) as PNG bytes."""
+"""Figures of the papers' analyses (`firp eval --analysis`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend, png
+from firp_cli.reports.canvas import COLOURS, MARKERS, Picture, canvas, legend, picture
 from firp_cli.results import Analysis, Panel
 
 STYLES = ("-", "--", ":")
 
 
-def analysis_figures(analyses: Sequence[Analysis]) -> dict[str, bytes]:
-    """Return a PNG by name, `analysis-NAME`, for each analysis with a line to draw."""
+def analysis_figures(analyses: Sequence[Analysis]) -> dict[str, Picture]:
+    """Return a figure by name, `analysis-NAME`, for each analysis with a line to draw."""
     drawn = [analysis for analysis in analyses if any(map(_points, analysis.panels))]
     return {f"analysis-{analysis.name}": _panels(analysis.panels) for analysis in drawn}
 
@@ -20,7 +20,7 @@ def _points(panel: Panel) -> bool:
     return any(panel.lines.values())
 
 
-def _panels(panels: Sequence[Panel]) -> bytes:
+def _panels(panels: Sequence[Panel]) -> Picture:
     """Draw the panels side by side under one legend; equal names have equal colours."""
     names = list(dict.fromkeys(label for panel in panels for label in panel.lines))
     shown: set[str] = set()
@@ -48,4 +48,4 @@ def _panels(panels: Sequence[Panel]) -> bytes:
             axes.set_ylabel(panel.y)
             axes.margins(y=0.08)
         legend(figure, 4)
-        return png(figure)
+        return picture(figure)

@@ -1,18 +1,22 @@
-"""Canvas, style, legend and PNG bytes of all figures. The colours are Okabe and Ito's, which colour-blind readers can
-distinguish.
+"""Canvas, style and legend of all figures, and their pictures: PNG for files, SVG for pages. The colours are Okabe and
+Ito's, which colour-blind readers can distinguish.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+INK, SOFT, GRID = "#1d2430", "#5b6573", "#e3e3e3"
+PAPER = "#fffffe"  # ground of a label; a white of its own, which pages replace and a text in white keeps
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", INK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: dict[Any, Any] = {
     "font.size": 9.0,
@@ -23,13 +27,25 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": "#e3e3e3",
+    "grid.color": GRID,
     "grid.linewidth": 0.7,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "text.parse_math": False,  # a dollar in a name is no formula
+    "svg.fonttype": "none",
+    "svg.hashsalt": "firp",  # equal figures give equal files
 }
 DOTS_PER_INCH, MOST_COLOURS = 160, 128
 LEGEND_MARK, LEGEND_LETTER = 0.56, 0.061  # inches
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Figure as the bytes of a PNG file, and as the text of an SVG file with the colours of this file."""
+
+    png: bytes
+    svg: str
 
 
 @contextmanager
@@ -51,6 +67,16 @@ def legend(figure: Figure, most: int) -> None:
     widths = sorted((LEGEND_MARK + LEGEND_LETTER * len(label) for label in labels), reverse=True)
     columns = next((count for count in range(most, 1, -1) if sum(widths[:count]) <= figure.get_figwidth()), 1)
     figure.legend(loc="outside upper left", ncols=min(columns, len(labels)))
+
+
+def picture(figure: Figure) -> Picture:
+    """Return the figure as PNG on white, and as SVG without a background."""
+    drawn = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+        figure.set_layout_engine("none")  # it has been laid out
+        return Picture(png(figure), drawn.getvalue())
 
 
 def png(figure: Figure) -> bytes:

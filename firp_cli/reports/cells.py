@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DASH = "–"
+LONGEST_LABEL = 30
 Cells = list[list[str]]
 
 
@@ -31,6 +32,21 @@ def with_interval(value: float | None, interval: Interval | None, digits: int = 
     """Return `1.52 [1.45, 1.60]`, without brackets when there is no interval."""
     text = number(value, digits)
     return text if interval is None or text == DASH else f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+
+
+def published(report: BenchReport) -> bool:
+    """Return whether the run follows Spec-Bench, so that its definition of speedup belongs into the main table."""
+    return (report.settings.get("preset") or {}).get("name") == "spec-bench"
+
+
+def parts_of(row: BenchRow) -> dict[str, float]:
+    """Return the milliseconds of a step by part, without parts of no known time."""
+    return {name: value for name, value in row.parts.items() if value is not None}
+
+
+def measured(rows: Sequence[BenchRow]) -> list[BenchRow]:
+    """Return the rows with figures, without those of methods that cannot run."""
+    return [row for row in rows if not row.reason]
 
 
 def group_name(row: BenchRow) -> str:
@@ -92,12 +108,17 @@ def environment_items(environment: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the environment as printable pairs, without argv (see `command_line`)."""
     items = []
     for key, value in environment.items():
-        if key == "argv" or value is None:
+        if key == "argv" or value in (None, "", [], {}):
             continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {version}" for name, version in value.items())
-        items.append((key.replace("_", " "), str(value)))
+        items.append((key.replace("_", " "), _printed(value)))
     return items
+
+
+def _printed(value: Any) -> str:
+    """Return `torch 2.13.0, numpy 2.4.6` for a dictionary; entries of a list are separated by semicolons."""
+    if isinstance(value, dict):
+        return ", ".join(f"{str(name).replace('_', ' ')} {_printed(item)}" for name, item in value.items())
+    return "; ".join(map(_printed, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def command_line(environment: dict[str, Any]) -> str:
@@ -119,9 +140,21 @@ def by_teacher(report: BenchReport) -> list[BenchReport]:
     ]
 
 
+def one_line(text: str) -> str:
+    """Return a message of several lines in one, without its period."""
+    return " ".join(text.split()).rstrip(".")
+
+
 def row_label(row: BenchRow) -> str:
     """Return the method, with its teacher in a report of several: `speed (arithmetic-looped)`."""
     return f"{row.method} ({row.teacher})" if row.teacher else row.method
+
+
+def short_label(row: BenchRow) -> str:
+    """Return the label of a row, of at most LONGEST_LABEL characters, for figures."""
+    label = row_label(row)
+    head, tail = LONGEST_LABEL // 3, LONGEST_LABEL - LONGEST_LABEL // 3 - 1
+    return label if len(label) <= LONGEST_LABEL else f"{label[:head]}…{label[-tail:]}"
 
 
 def teacher_column(rows: Sequence[BenchRow], headers: Sequence[str], cells: Cells) -> tuple[list[str], Cells]:

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from firp_cli.reports.canvas import Picture
 from firp_cli.reports.cells import Cells, command_line, environment_items
-
-WIDE = 1600  # pixels
-CSS = """
-:root { --ink: #1d2430; --soft: #5b6573; --line: #dfe3e8; --accent: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #f6f7f9; font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
-  Roboto, Helvetica, Arial, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
-h2 { font-size: 1.12rem; margin: 2.4rem 0 .7rem; }
-p.lead { color: var(--soft); margin: 0 0 1.5rem; }
-p.headline { font-size: 1.15rem; margin: 0 0 1.4rem; }
-.card { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .4rem 1rem; overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th { text-align: right; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
-th, td { padding: .5rem .6rem; }
-th { vertical-align: bottom; }
-td { white-space: nowrap; }
-td { text-align: right; border-bottom: 1px solid var(--line); }
-tr:last-child td { border-bottom: 0; }
-th.left, td.left { text-align: left; }
-figure { margin: 1.2rem 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 1rem;
-  overflow-x: auto; }
-figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
-figure img.wide { max-width: none; width: 90rem; }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .6rem; text-align: center; }
-ul { padding-left: 1.2rem; } li { margin: .25rem 0; }
-pre { background: #1d2430; color: #f2f4f7; padding: .9rem 1.1rem; border-radius: 8px; overflow-x: auto; }
-.note { border-left: 4px solid var(--accent); background: #fff; padding: .7rem 1rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; margin: .6rem 0; font-size: .92rem; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-"""
+from firp_cli.reports.style import CSS
+from firp_cli.reports.svg import inline_svg
 
 
 def page(title: str, body: Sequence[str]) -> str:
@@ -53,35 +23,56 @@ def page(title: str, body: Sequence[str]) -> str:
     )
 
 
-def table(headers: Sequence[str], cells: Cells, left: int) -> str:
-    """Return a table with the first `left` columns flush left."""
+def section(title: str, *parts: str) -> str:
+    """Return a heading and the parts that are not empty; nothing if all are."""
+    body = "\n".join(part for part in parts if part)
+    return f"<h2>{escape(title)}</h2>\n{body}" if body else ""
 
-    def line(tag: str, values: Sequence[str]) -> str:
-        marked = (
+
+def folded(title: str, body: str, opened: bool = False) -> str:
+    """Return a part that a click opens."""
+    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>\n{body}\n</details>"
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Return a list; nothing for no lines."""
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+
+
+def table(headers: Sequence[str], cells: Cells, left: int, across: Mapping[int, str] | None = None) -> str:
+    """Return a table with the first `left` columns flush left; one such column stays in view while others scroll.
+
+    `across`: by line, a text in place of the other columns.
+    """
+
+    def line(tag: str, values: Sequence[str], text: str = "") -> str:
+        marked = [
             f"<{tag}{' class=left' if place < left else ''}>{escape(value)}</{tag}>"
-            for place, value in enumerate(values)
-        )
+            for place, value in enumerate(values[:left] if text else values)
+        ]
+        if text:
+            marked.append(f'<td class=across colspan="{len(values) - left}"><span>{escape(text)}</span></td>')
         return "<tr>" + "".join(marked) + "</tr>"
 
-    rows = "\n".join(line("td", values) for values in cells)
+    texts = across or {}
+    rows = "\n".join(line("td", values, texts.get(place, "")) for place, values in enumerate(cells))
     head = f"<thead>{line('th', headers)}</thead>"
-    return f'<div class="card"><table>\n{head}\n<tbody>{rows}</tbody>\n</table></div>'
+    kind = "card pinned" if left == 1 else "card"
+    return f'<div class="{kind}"><table>\n{head}\n<tbody>{rows}</tbody>\n</table></div>'
 
 
-def figure(caption: str, image: bytes) -> str:
-    """Return an embedded PNG, scaled to the page; one wider than WIDE keeps its size and scrolls, to stay readable."""
-    caption = escape(caption)
-    kind = ' class="wide"' if int.from_bytes(image[16:20], "big") > WIDE else ""
-    data = base64.b64encode(image).decode("ascii")
-    source = f"data:image/png;base64,{data}"
-    return f'<figure><img{kind} alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+def figure(name: str, caption: str, picture: Picture | None) -> str:
+    """Return an embedded figure, or nothing without one. `name`: unique on the page."""
+    if picture is None:
+        return ""
+    return f"<figure>{inline_svg(picture.svg, name, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def closing(notes: Sequence[str], environment: dict[str, Any], teachers: Sequence[dict[str, Any]]) -> list[str]:
     """Return the last sections: definitions, environment with the teachers, command line."""
     return [
         "<h2>How to read this</h2>",
-        "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in notes) + "</ul>",
+        listed(notes),
         "<h2>Environment</h2>",
         _pairs([*environment_items(environment), *map(_teacher_item, teachers)]),
         "<h2>Reproduce</h2>",

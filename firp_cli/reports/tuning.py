@@ -7,6 +7,7 @@ from html import escape
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from firp_cli.reports.canvas import Picture
 from firp_cli.reports.cells import DASH, Cells, closing_markdown, markdown_table, number, rich_table
 from firp_cli.reports.page import closing, figure, page, table
 from firp_cli.reports.predicted import disagreement
@@ -60,8 +61,8 @@ NOTES = (
 )
 
 
-def tune_figures(report: TuneReport) -> dict[str, bytes]:
-    """Return PNGs by name: `cost`, `nodes`, `batch`, `tree`, `acceptance`, without those that would be empty."""
+def tune_figures(report: TuneReport) -> dict[str, Picture]:
+    """Return figures by name: `cost`, `nodes`, `batch`, `tree`, `acceptance`, without those that would be empty."""
     figures = {}
     if report.cost.curves:
         figures["cost"] = cost_figure(report)
@@ -234,8 +235,8 @@ def tune_markdown(report: TuneReport, figures: Sequence[str] = ()) -> str:
     return "\n".join(parts)
 
 
-def tune_html(report: TuneReport, figures: dict[str, bytes]) -> str:
-    """Return the page. `figures`: PNGs by name, from `tune_figures`."""
+def tune_html(report: TuneReport, figures: dict[str, Picture]) -> str:
+    """Return the page. `figures`: by name, from `tune_figures`."""
     ladder, checks = ladder_cells(report), check_cells(report)
     best = headline(report)
     body = [
@@ -244,7 +245,7 @@ def tune_html(report: TuneReport, figures: dict[str, bytes]) -> str:
         f'<p class="headline">{escape(best)}.</p>' if best else "",
         table(CHOICE_HEADERS, choice_cells(report), 0),
         "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in summary_lines(report)) + "</ul>",
-        *(figure(CAPTIONS[name], image) for name, image in figures.items()),
+        *(figure(name, CAPTIONS[name], drawn) for name, drawn in figures.items()),
         *(["<h2>Trees by number of nodes</h2>", table(LADDER_HEADERS, ladder, 0)] if ladder else []),
         *(["<h2>Checks of the cost curves</h2>", table(CHECK_HEADERS, checks, 0)] if checks else []),
         *closing(NOTES, report.environment, [report.teacher]),

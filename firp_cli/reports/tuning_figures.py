@@ -7,13 +7,12 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from firp_cli.reports.canvas import COLOURS, MARKERS, canvas, legend, png
+from firp_cli.reports.canvas import COLOURS, MARKERS, PAPER, SOFT, Picture, canvas, legend, picture
 from firp_cli.tune_results import CandidateRate, CostCheck, CostCurve, Reliability, Trial, TunedTree, TuneReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GREY = "#555555"
 MEASURED, PREDICTED, CHOSEN = COLOURS[5], COLOURS[0], COLOURS[2]
 TICKS_APART = 0.055  # least distance, as a share of the axis
 LONGEST_NAME = 28
@@ -39,7 +38,7 @@ def near_checks(report: TuneReport, curve: CostCurve) -> list[CostCheck]:
     return [check for check in checks if check.context == nearest]
 
 
-def cost_figure(report: TuneReport) -> bytes:
+def cost_figure(report: TuneReport) -> Picture:
     """Draw the milliseconds of a pass by its rows and parts, with the checks and the rows of the chosen tree."""
     curve = nearest_curve(report)
     whole = [sum(parts) for parts in zip(curve.lower, curve.upper, curve.head, strict=True)]
@@ -60,7 +59,7 @@ def cost_figure(report: TuneReport) -> bytes:
             rows, times = [check.rows for check in checks], [check.measured for check in checks]
             predicted = [check.predicted for check in checks]
             if context:
-                axes.plot(rows, predicted, "x", color=GREY, markersize=6, label=f"predicted{context}")
+                axes.plot(rows, predicted, "x", color=SOFT, markersize=6, label=f"predicted{context}")
             label = f"measured check{context}"
             axes.plot(rows, times, "o", color=MEASURED, mfc="none", mew=1.4, markersize=8, label=label)
         axes.set_ylim(0, 1.12 * max([*whole, *(check.measured for check in checks)]))
@@ -70,7 +69,7 @@ def cost_figure(report: TuneReport) -> bytes:
         axes.set_ylabel("milliseconds")
         axes.set_title(_cost_title(report, curve))
         legend(figure, 5)
-        return png(figure)
+        return picture(figure)
 
 
 def _cost_title(report: TuneReport, curve: CostCurve) -> str:
@@ -112,7 +111,7 @@ def _vertical(axes: Axes, x: float, text: str, rightwards: bool, colour: str = C
         va="top",
         color=colour,
         size=8.5,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
     )
 
 
@@ -131,7 +130,7 @@ def _doubling(axes: Axes, values: Iterable[int]) -> None:
     axes.set_xlim(2 ** (low - 0.06 * room), 2 ** (high + 0.06 * room))
 
 
-def nodes_figure(report: TuneReport) -> bytes:
+def nodes_figure(report: TuneReport) -> Picture:
     """Draw accepted length (left) and speedup (right) by number of nodes. Lines are predicted, markers measured."""
     ladder = sorted(report.ladder, key=lambda trial: trial.nodes)
     chosen = _chosen(report)
@@ -161,9 +160,9 @@ def nodes_figure(report: TuneReport) -> bytes:
             axes.set_xlabel("nodes N of the tree, root included")
             axes.set_ylabel(label)
             axes.margins(y=0.12)
-        panels[1].axhline(1.0, color=GREY, linewidth=1.0, linestyle="--")
+        panels[1].axhline(1.0, color=SOFT, linewidth=1.0, linestyle="--")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
-        return png(figure)
+        return picture(figure)
 
 
 def _predicted_and_measured(axes: Axes, places: Sequence[int], trials: Sequence[Trial], name: str) -> None:
@@ -176,7 +175,7 @@ def _predicted_and_measured(axes: Axes, places: Sequence[int], trials: Sequence[
         axes.plot(*zip(*points, strict=True), "o", color=MEASURED, mfc="none", mew=1.4, markersize=8, label="measured")
 
 
-def batch_figure(report: TuneReport) -> bytes:
+def batch_figure(report: TuneReport) -> Picture:
     """Draw the speedup of the best tree by batch size, and the break-even."""
     trials = sorted(report.batches, key=lambda trial: trial.batch_size)
     sizes = [trial.batch_size for trial in trials]
@@ -184,7 +183,7 @@ def batch_figure(report: TuneReport) -> bytes:
         axes = figure.subplots()
         _predicted_and_measured(axes, sizes, trials, "speedup")
         _name_sizes(axes, trials)
-        axes.axhline(1.0, color=GREY, linewidth=1.0, linestyle="--", label="autoregressive decoding")
+        axes.axhline(1.0, color=SOFT, linewidth=1.0, linestyle="--", label="autoregressive decoding")
         _doubling(axes, sizes)
         low, high = axes.get_ylim()
         room = 0.18 * (high - min(low, 1.0))
@@ -198,7 +197,7 @@ def batch_figure(report: TuneReport) -> bytes:
         axes.set_xlabel("batch size")
         axes.set_ylabel("speedup over autoregressive decoding")
         legend(figure, 3)
-        return png(figure)
+        return picture(figure)
 
 
 def _name_sizes(axes: Axes, trials: Sequence[Trial]) -> None:
@@ -208,12 +207,12 @@ def _name_sizes(axes: Axes, trials: Sequence[Trial]) -> None:
         text, side, offset = f"{trial.nodes} nodes", "left", (5, -13 if rising else 6)
         if trial.tree == "none":
             text, side, offset = "none", "center", (0, -14)
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0}
         place = (trial.batch_size, trial.predicted.speedup)
-        axes.annotate(text, place, offset, textcoords="offset points", ha=side, size=8, color=GREY, bbox=box)
+        axes.annotate(text, place, offset, textcoords="offset points", ha=side, size=8, color=SOFT, bbox=box)
 
 
-def acceptance_figure(report: TuneReport) -> bytes:
+def acceptance_figure(report: TuneReport) -> Picture:
     """Draw the accuracy of each candidate by its order (left), and the reliability of drafted probabilities (right)."""
     steps = sorted({rate.step for rate in report.acceptance} | {item.step for item in report.reliability})
     with canvas(8.4, 3.7) as figure:
@@ -229,14 +228,14 @@ def acceptance_figure(report: TuneReport) -> bytes:
         left.set_xlabel("order of the candidate (1: most probable)")
         left.set_ylabel("share of accepted parents")
         left.set_title("Accuracy of each candidate")
-        right.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle="--", zorder=1)
+        right.plot([0, 1], [0, 1], color=SOFT, linewidth=1.0, linestyle="--", zorder=1)
         right.set_xlim(0, 1)
         right.set_ylim(0, 1)
         right.set_xlabel("drafted probability")
         right.set_ylabel("share that was right")
         right.set_title("Reliability (marker area: candidates)")
         legend(figure, 4)
-        return png(figure)
+        return picture(figure)
 
 
 def _ranks(axes: Axes, rates: Sequence[CandidateRate], step: int, colour: str, marker: str) -> None:

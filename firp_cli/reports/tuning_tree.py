@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from firp_cli.reports.canvas import canvas, png
+from firp_cli.reports.canvas import Picture, canvas, picture
 from firp_cli.tune_results import TunedTree
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _edge(above: tuple[float, float], below: tuple[float, float], width: float) 
     return PathPatch(line, fill=False, edgecolor="#8a97a6", linewidth=width, zorder=1)
 
 
-def tree_figure(entry: TunedTree) -> bytes:
+def tree_figure(entry: TunedTree) -> Picture:
     """Draw circles joined by edges, with order and acceptance probability inside; probable nodes are darker."""
     from matplotlib import colormaps
 
@@ -119,7 +119,7 @@ def tree_figure(entry: TunedTree) -> bytes:
             fill = shades(0.75 * probability)
             diameter = 72 * NODE_WIDTH * CIRCLE * scale
             axes.scatter([x], [y], s=diameter**2, color=[fill], edgecolors="#3c4a5a", linewidths=0.8, zorder=2)
-            ink = "white" if probability > DARK else "#1d2430"
+            ink = "white" if probability > DARK else "black"
             text = _label(node, probabilities.get(node))
             axes.text(x, y, text, ha="center", va="center", size=INSIDE * scale, color=ink, linespacing=1.05, zorder=3)
         axes.set_xlim(span / 2 - reach / 2, span / 2 + reach / 2)
@@ -130,4 +130,4 @@ def tree_figure(entry: TunedTree) -> bytes:
             figure.supxlabel(
                 "In a circle: the candidate's order, and the probability that the node is accepted.", size=8.5
             )
-        return png(figure)
+        return picture(figure)

@@ -229,8 +229,9 @@ class LeanStack:
                 made[id(layer)] = LeanLayer(layer, kernels)
             self._layers.append(None if released else made[id(layer)])
             self._loop_norms.append(None if loop_norm is None else RMSNorm.of(loop_norm))
-        packed = any(lean.packed is not None for lean in made.values())
-        self.name = "lean, compiled kernels" if packed else "lean"
+        self.packed = any(lean.packed is not None for lean in made.values())  # layers run in the CPU's kernels
+        self.compiled = compiled
+        self.name = "lean, compiled kernels" if self.packed else "lean"
         self.final_norm = RMSNorm.of(norm)
         self.norm: Callable[[Tensor], Tensor] = self.final_norm.__call__
         if kernels and head.weight.device.type == "cpu" and head.weight.dtype == torch.float32:

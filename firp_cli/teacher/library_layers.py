@@ -104,6 +104,11 @@ class LibraryStack:
         self._cache_name = named[0]
         self._calls, self._lock, self._library_attention = 0, Lock(), ""
 
+    @property
+    def attention(self) -> str:
+        """Name of the attention that the library chose for these layers."""
+        return str(self._library_attention if self._calls else self._config._attn_implementation)
+
     def rotary(self, hidden: Tensor, positions: Tensor) -> list[Tensor]:
         return [part.to(hidden.device) for part in self._rotary(hidden, positions)]
 

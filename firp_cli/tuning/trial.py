@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from firp_cli.decoding.tree_spec import TreeSpec
+from firp_cli.evaluation.answer_runs import ALL
 from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.methods import BenchSettings, Method
-from firp_cli.evaluation.rows import ALL
 from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.predictors.base import TreePredictor
 from firp_cli.results import Prediction

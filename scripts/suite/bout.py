@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from firp_cli.decoding.speed.pipeline import PipelineEngine
+from firp_cli.evaluation.answer_runs import ALL, BatchRun, batch_run
 from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt
 from firp_cli.evaluation.lossless import first_divergence, next_token_logits
 from firp_cli.evaluation.methods import Method
-from firp_cli.evaluation.rows import ALL, BatchRun, bench_rows, speedup
-from firp_cli.evaluation.run_bench import fold
+from firp_cli.evaluation.rows import bench_rows, speedup
 from firp_cli.evaluation.speed_ticks import pipeline_report
 from firp_cli.results import BenchRow, Divergence, Generation, TickCost
 from firp_cli.teacher.teacher import Teacher
@@ -129,7 +129,7 @@ class Bout:
         made = self.made[name]
         chosen = sorted(made) if numbers is None else sorted(set(numbers) & set(made))
         return [
-            fold(Batch(self.prompts[number].dataset, "", [number]), [[item] for item in made[number]])
+            batch_run(Batch(self.prompts[number].dataset, "", [number]), [[item] for item in made[number]])
             for number in chosen
         ]
 

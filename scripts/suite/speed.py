@@ -93,15 +93,6 @@ def _ar_table(name: str, work: Work) -> None:
     work.save()
 
 
-class StaticGenerate(HuggingFaceGenerate):
-    """transformers' `generate` with its static cache, which it compiles on CUDA devices."""
-
-    def _config(self, max_new_tokens: int) -> Any:
-        config = super()._config(max_new_tokens)
-        config.cache_implementation = "static"
-        return config
-
-
 def hf(shared: Shared, work: Work, name: str) -> None:
     """Time transformers' `generate` with its dynamic cache, batch 1."""
     teacher, sizes = shaped(shared, name), shared.sizes
@@ -129,7 +120,9 @@ def compiled(shared: Shared, work: Work, name: str) -> None:
     seconds = HF_SECONDS + COMPILE_SECONDS[0] + COMPILE_SECONDS[1] * teacher.num_layers
     if not cuda or work.clock.allows(seconds, label):
         try:
-            found = decoding(StaticGenerate(teacher), random_prompts(teacher, 1, sizes.context), sizes.new_tokens)
+            found = decoding(
+                HuggingFaceGenerate(teacher, static=True), random_prompts(teacher, 1, sizes.context), sizes.new_tokens
+            )
         finally:
             if cuda:
                 torch._dynamo.reset()  # its graphs hold memory

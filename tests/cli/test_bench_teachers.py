@@ -16,8 +16,9 @@ from firp_cli.config import TeacherConfig
 from firp_cli.errors import FingerprintError, UsageError
 from firp_cli.evaluation.bench_groups import choose_groups, embedded_folders, group_by_teacher, teacher_labels
 from firp_cli.evaluation.bench_prompts import BenchPrompt
+from firp_cli.evaluation.merge import merge_teachers
 from firp_cli.evaluation.methods import BenchSettings, make_methods
-from firp_cli.evaluation.run_bench import merge_reports, run_bench
+from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.predictors.folder import read_config, save_predictor
 from firp_cli.results import BenchReport, as_json
 from firp_cli.teacher.load import load_teacher
@@ -25,6 +26,8 @@ from firp_cli.teacher.teacher import Teacher
 from helpers.commands import invoke
 from helpers.folders import save_prompts, save_teacher
 from helpers.models import looped_model, looped_teacher, make_predictor, random_prompts, tiny_teacher
+
+DEFAULT = ["ar", "hf", "prompt-lookup", "suffix"]
 
 
 def short_bench(teacher: Teacher, methods: list[str], skip_long: bool = False) -> BenchReport:
@@ -36,8 +39,8 @@ def short_bench(teacher: Teacher, methods: list[str], skip_long: bool = False) -
 def test_merged_report_names_the_teacher_of_each_row() -> None:
     one = short_bench(tiny_teacher("llama"), ["ar", "hf"], skip_long=True)
     two = short_bench(looped_teacher(2, 3), ["hf"], skip_long=True)
-    assert merge_reports([one]) is one and one.teachers == [] and one.rows[0].teacher is None
-    merged = merge_reports([one, two])
+    assert merge_teachers([one]) is one and one.teachers == [] and one.rows[0].teacher is None
+    merged = merge_teachers([one, two])
     labels = [("tiny-llama", "ar"), ("tiny-llama", "hf"), ("looped-2x3", "hf")]
     assert [(row.teacher, row.method) for row in merged.rows] == labels
     assert [replace(row, teacher=None) for row in merged.rows] == [*one.rows, *two.rows]
@@ -88,7 +91,7 @@ def test_predictors_are_grouped_by_teacher(saved: Save) -> None:
     (together,) = group_by_teacher(folders, "plain")
     assert together.teacher == "plain" and list(together.folders) == ["a", "speed", "c", "medusa"]
     (nothing,) = group_by_teacher([])
-    assert nothing.teacher is None and choose_groups(None, [nothing])[0].methods == ["ar", "hf"]
+    assert nothing.teacher is None and choose_groups(None, [nothing])[0].methods == DEFAULT
 
 
 def test_methods_filter_every_group(saved: Save) -> None:
@@ -97,7 +100,7 @@ def test_methods_filter_every_group(saved: Save) -> None:
     def chosen(*wanted: str) -> dict[str | None, list[str]]:
         return {group.label or group.teacher: group.methods for group in choose_groups(wanted or None, groups)}
 
-    assert chosen() == {"plain": ["ar", "hf", "firp"], "looped": ["ar", "hf", "speed"]}
+    assert chosen() == {"plain": [*DEFAULT, "firp"], "looped": [*DEFAULT, "speed"]}
     assert chosen("ar", "speed") == {"/models/looped": ["ar", "speed"]}
     assert chosen("speed", "firp", "hf") == {"plain": ["firp", "hf"], "looped": ["speed", "hf"]}
     assert chosen("ar") == {"plain": ["ar"], "looped": ["ar"]}
@@ -167,7 +170,7 @@ def test_bench_measures_two_teachers_one_after_the_other(two_teachers: Path, mon
     monkeypatch.setattr("firp_cli.api.loading.load_teacher", load_alone)
     result, report = bench_of(work, str(work / "one"), str(work / "early"))
     rows = [(row.teacher, row.method) for row in report.rows]
-    expected = {"teacher": ["ar", "hf", "firp"], "looped": ["ar", "hf", "speed"]}
+    expected = {"teacher": [*DEFAULT, "firp"], "looped": [*DEFAULT, "speed"]}
     assert rows == [(teacher, method) for teacher, methods in expected.items() for method in methods]
     assert report.settings["methods_by_teacher"] == expected
     assert [teacher["name"] for teacher in report.teachers] == ["teacher", "looped"]

@@ -14,12 +14,17 @@ from firp_cli.decoding.cuda_graphs import CaptureError, CudaCapture
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.speed.pipeline import PipelineEngine, PipelineRun
 from firp_cli.decoding.step import DecodeStep
+from firp_cli.decoding.tree_file import TunedTrees
 from firp_cli.decoding.tree_spec import parse_tree
+from firp_cli.evaluation.environment import measurement_environment
+from firp_cli.evaluation.execution import engine_execution
+from firp_cli.evaluation.step_parts import step_parts
 from firp_cli.predictors.base import Predictor
-from firp_cli.results import Generation
+from firp_cli.results import Generation, Prediction
 from firp_cli.teacher.check import use_lean_layers
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
+from firp_cli.tune_results import TunedTree
 from helpers.models import SETTINGS, generate_reference, looped_model, make_predictor, random_prompts, tiny_model
 
 pytestmark = [
@@ -184,6 +189,34 @@ def test_failed_capture_leaves_the_device_usable() -> None:
     torch.cuda.synchronize()
     assert torch.equal(values, before + 2)
     test_replayed_steps_sample_new_tokens()
+
+
+def test_graphs_of_several_trees_stay_captured() -> None:
+    """Trees that differ by batch size take turns: none is captured while answers are written. Then a profile runs
+    eagerly, and the next answers capture anew.
+    """
+    teacher = on_cuda("llama", torch.float32)
+    predictor = predictor_for(teacher, KINDS[0])
+    entries = [
+        TunedTree({}, "", batch, 64, 0.0, tree, Prediction(2.0, 2.0, 1.0, 1.0))
+        for batch, tree in ((1, "dynamic:9"), (2, "none"), (4, "static:3x2"))
+    ]
+    engine = Engine(teacher, predictor, TunedTrees(parse_tree("dynamic:6", predictor.steps), 3, tuple(entries)))
+    prompts = random_prompts(4, seed=27)
+    expected = written(teacher, prompts)
+    assert engine.graphs is not None
+    for count in (4, 2, 1):
+        engine.capture(count, max(map(len, prompts)), 24)
+    engine.graphs.captures = 0
+    for count in (4, 1, 2, 4, 2, 1):
+        assert [item.token_ids for item in engine.generate(prompts[:count], 24)] == expected[:count]
+    assert engine_execution(engine, teacher).graphs == "captured" and engine.graphs.captures == 0
+    parts = step_parts(engine, [prompts, prompts], 24)
+    assert {"layers", "head", "tree", "pseudo states and drafts", "host"} <= set(parts) and min(parts.values()) > 0
+    for _ in range(3):
+        assert [item.token_ids for item in engine.generate(prompts, 24)] == expected
+    assert engine.graphs.captures > 0
+    assert measurement_environment(teacher)["devices"] == torch.cuda.device_count()
 
 
 def test_replayed_steps_sample_new_tokens() -> None:

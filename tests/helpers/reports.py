@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+from firp_cli.records import Accuracy, Execution, Sample, TokenPlace, Verified
 from firp_cli.results import BenchReport, BenchRow, Lossless, PipelineReport, TickCost
 
 DRAFTED = {
@@ -80,6 +82,36 @@ def bench_report(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all"),))
     )
 
 
+def full_report(groups: tuple[tuple[str, str], ...] = (("arithmetic", "all"),), sampled: bool = False) -> BenchReport:
+    """Return a report with every part that a bench can have: checks, accuracy, execution, parts of a step, samples,
+    warnings, a method that cannot run, and names and texts that must be escaped.
+    """
+    report = bench_report(groups)
+    for place, row in enumerate(report.rows):
+        row.speedup_hf_interval = (0.95 * (row.speedup_hf or 1), 1.04 * (row.speedup_hf or 1))
+        row.speedup_with_prefill_hf, row.speedup_with_prefill_hf_interval = 1.7, (1.62, 1.79)
+        worst = TokenPlace(prompt=7, turn=1, position=31, emitted=100, best=200, value=0.5)
+        row.verified = Verified(2540, 3 * (row.method == "medusa"), 1e-3, 2.5e-4 * (place + 1), worst=worst)
+        if sampled:
+            row.verified = Verified(2540, 0, 1e-9, None, 3e-6, worst, -0.81, 0.4, 0.62)
+        row.accuracy = Accuracy(33, 40, (0.68, 0.91))
+        row.execution = Execution("lean, compiled kernels", "sdpa", "not captured: no CUDA device", 0)
+        row.parts = {"draft": 0.6 * (row.method in DRAFTED), "forward": 2.9, "accept": 0.3, "cache": 0.2}
+    reason = "the <teacher> has no exit_layer & no head for it"
+    missing = replace(bench_row("early-exit:3", *groups[0]), reason=reason, lossless=Lossless())
+    odd = replace(bench_row("medusa", *groups[0]), method="assisted:HuggingFaceTB/SmolLM2-135M_Instruct $2 & 100%")
+    report.rows[len(DRAFTED) + 2 : len(DRAFTED) + 2] = [missing, odd]
+    report.warnings = ["ar drifted by 6% between its first and last repeat", "clocks <were> not fixed"]
+    pieces = [("The", 1), (" shells cost", 3), ("\n\n  12 * 7 =", 5), (" <b>84</b>\x1b", 8), ("\n", 1), (".", 2)]
+    plain = [(part, 1) for part in ["The", " shells", " cost", "\n\n  12", " *", " 7", " =", " <b>", "84", "</b>"]]
+    for prompt, asked in enumerate(("How much do 7 shells cost?\n\tEach: 12", "<script>alert('&')</script>")):
+        shown = (("ar", plain), ("firp", pieces))
+        report.samples += [Sample(name, "arithmetic", "all", prompt, asked, text) for name, text in shown]
+    report.environment |= {"driver": "570.1", "clocks": [{"sm_mhz": 1980, "memory_mhz": 2619}], "none": []}
+    report.settings["temperature"] = 1.0 if sampled else 0.0
+    return report
+
+
 def speed_row(method: str = "speed", dataset: str = "arithmetic", shared: bool = True, cost: bool = True) -> BenchRow:
     row = replace(bench_row("ar", dataset), method=method, speedup=2.04, speedup_interval=(1.97, 2.11), speedup_hf=2.6)
     row.steps, row.step_milliseconds, row.decode_seconds, row.tokens_per_second = 3472, 1.4, 4.9, 510.0
@@ -95,23 +127,35 @@ def speed_report(*rows: BenchRow) -> BenchReport:
 
 
 class Page(HTMLParser):
-    """Parser that collects images and links, and fails on tags that are not closed."""
+    """Parser that collects figures, ids, links and texts, and fails on tags that are not closed, on ids that are there
+    twice, and on anything that a browser would fetch.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.images: list[str] = []
+        self.figures: list[str] = []  # labels
+        self.ids: list[str] = []
         self.links: list[str] = []
+        self.texts: list[str] = []
         self.feed(text)
         assert self.open == []
+        assert len(set(self.ids)) == len(self.ids)
+        references = {link[1:] for link in self.links} | set(re.findall(r"url\(#([^)]*)\)", text))
+        assert all(link.startswith("#") for link in self.links) and references == set(self.ids)
+        assert not re.search(r"https?:|@import|url\((?!#)|<script|<link|<img", text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
-        if tag == "img":
-            self.images.append(values["src"] or "")
-        self.links += [value for key, value in attrs if key in ("href", "src") and value]
+        if tag == "svg":
+            self.figures.append(values["aria-label"] or "")
+        self.ids += [values["id"] or ""] if "id" in values else []
+        self.links += [value for key, value in attrs if key in ("href", "src", "xlink:href") and value]
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag

@@ -225,7 +225,7 @@ def test_bench_returns_the_report_that_the_command_writes(work: Path) -> None:
 
     report = firp_cli.bench(str(work / "one"), dataset=words, limit=2, settings=settings, progress=progress)
     assert isinstance(report, firp_cli.BenchReport) and opened == ["measuring"]
-    assert [row.method for row in report.rows] == ["ar", "hf", "firp"]
+    assert [row.method for row in report.rows] == ["ar", "hf", "prompt-lookup", "suffix", "firp"]
     options = ["--limit", "2", "--max-new-tokens", "8", "--repeats", "1", "--output", work / "bench"]
     succeed("bench", work / "one", "--dataset", words, *options)
     written = json.loads((work / "bench" / "bench.json").read_text())

@@ -18,6 +18,7 @@ ALL_TIERS = [  # classes with nightly tests
     "tests/unit/teacher/test_triton_layer.py::TestLayers",
     "tests/unit/decoding/test_step.py::TestDecodingByTheKernel",
     "tests/unit/decoding/test_triton_tree.py::TestKernels",
+    "tests/integration/test_ngram_decoding.py::TestNgramsByTheKernel",
 ]
 ONE_TIER = [
     "tests/unit/teacher/test_triton_attention.py::TestKernels",

@@ -67,25 +67,59 @@ def test_accepted_length_without_pipeline_is_chain_length():
     )
 
 
-def test_bootstrap_ratio_contains_the_ratio_and_is_seeded():
+def ratio_interval(tokens: np.ndarray, seconds: np.ndarray, processes: list[int]) -> metrics.Interval | None:
+    """Return the interval of sum(tokens) / sum(seconds) of tables (repeats, units)."""
+    (interval,) = metrics.bootstrap(
+        lambda repeats: [tokens[repeats].mean(axis=1), np.median(seconds[repeats], axis=1)],
+        lambda top, bottom: [top.sum(axis=1) / bottom.sum(axis=1)],
+        tokens.shape[1],
+        processes,
+    )
+    return interval
+
+
+def test_bootstrap_contains_the_ratio_and_is_seeded() -> None:
     generator = np.random.default_rng(1)
-    steps = generator.integers(20, 40, size=60)
+    steps = generator.integers(20, 40, size=(1, 60)).astype(float)
     tokens = steps * 2.0 + generator.normal(0, 4, size=60)
-    low, high = metrics.bootstrap_ratio(tokens, steps)
-    assert low < tokens.sum() / steps.sum() < high and high - low < 0.3
-    assert (low, high) == metrics.bootstrap_ratio(tokens, steps)
-    assert metrics.bootstrap_ratio([2.0, 4.0], [1.0, 2.0]) == (2.0, 2.0)
+    interval = ratio_interval(tokens, steps, [0])
+    assert interval is not None
+    assert interval[0] < tokens.sum() / steps.sum() < interval[1] and interval[1] - interval[0] < 0.3
+    assert interval == ratio_interval(tokens, steps, [0])
+    assert ratio_interval(2.0 * steps, steps, [0]) == (2.0, 2.0)
 
 
-def test_bootstrap_ratio_of_ratios_resamples_prompts_jointly():
-    tokens = np.full(30, 100.0)
-    seconds = np.random.default_rng(2).uniform(1, 3, size=30)
-    low, high = metrics.bootstrap_ratio_of_ratios(1.5 * seconds, tokens, seconds, tokens)
-    assert low == pytest.approx(1.5) and high == pytest.approx(1.5), "prompts that are slow for both cancel out"
-    low, high = metrics.bootstrap_ratio_of_ratios(1.5 * seconds[::-1], tokens, seconds, tokens)
-    assert low < 1.5 < high
+def test_few_units_have_no_interval() -> None:
+    tokens, seconds = np.full((3, 8), 100.0), np.random.default_rng(2).uniform(1, 3, size=(3, 8))
+    assert ratio_interval(tokens, seconds, [0, 0, 0]) is not None
+    assert ratio_interval(tokens[:, :7], seconds[:, :7], [0, 0, 0]) is None
 
 
-def test_bootstrap_ratio_refuses_lists_of_different_lengths():
-    with pytest.raises(ValueError, match="one entry per prompt"):
-        metrics.bootstrap_ratio([1.0, 2.0], [1.0])
+def test_bootstrap_sees_what_slows_a_whole_repeat() -> None:
+    """Units alone do not vary here; one repeat of three took twice as long, so the median of drawn repeats does."""
+    tokens, seconds = np.full((3, 20), 100.0), np.ones((3, 20))
+    seconds[1] = 2.0
+    low, high = ratio_interval(tokens, seconds, [0, 0, 0]) or (0.0, 0.0)
+    assert (low, high) == (50.0, 100.0)
+
+
+def test_repeats_are_drawn_within_drawn_processes() -> None:
+    generator = np.random.default_rng(3)
+    drawn = metrics.resampled_repeats([0, 0, 1, 1, 2, 2], 400, generator)
+    assert drawn.shape == (400, 6) and set(drawn.flatten()) == set(range(6))
+    owners = drawn.reshape(400, 3, 2) // 2
+    assert (owners[:, :, 0] == owners[:, :, 1]).all(), "the repeats of a draw are of one process"
+    assert (owners[:, 0] != owners[:, 1]).any() and (owners[:, 0] == owners[:, 1]).any()
+
+
+def test_interval_covers_the_true_ratio() -> None:
+    """Coverage of the 95% interval over simulated measurements: prompts differ, and each repeat has its own speed."""
+    generator = np.random.default_rng(4)
+    covered = 0
+    for _ in range(120):
+        rates = generator.lognormal(0.5, 0.3, size=24)  # speedup by prompt; the truth weighs prompts by their seconds
+        noise = generator.lognormal(0.0, 0.03, size=(3, 1)) * generator.lognormal(0.0, 0.02, size=(3, 24))
+        seconds = noise / rates
+        low, high = ratio_interval(np.ones((3, 24)), seconds, [0, 0, 0]) or (0.0, 0.0)
+        covered += low <= 1 / (np.exp(-0.5 + 0.3**2 / 2)) <= high
+    assert covered >= 0.88 * 120

@@ -200,6 +200,9 @@ def test_early_exit_is_the_teachers_head_on_a_middle_layer() -> None:
     names = ["firp (trained)", "firp (ridge)", "linear head (ridge)", "exit 2", "exit 2 (ridge)", "exit 3"]
     assert [row[0] for row in found.rows[::2]][:6] == names
     assert "on their own data" in found.note and "4 conversations" in found.note
+    chain = cell(found, "exit 3", "top-1", column="chain")
+    assert cell(found, "exit 3", "top-1", column="per pass") == pytest.approx(chain / (1 + 2 * 3 / LAYERS))
+    assert cell(found, "firp (trained)", "top-1", column="per pass") == found.rows[0][-2]
 
 
 def test_linear_head_and_exit_map_solve_least_squares() -> None:
@@ -223,7 +226,7 @@ def test_heads_compare_other_predictors_on_the_same_conversations() -> None:
     subject = subject_of(predictor)
     subject.against = {"rival": rival}
     found = heads(subject)
-    assert found.headers[-2:] == ["step 3", "chain"] and "medusa (ridge)" not in str(found.rows)
+    assert found.headers[-3:] == ["step 3", "chain", "per pass"] and "medusa (ridge)" not in str(found.rows)
     assert cell(found, "medusa (trained)", "top-1", column="step 3") is None
     held = [subject.with_states([1])[index] for index in subject.parts[1]]
     direct = quality.evaluate(TEACHER, rival, held, None)

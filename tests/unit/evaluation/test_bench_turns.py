@@ -20,13 +20,17 @@ from firp_cli.data.turns import Questions
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import UsageError
+from firp_cli.evaluation.answer_runs import BatchRun, Times, batch_run
 from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt, decode_turns, fit_prompts, make_batches
 from firp_cli.evaluation.lossless import compare_tokens
+from firp_cli.evaluation.measure import measure, memory_line
 from firp_cli.evaluation.methods import BenchSettings, LoadedPredictor, make_methods
-from firp_cli.evaluation.rows import BatchRun, bench_rows
-from firp_cli.evaluation.run_bench import fold, measure, memory_line, run_bench
+from firp_cli.evaluation.rows import bench_rows
+from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.predictors.folder import load_predictor, predictor_folder
-from firp_cli.reports.tables import bench_markdown, detail_cells, settings_line
+from firp_cli.reports.markdown import bench_markdown
+from firp_cli.reports.notes import settings_line
+from firp_cli.reports.tables import detail_cells
 from firp_cli.results import BenchReport, Generation, as_json
 from firp_cli.teacher.teacher import Teacher
 from helpers.chat import CHATML, with_template
@@ -62,11 +66,13 @@ def test_rows_sum_the_turns_of_a_prompt() -> None:
     def answers(scale: float) -> list[Generation]:
         return [generation([2, 2], 0.3, 4 * scale), generation([1], 0.3, scale), generation([3, 1, 1], 0.5, 2 * scale)]
 
-    run = fold(batch, [answers(1.0), answers(3.0), answers(2.0)])
-    assert (run.numbers, run.turns) == ([0, 1, 0], [0, 0, 1])
-    assert run.prefill_seconds == pytest.approx(0.3 + 0.5) and run.decode_seconds == pytest.approx(2 * (4 + 2))
-    assert run.decode_tokens == 4 + 1 + 5 and run.steps == 2 + 3
-    ar = BatchRun("set", "", [0, 1, 0], answers(1.0), 0.8, 20.0, 10, [0, 0, 1])
+    run = batch_run(batch, [answers(1.0), answers(3.0), answers(2.0)])
+    assert (run.numbers, [record.turn for record in run.first]) == ([0, 1, 0], [0, 0, 1])
+    times = Times.of([run])
+    folded = times.fold(times.everything)
+    assert folded.prefill.item() == pytest.approx(0.3 + 0.5) and folded.decode.item() == pytest.approx(2 * (4 + 2))
+    assert (folded.tokens.item(), folded.passes.item()) == (4 + 1 + 5, 2 + 3)
+    ar = batch_run(batch, [answers(20 / 6)])
     (row,) = bench_rows("firp", {"ar": [ar], "firp": [run]}, {0: None, 1: None}, 0.0)
     assert (row.prompts, row.turns, row.new_tokens, row.steps, row.batch_size) == (2, 3, 13, 6, 2)
     assert row.accepted_length == pytest.approx(10 / 6) and row.speedup == pytest.approx(20 / 12)
@@ -151,12 +157,13 @@ def test_comparison_ends_at_the_first_turn_that_differs(tmp_path: Path) -> None:
     prompts, _ = fit_prompts(talk_prompts(teacher, tmp_path, TALKS[:1] * 3), teacher.max_positions, 6, skip_long=False)
     batches = make_batches(prompts, 3)
     engine = Engine(teacher)
-    expected = fold(batches[0], [decode_turns(engine.generate, prompts, batches[0], 6)])
-    changed = [replace(item, token_ids=list(item.token_ids)) for item in expected.generations]
-    changed[4].token_ids[2] += 1  # prompt 1, turn 2
-    changed[2].token_ids[1] += 1  # prompt 2, turns 1 and 2
-    changed[5].token_ids[0] += 1
-    marks = compare_tokens(teacher, prompts, [expected], [replace(expected, generations=changed)])
+    expected = batch_run(batches[0], [decode_turns(engine.generate, prompts, batches[0], 6)])
+    changed = [list(record.token_ids or []) for record in expected.first]
+    changed[4][2] += 1  # prompt 1, turn 2
+    changed[2][1] += 1  # prompt 2, turns 1 and 2
+    changed[5][0] += 1
+    got = [replace(record, token_ids=ids) for record, ids in zip(expected.first, changed, strict=True)]
+    marks = compare_tokens(teacher, prompts, [expected], [BatchRun([got])])
     assert marks[0] is None and marks[1] is not None and marks[2] is not None
     assert (marks[1].turn, marks[1].position, marks[2].turn, marks[2].position) == (2, 2, 1, 1)
     assert marks[1].logit_gap > 0, "the expected token is the most probable one after the second prompt"

@@ -16,9 +16,11 @@ from firp_cli.config import DataConfig, TeacherConfig
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
+from firp_cli.evaluation.answer_runs import BatchRun, Times, batch_run
 from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt, fit_prompts, make_batches, spread
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
 from firp_cli.evaluation.lossless import first_divergence, unit_in_last_place
+from firp_cli.evaluation.measure import measure, memory_line
 from firp_cli.evaluation.methods import (
     BenchSettings,
     LoadedPredictor,
@@ -27,8 +29,8 @@ from firp_cli.evaluation.methods import (
     make_methods,
     predictor_names,
 )
-from firp_cli.evaluation.rows import BatchRun, bench_rows
-from firp_cli.evaluation.run_bench import fold, measure, memory_line, run_bench
+from firp_cli.evaluation.rows import bench_rows
+from firp_cli.evaluation.run_bench import run_bench
 from firp_cli.machine import readable_bytes
 from firp_cli.predictors.folder import save_predictor
 from firp_cli.results import BenchReport, Divergence, Generation
@@ -44,6 +46,7 @@ from helpers.models import (
     tiny_model,
     tiny_teacher,
 )
+from helpers.reports import Page
 
 
 def generation(emitted: list[int], prefill: float, decode: float, tokens: list[int] | None = None) -> Generation:
@@ -52,7 +55,7 @@ def generation(emitted: list[int], prefill: float, decode: float, tokens: list[i
 
 
 def run(number: int, emitted: list[int], prefill: float, decode: float, category: str = "") -> BatchRun:
-    return BatchRun("set", category, [number], [generation(emitted, prefill, decode)], prefill, decode, sum(emitted))
+    return batch_run(Batch("set", category, [number]), [[generation(emitted, prefill, decode)]])
 
 
 def test_bench_row_matches_hand_computed_numbers() -> None:
@@ -76,8 +79,7 @@ def test_bench_row_matches_hand_computed_numbers() -> None:
     # Spec-Bench: per prompt 7/3.5 and 5/2.5 for ar, 7/2.1 and 5/1.4 for firp.
     assert row.speedup_with_prefill == pytest.approx((7 / 2.1 + 5 / 1.4) / (7 / 3.5 + 5 / 2.5))
     assert (row.lossless.compared, row.lossless.identical, row.lossless.divergences) == (2, 1, [mark])
-    low, high = row.speedup_interval or (0.0, 0.0)
-    assert low <= row.speedup <= high
+    assert row.speedup_interval is None, "two prompts are too few for an interval"
     (ar,) = bench_rows("ar", runs, {}, 0.0)
     assert ar.speedup == 1.0 and ar.accepted_length == 1.0 and ar.acceptance_by_step == []
     assert ar.speedup_interval is None and ar.lossless.compared == 0
@@ -100,10 +102,11 @@ def test_single_token_answers_have_no_decode_time() -> None:
     assert row.speedup is None and row.new_tokens == 1 and math.isnan(row.accepted_length)
 
 
-def test_fold_takes_the_median_time_of_the_slowest_sequence() -> None:
+def test_times_are_medians_of_the_slowest_sequence() -> None:
     repeats = [[generation([2, 2], 0.3, seconds), generation([4], 0.3, seconds / 2)] for seconds in (4.0, 1.0, 2.0)]
-    folded = fold(Batch("set", "", [0, 1]), repeats)
-    assert folded.decode_tokens == 8 and folded.decode_seconds == pytest.approx(2.0) and folded.steps == 2
+    times = Times.of([batch_run(Batch("set", "", [0, 1]), repeats)])
+    folded = times.fold(times.everything)
+    assert (folded.tokens.item(), folded.passes.item()) == (8, 2) and folded.decode.item() == pytest.approx(2.0)
 
 
 def test_batches_never_mix_categories() -> None:
@@ -160,7 +163,7 @@ def test_predictor_names_are_kinds_or_folders() -> None:
 
 
 def test_choose_methods_defaults_to_all_and_suggests_names() -> None:
-    assert choose_methods(None, ["firp"]) == ["ar", "hf", "firp"]
+    assert choose_methods(None, ["firp"]) == ["ar", "hf", "prompt-lookup", "suffix", "firp"]
     assert choose_methods(["firp", "ar"], ["firp"]) == ["firp", "ar"]
     with pytest.raises(UsageError, match="did you mean 'medusa'"):
         choose_methods(["medua"], ["firp", "medusa"])
@@ -321,10 +324,11 @@ def test_bench_command_writes_a_report(work: Path) -> None:
     for text in ("ar", "hf", "firp", "medusa", "3/3", "bench.html"):
         assert text in result.stdout
     report = BenchReport.from_json(json.loads((out / "bench.json").read_text()))
-    assert [row.method for row in report.rows] == ["ar", "hf", "firp", "medusa"]
+    assert [row.method for row in report.rows] == ["ar", "hf", "prompt-lookup", "suffix", "firp", "medusa"]
     assert all(row.dataset == "words" and row.prompts == 3 for row in report.rows)
     assert {"bench.json", "bench.csv", "bench.md", "bench.html", "speedup.png"} <= {path.name for path in out.iterdir()}
-    assert "data:image/png;base64," in (out / "bench.html").read_text()
+    assert len(Page((out / "bench.html").read_text()).figures) == len(list(out.glob("*.png"))) >= 3
+    assert "\\begin{tabular}" in (out / "bench.tex").read_text()
 
 
 def test_bench_command_refuses_an_unknown_method_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,18 +317,25 @@ def test_engine_takes_the_tuned_tree_of_the_batch() -> None:
     assert str(engine.setup(1, 100, 10).tree) == "dynamic:6"
 
 
-def test_new_tree_gets_new_buffers_and_graphs() -> None:
-    """A captured step belongs to one tree; when the tree is used again, it is captured again."""
+@pytest.mark.parametrize("free", [1 << 40, 1 << 22], ids=["plenty", "little"])
+def test_new_tree_gets_new_buffers_and_graphs(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured step belongs to one tree. When the tree is used again, it is replayed, or captured again where the
+    memory was needed for another tree.
+    """
+    monkeypatch.setattr("firp_cli.decoding.engine.free_bytes", lambda _: free)
     teacher, predictor, prompts = embedded_teacher(), embedded_predictor("firp"), embedded_prompts(4)
     trees = TunedTrees(parse_tree("dynamic:8", 4), 4, (entry(1, "dynamic:6"), entry(4, "static:2x1")))
     engine = Engine(teacher, predictor, trees)
     graphs, tapes = with_graphs(engine)
     expected = [generate_reference(teacher.model, prompt, 24) for prompt in prompts]
-    forgotten = []
+    forgotten, captured = [], []
     for count in (1, 1, 4, 4, 4, 1, 1):
         assert [item.token_ids for item in engine.generate(prompts[:count], 24)] == expected[:count]
         forgotten.append(graphs.forgotten)
+        captured.append(graphs.captures)
         assert engine.kept is not None
         assert engine.kept.cache.bytes() == engine.cache_bytes(count, max(map(len, prompts[:count])), 24)
-    assert forgotten == [0, 0, 1, 1, 1, 2, 2]
+    little = free < 1 << 40
+    assert forgotten == ([0, 0, 1, 1, 1, 2, 2] if little else [0] * 7)
+    assert (captured[-1] > captured[4]) is little and captured[-1] == tapes.captured
     assert tapes.replayed > 0

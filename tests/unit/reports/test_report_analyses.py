@@ -15,7 +15,7 @@ from helpers.reports import PNG, Page
 
 TABLE = Analysis(
     "heads",
-    ["drafter", "measure", "step 1", "step 2", "chain"],
+    ["drafter", "hits", "step 1", "step 2", "chain"],
     [["a [b]", "top-1", 0.51234, None, 1.5], ["c", "top-1", 1.0, math.nan, 2.25]],
     reading="c <is> longest",
     note="on equal data",
@@ -41,10 +41,10 @@ def test_terminal_shows_steps_as_one_column_and_the_reason_of_a_missing_analysis
 
 
 def test_page_has_tables_figures_and_reasons() -> None:
-    figures = {"quality": PNG, **analysis_figures([TABLE, MISSING])}
-    assert list(figures) == ["quality", "analysis-heads"] and figures["analysis-heads"].startswith(PNG)
+    figures = analysis_figures([TABLE, MISSING])
+    assert list(figures) == ["analysis-heads"] and figures["analysis-heads"].png.startswith(PNG)
     text = analyses.eval_html(report(TABLE, MISSING), figures)
-    assert len(Page(text).images) == 2
+    assert "Against Medusa and early-exit heads." in Page(text).figures
     assert "C &lt;is&gt; longest." in text and "<td>0.512</td><td>–</td>" in text and "On equal data." in text
     assert "Not measured: a medusa predictor has no pseudo states." in text
     assert "<h2>" in text and "heads" not in analyses.eval_html(report(), {})

@@ -9,8 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from firp_cli.reports import figures, html, speed_tables, tables
+from firp_cli.reports import figures, html, pipeline_figures, speed_tables, tables
+from firp_cli.reports.bench_csv import bench_csv
 from firp_cli.reports.cells import main_rows
+from firp_cli.reports.markdown import bench_markdown
+from firp_cli.reports.notes import settings_line
+from firp_cli.reports.verified import lossless_note
 from firp_cli.results import BenchReport, Divergence, Lossless
 from helpers.reports import PNG, Page, bench_report, bench_row, speed_report, speed_row
 
@@ -54,7 +58,7 @@ def test_terminal_tables_are_per_teacher() -> None:
 
 def test_markdown_and_csv_name_the_teacher() -> None:
     report = two_teachers()
-    text = tables.bench_markdown(report)
+    text = bench_markdown(report)
     assert "| arithmetic | firp | 2.41 [2.35, 2.47] | 360.0 | 1.44 [1.38, 1.51] | 1.86 | 40/40 |" in text
     assert "| looped | hf | 1.00 | 250.0 | 0.78 [0.75, 0.80] | 1.00 | reference |" in text
     assert "| looped | speed | 4 | 3472 |" in text and "| speed (looped) | 256 |" in text
@@ -66,11 +70,11 @@ def test_markdown_and_csv_name_the_teacher() -> None:
         assert "teacher" not in cells(speed_report())[0]
     headers, lines = tables.bench_cells(two_teachers(SEVERAL_GROUPS))
     assert headers[:3] == ["teacher", "prompts", "method"] and lines[-1][:3] == ["looped", "all", "speed"]
-    one = csv.DictReader(io.StringIO(tables.bench_csv(report)))
+    one = csv.DictReader(io.StringIO(bench_csv(report)))
     assert [(line["teacher"], line["method"]) for line in one][-2:] == [("looped", "hf"), ("looped", "speed")]
-    assert tables.bench_csv(report).startswith("teacher,") and "teacher" not in tables.bench_csv(bench_report())
+    assert bench_csv(report).startswith("teacher,") and "teacher" not in bench_csv(bench_report())
     report.settings["prompts_by_teacher"] = {"arithmetic": 40, "looped": 38}
-    assert "40 and 38 prompts, greedy" in tables.settings_line(report)
+    assert "40 and 38 prompts, greedy" in settings_line(report)
 
 
 def test_html_has_a_headline_per_teacher() -> None:
@@ -94,7 +98,7 @@ def test_lossless_note_uses_the_dtype_of_each_teacher() -> None:
     firp, speed = report.rows[2], report.rows[-1]
     firp.lossless = Lossless(40, 39, [Divergence(7, 31, 100, 200, 0.03)])
     speed.lossless = Lossless(40, 39, [Divergence(8, 3, 100, 200, 0.03)])
-    note = tables.lossless_note(report)
+    note = lossless_note(report)
     assert note
     exact, near = note.split("; please report this; ")
     assert exact.startswith("1 output (firp (arithmetic)) differs") and "float32 rounding explains" in exact
@@ -114,12 +118,13 @@ def test_figures_label_methods_with_their_teacher(monkeypatch: pytest.MonkeyPatc
         texts[figure.axes[0].get_xlabel()] = handles + ticks
         return PNG
 
-    monkeypatch.setattr(figures, "png", collect)
+    monkeypatch.setattr(figures, "picture", collect)
+    monkeypatch.setattr(pipeline_figures, "picture", collect)
     report = two_teachers(SEVERAL_GROUPS)
     for row in report.rows:
         row.method = "firp" if row.method == "speed" else row.method  # one method of both teachers
     drawn = figures.bench_figures(report)
-    assert list(drawn) == ["speedup", "acceptance", "speedup_by_group", "occupancy"]
+    assert list(drawn) == ["speedup", "speedup_by_group", "acceptance", "histogram", "occupancy"]
     labels = [label for found in texts.values() for label in found]
     assert {"ar (arithmetic)", "ar (looped)", "firp (arithmetic)", "firp (looped)"} <= set(labels)
     assert "firp" not in labels and "firp (looped) (0.72 tokens per tick)" in labels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
@@ -11,6 +10,11 @@ import re
 from dataclasses import replace
 
 from firp_cli.reports import figures, html, speed_tables, tables
+from firp_cli.reports.bench_csv import bench_csv
+from firp_cli.reports.cells import DASH
+from firp_cli.reports.eval_figures import eval_figures
+from firp_cli.reports.markdown import bench_markdown
+from firp_cli.reports.verified import lossless_note
 from firp_cli.results import (
     BenchReport,
     Divergence,
@@ -46,14 +50,14 @@ def test_json_round_trip_keeps_rows() -> None:
 
 
 def test_csv_has_all_rows_and_values() -> None:
-    lines = list(csv.DictReader(io.StringIO(tables.bench_csv(bench_report()))))
+    lines = list(csv.DictReader(io.StringIO(bench_csv(bench_report()))))
     firp = next(line for line in lines if line["method"] == "firp")
     assert len(lines) == 5 and float(firp["speedup"]) == 1.44 and float(firp["speedup_low"]) == 1.38
     assert firp["lossless_identical"] == "40" and firp["accepted_histogram"] == "0 380 230 140 100 150"
 
 
 def test_markdown_shows_tables_and_command() -> None:
-    text = tables.bench_markdown(bench_report())
+    text = bench_markdown(bench_report())
     assert "| firp | 2.41 [2.35, 2.47] | 360.0 | 1.44 [1.38, 1.51] | 1.86 | 40/40 |" in text
     assert "| hf | 1.00 | 250.0 | 0.78 [0.75, 0.80] | 1.00 | reference |" in text
     assert "firp bench --dataset 'a b'" in text and "/somewhere" not in text
@@ -78,10 +82,10 @@ def test_terminal_tables_show_intervals_and_categories() -> None:
 
 
 def test_lossless_note_depends_on_gap_and_dtype() -> None:
-    assert tables.lossless_note(bench_report()) is None
-    near = tables.lossless_note(with_divergence(0.03, "bfloat16"))
-    far = tables.lossless_note(with_divergence(3.0, "bfloat16"))
-    exact = tables.lossless_note(with_divergence(0.03, "float32"))
+    assert lossless_note(bench_report()) is None
+    near = lossless_note(with_divergence(0.03, "bfloat16"))
+    far = lossless_note(with_divergence(3.0, "bfloat16"))
+    exact = lossless_note(with_divergence(0.03, "float32"))
     assert near and "bfloat16 rounding decides" in near and "1 outputs" not in near
     assert far and "report this" in far
     assert exact and "report this" in exact
@@ -91,11 +95,11 @@ def test_note_compares_with_ar_in_half_precision() -> None:
     report = with_divergence(0.03, "bfloat16")
     firp = next(row for row in report.rows if row.method == "firp")
     firp.lossless_ar = Lossless(40, 38, [Divergence(7, 31, 1, 2, 0.03, -1.5), Divergence(8, 3, 1, -1, math.nan)])
-    note = tables.lossless_note(report)
+    note = lossless_note(report)
     assert note and "identical to ar's outputs: firp 38/40" in note and "at most 1.5 units in the last place" in note
     again = BenchReport.from_json(json.loads(json.dumps(as_json(report))))
     assert [row.lossless_ar and row.lossless_ar.identical for row in again.rows].count(38) == 1
-    line = next(line for line in csv.DictReader(io.StringIO(tables.bench_csv(report))) if line["method"] == "firp")
+    line = next(line for line in csv.DictReader(io.StringIO(bench_csv(report))) if line["method"] == "firp")
     assert (line["lossless_ar_compared"], line["lossless_ar_identical"]) == ("40", "38")
 
 
@@ -103,10 +107,8 @@ def test_html_embeds_figures_and_needs_no_network() -> None:
     report = with_divergence(0.03, "bfloat16")
     drawn = figures.bench_figures(report)
     page = html.bench_html(report, drawn)
-    images = Page(page).images
-    assert [base64.b64decode(image.partition(",")[2]) for image in images] == list(drawn.values())
-    assert all(link.startswith("data:") for link in Page(page).links)
-    assert not re.search(r"https?://", page)
+    assert Page(page).figures == [html.CAPTIONS[name] for name in drawn] and len(drawn) == 3
+    assert "firp (2.41)" in Page(page).texts  # the text of a figure
     assert "near-tie" in page and "<td class=left>firp</td>" in page and "firp bench --dataset" in page
 
 
@@ -126,7 +128,8 @@ def test_html_escapes_names() -> None:
 
 def test_bench_figures_depend_on_the_results() -> None:
     drawn = figures.bench_figures(bench_report())
-    assert list(drawn) == ["speedup", "acceptance"] and all(image.startswith(PNG) for image in drawn.values())
+    assert list(drawn) == ["speedup", "acceptance", "histogram"]
+    assert all(image.png.startswith(PNG) for image in drawn.values())
     groups = tuple(("spec_bench", name) for name in ("all", "qa", "rag", "translation"))
     assert "speedup_by_group" in figures.bench_figures(bench_report(groups))
     sets = (("arithmetic", "all"), ("gsm8k", "all"), ("all", "all"))
@@ -138,10 +141,10 @@ def test_bench_figures_depend_on_the_results() -> None:
 
 def test_eval_figures_depend_on_the_results() -> None:
     report = eval_report()
-    drawn = figures.eval_figures(report)
-    assert list(drawn) == ["quality", "similarity"] and all(image.startswith(PNG) for image in drawn.values())
+    drawn = eval_figures(report)
+    assert list(drawn) == ["quality", "similarity"] and all(image.png.startswith(PNG) for image in drawn.values())
     report.similarity = {}
-    assert list(figures.eval_figures(report)) == ["quality"]
+    assert list(eval_figures(report)) == ["quality"]
 
 
 def test_pipeline_cells_show_statistics_and_tick_costs() -> None:
@@ -160,10 +163,7 @@ def test_pipeline_cells_show_statistics_and_tick_costs() -> None:
     cost = several.rows[1].pipeline and several.rows[1].pipeline.cost
     assert cost and "decision 0.15; one loop of one token 1.75 (a tick costs 1.33 x" in speed_tables.tick_line(cost)
     unmeasured = speed_report(speed_row(cost=False))
-    assert (
-        speed_tables.tick_cells(unmeasured)[1] == []
-        and speed_tables.pipeline_cells(unmeasured)[1][0][-3] == tables.DASH
-    )
+    assert speed_tables.tick_cells(unmeasured)[1] == [] and speed_tables.pipeline_cells(unmeasured)[1][0][-3] == DASH
     assert speed_tables.pipeline_cells(bench_report())[1] == [] == speed_tables.pipeline_tables(bench_report())
 
 
@@ -172,7 +172,7 @@ def test_pipeline_note_warns_about_unshared_loops() -> None:
     alone = speed_report(speed_row(shared=False))
     note = speed_tables.pipeline_note(alone)
     assert note and note.startswith("speed: ") and "no gain" in note and "--gpus N" in note
-    assert note in tables.bench_markdown(alone) and "no gain is to be expected" in html.bench_html(alone, {})
+    assert note in bench_markdown(alone) and "no gain is to be expected" in html.bench_html(alone, {})
     spread = speed_row(shared=False)
     assert spread.pipeline
     assert speed_tables.pipeline_note(speed_report(replace(spread, pipeline=replace(spread.pipeline, ranks=4)))) is None
@@ -182,30 +182,29 @@ def test_pipeline_survives_json_and_csv() -> None:
     report = speed_report(speed_row(), speed_row("speed_2", cost=False))
     again = BenchReport.from_json(json.loads(json.dumps(as_json(report))))
     assert [row.pipeline for row in again.rows] == [row.pipeline for row in report.rows]
-    assert tables.bench_csv(again) == tables.bench_csv(report)
-    plain_decoding, speed, unmeasured = csv.DictReader(io.StringIO(tables.bench_csv(report)))
+    assert bench_csv(again) == bench_csv(report)
+    plain_decoding, speed, unmeasured = csv.DictReader(io.StringIO(bench_csv(report)))
     own = [name for name in speed if name.startswith("pipeline")]
     assert speed["pipeline_exits"] == "1 2 3" and speed["pipeline_exit_accuracy"] == "0.81 0.93 0.97"
     assert float(speed["pipeline_cost_loop"]) == 1.745 and speed["pipeline_cost_rows"] == "1.6 1.7 1.8 1.95"
     assert "pipeline" not in own and not any("occupancy" in name for name in own)
     assert all(plain_decoding[name] == "" for name in own) and unmeasured["pipeline_cost_tick"] == ""
-    assert "pipeline" not in tables.bench_csv(bench_report())
+    assert "pipeline" not in bench_csv(bench_report())
 
 
 def test_markdown_and_html_have_a_pipeline_section() -> None:
     report = speed_report()
     drawn = figures.bench_figures(report)
-    text = tables.bench_markdown(report, list(drawn))
+    text = bench_markdown(report, list(drawn))
     section = text[text.index("## Pipeline") : text.index("## Details")]
     assert "| speed | 4 | 3472 | 0.72 |" in section and "| speed | 256 | 2.32 |" in section
     assert "![occupancy](occupancy.png)" in section and text.count("occupancy.png") == 1
     assert "tokens per r ticks" in text and "Predicted speedup" in text
     page = html.bench_html(report, drawn)
-    images = [base64.b64decode(image.partition(",")[2]) for image in Page(page).images]
-    assert images == list(drawn.values()) and html.CAPTIONS["occupancy"] in page
+    assert Page(page).figures == [html.CAPTIONS["speedup"], html.CAPTIONS["occupancy"]]
     assert "2.32 / 1.75 (1.33)" in page and "at 2.88 tokens per 4 ticks" in page
-    without = tables.bench_markdown(bench_report()) + html.bench_html(bench_report(), {})
-    assert "ipeline" not in without and "tick" not in without
+    without = bench_markdown(bench_report()) + html.bench_html(bench_report(), {})
+    assert "ipeline" not in without and not re.search(r"\btick", without)
 
 
 def test_pipeline_terminal_table_fits_80_columns() -> None:
@@ -228,13 +227,13 @@ def test_eval_report_of_early_exits() -> None:
     assert "tick 2.32 ms" in text and "predicted speedup: 2.17 (0.72 tokens per tick x 4 / 1.33)" in text
     assert "no gain" in speed_tables.eval_pipeline_lines(replace(report, pipeline=pipeline_report(shared=False)))[-1]
     assert speed_tables.eval_pipeline_lines(eval_report()) == []
-    drawn = figures.eval_figures(report)
-    assert list(drawn) == ["quality", "occupancy"] and all(image.startswith(PNG) for image in drawn.values())
+    drawn = eval_figures(report)
+    assert list(drawn) == ["quality", "occupancy"] and all(image.png.startswith(PNG) for image in drawn.values())
 
 
 def test_bench_figures_show_pipeline_occupancy() -> None:
     drawn = figures.bench_figures(speed_report())
-    assert list(drawn) == ["speedup", "occupancy"] and all(image.startswith(PNG) for image in drawn.values())
+    assert list(drawn) == ["speedup", "occupancy"] and all(image.png.startswith(PNG) for image in drawn.values())
     both = bench_report()
     both.rows += [speed_row(), speed_row("speed_2")]
-    assert list(figures.bench_figures(both)) == ["speedup", "acceptance", "occupancy"]
+    assert list(figures.bench_figures(both)) == ["speedup", "acceptance", "histogram", "occupancy"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
@@ -16,6 +15,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from firp_cli.reports import html, predicted, tables, tuning
+from firp_cli.reports.bench_csv import bench_csv
+from firp_cli.reports.canvas import Picture
+from firp_cli.reports.cells import DASH
+from firp_cli.reports.markdown import bench_markdown
 from firp_cli.reports.tuning_figures import near_checks, nearest_curve, shortened
 from firp_cli.reports.tuning_tree import drawable, ordinal, tree_layout
 from firp_cli.results import BenchReport, Prediction, as_json
@@ -139,8 +142,9 @@ def tune_report(*entries: TunedTree, measured: bool = True, break_even: int | No
     )
 
 
-def size_of(image: bytes) -> tuple[int, int]:
+def size_of(picture: Picture) -> tuple[int, int]:
     """Return the width and height of a complete PNG."""
+    image = picture.png
     assert image.startswith(PNG) and image[-8:-4] == b"IEND"
     width, height = struct.unpack(">II", image[16:24])
     return width, height
@@ -233,7 +237,7 @@ def test_tree_figure_labels_nodes_and_title(monkeypatch: pytest.MonkeyPatch) -> 
         found.append(figure.get_suptitle())
         return PNG
 
-    monkeypatch.setattr(tuning_tree, "png", collect)
+    monkeypatch.setattr(tuning_tree, "picture", collect)
     tuning_tree.tree_figure(entry(8))
     assert found[-1] == "static:8 at batch size 1: 8 nodes, 3 drafts deep"
     assert "root" in found and "1st\n0.62" in found and "2nd\n0.22" in found and len(found) == 9
@@ -268,7 +272,7 @@ def test_disagreement_is_relative_to_the_measurement() -> None:
 def test_off_formats_the_relative_error() -> None:
     assert (predicted.off(1.41, 1.44), predicted.off(1.44, 1.41), predicted.off(1.0, None)) == ("2% off", "2% off", "–")
     assert (tuning.percent_off(1.41, 1.44), tuning.percent_off(1.44, 1.41)) == ("-2.1", "+2.1")
-    assert tuning.percent_off(1.0, None) == tables.DASH
+    assert tuning.percent_off(1.0, None) == DASH
 
 
 def test_check_error_is_relative_to_the_measurement() -> None:
@@ -324,12 +328,11 @@ def test_html_embeds_figures_and_escapes_names() -> None:
     report = tune_report(entry(64), entry(8, 4), break_even=16)
     drawn = tuning.tune_figures(report)
     page = tuning.tune_html(report, drawn)
-    images = Page(page).images
-    assert [base64.b64decode(image.partition(",")[2]) for image in images] == list(drawn.values())
-    assert all(link.startswith("data:") for link in Page(page).links) and not re.search(r"https?://", page)
+    assert Page(page).figures == [tuning.CAPTIONS[name] for name in drawn]
     assert "<td>static:64</td>" in page and "<title>firp tune</title>" in page and "firp tune --dataset" in page
     assert all(caption.replace("'", "&#x27;") in page for caption in tuning.CAPTIONS.values())
-    assert page.count('class="wide"') == 1  # a tree of 64 nodes scrolls
+    widths = dict(zip(drawn, map(int, re.findall(r"min-width: (\d+)px; max-width", page)), strict=True))
+    assert widths["tree"] > 1000 > max(width for name, width in widths.items() if name != "tree")  # 64 nodes scroll
     assert "<b>" not in tuning.tune_html(tune_report(entry(8, tree="<b>")), {})
 
 
@@ -346,7 +349,7 @@ def test_json_round_trip_keeps_predictions() -> None:
     again = BenchReport.from_json(json.loads(json.dumps(as_json(report))))
     assert [row.predicted for row in again.rows] == [row.predicted for row in report.rows]
     assert again.rows[2].predicted == Prediction(2.35, 5.5, 3.3, 1.41) and again.rows[0].predicted is None
-    assert tables.bench_csv(again) == tables.bench_csv(report)
+    assert bench_csv(again) == bench_csv(report)
 
 
 def test_json_round_trip_keeps_tuned_trees() -> None:
@@ -358,7 +361,7 @@ def test_bench_reports_show_predictions() -> None:
     report = predicted_report()
     line = "firp: predicted 1.41 x, 2% off; accepted length 2.35, 2% off"
     assert line in printed(tables.bench_tables(report), width=80)
-    text = tables.bench_markdown(report)
+    text = bench_markdown(report)
     assert f"- {line}\n" in text and "| 2.35 (2% off) | 1.41 (2% off) |" in text and predicted.NOTE in text
     headers, cells = tables.detail_cells(report)
     assert headers[-2:] == ["predicted accepted length", "predicted speedup"]
@@ -366,7 +369,7 @@ def test_bench_reports_show_predictions() -> None:
     page = html.bench_html(report, {})
     Page(page)
     assert f"<p>{line}.</p>" in page and "<td>1.41 (2% off)</td>" in page
-    none, *_, firp, _, _ = csv.DictReader(io.StringIO(tables.bench_csv(report)))
+    none, *_, firp, _, _ = csv.DictReader(io.StringIO(bench_csv(report)))
     assert (none["predicted_speedup"], float(firp["predicted_speedup"])) == ("", 1.41)
     assert float(firp["predicted_accepted_length"]) == 2.35 and "predicted" not in firp
     assert (float(firp["predicted_step_milliseconds"]), float(firp["predicted_ar_milliseconds"])) == (5.5, 3.3)
@@ -384,5 +387,5 @@ def test_predicted_lines_name_data_set_and_teacher_of_several() -> None:
 
 def test_reports_without_predictions_omit_them() -> None:
     report = bench_report()
-    written = tables.bench_markdown(report) + html.bench_html(report, {}) + tables.bench_csv(report)
+    written = bench_markdown(report) + html.bench_html(report, {}) + bench_csv(report)
     assert "redicted" not in written and "redicted" not in " ".join(printed(tables.bench_tables(report), width=80))

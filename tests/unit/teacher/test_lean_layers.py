@@ -375,6 +375,7 @@ def test_compiled_layers_equal_library(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, ids = new_teacher("qwen3"), some_ids(1, 20)
     expected, prompt = states_of(teacher, ids), random_prompts(1, seed=9)[0]
     assert (use_lean_layers(teacher, compiled=True), teacher.stack.name) == (None, "lean")
+    assert teacher.stack.compiled
     assert given == [{"options": {"coordinate_descent_tuning": True}}] * 2 * teacher.num_layers
     assert_equal(states_of(teacher, ids), expected)
     predictor = make_predictor(teacher, kind="firp", layer=2, steps=2)
