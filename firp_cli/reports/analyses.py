@@ -52,14 +52,14 @@ def _texts(analysis: Analysis) -> int:
 
 
 def analysis_table(analysis: Analysis) -> Group:
-    """Return title, table and reading of an analysis for the terminal, or the reason why there is none."""
+    """Return title, table, reading and note of an analysis for the terminal, or the reason why there is none."""
     from rich.console import Group
 
     title = f"\n[bold]{TITLES[analysis.name]}[/bold] ({analysis.name})"
     if analysis.reason is not None:
         return Group(title, literal(f"not measured: {analysis.reason}"))
     drawn = rich_table(*_joined(analysis), _texts(analysis))
-    return Group(title, drawn, literal(_sentence(analysis.reading)))
+    return Group(title, drawn, *(literal(_sentence(text)) for text in (analysis.reading, analysis.note) if text))
 
 
 def _joined(analysis: Analysis) -> tuple[list[str], Cells]:

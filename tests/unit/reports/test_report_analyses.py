@@ -37,7 +37,7 @@ def test_terminal_shows_steps_as_one_column_and_the_reason_of_a_missing_analysis
         console.print(analyses.analysis_table(item))
     text = console.export_text()
     assert "0.512     –" in text and "a [b]" in text and "steps 1 to 2" in text
-    assert "C <is> longest." in text and "not measured: a medusa predictor" in text
+    assert "C <is> longest." in text and "On equal data." in text and "not measured: a medusa predictor" in text
 
 
 def test_page_has_tables_figures_and_reasons() -> None:
