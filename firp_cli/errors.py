@@ -66,7 +66,9 @@ class CapacityError(UsageError):
 
 
 class MethodError(FirpError):
-    """Method that a bench cannot measure with this teacher or under these settings: the others go on without it."""
+    """Method that a bench, or analysis that an evaluation, cannot measure with this teacher and predictor or under
+    these settings: the others go on without it.
+    """
 
 
 class SandboxError(FirpError):

@@ -15,6 +15,7 @@ from firp_cli.records import Accuracy, AnswerRecord, Execution, Sample, Verified
 BENCH_SCHEMA = "firp.bench/1"
 EVAL_SCHEMA = "firp.eval/1"
 TUNE_SCHEMA = "firp.tune/1"
+ANALYSES = ("similarity", "transfer-layer", "attention", "heads", "rows", "tree-size")  # of `firp eval --analysis`
 UNDRAFTED = ("ar", "hf", "hf-static")  # methods of a bench that decode token by token: they draft nothing
 
 Interval = tuple[float, float]
@@ -322,6 +323,35 @@ class StepQuality:
 
 
 @dataclass
+class Panel:
+    """Axes of a figure with their labels, and lines of points (x, y) by name. `doubling`: x grows by factors of 2."""
+
+    x: str
+    y: str
+    lines: dict[str, list[tuple[float, float]]]
+    doubling: bool = False
+
+
+@dataclass
+class Analysis:
+    """One of the papers' analyses: a table, and the panels of its figure.
+
+    Attributes:
+        rows: numbers, texts, and None where nothing was measured, under `headers`.
+        reading: sentence on the result. note: what was measured, and on which data.
+        reason: why this predictor has no such analysis, which then has no table.
+    """
+
+    name: str
+    headers: list[str] = field(default_factory=list)
+    rows: list[list[Any]] = field(default_factory=list)
+    reading: str = ""
+    note: str = ""
+    panels: list[Panel] = field(default_factory=list)
+    reason: str | None = None
+
+
+@dataclass
 class EvalReport:
     """Results of `firp eval`. `similarity[l]`: cosine(pseudo, real) at layer l by draft step; None below its layer."""
 
@@ -335,4 +365,5 @@ class EvalReport:
     tree: str
     similarity: dict[int, list[float | None]]
     pipeline: PipelineReport | None = None  # SPEED: `steps` are the exits, by loop
+    analyses: list[Analysis] = field(default_factory=list)
     schema: str = EVAL_SCHEMA

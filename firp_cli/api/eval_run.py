@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from firp_cli.analyses.run import chosen_analyses, run_analyses
+from firp_cli.analyses.subject import Subject
 from firp_cli.api.loading import LOG, load_pair
 from firp_cli.assets import DEFAULT_TEACHER
 from firp_cli.chat_template import template_fingerprint, tokenizer_fingerprint
@@ -23,11 +25,11 @@ from firp_cli.decoding.speed.pipeline import PipelineEngine
 from firp_cli.decoding.tree_spec import TreeSpec, default_tree, parse_tree
 from firp_cli.errors import NumericsError, UsageError
 from firp_cli.evaluation.environment import measurement_environment
-from firp_cli.evaluation.quality import Sequences
+from firp_cli.evaluation.quality import Quality, Sequences
 from firp_cli.evaluation.quality import evaluate as measure_quality
 from firp_cli.evaluation.speed_ticks import measure_tick, pipeline_report
 from firp_cli.predictors.base import Predictor
-from firp_cli.predictors.folder import trained_store
+from firp_cli.predictors.folder import load_predictor, predictor_folder, trained_store
 from firp_cli.predictors.speed import SpeedPredictor
 from firp_cli.predictors.trained_prompts import prompt_key
 from firp_cli.provenance import portable
@@ -38,6 +40,7 @@ from firp_cli.teacher.teacher import Teacher
 from firp_cli.training.batches import split_validation
 
 DEFAULT_LIMIT = 40
+ANALYSED = 200  # conversations of an analysis, where no limit is given
 DECODED = 16  # prompts that a pipeline decodes for its diagnostics
 DECODED_TOKENS = 128  # new tokens of each
 
@@ -81,6 +84,8 @@ def evaluate(
     limit: int | None = None,
     tree: str | None = None,
     force: bool = False,
+    analyses: str | Sequence[str] = (),
+    against: Sequence[str | Path] = (),
     progress: OpenProgress = silent,
 ) -> EvalReport:
     """Measure top-1, top-5, KL, expected accepted length and similarity of the drafts by step.
@@ -92,6 +97,7 @@ def evaluate(
         dataset: known name, hub id, file or folder, whose prompts of `split` the teacher answers first. Without it and
             `store`: the training store, else the data set of the predictor's recipe.
         limit: conversations at most. None: all of a store, 40 prompts.
+        analyses: names of `firp_cli.results.ANALYSES`, or `all`. against: other predictors for the analysis `heads`.
         progress: `progress(description)` opens a progress bar, a context manager: a function of (done, total).
 
     Example:
@@ -100,34 +106,67 @@ def evaluate(
     Raises UsageError, TeacherError, PredictorError, FingerprintError, DatasetError, StoreError and
     NumericsError.
     """
+    names = _analyses(analyses, against)
     _check_source(store, dataset, data_dir, split)
     model, loaded, folder = load_pair(str(predictor), teacher, force, dtype)
     spec, recipe = _tree(tree, folder, loaded), _recipe(folder)
+    others = _others(model, list(map(str, against)), force)
     trained_on = _training_store(recipe, folder)
     source = Path(store) if store is not None else None if dataset else trained_on
     with tempfile.TemporaryDirectory(prefix="firp-eval-") as temporary:
         if source is None:
-            config = _test_prompts(recipe.data, dataset, data_dir, limit, split)
-            _collect(model, config, loaded, Path(temporary) / "store", progress)
-            every, _ = _from_store(model, loaded, recipe, Path(temporary) / "store")
-            sequences, data = _without_trained(every, loaded, config, model.tokenizer)
+            prompts = _test_prompts(recipe.data, dataset, data_dir, limit, split)
+            place = Path(temporary) / "store"
+            sequences, data = _answered(model, [loaded, *others.values()], recipe, prompts, place, progress)
         else:
             sequences, data = _from_store(model, loaded, recipe, source, trained_on)
         with progress("evaluating") as bar:
             quality = measure_quality(model, loaded, sequences, spec, limit=limit, progress=bar)
             pipeline = _pipeline(model, loaded, sequences, limit)
+        chosen = replace(sequences, indices=sequences.indices[: limit or ANALYSED])
+        subject = Subject(model, loaded, chosen, recipe.training.ridge_lambda, others)
+        analysed = run_analyses(names, subject, progress)
+    described = {"folder": portable(str(folder)), **loaded.describe()}
+    return replace(_report(model, described, data, quality, spec), pipeline=pipeline, analyses=analysed)
+
+
+def _report(
+    teacher: Teacher, predictor: dict[str, Any], data: dict[str, Any], quality: Quality, spec: TreeSpec | None
+) -> EvalReport:
     return EvalReport(
-        environment=measurement_environment(model),
-        teacher=model.describe(),
-        predictor={"folder": portable(str(folder)), **loaded.describe()},
+        environment=measurement_environment(teacher),
+        teacher=teacher.describe(),
+        predictor=predictor,
         data={**data, "sequences": quality.sequences, "anchors": quality.anchors},
         steps=quality.steps,
         expected_accepted_length_chain=quality.expected_accepted_length_chain,
         expected_accepted_length_tree=quality.expected_accepted_length_tree,
         tree=str(spec) if spec else "",
-        pipeline=pipeline,
         similarity=quality.similarity,
     )
+
+
+def _analyses(analyses: str | Sequence[str], against: Sequence[str | Path]) -> list[str]:
+    """Return the chosen analyses. Raises UsageError."""
+    names = chosen_analyses(analyses) if analyses else []
+    if against and "heads" not in names:
+        raise UsageError("--against is for the analysis heads: add --analysis heads")
+    return names
+
+
+def _others(teacher: Teacher, names: list[str], force: bool) -> dict[str, Predictor]:
+    """Load predictors to compare with, by the names of their folders, where two are equal by their paths. Raises
+    UsageError, PredictorError and FingerprintError.
+    """
+    folders = {name: predictor_folder(name) for name in names}
+    short = [folder.resolve().name for folder in folders.values()]
+    loaded = {}
+    for label, (name, folder) in zip(short, folders.items(), strict=True):
+        other = load_predictor(folder, teacher, force)
+        if other.pipeline:
+            raise UsageError(f"--against {name}: it feeds a pipeline, and heads compares drafters of later tokens")
+        loaded[f"{label if short.count(label) == 1 else name} (against)"] = other
+    return loaded
 
 
 def _check_source(store: str | Path | None, dataset: str | None, data_dir: str | None, split: str) -> None:
@@ -164,13 +203,31 @@ def _pipeline(teacher: Teacher, predictor: Predictor, sequences: Sequences, limi
     return pipeline_report(generations, teacher.looped is not None, cost=cost)
 
 
-def _without_trained(
-    sequences: _Finite, predictor: Predictor, data: DataConfig, tokenizer: Any
+def _answered(
+    teacher: Teacher,
+    predictors: Sequence[Predictor],
+    recipe: Recipe,
+    prompts: DataConfig,
+    folder: Path,
+    progress: OpenProgress,
 ) -> tuple[_Finite, dict[str, Any]]:
-    """Return the answered prompts that the predictor was not trained on, with their description for the report. Raises
+    """Let the teacher answer prompts into the store `folder`, with the states that the first predictor needs; return
+    those that no predictor was trained on. Raises UsageError, DatasetError.
+    """
+    _collect(teacher, prompts, predictors[0], folder, progress)
+    every, _ = _from_store(teacher, predictors[0], recipe, folder)
+    return _without_trained(every, predictors, prompts, teacher.tokenizer)
+
+
+def _without_trained(
+    sequences: _Finite, predictors: Sequence[Predictor], data: DataConfig, tokenizer: Any
+) -> tuple[_Finite, dict[str, Any]]:
+    """Return the answered prompts that no predictor was trained on, with their description for the report. Raises
     UsageError where none remains.
     """
-    known = set() if predictor.trained_prompts is None else set(predictor.trained_prompts.tolist())
+    known: set[int] = set()
+    for predictor in predictors:
+        known |= set() if predictor.trained_prompts is None else set(predictor.trained_prompts.tolist())
     texts, kept = PromptTexts(tokenizer), []
     for number in sequences.indices:
         rows = sequences.store.stored(number)

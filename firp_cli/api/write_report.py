@@ -10,6 +10,8 @@ from firp_cli.errors import OutputError
 from firp_cli.evaluation.spec_bench import answer_files
 from firp_cli.files import os_reason, write_atomically, write_json
 from firp_cli.records import ANSWERS, answer_lines
+from firp_cli.reports.analyses import eval_html
+from firp_cli.reports.analysis_figures import analysis_figures
 from firp_cli.reports.bench_csv import bench_csv
 from firp_cli.reports.eval_figures import eval_figures
 from firp_cli.reports.figures import bench_figures
@@ -23,8 +25,8 @@ from firp_cli.tune_results import TuneReport
 
 
 def write_report(report: BenchReport | EvalReport | TuneReport, folder: str | Path) -> None:
-    """Write NAME.json and the figures as PNG; of a bench also the records of its answers, CSV, LaTeX, Markdown, HTML
-    and on Spec-Bench its answer files, of tuning Markdown and HTML.
+    """Write NAME.json, NAME.html and the figures as PNG; of a bench also the records of its answers, CSV, LaTeX,
+    Markdown and on Spec-Bench its answer files, of tuning Markdown.
 
     Each file appears whole or not at all. Raises OutputError where one cannot be written.
     """
@@ -60,7 +62,8 @@ def _write(report: BenchReport | EvalReport | TuneReport, folder: Path) -> None:
         pages = {"csv": bench_csv(report), "md": bench_markdown(report, list(figures))}
         pages |= {"html": bench_html(report, figures), "tex": bench_latex(report)}
     elif isinstance(report, EvalReport):
-        name, figures, pages = "eval", eval_figures(report), {}
+        name, figures = "eval", eval_figures(report) | analysis_figures(report.analyses)
+        pages = {"html": eval_html(report, figures)}
     else:
         name, figures = "tune", tune_figures(report)
         pages = {"md": tune_markdown(report, list(figures)), "html": tune_html(report, figures)}

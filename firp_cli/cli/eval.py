@@ -25,9 +25,19 @@ from firp_cli.cli.terminal import (
 )
 from firp_cli.config import TeacherConfig
 from firp_cli.files import reserved_folder
+from firp_cli.results import ANALYSES
 
 if TYPE_CHECKING:
     from firp_cli.results import EvalReport
+
+Analyses = Annotated[
+    str,
+    typer.Option(metavar="NAME,...", help=f"Analyses of the papers: {', '.join(ANALYSES)}; or all."),
+]
+Against = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PREDICTOR", help="Another predictor for --analysis heads; may be repeated."),
+]
 
 
 @teacher_options
@@ -48,12 +58,14 @@ def evaluate(
         int | None, typer.Option(min=1, help="Most conversations. Default: all of a store, 40 prompts.")
     ] = None,
     tree: Tree = None,
+    analysis: Analyses = "",
+    against: Against = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/eval-...")] = None,
     force: Force = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure top-1, top-5, KL, expected accepted length and similarity by step; write eval.json and figures."""
+    """Measure top-1, top-5, KL, expected accepted length and similarity by step; write JSON, a page and figures."""
     quiet_libraries(verbose)
     from firp_cli.api.eval_run import evaluate as measure
     from firp_cli.predictors.folder import predictor_folder
@@ -70,6 +82,8 @@ def evaluate(
             limit=limit,
             tree=tree,
             force=force,
+            analyses=analysis,
+            against=against or (),
             progress=progress_bar,
         )
         publish(report, folder, as_json, lambda: _print(report, folder))
@@ -78,6 +92,7 @@ def evaluate(
 def _print(report: EvalReport, folder: Path) -> None:
     from rich.console import Console
 
+    from firp_cli.reports.analyses import analysis_table
     from firp_cli.reports.speed_tables import eval_pipeline_lines
     from firp_cli.reports.tables import eval_table
 
@@ -91,5 +106,7 @@ def _print(report: EvalReport, folder: Path) -> None:
     else:
         text = f"expected accepted length: {chain:.2f} as a chain, {best:.2f} with tree {report.tree}"
         console.print(text, markup=False)
+    for item in report.analyses:
+        console.print(analysis_table(item))
     if (folder / "eval.json").is_file():
         console.print(f"report: {folder}", markup=False, soft_wrap=True)

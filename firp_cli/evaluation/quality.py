@@ -19,8 +19,8 @@ from firp_cli.decoding.tree_spec import TreeSpec
 from firp_cli.errors import StoreError
 from firp_cli.evaluation.simulate import ANCHOR_CHUNK
 from firp_cli.metrics import accepted_length, chain_length
-from firp_cli.predictors.anchors import Sequenced, choose_anchors, collate, compare_rows, target_states
-from firp_cli.predictors.base import Predictor, TreePredictor
+from firp_cli.predictors.anchors import Anchors, Sequenced, choose_anchors, collate, compare_rows, target_states
+from firp_cli.predictors.base import Predictor, SequenceBatch, TreePredictor
 from firp_cli.predictors.forward import LOGIT_ELEMENTS
 from firp_cli.results import Progress, StepQuality, no_progress
 from firp_cli.teacher.teacher import Teacher
@@ -84,31 +84,44 @@ def evaluate(
     count = min(len(sequences), limit or len(sequences))
     sums = _Sums(predictor.steps)
     anchors_seen = 0
+    for batch, anchors in anchor_chunks(teacher, predictor, sequences, limit, batch_size, progress):
+        index, valid = anchors.index, anchors.valid
+        hook = _similarity_hook(sums, index, valid)
+        states = predictor.draft_states(teacher, batch, index, on_layer=hook)
+        targets = target_states(batch, anchors, predictor.offsets)
+        used = valid.any(-1)
+        roots = batch.input_ids.gather(1, index + 1)[used]
+        # what the head reads, what drafts are made from, the teacher's rows, and the rest
+        adjusted, own = predictor.path_states(batch, index, states), rows_at(batch.final, index)
+        rows = (adjusted[used], states[used], targets[used], valid[used], roots, own[used])
+        anchors_seen += len(roots)
+        for chunk in _row_chunks(rows, predictor.steps * teacher.vocab_size):
+            _add_rows(sums, teacher, predictor, tree, *chunk)
+    if not anchors_seen:
+        raise StoreError("nothing to evaluate: no stored sequence has two response tokens; collect longer answers")
+    return _quality(sums, count, anchors_seen, predictor.pipeline)
+
+
+def anchor_chunks(
+    teacher: Teacher,
+    predictor: Predictor,
+    sequences: Sequences,
+    limit: int | None = None,
+    batch_size: int = 4,
+    progress: Progress = no_progress,
+) -> Iterator[tuple[SequenceBatch, Anchors]]:
+    """Yield all anchors of the first `limit` sequences, with the batch that they belong to, at most ANCHOR_CHUNK per
+    sequence at a time.
+    """
+    count = min(len(sequences), limit or len(sequences))
     for start in range(0, count, batch_size):
         chosen = [sequences[index] for index in range(start, min(start + batch_size, count))]
         batch = collate(chosen).to(teacher.device, teacher.dtype)
         anchors = choose_anchors(batch, predictor.offsets)
-        targets_BAkd = target_states(batch, anchors, predictor.offsets)
-        for columns in torch.arange(anchors.index.shape[1]).split(ANCHOR_CHUNK):
-            part = slice(int(columns[0]), int(columns[-1]) + 1)
-            index, valid = anchors.index[:, part], anchors.valid[:, part]
-            hook = _similarity_hook(sums, index, valid)
-            states = predictor.draft_states(teacher, batch, index, on_layer=hook)
-            used = valid.any(-1)
-            roots = batch.input_ids.gather(1, index + 1)[used]
-            # what the head reads, what drafts are made from, the teacher's rows, and the rest
-            adjusted, own = (
-                predictor.path_states(batch, index, states),
-                batch.final.gather(1, _rows(index, batch.final)),
-            )
-            rows = (adjusted[used], states[used], targets_BAkd[:, part][used], valid[used], roots, own[used])
-            anchors_seen += len(roots)
-            for chunk in _row_chunks(rows, predictor.steps * teacher.vocab_size):
-                _add_rows(sums, teacher, predictor, tree, *chunk)
+        chunks = zip(anchors.index.split(ANCHOR_CHUNK, dim=1), anchors.valid.split(ANCHOR_CHUNK, dim=1), strict=True)
+        for index, valid in chunks:
+            yield batch, Anchors(index, valid)
         progress(min(start + batch_size, count), count)
-    if not anchors_seen:
-        raise StoreError("nothing to evaluate: no stored sequence has two response tokens; collect longer answers")
-    return _quality(sums, count, anchors_seen, predictor.pipeline)
 
 
 def _row_chunks(rows: tuple[Tensor, ...], elements_per_row: int) -> Iterator[tuple[Tensor, ...]]:
@@ -118,9 +131,10 @@ def _row_chunks(rows: tuple[Tensor, ...], elements_per_row: int) -> Iterator[tup
         yield tuple(part[start : start + size] for part in rows)
 
 
-def _rows(index: Tensor, states: Tensor) -> Tensor:
-    """Return the index (B, A, d) that gathers rows `index` (B, A) of states (B, T, d)."""
-    return index[:, :, None].expand(-1, -1, states.shape[2])
+def rows_at(states: Tensor, index: Tensor) -> Tensor:
+    """Return rows `index` (B, A) of states (B, T, d), the last row where an index passes it: (B, A, d)."""
+    index = index.clamp(max=states.shape[1] - 1)
+    return states.gather(1, index[:, :, None].expand(-1, -1, states.shape[2]))
 
 
 def _similarity_hook(sums: _Sums, index_BA: Tensor, valid_BAk: Tensor) -> Callable[[int, Tensor, Tensor], None]:
@@ -130,8 +144,7 @@ def _similarity_hook(sums: _Sums, index_BA: Tensor, valid_BAk: Tensor) -> Callab
         started = pseudo.shape[2]
         total = sums.cosine.setdefault(layer, torch.full((sums.steps,), float("nan"), dtype=torch.float64))
         for step in range(1, started + 1):
-            ahead = (index_BA + step).clamp(max=real.shape[1] - 1)
-            future = real.gather(1, ahead[:, :, None].expand(-1, -1, real.shape[2]))
+            future = rows_at(real, index_BA + step)
             cosine = functional.cosine_similarity(pseudo[:, :, step - 1].double(), future.double(), dim=-1)
             added = (cosine * valid_BAk[:, :, step - 1]).sum().cpu()
             total[step - 1] = added + total[step - 1].nan_to_num(0.0)

@@ -24,6 +24,7 @@ class HiddenTransferPredictor(LinearMapPredictor, TreePredictor):
 
     def __init__(self, config: FirpConfig | HiddenTransferConfig, teacher: Teacher) -> None:
         super().__init__(config, config.steps, teacher.hidden_size, config.bias)
+        self.sees_earlier = True
         last = teacher.num_layers - 1
         if any(layer > last for layer in self.transfer_layers):
             raise PredictorError(
@@ -35,6 +36,15 @@ class HiddenTransferPredictor(LinearMapPredictor, TreePredictor):
     @property
     def teachers_head(self) -> bool:
         return self.draft_tokens is None
+
+    def isolated(self) -> HiddenTransferPredictor:
+        """Return the predictor on the same weights whose `draft_states` hide the pseudo states of earlier steps from
+        later ones. For analysis alone: the decoder has no such mask.
+        """
+        other = self._copy()
+        assert isinstance(other, HiddenTransferPredictor)
+        other.sees_earlier = False
+        return other
 
     def _truncate(self, steps: int) -> None:
         self.maps = self.maps[:steps]
@@ -78,7 +88,7 @@ class HiddenTransferPredictor(LinearMapPredictor, TreePredictor):
         rows = real.shape[1]
         positions = torch.arange(rows, device=real.device).expand(real.shape[0], rows)
         mask_positions = torch.cat([positions, pseudo_positions(positions, anchors, self.steps)], dim=1)
-        mask = teacher.anchored_mask(batch.lengths, mask_positions, anchors, self.steps)
+        mask = teacher.anchored_mask(batch.lengths, mask_positions, anchors, self.steps, self.sees_earlier)
         pseudo = forward_anchors(
             teacher,
             real,

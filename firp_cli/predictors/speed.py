@@ -75,6 +75,13 @@ class SpeedPredictor(LinearMapPredictor, ExitPredictor):
         return self._layers
 
     def ridge_target(self, teacher: Teacher, batch: SequenceBatch, hidden: Tensor) -> Tensor:
-        # the norm removes a state's length; the input's length keeps the maps near the identity
-        length = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().to(hidden.dtype)
-        return teacher.unnorm(batch.final) * length
+        return exit_target(teacher, batch, hidden)
+
+
+def exit_target(teacher: Teacher, batch: SequenceBatch, hidden: Tensor) -> Tensor:
+    """Return (B, T, d): the target of an exit map for the states `hidden` (B, T, d), to which the final norm is applied
+    before the head.
+    """
+    # the norm removes a state's length; the input's length keeps the maps near the identity
+    length = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().to(hidden.dtype)
+    return teacher.unnorm(batch.final) * length

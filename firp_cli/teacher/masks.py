@@ -28,12 +28,12 @@ def causal_allowed(lengths_B: Tensor, rows: int) -> Tensor:
     return (causal[None] & inside[:, None, :]) | itself[None]
 
 
-def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor | None, steps: int) -> Tensor:
+def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor | None, steps: int, earlier: bool = True) -> Tensor:
     """Return (B, M, M) bool over real rows and pseudo states (FIRP section 3: pseudo states see as their anchors).
 
     The pseudo state of step i and anchor a sees every real row that row `anchors[a]` sees, that row itself included,
-    and the pseudo states of steps 1..i of the same anchor. Real rows never see pseudo states. `anchors_BA` None: every
-    real row is an anchor.
+    and the pseudo states of steps 1..i of the same anchor; without `earlier` only its own. Real rows never see pseudo
+    states. `anchors_BA` None: every real row is an anchor.
     """
     batch, rows, _ = real_BRR.shape
     anchors = rows if anchors_BA is None else anchors_BA.shape[1]
@@ -44,7 +44,7 @@ def rows_allowed(real_BRR: Tensor, anchors_BA: Tensor | None, steps: int) -> Ten
     if anchors_BA is not None:
         seen_BAR = real_BRR.gather(1, anchors_BA[:, :, None].expand(batch, anchors, rows))
     allowed[:, rows:, :rows] = seen_BAR.repeat(1, steps, 1)
-    allowed[:, rows:, rows:] = own_pseudo(steps, anchors, real_BRR.device)
+    allowed[:, rows:, rows:] = own_pseudo(steps, anchors, real_BRR.device, earlier)
     return allowed
 
 
@@ -84,9 +84,10 @@ def _step_numbers(nodes: int, steps: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def own_pseudo(steps: int, anchors: int, device: torch.device) -> Tensor:
-    """Return (k*A, k*A) bool: pseudo state (i, a) sees pseudo state (j, a) for j <= i."""
+def own_pseudo(steps: int, anchors: int, device: torch.device, earlier: bool = True) -> Tensor:
+    """Return (k*A, k*A) bool: pseudo state (i, a) sees pseudo state (j, a) for j <= i; without `earlier` for j = i."""
     order = torch.ones(steps, steps, dtype=torch.bool, device=device).tril()
+    order = order if earlier else order & order.T
     same = torch.eye(anchors, dtype=torch.bool, device=device)
     return (order[:, None, :, None] & same[None, :, None, :]).reshape(steps * anchors, steps * anchors)
 

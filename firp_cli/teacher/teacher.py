@@ -347,16 +347,19 @@ class Teacher:
         positions = torch.arange(rows, device=self.device)[None]
         return self.sequence_mask(causal_allowed(positions.new_full((1,), rows), rows), positions)
 
-    def anchored_mask(self, lengths: Tensor, positions: Tensor, anchors: Tensor, steps: int) -> AnchoredMask:
+    def anchored_mask(
+        self, lengths: Tensor, positions: Tensor, anchors: Tensor, steps: int, earlier: bool = True
+    ) -> AnchoredMask:
         """Return the masks of sequences of `lengths` (B,) with pseudo states at `anchors` (B, A).
 
         Args:
             positions: (B, T + k*A) of the real rows, then of the pseudo states.
+            earlier: pseudo states see those of earlier steps of their anchor.
         """
         rows = positions.shape[1] - steps * anchors.shape[1]
         if self.standard_attention:
-            return AnchoredMask(anchors, rows, steps)
-        return DenseAnchoredMask(causal_allowed(lengths, rows), positions, anchors, steps, self.dtype)
+            return AnchoredMask(anchors, rows, steps, earlier)
+        return DenseAnchoredMask(causal_allowed(lengths, rows), positions, anchors, steps, self.dtype, earlier)
 
     @property
     def fingerprint(self) -> str:

@@ -95,6 +95,8 @@ class AnchorRows:
         other = torch.arange(present, device=device)
         seen = real <= anchor
         own = (other % width == row[:, None] % width) & (other // width <= step[:, None])
+        if not self.whole.earlier:
+            own = other == row[:, None]
         if self.window is not None:
             seen = seen & (anchor + step[:, None] + 1 - real < self.window)
             own = own & (step[:, None] - other // width < self.window)
@@ -107,10 +109,11 @@ class AnchoredMask:
 
     Args:
         anchors: (B, A) the real rows that pseudo states grow from.
+        earlier: pseudo states see those of earlier steps of their anchor, as in decoding.
     """
 
-    def __init__(self, anchors: Tensor, rows: int, steps: int) -> None:
-        self.anchors, self.rows, self.steps = anchors, rows, steps
+    def __init__(self, anchors: Tensor, rows: int, steps: int, earlier: bool = True) -> None:
+        self.anchors, self.rows, self.steps, self.earlier = anchors, rows, steps, earlier
         self.kept: dict[int | None, Tensor] = {}  # small masks of all steps by window, shared by the layers
 
     def real(self, window: int | None) -> Tensor | CausalRows:
@@ -129,9 +132,17 @@ class DenseAnchoredMask(AnchoredMask):
         allowed: (B, T, T) bool: real row m sees real row j. positions: (B, T + P).
     """
 
-    def __init__(self, allowed: Tensor, positions: Tensor, anchors: Tensor, steps: int, dtype: torch.dtype) -> None:
-        super().__init__(anchors, allowed.shape[1], steps)
-        self._mask = AttentionMask(rows_allowed(allowed, anchors, steps), dtype, positions, positions)
+    def __init__(
+        self,
+        allowed: Tensor,
+        positions: Tensor,
+        anchors: Tensor,
+        steps: int,
+        dtype: torch.dtype,
+        earlier: bool = True,
+    ) -> None:
+        super().__init__(anchors, allowed.shape[1], steps, earlier)
+        self._mask = AttentionMask(rows_allowed(allowed, anchors, steps, earlier), dtype, positions, positions)
 
     def real(self, window: int | None) -> Tensor:
         return self._mask.additive(window)[:, :, : self.rows, : self.rows]

@@ -176,6 +176,15 @@ class _Curve:
         ]
 
 
+def measure_rows(teacher: Teacher, split: int, context: int, counts: Sequence[int]) -> CostCurve:
+    """Measure passes of exactly these row counts, one of them 1, of one sequence. Arguments: see `CostProbe`."""
+    kernel = choose_backend("auto", teacher.device, teacher.own_masks) == "triton"
+    curve = _Curve(CostProbe(teacher, split, 1, context, max(counts), kernel))
+    for rows in counts:
+        curve.measure(rows)
+    return curve.curve()
+
+
 def _between(place: float, low: float, high: float, at_low: Sequence[float], at_high: Sequence[float]) -> list[float]:
     """Interpolate linearly at `place` between the values at `low` and `high`."""
     share = (place - low) / (high - low) if high > low else 0.0

@@ -79,7 +79,7 @@ def test_eval_reports_the_exits_and_the_pipeline(work: Path) -> None:
     assert [item["step"] for item in report["steps"]] == [1, 2]
     assert report["pipeline"]["exits"] == [1, 2] and 0 < report["pipeline"]["tokens_per_tick"] <= 1
     assert report["pipeline"]["predicted_speedup"] > 0
-    assert {path.name for path in out.iterdir()} == {"eval.json", "quality.png", "occupancy.png"}
+    assert {path.name for path in out.iterdir()} == {"eval.json", "eval.html", "quality.png", "occupancy.png"}
 
 
 def test_generate_equals_autoregressive_decoding(work: Path) -> None:

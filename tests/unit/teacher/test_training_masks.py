@@ -62,6 +62,32 @@ def test_anchor_rows_equal_dense_mask(window: int | None, budget: int, monkeypat
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("earlier", [True, False])
+def test_pseudo_masks_equal_an_element_wise_rule(window: int | None, earlier: bool):
+    lengths, anchors, count, steps = torch.tensor([11, 8]), torch.tensor([[0, 4, 9], [2, 3, 7]]), 11, 3
+    positions = torch.arange(count).expand(2, count)
+    all_positions = torch.cat([positions, pseudo_positions(positions, anchors, steps)], dim=1)
+    allowed = causal_allowed(lengths, count)
+    dense = DenseAnchoredMask(allowed, all_positions, anchors, steps, torch.float32, earlier)
+    expected = torch.zeros(2, 9, count + 9, dtype=torch.bool)
+    for batch in range(2):
+        for row in range(9):
+            step, anchor = row // 3, row % 3
+            place = anchors[batch, anchor].item()
+            for column in range(count + 9):
+                if column < count:
+                    seen, back = column <= place, place + step + 1 - column
+                else:
+                    other, grown = divmod(column - count, 3)
+                    seen = grown == anchor and (other <= step if earlier else other == step)
+                    back = step - other
+                expected[batch, row, column] = seen and (window is None or back < window)
+    lean = AnchoredMask(anchors, count, steps, earlier).pseudo(window, steps)
+    assert torch.equal(lean.mask(0, 9, 9, torch.float32)[:, 0] == 0, expected)
+    assert torch.equal(dense.pseudo(window, steps)[:, 0] == 0, expected)
+
+
 class WaitingMask(CausalMask):
     """Causal mask whose layers wait for the event `go`."""
 

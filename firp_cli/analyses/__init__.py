@@ -1,0 +1,1 @@
+"""Analyses of the papers on a teacher and a predictor, one file each."""
