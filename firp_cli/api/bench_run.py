@@ -27,6 +27,7 @@ from firp_cli.evaluation.overlap import were_trained_on
 from firp_cli.evaluation.run_bench import bench_report, complete_report
 from firp_cli.evaluation.spec_bench import published_categories
 from firp_cli.predictors.folder import load_predictor, predictor_folder, trained_store
+from firp_cli.provenance import portable
 from firp_cli.results import BenchReport
 from firp_cli.teacher.teacher import Teacher
 
@@ -283,7 +284,7 @@ def _encode(prompts: Sequence[tuple[str, Prompt]], teacher: Teacher, all_turns: 
             continue
         questions = Questions.of(prompt.conversation, teacher.tokenizer, stops) if all_turns else None
         lengths = tuple(questions.lengths()) if questions else ()
-        place = f"{prompt.row} of {prompt.dataset}"
+        place = f"{prompt.row} of {portable(prompt.dataset)}"
         said = next(iter(prompt.conversation.turns()), [])
         question = next((message["content"] for message in reversed(said) if message["role"] == "user"), "")
         told = {"place": place, "id": prompt.id, "question": question, "reference": prompt.reference}
