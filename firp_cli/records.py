@@ -163,12 +163,14 @@ class Execution:
         layers: implementation of the decoder layers. attention: `sdpa`, `triton`, or the library's.
         graphs: "captured", or the reason why steps ran eagerly.
         captures: graphs that were captured while times were taken.
+        machine: device or processor, driver and clocks.
     """
 
     layers: str = ""
     attention: str = ""
     graphs: str = ""
     captures: int = 0
+    machine: str = ""
 
 
 @dataclass

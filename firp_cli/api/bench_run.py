@@ -194,8 +194,11 @@ def _measure(
         )
     report = bench_report(teacher, methods, measured, settings)
     if not report.settings.get("interrupted"):
-        with progress(f"checking{suffix}") as bar:
-            complete_report(report, teacher, methods, measured, settings, bar)
+        try:
+            with progress(f"checking{suffix}") as bar:
+                complete_report(report, teacher, methods, measured, settings, bar)
+        except KeyboardInterrupt:
+            report.settings["interrupted"] = "interrupted while the answers were checked"
     report.left_out_trained = len(prompts) - len(fresh)
     del teacher, loaded, methods
     if group.label:  # the next teacher needs the memory

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from firp_cli.config import Recipe
 
 STEPS = 6
+KIND = "firp_plus"  # of the predictor
 DRAFT_VOCABULARY = 16384  # tokens drafted of vocabularies at least twice as large: the head reads fewer rows
 COLLECTING = 0.4  # largest share of the minutes for collecting
 MEASURING = 0.35  # share of the minutes for tuning and the bench
@@ -89,7 +90,7 @@ def quickstart(
     run("tune", predictor, "--dataset", data.train, *where, *tuning, "--output", str(folder / "tune"))
     measured = min(MEASURED[1], max(MEASURED[0], round(minutes / 2)))
     measuring = ["--limit", str(measured), "--repeats", "1", "--output", str(folder / "bench")]
-    run("bench", predictor, "--dataset", data.test, *where, *measuring)
+    run("bench", predictor, "--dataset", data.test, "--methods", f"ar,hf,{KIND}", *where, *measuring)
     spent = (time.monotonic() - until) / 60 + minutes
     typer.echo(f"\n{spent:.1f} minutes. Predictor: {predictor}")
     typer.echo(f"try it:  {command_text('generate', predictor, '--prompt', 'TEXT', *decoding_dtype())}")
@@ -165,7 +166,7 @@ def make_recipe(
                 "max_new_tokens": max_new_tokens,
                 "max_length": 2048,
             },
-            "predictor": {"kind": "firp_plus", "coupling": {"form": "recurrent"}, **predictor},
+            "predictor": {"kind": KIND, "coupling": {"form": "recurrent"}, **predictor},
             "training": {
                 "ridge_lambda": 1e-4,
                 "coupling": {"epochs": LONGER_EPOCHS, "learning_rate": 2e-3},

@@ -50,6 +50,16 @@ def measurement_environment(teacher: Teacher) -> dict[str, Any]:
     return values
 
 
+def machine_line(values: dict[str, Any]) -> str:
+    """Return device or processor, driver and clock of a measurement's environment, as far as they are known."""
+    state, unit = values.get("device_state") or values.get("processor_state") or {}, ""
+    clock, most = (state.get(f"sm_{name}", state.get(name)) for name in ("megahertz", "megahertz_max"))
+    if isinstance(clock, (int, float)):
+        unit = f"{clock:g} of {most:g} MHz" if isinstance(most, (int, float)) else f"{clock:g} MHz"
+    driver = f"driver {values['driver']}" if values.get("driver") else ""
+    return ", ".join(part for part in (values.get("device_name") or values.get("processor"), driver, unit) if part)
+
+
 def device_state(device: torch.device) -> dict[str, Any]:
     """Return driver version, clocks, power and temperature of a CUDA device at this moment; empty on other devices."""
     if device.type != "cuda":

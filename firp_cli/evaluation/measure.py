@@ -24,7 +24,7 @@ from firp_cli.evaluation.bench_prompts import (
     longest_batch,
     make_batches,
 )
-from firp_cli.evaluation.environment import device_state, measurement_environment
+from firp_cli.evaluation.environment import device_state, machine_line, measurement_environment
 from firp_cli.evaluation.execution import execution, reset_captures
 from firp_cli.evaluation.methods import BenchSettings, Method
 from firp_cli.machine import readable_bytes
@@ -186,4 +186,6 @@ def measure_bench(
     environment |= {"device_state_after": state} if (state := device_state(teacher.device)) else {}
     measured = [method for method in methods if method.name in runs]
     executions = {method.name: execution(method, teacher, method.name == STATIC) for method in measured}
+    for ran in executions.values():
+        ran.machine = machine_line(environment)
     return Measured(fitting, batches, runs, skipped, environment, executions)

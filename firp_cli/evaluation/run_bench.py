@@ -66,9 +66,18 @@ def bench_report(
         },
         rows=_rows(teacher, methods, measured, settings, reference),
         skipped_long=measured.skipped,
-        warnings=drift_warnings(runs),
+        warnings=[*drift_warnings(runs), *_capture_warnings(measured)],
         records=records_of(runs),
     )
+
+
+def _capture_warnings(measured: Measured) -> list[str]:
+    """Return a warning for each method whose timed runs contain captures of graphs, which are slow."""
+    return [
+        f"{name}: {ran.captures} CUDA graphs were captured while times were taken: its times are too long"
+        for name, ran in measured.executions.items()
+        if ran.captures
+    ]
 
 
 def complete_report(

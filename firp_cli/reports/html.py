@@ -42,7 +42,7 @@ def bench_html(report: BenchReport, figures: Figures) -> str:
         *map(_headline, parts),
         table(headers, cells, headers.index("method") + 1, reasons),
         f'<div class="warning">{listed(report.warnings)}</div>' if report.warnings else "",
-        *(f"<p>{escape(line)}.</p>" for line in predicted_lines(report)),
+        *(f"<p>{escape(line)}.</p>" for line in (*predicted_lines(report), notes.process_line(report)) if line),
         section("Speedup", _figure(figures, "speedup"), _paragraph(notes.interval_note(report))),
         section("Data sets and categories", _figure(figures, "speedup_by_group"), *map(_groups, parts), _rows(report)),
         section("Acceptance", _pair(figures, "acceptance", "histogram")),

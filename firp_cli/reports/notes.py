@@ -32,6 +32,7 @@ def settings_line(report: BenchReport) -> str:
         skipped += f" ({report.left_out_trained} left out: a predictor was trained on them)"
     repeats = settings.get("repeats")
     taken = "measured once" if repeats == 1 else f"medians over {repeats} repeats"
+    taken += f" in each of {settings['processes']} processes" if settings.get("processes") else ""
     taken += f", {settings['interrupted']}" if settings.get("interrupted") else ""
     names = [
         f"{part.teacher.get('name')} ({part.teacher.get('dtype')}, {part.teacher.get('device')})" for part in parts
@@ -72,7 +73,8 @@ def reading_notes(report: BenchReport) -> list[str]:
         "Accepted length: tokens emitted per decoding step, bonus token included; 1 for autoregressive decoding.",
         "Speedup: pooled decode seconds per token, the baseline's over the method's. Prefill and the first token "
         "(which prefill gives) do not count.",
-        "Brackets: 95% bootstrap interval over prompts (speedup: over batches, if the batch size is above 1).",
+        "Brackets: 95% bootstrap interval over prompts (speedup: over batches, if the batch size is above 1), over the "
+        "repeats, and over the processes where there are several.",
         "ar: autoregressive decoding in the same engine. hf: transformers' own generate.",
         "Speedup with prefill, as defined by Spec-Bench: mean over prompts of tokens per second of wall time, over "
         f"that of ar{', or of hf' if published(report) else ''}.",
@@ -129,6 +131,15 @@ def interval_note(report: BenchReport) -> str | None:
     )
 
 
+def process_line(report: BenchReport) -> str | None:
+    """Return the speedups that each process measured; None of one process."""
+    rows = [row for row in main_rows(report) if row.speedup_by_process and row.method != "ar"]
+    if not rows:
+        return None
+    figures = [f"{row_label(row)} {', '.join(f'{value:.2f}' for value in row.speedup_by_process)}" for row in rows]
+    return f"speedup over ar in each of {report.settings.get('processes')} processes: {'; '.join(figures)}"
+
+
 def bench_notes(report: BenchReport) -> list[str]:
     """Return what a reader of the tables must know, in lines: warnings, methods that cannot run, missing intervals,
     verification.
@@ -139,6 +150,7 @@ def bench_notes(report: BenchReport) -> list[str]:
         *reason_lines(report),
         TEACHERS_NOTE if report.teachers else None,
         interval_note(report),
+        process_line(report),
         pipeline_note(report),
         verified.verified_note(report),
         verified.identical_line(report) if checked else None,
