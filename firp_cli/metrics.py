@@ -73,15 +73,21 @@ def chain_length_of_hits(hits: ArrayLike, valid: ArrayLike | None = None) -> flo
 
 
 def resampled_repeats(processes: Sequence[int], scenarios: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Return numbers of repeats (scenarios, R), drawn with replacement: first the processes, then repeats of each.
+    """Return numbers of repeats (scenarios, drawn), drawn with replacement: of several processes first the processes,
+    then repeats of each.
+
+    Of P processes P - 1 are drawn, of the R repeats of one process R - 1: as many as there are would vary too little,
+    by a third for three (Rao and Wu 1988, Resampling inference with complex survey data, section 2).
 
     Args:
         processes: (R,) the process that measured each repeat; each has as many.
     """
     owners = np.asarray(processes)
     members = np.stack([np.flatnonzero(owners == process) for process in np.unique(owners)])  # (P, R / P)
-    chosen = generator.integers(0, len(members), (scenarios, len(members), 1))
-    within = generator.integers(0, members.shape[1], (scenarios, *members.shape))
+    count, repeats = members.shape
+    drawn = (count - 1, repeats) if count > 1 else (1, max(1, repeats - 1))
+    chosen = generator.integers(0, count, (scenarios, drawn[0], 1))
+    within = generator.integers(0, repeats, (scenarios, *drawn))
     return members[chosen, within].reshape(scenarios, -1)
 
 
@@ -101,7 +107,7 @@ def bootstrap(
     intervals. Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8.
 
     Args:
-        fold: returns tables (S, units), one value for each unit, from repeats (S, R) that are folded into one.
+        fold: returns tables (S, units), one value for each unit, from choices of repeats (S, r) that it folds into one.
         statistic: returns the figures (draws,) each, from tables (draws, units) of drawn units.
         processes: (R,) the process of each repeat.
     """

@@ -171,12 +171,12 @@ class Times:
         return np.arange(len(self.processes))[None]
 
     def fold(self, repeats: NDArray[np.int64]) -> Folded:
-        """Return one value for each batch, from choices of repeats (S, R): tables (S, n).
+        """Return one value for each batch, from choices of repeats (S, r): tables (S, n).
 
         Seconds per token are medians over the repeats, since sampled answers differ in length; tokens are means. Where
         this method was repeated less often than others, all its repeats are taken.
         """
-        if repeats.shape[1] != len(self.processes):
+        if repeats.max() >= len(self.processes):
             repeats = np.repeat(self.everything, len(repeats), axis=0)
         per_token = np.median((self.decode / np.maximum(self.tokens, 1))[repeats], axis=1)
         tokens = self.tokens[repeats].mean(axis=1)

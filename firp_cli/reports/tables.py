@@ -147,8 +147,8 @@ def parts_cells(report: BenchReport) -> tuple[list[str], Cells]:
 
 
 def bench_tables(report: BenchReport) -> Group:
-    """Return the main tables for the terminal, one for each teacher and data set, at most 80 columns wide. Categories,
-    predictions and pipelines follow.
+    """Return the main tables for the terminal, one for each teacher and data set, at most 80 columns wide. Predictions
+    and pipelines follow.
     """
     from rich.console import Group
     from rich.text import Text
@@ -158,21 +158,23 @@ def bench_tables(report: BenchReport) -> Group:
 
 
 def _teacher_tables(report: BenchReport) -> list[Table]:
-    """Return a teacher's main tables and its categories; titles name the teacher if the rows do."""
+    """Return a teacher's main tables, with the categories below; titles name the teacher if the rows do."""
     owner = f"teacher {report.rows[0].teacher}" if report.rows and report.rows[0].teacher else ""
     datasets = list(dict.fromkeys(row.dataset for row in report.rows))
     columns, drawn = _terminal_columns(report), []
     for dataset in datasets:
-        rows = [row for row in measured(report.rows) if (row.dataset, row.category) == (dataset, "all")]
-        cells = [[row.method, *(cell(row) for cell in columns.values())] for row in rows]
+        rows = [row for row in measured(report.rows) if row.dataset == dataset]
+        cells = []
+        for category in dict.fromkeys(row.category for row in rows):
+            alike = [row for row in rows if row.category == category]
+            if category != "all":
+                cells.append([f"{category}:", f"n={alike[0].prompts}", *[""] * (len(columns) - 1)])
+            cells += [[row.method, *(cell(row) for cell in columns.values())] for row in alike]
         table = rich_table(["\nmethod", *columns], cells, left=1)
         table.columns[0].no_wrap, table.show_edge = False, False  # only a long name is folded
         table.padding = (0, 0 if any(row.accuracy for row in rows) else 1, 0, 0)
         name = dataset if len(datasets) > 1 else ""
         drawn.append(_titled(table, owner, f"data set {name}" if owner and name else name))
-    headers, cells = category_cells(report)
-    if cells:
-        drawn.append(_titled(rich_table(headers, cells, left=1), owner, "speedup over ar (accepted length)"))
     return drawn
 
 

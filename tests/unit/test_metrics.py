@@ -106,10 +106,22 @@ def test_bootstrap_sees_what_slows_a_whole_repeat() -> None:
 def test_repeats_are_drawn_within_drawn_processes() -> None:
     generator = np.random.default_rng(3)
     drawn = metrics.resampled_repeats([0, 0, 1, 1, 2, 2], 400, generator)
-    assert drawn.shape == (400, 6) and set(drawn.flatten()) == set(range(6))
-    owners = drawn.reshape(400, 3, 2) // 2
+    assert drawn.shape == (400, 4) and set(drawn.flatten()) == set(range(6)), "one process fewer than there are"
+    owners = drawn.reshape(400, 2, 2) // 2
     assert (owners[:, :, 0] == owners[:, :, 1]).all(), "the repeats of a draw are of one process"
     assert (owners[:, 0] != owners[:, 1]).any() and (owners[:, 0] == owners[:, 1]).any()
+    assert metrics.resampled_repeats([0, 0, 0], 9, generator).shape == (9, 2)
+    assert metrics.resampled_repeats([0], 9, generator).tolist() == [[0]] * 9
+
+
+def test_drawn_repeats_have_the_variance_of_the_mean() -> None:
+    """The mean of the drawn ones varies as much as the mean of so many measurements does."""
+    generator, estimates = np.random.default_rng(5), []
+    for _ in range(300):
+        values = generator.normal(size=3)
+        drawn = metrics.resampled_repeats([0, 1, 2], 300, generator)
+        estimates.append(values[drawn].mean(axis=1).var())
+    assert np.mean(estimates) == pytest.approx(1 / 3, rel=0.15)
 
 
 def test_interval_covers_the_true_ratio() -> None:

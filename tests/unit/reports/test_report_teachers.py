@@ -49,11 +49,8 @@ def test_terminal_tables_are_per_teacher() -> None:
     titles = [line for line in lines if line.startswith("teacher ")]
     sets = ("arithmetic", "gsm8k", "all")
     of = {name: [f"teacher {name}, data set {each}" for each in sets] for name in ("arithmetic", "looped")}
-    categories = "speedup over ar (accepted length)"
-    assert titles[:4] == [*of["arithmetic"], f"teacher arithmetic, {categories}"]
-    assert titles[4:7] == of["looped"] and "1.44 (2.41)" in " ".join(lines)
-    assert sum("arithmetic: rag" in line for line in lines) == 2
-    assert all(line.count("(") == 1 for line in lines if line.startswith("arithmetic: rag 40 2.04"))
+    assert titles == [*of["arithmetic"], *of["looped"]]
+    assert lines.count("rag: n=40") == 2, "each teacher has the category"
 
 
 def test_markdown_and_csv_name_the_teacher() -> None:

@@ -76,7 +76,9 @@ def test_terminal_tables_show_intervals_and_categories() -> None:
     groups = (("spec_bench", "all"), ("spec_bench", "rag"), ("spec_bench", "translation"))
     console.print(tables.bench_tables(bench_report(groups)))
     text = console.export_text()
-    assert "spec_bench: rag" in text and "1.44 (2.41)" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert [line for line in lines if "n=" in line] == ["rag: n=40", "translation: n=40"]
+    assert sum(line.startswith("firp ") and "1.44 [1.38, 1.51]" in line for line in lines) == 3
     console.print(tables.eval_table(eval_report()))
     assert "0.420" in console.export_text()
 
