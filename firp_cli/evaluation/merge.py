@@ -8,20 +8,20 @@ from dataclasses import replace
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.answer_runs import BatchRun, Runs, runs_of, runs_of_records
 from firp_cli.evaluation.bench_groups import teacher_labels
-from firp_cli.evaluation.rows import bench_row, drift_warnings, speedup
-from firp_cli.records import AnswerRecord
+from firp_cli.evaluation.rows import DRIFTED, bench_row, drift_warnings, speedup
+from firp_cli.records import AnswerRecord, Verified
 from firp_cli.results import BenchReport, BenchRow
 
 # fields of a row that do not depend on times: those of the first process are kept
 FACTS = (
-    *("predictor", "batch_size", "tree", "pipeline", "predicted", "lossless", "lossless_ar", "teacher", "parts"),
-    *("verified", "accuracy", "execution"),
+    *("predictor", "batch_size", "tree", "pipeline", "predicted", "lossless_ar", "teacher", "parts"),
+    *("accuracy", "execution"),
 )
 
 
 def merge_processes(reports: Sequence[BenchReport]) -> BenchReport:
     """Return one report of the same bench in several processes: all their repeats count, and rows have the speedup of
-    each process. Tokens and their checks are those of the first one.
+    each process and the worst check of their tokens. Other facts are those of the first one.
 
     Raises UsageError where the processes decoded other prompts.
     """
@@ -45,34 +45,49 @@ def merge_processes(reports: Sequence[BenchReport]) -> BenchReport:
             "repeats": repeats,
             **({"interrupted": cut[0]} if cut else {}),
         },
-        rows=[_pooled(row, runs[row.teacher], len(reports)) for row in first.rows],
+        rows=[_pooled(row, runs[row.teacher], reports) for row in first.rows],
         warnings=[*_other_warnings(first), *warnings],
         records=records,
     )
 
 
 def _other_warnings(report: BenchReport) -> list[str]:
-    return [text for text in report.warnings if "the machine drifted" not in text]
+    return [text for text in report.warnings if DRIFTED not in text]
 
 
-def _pooled(row: BenchRow, runs: Runs, processes: int) -> BenchRow:
+def _pooled(row: BenchRow, runs: Runs, reports: Sequence[BenchReport]) -> BenchRow:
     """Return a row computed from the records of all processes."""
     if row.reason or row.method not in runs:
         return row
     chosen = {name: runs_of(row.dataset, row.category, each) for name, each in runs.items()}
     made = bench_row(row.dataset, row.category, row.method, chosen, {}, row.temperature)
-    pairs = ([_of_process(chosen.get(name, []), number) for name in ("ar", row.method)] for number in range(processes))
-    by_process = [speedup(base, own) for base, own in pairs]
+    sides = [[_of_process(chosen.get(name, []), place) for name in ("ar", row.method)] for place in range(len(reports))]
+    by_process = [speedup(base, own) for base, own in sides]
+    key = (row.teacher, row.dataset, row.category, row.method)
+    alike = [
+        item
+        for report in reports
+        for item in report.rows
+        if (item.teacher, item.dataset, item.category, item.method) == key and not item.reason
+    ]
     return replace(
         made,
         **{name: getattr(row, name) for name in FACTS},
+        verified=max((item.verified for item in alike if item.verified), key=_distance, default=None),
+        lossless=max((item.lossless for item in alike), key=lambda item: len(item.divergences)),
         speedup_by_process=[value for value in by_process if value is not None],
     )
 
 
+def _distance(check: Verified) -> tuple[float, ...]:
+    """Return how far a check is from the teacher: wrong tokens first."""
+    return (check.above, check.gap or 0.0, abs(check.deviation or 0.0), -(1.0 if check.tail is None else check.tail))
+
+
 def _of_process(runs: Sequence[BatchRun], process: int) -> list[BatchRun]:
-    """Return the runs with the repeats of one process."""
-    return [replace(run, repeats=[each for each in run.repeats if each[0].process == process]) for run in runs]
+    """Return the runs with the repeats of one process; none where it could not run the method."""
+    own = [replace(run, repeats=[each for each in run.repeats if each[0].process == process]) for run in runs]
+    return [run for run in own if run.repeats]
 
 
 def merge_teachers(reports: Sequence[BenchReport]) -> BenchReport:

@@ -21,6 +21,7 @@ from firp_cli.records import AnswerRecord
 from firp_cli.results import BenchRow, Divergence, Interval, Lossless
 
 Table = NDArray[np.float64]
+DRIFTED = "the machine drifted"
 DRIFT_PARTS = 4  # of a repeat: a slow minute within it shows
 DRIFT = 1.1  # ratio of the slowest and fastest repeat of `ar` from which a reader is warned
 
@@ -176,7 +177,7 @@ def _two_speedups(*tables: Table) -> list[Table]:
 
 def speedup(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> float | None:
     """Return the ratio of pooled decode seconds per token: the baseline's over this method's."""
-    if not base:
+    if not base or not own:
         return None
     tables = [table for runs in (base, own) for table in _folded(runs)]
     value = float(_two_speedups(*tables)[0][0])
@@ -226,7 +227,7 @@ def drift_warnings(runs: Runs) -> list[str]:
     if high < DRIFT * low:
         return []
     return [
-        f"the machine drifted: ar took {1000 * low:.3g} ms a token in one repeat and {1000 * high:.3g} ms in another "
+        f"{DRIFTED}: ar took {1000 * low:.3g} ms a token in one repeat and {1000 * high:.3g} ms in another "
         f"for the same prompts ({100 * (high / low - 1):.0f}% more); speedups compare neighbouring measurements, "
         "tokens/s do not. Other minutes may give other speedups: --processes 3 or more samples them"
     ]

@@ -28,22 +28,13 @@ def run_bench(
     prompts: Sequence[BenchPrompt],
     methods: Sequence[Method],
     settings: BenchSettings,
-    *,
-    skip_long: bool = False,
-    progress: Progress = no_progress,
-    keep_partial: bool = False,
+    **options: Any,
 ) -> BenchReport:
-    """Measure the methods on the prompts and return the report, without the checks of `check_report`.
+    """Measure the methods on the prompts and return the report, without the checks of `complete_report`.
 
-    Args:
-        keep_partial: an interruption leaves the complete repeats.
-
-    Raises CapacityError, UsageError.
+    `options`: those of `measure_bench`. Raises CapacityError, UsageError.
     """
-    measured = measure_bench(
-        teacher, prompts, methods, settings, skip_long=skip_long, progress=progress, keep_partial=keep_partial
-    )
-    return bench_report(teacher, methods, measured, settings)
+    return bench_report(teacher, methods, measure_bench(teacher, prompts, methods, settings, **options), settings)
 
 
 def bench_report(

@@ -16,6 +16,7 @@ from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt
 from firp_cli.evaluation.compare import SavedBench, compare
 from firp_cli.evaluation.merge import merge_processes
 from firp_cli.evaluation.rows import bench_rows, drift_warnings
+from firp_cli.records import Verified
 from firp_cli.results import BenchReport, Generation
 
 PROMPTS, REPEATS, K = 24, 3, 4
@@ -151,6 +152,14 @@ def test_processes_are_pooled(tmp_path: Path) -> None:
     assert row.speedup_by_process == pytest.approx(singles) and min(singles) < (row.speedup or 0) < max(singles)
     assert merged.settings["processes"] == 3 and len(merged.records) == 3 * len(reports[0].records)
     assert {record.process for record in merged.records} == {0, 1, 2}
+    wrong = Verified(tokens=100, above=1, tolerance=1e-3, gap=4.0)
+    for report, check in zip(reports, (Verified(100, 0, 1e-3, 0.0), wrong, None), strict=True):
+        for each in report.rows:
+            each.verified = check if each.method == "firp" else None
+    pooled = next(row for row in merge_processes(reports).rows if row.method == "firp")
+    assert pooled.verified == wrong, "a wrong token of any process shows"
+    reports[2].records = [record for record in reports[2].records if record.method != "firp"]
+    assert len(next(row for row in merge_processes(reports).rows if row.method == "firp").speedup_by_process) == 2
     with pytest.raises(UsageError, match="different prompts"):
         merge_processes([reports[0], made_report(1, prompts=6)])
 
