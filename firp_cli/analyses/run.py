@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from firp_cli.analyses.attention import attention
+from firp_cli.analyses.earlier_states import attention
 from firp_cli.analyses.heads import heads
-from firp_cli.analyses.rows import rows
+from firp_cli.analyses.row_costs import rows
 from firp_cli.analyses.similarity import similarity
 from firp_cli.analyses.subject import Subject
 from firp_cli.analyses.transfer_layer import transfer_layer

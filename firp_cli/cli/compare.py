@@ -16,8 +16,8 @@ Bench = Annotated[str, typer.Argument(help="Folder that `firp bench` wrote, or F
 
 def compare(first: Bench, second: Bench, *, as_json: Json = False) -> None:
     """Compare two benches prompt by prompt: which differences are beyond noise."""
-    from firp_cli.evaluation.compare import SavedBench
-    from firp_cli.evaluation.compare import compare as measure
+    from firp_cli.evaluation.paired import SavedBench
+    from firp_cli.evaluation.paired import compare as measure
     from firp_cli.results import as_json as json_values
 
     report = measure(SavedBench.open(first), SavedBench.open(second))
@@ -27,7 +27,7 @@ def compare(first: Bench, second: Bench, *, as_json: Json = False) -> None:
 def _show(report: ComparisonReport) -> None:
     from rich.console import Console
 
-    from firp_cli.reports.compare import NOTE, comparison_tables
+    from firp_cli.reports.comparison import NOTE, comparison_tables
 
     console = Console(highlight=False, emoji=False)
     console.print(f"first: {report.first}\nsecond: {report.second}", markup=False, soft_wrap=True)

@@ -321,8 +321,7 @@ def run_program(
 ) -> tuple[int, bool]:
     """Run a program in its own process group; return its exit code, and True if the user interrupted it.
 
-    A signal that ends it is passed on as SIGTERM, and its end is awaited: a launcher waits for the ranks' checkpoint.
-    One within SAME_INTERRUPTION seconds of the last is ignored.
+    A signal is passed on as SIGTERM, unless within SAME_INTERRUPTION seconds of the last, and the end is awaited.
     """
     passed_on: list[float] = []
     process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)

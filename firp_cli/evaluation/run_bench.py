@@ -17,7 +17,7 @@ from firp_cli.evaluation.methods import BenchSettings, Method
 from firp_cli.evaluation.rows import bench_rows, drift_warnings, groups_of, lossless, row_without_figures
 from firp_cli.evaluation.samples import make_samples
 from firp_cli.evaluation.step_parts import step_parts
-from firp_cli.evaluation.verify import verified, verify_answers
+from firp_cli.evaluation.token_check import verified, verify_answers
 from firp_cli.records import AnswerRecord
 from firp_cli.results import UNDRAFTED, BenchReport, BenchRow, Divergence, Progress, no_progress
 from firp_cli.teacher.teacher import Teacher

@@ -12,7 +12,7 @@ from firp_cli.reports.cells import DASH, Cells, by_teacher, main_rows, one_line,
 from firp_cli.reports.page import closing, figure, folded, listed, page, section, table
 from firp_cli.reports.predicted import predicted_lines
 from firp_cli.reports.preset_lines import preset_lines
-from firp_cli.reports.samples import samples_part
+from firp_cli.reports.sample_outputs import samples_part
 from firp_cli.reports.verification import is_lossless
 from firp_cli.results import BenchReport
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from firp_cli.analyses.heads import EarlyExit, exit_head, exit_layers, heads, linear_head
-from firp_cli.analyses.rows import ROWS, rows
+from firp_cli.analyses.row_costs import ROWS, rows
 from firp_cli.analyses.run import chosen_analyses, run_analyses
 from firp_cli.analyses.similarity import similarity
 from firp_cli.analyses.subject import Subject, run_layer

@@ -13,8 +13,8 @@ from firp_cli.api.write_report import write_report
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.answer_runs import batch_run, records_of
 from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt
-from firp_cli.evaluation.compare import SavedBench, compare
 from firp_cli.evaluation.merge import merge_processes
+from firp_cli.evaluation.paired import SavedBench, compare
 from firp_cli.evaluation.rows import bench_rows, drift_warnings
 from firp_cli.records import Verified
 from firp_cli.results import BenchReport, Generation

@@ -15,10 +15,10 @@ import torch
 from firp_cli.config import TeacherConfig
 from firp_cli.decoding.engine import Engine
 from firp_cli.decoding.sampling import Sampler
-from firp_cli.evaluation import verify
+from firp_cli.evaluation import token_check as verify
 from firp_cli.evaluation.hf_generate import HuggingFaceGenerate
 from firp_cli.evaluation.library_forward import library_logits, measured_noise, normed_states
-from firp_cli.evaluation.verify import Tolerance, sampled_figures, sign_flip_p_value, verified, verify_answers
+from firp_cli.evaluation.token_check import Tolerance, sampled_figures, sign_flip_p_value, verified, verify_answers
 from firp_cli.records import AnswerRecord, Verified
 from firp_cli.reports.verification import fault, is_lossless, verified_cell
 from firp_cli.results import Generation

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from firp_cli.cli.bench import _show
 from firp_cli.records import Sample
-from firp_cli.reports import figures, html, latex, markdown, notes, samples, tables, verified
+from firp_cli.reports import figures, html, latex, markdown, notes, tables, verified
+from firp_cli.reports import sample_outputs as samples
 from firp_cli.reports.bench_csv import bench_csv
 from firp_cli.results import BenchReport, BenchRow, Lossless, as_json
 from helpers.browser import CHROMIUM, Browser
