@@ -6,6 +6,7 @@ in 1..1+k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,10 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from firp_cli.results import Interval
 
-DRAWS = 2000
-SCENARIOS = 256  # choices of repeats, shared by the draws
+DRAWS = 4000
 BLOCK_ELEMENTS = 1 << 20  # drawn values of a table in memory
-FEWEST_UNITS = 8  # simulated coverage of a 95% interval: 0.48 with 2 units, 0.80 with 4, 0.88 with 8, 0.93 with 20
+FEWEST_UNITS = 8
+PARTS = 4  # of the units
+MEDIAN_SPREAD = math.sqrt(math.pi / 2)  # standard error of a median of many over that of their mean
+
+Table = NDArray[np.float64]
 
 
 def joint_hits(hits: ArrayLike, valid: ArrayLike | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -72,62 +76,68 @@ def chain_length_of_hits(hits: ArrayLike, valid: ArrayLike | None = None) -> flo
     return chain_length(*joint_hits(hits, valid))
 
 
-def resampled_repeats(processes: Sequence[int], scenarios: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Return numbers of repeats (scenarios, drawn), drawn with replacement: of several processes first the processes,
-    then repeats of each.
-
-    Of P processes P - 1 are drawn, of the R repeats of one process R - 1: as many as there are would vary too little,
-    by a third for three (Rao and Wu 1988, Resampling inference with complex survey data, section 2).
-
-    Args:
-        processes: (R,) the process that measured each repeat; each has as many.
-    """
-    owners = np.asarray(processes)
-    members = np.stack([np.flatnonzero(owners == process) for process in np.unique(owners)])  # (P, R / P)
-    count, repeats = members.shape
-    drawn = (count - 1, repeats) if count > 1 else (1, max(1, repeats - 1))
-    chosen = generator.integers(0, count, (scenarios, drawn[0], 1))
-    within = generator.integers(0, repeats, (scenarios, *drawn))
-    return members[chosen, within].reshape(scenarios, -1)
-
-
 def bootstrap(
-    fold: Callable[[NDArray[np.int64]], Sequence[NDArray[np.float64]]],
-    statistic: Callable[..., Sequence[NDArray[np.float64]]],
-    units: int,
-    processes: Sequence[int] = (0,),
+    statistic: Callable[..., Sequence[Table]],
+    tables: Sequence[Table],
+    groups: Sequence[Sequence[Table]] = (),
     draws: int = DRAWS,
     seed: int = 0,
 ) -> list[Interval | None]:
-    """Return 95% percentile intervals of one or several figures by a two-level bootstrap.
+    """Return 95% intervals of one or several positive figures, from two levels: units, and groups of measurements.
 
-    The units (prompts, or batches that share their time) and the repeats of the measurement are both drawn with
-    replacement, the repeats the same for all units of a draw: what makes a whole repeat slower is not averaged away.
-    Below FEWEST_UNITS units a percentile interval is far too narrow, and there is none (None). Equal input gives equal
-    intervals. Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8.
+    A unit is a prompt, or a batch whose sequences share their time; units are drawn with replacement. A group is a
+    process, or a repeat of the only process: what makes a whole group slower is not averaged away by many units. Few
+    groups that are drawn again vary too little, so their spread is Student's t. It is the mean variance between groups
+    over PARTS consecutive parts of the units, which stand for that many times the degrees of freedom: the state of a
+    machine changes within a group. The draws of n units are scaled likewise. Logarithms of figures are added. Below
+    FEWEST_UNITS units there is no interval (None). Equal input gives equal intervals. Davison and Hinkley, Bootstrap
+    Methods and their Application (1997), chapters 2 and 3.
 
     Args:
-        fold: returns tables (S, units), one value for each unit, from choices of repeats (S, r) that it folds into one.
-        statistic: returns the figures (draws,) each, from tables (draws, units) of drawn units.
-        processes: (R,) the process of each repeat.
+        statistic: returns the figures (S,) each, from tables (S, n).
+        tables: (1, n) one value for each unit, of all measurements, in the order of measuring.
+        groups: for each independent set of m groups the same tables as measured by each group alone, (m, n) or (1, n).
     """
     generator = np.random.default_rng(seed)
-    tables = fold(resampled_repeats(processes, SCENARIOS, generator))
-    found: list[list[NDArray[np.float64]]] = []
-    block = max(1, BLOCK_ELEMENTS // max(1, units))
-    for start in range(0, draws, block):
-        count = min(block, draws - start)
-        scenarios = generator.integers(0, SCENARIOS, (count, 1))
-        picks = generator.integers(0, units, (count, units))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found.append(list(statistic(*(table[scenarios, picks] for table in tables))))
-    return [percentile_interval(np.concatenate(values), units) for values in zip(*found, strict=True)]
+    units = max(table.shape[1] for table in tables)
+    block = max(1, BLOCK_ELEMENTS // units)
+    drawn: list[list[Table]] = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        figures = [np.log(values) for values in statistic(*tables)]
+        if units < FEWEST_UNITS:
+            return [None] * len(figures)
+        for start in range(0, draws, block):
+            picks = generator.integers(0, units, (min(block, draws - start), units))
+            drawn.append([np.log(values) for values in statistic(*(table[0, picks] for table in tables))])
+        parts = np.array_split(np.arange(units), PARTS)
+        spreads = [
+            [[np.log(values) for values in statistic(*(table[:, part] for table in measured))] for part in parts]
+            for measured in groups
+        ]
+    intervals: list[Interval | None] = []
+    for place, figure in enumerate(figures):
+        deviations = np.concatenate([values[place] for values in drawn]) - figure
+        values = figure + deviations * np.sqrt(units / generator.chisquare(units - 1, draws))
+        for measured in spreads:
+            values = values + _group_deviations([part[place] for part in measured], draws, generator)
+        intervals.append(percentile_interval(np.exp(values)))
+    return intervals
 
 
-def percentile_interval(values: NDArray[np.float64], units: int) -> Interval | None:
-    """Return the 2.5 and 97.5 percentiles of a figure's draws; None below FEWEST_UNITS units or without a number."""
+def _group_deviations(parts: Sequence[Table], draws: int, generator: np.random.Generator) -> Table:
+    """Return deviations (draws,) of a figure that m groups measured on each part (m,): standard error times t."""
+    count, known = len(parts[0]), [figures for figures in parts if np.isfinite(figures).all()]
+    if count < 2 or not known:
+        return np.zeros(draws)
+    variance = np.mean([figures.var(ddof=1) for figures in known])
+    error = np.sqrt(variance / count) * (MEDIAN_SPREAD if count > 2 else 1.0)
+    return np.asarray(error * generator.standard_t(len(known) * (count - 1), draws))
+
+
+def percentile_interval(values: NDArray[np.float64]) -> Interval | None:
+    """Return the 2.5 and 97.5 percentiles of a figure's draws; None without a number."""
     finite = values[np.isfinite(values)]
-    if units < FEWEST_UNITS or not len(finite):
+    if not len(finite):
         return None
     low, high = np.percentile(finite, (2.5, 97.5))
     return float(low), float(high)

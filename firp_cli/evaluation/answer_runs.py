@@ -170,14 +170,23 @@ class Times:
         """The choice (1, R) of all repeats, for `fold`."""
         return np.arange(len(self.processes))[None]
 
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """The choices (P, R / P) of each process's repeats; of the only process each repeat alone, (R, 1)."""
+        owners = np.asarray(self.processes)
+        names = np.unique(owners)
+        if len(names) == 1:
+            return self.everything.T
+        return np.stack([np.flatnonzero(owners == name) for name in names])
+
     def fold(self, repeats: NDArray[np.int64]) -> Folded:
         """Return one value for each batch, from choices of repeats (S, r): tables (S, n).
 
         Seconds per token are medians over the repeats, since sampled answers differ in length; tokens are means. Where
-        this method was repeated less often than others, all its repeats are taken.
+        this method was repeated less often than others, all its repeats are taken: (1, n).
         """
         if repeats.max() >= len(self.processes):
-            repeats = np.repeat(self.everything, len(repeats), axis=0)
+            repeats = self.everything
         per_token = np.median((self.decode / np.maximum(self.tokens, 1))[repeats], axis=1)
         tokens = self.tokens[repeats].mean(axis=1)
         return Folded(

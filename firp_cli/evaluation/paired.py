@@ -15,7 +15,7 @@ from firp_cli.errors import UsageError, first_line
 from firp_cli.evaluation.answer_runs import BatchRun, Times, runs_of, runs_of_records
 from firp_cli.evaluation.rows import groups_of
 from firp_cli.files import read_json
-from firp_cli.metrics import bootstrap, resampled_repeats
+from firp_cli.metrics import bootstrap
 from firp_cli.provenance import differences
 from firp_cli.records import ANSWERS, Comparison, ComparisonReport, read_answers
 from firp_cli.results import BenchReport
@@ -152,22 +152,23 @@ def _values(tables: Sequence[Table]) -> list[Table]:
 
 def _figures(method: str, dataset: str, category: str, first: _Side, second: _Side, same: bool) -> list[Comparison]:
     """Return the comparisons of all figures on one group of batches."""
-    whole = [_values(side.fold(side.times.everything)) for side in (first, second)]
-    generator = np.random.default_rng(1)
-
-    def fold(repeats: NDArray[np.int64]) -> list[Table]:
-        others = repeats if same else resampled_repeats(second.times.processes, len(repeats), generator)
-        return [*first.fold(repeats), *second.fold(others)]
+    sides = (first, second)
+    whole = [side.fold(side.times.everything) for side in sides]
+    own = [side.fold(side.times.groups) for side in sides]
 
     def ratios(*tables: Table) -> list[Table]:
         half = len(tables) // 2
         return [two / one for one, two in zip(_values(tables[:half]), _values(tables[half:]), strict=True)]
 
+    together = [*own[0], *own[1]]
+    groups = [together] if same and len(own[0][0]) == len(own[1][0]) else [[*own[0], *whole[1]], [*whole[0], *own[1]]]
+    tables = [*whole[0], *whole[1]]
+    # what makes a process slower changes times; tokens and steps differ by prompt alone
+    intervals = [*bootstrap(ratios, tables, groups)[:2], bootstrap(ratios, tables)[2]]
     pairs = first.times.decode.shape[1]
-    intervals = bootstrap(fold, ratios, pairs, first.times.processes)
     made = []
     for place, (figure, interval) in enumerate(zip(FIGURES, intervals, strict=True)):
-        one, two = (float(values[place][0]) for values in whole)
+        one, two = (float(_values(side)[place][0]) for side in whole)
         if np.isfinite(one) and np.isfinite(two) and not (figure == FIGURES[0] and first.base is None):
             made.append(Comparison(method, dataset, category, figure, pairs, one, two, two / one, interval))
     return made

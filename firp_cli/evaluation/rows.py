@@ -1,7 +1,8 @@
 """Rows of a bench table, computed from the records of its answers.
 
 Throughput and speedup pool seconds and tokens over batches; a batch's time is the median over its repeats. Intervals
-are two-level bootstraps: over batches (times) or prompts (accepted length), and over repeats. Accepted length,
+are bootstraps over batches (times) or prompts (accepted length); those of times know the spread of processes or
+repeats, which prompts share. Accepted length,
 histogram and acceptance by step count the tokens of the output: tokens that the last step drafted after EOS or after
 the limit do not count.
 """
@@ -112,20 +113,16 @@ def accepted_length_interval(runs: Sequence[BatchRun]) -> Interval | None:
     loops = next((record.loops for record in answers if record.loops), None) or 1
     if not loops * sum(record.emitted for record in answers) > sum(record.steps for record in answers) > 0:
         return None
-    keys = list(dict.fromkeys((record.process, record.repeat) for record in answers))
     prompts = {number: place for place, number in enumerate(dict.fromkeys(record.prompt for record in answers))}
-    emitted, steps = (np.zeros((len(keys), len(prompts))) for _ in range(2))
+    emitted, steps = (np.zeros((1, len(prompts))) for _ in range(2))
     for record in answers:
-        place = keys.index((record.process, record.repeat)), prompts[record.prompt]
-        emitted[place] += record.emitted
-        steps[place] += record.steps
-    (interval,) = bootstrap(
-        lambda repeats: [emitted[repeats].sum(axis=1), steps[repeats].sum(axis=1)],
-        lambda top, bottom: [loops * top.sum(axis=1) / bottom.sum(axis=1)],
-        len(prompts),
-        [process for process, _ in keys],
-    )
-    return interval
+        emitted[0, prompts[record.prompt]] += record.emitted
+        steps[0, prompts[record.prompt]] += record.steps
+
+    def ratio(top: Table, bottom: Table) -> list[Table]:
+        return [loops * top.sum(axis=1) / bottom.sum(axis=1)]
+
+    return bootstrap(ratio, [emitted, steps])[0]
 
 
 @dataclass
@@ -159,7 +156,8 @@ def speedups(base: Sequence[BatchRun] | None, own: Sequence[BatchRun]) -> Speedu
     decoding, with_prefill = (float(values[0]) for values in _two_speedups(*whole))
     intervals: list[Interval | None] = [None, None]
     if base is not own:
-        intervals = bootstrap(fold, _two_speedups, len(own), times[1].processes)
+        groups = max((each.groups for each in times), key=len)
+        intervals = bootstrap(_two_speedups, whole, [fold(groups)])
     found.with_prefill, found.with_prefill_interval = with_prefill, intervals[1]
     if times[0].tokens.any() and times[1].tokens.any():
         found.decoding, found.decoding_interval = decoding, intervals[0]

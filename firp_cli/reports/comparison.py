@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 HEADERS = ("", "method", "first", "second", "second / first", "verdict")
 NOTE = (
-    "brackets: 95% bootstrap interval of the ratio, over paired prompts and over repeats; noise: it contains 1. "
+    "brackets: 95% interval of the ratio, over paired prompts and over repeats or processes; noise: it contains 1. "
     "Tokens/s of different runs also differ by the state of the machine, a speedup is over its own run's ar. The "
     "spread between processes is in the intervals of benches made with --processes"
 )

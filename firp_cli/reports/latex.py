@@ -23,7 +23,7 @@ SPECIAL = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
 INTERVAL = re.compile(r" \[([-\d.]+), ([-\d.]+)\]")
-EXPLAINED = "Brackets: 95% bootstrap intervals."
+EXPLAINED = "Brackets: 95% intervals."
 
 
 def escaped(text: str) -> str:

@@ -73,8 +73,9 @@ def reading_notes(report: BenchReport) -> list[str]:
         "Accepted length: tokens emitted per decoding step, bonus token included; 1 for autoregressive decoding.",
         "Speedup: pooled decode seconds per token, the baseline's over the method's. Prefill and the first token "
         "(which prefill gives) do not count.",
-        "Brackets: 95% bootstrap interval over prompts (speedup: over batches, if the batch size is above 1), over the "
-        "repeats, and over the processes where there are several.",
+        "Brackets: 95% interval, from a bootstrap over prompts (speedup: over batches, if the batch size is above 1) "
+        "and, for speedups, from the spread of the processes, or of one process's repeats, with Student's t. A single "
+        "repeat shows no spread.",
         "ar: autoregressive decoding in the same engine. hf: transformers' own generate.",
         "Speedup with prefill, as defined by Spec-Bench: mean over prompts of tokens per second of wall time, over "
         f"that of ar{', or of hf' if published(report) else ''}.",

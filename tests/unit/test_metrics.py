@@ -67,13 +67,12 @@ def test_accepted_length_without_pipeline_is_chain_length():
     )
 
 
-def ratio_interval(tokens: np.ndarray, seconds: np.ndarray, processes: list[int]) -> metrics.Interval | None:
+def ratio_interval(tokens: np.ndarray, seconds: np.ndarray) -> metrics.Interval | None:
     """Return the interval of sum(tokens) / sum(seconds) of tables (repeats, units)."""
     (interval,) = metrics.bootstrap(
-        lambda repeats: [tokens[repeats].mean(axis=1), np.median(seconds[repeats], axis=1)],
         lambda top, bottom: [top.sum(axis=1) / bottom.sum(axis=1)],
-        tokens.shape[1],
-        processes,
+        [tokens.mean(axis=0, keepdims=True), np.median(seconds, axis=0, keepdims=True)],
+        [[tokens, seconds]],
     )
     return interval
 
@@ -82,56 +81,59 @@ def test_bootstrap_contains_the_ratio_and_is_seeded() -> None:
     generator = np.random.default_rng(1)
     steps = generator.integers(20, 40, size=(1, 60)).astype(float)
     tokens = steps * 2.0 + generator.normal(0, 4, size=60)
-    interval = ratio_interval(tokens, steps, [0])
+    interval = ratio_interval(tokens, steps)
     assert interval is not None
     assert interval[0] < tokens.sum() / steps.sum() < interval[1] and interval[1] - interval[0] < 0.3
-    assert interval == ratio_interval(tokens, steps, [0])
-    assert ratio_interval(2.0 * steps, steps, [0]) == (2.0, 2.0)
+    assert interval == ratio_interval(tokens, steps)
+    assert ratio_interval(2.0 * steps, steps) == pytest.approx((2.0, 2.0))
 
 
 def test_few_units_have_no_interval() -> None:
     tokens, seconds = np.full((3, 8), 100.0), np.random.default_rng(2).uniform(1, 3, size=(3, 8))
-    assert ratio_interval(tokens, seconds, [0, 0, 0]) is not None
-    assert ratio_interval(tokens[:, :7], seconds[:, :7], [0, 0, 0]) is None
+    assert ratio_interval(tokens, seconds) is not None
+    assert ratio_interval(tokens[:, :7], seconds[:, :7]) is None
 
 
-def test_bootstrap_sees_what_slows_a_whole_repeat() -> None:
-    """Units alone do not vary here; one repeat of three took twice as long, so the median of drawn repeats does."""
-    tokens, seconds = np.full((3, 20), 100.0), np.ones((3, 20))
-    seconds[1] = 2.0
-    low, high = ratio_interval(tokens, seconds, [0, 0, 0]) or (0.0, 0.0)
-    assert (low, high) == (50.0, 100.0)
+def test_spread_of_repeats_widens_the_interval() -> None:
+    """Units alone do not vary here: the interval is the standard error of the repeats times Student's t."""
+    tokens = np.full((2, 20), 100.0)
+    seconds = np.ones((2, 20))
+    seconds[1] = 1.1
+    low, high = ratio_interval(tokens, seconds) or (0.0, 0.0)
+    error = abs(np.log(1.1)) / 2  # of the mean of two
+    assert np.log(high / low) / 2 == pytest.approx(2.776 * error, rel=0.1), "t of four degrees of freedom: four parts"
+    seconds[:, 5:] = 1.0
+    less = ratio_interval(tokens, seconds) or (0.0, 0.0)
+    assert np.log(less[1] / less[0]) < 0.8 * np.log(high / low), "one part of four was slow"
 
 
-def test_repeats_are_drawn_within_drawn_processes() -> None:
-    generator = np.random.default_rng(3)
-    drawn = metrics.resampled_repeats([0, 0, 1, 1, 2, 2], 400, generator)
-    assert drawn.shape == (400, 4) and set(drawn.flatten()) == set(range(6)), "one process fewer than there are"
-    owners = drawn.reshape(400, 2, 2) // 2
-    assert (owners[:, :, 0] == owners[:, :, 1]).all(), "the repeats of a draw are of one process"
-    assert (owners[:, 0] != owners[:, 1]).any() and (owners[:, 0] == owners[:, 1]).any()
-    assert metrics.resampled_repeats([0, 0, 0], 9, generator).shape == (9, 2)
-    assert metrics.resampled_repeats([0], 9, generator).tolist() == [[0]] * 9
+def test_one_repeat_knows_only_its_units() -> None:
+    tokens = np.random.default_rng(6).uniform(50, 100, size=(1, 20))
+    alone = ratio_interval(tokens, np.ones((1, 20)))
+    assert alone == ratio_interval(tokens.repeat(3, axis=0), np.ones((3, 20))), "equal repeats add nothing"
 
 
-def test_drawn_repeats_have_the_variance_of_the_mean() -> None:
-    """The mean of the drawn ones varies as much as the mean of so many measurements does."""
-    generator, estimates = np.random.default_rng(5), []
-    for _ in range(300):
-        values = generator.normal(size=3)
-        drawn = metrics.resampled_repeats([0, 1, 2], 300, generator)
-        estimates.append(values[drawn].mean(axis=1).var())
-    assert np.mean(estimates) == pytest.approx(1 / 3, rel=0.15)
-
-
-def test_interval_covers_the_true_ratio() -> None:
+@pytest.mark.parametrize(("units", "repeats"), [(24, 3), (8, 3), (24, 2), (80, 5)])
+def test_interval_covers_the_true_ratio(units: int, repeats: int) -> None:
     """Coverage of the 95% interval over simulated measurements: prompts differ, and each repeat has its own speed."""
     generator = np.random.default_rng(4)
     covered = 0
-    for _ in range(120):
-        rates = generator.lognormal(0.5, 0.3, size=24)  # speedup by prompt; the truth weighs prompts by their seconds
-        noise = generator.lognormal(0.0, 0.03, size=(3, 1)) * generator.lognormal(0.0, 0.02, size=(3, 24))
-        seconds = noise / rates
-        low, high = ratio_interval(np.ones((3, 24)), seconds, [0, 0, 0]) or (0.0, 0.0)
+    for _ in range(200):
+        rates = generator.lognormal(0.5, 0.3, size=units)  # by prompt; the truth weighs by seconds
+        noise = generator.lognormal(0.0, 0.03, size=(repeats, 1)) * generator.lognormal(0.0, 0.02, (repeats, units))
+        low, high = ratio_interval(np.ones((repeats, units)), noise / rates) or (0.0, 0.0)
         covered += low <= 1 / (np.exp(-0.5 + 0.3**2 / 2)) <= high
-    assert covered >= 0.88 * 120
+    assert covered >= 0.92 * 200
+
+
+def test_interval_covers_the_figure_of_another_run() -> None:
+    """The same prompts measured again, each time by three processes of which each has its own speed."""
+    generator = np.random.default_rng(5)
+    rates = generator.lognormal(0.5, 0.1, size=12)
+    intervals, figures = [], []
+    for _ in range(60):
+        seconds = generator.lognormal(0.0, 0.06, size=(3, 1)) * generator.lognormal(0.0, 0.02, (3, 12)) / rates
+        intervals.append(ratio_interval(np.ones((3, 12)), seconds) or (0.0, 0.0))
+        figures.append(12 / np.median(seconds, axis=0).sum())
+    covered = [low <= other <= high for low, high in intervals for other in figures]
+    assert np.mean(covered) >= 0.9
