@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from firp_cli.metrics import FEWEST_UNITS
 from firp_cli.reports import predicted, verified
 from firp_cli.reports.cells import (
     TEACHERS_NOTE,
@@ -18,7 +19,6 @@ from firp_cli.reports.cells import (
 from firp_cli.reports.speed_tables import NOTES, pipeline_note, pipeline_rows
 from firp_cli.results import UNDRAFTED, BenchReport
 
-LEAST_UNITS = 8
 NO_STEP = "; every answer ended with its first token, which prefill gives: there is no decoding step to compare"
 
 
@@ -127,7 +127,7 @@ def interval_note(report: BenchReport) -> str | None:
     if not rows or all(row.speedup_interval for row in rows):
         return None
     return (
-        f"speedups without brackets: an interval needs at least {LEAST_UNITS} prompts (batches, if the batch size is "
+        f"speedups without brackets: an interval needs at least {FEWEST_UNITS} prompts (batches, if the batch size is "
         "above 1)"
     )
 

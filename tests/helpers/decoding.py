@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from firp_cli.decoding.step import DecodeStep
 from firp_cli.teacher.teacher import Teacher
 from helpers.models import generate_reference, tiny_model
 
@@ -44,6 +45,25 @@ def count_reads(patch: pytest.MonkeyPatch) -> list[str]:
     for name in READERS:
         patch.setattr(torch.Tensor, name, recording(name))
     return seen
+
+
+def watch_steps(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[int]]:
+    """Return the reads of tensors' values that happen inside `DecodeStep.step` from now on, and a list with an entry
+    for each step.
+    """
+    original: Callable[..., None] = DecodeStep.step
+    reads: list[str] = []
+    steps: list[int] = []
+
+    def guarded(*arguments: Any, **options: Any) -> None:
+        with monkeypatch.context() as patch:
+            seen = count_reads(patch)
+            original(*arguments, **options)
+        steps.append(1)
+        reads.extend(seen)
+
+    monkeypatch.setattr(DecodeStep, "step", guarded)
+    return reads, steps
 
 
 def family_of(teacher: Teacher) -> str:

@@ -10,13 +10,12 @@ import torch
 
 from firp_cli.decoding.engine import Engine, EngineOptions
 from firp_cli.decoding.reference import greedy
-from firp_cli.decoding.step import DecodeStep
 from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.errors import CapacityError, UsageError
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
 from helpers.coupling import COUPLED
-from helpers.decoding import TOKENS, count_reads, references
+from helpers.decoding import TOKENS, count_reads, references, watch_steps
 from helpers.models import (
     FAMILIES,
     LAYERS,
@@ -223,16 +222,7 @@ def test_step_reads_no_value(stack: str, kind: str, tree: str, monkeypatch: pyte
     teacher = tiny_teacher("qwen2-window", stack == "lean")
     engine = Engine(teacher, make_predictor(teacher, **KINDS[kind]), parse_tree(tree, 3))
     engine.generate([[5, 6, 7], [8, 9]], 12)  # makes the constants of the tree
-    original, steps, reads = DecodeStep.step, [], []
-
-    def guarded(*arguments: Any, **options: Any) -> None:
-        with monkeypatch.context() as patch:
-            seen = count_reads(patch)
-            original(*arguments, **options)
-        steps.append(1)
-        reads.extend(seen)
-
-    monkeypatch.setattr(DecodeStep, "step", guarded)
+    reads, steps = watch_steps(monkeypatch)
     engine.generate([[5, 6, 7], [8, 9]], 12)
     assert len(steps) > 3
     assert reads == []

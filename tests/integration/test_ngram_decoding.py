@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from firp_cli.decoding.tree_spec import parse_tree
 from firp_cli.predictors.ngram import RULES
 from firp_cli.teacher.load import wrap_model
 from firp_cli.teacher.teacher import Teacher
-from helpers.decoding import TOKENS, count_reads, references
+from helpers.decoding import TOKENS, references, watch_steps
 from helpers.graphs import with_graphs
 from helpers.models import VOCABULARY, generate_reference, random_prompts, tiny_model, tiny_teacher
 from helpers.pairwise import covered
@@ -165,17 +164,7 @@ def test_step_of_fixed_shape_reads_no_value(name: str, monkeypatch: pytest.Monke
     engine = Engine(teacher, *ngram_predictor(name, teacher))
     with_graphs(engine)
     engine.generate([[5, 6, 7], [8, 9]], 12)
-    original: Callable[..., None] = DecodeStep.step
-    steps, reads = [], []
-
-    def guarded(*arguments: Any, **options: Any) -> None:
-        with monkeypatch.context() as patch:
-            seen = count_reads(patch)
-            original(*arguments, **options)
-        steps.append(1)
-        reads.extend(seen)
-
-    monkeypatch.setattr(DecodeStep, "step", guarded)
+    reads, steps = watch_steps(monkeypatch)
     engine = Engine(teacher, *ngram_predictor(name, teacher))
     with_graphs(engine)
     engine.generate([[5, 6, 5, 6], [8, 9]], 12)
