@@ -23,9 +23,9 @@ from firp_cli.store.reader import StoredSequence
 from firp_cli.teacher.teacher import Teacher
 
 NOTE = (
-    "trained, against: the given predictors, trained on their own data. The others share their data: {solved}. {kind} "
-    "(ridge): the predictor's own kind and layers. linear head: one map per step from the anchor's final state to the "
-    "later one, then the teacher's head (Medusa-1 without its nonlinearity). exit l: the teacher's norm and head on "
+    "trained, against: the given predictors, trained on their own data. The others share their data: {solved}. "
+    "{own}linear head: one map per step from the anchor's final state to the later one, then the teacher's head "
+    "(Medusa-1 without its nonlinearity). exit l: the teacher's norm and head on "
     "the state after layer l of position n+i, with ridge through a solved map; it reads the real tokens before, so its "
     "top-1 is that of a drafter that has been right so far. per pass: the chain's expected tokens over the passes of "
     "the teacher, one that verifies and, for each token that an exit drafts, l of its layers"
@@ -142,7 +142,10 @@ def heads(subject: Subject) -> Analysis:
         [*quality_headers(["drafter"], deepest), "per pass"],
         table,
         reading=_reading(per_pass),
-        note=NOTE.format(kind=predictor.kind, solved=subject.data_note()),
+        note=NOTE.format(
+            own=f"{predictor.kind} (ridge): the predictor's own kind and layers. " if own else "",
+            solved=subject.data_note(),
+        ),
         panels=[
             Panel(
                 "step i (drafts the token i + 1 ahead)",

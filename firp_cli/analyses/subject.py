@@ -58,13 +58,13 @@ class Subject:
 
     def data_note(self) -> str:
         """Return a sentence on the conversations, and on how maps were solved."""
-        solved, held_out = self.parts
+        solved, count = self.parts[0], len(self.sequences)
         pairs, size = self._pairs[0], self.teacher.hidden_size
         few = f", few for maps of {size} inputs: raise --limit" if pairs < FEW * size else ""
         return (
-            f"maps marked ridge are solved in closed form on {len(solved)} conversations ({pairs} pairs{few}; lambda "
-            f"{self.ridge_lambda:g} of the mean diagonal), without gradient training; all figures are those of the "
-            f"other {len(held_out)} conversations"
+            f"maps marked ridge are solved in closed form on {len(solved)} of {count} conversations ({pairs} "
+            f"pairs{few}; lambda {self.ridge_lambda:g} of the mean diagonal), without gradient training; all figures "
+            "are those of the rest"
         )
 
     def with_states(self, layers: Sequence[int]) -> list[StoredSequence]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -127,6 +128,18 @@ def runs_of_records(records: Iterable[AnswerRecord]) -> dict[str, list[BatchRun]
         method: [BatchRun([repeats[key] for key in sorted(repeats)]) for _, repeats in sorted(batches.items())]
         for method, batches in found.items()
     }
+
+
+def teacher_labels(names: Sequence[str]) -> list[str]:
+    """Return the teachers' names in reports: of a folder its last part, if no other teacher has the same. Teachers of
+    the same name are numbered.
+    """
+    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
+    labels = [label if short.count(label) == 1 else name for name, label in zip(names, short, strict=True)]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[: place + 1].count(label)})"
+        for place, label in enumerate(labels)
+    ]
 
 
 def records_of(runs: Runs) -> list[AnswerRecord]:

@@ -10,6 +10,7 @@ from typing import Any
 from firp_cli.assets import DEFAULT_TEACHER, embedded_predictors, embedded_teachers
 from firp_cli.config import KINDS
 from firp_cli.errors import UsageError
+from firp_cli.evaluation.answer_runs import teacher_labels
 from firp_cli.evaluation.baselines import baseline
 from firp_cli.evaluation.methods import choose_methods, predictor_names
 from firp_cli.predictors.folder import read_config
@@ -124,15 +125,3 @@ def embedded_folders(teacher: str | None, wanted: Sequence[str] | None) -> list[
         teacher = DEFAULT_TEACHER
     names = embedded_teachers() if teacher is None else [teacher]
     return [folder for folder in embedded_predictors().values() if read_config(folder)["teacher"].get("name") in names]
-
-
-def teacher_labels(names: Sequence[str]) -> list[str]:
-    """Return the teachers' names in reports: of a folder its last part, if no other teacher has the same. Teachers of
-    the same name are numbered.
-    """
-    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
-    labels = [label if short.count(label) == 1 else name for name, label in zip(names, short, strict=True)]
-    return [
-        label if labels.count(label) == 1 else f"{label} ({labels[: place + 1].count(label)})"
-        for place, label in enumerate(labels)
-    ]

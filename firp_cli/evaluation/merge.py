@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from firp_cli.errors import UsageError
-from firp_cli.evaluation.answer_runs import BatchRun, Runs, runs_of, runs_of_records
-from firp_cli.evaluation.bench_groups import teacher_labels
+from firp_cli.evaluation.answer_runs import BatchRun, Runs, runs_of, runs_of_records, teacher_labels
 from firp_cli.evaluation.rows import DRIFTED, bench_row, drift_warnings, speedup
 from firp_cli.records import AnswerRecord, Verified
 from firp_cli.results import BenchReport, BenchRow

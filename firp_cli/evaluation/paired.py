@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from firp_cli.assets import nearest
 from firp_cli.errors import UsageError, first_line
-from firp_cli.evaluation.answer_runs import BatchRun, Times, runs_of, runs_of_records
+from firp_cli.evaluation.answer_runs import BatchRun, Times, runs_of, runs_of_records, teacher_labels
 from firp_cli.evaluation.rows import groups_of
 from firp_cli.files import read_json
 from firp_cli.metrics import bootstrap
@@ -28,13 +28,13 @@ MACHINE = ("processor", "device_name", "torch_threads", "layers", "driver", "ver
 
 @dataclass
 class SavedBench:
-    """A bench that was written to a folder. `runs`: its batches by teacher and method. `method`: the only one to
-    compare, if the user names it.
+    """A bench that was written to a folder. `runs`: its batches by the teacher's name in reports, and by method.
+    `method`: the only one to compare, if the user names it.
     """
 
     folder: Path
     report: BenchReport
-    runs: dict[str | None, dict[str, list[BatchRun]]]
+    runs: dict[str, dict[str, list[BatchRun]]]
     method: str | None = None
 
     @staticmethod
@@ -52,8 +52,9 @@ class SavedBench:
             raise UsageError(
                 f"{text} is no folder that `firp bench` wrote, with bench.json and {ANSWERS}: {first_line(error)}"
             ) from error
-        teachers = dict.fromkeys(record.teacher for record in records)
-        runs = {name: runs_of_records(item for item in records if item.teacher == name) for name in teachers}
+        alone = teacher_labels([str(report.teacher.get("name"))])[0]
+        labels = dict.fromkeys(record.teacher for record in records)
+        runs = {label or alone: runs_of_records(item for item in records if item.teacher == label) for label in labels}
         names = list(dict.fromkeys(name for each in runs.values() for name in each))
         if method is not None and method not in names:
             raise UsageError(f"{folder} has no method {method!r}, but {', '.join(names)}{nearest(method, names)}")
@@ -66,11 +67,15 @@ def compare(first: SavedBench, second: SavedBench) -> ComparisonReport:
     Raises UsageError where they share no method or no batch of prompts.
     """
     found: list[Comparison] = []
-    for teacher in first.runs:
-        if teacher in second.runs:
-            ours, theirs = first.runs[teacher], second.runs[teacher]
-            for one, two in _pairs_of_methods(first, second, list(ours), list(theirs)):
-                found += _compare_methods(ours, theirs, one, two, same=first.folder.samefile(second.folder))
+    pairs = [(name, name) for name in first.runs if name in second.runs]
+    if not pairs and len(first.runs) == len(second.runs) == 1:  # the conditions name what differs
+        pairs = [(next(iter(first.runs)), next(iter(second.runs)))]
+    for one_teacher, other in pairs:
+        ours, theirs = first.runs[one_teacher], second.runs[other]
+        for one, two in _pairs_of_methods(first, second, list(ours), list(theirs)):
+            made = _compare_methods(ours, theirs, one, two, same=first.folder.samefile(second.folder))
+            owner = f" ({one_teacher})" if len(pairs) > 1 else ""
+            found += [replace(item, method=item.method + owner) for item in made]
     if not found:
         raise UsageError(
             f"{first.folder} and {second.folder} have no method with the same prompts: compare benches of one teacher "

@@ -125,6 +125,9 @@ def break_even_lines(cells: Sequence[SweepCell]) -> list[str]:
             lines.append(f"{curve.label}: break-even at a batch size of about {even:.1f}")
         elif min(speedups.values()) >= 1.0:
             lines.append(f"{curve.label}: faster than ar at every measured batch size, up to {max(speedups)}")
+        elif max(speedups.values()) < 1.0:
+            sizes = f"{min(speedups)} to {max(speedups)}"
+            lines.append(f"{curve.label}: slower than ar at every measured batch size, {sizes}")
         else:
             lines.append(f"{curve.label}: no break-even between the measured batch sizes")
     return lines

@@ -14,7 +14,8 @@ import pytest
 from firp_cli.api.bench_run import groups_to_measure
 from firp_cli.config import TeacherConfig
 from firp_cli.errors import FingerprintError, UsageError
-from firp_cli.evaluation.bench_groups import choose_groups, embedded_folders, group_by_teacher, teacher_labels
+from firp_cli.evaluation.answer_runs import teacher_labels
+from firp_cli.evaluation.bench_groups import choose_groups, embedded_folders, group_by_teacher
 from firp_cli.evaluation.bench_prompts import BenchPrompt
 from firp_cli.evaluation.merge import merge_teachers
 from firp_cli.evaluation.methods import BenchSettings, make_methods

@@ -13,7 +13,7 @@ from firp_cli.api.write_report import write_report
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.answer_runs import batch_run, records_of
 from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt
-from firp_cli.evaluation.merge import merge_processes
+from firp_cli.evaluation.merge import merge_processes, merge_teachers
 from firp_cli.evaluation.paired import SavedBench, compare
 from firp_cli.evaluation.rows import bench_rows, drift_warnings
 from firp_cli.records import Verified
@@ -41,7 +41,7 @@ def made_report(seed: int, factor: float = 1.0, prompts: int = PROMPTS) -> Bench
             runs[name].append(batch_run(Batch("set", "ab"[place % 2], [place]), answers, name, place, asked))
     rows = [row for name in runs for row in bench_rows(name, runs, {}, 0.0)]
     settings = {"repeats": REPEATS, "methods": list(runs), "max_new_tokens": 64, "temperature": 0.0, "batch_size": 1}
-    settings |= {"prompts": prompts, "reference": None}
+    settings |= {"prompts": prompts, "turns_asked": prompts, "turns_not_asked": 0, "reference": None}
     teacher = {"name": "made", "dtype": "float32", "device": "cpu", "fingerprint": "f"}
     return BenchReport({"processor": "made"}, teacher, settings, rows, records=records_of(runs))
 
@@ -135,6 +135,21 @@ def test_two_methods_of_one_bench_are_compared(tmp_path: Path) -> None:
         SavedBench.open(f"{folder}:fir")
     with pytest.raises(UsageError, match="no folder that `firp bench` wrote"):
         SavedBench.open(str(tmp_path / "nothing"))
+
+
+def test_teachers_are_compared_by_name(tmp_path: Path) -> None:
+    """A bench of several teachers with one of them alone, and two benches of one teacher each, whatever its name."""
+    one, other = made_report(1), made_report(2)
+    other.teacher = {**other.teacher, "name": "/models/other", "fingerprint": "g"}
+    both = merge_teachers([one, other])
+    alone = SavedBench.open(save(other, tmp_path / "other"))
+    found = compare(SavedBench.open(save(both, tmp_path / "both")), alone).comparisons
+    speeds = [item for item in found if item.figure == "tokens/s" and item.category == "all"]
+    assert {item.method: item.ratio for item in speeds} == pytest.approx({"ar": 1.0, "hf": 1.0, "firp": 1.0})
+    report = compare(SavedBench.open(save(one, tmp_path / "one")), alone)
+    assert report.comparisons and any("weights of made" in line for line in report.differences)
+    twice = SavedBench.open(save(both, tmp_path / "both"))
+    assert {item.method for item in compare(twice, twice).comparisons} >= {"firp (made)", "firp (other)"}
 
 
 def test_conditions_that_differ_are_named(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def test_break_even_is_interpolated_on_a_logarithmic_scale() -> None:
     assert break_even(curve) == pytest.approx(8.0), "half-way between 4 and 16"
     assert break_even_lines(cells) == ["firp, temperature 0: break-even at a batch size of about 8.0"]
     assert "faster than ar at every measured batch size, up to 4" in break_even_lines(cells[:2])[0]
-    assert "no break-even between" in break_even_lines([cell(1, 0.9), cell(4, 0.8)])[0]
+    assert "slower than ar at every measured batch size, 1 to 4" in break_even_lines([cell(1, 0.9), cell(4, 0.8)])[0]
+    assert "no break-even between" in break_even_lines([cell(1, 0.9), cell(4, 1.2)])[0]
 
 
 def test_settings_that_vary_have_curves_of_their_own() -> None:
