@@ -199,7 +199,7 @@ def test_early_exit_is_the_teachers_head_on_a_middle_layer() -> None:
         assert cell(found, "exit 2", "top-1", column=f"step {step}") == pytest.approx(np.mean(hits))
     names = ["firp (trained)", "firp (ridge)", "linear head (ridge)", "exit 2", "exit 2 (ridge)", "exit 3"]
     assert [row[0] for row in found.rows[::2]][:6] == names
-    assert "on their own data" in found.note and "4 conversations" in found.note
+    assert "on their own data" in found.note and "on 4 of 6 conversations" in found.note
     chain = cell(found, "exit 3", "top-1", column="chain")
     assert cell(found, "exit 3", "top-1", column="per pass") == pytest.approx(chain / (1 + 2 * 3 / LAYERS))
     assert cell(found, "firp (trained)", "top-1", column="per pass") == found.rows[0][-2]
