@@ -66,7 +66,7 @@ def main_rows(report: BenchReport) -> list[BenchRow]:
 def rich_table(headers: Sequence[str], cells: Cells, left: int = 0, fixed: bool = True, remark: bool = False) -> Table:
     """Return a table for the terminal with the first `left` columns flush left, the others flush right.
 
-    `fixed`: cells never wrap. `remark`: the last column is text, flush left, and wraps to make room for the others.
+    `fixed`: figures never wrap, long texts on the left are folded to make room. `remark`: the last column is text too.
     """
     from rich import box
     from rich.table import Table
@@ -75,7 +75,7 @@ def rich_table(headers: Sequence[str], cells: Cells, left: int = 0, fixed: bool 
     for place, header in enumerate(headers):
         text = remark and place == len(headers) - 1
         justify: Literal["left", "right"] = "left" if text or place < left else "right"
-        table.add_column(header, justify=justify, no_wrap=fixed and not text, overflow="fold")
+        table.add_column(header, justify=justify, no_wrap=fixed and justify == "right", overflow="fold")
     for line in cells:
         table.add_row(*map(literal, line))
     return table

@@ -171,7 +171,7 @@ def _teacher_tables(report: BenchReport) -> list[Table]:
                 cells.append([f"{category}:", f"n={alike[0].prompts}", *[""] * (len(columns) - 1)])
             cells += [[row.method, *(cell(row) for cell in columns.values())] for row in alike]
         table = rich_table(["\nmethod", *columns], cells, left=1)
-        table.columns[0].no_wrap, table.show_edge = False, False  # only a long name is folded
+        table.show_edge = False
         table.padding = (0, 0 if any(row.accuracy for row in rows) else 1, 0, 0)
         name = dataset if len(datasets) > 1 else ""
         drawn.append(_titled(table, owner, f"data set {name}" if owner and name else name))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from firp_cli.api.write_report import write_report
 from firp_cli.errors import UsageError
 from firp_cli.evaluation.answer_runs import batch_run, records_of
 from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt
 from firp_cli.evaluation.merge import merge_processes, merge_teachers
-from firp_cli.evaluation.paired import SavedBench, compare
+from firp_cli.evaluation.paired import FIGURES, SavedBench, compare
 from firp_cli.evaluation.rows import bench_rows, drift_warnings
-from firp_cli.records import Verified
+from firp_cli.records import Comparison, ComparisonReport, Verified
+from firp_cli.reports.comparison import comparison_tables
 from firp_cli.results import BenchReport, Generation
 
 PROMPTS, REPEATS, K = 24, 3, 4
@@ -135,6 +138,17 @@ def test_two_methods_of_one_bench_are_compared(tmp_path: Path) -> None:
         SavedBench.open(f"{folder}:fir")
     with pytest.raises(UsageError, match="no folder that `firp bench` wrote"):
         SavedBench.open(str(tmp_path / "nothing"))
+
+
+def test_comparison_fits_a_terminal_of_80_columns() -> None:
+    """Long names are folded; no figure is cut."""
+    names = ("hidden_transfer / a-long-folder-name", "math_reasoning", "all", FIGURES[0])
+    item = Comparison(*names, pairs=480, first=12.5, second=10.25, ratio=0.82, interval=(0.71, 0.94))
+    console = Console(width=80, file=io.StringIO())
+    for table in comparison_tables(ComparisonReport("a", "b", [item], [])):
+        console.print(table)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and any("0.82 [0.71, 0.94]" in line and "lower" in line for line in lines)
 
 
 def test_teachers_are_compared_by_name(tmp_path: Path) -> None:
