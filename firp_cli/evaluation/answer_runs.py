@@ -185,12 +185,10 @@ class Times:
 
     @property
     def groups(self) -> NDArray[np.int64]:
-        """The choices (P, R / P) of each process's repeats; of the only process each repeat alone, (R, 1)."""
+        """The choices (P, r) of the repeats that every process has; of the only process each repeat alone, (R, 1)."""
         owners = np.asarray(self.processes)
-        names = np.unique(owners)
-        if len(names) == 1:
-            return self.everything.T
-        return np.stack([np.flatnonzero(owners == name) for name in names])
+        own = [np.flatnonzero(owners == name) for name in np.unique(owners)]
+        return np.stack([each[: min(map(len, own))] for each in own]) if len(own) > 1 else self.everything.T
 
     def fold(self, repeats: NDArray[np.int64]) -> Folded:
         """Return one value for each batch, from choices of repeats (S, r): tables (S, n).

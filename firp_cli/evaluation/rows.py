@@ -1,10 +1,9 @@
 """Rows of a bench table, computed from the records of its answers.
 
 Throughput and speedup pool seconds and tokens over batches; a batch's time is the median over its repeats. Intervals
-are bootstraps over batches (times) or prompts (accepted length); those of times know the spread of processes or
-repeats, which prompts share. Accepted length,
-histogram and acceptance by step count the tokens of the output: tokens that the last step drafted after EOS or after
-the limit do not count.
+are bootstraps over batches (times) or prompts (accepted length); those of times also have the spread of processes or
+repeats. Accepted length, histogram and acceptance by step count the tokens of the output: tokens that the last step
+drafted after EOS or after the limit do not count.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from firp_cli.api.write_report import write_report
 from firp_cli.errors import UsageError
-from firp_cli.evaluation.answer_runs import batch_run, records_of
+from firp_cli.evaluation.answer_runs import Times, batch_run, records_of
 from firp_cli.evaluation.bench_prompts import Batch, BenchPrompt
 from firp_cli.evaluation.merge import merge_processes, merge_teachers
 from firp_cli.evaluation.paired import FIGURES, SavedBench, compare
@@ -191,6 +191,16 @@ def test_processes_are_pooled(tmp_path: Path) -> None:
     assert len(next(row for row in merge_processes(reports).rows if row.method == "firp").speedup_by_process) == 2
     with pytest.raises(UsageError, match="different prompts"):
         merge_processes([reports[0], made_report(1, prompts=6)])
+
+
+def test_groups_of_repeats_are_processes_or_repeats() -> None:
+    def groups(*processes: int) -> list[list[int]]:
+        table = np.ones((len(processes), 2))
+        return Times(table, table, table, table, table, list(processes)).groups.tolist()
+
+    assert groups(0, 0, 0) == [[0], [1], [2]] and groups(0) == [[0]]
+    assert groups(0, 0, 1, 1) == [[0, 1], [2, 3]]
+    assert groups(0, 0, 2) == [[0], [2]], "a process that was interrupted has fewer repeats"
 
 
 def test_drift_of_ar_is_flagged() -> None:
