@@ -71,7 +71,7 @@ def run_child(arguments: Sequence[str]) -> int:
     """Run `firp` with these arguments and without its tables; return its status. A signal is passed on, and gives
     INTERRUPTED.
     """
-    from firp_cli.distributed.launch import run_program
+    from firp_cli.distributed.signals import run_program
 
     status, interrupted = run_program([sys.executable, "-m", "firp_cli", *arguments], stdout=subprocess.DEVNULL)
     return INTERRUPTED if interrupted else status

@@ -212,7 +212,7 @@ def run(*arguments: str) -> None:
 
     A signal that ends the quickstart is passed on, and the command that goes on from there is printed.
     """
-    from firp_cli.distributed.launch import run_program
+    from firp_cli.distributed.signals import run_program
 
     typer.echo(f"\n$ firp {shlex.join(arguments)}")
     sys.stdout.flush()

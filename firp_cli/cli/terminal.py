@@ -202,7 +202,7 @@ def decoding_options(
 @contextmanager
 def interruption(text: str | Callable[[], str] = INTERRUPTION) -> Iterator[None]:
     """End the enclosed work on Ctrl-C, SIGTERM or a closed terminal, and print what became of it."""
-    from firp_cli.distributed.launch import interruptible
+    from firp_cli.distributed.signals import interruptible
 
     with interruptible():
         try:

@@ -16,17 +16,16 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from firp_cli.distributed.cluster import check_cores, ranks_by_host, slurm_ranks
 from firp_cli.distributed.exports import ENVIRONMENT_FILE, EXPORTS, exported_environment
+from firp_cli.distributed.signals import end_process, run_program
 from firp_cli.errors import INTERRUPTED, ClusterError, FirpError, LaunchError, PeerLostError
 from firp_cli.machine import (
     cores_of_rank,
@@ -38,7 +37,6 @@ from firp_cli.machine import (
     world_size,
 )
 
-SAME_INTERRUPTION = 2.0  # seconds within which a repeated signal counts as the same one
 SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGTERM)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 RANK_MARK = "running-"  # name of the file that exists while a rank runs, before the rank's number
@@ -219,6 +217,11 @@ def _clear_mark() -> None:
         mark.unlink(missing_ok=True)
 
 
+def _exit(code: int) -> None:
+    _clear_mark()
+    end_process(code)
+
+
 def _launched_here() -> bool:
     """Return True when the process that launched this rank waits for messages on this machine."""
     path = os.environ.get(FAILURE_FILE)
@@ -249,14 +252,6 @@ def _prints_error(error: Exception) -> bool:
         return torch.distributed.distributed_c10d._get_default_store().add("firp/failed", 1) == 1
     except RuntimeError:  # rank 0, which serves the store, has ended: the loss of a peer is known
         return not isinstance(error, PeerLostError)
-
-
-def _exit(code: int) -> None:
-    """End the process without leaving the process group: other ranks may still wait in a collective."""
-    _clear_mark()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _failure(path: Path, code: int) -> LaunchError:
@@ -314,82 +309,6 @@ def _cluster_command(gpus: int | None, hostfile: str) -> list[str]:
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
         *(*options, "--module", "--no_local_rank", "--log_level=critical"),
     ]
-
-
-def run_program(
-    command: list[str], environment: dict[str, str] | None = None, stdout: int | None = None
-) -> tuple[int, bool]:
-    """Run a program in its own process group; return its exit code, and True if the user interrupted it.
-
-    A signal is passed on as SIGTERM, unless within SAME_INTERRUPTION seconds of the last, and the end is awaited.
-    """
-    passed_on: list[float] = []
-    process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
-
-    def pass_on(*_: Any) -> None:
-        now = time.monotonic()
-        if not passed_on or now - passed_on[-1] > SAME_INTERRUPTION:
-            passed_on.append(now)
-            process.terminate()
-
-    with handling_signals(pass_on):
-        return process.wait(), bool(passed_on)
-
-
-@contextlib.contextmanager
-def handling_signals(handler: Callable[..., None]) -> Iterator[None]:
-    """Call `handler(number, frame)` on Ctrl-C, SIGTERM and a closed terminal (unless nohup ignores it)."""
-    previous = _handle_signals(handler)
-    try:
-        yield
-    finally:
-        _restore_signals(previous)
-
-
-def _handle_signals(handler: Callable[..., None]) -> dict[int, Any]:
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    return {number: signal.signal(number, handler) for number in numbers}
-
-
-def _restore_signals(previous: dict[int, Any]) -> None:
-    for number, former in previous.items():
-        signal.signal(number, former)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt in the block on Ctrl-C, SIGTERM or a closed terminal.
-
-    A later signal ends the process at once. A signal within SAME_INTERRUPTION seconds is ignored, since a terminal and
-    a launcher may both pass on the same one.
-    """
-    if isinstance(signal.getsignal(signal.SIGTERM), _Interrupter):  # within another such block
-        yield
-        return
-    interrupter = _Interrupter()
-    previous = _handle_signals(interrupter)
-    try:
-        yield
-    finally:
-        if not interrupter.received:  # else the process ends, and the same signal may arrive once more
-            _restore_signals(previous)
-
-
-class _Interrupter:
-    """Handler of signals that raises KeyboardInterrupt once."""
-
-    def __init__(self) -> None:
-        self.received: list[float] = []
-
-    def __call__(self, *_: Any) -> None:
-        now = time.monotonic()
-        if self.received and now - self.received[0] > SAME_INTERRUPTION:
-            _exit(INTERRUPTED)
-        self.received.append(now)
-        if len(self.received) == 1:
-            raise KeyboardInterrupt
 
 
 def free_port() -> int:

@@ -25,7 +25,8 @@ from torch import Tensor
 from firp_cli import provenance
 from firp_cli.config import Recipe
 from firp_cli.data.prompt_text import PromptTexts
-from firp_cli.distributed.launch import barrier, handling_signals, start
+from firp_cli.distributed.launch import barrier, start
+from firp_cli.distributed.signals import handling_signals
 from firp_cli.errors import PredictorError, StoreError
 from firp_cli.files import file_sha256
 from firp_cli.machine import is_main, rank, world_size

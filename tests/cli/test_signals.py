@@ -67,6 +67,27 @@ def test_interrupted_quickstart_says_how_to_go_on(tmp_path: Path, monkeypatch: p
     succeed(*next_command(err))
 
 
+def test_signal_during_an_import_that_catches_everything_is_not_lost(tmp_path: Path) -> None:
+    lines = ("import os, signal, time", "try:", " os.kill(os.getpid(), signal.SIGTERM)", " time.sleep(0.3)")
+    caught = ("except BaseException:", " pass")
+    (tmp_path / "greedy.py").write_text("\n".join((*lines, *caught)), encoding="utf-8")
+    program = """
+import time
+from firp_cli.distributed.signals import interruptible
+try:
+    with interruptible():
+        import greedy
+        print("imported", flush=True)
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    command = [sys.executable, "-c", program]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=PATIENCE)
+    assert done.stdout.splitlines() == ["imported", "interrupted"], done.stderr
+
+
 def test_a_command_that_is_loading_ends_with_a_line(tmp_path: Path) -> None:
     began = time.monotonic()
     out, err = interrupted(signal.SIGTERM, lambda: time.monotonic() > began + 1.5, "generate", "--prompt", "2+3?")
