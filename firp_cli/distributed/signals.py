@@ -84,6 +84,8 @@ def interruptible() -> Iterator[None]:
     finally:
         if not interrupter.received:  # else the process ends, and the same signal may arrive once more
             _restore_signals(previous)
+        elif signal.getsignal(signal.SIGALRM) is interrupter:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # an import was its last work: nothing is left to interrupt
 
 
 class _Interrupter:
